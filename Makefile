@@ -1,0 +1,37 @@
+# One environment, made on demand: `make quickstart` and `make test` need only Python 3.11 and make.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := .ci/constraints.txt
+QUICKSTART := build/quickstart
+
+.PHONY: help quickstart test test-all lint clean
+
+help:
+	@echo "make quickstart   fine-tune a real model on example data and see what it gained (under 10 minutes on 2 cores)"
+	@echo "make test         lint, types and tests"
+	@echo "make test-all     the same with the slow tests"
+	@echo "make clean        remove the environment and what was built"
+
+$(BIN)/lightning-sft: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+quickstart: $(BIN)/lightning-sft
+	$(BIN)/python docs/quickstart.py --folder $(QUICKSTART)
+
+lint: $(BIN)/lightning-sft
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,131 @@
+"""One split of the data: its rows as encoded examples, and an account of every row that is not among them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.encode import encode, encode_prompt
+from lightning_sft.data.messages import ignored_keys, to_conversation
+from lightning_sft.data.sources import Source, read
+from lightning_sft.types import Example, InputError, Normalize, Prompt
+
+_LISTED = 5  # rows named in a message
+
+
+@dataclass
+class Split:
+    """Examples of one source, and what became of its other rows.
+
+    Args:
+        name: ``train``, ``val`` or ``test``.
+        examples: What is trained on or evaluated.
+        num_rows: Rows read.
+        refused: One reason a row that cannot be used, with ``file:line``.
+        too_long: ``file:line`` and length of each sequence longer than ``max_length``.
+        ignored: How many rows have a key that means nothing.
+    """
+
+    name: str
+    examples: list[Example] = field(default_factory=list)
+    num_rows: int = 0
+    refused: list[str] = field(default_factory=list)
+    too_long: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each example."""
+        return [len(example) for example in self.examples]
+
+    @property
+    def weights(self) -> list[float]:
+        """Sum of target weights of each example."""
+        return [float(sum(example.target_weights)) for example in self.examples]
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained on."""
+        return sum(weight > 0 for example in self.examples for weight in example.target_weights)
+
+    def remarks(self) -> list[str]:
+        """What is not trained on, in words; empty where every row is used whole."""
+        said = []
+        if self.refused:
+            said.append(f"{len(self.refused)} of {self.num_rows} rows cannot be used:\n{_some(self.refused)}")
+        if self.too_long:
+            said.append(f"{len(self.too_long)} sequences are longer than data.max_length:\n{_some(self.too_long)}")
+        if self.ignored:
+            keys = ", ".join(f"{key!r} ({count} rows)" for key, count in self.ignored.most_common())
+            said.append(f"keys without a meaning in their format are ignored: {keys}")
+        return [f"{self.name}: {remark}" for remark in said]
+
+
+def load_split(
+    name: str,
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    normalize: Normalize = "token",
+    max_length: int | None = None,
+    invalid_rows: Literal["error", "skip"] = "error",
+    progress: bool = False,
+) -> Split:
+    """Read and encode a source.
+
+    Args:
+        name: ``train``, ``val`` or ``test``.
+        source: Files or rows, see :func:`lightning_sft.data.sources.read`.
+        tokenizer: With a chat template.
+        normalize: What target weights are scaled to.
+        max_length: Longer sequences are left out, and counted.
+        invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
+        progress: Show a progress bar.
+
+    Raises:
+        InputError: When rows cannot be used and ``invalid_rows`` is ``error``, or nothing is left.
+    """
+    split, shortest = Split(name), None
+    for row, provenance in track(read(source), f"Encoding {name}", disable=not progress, transient=True):
+        split.num_rows += 1
+        try:
+            conversation = to_conversation(row, provenance)
+            split.ignored.update(ignored_keys(row))
+            encoded = encode(conversation, tokenizer, normalize)
+        except InputError as error:
+            split.refused.append(str(error))
+            continue
+        for example in encoded:
+            shortest = min(len(example), shortest or len(example))
+            if max_length is not None and len(example) > max_length:
+                split.too_long.append(f"{provenance} ({len(example):,} tokens)")
+            else:
+                split.examples.append(example)
+    if split.refused and invalid_rows == "error":
+        raise InputError(f"{split.remarks()[0]}\nCorrect them, or leave them out with data.invalid_rows=skip.")
+    if not split.examples:
+        if shortest is not None:
+            raise InputError(
+                f"{name}: data.max_length={max_length} is less than the {shortest} tokens of the shortest sequence. "
+                "Raise it, or leave it out for the model's own context."
+            )
+        raise InputError(f"{name}: no row can be used.\n{_some(split.refused)}")
+    return split
+
+
+def load_prompts(source: Source, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The prompts of a source, for generation; rows may lack the answer.
+
+    Raises:
+        InputError: At the first row that cannot be used.
+    """
+    return [encode_prompt(to_conversation(row, where, answered=False), tokenizer) for row, where in read(source)]
+
+
+def _some(reasons: list[str]) -> str:
+    more = [f"  ... and {len(reasons) - _LISTED} more"] if len(reasons) > _LISTED else []
+    return "\n".join([f"  {reason}" for reason in reasons[:_LISTED]] + more)

@@ -1,0 +1,101 @@
+"""Plans and prompts to the iterables that Lightning loops over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.collate import collate
+from lightning_sft.data.plan import MicroBatch, Plan
+from lightning_sft.types import Batch, Example, Prompt
+
+
+class EpochLoader:
+    """The micro-batches of one rank, epoch after epoch, as the plan says.
+
+    Not a ``DataLoader`` on purpose: Lightning would give one a sampler of its own. An iteration asks for its place when
+    its first batch is wanted, so that a resumed run goes on where the killed one stopped.
+
+    Args:
+        examples: What the plan's indices point to.
+        plan: The plan of all epochs.
+        rank: Data-parallel rank.
+        packed: Lay examples end to end, or pad them.
+        pad_id: Token id of padding.
+        num_workers: Worker processes that collate ahead; 0 collates in the training process.
+        place: Gives the epoch, and how many micro-batches of it are done.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        plan: Plan,
+        rank: int = 0,
+        *,
+        packed: bool = True,
+        pad_id: int = 0,
+        num_workers: int = 0,
+        place: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        self.examples, self.plan, self.rank, self.num_workers, self.place = examples, plan, rank, num_workers, place
+        self._collate = partial(collate, packed=packed, pad_id=pad_id)
+
+    def __len__(self) -> int:
+        return self.plan.num_micro_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, done = self.place()
+        micro_batches = self.plan.micro_batches(epoch, self.rank)[done:]
+        loader: Iterable[Batch] = DataLoader(
+            cast(Dataset[MicroBatch], micro_batches),
+            batch_size=None,
+            collate_fn=cast(Any, self._batch),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        yield from loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the place is known from the trainer's own counters. Its presence tells Lightning that we resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load, see :meth:`state_dict`."""
+
+    def _batch(self, micro_batch: MicroBatch) -> Batch:
+        return self._collate([self.examples[i] for i in micro_batch.examples], micro_batch.normalizer)
+
+
+class PromptBatch:
+    """Prompts padded on the left, for generation; a plain class for the reason that :class:`Batch` is one.
+
+    Args:
+        prompts: The prompts.
+        tokenizer: Pads them, and turns what is generated into text.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.prompts, self.tokenizer, self.pad_id = prompts, tokenizer, pad_token_id(tokenizer)
+        longest = max(len(prompt.input_ids) for prompt in prompts)
+        padding = [longest - len(prompt.input_ids) for prompt in prompts]
+        rows = [[self.pad_id] * n + list(prompt.input_ids) for n, prompt in zip(padding, prompts, strict=True)]
+        self.input_ids: Tensor = torch.tensor(rows)  # [B, N]
+        self.attention_mask: Tensor = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()  # [B, N]
+
+    def to(self, device: Any, non_blocking: bool = False) -> PromptBatch:
+        """Move the tensors; Lightning calls it."""
+        self.input_ids = self.input_ids.to(device, non_blocking=non_blocking)
+        self.attention_mask = self.attention_mask.to(device, non_blocking=non_blocking)
+        return self
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: it is masked wherever it stands, so any will do where the tokenizer names none."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(i for i in ids if i is not None))

@@ -1,0 +1,95 @@
+"""The plan of an epoch: which micro-batch each rank takes when, and the normaliser of each optimiser step.
+
+A pure function of (seed, epoch, number of ranks): every rank computes the same plan and takes its own column, so that
+ranks never talk about data, and a killed run finds its place again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Partition = Callable[[Sequence[int]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank computes at a time.
+
+    Args:
+        examples: Indices of the examples; empty where a rank only keeps the others company.
+        normalizer: Z of the optimiser step it belongs to.
+    """
+
+    examples: tuple[int, ...]
+    normalizer: float
+
+
+class Plan:
+    """Packs of a data set, and how each epoch deals them out.
+
+    Each epoch draws anew which examples of equal length trade places and in what order packs come. A step's packs are
+    spread so that steps differ by one pack at most, and every rank gets the same number of micro-batches, a multiple of
+    ``accumulate``: missing ones are empty.
+
+    Args:
+        lengths: Tokens of each example.
+        weights: Sum of target weights of each example.
+        partition: Lengths to micro-batches of indices, as :func:`lightning_sft.data.packing.pack` does.
+        num_ranks: Data-parallel size.
+        accumulate: Micro-batches of a rank in one optimiser step.
+        normalizer: Z of every step, or ``None`` for the step's own sum of weights.
+        limit: Micro-batches of a rank that an epoch will use; the Z of a step cut by it is that of what is left.
+        seed: Seed of the order; ``None`` keeps longest first, for validation.
+
+    >>> from lightning_sft.data.packing import pack
+    >>> plan = Plan([4, 4, 3, 1], [2.0, 2.0, 1.0, 1.0], lambda x: pack(x, capacity=4), num_ranks=2, seed=None)
+    >>> [[micro.examples for micro in plan.micro_batches(epoch=0, rank=rank)] for rank in (0, 1)]
+    [[(0,), (1,)], [(), (2, 3)]]
+    >>> [micro.normalizer for micro in plan.micro_batches(epoch=0, rank=0)]
+    [2.0, 4.0]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        weights: Sequence[float],
+        partition: Partition,
+        *,
+        num_ranks: int = 1,
+        accumulate: int = 1,
+        normalizer: float | None = None,
+        limit: int | None = None,
+        seed: int | None = 0,
+    ) -> None:
+        self._negative_lengths, self._weights = -np.asarray(lengths), weights
+        by_length = np.sort(self._negative_lengths, kind="stable")
+        self.packs = partition((-by_length).tolist())  # of places in the order of length, longest first
+        self.num_ranks, self.accumulate, self.seed = num_ranks, accumulate, seed
+        self.num_full_steps = math.ceil(len(self.packs) / (num_ranks * accumulate))
+        self.num_micro_batches = self.num_full_steps * accumulate
+        self._used = self.num_micro_batches if limit is None else min(limit, self.num_micro_batches)
+        self.num_steps = math.ceil(self._used / accumulate)
+        self._normalizer = normalizer
+
+    def micro_batches(self, epoch: int, rank: int) -> list[MicroBatch]:
+        """The micro-batches of one rank in one epoch, in order."""
+        random = None if self.seed is None else np.random.default_rng([self.seed, epoch])
+        size = len(self._negative_lengths)
+        ties = np.arange(size) if random is None else random.permutation(size)
+        examples = np.lexsort((ties, self._negative_lengths))
+        order = range(len(self.packs)) if random is None else random.permutation(len(self.packs)).tolist()
+        packs = [tuple(int(examples[place]) for place in self.packs[i]) for i in order]
+        mine: list[MicroBatch] = []
+        for step in range(self.num_full_steps):
+            begin, end = (len(packs) * s // self.num_full_steps for s in (step, step + 1))
+            rows = [packs[i : min(i + self.num_ranks, end)] for i in range(begin, end, self.num_ranks)]  # one a turn
+            rows += [[]] * (self.accumulate - len(rows))
+            counted = rows[: max(0, self._used - step * self.accumulate)] or rows
+            own_sum = math.fsum(self._weights[i] for row in counted for pack in row for i in pack)
+            normalizer = self._normalizer or own_sum
+            mine += [MicroBatch(row[rank] if rank < len(row) else (), normalizer) for row in rows]
+        return mine

@@ -1,0 +1,199 @@
+"""SFTDataModule: instruction data as planned, packed micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, cast
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.dataset import Split, load_prompts, load_split
+from lightning_sft.data.loader import EpochLoader, PromptBatch, pad_token_id
+from lightning_sft.data.packing import group, pack
+from lightning_sft.data.plan import Plan
+from lightning_sft.data.report import show_report
+from lightning_sft.data.sources import Source
+from lightning_sft.pretrained import context_length, load_tokenizer
+from lightning_sft.trainer_facts import data_parallel, planned_limit
+from lightning_sft.types import InputError
+
+_STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
+_DEFAULT_TOKENS_PER_BATCH = 2048
+
+
+class SFTDataModule(LightningDataModule):
+    """Reads instruction data, encodes it with the model's chat template, and plans its micro-batches.
+
+    Args:
+        train: JSONL or JSON files of chat, prompt-completion or Alpaca rows (or a list of rows).
+        val: The same, for validation.
+        test: The same, for ``test``.
+        predict: The same, for ``predict``; answers may be missing.
+        tokenizer: A hub name, a folder or a GGUF file; the model's own by default.
+        chat_template: A Jinja file to use instead of the tokenizer's template.
+        max_length: Longest sequence in tokens; longer ones are left out and counted. The model's context by default.
+        tokens_per_batch: Most positions in a micro-batch. By default 2,048, or the longest sequence if that is longer.
+        packing: ``packed`` lays documents end to end without padding, ``padded`` gives each a row.
+        invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
+        predict_batch_size: Prompts that are answered at a time.
+        num_workers: Worker processes that collate ahead; 0 collates in the training process.
+        seed: Seed of the order of the training data.
+    """
+
+    def __init__(
+        self,
+        train: Source | None = None,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        tokens_per_batch: int | None = None,
+        packing: Literal["packed", "padded"] = "packed",
+        invalid_rows: Literal["error", "skip"] = "error",
+        predict_batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.sources: dict[str, Source | None] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.tokenizer_name, self.chat_template = tokenizer, chat_template
+        self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
+        self.invalid_rows, self.predict_batch_size = invalid_rows, predict_batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self.splits: dict[str, Split] = {}
+        self._plans: dict[str, Plan] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read and encode what the stage needs, once."""
+        if stage == "fit" and self.sources["train"] is None:
+            raise InputError("There is no training data: set data.train to a JSONL or JSON file.")
+        if self.tokenizer is None:
+            name = self.tokenizer_name or getattr(self._module, "pretrained", None)
+            if name is None:
+                raise InputError("The tokenizer is not known: set data.tokenizer to a hub name or folder.")
+            self.tokenizer = load_tokenizer(name, self.chat_template)
+            self.max_length = self.max_length or context_length(name)
+        is_shown = self.trainer is None or self.trainer.is_global_zero
+        for name in _STAGES[stage]:
+            if (source := self.sources[name]) is not None and name not in self.splits:
+                self.splits[name] = load_split(
+                    name,
+                    source,
+                    self.tokenizer,
+                    normalize=getattr(self._module, "normalize", "token"),
+                    max_length=self.max_length,
+                    invalid_rows=self.invalid_rows,
+                    progress=is_shown,
+                )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in an epoch of training data, over all ranks together."""
+        return self._plan("train").num_steps
+
+    def train_dataloader(self) -> EpochLoader:
+        """The planned micro-batches of this rank; each epoch in an order of its own."""
+        return self._loader("train", self._place)
+
+    def val_dataloader(self) -> EpochLoader | list[Any]:
+        """Validation micro-batches: every example once over all ranks."""
+        return self._loader("val") if "val" in self.splits else []
+
+    def test_dataloader(self) -> EpochLoader:
+        """Test micro-batches: every example once over all ranks."""
+        if "test" not in self.splits:
+            raise InputError("There is no test data: set data.test to a JSONL or JSON file.")
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Prompts for generation, each rank's own."""
+        source = self.sources["predict"]
+        if source is None:
+            raise InputError("There are no prompts: set data.predict to a JSONL or JSON file.")
+        assert self.tokenizer is not None
+        rank, num_ranks = data_parallel(self.trainer)
+        prompts = load_prompts(source, self.tokenizer)[rank::num_ranks]
+        collate = partial(PromptBatch, tokenizer=self.tokenizer)
+        return DataLoader(cast(Any, prompts), batch_size=self.predict_batch_size, collate_fn=collate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an export needs to give the model its tokenizer back: plain strings."""
+        template = None if self.tokenizer is None else self.tokenizer.chat_template
+        name = None if self.tokenizer is None else self.tokenizer.name_or_path
+        return {"tokenizer": name, "chat_template": template}
+
+    @property
+    def _module(self) -> Any:
+        return None if self.trainer is None else self.trainer.lightning_module
+
+    def _place(self) -> tuple[int, int]:
+        """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint."""
+        assert self.trainer is not None
+        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:
+        assert self.tokenizer is not None, "setup has not been called"
+        return EpochLoader(
+            self.splits[name].examples,
+            self._plan(name),
+            data_parallel(self.trainer)[0],
+            packed=self.packing == "packed",
+            pad_id=pad_token_id(self.tokenizer),
+            num_workers=self.num_workers,
+            place=place,
+        )
+
+    def _plan(self, name: str) -> Plan:
+        """The plan of a split, made when first asked for: by then the model has been probed."""
+        if name not in self._plans:
+            self._fall_back_to_padding()
+            self._plans[name] = self._make_plan(self.splits[name], training=name == "train")
+            if name == "train" and (self.trainer is None or self.trainer.is_global_zero):
+                show_report(self.splits, self._plans["train"], self._capacity(self.splits["train"]), self.packing)
+        return self._plans[name]
+
+    def _make_plan(self, split: Split, training: bool) -> Plan:
+        _, num_ranks = data_parallel(self.trainer)
+        accumulate = self.trainer.accumulate_grad_batches if training and self.trainer is not None else 1
+        make = partial(
+            Plan,
+            split.lengths,
+            split.weights,
+            partial(pack if self.packing == "packed" else group, capacity=self._capacity(split)),
+            num_ranks=num_ranks,
+            accumulate=accumulate,
+            seed=self.seed if training else None,
+        )
+        plan = make()
+        if not training or self.trainer is None:
+            return plan
+        constant = getattr(self._module, "normalize", "token") == "dataset"
+        return make(
+            normalizer=sum(split.weights) / plan.num_full_steps if constant else None,
+            limit=planned_limit(plan.num_micro_batches, self.trainer.limit_train_batches),
+        )
+
+    def _capacity(self, split: Split) -> int:
+        longest = max(split.examples, key=len)
+        capacity = self.tokens_per_batch or max(_DEFAULT_TOKENS_PER_BATCH, len(longest))
+        if len(longest) > capacity:
+            raise InputError(
+                f"{longest.provenance}: the sequence has {len(longest):,} tokens, more than data.tokens_per_batch="
+                f"{capacity:,}. Raise it, or leave such rows out with data.max_length={capacity}."
+            )
+        return capacity
+
+    def _fall_back_to_padding(self) -> None:
+        if self.packing == "packed" and not getattr(self._module, "isolates_documents", True):
+            self.packing = "padded"
+            rank_zero_warn(
+                "In this model, documents packed into one row see each other (measured on it just now). Each gets a "
+                "row of its own instead, as with data.packing=padded: exact, but slower."
+            )

@@ -1,0 +1,69 @@
+"""Small things that need no download: for doctests, tests, bug reports and the quickstart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """A tokenizer of the 256 bytes and three special tokens, with a ChatML template.
+
+    >>> tokenizer = tiny_tokenizer()
+    >>> tokenizer.decode(tokenizer("naïve")["input_ids"]), len(tokenizer)
+    ('naïve', 259)
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tiny_model(model_type: str = "llama", seed: int = 0, **config: Any) -> PreTrainedModel:
+    """A causal language model of two small layers with random weights, for :func:`tiny_tokenizer`.
+
+    Args:
+        model_type: An architecture of transformers.
+        seed: Seed of the weights.
+        config: Settings that differ from the tiny ones.
+
+    >>> sum(p.numel() for p in tiny_model().parameters())
+    13136
+    """
+    size: dict[str, Any] = {
+        "vocab_size": 264,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **size | config))
+    return model
+
+
+def tiny_pretrained(folder: str | Path, model_type: str = "llama", seed: int = 0, **config: Any) -> str:
+    """Save a tiny model and its tokenizer as a Hugging Face folder and return its path, for ``model.pretrained``."""
+    tiny_model(model_type, seed, **config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)

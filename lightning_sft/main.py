@@ -1,0 +1,123 @@
+"""The command line: Lightning's own verbs for SFTModule and SFTDataModule, and a few of ours."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+from lightning_sft import __version__
+from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.demo_model import fetch_demo_model
+from lightning_sft.export import export
+from lightning_sft.module import SFTModule
+from lightning_sft.pretrained import load_tokenizer
+from lightning_sft.types import InputError
+
+
+class SFTCLI(LightningCLI):
+    """Lightning's command line without its surprises: the command line wins over a checkpoint's hyperparameters."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint override what the user has just asked for."""
+
+    def before_instantiate_classes(self) -> None:
+        """Build the architecture from the checkpoint, where there is one: the pretrained weights are not needed."""
+        self._checkpoint_config = None
+        path = self._get(self.config, "ckpt_path")
+        if path and Path(path).is_file():
+            checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+            self._checkpoint_config = checkpoint.get("hyper_parameters", {}).get("_hf_config")
+
+    def after_instantiate_classes(self) -> None:
+        """Hand the checkpoint's architecture to the module."""
+        if self._checkpoint_config and isinstance(self.model, SFTModule):
+            self.model._hf_config = self._checkpoint_config
+
+
+def main(args: ArgsType = None) -> Any:
+    """Run ``lightning-sft``: ``fit``, ``validate``, ``test``, ``predict``, ``export`` or ``fetch-demo-model``.
+
+    Args:
+        args: The arguments; those of the process by default.
+
+    Returns:
+        The :class:`SFTCLI`, with its ``trainer``, ``model`` and ``datamodule``; or what the verb returns.
+
+    >>> main(["--version"])
+    '0.1.0'
+    """
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given:
+        if given[0] == "--version":
+            return __version__
+        if given[0] in VERBS:
+            return auto_cli(VERBS[given[0]], args=given[1:], as_positional=False)
+    return SFTCLI(
+        LightningModule if _names_a_class("model", given) else SFTModule,
+        LightningDataModule if _names_a_class("data", given) else SFTDataModule,
+        subclass_mode_model=_names_a_class("model", given),
+        subclass_mode_data=_names_a_class("data", given),
+        seed_everything_default=0,
+        trainer_defaults={"max_epochs": 1},
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        args=args,
+    )
+
+
+def export_checkpoint(ckpt: str, out: str) -> Path:
+    """Write a Lightning checkpoint as a Hugging Face folder that plain transformers loads.
+
+    Args:
+        ckpt: The checkpoint file.
+        out: The folder to write; it must not exist yet.
+    """
+    if not Path(ckpt).is_file():
+        raise InputError(f"There is no checkpoint {ckpt!r}.")
+    module = SFTModule.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
+    data = torch.load(ckpt, map_location="meta", weights_only=True, mmap=True).get("SFTDataModule", {})
+    tokenizer = load_tokenizer(data.get("tokenizer") or module.pretrained)
+    tokenizer.chat_template = data.get("chat_template") or tokenizer.chat_template
+    assert module.model is not None
+    return export(module.model, tokenizer, out)
+
+
+VERBS: dict[str, Callable[..., Any]] = {"export": export_checkpoint, "fetch-demo-model": fetch_demo_model}
+
+
+def console() -> None:
+    """``main`` for the shell: what the user can put right is one message, not a traceback."""
+    try:
+        result = main()
+    except (InputError, FloatingPointError, MisconfigurationException) as error:
+        sys.exit(f"lightning-sft: {error}")
+    if isinstance(result, (str, Path)):
+        print(result)
+
+
+def _names_a_class(key: str, args: Any) -> bool:
+    """Whether the user brings a class of their own for ``model`` or ``data``; if not, the help is flat."""
+    if isinstance(args, Mapping):
+        return any("class_path" in (config.get(key) or {}) for config in args.values() if isinstance(config, Mapping))
+    for flag, value in _flags(args):
+        if flag == f"--{key}.class_path" or (flag == f"--{key}" and not value.endswith((".yaml", ".yml"))):
+            return True
+        if flag in ("--config", "-c") and Path(value).is_file():
+            section = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get(key)
+            if isinstance(section, Mapping) and "class_path" in section:
+                return True
+    return False
+
+
+def _flags(args: Sequence[str]) -> list[tuple[str, str]]:
+    following = [*args[1:], ""]
+    return [(a.partition("=")[0], a.partition("=")[2] if "=" in a else b) for a, b in zip(args, following, strict=True)]

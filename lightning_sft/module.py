@@ -1,0 +1,220 @@
+"""SFTModule: a pretrained causal language model whose targets' log-likelihood is maximised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from lightning_sft import pretrained as loading
+from lightning_sft.guards import not_finite
+from lightning_sft.metrics import CorpusLikelihood, figures, sums
+from lightning_sft.objective import log_likelihood
+from lightning_sft.probes import Findings, probe, states, takes_positions
+from lightning_sft.schedules import Schedule, learning_rate_factor
+from lightning_sft.trainer_facts import data_parallel, total_steps
+from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
+
+
+class SFTModule(LightningModule):
+    """Fine-tunes a pretrained causal language model on target tokens.
+
+    Args:
+        pretrained: A hub name, a folder, or a GGUF file.
+        normalize: What an optimiser step divides its weighted sum by, see :mod:`lightning_sft.objective`.
+        optimizer: Makes the optimiser from parameter groups; norms and biases are not decayed.
+        schedule: How the learning rate goes down after the warm-up.
+        warmup: Steps of linear warm-up, as a share of all.
+        gradient_checkpointing: Recompute each layer's activations in the backward pass, to save memory.
+        attn_implementation: Attention of transformers, as ``sdpa``; its own choice by default.
+        chunk_size: Targets whose logits are in memory at a time.
+        max_new_tokens: Most tokens that ``predict`` generates for a prompt.
+
+    >>> import tempfile
+    >>> from lightning_sft.demos import tiny_pretrained
+    >>> module = SFTModule(tiny_pretrained(tempfile.mkdtemp()))
+    >>> module.configure_model()
+    >>> batch = Batch.of({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])})
+    >>> total, weight = module.log_likelihood(batch)
+    >>> bool(total < 0), weight.item()
+    (True, 2.0)
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        normalize: Normalize = "token",
+        optimizer: OptimizerCallable = lambda groups: AdamW(groups, lr=2e-5, weight_decay=0.01, fused=True),
+        schedule: Schedule = "cosine",
+        warmup: float = 0.03,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        chunk_size: int = 256,
+        max_new_tokens: int = 256,
+        _hf_config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["optimizer", "_hf_config"])
+        self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer
+        self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
+        self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
+        self._hf_config = (
+            _hf_config  # of a checkpoint: then its weights are coming, and the pretrained ones are not read
+        )
+        self.model: PreTrainedModel | None = None
+        self.findings: Findings | None = None
+        self.val_metric, self.test_metric = CorpusLikelihood(), CorpusLikelihood()
+        self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
+        self._not_finite: list[tuple[Batch, LogLikelihood]] = []  # those of an evaluation whose loss is no number
+
+    def configure_model(self) -> None:
+        """Load the model once, and measure on it what differs between architectures."""
+        if self.model is not None:
+            return
+        if self._hf_config is None:
+            model = loading.load_model(self.pretrained, self.attn_implementation)
+        else:
+            model = loading.model_from_config(self._hf_config, self.attn_implementation)
+        self.hparams["_hf_config"] = loading.config_dict(model)
+        backbone, head = loading.backbone_and_head(model)
+        self.findings = probe(model, backbone, head)
+        if self.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        self.model = model
+
+    @property
+    def isolates_documents(self) -> bool:
+        """Whether documents may share a row; the data module asks before it packs."""
+        return self.findings is None or self.findings.isolates_documents
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Last hidden states of the backbone, ``[B, N, H]``, for a batch; the head is not run."""
+        assert self.model is not None, "configure_model has not been called"
+        if batch.is_packed and not self.isolates_documents:
+            raise InputError(
+                f"The batch has several documents in a row, but {type(self.model).__name__} lets them see each other. "
+                "Give one document a row (data.packing=padded)."
+            )
+        backbone = self.model.base_model
+        return states(backbone, batch.input_ids, batch.position_ids if takes_positions(backbone) else None)
+
+    def log_likelihood(self, batch: Batch) -> LogLikelihood:
+        """Weighted log-likelihood of the targets of a batch under the model."""
+        hidden = self(batch)
+        assert self.model is not None
+        assert self.findings is not None
+        _, head = loading.backbone_and_head(self.model)
+        return log_likelihood(
+            hidden,
+            head,
+            batch.labels,
+            batch.target_weights,
+            scale=self.findings.scale,
+            softcap=self.findings.softcap,
+            chunk_size=self.chunk_size,
+        )
+
+    def training_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> STEP_OUTPUT:
+        """``− Σ_t w_t · log Pr(t) / Z``, times what Lightning and the strategy are going to divide by."""
+        batch = Batch.of(batch)
+        likelihood = self.log_likelihood(batch)
+        self._window.append((batch, replace(likelihood, total=likelihood.total.detach())))
+        accumulate = self.trainer.accumulate_grad_batches  # Lightning divides by it, also in a short last window
+        if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
+            if self.normalize != "token":
+                raise InputError(f"model.normalize={self.normalize} needs batches of SFTDataModule, which plans ahead.")
+            return -likelihood.total * accumulate
+        _, num_ranks = data_parallel(self.trainer)  # the strategy averages gradients over them
+        return -likelihood.total * (accumulate * num_ranks / batch.normalizer)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Close the step: one reduction over ranks, stop at a loss that is no number, normalise late if need be."""
+        window, self._window = self._window, []
+        local = torch.stack([sums(likelihood) for _, likelihood in window]).sum(0)
+        totals = self.trainer.strategy.reduce(local, reduce_op="sum")
+        if not torch.isfinite(totals[0]):
+            raise not_finite(window)
+        if window[0][0].normalizer is None and totals[1] > 0:
+            _, num_ranks = data_parallel(self.trainer)
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(num_ranks / totals[1].item())
+        self._log_figures("train", figures(totals))
+        self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
+
+    def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
+        """Add a batch to the validation figures."""
+        self._evaluate(batch, self.val_metric)
+
+    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
+        """Add a batch to the test figures."""
+        self._evaluate(batch, self.test_metric)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the whole validation set."""
+        self._log_corpus("val", self.val_metric)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of the whole test set."""
+        self._log_corpus("test", self.test_metric)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Greedy answers to a :class:`~lightning_sft.data.loader.PromptBatch`: one row a prompt.
+
+        Returns:
+            Rows of ``source`` (``file:line``), ``prediction`` and ``reference`` (``None`` where the data has none).
+        """
+        assert self.model is not None, "configure_model has not been called"
+        generated = cast(Any, self.model).generate(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=batch.pad_id,
+        )
+        answers = batch.tokenizer.batch_decode(generated[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+        return [
+            {"source": prompt.provenance, "prediction": answer, "reference": prompt.reference}
+            for prompt, answer in zip(batch.prompts, answers, strict=True)
+        ]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser, with norms and biases undecayed, and the schedule over all planned steps."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = self.optimizer([group for group in groups if group["params"]])
+        total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
+        scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _evaluate(self, batch: Batch | Mapping[str, Any], metric: CorpusLikelihood) -> None:
+        batch = Batch.of(batch)
+        likelihood = self.log_likelihood(batch)
+        metric.update(likelihood)
+        if not torch.isfinite(likelihood.total):
+            self._not_finite.append((batch, likelihood))
+
+    def _log_corpus(self, name: str, metric: CorpusLikelihood) -> None:
+        values = metric.compute()
+        metric.reset()
+        bad, self._not_finite = self._not_finite, []
+        if not torch.isfinite(values["loss"]):
+            raise not_finite(bad)
+        self._log_figures(name, values)
+
+    def _log_figures(self, name: str, values: Mapping[str, Tensor]) -> None:
+        for key, value in values.items():
+            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", batch_size=1)

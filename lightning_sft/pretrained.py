@@ -1,0 +1,123 @@
+"""Loading of pretrained models and tokenizers: the only `from_pretrained` calls of the library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lightning_sft.types import InputError
+
+
+def load_model(pretrained: str, attn_implementation: str | None = None) -> PreTrainedModel:
+    """The pretrained causal language model, in training mode, in torch's default dtype.
+
+    The default dtype is float32, or what Lightning's ``precision`` makes it while it calls ``configure_model``
+    (``bf16-true``, ``64-true``): master weights are never rounded because a checkpoint is stored in bfloat16.
+
+    Args:
+        pretrained: A hub name, a folder, or a GGUF file (which is dequantised).
+        attn_implementation: As in transformers; ``None`` lets it choose.
+
+    Raises:
+        InputError: When there is no such model, or it is not a causal language model.
+    """
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = _load(AutoModelForCausalLM, pretrained, "causal language model", dtype=torch.get_default_dtype(), **kwargs)
+    if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the mark would forbid saving them
+        del model.hf_quantizer, model.config.quantization_config
+    return _prepare(model)
+
+
+def model_from_config(config: dict[str, Any], attn_implementation: str | None = None) -> PreTrainedModel:
+    """The architecture that :func:`config_dict` describes, with random weights: a checkpoint fills them."""
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    built = AutoConfig.for_model(**config)
+    return _prepare(AutoModelForCausalLM.from_config(built, dtype=torch.get_default_dtype(), **kwargs))
+
+
+def config_dict(model: PreTrainedModel) -> dict[str, Any]:
+    """The model's configuration as plain values, so that it can live in a checkpoint's hyperparameters."""
+    plain: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    return plain
+
+
+def load_tokenizer(pretrained: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a pretrained model, with a chat template.
+
+    Args:
+        pretrained: A hub name, a folder, or a GGUF file.
+        chat_template: A Jinja file to use instead of the tokenizer's own template.
+
+    Raises:
+        InputError: When there is no tokenizer, or neither it nor the caller has a chat template.
+    """
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, pretrained, "tokenizer")
+    if chat_template is not None:
+        path = Path(chat_template)
+        if not path.is_file():
+            raise InputError(
+                f"There is no chat template file {chat_template!r}. data.chat_template takes a Jinja file."
+            )
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"The tokenizer of {pretrained!r} has no chat template, so it is not known how it marks turns. "
+            "Give one with data.chat_template=FILE.jinja, or start from an instruction-tuned model."
+        )
+    return tokenizer
+
+
+def context_length(pretrained: str) -> int | None:
+    """How many tokens the model was made for, or ``None`` where neither its config nor its tokenizer says."""
+    config = _load(AutoConfig, pretrained, "model configuration")
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
+    """The model without its head, and the head from H to V.
+
+    Raises:
+        InputError: When the architecture does not keep them apart.
+    """
+    backbone, head = model.base_model, model.get_output_embeddings()
+    if backbone is model or not isinstance(head, nn.Module):
+        raise InputError(f"{type(model).__name__} has no separate backbone and output head; it cannot be trained here.")
+    return backbone, head
+
+
+def _prepare(model: PreTrainedModel) -> PreTrainedModel:
+    if model.config.is_encoder_decoder:
+        raise InputError(f"{type(model).__name__} is an encoder-decoder; give a decoder-only causal language model.")
+    model.config.use_cache = False  # a cache hides from transformers that documents are packed
+    model.train()  # from_pretrained returns eval mode, and Lightning keeps the mode it finds
+    return model
+
+
+def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
+    source = {"pretrained_model_name_or_path": pretrained}
+    if pretrained.endswith(".gguf"):
+        path = Path(pretrained)
+        if not path.is_file():
+            raise InputError(f"There is no GGUF file {pretrained!r}.")
+        source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        return auto_class.from_pretrained(**source, **kwargs)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        where = "The folder is there" if Path(pretrained).exists() else "There is no such folder or file here"
+        reason = str(error).strip().splitlines()
+        raise InputError(
+            f"No {what} can be loaded from {pretrained!r}. {where}; expected a hub name, a folder that "
+            f"save_pretrained wrote, or a .gguf file. The loader said: {reason[0] if reason else type(error).__name__}"
+        ) from error

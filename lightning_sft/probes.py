@@ -1,0 +1,113 @@
+"""What is measured on the real model before the first step, because architectures differ silently.
+
+How the head turns hidden states into logits, whether a token sees only what is before it, and whether documents packed
+into one row see each other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_sft.types import InputError
+
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+_DOCUMENT = 12  # tokens in each document of a probe
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the probes found.
+
+    Args:
+        scale: Factor on the head's output.
+        softcap: Soft-cap on the scaled output, or ``None``.
+        isolates_documents: Whether documents that are packed into one row are computed as if each were alone.
+    """
+
+    scale: float
+    softcap: float | None
+    isolates_documents: bool
+
+
+def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Findings:
+    """Run all probes on a few random tokens, in evaluation mode and without gradients.
+
+    Raises:
+        InputError: When tokens see later tokens, or the model's logits are not a scaled, soft-capped head.
+    """
+    weight = next(head.parameters())  # [V, H]
+    generator = torch.Generator().manual_seed(0)
+    first, second, other = torch.randint(weight.shape[0], (3, 1, _DOCUMENT), generator=generator).to(weight.device)
+    with _evaluation(model):
+        alone, changed = states(backbone, first), states(backbone, torch.cat([first[:, :-1], second[:, :1]], 1))
+        if not _close(alone[:, :-1], changed[:, :-1]):
+            raise InputError(
+                f"{type(model).__name__} lets a token see the tokens after it, so it is not a causal language model. "
+                "Give a decoder-only model (for some architectures: set is_decoder in its config)."
+            )
+        scale, softcap = _logit_transform(model, head(alone), first)
+        packed = [_packed(backbone, first, second), _packed(backbone, other, second)]
+        alone = states(backbone, second)
+        isolates = all(p is not None and _close(p[:, _DOCUMENT:], alone) for p in packed)
+    return Findings(scale, softcap, isolates)
+
+
+def states(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    """Last hidden states ``[B, N, H]``. No attention mask and no cache: so transformers finds packed documents."""
+    positions = {} if position_ids is None else {"position_ids": position_ids}
+    hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+    return hidden
+
+
+def takes_positions(backbone: nn.Module) -> bool:
+    """Whether the backbone can be told the position of each token, without which nothing can be packed."""
+    return "position_ids" in inspect.signature(backbone.forward).parameters
+
+
+def _packed(backbone: nn.Module, *documents: Tensor) -> Tensor | None:
+    if not takes_positions(backbone):
+        return None
+    positions = torch.cat([torch.arange(d.shape[1], device=d.device) for d in documents])[None]
+    return states(backbone, torch.cat(documents, 1), positions)
+
+
+def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> tuple[float, float | None]:
+    """Which of the known ways from the head's output to logits is this model's: the one that gives its logits."""
+    config = model.config.get_text_config()
+    wanted = model(input_ids=input_ids, use_cache=False).logits
+    caps = [c for c in (getattr(config, name, None) for name in _CAPS) if c]
+    scales = [s for s in (getattr(config, name, None) for name in _SCALES) if s]
+    # what the config names comes first: where logits are tiny, a soft-cap cannot be told from none
+    for scale, cap in [(1.0, c) for c in caps] + [(f, None) for s in scales for f in (s, 1 / s)] + [(1.0, None)]:
+        logits = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
+        if logits.shape == wanted.shape and _close(logits, wanted):
+            return scale, cap
+    raise InputError(
+        f"The logits of {type(model).__name__} are not its head's output, scaled or soft-capped in a known way, so the "
+        "likelihood computed from the hidden states would be wrong. This architecture is not supported."
+    )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to the rounding of their dtype; a leak between documents is 100 times that."""
+    tolerance = 1e-4 if a.dtype in (torch.float32, torch.float64) else 3e-2
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,183 @@
+"""The nouns of the library: what travels between its stages.
+
+Shape legend, used in every file: B rows, N tokens in a row, T target tokens, D documents, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""Label of a position that has no target, as in ``torch.nn.functional.cross_entropy``."""
+
+Normalize = Literal["token", "sequence", "dataset"]
+"""What one optimiser step divides by, see :mod:`lightning_sft.objective`."""
+
+Message = dict[str, Any]
+"""One turn of a conversation, ``{"role": ..., "content": ...}``, as chat templates take it."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The text says what was given, what is expected and what to do."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """One row of a data set as chat messages.
+
+    Args:
+        messages: The turns in order.
+        tools: Tool descriptions handed to the chat template, or ``None``.
+        weights: One weight a message: how much its tokens count as targets. 0 makes it context.
+        provenance: Where the row came from, ``file:line``.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None = None
+    weights: Sequence[float] = ()
+    provenance: str = "?"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence: the tokens, and how much each counts as a target.
+
+    Args:
+        input_ids: Token ids, length N.
+        target_weights: One float a token; 0 is context, positive a target. Token 0 has no context and is never one.
+        provenance: Where the row came from, ``file:line``.
+    """
+
+    input_ids: Sequence[int]
+    target_weights: Sequence[float]
+    provenance: str = "?"
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given at inference, and the answer that the data set has for it.
+
+    Args:
+        input_ids: Token ids of ``apply_chat_template(messages, add_generation_prompt=True)``.
+        reference: The answer of the data set, or ``None`` where the row ends with the user's turn.
+        provenance: Where the row came from, ``file:line``.
+    """
+
+    input_ids: Sequence[int]
+    reference: str | None = None
+    provenance: str = "?"
+
+
+class Batch:
+    """One micro-batch, ready for the model: labels are shifted once, here, and nowhere else.
+
+    Not a dataclass on purpose: Lightning's true-precision plugins walk into dataclasses, dictionaries and tuples and
+    would round ``target_weights`` to bfloat16.
+
+    Args:
+        input_ids: Token ids ``[B, N]``.
+        labels: The token that follows each position, or ``IGNORE``, ``[B, N]``.
+        position_ids: Position within its document, ``[B, N]``; a new document starts where it is 0.
+        target_weights: Weight of each label, ``[B, N]``, float; 0 where there is no target.
+        normalizer: Z of the whole optimiser step that this micro-batch belongs to, over all its micro-batches and all
+            ranks. ``None`` where nobody planned ahead: the module then normalises afterwards.
+        provenance: ``file:line`` of each document, in order.
+    """
+
+    tensors = ("input_ids", "labels", "position_ids", "target_weights")
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor,
+        target_weights: Tensor,
+        normalizer: float | None = None,
+        provenance: Sequence[str] = (),
+    ) -> None:
+        self.input_ids = input_ids
+        self.labels = labels
+        self.position_ids = position_ids
+        self.target_weights = target_weights
+        self.normalizer = normalizer
+        self.provenance = tuple(provenance)
+
+    @classmethod
+    def of(cls, batch: Batch | Mapping[str, Any]) -> Batch:
+        """A batch as it is, or one made from the ``input_ids`` and ``labels`` of a plain Hugging Face collator.
+
+        Hugging Face labels stand at their own position (``labels[i]`` is ``input_ids[i]`` or -100); they are shifted.
+        Rows are taken to be padded on the right, unless ``position_ids`` says otherwise.
+
+        Raises:
+            InputError: When a key is missing, or the rows are padded on the left.
+
+        >>> batch = Batch.of({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])})
+        >>> batch.labels.tolist(), batch.target_weights.tolist()
+        ([[6, 7, -100]], [[1.0, 1.0, 0.0]])
+        """
+        if isinstance(batch, Batch):
+            return batch
+        if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+            given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise InputError(f"A batch must be a Batch or have 'input_ids' and 'labels', got {given}.")
+        mask = batch.get("attention_mask")
+        if mask is not None and (mask[:, 0] == 0).any():
+            raise InputError("The batch is padded on the left. Pad on the right: tokenizer.padding_side = 'right'.")
+        ids = batch["input_ids"]
+        positions = batch.get("position_ids")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        labels = torch.full_like(ids, IGNORE)
+        labels[:, :-1] = batch["labels"][:, 1:]
+        labels[:, :-1][positions[:, 1:] == 0] = IGNORE  # a document's first token is nobody's target
+        return cls(ids, labels, positions, (labels != IGNORE).double())
+
+    def _map(self, change: Any) -> Batch:
+        tensors = {name: change(getattr(self, name)) for name in self.tensors}
+        return Batch(**tensors, normalizer=self.normalizer, provenance=self.provenance)
+
+    def to(self, device: Any, non_blocking: bool = False) -> Batch:
+        """The same batch on another device; Lightning calls it."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; the data loader calls it."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def documents(self) -> Tensor:
+        """The number of the document that each position belongs to, ``[B, N]``, counted over the whole batch."""
+        return ((self.position_ids == 0).flatten().cumsum(0) - 1).view_as(self.position_ids)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds more than one document."""
+        return bool((self.position_ids[:, 1:] == 0).any())
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """The weighted log-likelihood of the targets of one batch; unpacks as ``total, weight``.
+
+    Args:
+        total: Sum over targets of w_t · log Pr(t | its context), a scalar with a gradient.
+        weight: Sum of w_t, a scalar.
+        log_probs: log Pr of each target in order, ``[T]``, without a gradient.
+        correct: Whether each target is the most likely token, ``[T]``.
+    """
+
+    total: Tensor
+    weight: Tensor
+    log_probs: Tensor = field(repr=False)
+    correct: Tensor = field(repr=False)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.total, self.weight))
