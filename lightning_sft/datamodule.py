@@ -69,6 +69,8 @@ class SFTDataModule(LightningDataModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
         self._plans: dict[str, Plan] = {}
+        if val is None:  # so Lightning sees that there is no validation, and does not warn of an empty loader
+            self.val_dataloader = None  # type: ignore[assignment,method-assign]
 
     def setup(self, stage: str) -> None:
         """Read and encode what the stage needs, once."""
@@ -102,9 +104,9 @@ class SFTDataModule(LightningDataModule):
         """The planned micro-batches of this rank; each epoch in an order of its own."""
         return self._loader("train", self._place)
 
-    def val_dataloader(self) -> EpochLoader | list[Any]:
+    def val_dataloader(self) -> EpochLoader:
         """Validation micro-batches: every example once over all ranks."""
-        return self._loader("val") if "val" in self.splits else []
+        return self._loader("val")
 
     def test_dataloader(self) -> EpochLoader:
         """Test micro-batches: every example once over all ranks."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Iterable
+
+import torch
 
 from lightning_sft.types import IGNORE, Batch, LogLikelihood
 
@@ -26,3 +30,32 @@ def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]]) -> FloatingPointErro
         "these samples; if they are sound, lower the learning rate (model.optimizer.lr), clip gradients "
         "(trainer.gradient_clip_val=1) or use trainer.precision=bf16-mixed instead of 16-mixed."
     )
+
+
+def bfloat16_is_slow(size: int = 192) -> bool:
+    """Whether this CPU multiplies bfloat16 matrices more slowly than float32 ones, by trying it.
+
+    Without AMX or AVX-512-BF16, torch falls back to a loop that is a hundred times slower.
+
+    Args:
+        size: Rows and columns of the matrices; a few milliseconds even in the slow loop.
+    """
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(size, size, dtype=dtype)
+        a @ a  # the first call sets up kernels
+        begin = time.perf_counter()
+        for _ in range(3):
+            a @ a
+        seconds[dtype] = time.perf_counter() - begin
+    return seconds[torch.bfloat16] > 2 * seconds[torch.float32]
+
+
+def warn_if_bfloat16_is_slow() -> None:
+    """Warn that float32 would be faster, where it would."""
+    if bfloat16_is_slow():
+        warnings.warn(
+            "This CPU has no fast bfloat16 arithmetic, so trainer.precision=bf16-* is many times slower here than "
+            "32-true. Use trainer.precision=32-true.",
+            stacklevel=2,
+        )

@@ -12,9 +12,11 @@ import yaml
 from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from lightning_sft import __version__
+from lightning_sft.callbacks import PredictionWriter
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
 from lightning_sft.export import export
@@ -36,6 +38,12 @@ class SFTCLI(LightningCLI):
         if path and Path(path).is_file():
             checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
             self._checkpoint_config = checkpoint.get("hyper_parameters", {}).get("_hf_config")
+
+    def before_predict(self) -> None:
+        """Predictions go to ``predictions.jsonl`` beside the run, unless the user has a writer of their own."""
+        if not any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):
+            path = Path(self.trainer.default_root_dir) / "predictions.jsonl"
+            self.trainer.callbacks.append(PredictionWriter(str(path)))
 
     def after_instantiate_classes(self) -> None:
         """Hand the checkpoint's architecture to the module."""

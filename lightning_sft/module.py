@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
-from lightning_sft.guards import not_finite
+from lightning_sft.guards import not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import CorpusLikelihood, figures, sums
 from lightning_sft.objective import log_likelihood
 from lightning_sft.probes import Findings, probe, states, takes_positions
@@ -84,6 +84,8 @@ class SFTModule(LightningModule):
             model = loading.load_model(self.pretrained, self.attn_implementation)
         else:
             model = loading.model_from_config(self._hf_config, self.attn_implementation)
+        if self._trainer is not None and model.device.type == "cpu" and "bf16" in str(self.trainer.precision):
+            warn_if_bfloat16_is_slow()
         self.hparams["_hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
         self.findings = probe(model, backbone, head)
@@ -196,6 +198,8 @@ class SFTModule(LightningModule):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = self.optimizer([group for group in groups if group["params"]])
+        # Lightning refuses to clip where a fused optimiser would undo the loss scaling by itself; let the scaler do it
+        cast(Any, optimizer)._step_supports_amp_scaling = False
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -106,6 +106,7 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
+    pretrained = str(Path(pretrained).expanduser()) if pretrained.startswith("~") else pretrained
     source = {"pretrained_model_name_or_path": pretrained}
     if pretrained.endswith(".gguf"):
         path = Path(pretrained)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lightning_sft.demos import tiny_pretrained
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama as a Hugging Face folder."""
+    return tiny_pretrained(tmp_path_factory.mktemp("pretrained") / "llama")
+
+
+@pytest.fixture
+def rows() -> list[dict[str, str]]:
+    return [{"prompt": f"Say {i}", "completion": f"{i} it is"} for i in range(12)]
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Write rows (or a text, as it is) to a JSONL file."""
+
+    def write(rows: Any, name: str = "train.jsonl") -> str:
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def quiet_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """A trainer on the CPU that shows and writes nothing."""
+
+    def make(**settings: Any) -> Trainer:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        defaults = {"accelerator": "cpu", "max_epochs": 1, "enable_model_summary": False, "default_root_dir": tmp_path}
+        return Trainer(**{**quiet, **defaults, **settings})
+
+    return make

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_sft.objective import log_likelihood
+from lightning_sft.types import IGNORE
+
+
+def case(targets: int = 9, dtype: torch.dtype = torch.float32) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 8, 6, dtype=dtype, requires_grad=True)
+    head = nn.Linear(6, 11, bias=False, dtype=dtype)
+    labels = torch.full((16,), IGNORE)
+    labels[torch.randperm(16)[:targets]] = torch.randint(11, (targets,))
+    return hidden, head, labels.view(2, 8), torch.rand(2, 8, dtype=torch.float64)
+
+
+def formula(hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, scale: float, cap: float | None) -> Tensor:
+    """Σ w · log Pr(y), position by position, in float64."""
+    total = torch.zeros((), dtype=torch.float64)
+    for states, row, row_weights in zip(hidden.double(), labels, weights, strict=True):
+        for state, label, w in zip(states, row, row_weights, strict=True):
+            if label != IGNORE:
+                logits = weight.double() @ state * scale
+                logits = logits if cap is None else cap * (logits / cap).tanh()
+                total = total + w * (logits[label] - logits.exp().sum().log())
+    return total
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 1.5), (3.0, 2.0)])
+@pytest.mark.parametrize("chunk_size", [1, 4, 9, 1000])
+def test_value_and_gradients_are_those_of_the_formula(scale: float, softcap: float | None, chunk_size: int) -> None:
+    hidden, head, labels, weights = case()
+    total, weight = log_likelihood(hidden, head, labels, weights, scale=scale, softcap=softcap, chunk_size=chunk_size)
+    (3 * total).backward()
+    got = hidden.grad, head.weight.grad
+    hidden.grad = head.weight.grad = None
+    expected = formula(hidden, head.weight, labels, weights, scale, softcap)
+    (3 * expected).backward()
+    assert abs(total.item() / expected.item() - 1) <= 1e-6
+    assert weight.item() == pytest.approx(weights[labels != IGNORE].sum().item(), rel=1e-6)
+    for gradient, wanted in zip(got, (hidden.grad, head.weight.grad), strict=True):
+        assert (gradient - wanted).abs().max() <= 1e-6 * wanted.abs().max()
+
+
+def test_gradients_pass_gradcheck_in_float64() -> None:
+    hidden, head, labels, weights = case(dtype=torch.float64)
+
+    def total(states: Tensor, weight: Tensor) -> Tensor:
+        return log_likelihood(states, weight, labels, weights, softcap=2.0, chunk_size=4).total
+
+    assert torch.autograd.gradcheck(total, (hidden, head.weight))
+
+
+def test_no_targets_give_a_connected_zero() -> None:
+    hidden, head, labels, _ = case(targets=0)
+    total, weight = log_likelihood(hidden, head, labels)
+    total.backward()
+    assert total.item() == weight.item() == 0
+    assert hidden.grad is not None
+    assert head.weight.grad is not None
+    assert not hidden.grad.any()
+    assert not head.weight.grad.any()
+
+
+def test_only_targets_reach_the_head() -> None:
+    hidden, head, labels, _ = case(targets=5)
+    seen: list[int] = []
+    head.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    log_likelihood(hidden, head, labels, chunk_size=2)
+    assert seen == [2, 2, 1]
+
+
+def test_weights_are_honoured_down_to_zero_and_need_no_labels_removed() -> None:
+    hidden, head, labels, weights = case()
+    weights[0] = 0
+    total, weight = log_likelihood(hidden, head, labels, weights)
+    only, same = log_likelihood(hidden[1:], head, labels[1:], weights[1:])
+    assert (total - only).abs() <= 1e-6 * only.abs()
+    assert weight == same
+
+
+def test_a_frozen_head_gets_no_gradient_but_the_states_do() -> None:
+    hidden, head, labels, _ = case()
+    head.requires_grad_(False)
+    log_likelihood(hidden, head, labels).total.backward()
+    assert head.weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_a_head_alone_can_be_trained() -> None:
+    hidden, head, labels, _ = case()
+    log_likelihood(hidden.detach(), head, labels).total.backward()
+    assert head.weight.grad is not None
+
+
+def test_tied_weights_get_both_gradients() -> None:
+    _, head, labels, _ = case()
+    ids = torch.randint(11, (2, 8))
+    log_likelihood(head.weight[ids], head, labels).total.backward()
+    tied = head.weight.grad
+    separate = head.weight.detach().clone().requires_grad_()
+    log_likelihood(separate[ids], head.weight.detach(), labels).total.backward()
+    head.weight.grad = None
+    log_likelihood(head.weight.detach()[ids], head, labels).total.backward()
+    assert torch.allclose(tied, head.weight.grad + separate.grad, atol=1e-6)
+
+
+def test_without_gradients_nothing_is_differentiated_and_the_value_is_the_same() -> None:
+    hidden, head, labels, weights = case()
+    with torch.inference_mode():
+        quiet = log_likelihood(hidden, head, labels, weights)
+    assert not quiet.total.requires_grad
+    assert quiet.total == log_likelihood(hidden, head, labels, weights).total
+
+
+def test_log_probs_and_correct_tell_each_target_in_order() -> None:
+    hidden, head, labels, _ = case()
+    likelihood = log_likelihood(hidden, head, labels, chunk_size=4)
+    logits = head(hidden)[labels != IGNORE]
+    targets = labels[labels != IGNORE]
+    assert torch.allclose(
+        likelihood.log_probs, logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1), atol=1e-6
+    )
+    assert torch.equal(likelihood.correct, logits.argmax(-1) == targets)
+
+
+def test_bfloat16_logits_are_summed_in_float32() -> None:
+    hidden, head, labels, _ = case(dtype=torch.bfloat16)
+    total, weight = log_likelihood(hidden, head, labels)
+    assert total.dtype == weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrong", [{"labels": torch.zeros(2, 7)}, {"weights": torch.ones(2, 7)}, {"chunk_size": 0}])
+def test_wrong_shapes_and_sizes_are_refused(wrong: dict[str, object]) -> None:
+    hidden, head, labels, _ = case()
+    with pytest.raises(ValueError, match="must be"):
+        log_likelihood(**{"hidden": hidden, "head": head, "labels": labels, **wrong})
