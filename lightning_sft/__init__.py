@@ -6,22 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Batch", "SFTDataModule", "SFTModule", "__version__", "log_likelihood", "main"]
+__all__ = ["Batch", "SFTDataModule", "SFTModule", "__version__", "log_likelihood"]
 
 if TYPE_CHECKING:
     from lightning_sft.datamodule import SFTDataModule
-    from lightning_sft.main import main
     from lightning_sft.module import SFTModule
     from lightning_sft.objective import log_likelihood
     from lightning_sft.types import Batch
 
-_HOMES = {
-    "Batch": "types",
-    "SFTDataModule": "datamodule",
-    "SFTModule": "module",
-    "log_likelihood": "objective",
-    "main": "main",
-}
+_HOMES = {"Batch": "types", "SFTDataModule": "datamodule", "SFTModule": "module", "log_likelihood": "objective"}
 
 
 def __getattr__(name: str) -> Any:

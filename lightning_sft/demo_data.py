@@ -76,7 +76,8 @@ _COMMANDS = (_light, _heat, _alarm, _timer, _message, _buy)
 def command_rows(num_rows: int, seed: int = 0) -> list[dict[str, str]]:
     """Requests and their commands, no request twice.
 
-    >>> command_rows(2)
+    >>> command_rows(1)[0]["prompt"], command_rows(1)[0]["completion"]
+    ('I would like you to remind me of the pizza in 4 minutes', '{"do": "timer", "for": "pizza", "minutes": 4}')
     """
     r = Random(seed)
     rows: dict[str, str] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -13,17 +13,25 @@ from lightning_sft.types import IGNORE, Batch, LogLikelihood
 _NAMED = 10  # samples in the message
 
 
-def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]]) -> FloatingPointError:
+def not_finite(
+    seen: Iterable[tuple[Batch, LogLikelihood]], recompute: Callable[[Batch], LogLikelihood]
+) -> FloatingPointError:
     """The error for a loss that is NaN or infinite, with the samples that it comes from.
+
+    Documents packed together share a NaN (0 · NaN is NaN in attention), so each suspect is computed alone once more.
 
     Args:
         seen: The micro-batches among which this process looks for the cause.
+        recompute: The likelihood of a batch.
     """
-    named: list[str] = []
+    suspects: dict[str, bool] = {}
     for batch, likelihood in seen:
         bad = ~likelihood.log_probs.isfinite()
-        documents = batch.documents()[batch.labels != IGNORE][bad].unique().tolist()
-        named += [batch.provenance[d] if batch.provenance else f"document {d} of its micro-batch" for d in documents]
+        for number in batch.documents()[batch.labels != IGNORE][bad].unique().tolist():
+            name = batch.provenance[number] if batch.provenance else f"document {number} of its micro-batch"
+            with torch.no_grad():
+                suspects[name] = not recompute(batch.document(number)).total.isfinite()
+    named = sorted(name for name, guilty in suspects.items() if guilty) or sorted(suspects)
     where = ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
     return FloatingPointError(
         f"The loss is NaN or infinite. Samples: {where or 'on another rank'}. Nothing was updated with it. Look at "

@@ -5,15 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
-from jsonargparse import auto_cli
+from jsonargparse import Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_sft import __version__
 from lightning_sft.callbacks import PredictionWriter
@@ -28,6 +28,10 @@ from lightning_sft.types import InputError
 class SFTCLI(LightningCLI):
     """Lightning's command line without its surprises: the command line wins over a checkpoint's hyperparameters."""
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Without Lightning's warning to whoever calls ``main`` with arguments from a program that has some too."""
+        self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint override what the user has just asked for."""
 
@@ -37,18 +41,18 @@ class SFTCLI(LightningCLI):
         path = self._get(self.config, "ckpt_path")
         if path and Path(path).is_file():
             checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-            self._checkpoint_config = checkpoint.get("hyper_parameters", {}).get("_hf_config")
+            self._checkpoint_config = checkpoint.get("hyper_parameters", {}).get("hf_config")
 
     def before_predict(self) -> None:
         """Predictions go to ``predictions.jsonl`` beside the run, unless the user has a writer of their own."""
-        if not any(isinstance(callback, BasePredictionWriter) for callback in self.trainer.callbacks):
-            path = Path(self.trainer.default_root_dir) / "predictions.jsonl"
-            self.trainer.callbacks.append(PredictionWriter(str(path)))
+        callbacks: list[Callback] = cast(Any, self.trainer).callbacks
+        if not any(isinstance(callback, BasePredictionWriter) for callback in callbacks):
+            callbacks.append(PredictionWriter(str(Path(self.trainer.default_root_dir) / "predictions.jsonl")))
 
     def after_instantiate_classes(self) -> None:
         """Hand the checkpoint's architecture to the module."""
         if self._checkpoint_config and isinstance(self.model, SFTModule):
-            self.model._hf_config = self._checkpoint_config
+            self.model.hf_config = self._checkpoint_config
 
 
 def main(args: ArgsType = None) -> Any:

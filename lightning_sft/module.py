@@ -38,6 +38,7 @@ class SFTModule(LightningModule):
         attn_implementation: Attention of transformers, as ``sdpa``; its own choice by default.
         chunk_size: Targets whose logits are in memory at a time.
         max_new_tokens: Most tokens that ``predict`` generates for a prompt.
+        hf_config: Architecture of a model whose weights a checkpoint brings: the pretrained ones are then not read.
 
     >>> import tempfile
     >>> from lightning_sft.demos import tiny_pretrained
@@ -60,16 +61,14 @@ class SFTModule(LightningModule):
         attn_implementation: str | None = None,
         chunk_size: int = 256,
         max_new_tokens: int = 256,
-        _hf_config: dict[str, Any] | None = None,
+        hf_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["optimizer", "_hf_config"])
+        self.save_hyperparameters(ignore=["optimizer", "hf_config"])
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
-        self._hf_config = (
-            _hf_config  # of a checkpoint: then its weights are coming, and the pretrained ones are not read
-        )
+        self.hf_config = hf_config
         self.model: PreTrainedModel | None = None
         self.findings: Findings | None = None
         self.val_metric, self.test_metric = CorpusLikelihood(), CorpusLikelihood()
@@ -80,13 +79,13 @@ class SFTModule(LightningModule):
         """Load the model once, and measure on it what differs between architectures."""
         if self.model is not None:
             return
-        if self._hf_config is None:
+        if self.hf_config is None:
             model = loading.load_model(self.pretrained, self.attn_implementation)
         else:
-            model = loading.model_from_config(self._hf_config, self.attn_implementation)
+            model = loading.model_from_config(self.hf_config, self.attn_implementation)
         if self._trainer is not None and model.device.type == "cpu" and "bf16" in str(self.trainer.precision):
             warn_if_bfloat16_is_slow()
-        self.hparams["_hf_config"] = loading.config_dict(model)
+        self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
         self.findings = probe(model, backbone, head)
         if self.gradient_checkpointing:
@@ -144,7 +143,7 @@ class SFTModule(LightningModule):
         local = torch.stack([sums(likelihood) for _, likelihood in window]).sum(0)
         totals = self.trainer.strategy.reduce(local, reduce_op="sum")
         if not torch.isfinite(totals[0]):
-            raise not_finite(window)
+            raise not_finite(window, self.log_likelihood)
         if window[0][0].normalizer is None and totals[1] > 0:
             _, num_ranks = data_parallel(self.trainer)
             for parameter in self.parameters():
@@ -216,7 +215,7 @@ class SFTModule(LightningModule):
         metric.reset()
         bad, self._not_finite = self._not_finite, []
         if not torch.isfinite(values["loss"]):
-            raise not_finite(bad)
+            raise not_finite(bad, self.log_likelihood)
         self._log_figures(name, values)
 
     def _log_figures(self, name: str, values: Mapping[str, Tensor]) -> None:

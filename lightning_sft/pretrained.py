@@ -98,8 +98,6 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
-    if model.config.is_encoder_decoder:
-        raise InputError(f"{type(model).__name__} is an encoder-decoder; give a decoder-only causal language model.")
     model.config.use_cache = False  # a cache hides from transformers that documents are packed
     model.train()  # from_pretrained returns eval mode, and Lightning keeps the mode it finds
     return model

@@ -157,6 +157,13 @@ class Batch:
         """The number of the document that each position belongs to, ``[B, N]``, counted over the whole batch."""
         return ((self.position_ids == 0).flatten().cumsum(0) - 1).view_as(self.position_ids)
 
+    def document(self, number: int) -> Batch:
+        """One of its documents as a batch of its own."""
+        here = self.documents() == number
+        names = self.provenance[number : number + 1]
+        tensors = {name: getattr(self, name)[here][None] for name in self.tensors}
+        return Batch(**tensors, normalizer=self.normalizer, provenance=names)
+
     @property
     def is_packed(self) -> bool:
         """Whether a row holds more than one document."""

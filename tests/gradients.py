@@ -1,4 +1,4 @@
-"""Helpers of test_invariants, also run under torchrun: the gradients that a fit really applies, and what they must be."""
+"""Helpers of test_invariants, also run under torchrun: the gradients that a fit applies, and what they must be."""
 
 from __future__ import annotations
 

@@ -87,23 +87,32 @@ def _context_and_answer(
             "the answer would be trained in a context that the model never gets. Give a template where both agree: "
             "data.chat_template."
         )
-    end = rendered.rfind(content, len(prompt))
-    if end < 0:
+    if content not in rendered[len(prompt) :]:
         raise InputError(f"{where}: the chat template does not render the answer's text as it is.")
-    stop = special.search(rendered, end + len(content))
-    if stop is None:
+    end = _end_of_answer(rendered, len(prompt), content, special)
+    if end is None:
         raise InputError(
             f"{where}: the chat template puts no stop token after the answer, so the model would never learn to stop. "
             "Add the end-of-turn token to the template: data.chat_template."
         )
     context = _token_ids(prompt, tokenizer)
-    both = _token_ids(rendered[: stop.end()], tokenizer)
+    both = _token_ids(rendered[:end], tokenizer)
     if both[: len(context)] == context:
         return context, both[len(context) :]
-    answer = _token_ids(rendered[len(prompt) : stop.end()], tokenizer)  # the boundary merges: the prompt stays itself
+    answer = _token_ids(rendered[len(prompt) : end], tokenizer)  # the boundary merges: the prompt stays itself
     if tokenizer.decode(context + answer) != tokenizer.decode(both):
         raise InputError(f"{where}: the tokenizer cannot tokenise the answer apart from the prompt before it.")
     return context, answer
+
+
+def _end_of_answer(rendered: str, begin: int, content: str, special: re.Pattern[str]) -> int | None:
+    """Where the stop token ends: the special token after the last stretch between special tokens with the content."""
+    end = None
+    for token in special.finditer(rendered, begin):
+        if content in rendered[begin : token.start()]:
+            end = token.end()
+        begin = token.end()
+    return end
 
 
 def _render(

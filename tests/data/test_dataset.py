@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_sft.data.dataset import load_split
+from lightning_sft.demos import tiny_tokenizer
+from lightning_sft.types import InputError
+
+GOOD = {"prompt": "Hi", "completion": "Yo"}
+
+
+def load(rows: list[dict[str, Any]], **settings: Any) -> Any:
+    return load_split("train", rows, tiny_tokenizer(), **settings)
+
+
+def test_refused_rows_stop_everything_and_are_listed() -> None:
+    rows = [GOOD, {**GOOD, "completion": ""}, {"messages": [{"role": "user", "content": "x"}]}]
+    with pytest.raises(InputError) as error:
+        load(rows)
+    text = str(error.value)
+    assert "2 of 3 rows cannot be used" in text
+    assert "row 2: turn 2: the answer is empty" in text
+    assert "row 3: the row has no answer" in text
+    assert "data.invalid_rows=skip" in text
+
+
+def test_skipped_rows_are_counted_and_said() -> None:
+    split = load([GOOD, {**GOOD, "completion": ""}], invalid_rows="skip")
+    assert (split.num_rows, len(split.examples), len(split.refused)) == (2, 1, 1)
+    assert "1 of 2 rows cannot be used" in split.remarks()[0]
+
+
+def test_long_sequences_are_left_out_counted_and_said() -> None:
+    split = load([GOOD, {**GOOD, "completion": "x" * 500}], max_length=200)
+    assert len(split.examples) == 1
+    assert "1 sequences are longer than data.max_length" in split.remarks()[0]
+    assert "row 2 (5" in split.remarks()[0]
+
+
+def test_a_max_length_below_every_sequence_says_how_long_the_shortest_is() -> None:
+    shortest = len(load([GOOD]).examples[0])
+    with pytest.raises(InputError, match=f"data.max_length=16 is less than the {shortest} tokens"):
+        load([GOOD], max_length=16)
+
+
+def test_nothing_left_is_an_error_even_when_rows_may_be_skipped() -> None:
+    with pytest.raises(InputError, match="no row can be used"):
+        load([{**GOOD, "completion": ""}], invalid_rows="skip")
+
+
+def test_ignored_keys_are_counted_and_said() -> None:
+    split = load([{**GOOD, "id": 1}, {**GOOD, "id": 2, "wieght": 0.5}])
+    assert split.remarks() == [
+        "train: keys without a meaning in their format are ignored: 'id' (2 rows), 'wieght' (1 rows)"
+    ]
+
+
+def test_only_a_few_of_many_refused_rows_are_named() -> None:
+    with pytest.raises(InputError, match=r"\.\.\. and 15 more"):
+        load([{**GOOD, "completion": ""}] * 20)

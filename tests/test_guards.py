@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_sft import guards
+from lightning_sft.data.collate import collate
+from lightning_sft.types import Example, LogLikelihood
+
+
+def test_the_samples_whose_loss_is_no_number_are_named() -> None:
+    batch = collate([Example([1, 2], [0, 1], "f:1"), Example([3, 4, 5], [0, 1, 1], "f:2")])
+    likelihood = LogLikelihood(
+        torch.tensor(0.0), torch.tensor(3.0), torch.tensor([-1.0, -2.0, torch.nan]), torch.ones(3)
+    )
+    text = str(guards.not_finite([(batch, likelihood)], lambda _: likelihood))
+    assert "f:2" in text
+    assert "f:1" not in text
+
+
+def test_where_no_sample_of_this_rank_is_to_blame_it_says_so() -> None:
+    assert "on another rank" in str(guards.not_finite([], lambda _: None))
+
+
+def test_bfloat16_on_a_cpu_that_has_none_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "bfloat16_is_slow", lambda: True)
+    with pytest.warns(UserWarning, match="trainer.precision=32-true"):
+        guards.warn_if_bfloat16_is_slow()
+
+
+def test_the_speed_of_bfloat16_is_measured() -> None:
+    assert guards.bfloat16_is_slow(32) in (True, False)

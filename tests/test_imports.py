@@ -1,0 +1,76 @@
+"""The floors of docs/contributing.md: a file imports only from lower floors, heavy packages only where they belong."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lightning_sft
+
+ROOT = Path(lightning_sft.__file__).parent
+FLOORS = [
+    {"types"},
+    {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes"}
+    | {f"data.{name}" for name in ("sources", "messages", "encode", "packing", "plan", "collate")},
+    {"pretrained", "export", "data.dataset", "data.loader"},
+    {"data.report", "module", "demo_model"},
+    {"datamodule", "callbacks.predictions"},
+    {"callbacks"},
+    {"main"},
+    {"__main__"},
+]
+LIGHTNING_FROM = 3  # the lowest floor that may import lightning
+TRANSFORMERS = {"pretrained", "export", "probes", "demos", "data.encode", "data.dataset", "data.loader", "module"}
+TRANSFORMERS |= {"datamodule"}  # there and in module: for the types of what they hold
+LAZY = {"peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+    if path != ROOT / "__init__.py"
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports at its top level."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "lightning_sft":
+            found |= {f"lightning_sft.{alias.name}" for alias in node.names if alias.name in FILES}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def floor(name: str) -> int:
+    return next(number for number, names in enumerate(FLOORS) if name in names)
+
+
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"data"}))
+def test_a_file_imports_only_from_lower_floors(name: str) -> None:
+    for module in imported(FILES[name]):
+        package, _, rest = module.partition(".")
+        if package == "lightning_sft":
+            assert floor(rest) < floor(name), f"{name} imports {rest}"
+        if package == "lightning":
+            assert floor(name) >= LIGHTNING_FROM, f"{name} imports {module}"
+        if package == "transformers":
+            assert name in TRANSFORMERS, f"{name} imports {module}"
+        assert package not in LAZY, f"{name} imports {module} at its top level"
+
+
+def test_files_are_short() -> None:
+    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
+    assert max(lengths.values()) <= 300
+    assert sorted(lengths.values())[len(lengths) // 2] <= 120
+
+
+def test_importing_the_package_does_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, lightning_sft; sys.exit(bool({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,167 @@
+"""The command line, called in-process as the shell calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.main import console, main
+from lightning_sft.types import InputError
+
+
+class MyModule(SFTModule):
+    """A user's own module."""
+
+
+class MyData(SFTDataModule):
+    """A user's own data module."""
+
+    def __init__(self, path: str, k: int = 3) -> None:
+        super().__init__(train=path)
+        self.k = k
+
+
+@pytest.fixture
+def arguments(pretrained: str, jsonl: Any, rows: list[dict[str, str]], tmp_path: Path) -> list[str]:
+    path = jsonl(rows)
+    flags = {
+        "model.pretrained": pretrained,
+        "data.train": path,
+        "data.val": path,
+        "data.test": path,
+        "data.predict": path,
+        "model.max_new_tokens": 2,
+        "trainer.accelerator": "cpu",
+        "trainer.default_root_dir": tmp_path,
+        "trainer.enable_progress_bar": "false",
+        "trainer.enable_model_summary": "false",
+        "trainer.logger": "lightning.pytorch.loggers.CSVLogger",
+        "trainer.logger.save_dir": tmp_path,
+    }
+    return [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+
+
+def test_fit_validate_test_and_predict_run(arguments: list[str], tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    cli = main(["fit", *arguments])
+    assert cli.trainer.global_step == 1  # one epoch by default
+    assert {"train/loss", "val/loss", "lr"} <= cli.trainer.callback_metrics.keys()
+    assert "val/loss" in main(["validate", *arguments]).trainer.callback_metrics
+    assert "test/perplexity" in main(["test", *arguments]).trainer.callback_metrics
+    main(["predict", *arguments])
+    predictions = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [p["reference"] for p in predictions] == [row["completion"] for row in rows]
+
+
+def test_the_resolved_config_is_saved_beside_the_run_and_runs_again(arguments: list[str], tmp_path: Path) -> None:
+    first = main(["fit", *arguments, "--model.optimizer.lr", "1e-3"])
+    saved = Path(first.trainer.log_dir) / "config.yaml"
+    config = yaml.safe_load(saved.read_text())
+    assert config["model"]["optimizer"]["init_args"]["lr"] == 1e-3
+    assert config["data"]["packing"] == "packed"
+    again = main(["fit", "--config", str(saved)])
+    assert again.trainer.callback_metrics["val/loss"] == first.trainer.callback_metrics["val/loss"]
+
+
+def test_help_is_flat_and_readable(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for key in ("model.pretrained", "model.normalize", "data.train", "data.tokens_per_batch", "data.packing"):
+        assert f"--{key} " in text
+    assert "A hub name, a folder, or a GGUF file." in " ".join(text.split())
+
+
+def test_print_config_is_complete_yaml(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments, "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["model"]["normalize"] == "token"
+    assert config["trainer"]["max_epochs"] == 1
+
+
+def test_one_part_of_the_optimizer_can_be_set_and_the_rest_keeps_its_default(arguments: list[str]) -> None:
+    cli = main(["fit", *arguments, "--model.optimizer.lr", "0.25"])
+    [group, *_] = cli.trainer.optimizers[0].param_groups
+    assert (group["initial_lr"], group["fused"], group["weight_decay"]) == (0.25, True, 0.01)
+    cli = main(["fit", *arguments, "--model.optimizer", "SGD", "--model.optimizer.lr", "0.5"])
+    assert isinstance(cli.trainer.optimizers[0], torch.optim.SGD)
+
+
+def test_a_user_brings_their_own_classes_by_path_or_in_yaml(
+    arguments: list[str], tmp_path: Path, jsonl: Any, rows: list[dict[str, str]]
+) -> None:
+    trainer = arguments[arguments.index("--trainer.accelerator") :]
+    mine = {"class_path": f"{__name__}.MyData", "init_args": {"path": jsonl(rows), "k": 5}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"data": mine}))
+    model = ["--model.pretrained", arguments[1]]
+    cli = main(["fit", "--config", str(tmp_path / "mine.yaml"), *model, *trainer])
+    assert (type(cli.datamodule).__name__, cli.datamodule.k) == ("MyData", 5)
+    flags = ["--data", f"{__name__}.MyData", "--data.path", mine["init_args"]["path"], "--data.k", "7"]
+    cli = main(["fit", *flags, "--model", f"{__name__}.MyModule", *model, *trainer])
+    assert cli.datamodule.k == 7
+    assert type(cli.model).__name__ == "MyModule"
+
+
+def test_the_tokenizer_is_the_models_unless_another_is_named(arguments: list[str], pretrained: str) -> None:
+    assert main(["validate", *arguments]).datamodule.tokenizer.name_or_path == pretrained
+    with pytest.raises(InputError, match=r"No tokenizer can be loaded from '/nowhere'"):
+        main(["validate", *arguments, "--data.tokenizer", "/nowhere"])
+
+
+def test_a_checkpoint_never_overrides_the_command_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = main(["fit", *arguments, "--model.optimizer.lr", "0.5"]).trainer.checkpoint_callback.best_model_path
+
+    def no_reading(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the pretrained weights were read although a checkpoint was given")
+
+    monkeypatch.setattr("lightning_sft.pretrained.load_model", no_reading)
+    flags = ["--model.chunk_size", "7", "--trainer.max_epochs", "2", "--ckpt_path", path]
+    cli = main(["fit", *arguments, *flags, "--model.schedule", "constant"])
+    assert cli.model.chunk_size == 7
+    assert cli.model.schedule == "constant"
+    assert cli.trainer.global_step == 2
+
+
+def test_export_writes_what_plain_transformers_loads(arguments: list[str], tmp_path: Path) -> None:
+    cli = main(["fit", *arguments, "--model.optimizer.lr", "0.1"])
+    out = main(["export", "--ckpt", cli.trainer.checkpoint_callback.best_model_path, "--out", str(tmp_path / "out")])
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(ids).logits, cli.model.model.eval()(ids).logits)
+    with pytest.raises(InputError, match=r"There is no checkpoint 'nowhere.ckpt'"):
+        main(["export", "--ckpt", "nowhere.ckpt", "--out", str(tmp_path / "other")])
+
+
+def test_the_shell_gets_one_message_and_no_traceback(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "fit", *arguments, "--data.train", "nowhere.jsonl"])
+    with pytest.raises(SystemExit, match=r"^lightning-sft: There is no data file 'nowhere.jsonl'"):
+        console()
+
+
+def test_an_unknown_key_is_refused_with_its_name(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", *arguments, "--data.tokens_per_bach", "5"])
+    assert "tokens_per_bach" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["lightning-sft"], [sys.executable, "-m", "lightning_sft"]])
+def test_both_ways_to_call_it_work(command: list[str]) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        [*command, "--version"], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
+    )
+    assert done.stdout.strip() == "0.1.0"

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
+
+from lightning_sft.data.collate import collate
+from lightning_sft.types import IGNORE, Batch, Example, InputError
+
+
+def test_a_plain_batch_is_shifted_once() -> None:
+    batch = Batch.of({"input_ids": torch.tensor([[5, 6, 7, 0]]), "labels": torch.tensor([[IGNORE, 6, 7, IGNORE]])})
+    assert batch.labels.tolist() == [[6, 7, IGNORE, IGNORE]]
+    assert batch.normalizer is None
+
+
+def test_a_plain_batch_with_positions_has_no_label_across_documents() -> None:
+    ids = torch.tensor([[5, 6, 7, 8]])
+    batch = Batch.of({"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1]])})
+    assert batch.labels.tolist() == [[6, IGNORE, 8, IGNORE]]
+    assert batch.is_packed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"input_ids": torch.ones(1, 2)}, r"got \['input_ids'\]"),
+        ([1, 2], "got list"),
+        (
+            {"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 2), "attention_mask": torch.tensor([[0, 1]])},
+            "padded on the left",
+        ),
+    ],
+)
+def test_what_is_no_batch_is_refused(given: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Batch.of(given)  # type: ignore[arg-type]
+
+
+def test_true_half_precision_does_not_round_the_target_weights() -> None:
+    batch = collate([Example([1, 2], [0, 1 / 3])], normalizer=1 / 3)
+    converted = HalfPrecision("bf16-true").convert_input(batch)
+    assert converted.target_weights[0, 0].item() == 1 / 3
+
+
+def test_moving_keeps_everything() -> None:
+    batch = collate([Example([1, 2], [0, 0.5], "f:1")], normalizer=2.0)
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == moved.target_weights.device.type == "meta"
+    assert (moved.normalizer, moved.provenance) == (2.0, ("f:1",))
