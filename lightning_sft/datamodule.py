@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.dataset import Split, load_prompts, load_split
-from lightning_sft.data.loader import EpochLoader, PromptBatch, pad_token_id
+from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
 from lightning_sft.data.packing import group, pack
 from lightning_sft.data.plan import Plan
 from lightning_sft.data.report import show_report
@@ -114,7 +113,7 @@ class SFTDataModule(LightningDataModule):
             raise InputError("There is no test data: set data.test to a JSONL or JSON file.")
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> PromptLoader:
         """Prompts for generation, each rank's own."""
         source = self.sources["predict"]
         if source is None:
@@ -122,8 +121,7 @@ class SFTDataModule(LightningDataModule):
         assert self.tokenizer is not None
         rank, num_ranks = data_parallel(self.trainer)
         prompts = load_prompts(source, self.tokenizer)[rank::num_ranks]
-        collate = partial(PromptBatch, tokenizer=self.tokenizer)
-        return DataLoader(cast(Any, prompts), batch_size=self.predict_batch_size, collate_fn=collate)
+        return PromptLoader(prompts, self.tokenizer, self.predict_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """What an export needs to give the model its tokenizer back: plain strings."""

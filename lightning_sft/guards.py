@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
-from lightning_sft.types import IGNORE, Batch, LogLikelihood
+from lightning_sft.types import IGNORE, Batch, InputError, LogLikelihood
 
 _NAMED = 10  # samples in the message
 
@@ -40,6 +41,24 @@ def not_finite(
     )
 
 
+def check_trainer(trainer: Any) -> None:
+    """Refuse what would make the normaliser of a step wrong.
+
+    Raises:
+        InputError: With a strategy that accumulates gradients by itself, or a number of micro-batches that changes.
+    """
+    if trainer.strategy.handles_gradient_accumulation:
+        raise InputError(
+            f"{type(trainer.strategy).__name__} divides gradients by the accumulation steps once more than Lightning "
+            "does; with it the objective would be wrong. Use trainer.strategy=ddp."
+        )
+    if any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in trainer.callbacks):
+        raise InputError(
+            "GradientAccumulationScheduler changes how many micro-batches a step has after steps have been planned. "
+            "Use a constant trainer.accumulate_grad_batches."
+        )
+
+
 def bfloat16_is_slow(size: int = 192) -> bool:
     """Whether this CPU multiplies bfloat16 matrices more slowly than float32 ones, by trying it.
 
@@ -48,15 +67,20 @@ def bfloat16_is_slow(size: int = 192) -> bool:
     Args:
         size: Rows and columns of the matrices; a few milliseconds even in the slow loop.
     """
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(size, size, dtype=dtype)
-        a @ a  # the first call sets up kernels
-        begin = time.perf_counter()
-        for _ in range(3):
-            a @ a
-        seconds[dtype] = time.perf_counter() - begin
-    return seconds[torch.bfloat16] > 2 * seconds[torch.float32]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, waiting for each other would be most of the time
+    try:
+        fastest = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            a, seconds = torch.ones(size, size, dtype=dtype), []
+            for _ in range(4):
+                begin = time.perf_counter()
+                a @ a
+                seconds.append(time.perf_counter() - begin)
+            fastest[dtype] = min(seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return fastest[torch.bfloat16] > 2 * fastest[torch.float32]
 
 
 def warn_if_bfloat16_is_slow() -> None:

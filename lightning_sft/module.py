@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
-from lightning_sft.guards import not_finite, warn_if_bfloat16_is_slow
+from lightning_sft.guards import check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import CorpusLikelihood, figures, sums
 from lightning_sft.objective import log_likelihood
 from lightning_sft.probes import Findings, probe, states, takes_positions
@@ -74,6 +74,10 @@ class SFTModule(LightningModule):
         self.val_metric, self.test_metric = CorpusLikelihood(), CorpusLikelihood()
         self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
         self._not_finite: list[tuple[Batch, LogLikelihood]] = []  # those of an evaluation whose loss is no number
+
+    def setup(self, stage: str) -> None:
+        """Refuse trainers under which the objective would not be exact."""
+        check_trainer(self.trainer)
 
     def configure_model(self) -> None:
         """Load the model once, and measure on it what differs between architectures."""

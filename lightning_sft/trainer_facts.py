@@ -28,16 +28,17 @@ def planned_limit(num_micro_batches: int, limit: int | float) -> int:
 
 
 def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
-    """Optimiser steps of the whole fit: ``max_steps``, or those that the data module has planned for its epochs.
+    """Optimiser steps of the whole fit: the fewer of ``max_steps`` and what the data module has planned for its epochs.
 
     Raises:
         InputError: When neither gives an end, and there has to be one.
     """
-    if trainer.max_steps > 0:
-        return int(trainer.max_steps)
+    ends = [int(trainer.max_steps)] if trainer.max_steps > 0 else []
     per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
     if per_epoch is not None and (trainer.max_epochs or 0) > 0:
-        return int(per_epoch) * int(trainer.max_epochs)
+        ends.append(int(per_epoch) * int(trainer.max_epochs))
+    if ends:
+        return min(ends)
     total = trainer.estimated_stepping_batches  # reads the user's own loader: ours has answered already
     if total > 0 and math.isfinite(total):
         return int(total)

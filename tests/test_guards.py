@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lightning_sft import guards
+from lightning_sft import SFTModule, guards
 from lightning_sft.data.collate import collate
-from lightning_sft.types import Example, LogLikelihood
+from lightning_sft.types import Example, InputError, LogLikelihood
 
 
 def test_the_samples_whose_loss_is_no_number_are_named() -> None:
@@ -20,6 +25,19 @@ def test_the_samples_whose_loss_is_no_number_are_named() -> None:
 
 def test_where_no_sample_of_this_rank_is_to_blame_it_says_so() -> None:
     assert "on another rank" in str(guards.not_finite([], lambda _: None))
+
+
+class OwnAccumulation(SingleDeviceStrategy):
+    handles_gradient_accumulation = True
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"strategy": OwnAccumulation("cpu")}, {"callbacks": [GradientAccumulationScheduler({0: 1, 2: 4})]}],
+)
+def test_what_would_make_the_normaliser_wrong_is_refused_before_anything_is_read(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"Use (a constant )?trainer\.(strategy|accumulate)"):
+        Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", **settings).fit(SFTModule("nowhere"), [])
 
 
 def test_bfloat16_on_a_cpu_that_has_none_warns(monkeypatch: pytest.MonkeyPatch) -> None:

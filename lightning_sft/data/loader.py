@@ -72,6 +72,26 @@ class EpochLoader:
         return self._collate([self.examples[i] for i in micro_batch.examples], micro_batch.normalizer)
 
 
+class PromptLoader:
+    """One rank's prompts in batches, in order. Not a ``DataLoader``: Lightning would deal a rank's share out once more.
+
+    Args:
+        prompts: What this rank answers.
+        tokenizer: Of the model.
+        batch_size: Prompts that are answered at a time.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        self.prompts, self.tokenizer, self.batch_size = prompts, tokenizer, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.prompts) // self.batch_size)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        for begin in range(0, len(self.prompts), self.batch_size):
+            yield PromptBatch(self.prompts[begin : begin + self.batch_size], self.tokenizer)
+
+
 class PromptBatch:
     """Prompts padded on the left, for generation; a plain class for the reason that :class:`Batch` is one.
 

@@ -1,0 +1,81 @@
+"""What the documents say is so: code blocks run, linked tests exist, commands and keys are real."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sft.data.messages import to_conversation
+from lightning_sft.main import main
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jsonl: Any, rows: list[dict[str, str]]) -> Path:
+    monkeypatch.chdir(tmp_path)
+    jsonl(rows)
+    jsonl(rows, "val.jsonl")
+    return tmp_path
+
+
+def test_the_six_lines_of_python_run(user_folder: Path, pretrained: str, capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = blocks(README, "python")
+    assert len([line for line in code.splitlines() if line]) == 5  # and an empty line
+    exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", pretrained), scope := {})
+    assert scope["data"].trainer.global_step == 1
+
+
+def test_the_three_lines_of_shell_run(user_folder: Path, pretrained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = [line.split() for line in blocks(README, "bash")[1].splitlines()]
+    assert [command[0] for command in commands] == ["lightning-sft"] * 3
+    assert commands[0][1:] == ["fetch-demo-model", "--folder", "SmolLM2"]
+    (user_folder / "SmolLM2").symlink_to(pretrained)
+    assert main(commands[0][1:]) == Path("SmolLM2")  # skipped: it is there
+    main(commands[1][1:])
+    found = {"*": next(user_folder.glob("lightning_logs/version_0/checkpoints/*.ckpt")).stem}
+    out = main([word.replace("*", found["*"]) for word in commands[2][1:]])
+    assert (out / "model.safetensors").is_file()
+
+
+def test_every_linked_file_and_test_exists() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]:
+        for name, target in re.findall(r"\[([^\]]+)\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            path = document.parent / target
+            assert path.exists(), f"{document.name} links to {target}"
+            if name.startswith("test_"):
+                assert f"def {name}(" in path.read_text(encoding="utf-8"), name
+
+
+def test_the_test_command_of_the_readme_is_what_ci_runs() -> None:
+    assert blocks(README, "bash")[2].strip() == "make test"
+    assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_tree_of_the_readme_is_the_tree() -> None:
+    [tree] = blocks(README, "")[-1:]
+    for name in re.findall(r"^  (\S+)", tree, re.MULTILINE):
+        assert (ROOT / "lightning_sft" / name).exists(), name
+
+
+def test_the_rows_of_the_data_page_are_rows() -> None:
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    for line in blocks(page, "json")[0].splitlines():
+        assert to_conversation(json.loads(line)).weights[-1] == 1
+
+
+def test_the_floors_of_the_contributing_page_are_those_that_are_tested() -> None:
+    from tests.test_imports import FLOORS
+
+    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+    for name in set().union(*FLOORS) - {"callbacks", "callbacks.predictions"}:
+        assert name.removeprefix("data.").split(".")[-1] in page, name
