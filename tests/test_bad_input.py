@@ -12,6 +12,7 @@ from lightning_sft.demos import tiny_model, tiny_tokenizer
 from lightning_sft.main import main
 from lightning_sft.types import InputError
 
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a logger, Lightning saves config.yaml in the working directory."""
