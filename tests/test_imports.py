@@ -13,16 +13,17 @@ ROOT = Path(lightning_sft.__file__).parent
 FLOORS = [
     {"types"},
     {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes"}
-    | {f"data.{name}" for name in ("sources", "messages", "encode", "packing", "plan", "collate")},
-    {"pretrained", "export", "data.dataset", "data.loader"},
-    {"data.report", "module", "demo_model"},
-    {"datamodule", "callbacks.predictions"},
+    | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")},
+    {"pretrained", "export", "data.encode", "data.loader"},
+    {"data.dataset", "module", "demo_model"},
+    {"data.report", "callbacks.predictions"},
+    {"datamodule"},
     {"callbacks"},
     {"main"},
     {"__main__"},
 ]
 LIGHTNING_FROM = 3  # the lowest floor that may import lightning
-TRANSFORMERS = {"pretrained", "export", "probes", "demos", "data.encode", "data.dataset", "data.loader", "module"}
+TRANSFORMERS = {"pretrained", "export", "probes", "demos", "data.template", "data.encode", "data.dataset", "data.loader", "module"}
 TRANSFORMERS |= {"datamodule"}  # there and in module: for the types of what they hold
 LAZY = {"peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
 FILES = {

@@ -114,7 +114,7 @@ REFUSED: list[tuple[str, str, str]] = [
         "b",
         "is not what it puts before a gen",
     ),
-    (CHATML.replace("m['content']", "m['content'] | upper"), "b", "does not render the answer's text as it is"),
+    (CHATML.replace("m['content']", "m['content'] | upper"), "b", "does not render 'b' of the answer as it is"),
     ("{{ raise_exception('roles must alternate') }}", "b", "refuses the conversation: roles must alternate"),
     (CHATML, "b<|im_end|>\n<|im_start|>user\n", "turn 2 .assistant. contains the control token '<|im_end|>'"),
     (CHATML, " \n", "turn 2: the answer is empty"),

@@ -1,0 +1,179 @@
+"""A tokenizer's chat template, asked two things: the prompt of an answer at inference, and the answer's own text.
+
+The answer of turn k is what the template adds to ``render(messages before k, add_generation_prompt=True)`` when turn k
+is there, up to and with its stop token. Which token stops an answer is learnt from the template on a plain exchange.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from functools import cached_property, lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.types import InputError, Message
+
+FROZEN_DATE = date(2024, 7, 26)
+"""What a template that writes today's date is given: training must not depend on the day it runs."""
+
+
+class ChatTemplate:
+    r"""The chat template of a tokenizer.
+
+    >>> from lightning_sft.demos import tiny_tokenizer
+    >>> template = ChatTemplate.of(tiny_tokenizer())
+    >>> turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    >>> template.prompt_and_answer(turns, None)
+    ('<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n', 'Yo<|im_end|>')
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        longest_first = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        """The template of a tokenizer; made once."""
+        return _chat_template(tokenizer, str(tokenizer.chat_template))
+
+    def render(self, messages: Sequence[Message], tools: Any, generation: bool) -> str:
+        """The text of messages; with ``generation``, up to where the model is to answer.
+
+        Raises:
+            InputError: When the template refuses them.
+        """
+        try:
+            return str(self._apply(messages, tools, generation))
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            if any(isinstance(_arguments(call), dict) for m in messages for call in m.get("tool_calls") or ()):
+                return self.render([_with_text_arguments(m) for m in messages], tools, generation)
+            raise InputError(f"the chat template refuses the conversation: {error}") from error
+
+    def prompt_and_answer(self, messages: Sequence[Message], tools: Any) -> tuple[str, str]:
+        """What stands before the last message at inference, and its text with its stop token.
+
+        Raises:
+            InputError: When the template renders the two inconsistently, loses text, or puts no stop token.
+        """
+        prompt = self.render(messages[:-1], tools, generation=True)
+        whole = self.render(messages, tools, generation=False)
+        if not whole.startswith(prompt):
+            raise InputError(
+                "what the chat template puts before an answer is not what it puts before a generated one, so the "
+                "answer would be trained in a context that the model never gets. Give a template where both agree: "
+                "data.chat_template."
+            )
+        answer = whole[len(prompt) :]
+        for text in _payload(messages[-1]):
+            if text not in answer and json.dumps(text)[1:-1] not in answer:
+                raise InputError(
+                    f"the chat template does not render {_short(text)} of the answer as it is. Use a template that "
+                    "does (data.chat_template), or take it out of the row."
+                )
+        return prompt, answer[: self._end(answer)]
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each rendered text, without any that the tokenizer would add; one call for all."""
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        return ids
+
+    def _apply(self, messages: Sequence[Message], tools: Any, generation: bool) -> Any:
+        return self.tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=generation, strftime_now=_frozen_now
+        )
+
+    def _end(self, answer: str) -> int:
+        """Where the stop token ends: among the special tokens that end the text, the one that stops a plain answer."""
+        trailing = list(_trailing(self.special, answer))
+        if not trailing:
+            raise InputError(
+                "the chat template puts no stop token after the answer, so the model would never learn to stop. Add "
+                "the end-of-turn token to the template: data.chat_template."
+            )
+        plain = [token for token in trailing if token.group() == self._plain_stop]
+        if plain:
+            return plain[0].end()
+        together = trailing[0]
+        for token in trailing[1:]:
+            if token.start() == together.end():
+                together = token
+        return together.end()
+
+    @cached_property
+    def _plain_stop(self) -> str | None:
+        """The special token that follows the answer of a plain exchange."""
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        try:
+            whole = self.render(turns, None, generation=False)
+        except InputError:
+            return None
+        return next((token.group() for token in _trailing(self.special, whole)), None)
+
+
+@lru_cache(maxsize=8)
+def _chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatTemplate:
+    return ChatTemplate(tokenizer)
+
+
+def _trailing(special: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
+    """The special tokens at the end of a text with nothing but whitespace between and after them, in order."""
+    tokens = list(special.finditer(text))
+    begin, end = len(tokens), len(text)
+    while begin and not text[tokens[begin - 1].end() : end].strip():
+        begin -= 1
+        end = tokens[begin].start()
+    yield from tokens[begin:]
+
+
+def _payload(message: Message) -> Iterator[str]:
+    """The texts of a message that have to be in what is trained."""
+    for text in (message.get("reasoning_content"), message.get("content")):
+        if text and text.strip():
+            yield text.strip()
+    for call in message.get("tool_calls") or ():
+        yield call["function"]["name"]
+        yield from texts_in(_arguments(call))
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every string in nested lists and mappings, their keys included."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield str(key)
+            yield from texts_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from texts_in(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def _frozen_now(form: str) -> str:
+    return FROZEN_DATE.strftime(form)
+
+
+def _arguments(call: Mapping[str, Any]) -> Any:
+    return call["function"].get("arguments")
+
+
+def _with_text_arguments(message: Message) -> Message:
+    """The same with the arguments of its tool calls as JSON text, which some templates want."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    as_text = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(_arguments(call), ensure_ascii=False)}}
+        for call in calls
+    ]
+    return {**message, "tool_calls": as_text}
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
