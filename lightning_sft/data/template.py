@@ -35,6 +35,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.text = re.sub(r"strftime_now\((['\"])(.*?)\1\)", _frozen, str(tokenizer.chat_template))
         longest_first = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
@@ -86,7 +87,7 @@ class ChatTemplate:
 
     def _apply(self, messages: Sequence[Message], tools: Any, generation: bool) -> Any:
         return self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=generation, strftime_now=_frozen_now
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=generation, chat_template=self.text
         )
 
     def _end(self, answer: str) -> int:
@@ -155,8 +156,9 @@ def texts_in(value: Any) -> Iterator[str]:
         yield value
 
 
-def _frozen_now(form: str) -> str:
-    return FROZEN_DATE.strftime(form)
+def _frozen(call: re.Match[str]) -> str:
+    """Today's date in a template, as a literal of another day."""
+    return repr(FROZEN_DATE.strftime(call.group(2)))
 
 
 def _arguments(call: Mapping[str, Any]) -> Any:
