@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-class PredictionWriter(BasePredictionWriter):
+class PredictionWriter(Callback):
     """Writes what ``predict`` generates as JSONL, one row an input row, in the order of the input.
 
     Args:
@@ -20,14 +18,24 @@ class PredictionWriter(BasePredictionWriter):
     """
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
-        super().__init__(write_interval="epoch")
         self.path = Path(path)
+        self._mine: list[dict[str, Any]] = []
 
-    def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
+        """Keep a batch's rows."""
+        self._mine += outputs
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of all ranks and write them on the first."""
-        mine = [row for batch in predictions for row in batch]
+        mine, self._mine = self._mine, []
         shares = [mine]
         if trainer.world_size > 1:
             shares = [[] for _ in range(trainer.world_size)]

@@ -20,18 +20,14 @@ def test_packs_are_a_partition_within_the_capacity(lengths: list[int], capacity:
 
 
 @given(LENGTHS, st.integers(50, 200))
-def test_packing_is_first_fit_decreasing(lengths: list[int], capacity: int) -> None:
+def test_packing_is_best_fit_decreasing(lengths: list[int], capacity: int) -> None:
     room: list[int] = []
-    packs: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the definition, in quadratic time
-        fits = [p for p, r in enumerate(room) if r >= lengths[i]]
-        if not fits:
-            room.append(capacity)
-            packs.append([])
-        chosen = fits[0] if fits else len(packs) - 1
-        packs[chosen].append(i)
-        room[chosen] -= lengths[i]
-    assert pack(lengths, capacity) == packs
+    for length in sorted(lengths, reverse=True):  # the definition, in quadratic time
+        fits = [r for r in room if r >= length]
+        if fits:
+            room.remove(min(fits))
+        room.append((min(fits) if fits else capacity) - length)
+    assert sorted(capacity - sum(lengths[i] for i in p) for p in pack(lengths, capacity)) == sorted(room)
 
 
 @given(LENGTHS, st.integers(50, 200))
@@ -56,3 +52,9 @@ def test_the_cost_grows_hardly_faster_than_the_number_of_sequences() -> None:
         pack(lengths, 2048)
         seconds.append(time.perf_counter() - begin)
     assert seconds[1] / seconds[0] < 16 * 6  # a quadratic one takes 256 times as long
+
+
+def test_packs_of_many_sequences_are_nearly_full() -> None:
+    drawn = random.Random(0)
+    lengths = [drawn.randrange(60, 500) for _ in range(5_000)]
+    assert sum(lengths) / (len(pack(lengths, 2048)) * 2048) > 0.99
