@@ -4,9 +4,10 @@
 
 over every target token t of all micro-batches and all ranks of that step. `normalize` says what w_t and Z are:
 
-    token      w_t = 1                           Z = Σ w_t of the step       the mean over target tokens
-    sequence   w_t = 1 / targets of its answer   Z = Σ w_t of the step       every answer counts the same
-    dataset    w_t = 1                           Z = mean Σ w_t of a step    an epoch adds up to ∇L(θ) / Z exactly
+    token      w_t = 1                              Z = Σ w_t of the step      the mean over target tokens
+    sequence   w_t = 1 / targets of its answer      Z = Σ w_t of the step      every answer counts the same
+    sqrt       w_t = 1 / √(targets of its answer)   Z = Σ w_t of the step      between the two
+    dataset    w_t = 1                              Z = mean Σ w_t of a step   an epoch adds up to ∇L(θ) / Z exactly
 
 This file computes Σ_t w_t · log Pr(t) and Σ_t w_t; the division happens once, in :mod:`lightning_sft.module`. Weights
 that a user gives (per message, per row) multiply w_t.

@@ -15,7 +15,7 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that has no target, as in ``torch.nn.functional.cross_entropy``."""
 
-Normalize = Literal["token", "sequence", "dataset"]
+Normalize = Literal["token", "sequence", "sqrt", "dataset"]
 """What one optimiser step divides by, see :mod:`lightning_sft.objective`."""
 
 Message = dict[str, Any]

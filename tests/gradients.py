@@ -70,9 +70,10 @@ def encoded(pretrained: str, normalize: str = "token") -> list[Example]:
     data.trainer = None
     data.setup("fit")
     examples = data.splits["train"].examples
-    if normalize != "sequence":
+    if normalize not in ("sequence", "sqrt"):
         return examples
-    counts = [sum(w > 0 for w in e.target_weights) for e in examples]
+    power = 1 if normalize == "sequence" else 0.5
+    counts = [sum(w > 0 for w in e.target_weights) ** power for e in examples]
     return [
         Example(e.input_ids, [w / n for w in e.target_weights], e.provenance)
         for e, n in zip(examples, counts, strict=True)

@@ -19,7 +19,7 @@ from lightning_sft.demos import tiny_pretrained
 from tests.gradients import Run, capacity_for, encoded, fit, furthest, row_gradients, step_gradients
 
 TOLERANCE = {"64-true": 1e-10, "32-true": 1e-5}
-NORMALIZE = ["token", "sequence", "dataset"]
+NORMALIZE = ["token", "sequence", "sqrt", "dataset"]
 
 
 @pytest.fixture(scope="module")

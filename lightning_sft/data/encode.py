@@ -8,6 +8,7 @@ cannot be had this way is refused.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ def encode(
     Args:
         conversation: Every assistant turn with a positive weight is a target; a lone ``text`` is one altogether.
         tokenizer: With a chat template.
-        normalize: ``sequence`` divides an answer's weight by its number of tokens.
+        normalize: ``sequence`` divides an answer's weight by its number of tokens, ``sqrt`` by the root of it.
 
     Raises:
         InputError: When there is no answer, or parity cannot be had.
@@ -144,7 +145,7 @@ def _assemble(
             yield Example(ids, target_weights, conversation.provenance)
             ids, target_weights = [], []
         weight = conversation.weights[answer.turn] if conversation.weights else 1.0
-        weight = weight / len(target) if normalize == "sequence" else weight
+        weight /= {"sequence": len(target), "sqrt": math.sqrt(len(target))}.get(normalize, 1)
         target_weights = target_weights + [0.0] * (len(context) - len(ids)) + [weight] * len(target)
         ids = context + target
     yield Example(ids, target_weights, conversation.provenance)
