@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.dataset import Split, load_prompts, load_split
+from lightning_sft.data.formats import FormatName
 from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
 from lightning_sft.data.packing import group, pack
 from lightning_sft.data.plan import Plan
@@ -28,10 +29,12 @@ class SFTDataModule(LightningDataModule):
     """Reads instruction data, encodes it with the model's chat template, and plans its micro-batches.
 
     Args:
-        train: JSONL or JSON files of chat, prompt-completion or Alpaca rows (or a list of rows).
+        train: Files, a folder, a glob, ``hf:owner/name:split`` or rows, see :func:`lightning_sft.data.sources.read`.
         val: The same, for validation.
         test: The same, for ``test``.
         predict: The same, for ``predict``; answers may be missing.
+        format: The format of all rows; told from the keys of each by default.
+        columns: The data's column for a key of the format: ``{prompt: question, completion: answer}``.
         tokenizer: A hub name, a folder or a GGUF file; the model's own by default.
         chat_template: A Jinja file to use instead of the tokenizer's template.
         max_length: Longest sequence in tokens; longer ones are left out and counted. The model's context by default.
@@ -49,6 +52,8 @@ class SFTDataModule(LightningDataModule):
         val: Source | None = None,
         test: Source | None = None,
         predict: Source | None = None,
+        format: FormatName | None = None,
+        columns: dict[str, str] | None = None,
         tokenizer: str | None = None,
         chat_template: str | None = None,
         max_length: int | None = None,
@@ -61,6 +66,7 @@ class SFTDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources: dict[str, Source | None] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.format, self.columns = format, columns
         self.tokenizer_name, self.chat_template = tokenizer, chat_template
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
         self.invalid_rows, self.predict_batch_size = invalid_rows, predict_batch_size
@@ -88,6 +94,8 @@ class SFTDataModule(LightningDataModule):
                     name,
                     source,
                     self.tokenizer,
+                    format=self.format,
+                    columns=self.columns,
                     normalize=getattr(self._module, "normalize", "token"),
                     max_length=self.max_length,
                     invalid_rows=self.invalid_rows,
@@ -120,8 +128,8 @@ class SFTDataModule(LightningDataModule):
             raise InputError("There are no prompts: set data.predict to a JSONL or JSON file.")
         assert self.tokenizer is not None
         rank, num_ranks = data_parallel(self.trainer)
-        prompts = load_prompts(source, self.tokenizer)[rank::num_ranks]
-        return PromptLoader(prompts, self.tokenizer, self.predict_batch_size)
+        prompts = load_prompts(source, self.tokenizer, format=self.format, columns=self.columns)
+        return PromptLoader(prompts[rank::num_ranks], self.tokenizer, self.predict_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
         """What an export needs to give the model its tokenizer back: plain strings."""

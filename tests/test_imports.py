@@ -11,7 +11,8 @@ import lightning_sft
 
 ROOT = Path(lightning_sft.__file__).parent
 FLOORS = [
-    {"types"},
+    {"types", "data.strict_json"},
+    {"data.files", "data.formats", "data.turns"},
     {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes"}
     | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")},
     {"pretrained", "export", "data.encode", "data.loader"},
@@ -22,7 +23,7 @@ FLOORS = [
     {"main"},
     {"__main__"},
 ]
-LIGHTNING_FROM = 3  # the lowest floor that may import lightning
+LIGHTNING_FROM = 4  # the lowest floor that may import lightning
 TRANSFORMERS = {"pretrained", "export", "probes", "demos", "data.template", "data.encode", "data.dataset", "data.loader", "module"}
 TRANSFORMERS |= {"datamodule"}  # there and in module: for the types of what they hold
 LAZY = {"peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}

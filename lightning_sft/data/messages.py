@@ -1,101 +1,153 @@
-"""Rows to conversations: the formats that instruction data comes in."""
+"""Rows to conversations: every format in the same normal form."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from lightning_sft.data.formats import Found, find_format
+from lightning_sft.data.turns import read_tools, read_turn, shown, text_of, weight_of
 from lightning_sft.types import Conversation, InputError, Message
 
-_ROLES = ("system", "user", "assistant")
 
-
-@dataclass(frozen=True)
-class Format:
-    """Which keys a row of this format has: the question and the answer in chosen columns, or all in ``messages``."""
-
-    question: str
-    answer: str | None
-    optional: frozenset[str] = frozenset()
-
-
-FORMATS = {
-    "chat": Format("messages", None),
-    "prompt-completion": Format("prompt", "completion", frozenset({"system"})),
-    "alpaca": Format("instruction", "output", frozenset({"input", "system"})),
-}
-
-
-def to_conversation(row: Mapping[str, Any], provenance: str = "?", *, answered: bool = True) -> Conversation:
+def to_conversation(
+    row: Any,
+    provenance: str = "?",
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    answered: bool = True,
+) -> Conversation:
     r"""A row of any known format as a conversation in which every assistant turn is a target.
 
+    The messages are in the normal form of :mod:`lightning_sft.data.turns`. A row of plain text is one message of the
+    role ``text``. A turn of an assistant weighs 1 and any other 0, unless flags of the message (``loss``, ``train``,
+    ``weight``, ``loss_weight``) say otherwise; assistant turns within a prompt are context. A ``weight`` of the row
+    multiplies.
+
     Args:
-        row: Chat (``messages``), prompt-completion (``prompt``, ``completion``) or Alpaca (``instruction``, ``input``,
-            ``output``); the last two may have a ``system`` text.
+        row: See :data:`lightning_sft.data.formats.FORMATS`; a list is taken as its ``messages``.
         provenance: Where the row came from, for error messages.
+        format: The format that the row has; told from its keys by default.
+        columns: The row's column for a key of the format, where it has another name.
         answered: Whether the answer has to be there; it need not for generation.
 
     Raises:
-        InputError: When the row is of no known format, or of several, or a text is not a string.
+        InputError: When the row is of no known format, or of several, or not as its format says.
 
     >>> to_conversation({"instruction": "Add.", "input": "1 2", "output": "3"}).messages
     [{'role': 'user', 'content': 'Add.\n\n1 2'}, {'role': 'assistant', 'content': '3'}]
     """
-    form = format_of(row, provenance, answered=answered)
-    if form.answer is None:
-        messages = row[form.question]
-    else:
-        question = _text(row[form.question], repr(form.question), provenance)
-        if row.get("input"):
-            question += "\n\n" + _text(row["input"], "'input'", provenance)
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        answer = [{"role": "assistant", "content": row[form.answer]}] if form.answer in row else []
-        messages = [*system, {"role": "user", "content": question}, *answer]
-    checked = _checked(messages, provenance)
-    weights = [1.0 if message["role"] == "assistant" else 0.0 for message in checked]
-    return Conversation(checked, weights=weights, provenance=provenance)
+    try:
+        return _conversation(_find(row, format, columns, answered), provenance)
+    except InputError as error:
+        raise InputError(f"{provenance}: {error}") from error
 
 
-def format_of(row: Mapping[str, Any], provenance: str = "?", *, answered: bool = True) -> Format:
-    """The one format whose keys the row has.
+class Converter:
+    """Rows to conversations, where every file keeps to one format.
 
-    Raises:
-        InputError: When it is none, or more than one.
+    Args:
+        format: The format that all rows have; told from the keys of each by default.
+        columns: The data's column for a key of the format, where it has another name.
+        answered: Whether answers have to be there.
+
+    >>> convert = Converter()
+    >>> convert({"prompt": "Hi", "completion": "Hello", "id": 7}, "a.jsonl:1").weights
+    [0.0, 1.0]
+    >>> convert.ignored
+    Counter({'id': 1})
     """
-    found = [f for f in FORMATS.values() if f.question in row and (f.answer is None or f.answer in row or not answered)]
-    if len(found) != 1:
-        given = "of several formats at once" if found else "of no known format"
-        expected = "; ".join(f"{n}: {', '.join(filter(None, (f.question, f.answer)))}" for n, f in FORMATS.items())
-        raise InputError(f"{provenance}: the keys {sorted(row)} are {given}. Expected {expected}.")
-    return found[0]
+
+    def __init__(
+        self, format: str | None = None, columns: Mapping[str, str] | None = None, answered: bool = True
+    ) -> None:
+        self.format, self.columns, self.answered = format, columns, answered
+        self.ignored: Counter[str] = Counter()  # how many rows have a key that means nothing
+        self._first: dict[str, tuple[str, str]] = {}  # of each file: its format, and where that was seen
+
+    def __call__(self, row: Any, provenance: str) -> Conversation:
+        """The conversation of a row.
+
+        Raises:
+            InputError: When :func:`to_conversation` does, or the row is of another format than its file.
+        """
+        try:
+            found = _find(row, self.format, self.columns, self.answered)
+            file = provenance.rpartition(":")[0]  # none for the rows of a list, which may differ
+            name, place = self._first.setdefault(file, (found.name, provenance))
+            if file and found.name != name:
+                raise InputError(
+                    f"the row is of the format {found.name}, but {place} is of {name}. Put them in files of their own, "
+                    "or say which all rows have with data.format."
+                )
+            self.ignored.update(found.ignored)
+            return _conversation(found, provenance)
+        except InputError as error:
+            raise InputError(f"{provenance}: {error}") from error
 
 
-def ignored_keys(row: Mapping[str, Any]) -> set[str]:
-    """The keys of a row that have no meaning in its format: they are counted and said, never used."""
-    form = format_of(row)
-    return row.keys() - {form.question, form.answer} - form.optional
+def _find(row: Any, named: str | None, columns: Mapping[str, str] | None, answered: bool) -> Found:
+    if isinstance(row, list):
+        row = {"messages": row}
+    if not isinstance(row, Mapping):
+        raise InputError(f"a row must be an object with named keys, or a list of messages, got {shown(row)}.")
+    return find_format(row, named, columns, answered)
 
 
-def _checked(messages: Any, provenance: str) -> list[Message]:
-    expected = "a list of {'role', 'content'}"
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{provenance}: 'messages' must be {expected}, got {_shown(messages)}.")
-    for turn, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
-            raise InputError(f"{provenance}: 'messages' must be {expected}, but turn {turn} is {_shown(message)}.")
-        if message["role"] not in _ROLES:
-            raise InputError(f"{provenance}: turn {turn} has the role {message['role']!r}, expected one of {_ROLES}.")
-        _text(message["content"], f"the content of turn {turn} ({message['role']})", provenance)
-    return [dict(message) for message in messages]
+def _conversation(found: Found, provenance: str) -> Conversation:
+    scale = weight_of(found.optional.get("weight", 1.0), "'weight'")
+    if found.name == "text":
+        text = text_of(found.question, "'text'")
+        if not text.strip():
+            raise InputError("the text is empty. Remove the row.")
+        return Conversation([{"role": "text", "content": text}], weights=[scale], provenance=provenance)
+    messages: list[Message] = []
+    weights: list[float] = []
+    for turn, (given, is_target) in enumerate(_turns(found), 1):
+        try:
+            message, flag = read_turn(given)
+        except InputError as error:
+            raise InputError(f"turn {turn}: {error}") from error
+        if flag is None:
+            flag = float(is_target and message["role"] == "assistant")
+        if not math.isfinite(flag * scale):
+            raise InputError(f"turn {turn}: its weight times that of the row is too large a number.")
+        messages.append(message)
+        weights.append(flag * scale)
+    if "system" in found.optional and [m["role"] for m in messages[:2]] == ["system", "system"]:
+        raise InputError("the system text is there twice: in 'system' and as a turn. Keep one.")
+    return Conversation(messages, read_tools(found.optional.get("tools")), weights, provenance)
 
 
-def _text(value: Any, what: str, provenance: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{provenance}: {what} must be a string, got {_shown(value)}.")
+def _turns(found: Found) -> list[tuple[Any, bool]]:
+    """The messages as they were given, each with whether it may be a target."""
+    system = found.optional.get("system")
+    turns = [({"role": "system", "content": text_of(system, "'system'")}, False)] if system else []
+    if found.name in ("chat", "sharegpt"):
+        key = "messages" if found.name == "chat" else "conversations"
+        return turns + [(message, True) for message in _listed(found.question, key)]
+    question = found.question
+    if found.name == "alpaca":
+        question = text_of(question, "'instruction'")
+        if found.optional.get("input"):
+            question += "\n\n" + text_of(found.optional["input"], "'input'")
+    turns += [(message, False) for message in _side(question, "user", "prompt")]
+    if found.has_answer:
+        turns += [(message, True) for message in _side(found.answer, "assistant", "completion")]
+    return turns
+
+
+def _side(value: Any, role: str, key: str) -> list[Any]:
+    """One side of a prompt and its completion: a text, or messages."""
+    if isinstance(value, list):
+        return _listed(value, key)
+    return [{"role": role, "content": text_of(value, repr(key))}]
+
+
+def _listed(value: Any, key: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{key!r} must be a list of {{'role', 'content'}} or {{'from', 'value'}}, got {shown(value)}.")
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_sft.data.dataset import load_split
+from lightning_sft.data import dataset
+from lightning_sft.data.dataset import load_prompts, load_split
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import InputError
 
@@ -55,6 +58,31 @@ def test_ignored_keys_are_counted_and_said() -> None:
     assert split.remarks() == [
         "train: keys without a meaning in their format are ignored: 'id' (2 rows), 'wieght' (1 rows)"
     ]
+
+
+def test_rows_are_accounted_for_in_order_however_many_are_read_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{**GOOD, "completion": "" if i % 3 == 2 else f"Yo {i}"} if i % 3 else {"id": i} for i in range(7)]
+    monkeypatch.setattr(dataset, "_ROWS_AT_A_TIME", 2)
+    split = load(rows, invalid_rows="skip")
+    assert split.num_rows == 7
+    assert [example.provenance for example in split.examples] == ["row 2", "row 5"]
+    assert [reason.partition(":")[0] for reason in split.refused] == ["row 1", "row 3", "row 4", "row 6", "row 7"]
+
+
+def test_columns_of_other_names_and_a_named_format() -> None:
+    rows = [{"question": "Hi", "answer": "Yo", "text": "x"}]
+    columns = {"prompt": "question", "completion": "answer"}
+    mapped = load(rows, columns=columns, format="prompt-completion")
+    assert list(mapped.examples[0].input_ids) == list(load([GOOD]).examples[0].input_ids)
+    [prompt] = load_prompts(rows, tiny_tokenizer(), columns=columns, format="prompt-completion")
+    assert prompt.reference == "Yo"
+
+
+def test_mixed_formats_of_a_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps({"instruction": "Hi", "output": "Yo"}))
+    with pytest.raises(InputError, match=r"a.jsonl:2: the row is of the format alpaca, but .*a.jsonl:1 is of prompt-"):
+        load_split("train", path, tiny_tokenizer())
 
 
 def test_only_a_few_of_many_refused_rows_are_named() -> None:

@@ -1,0 +1,188 @@
+"""One data file to rows: JSONL, JSON, CSV (plain, gz or zst), Parquet and Arrow.
+
+JSON is read by the json module and never through Arrow, which gives all rows one schema: there, a key that one row has
+becomes a null in every other. In Parquet and Arrow that has already happened, so keys without a value are left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from lightning_sft.data import strict_json
+from lightning_sft.types import InputError
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_file(path: Path) -> Iterator[tuple[Any, str]]:
+    """The rows of a file, each with its place: ``file:line``, or ``file:row number`` in Parquet and Arrow.
+
+    Raises:
+        InputError: When the file is of an unknown kind, cannot be read, or has no rows.
+    """
+    kind = kind_of(path)
+    if kind is None:
+        raise InputError(
+            f"{path}: a data file must end in {', '.join([*_TEXT, *_TABLES])}; the first three may be packed: "
+            "with .gz or .zst after it."
+        )
+    empty = True
+    try:
+        for row, place in {**_TEXT, **_TABLES}[kind](path):
+            empty = False
+            yield row, f"{path}:{place}"
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:  # Arrow raises all but zlib's
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if empty:
+        raise InputError(f"{path}: the file has no rows.")
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that tells how to read a file, or ``None`` where it is no data file."""
+    *_, before, last = "", "", *path.suffixes
+    if last in (".gz", ".zst"):
+        return before if before in _TEXT else None
+    return last if last in _TEXT or last in _TABLES else None
+
+
+def without_nulls(value: Any) -> Any:
+    """The same without the keys whose value is ``None``: in a table every row has the keys of all rows.
+
+    >>> without_nulls({"city": "Rome", "days": None, "stops": [{"at": None}, None]})
+    {'city': 'Rome', 'stops': [{}, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[Any, int]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            try:
+                yield strict_json.loads(line), number
+            except ValueError as error:
+                raise _not_json(path, number, error) from error
+
+
+def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
+    """The elements of a list one by one, with the line on which each begins; or objects that follow each other."""
+    text = "".join(_lines(path))
+    at, line, counted = _skip(text, 0), 1, 0
+    is_list = text[at : at + 1] == "["
+    at = _skip(text, at + is_list)
+    if is_list and text[at : at + 1] == "]":
+        return
+    while at < len(text):
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            row, at = strict_json.raw_decode(text, at)
+            at = _skip(text, at)
+            if is_list:
+                at, closed = _skip(text, at + 1), text[at : at + 1]
+                if closed not in (",", "]") or (closed == "]") != (at == len(text)):
+                    raise json.JSONDecodeError("expected a comma or the end of the list", text, at - 1)
+        except ValueError as error:
+            raise _not_json(path, getattr(error, "lineno", line), error) from error
+        yield row, line
+
+
+def _read_csv(path: Path) -> Iterator[tuple[Any, int]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than the 128 KiB that are the default
+    lines = csv.reader(_lines(path), strict=True)
+    header: list[str] = []
+    place = 1
+    try:
+        for cells in lines:
+            if not header:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise InputError(f"{path}:{place}: two columns have the same name: {header}.")
+            elif cells:
+                if len(cells) != len(header):
+                    raise InputError(f"{path}:{place}: the row has {len(cells)} cells, the header {len(header)}.")
+                yield dict(zip(header, cells, strict=True)), place
+            place = lines.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{place}: not valid CSV: {error}.") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        yield from _rows_of(path, file.schema_arrow, file.iter_batches())
+
+
+def _read_arrow(path: Path) -> Iterator[tuple[Any, str]]:
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(path)) as file:
+        if file.read(6) == b"ARROW1":
+            table = ipc.open_file(file)
+            batches = (table.get_batch(number) for number in range(table.num_record_batches))
+        else:
+            file.seek(0)
+            batches = table = ipc.open_stream(file)
+        yield from _rows_of(path, table.schema, batches)
+
+
+def _rows_of(path: Path, schema: Any, batches: Any) -> Iterator[tuple[Any, str]]:
+    if len(set(schema.names)) < len(schema.names):
+        raise InputError(f"{path}: two columns have the same name: {schema.names}.")
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, 1):
+        yield without_nulls(row), f"row {number}"
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, with their ends and without a byte order mark."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line). "
+                    "Save the file as UTF-8."
+                ) from error
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if path.suffix == ".zst":
+        import pyarrow
+
+        if not pyarrow.Codec.is_available("zstd"):
+            raise InputError(f"{path}: this build of pyarrow cannot read zst. Get one that can: pip install -U pyarrow")
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
+    return path.open("rb")
+
+
+def _skip(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    assert space is not None
+    return space.end()
+
+
+def _not_json(path: Path, line: int, error: ValueError) -> InputError:
+    if isinstance(error, json.JSONDecodeError):
+        return InputError(f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}).")
+    return InputError(f"{path}:{line}: not valid JSON: {error}.")
+
+
+_Reader = Callable[[Path], Iterator[tuple[Any, Any]]]
+_TEXT: dict[str, _Reader] = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+_TABLES: dict[str, _Reader] = {".parquet": _read_parquet, ".arrow": _read_arrow, ".ipc": _read_arrow}

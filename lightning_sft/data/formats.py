@@ -1,0 +1,153 @@
+"""The formats that instruction data comes in, told from the keys of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from lightning_sft.types import InputError
+
+FormatName = Literal["chat", "sharegpt", "prompt-completion", "alpaca", "text"]
+
+
+@dataclass(frozen=True)
+class Format:
+    """Which keys a row of this format has.
+
+    Args:
+        question: The key that tells the format, with the prompt or the whole conversation.
+        answers: The names that the answer's key may have; none where the question has everything.
+        optional: Keys that may be there. Every format may have a ``weight``.
+    """
+
+    question: str
+    answers: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.question, " or ".join(self.answers))))
+
+
+FORMATS: dict[str, Format] = {
+    "chat": Format("messages", (), ("system", "tools")),
+    "sharegpt": Format("conversations", (), ("system", "tools")),
+    "prompt-completion": Format("prompt", ("completion",), ("system", "tools")),
+    "alpaca": Format("instruction", ("output", "response"), ("input", "system", "tools")),
+    "text": Format("text"),
+}
+_KEYS = {"weight"}.union(*((f.question, *f.answers, *f.optional) for f in FORMATS.values()))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A row whose format is known.
+
+    Args:
+        name: Of the format.
+        question: The value of its question's key.
+        answer: The value of its answer's key, or ``None`` where there is none.
+        has_answer: Whether the row has an answer's key.
+        optional: The values of its optional keys that are there and not null.
+        ignored: The keys of the row that mean nothing in its format.
+    """
+
+    name: str
+    question: Any
+    answer: Any
+    has_answer: bool
+    optional: Mapping[str, Any]
+    ignored: frozenset[str]
+
+
+def find_format(
+    row: Mapping[str, Any],
+    named: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    answered: bool = True,
+) -> Found:
+    """The one format whose keys a row has.
+
+    Args:
+        row: The row.
+        named: The format that it has; told from the keys by default.
+        columns: The row's column for a key of the format, where it has another name.
+        answered: Whether the answer has to be there.
+
+    Raises:
+        InputError: When it is none, or more than one, or has two answers.
+
+    >>> find_format({"question": "1 + 1?", "answer": "2"}, columns={"prompt": "question", "completion": "answer"}).name
+    'prompt-completion'
+    """
+    columns = columns or {}
+    _check_names(named, columns)
+    taken = set(columns.values()) - columns.keys()  # a column that is another key is not the key of its own name
+    here = {key: row[columns.get(key, key)] for key in _KEYS - taken if columns.get(key, key) in row}
+    name = _name(here, row, named, columns, answered)
+    form = FORMATS[name]
+    answers = [key for key in form.answers if key in here and (key in columns or not columns.keys() & form.answers)]
+    if len(answers) > 1:
+        answers = [key for key in answers if here[key] is not None] or answers[:1]
+    if len(answers) > 1:
+        raise InputError(
+            f"the row has both {answers[0]!r} and {answers[1]!r}. Say which is the answer: "
+            f"data.columns={{{answers[0]}: {answers[0]}}} or {{{answers[0]}: {answers[1]}}}."
+        )
+    optional = {key: here[key] for key in (*form.optional, "weight") if here.get(key) is not None}
+    used = {columns.get(key, key) for key in (form.question, *answers, *form.optional, "weight")}
+    answer = here[answers[0]] if answers else None
+    return Found(
+        name, here[form.question], answer, bool(answers), optional, frozenset(str(key) for key in row.keys() - used)
+    )
+
+
+def _name(
+    here: Mapping[str, Any], row: Mapping[str, Any], named: str | None, columns: Mapping[str, str], answered: bool
+) -> str:
+    with_columns = f" with data.columns={dict(columns)}" if columns else ""
+    if named is not None:
+        form = FORMATS[named]
+        if not _has(form, here, answered):
+            raise InputError(f"the keys {_sorted(row)} are not those of {named}: {form}{with_columns}.")
+        return named
+    filled = {key for key, value in here.items() if value is not None}
+    for keys, complete in ((filled, True), (here.keys(), True), (here.keys(), answered)):
+        if found := [name for name, form in FORMATS.items() if _has(form, keys, complete)]:
+            break
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(
+            f"the keys {_sorted(row)} are of several formats at once: {' and '.join(found)}. "
+            "Say which with data.format."
+        )
+    if "instances" in row:
+        raise InputError(
+            "the row nests its answers in 'instances', which is not read. Write one row for each of them, with "
+            "'instruction', 'input' and 'output'."
+        )
+    expected = "; ".join(f"{name}: {form}" for name, form in FORMATS.items())
+    raise InputError(
+        f"the keys {_sorted(row)} are of no known format{with_columns}. Expected {expected}. "
+        "Other names can be mapped: data.columns={prompt: question, completion: answer}."
+    )
+
+
+def _has(form: Format, keys: Iterable[str], answered: bool) -> bool:
+    return form.question in keys and (not answered or not form.answers or any(key in keys for key in form.answers))
+
+
+def _sorted(keys: Iterable[Any]) -> list[str]:
+    names = sorted(map(str, keys))
+    return names if len(names) <= 12 else [*names[:12], f"... and {len(names) - 12} more"]
+
+
+def _check_names(named: str | None, columns: Mapping[str, str]) -> None:
+    if named is not None and named not in FORMATS:
+        raise InputError(f"data.format={named} is no format. Expected one of {', '.join(get_args(FormatName))}.")
+    if unknown := sorted(columns.keys() - _KEYS):
+        raise InputError(
+            f"data.columns={dict(columns)}: {unknown[0]!r} is no key of a format. Give the format's key first and the "
+            f"data's column second; keys are {', '.join(sorted(_KEYS))}."
+        )
