@@ -104,7 +104,7 @@ class SFTModule(LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Last hidden states of the backbone, ``[B, N, H]``, for a batch; the head is not run."""
         assert self.model is not None, "configure_model has not been called"
-        if batch.is_packed and not self.isolates_documents:
+        if not self.isolates_documents and batch.is_packed:
             raise InputError(
                 f"The batch has several documents in a row, but {type(self.model).__name__} lets them see each other. "
                 "Give one document a row (data.packing=padded)."
@@ -148,7 +148,9 @@ class SFTModule(LightningModule):
         totals = self.trainer.strategy.reduce(local, reduce_op="sum")
         if not torch.isfinite(totals[0]):
             raise not_finite(window, self.log_likelihood)
-        if window[0][0].normalizer is None and totals[1] > 0:
+        if totals[1] == 0:  # a step without a target: a gradient of 0, and no figure
+            return
+        if window[0][0].normalizer is None:
             _, num_ranks = data_parallel(self.trainer)
             for parameter in self.parameters():
                 if parameter.grad is not None:

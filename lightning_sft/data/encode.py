@@ -105,7 +105,9 @@ def _draft(conversation: Conversation, template: ChatTemplate) -> list[_Answer] 
         for turn, (message, weight) in enumerate(zip(messages, weights, strict=True)):
             where = f"{conversation.provenance}: turn {turn + 1}"
             if weight > 0 and message["role"] == "text":
-                answers.append(_Answer(turn, "", message["content"] + (template.tokenizer.eos_token or "")))
+                if not message["content"].strip():
+                    raise InputError("the text is empty. Remove the row.")
+                answers.append(_Answer(turn, template.beginning, message["content"] + template.end))
             elif weight > 0 and message["role"] == "assistant":
                 if not message["content"].strip() and not message.get("tool_calls"):
                     raise InputError("the answer is empty. Remove the row, or give the answer a text.")
@@ -148,6 +150,7 @@ def _assemble(
         weight /= {"sequence": len(target), "sqrt": math.sqrt(len(target))}.get(normalize, 1)
         target_weights = target_weights + [0.0] * (len(context) - len(ids)) + [weight] * len(target)
         ids = context + target
+    target_weights[0] = 0.0  # the first token has no context: of a text, where nothing stands before it
     yield Example(ids, target_weights, conversation.provenance)
 
 

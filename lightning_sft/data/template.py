@@ -44,6 +44,17 @@ class ChatTemplate:
         """The template of a tokenizer; made once."""
         return _chat_template(tokenizer, str(tokenizer.chat_template))
 
+    @cached_property
+    def beginning(self) -> str:
+        """What the tokenizer puts before a plain text: the beginning-of-sequence token, or nothing."""
+        first = self.tokenizer("x")["input_ids"][0]
+        return str(self.tokenizer.bos_token) if first == self.tokenizer.bos_token_id else ""
+
+    @property
+    def end(self) -> str:
+        """What ends a plain text: the end-of-sequence token, where there is one."""
+        return str(self.tokenizer.eos_token or "")
+
     def render(self, messages: Sequence[Message], tools: Any, generation: bool) -> str:
         """The text of messages; with ``generation``, up to where the model is to answer.
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_sft.data.encode import encode, encode_prompt
+from lightning_sft.data.encode import encode, encode_many, encode_prompt
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Conversation, Example, InputError
 
@@ -145,3 +145,37 @@ def test_a_prompt_is_the_context_of_the_last_answer() -> None:
     [example] = encode(conv, tokenizer)
     assert example.input_ids[: len(prompt.input_ids)] == prompt.input_ids
     assert encode_prompt(conversation("a"), tokenizer).reference is None
+
+
+def test_of_a_plain_text_everything_is_trained_that_has_a_context() -> None:
+    tokenizer = tiny_tokenizer()
+    [example] = encode(Conversation([{"role": "text", "content": "Once."}], weights=[2.0], provenance="f:7"), tokenizer)
+    assert tokenizer.decode(example.input_ids) == "Once.<|im_end|>"
+    assert example.target_weights == [0.0, *[2.0] * 5]
+    with pytest.raises(InputError, match=r"f:7: turn 1: the text is empty"):
+        encode(Conversation([{"role": "text", "content": " "}], provenance="f:7"), tokenizer)
+
+
+def test_many_at_once_are_the_same_as_one_by_one_with_refusals_in_their_place() -> None:
+    tokenizer = tiny_tokenizer(FORGETFUL)
+    given = [conversation("a", "b"), conversation("a", ""), conversation("a", "[t]b", "c", "d"), conversation("e", "f")]
+    many = encode_many(given, tokenizer)
+    assert isinstance(many[1], InputError)
+    assert [many[i] for i in (0, 2, 3)] == [encode(given[i], tokenizer) for i in (0, 2, 3)]
+
+
+def test_a_tool_call_is_trained_with_its_arguments() -> None:
+    template = CHATML.replace("m['content']", "m['content'] + (m.tool_calls | tojson if m.tool_calls else '')")
+    tokenizer = tiny_tokenizer(template)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"é": "ü"}}}
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    [example] = encode(Conversation(messages, provenance="f:7"), tokenizer)
+    assert '"arguments": {"é": "ü"}' in targets(example, tokenizer)
+    with pytest.raises(InputError, match=r"does not render 'f' of the answer"):
+        encode(Conversation(messages, provenance="f:7"), tiny_tokenizer())
+
+
+def test_the_date_of_a_template_is_frozen() -> None:
+    template = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    [example] = encode(conversation("a", "b"), tiny_tokenizer(template))
+    assert tiny_tokenizer().decode(example.input_ids).startswith("26 Jul 2024")
