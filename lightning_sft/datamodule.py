@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.dataset import Split, load_prompts, load_split
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
+from lightning_sft.data.overflow import Overflow
 from lightning_sft.data.packing import group, pack
 from lightning_sft.data.plan import Plan
 from lightning_sft.data.report import show_report
@@ -37,7 +38,8 @@ class SFTDataModule(LightningDataModule):
         columns: The data's column for a key of the format: ``{prompt: question, completion: answer}``.
         tokenizer: A hub name, a folder or a GGUF file; the model's own by default.
         chat_template: A Jinja file to use instead of the tokenizer's template.
-        max_length: Longest sequence in tokens; longer ones are left out and counted. The model's context by default.
+        max_length: Most tokens in a sequence. The model's context by default.
+        overflow: Longer ones are an error, left out (``drop``), truncated, or split if they are plain text; and counted.
         tokens_per_batch: Most positions in a micro-batch. By default 2,048, or the longest sequence if that is longer.
         packing: ``packed`` lays documents end to end without padding, ``padded`` gives each a row.
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
@@ -57,6 +59,7 @@ class SFTDataModule(LightningDataModule):
         tokenizer: str | None = None,
         chat_template: str | None = None,
         max_length: int | None = None,
+        overflow: Overflow = "drop",
         tokens_per_batch: int | None = None,
         packing: Literal["packed", "padded"] = "packed",
         invalid_rows: Literal["error", "skip"] = "error",
@@ -69,6 +72,7 @@ class SFTDataModule(LightningDataModule):
         self.format, self.columns = format, columns
         self.tokenizer_name, self.chat_template = tokenizer, chat_template
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
+        self.overflow: Overflow = overflow
         self.invalid_rows, self.predict_batch_size = invalid_rows, predict_batch_size
         self.num_workers, self.seed = num_workers, seed
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -98,6 +102,7 @@ class SFTDataModule(LightningDataModule):
                     columns=self.columns,
                     normalize=getattr(self._module, "normalize", "token"),
                     max_length=self.max_length,
+                    overflow=self.overflow,
                     invalid_rows=self.invalid_rows,
                     progress=is_shown,
                 )
@@ -106,6 +111,11 @@ class SFTDataModule(LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Optimiser steps in an epoch of training data, over all ranks together."""
         return self._plan("train").num_steps
+
+    @property
+    def capacity(self) -> int:
+        """Most positions in a micro-batch of training data."""
+        return self._capacity(self.splits["train"])
 
     def train_dataloader(self) -> EpochLoader:
         """The planned micro-batches of this rank; each epoch in an order of its own."""

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.encode import encode_many, encode_prompt
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.messages import Converter
+from lightning_sft.data.overflow import Overflow, shorten
 from lightning_sft.data.sources import Row, Source, read
 from lightning_sft.types import Conversation, Example, InputError, Normalize, Prompt
 
@@ -30,7 +31,8 @@ class Split:
         examples: What is trained on or evaluated.
         num_rows: Rows read.
         refused: One reason a row that cannot be used, with ``file:line``.
-        too_long: ``file:line`` and length of each sequence longer than ``max_length``.
+        too_long: ``file:line`` and length of each sequence left out because it is longer than ``max_length``.
+        cut: The same of those that were truncated or split.
         ignored: How many rows have a key that means nothing.
     """
 
@@ -39,6 +41,7 @@ class Split:
     num_rows: int = 0
     refused: list[str] = field(default_factory=list)
     too_long: list[str] = field(default_factory=list)
+    cut: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -62,7 +65,10 @@ class Split:
         if self.refused:
             said.append(f"{len(self.refused)} of {self.num_rows} rows cannot be used:\n{_some(self.refused)}")
         if self.too_long:
-            said.append(f"{len(self.too_long)} sequences are longer than data.max_length:\n{_some(self.too_long)}")
+            left_out = f"{len(self.too_long)} sequences are longer than data.max_length and left out"
+            said.append(f"{left_out}:\n{_some(self.too_long)}")
+        if self.cut:
+            said.append(f"{len(self.cut)} sequences are longer than data.max_length and cut:\n{_some(self.cut)}")
         if self.ignored:
             keys = ", ".join(f"{key!r} ({count} rows)" for key, count in self.ignored.most_common())
             said.append(f"keys without a meaning in their format are ignored: {keys}")
@@ -78,6 +84,7 @@ def load_split(
     columns: Mapping[str, str] | None = None,
     normalize: Normalize = "token",
     max_length: int | None = None,
+    overflow: Overflow = "drop",
     invalid_rows: Literal["error", "skip"] = "error",
     progress: bool = False,
 ) -> Split:
@@ -90,12 +97,14 @@ def load_split(
         format: The format of all rows; told from the keys of each by default.
         columns: The data's column for a key of the format, where it has another name.
         normalize: What target weights are scaled to.
-        max_length: Longer sequences are left out, and counted.
+        max_length: Most tokens in a sequence.
+        overflow: What becomes of longer ones, which are counted, see :func:`lightning_sft.data.overflow.shorten`.
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
         progress: Show a progress bar.
 
     Raises:
-        InputError: When rows cannot be used and ``invalid_rows`` is ``error``, or nothing is left.
+        InputError: When rows cannot be used and ``invalid_rows`` is ``error``, a sequence is too long and ``overflow``
+            is, or nothing is left.
     """
     convert = Converter(format, columns)
     split, shortest = Split(name, ignored=convert.ignored), None
@@ -107,10 +116,12 @@ def load_split(
             continue
         for example in result:
             shortest = min(len(example), shortest or len(example))
-            if max_length is not None and len(example) > max_length:
-                split.too_long.append(f"{provenance} ({len(example):,} tokens)")
-            else:
+            if max_length is None or len(example) <= max_length:
                 split.examples.append(example)
+            else:
+                pieces = shorten(example, max_length, overflow)
+                split.examples += pieces
+                (split.cut if pieces else split.too_long).append(f"{provenance} ({len(example):,} tokens)")
     if split.refused and invalid_rows == "error":
         raise InputError(f"{split.remarks()[0]}\nCorrect them, or leave them out with data.invalid_rows=skip.")
     if not split.examples:

@@ -88,3 +88,14 @@ def test_mixed_formats_of_a_file_are_refused(tmp_path: Path) -> None:
 def test_only_a_few_of_many_refused_rows_are_named() -> None:
     with pytest.raises(InputError, match=r"\.\.\. and 15 more"):
         load([{**GOOD, "completion": ""}] * 20)
+
+
+def test_what_is_too_long_is_cut_as_asked_counted_and_said() -> None:
+    rows = [GOOD, {**GOOD, "completion": "x" * 500}]
+    split = load(rows, max_length=200, overflow="truncate")
+    assert [len(example) for example in split.examples][1:] == [200]
+    assert "1 sequences are longer than data.max_length and cut" in split.remarks()[0]
+    with pytest.raises(InputError, match=r"row 2: the sequence has .* more than data.max_length=200"):
+        load(rows, max_length=200, overflow="error")
+    split = load([{"text": "x" * 500}], max_length=200, overflow="split")
+    assert split.num_targets == 500  # 500 letters and the end, less the first, which has no context
