@@ -27,7 +27,7 @@ ROLES = {
 }
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2}  # in the order in which templates write them
-_DEEPEST = 64
+_DEEPEST, _LONGEST = 64, 4096  # levels of JSON, bits of an integer: Python does not write much longer ones
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
 
@@ -193,7 +193,7 @@ def _decoded(value: Any, what: str) -> Any:
             try:
                 value = strict_json.loads(value)
             except ValueError as error:
-                raise InputError(f"{what} is not valid JSON: {error}; got {shown(value)}.") from error
+                raise InputError(f"{what}: not valid JSON: {error}; got {shown(value)}.") from error
     return value
 
 
@@ -204,7 +204,7 @@ def _as_list(value: Any) -> list[Any]:
 def _check_json(value: Any, what: str, depth: int = 0) -> None:
     """That a value is one that JSON has, so that a template can write it."""
     if depth > _DEEPEST:
-        raise InputError(f"{what} is nested more than {_DEEPEST} deep.")
+        raise InputError(f"{what}: nested more than {_DEEPEST} deep.")
     if isinstance(value, dict):
         for key, inner in value.items():
             text_of(key, f"a key in {what}")
@@ -214,5 +214,8 @@ def _check_json(value: Any, what: str, depth: int = 0) -> None:
             _check_json(inner, what, depth + 1)
     elif isinstance(value, str):
         text_of(value, f"a text in {what}")
-    elif not (value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value))):
-        raise InputError(f"{what} has a value that JSON has not: {shown(value)}.")
+    elif isinstance(value, int):
+        if value.bit_length() > _LONGEST:
+            raise InputError(f"{what}: an integer of {value.bit_length():,} bits is too long.")
+    elif value is not None and not (isinstance(value, float) and math.isfinite(value)):
+        raise InputError(f"{what}: JSON has no value such as {shown(value)}.")
