@@ -22,6 +22,7 @@ from lightning_sft.demo_model import fetch_demo_model
 from lightning_sft.export import export
 from lightning_sft.module import SFTModule
 from lightning_sft.pretrained import load_tokenizer
+from lightning_sft.show import ShowCLI
 from lightning_sft.types import InputError
 
 
@@ -56,13 +57,16 @@ class SFTCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> Any:
-    """Run ``lightning-sft``: ``fit``, ``validate``, ``test``, ``predict``, ``export`` or ``fetch-demo-model``.
+    """Run ``lightning-sft``: ``fit``, ``validate``, ``test``, ``predict``, ``show``, ``export``, ``fetch-demo-model``.
 
     Args:
         args: The arguments; those of the process by default.
 
     Returns:
         The :class:`SFTCLI`, with its ``trainer``, ``model`` and ``datamodule``; or what the verb returns.
+
+    Raises:
+        SystemExit: With 1 when ``show --check`` finds that the data do not pass.
 
     >>> main(["--version"])
     '0.1.0'
@@ -73,17 +77,21 @@ def main(args: ArgsType = None) -> Any:
             return __version__
         if given[0] in VERBS:
             return auto_cli(VERBS[given[0]], args=given[1:], as_positional=False)
-    return SFTCLI(
-        LightningModule if _names_a_class("model", given) else SFTModule,
-        LightningDataModule if _names_a_class("data", given) else SFTDataModule,
-        subclass_mode_model=_names_a_class("model", given),
-        subclass_mode_data=_names_a_class("data", given),
-        seed_everything_default=0,
-        trainer_defaults={"max_epochs": 1},
-        save_config_kwargs={"overwrite": True},
-        auto_configure_optimizers=False,
-        args=args,
-    )
+    arguments: dict[str, Any] = {
+        "model_class": LightningModule if _names_a_class("model", given) else SFTModule,
+        "datamodule_class": LightningDataModule if _names_a_class("data", given) else SFTDataModule,
+        "subclass_mode_model": _names_a_class("model", given),
+        "subclass_mode_data": _names_a_class("data", given),
+        "seed_everything_default": 0,
+        "trainer_defaults": {"max_epochs": 1},
+        "auto_configure_optimizers": False,
+    }
+    if isinstance(given, list) and given[:1] == ["show"]:
+        shown = ShowCLI(**arguments, args=given[1:], run=False)
+        if not all(finding.passes for finding in shown.findings):
+            sys.exit(1)
+        return shown
+    return SFTCLI(**arguments, save_config_kwargs={"overwrite": True}, args=args)
 
 
 def export_checkpoint(ckpt: str, out: str) -> Path:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from lightning_sft.types import InputError
 
@@ -47,3 +51,40 @@ def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
     raise InputError(
         "A learning-rate schedule needs an end: set trainer.max_steps or max_epochs, or schedule=constant."
     )
+
+
+def trainer_on_paper(module: Any, settings: Any) -> SimpleNamespace:
+    """What the data module asks of a trainer, without one: the devices of the settings need not be here.
+
+    Args:
+        module: The Lightning module that would be trained.
+        settings: The arguments of a trainer, as attributes.
+
+    >>> settings = SimpleNamespace(devices="2", num_nodes=2, accelerator="gpu", accumulate_grad_batches=4)
+    >>> vars(settings).update(limit_train_batches=None, overfit_batches=0.0, fast_dev_run=False)
+    >>> data_parallel(trainer_on_paper(None, settings))
+    (0, 4)
+    """
+    limit = int(settings.fast_dev_run) or settings.overfit_batches or settings.limit_train_batches
+    done = SimpleNamespace(current=SimpleNamespace(ready=0))
+    return SimpleNamespace(
+        lightning_module=module,
+        is_global_zero=True,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        limit_train_batches=1.0 if limit is None else limit,
+        current_epoch=0,
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=done)),
+        distributed_sampler_kwargs={"rank": 0, "num_replicas": _num_devices(settings) * int(settings.num_nodes)},
+    )
+
+
+def _num_devices(settings: Any) -> int:
+    """Devices of a node, where ``devices`` is a number, a list of devices, or asks for all that are here."""
+    devices = settings.devices
+    if isinstance(devices, str) and "," in devices:
+        devices = [name for name in devices.split(",") if name.strip()]
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return 1 if settings.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    return int(devices)

@@ -1,14 +1,51 @@
-"""What is going to be trained on, as a table."""
+"""What is going to be trained on, as tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.plan import Plan
+
+_PLACE = re.compile(r"(.+?:\d+|row \d+): (.*)", re.DOTALL)
+_LISTED = 20  # rows named for a reason
+_BAR = 40  # characters of the longest bar
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The plan of the training epochs, for people.
+
+    Args:
+        train: The training split.
+        plan: Its plan.
+        capacity: Most positions in a micro-batch.
+        packing: How they are filled.
+    """
+
+    train: Split
+    plan: Plan
+    capacity: int
+    packing: str
+
+    @property
+    def fill(self) -> float:
+        """The share of the positions of all micro-batches that a token takes."""
+        return sum(self.train.lengths) / (len(self.plan.packs) * self.capacity)
+
+    def __str__(self) -> str:
+        return (
+            f"An epoch: {self.plan.num_steps:,} optimiser steps of {self.plan.num_ranks * self.plan.accumulate} "
+            f"{self.packing} micro-batches of at most {self.capacity:,} tokens ({self.fill:.0%} full)."
+        )
 
 
 def show_report(splits: Mapping[str, Split], plan: Plan, capacity: int, packing: str) -> None:
@@ -20,20 +57,96 @@ def show_report(splits: Mapping[str, Split], plan: Plan, capacity: int, packing:
         capacity: Most positions in a micro-batch.
         packing: How they are filled.
     """
-    table = Table(title="Data", title_justify="left", title_style="bold")
-    for column in ("", "rows", "not used", "sequences", "tokens", "targets", "longest"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, split in splits.items():
-        tokens, targets = sum(split.lengths), split.num_targets
-        cells = (split.num_rows, len(split.refused) + len(split.too_long), len(split.examples), tokens)
-        share = f"{targets:,} ({targets / tokens:.0%})"
-        table.add_row(name, *(f"{cell:,}" for cell in cells), share, f"{max(split.lengths):,}")
     console = Console(soft_wrap=True)
-    console.print(table)
-    fill = sum(splits["train"].lengths) / (len(plan.packs) * capacity)
-    console.print(
-        f"An epoch: {plan.num_steps:,} optimiser steps of {plan.num_ranks * plan.accumulate} {packing} micro-batches "
-        f"of at most {capacity:,} tokens ({fill:.0%} full)."
-    )
+    console.print(table_of(splits))
+    console.print(str(Epoch(splits["train"], plan, capacity, packing)), highlight=False)
     for remark in (remark for split in splits.values() for remark in split.remarks()):
-        console.print(f"[yellow]{remark}[/yellow]")
+        console.print(remark, style="yellow", markup=False)
+
+
+def show_details(split: Split, console: Console) -> None:
+    """Print how long the sequences of a split are, how much of them is trained, and each row that is not used."""
+    console.print(f"\nLengths in {split.name}, in tokens", style="bold")
+    bins = histogram(split.lengths)
+    most, width = max(count for _, _, count in bins), len(f"{bins[-1][1]:,}")
+    for low, high, count in bins:
+        bar = "█" * -(-count * _BAR // most)
+        console.print(f"  {low:>{width},}–{high:<{width},} {bar} {count:,}", highlight=False)
+    console.print(targets_in_words(split), highlight=False)
+    for reason, places in by_reason(split.refused):
+        console.print(f"\n{len(places):,} refused: {reason}", style="yellow", markup=False)
+        console.print(f"  {_some(places)}", markup=False)
+    for what, places in (("left out", split.too_long), ("cut", split.cut)):
+        if places:
+            console.print(f"\n{len(places):,} {what}, longer than data.max_length", style="yellow")
+            console.print(f"  {_some(places)}", markup=False)
+
+
+def table_of(splits: Mapping[str, Split]) -> Table:
+    """The account of the splits, side by side."""
+    table = Table("Data", *splits, box=SIMPLE_HEAD, header_style="bold")
+    columns = [figures(split) for split in splits.values()]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def figures(split: Split) -> dict[str, str]:
+    """The account of a split, as it is shown. A row is expanded when it gives more than one sequence."""
+    tokens = sum(split.lengths)
+    sequences = Counter(example.provenance for example in split.examples)
+    counts = {
+        "rows": split.num_rows,
+        "refused": len(split.refused),
+        "left out": len(split.too_long),
+        "cut": len(split.cut),
+        "expanded": sum(count > 1 for count in sequences.values()),
+        "sequences": len(split.examples),
+        "tokens": tokens,
+        "targets": split.num_targets,
+        "longest": max(split.lengths),
+    }
+    shown = {name: f"{count:,}" for name, count in counts.items()}
+    return shown | {"targets": f"{shown['targets']} ({counts['targets'] / tokens:.0%})"}
+
+
+def targets_in_words(split: Split) -> str:
+    """How many tokens of a sequence are trained."""
+    counts = [sum(weight > 0 for weight in example.target_weights) for example in split.examples]
+    return (
+        f"Targets of a sequence: {min(counts):,} at least, {median(counts):,g} in the middle, {max(counts):,} at most."
+    )
+
+
+def histogram(lengths: Sequence[int], num_bins: int = 12) -> list[tuple[int, int, int]]:
+    """Bins of equal width as (shortest, longest, how many), from the shortest length to the longest.
+
+    >>> histogram([3, 4, 4, 9], num_bins=3)
+    [(3, 5, 3), (6, 8, 0), (9, 11, 1)]
+    """
+    low, high = min(lengths), max(lengths)
+    width = -(-(high - low + 1) // num_bins)
+    counts = Counter((length - low) // width for length in lengths)
+    return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range((high - low) // width + 1)]
+
+
+def by_reason(refused: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Refusals that differ only in names and numbers together, most frequent first: one text, and every place.
+
+    >>> by_reason(["a.jsonl:3: turn 2: no text", "a.jsonl:7: turn 4: no text", "row 1: no 'x'"])
+    [('turn 2: no text', ['a.jsonl:3', 'a.jsonl:7']), ("no 'x'", ['row 1'])]
+    """
+    groups: dict[str, tuple[str, list[str]]] = {}
+    for text in refused:
+        found = _PLACE.match(text)
+        place, reason = found.groups() if found else ("?", text)
+        kind = re.sub(r"'[^']*'|\d+", "", reason)
+        groups.setdefault(kind, (reason, []))[1].append(place)
+    return sorted(groups.values(), key=lambda group: -len(group[1]))
+
+
+def _some(places: Sequence[str]) -> str:
+    more = f" and {len(places) - _LISTED:,} more" if len(places) > _LISTED else ""
+    return ", ".join(places[:_LISTED]) + more

@@ -1,0 +1,142 @@
+"""``lightning-sft show``: what will be trained on, before any training and without the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice
+from typing import Any, cast
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from rich.console import Console
+
+from lightning_sft.data.audit import Finding, Thresholds, audit
+from lightning_sft.data.dataset import Split
+from lightning_sft.data.loader import pad_token_id
+from lightning_sft.data.pieces import PieceReader
+from lightning_sft.data.report import Epoch, show_details, table_of
+from lightning_sft.data.walk import Placed, Walk
+from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.show_html import write_page
+from lightning_sft.show_text import show_audit, show_document, show_legend
+from lightning_sft.trainer_facts import trainer_on_paper
+from lightning_sft.types import InputError
+
+
+class ShowCLI(LightningCLI):
+    """The command line of ``fit`` with the arguments of :func:`show`; no trainer is made, and no weights are loaded."""
+
+    findings: list[Finding]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of ``fit``, which a saved config has, and our own."""
+        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+        self._own = parser.add_function_arguments(show, skip={"data", "module", "trainer"})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """``--check`` alone asks for a check with the thresholds of the config, or the default ones."""
+        assert isinstance(args, list)
+        following = [*args[1:], "--"]
+        rest = [a for a, b in zip(args, following, strict=True) if not (a == "--check" and b.startswith("--"))]
+        self.config = parser.parse_args(rest if rest == args else ["--check={}", *rest])
+
+    def instantiate_classes(self) -> None:
+        """The module and the data module. The trainer's section stays as it is: its devices need not be here."""
+        config = self.config.clone()
+        self.trainer_config = config.pop("trainer")
+        self.config_init = self.parser.instantiate_classes(config)
+        self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
+
+    def after_instantiate_classes(self) -> None:
+        """Show it."""
+        own = {name: self.config_init[name] for name in self._own}
+        self.findings = show(self.datamodule, self.model, self.trainer_config, **own)
+
+
+def show(
+    data: LightningDataModule,
+    module: LightningModule | None,
+    trainer: Any,
+    rows: int = 3,
+    row: str | None = None,
+    html: str | None = None,
+    html_rows: int = 1000,
+    check: Thresholds | None = None,
+) -> list[Finding]:
+    """Show what will be trained on, token by token, and a report.
+
+    What is shown are the tensors of the micro-batches of the first epoch. Rows that cannot be used are left out and
+    listed, whatever ``data.invalid_rows`` says.
+
+    Args:
+        data: Its training and validation batches are shown.
+        module: Names the tokenizer, and how weights are normalised.
+        trainer: Settings of a trainer; they decide how micro-batches are dealt out.
+        rows: How many sequences are printed, each of another micro-batch where there are enough.
+        row: Print the sequences of this row instead, given as ``file:line``.
+        html: Write a page to this file too; it can be searched, and needs nothing else.
+        html_rows: Most sequences on the page: the first of the epoch, which is in random order.
+        check: Audit the whole data set, and exit with 1 where a share is beyond its threshold. ``--check`` alone takes
+            the default thresholds; ``--check.max_refused 0.01``, or a section ``check`` in a YAML, changes one.
+
+    Returns:
+        What the audit found; empty where it was not asked for.
+
+    Raises:
+        InputError: When the data module is not ours, or there is no such row.
+    """
+    if not isinstance(data, SFTDataModule):
+        raise InputError(f"show needs an SFTDataModule, or a class made from it, got {type(data).__name__}.")
+    fit_stops = _set_up(data, module, trainer)
+    assert data.tokenizer is not None
+    console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), pad_token_id(data.tokenizer)
+    train = Walk(data.train_dataloader(), pad_id)
+    val: Iterable[Placed] = Walk(data.val_dataloader(), pad_id) if "val" in data.splits else ()
+
+    chosen = train.first(rows) if row is None else _at(row, chain(train, val), data.splits)
+    for placed in chosen:
+        show_document(reader.read(placed.document), placed.document.provenance, placed.remark, console)
+    show_legend(console)
+
+    epoch = Epoch(data.splits["train"], train.loader.plan, data.capacity, data.packing)
+    console.print(table_of(data.splits))
+    console.print(str(epoch), highlight=False)
+    for split in data.splits.values():
+        show_details(split, console)
+    if fit_stops:
+        console.print("\nfit stops at these rows: data.invalid_rows or data.overflow is 'error'.", style="bold red")
+
+    findings: list[Finding] = []
+    if check is not None:
+        trained, held_out = (placed.document for placed in train), (placed.document for placed in val)
+        findings = audit(trained, held_out, data.splits, reader.special_ids, check)
+        show_audit(findings, console)
+    if html is not None:
+        others = (placed for placed in train if row is None or not placed.is_at(row))
+        page = islice(chain(chosen if row else [], others), html_rows)
+        read = ((placed.document.provenance, placed.remark, reader.read(placed.document)) for placed in page)
+        write_page(html, read, data.splits, epoch, str(data.tokenizer.name_or_path), findings)
+        console.print(f"\nPage: {html}", highlight=False)
+    return findings
+
+
+def _set_up(data: SFTDataModule, module: LightningModule | None, trainer: Any) -> bool:
+    """Read everything that can be used, and say whether there is a row at which ``fit`` would stop."""
+    by_row, by_length = data.invalid_rows == "error", data.overflow == "error"
+    data.invalid_rows, data.overflow = "skip", "drop" if by_length else data.overflow
+    cast(Any, data).trainer = paper = trainer_on_paper(module, trainer)
+    data.setup("fit")
+    paper.is_global_zero = False  # the data module would print the report before the rows
+    return any((by_row and split.refused) or (by_length and split.too_long) for split in data.splits.values())
+
+
+def _at(row: str, everything: Iterable[Placed], splits: Mapping[str, Split]) -> list[Placed]:
+    """The sequences of a row; there may be none because it was refused."""
+    if found := [placed for placed in everything if placed.is_at(row)]:
+        return found
+    for split in splits.values():
+        for text in [*split.refused, *(f"{where}: longer than data.max_length" for where in split.too_long)]:
+            if any(f"/{row}{after}" in f"/{text}" for after in (": ", " (")):
+                raise InputError(f"The row is not used. {text}")
+    example = next(iter(splits.values())).examples[0].provenance
+    raise InputError(f"There is no row {row!r} in the data. Expected a place such as {example!r}.")

@@ -1,0 +1,80 @@
+"""The page of ``lightning-sft show --html``: one file that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lightning_sft.data.audit import Finding
+from lightning_sft.data.dataset import Split
+from lightning_sft.data.pieces import Piece
+from lightning_sft.data.report import Epoch, by_reason, figures, histogram, targets_in_words
+
+_TEMPLATE = Path(__file__).with_name("show.html")
+_LISTED = 200  # rows named for a reason
+
+
+def write_page(
+    path: str,
+    documents: Iterable[tuple[str, str, Sequence[Piece]]],
+    splits: Mapping[str, Split],
+    epoch: Epoch,
+    tokenizer: str,
+    findings: Iterable[Finding] = (),
+) -> None:
+    """Write the page.
+
+    Args:
+        path: The file to write.
+        documents: Provenance, a remark and the pieces of each document that the page has.
+        splits: What was read.
+        epoch: The plan of the training epochs.
+        tokenizer: Where the tokenizer comes from.
+        findings: Of the audit, where it was asked for.
+    """
+    train = splits["train"]
+    data = {
+        "epoch": str(epoch),
+        "figures": {"steps an epoch": f"{epoch.plan.num_steps:,}", "full": f"{epoch.fill:.0%}"},
+        "tokenizer": tokenizer,
+        "splits": {name: figures(split) for name, split in splits.items()},
+        "histogram": histogram(train.lengths, num_bins=24),
+        "total": len(train.examples),
+        "targets": targets_in_words(train),
+        "refused": _listed({f"{n}: {reason}": at for n, s in splits.items() for reason, at in by_reason(s.refused)}),
+        "left_out": _listed({f"{n}: longer than data.max_length": s.too_long for n, s in splits.items() if s.too_long}),
+        "cut": _listed({f"{n}: cut at data.max_length": s.cut for n, s in splits.items() if s.cut}),
+        "checks": [[f.check, *f.cells, f.passes, f.places[:_LISTED]] for f in findings],
+        **_compact(documents),
+    }
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    page = _TEMPLATE.read_text(encoding="utf-8").replace("{{ data }}", escaped(text))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def escaped(text: str) -> str:
+    r"""JSON that no HTML parser takes for a tag: a ``<`` stands in strings alone, and there it may be ``\u003c``.
+
+    >>> escaped('["</script>"]')
+    '["\\u003c/script>"]'
+    """
+    return text.replace("<", "\\u003c")
+
+
+def _compact(documents: Iterable[tuple[str, str, Sequence[Piece]]]) -> dict[str, Any]:
+    """Each distinct piece once; a document as numbers of pieces, and its weights as runs of equal ones."""
+    numbers: dict[tuple[str, tuple[int, ...], bool], int] = {}
+    rows = []
+    for where, remark, pieces in documents:
+        own = [numbers.setdefault((p.text, p.ids, p.is_special), len(numbers)) for p in pieces]
+        runs = [(len(list(run)), weight) for weight, run in groupby(piece.weight for piece in pieces)]
+        rows.append({"where": where, "remark": remark, "pieces": own, "weights": runs})
+    return {"pieces": list(numbers), "rows": rows}
+
+
+def _listed(groups: Mapping[str, Sequence[str]]) -> list[tuple[str, int, Sequence[str]]]:
+    return [(reason, len(places), places[:_LISTED]) for reason, places in groups.items()]

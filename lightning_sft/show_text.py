@@ -1,0 +1,77 @@
+"""Documents and findings for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_sft.data.audit import Finding
+from lightning_sft.data.pieces import Piece
+
+_TARGETS = ("black on green", "black on bright_green")  # in turn, so that one sees where a token ends
+_SPECIAL = "bold magenta"
+_LISTED = 3  # rows named below the table of the audit
+
+
+def show_document(pieces: Sequence[Piece], title: str, remark: str, console: Console) -> None:
+    """Print a document token by token: targets on a coloured ground, context dim, control tokens in another colour.
+
+    Where there are no colours (a file, a pipe, ``NO_COLOR``), targets stand between « and ».
+
+    Args:
+        pieces: The document.
+        title: Where it comes from.
+        remark: Where it is used.
+        console: Where to print.
+    """
+    console.print(Text.assemble("\n", (title, "bold"), (f"  {remark}", "dim")))
+    console.print(_coloured(pieces, marks=console.color_system is None))
+
+
+def show_legend(console: Console) -> None:
+    """Print what the colours mean."""
+    legend = Text.assemble(
+        "\n", (" context ", "dim"), "  ", (" target ", _TARGETS[0]), "  ", ("control token", _SPECIAL)
+    )
+    if console.color_system is None:
+        legend = Text("\nTargets stand between « and ».")
+    console.print(legend.append("  ×2 after targets: their weight, where it is not 1", style="dim"))
+
+
+def show_audit(findings: Iterable[Finding], console: Console) -> None:
+    """Print the table of the audit, and the first rows of each check that does not pass."""
+    findings = list(findings)
+    table = Table("Check", box=SIMPLE_HEAD, header_style="bold")
+    for column in ("count", "of", "share", "threshold", "verdict"):
+        table.add_column(column, justify="right")
+    for finding in findings:
+        table.add_row(finding.check, *finding.cells, style=None if finding.passes else "bold red")
+    console.print(table)
+    for finding in findings:
+        if not finding.passes and finding.places:
+            more = f"\n  ... and {finding.count - _LISTED:,} more" if finding.count > _LISTED else ""
+            listed = "\n".join(f"  {place}" for place in finding.places[:_LISTED])
+            console.print(f"{finding.check}:\n{listed}{more}", style="yellow", markup=False)
+
+
+def weight_mark(weight: float) -> str:
+    """How the weight of targets is written behind them: nothing where it is 1."""
+    return "" if weight in (0, 1) else f"×{weight:.3g}"
+
+
+def _coloured(pieces: Sequence[Piece], marks: bool) -> Text:
+    text = Text()
+    for weight, stretch in groupby(pieces, key=lambda piece: piece.weight):
+        text.append("«" if marks and weight else "")
+        for number, piece in enumerate(stretch):
+            ground = _TARGETS[number % 2] if weight else "dim"
+            colour = ("purple" if weight else _SPECIAL) if piece.is_special else ""
+            text.append(piece.text, style=f"{ground} {colour}".strip())
+        text.append("»" if marks and weight else "")
+        text.append(weight_mark(weight), style="bold yellow")
+    return text

@@ -1,0 +1,130 @@
+"""The page in a browser: what is seen, what is found, what a click does, and that no text of a row becomes markup."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+
+from lightning_sft.data.dataset import Split
+from lightning_sft.data.packing import pack
+from lightning_sft.data.pieces import Piece
+from lightning_sft.data.plan import Plan
+from lightning_sft.data.report import Epoch
+from lightning_sft.show_html import write_page
+from lightning_sft.types import Example
+
+EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"><!--"
+OFF = ("gpu", "background-networking", "component-update", "sync")
+FLAGS = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in OFF)]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """45 rows: 44 that count, and one that attacks."""
+    texts = [f"row {i} says\t{'fizz' if i % 3 == 0 else 'buzz'}⏎\nend" for i in range(1, 45)] + [EVIL]
+    split = Split("train", [Example([1, 2, 3], [0, 1, 1])] * 45, num_rows=46, refused=[f"{EVIL}:3: {EVIL}"])
+    documents = [
+        (f"a.jsonl:{i}", "step 1", [Piece("<|user|>", (7,), 0.0, True), Piece(text, (i, 99), 0.5, False)])
+        for i, text in enumerate(texts, 1)
+    ]
+    plan = Plan(split.lengths, split.weights, lambda lengths: pack(lengths, 8))
+    write_page(str(tmp_path / "page.html"), documents, {"train": split}, Epoch(split, plan, 8, "packed"), "tiny")
+    return tmp_path / "page.html"
+
+
+def test_the_page_loads_nothing_and_text_is_never_markup(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(""", text)
+    assert "default-src 'none'" in text
+    assert text.count("</script>") == 2  # the data's end, and the program's
+    data = text.partition('id="data">')[2].partition("</script>")[0]
+    assert "<" not in data
+    assert json.loads(data)["pieces"][-1][0] == EVIL
+
+
+def seen(page: Path, address: str = "") -> str:
+    """The document as the browser has it after the page's program has run."""
+    if (chromium := shutil.which("chromium") or shutil.which("google-chrome")) is None:
+        pytest.skip("no chromium here")
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [chromium, *FLAGS, profile, "--dump-dom", f"{page.as_uri()}{address}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.slow
+def test_the_address_says_what_is_shown(page: Path) -> None:
+    assert re.findall(r"<b>a.jsonl:(\d+)</b>", seen(page)) == [str(i) for i in range(1, 21)]
+    last = seen(page, "#page=3")
+    assert re.findall(r"<b>a.jsonl:(\d+)</b>", last) == [str(i) for i in range(41, 46)]
+    assert "<title>What will be trained</title>" in last
+    assert "&lt;img src=x" in last  # the text of the row, as text
+    assert re.findall(r"<b>a.jsonl:(\d+)</b>", seen(page, "#q=FIZZ")) == [str(i) for i in range(3, 45, 3)]
+    assert re.findall(r"<b>a.jsonl:(\d+)</b>", seen(page, "#q=a.jsonl%3A17")) == ["17"]
+    assert '<span class="newline">\n</span>' in last
+    assert "×0.5" in last
+
+
+class Browser:
+    """A browser driven by its own protocol, https://www.w3.org/TR/webdriver2/."""
+
+    def __init__(self, port: int, profile: Path) -> None:
+        self.base = f"http://127.0.0.1:{port}/session"
+        options = {"args": [*FLAGS, f"--user-data-dir={profile}"]}
+        session = self.call("", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})
+        self.base += f"/{session['sessionId']}"
+
+    def call(self, path: str, body: dict[str, Any] | None, method: str = "POST") -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        with urlopen(Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)) as answer:
+            return json.load(answer)["value"]
+
+    def find(self, css: str) -> str:
+        return "/element/" + next(iter(self.call("/element", {"using": "css selector", "value": css}).values()))
+
+    def text(self, css: str) -> str:
+        return str(self.call(self.find(css) + "/text", None, "GET"))
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Browser]:
+    if (driver := shutil.which("chromedriver")) is None:
+        pytest.skip("no chromedriver here")
+    with subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        port = next(int(m[1]) for line in process.stdout if (m := re.search(r"successfully on port (\d+)", line)))
+        session = Browser(port, tmp_path / "driven")
+        yield session
+        session.call("", None, "DELETE")
+        process.terminate()
+
+
+@pytest.mark.slow
+def test_a_person_pages_searches_and_looks_at_a_token(page: Path, browser: Browser) -> None:
+    browser.call("/url", {"url": page.as_uri()})
+    assert browser.text("#place") == "1–20 of 45"
+    browser.call(browser.find("#next") + "/click", {})
+    assert browser.text("#place") == "21–40 of 45"
+    assert browser.text("article header b") == "a.jsonl:21"
+    browser.call(browser.find("#search") + "/value", {"text": "fizz"})
+    assert browser.text("#place") == "1–14 of 14"  # back on the first page
+    assert browser.text("article .target").replace("\n", "") == "row 3 says fizzend"
+    token = browser.find("article .target")
+    origin = {"element-6066-11e4-a52e-4f735466cecf": token.rpartition("/")[2]}
+    move = {"type": "pointerMove", "duration": 0, "origin": origin, "x": 0, "y": 0}
+    browser.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
+    for _ in range(20):
+        if browser.text("#tip"):
+            break
+        time.sleep(0.1)
+    assert browser.text("#tip").endswith("ids 3, 99 (together one character)\nposition 1\ntarget, weight 0.5")
+    browser.call(browser.find("#search") + "/value", {"text": "nowhere"})
+    assert browser.text("#none") == "No row has this text."
