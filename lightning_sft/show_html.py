@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,7 @@ def write_page(
         "histogram": histogram(train.lengths, num_bins=24),
         "total": len(train.examples),
         "targets": targets_in_words(train),
-        "refused": _listed({f"{n}: {reason}": at for n, s in splits.items() for reason, at in by_reason(s.refused)}),
-        "left_out": _listed({f"{n}: longer than data.max_length": s.too_long for n, s in splits.items() if s.too_long}),
-        "cut": _listed({f"{n}: cut at data.max_length": s.cut for n, s in splits.items() if s.cut}),
+        "remarks": [remark for name, split in splits.items() for remark in _remarks(name, split)],
         "checks": [[f.check, *f.cells, f.passes, f.places[:_LISTED]] for f in findings],
         **_compact(documents),
     }
@@ -76,5 +74,11 @@ def _compact(documents: Iterable[tuple[str, str, Sequence[Piece]]]) -> dict[str,
     return {"pieces": list(numbers), "rows": rows}
 
 
-def _listed(groups: Mapping[str, Sequence[str]]) -> list[tuple[str, int, Sequence[str]]]:
-    return [(reason, len(places), places[:_LISTED]) for reason, places in groups.items()]
+def _remarks(name: str, split: Split) -> Iterator[tuple[str, int, Sequence[str]]]:
+    """What is not used as it is: why, how many, and the places of the first of them."""
+    lengths = {"longer than data.max_length": split.too_long, "cut at data.max_length": split.cut}
+    for reason, places in [*by_reason(split.refused), *lengths.items()]:
+        if places:
+            yield f"{name}: {reason}", len(places), places[:_LISTED]
+    for key, count in split.ignored.most_common():
+        yield f"{name}: the key {key!r}, which is ignored", count, []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from lightning_sft.data.audit import Thresholds
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.main import main
 from lightning_sft.types import InputError
@@ -156,3 +158,9 @@ def test_a_data_module_of_another_kind_is_refused(config: dict[str, Any], tmp_pa
     )
     with pytest.raises(InputError, match=r"show needs an SFTDataModule, or a class made from it, got BoringDataModule"):
         main(["show", "--model.pretrained", config["model"]["pretrained"], "--config", str(tmp_path / "other.yaml")])
+
+
+def test_the_thresholds_of_the_page_are_the_defaults() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "show.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert yaml.safe_load(example)["check"] == asdict(Thresholds())

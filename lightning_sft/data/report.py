@@ -80,6 +80,8 @@ def show_details(split: Split, console: Console) -> None:
         if places:
             console.print(f"\n{len(places):,} {what}, longer than data.max_length", style="yellow")
             console.print(f"  {_some(places)}", markup=False)
+    for key, count in split.ignored.most_common():
+        console.print(f"\n{count:,} rows have the key {key!r}, which is ignored", style="yellow", markup=False)
 
 
 def table_of(splits: Mapping[str, Split]) -> Table:

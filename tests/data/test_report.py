@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from io import StringIO
 from itertools import pairwise
 
@@ -19,6 +20,7 @@ SPLIT = Split(
     num_rows=5,
     refused=["a:3: turn 2: [/bold] is 'x'", "a:4: turn 4: [/bold] is 'y'"],
     too_long=["a:5 (99 tokens)"],
+    ignored=Counter({"[id]": 3}),
 )
 
 
@@ -46,6 +48,7 @@ def test_refusals_are_together_by_reason_with_their_places_and_markup_is_text() 
     text = printed(SPLIT)
     assert "2 refused: turn 2: [/bold] is 'x'\n  a:3, a:4" in text
     assert "1 left out, longer than data.max_length\n  a:5 (99 tokens)" in text
+    assert "3 rows have the key '[id]', which is ignored" in text
     assert "Targets of a sequence: 1 at least, 1 in the middle, 2 at most." in text
 
 
