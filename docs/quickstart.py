@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -68,13 +69,14 @@ def run(folder: Path, extra: list[str]) -> None:
     minutes = (time.monotonic() - began) / 60
     console.rule("4  export")
     checkpoint = fit.trainer.checkpoint_callback.best_model_path
-    exported = main(["export", "--ckpt", checkpoint, "--out", str(folder / f"model-{int(time.time())}")])
+    shutil.rmtree(folder / "model", ignore_errors=True)  # of an earlier quickstart
+    exported = main(["export", "--ckpt", checkpoint, "--out", str(folder / "model")])
     difference = largest_logit_difference(checkpoint, exported)
     console.rule("5  after")
     after, answers_after = evaluate(str(exported), folder, "after", flags)
     table = Table(title=f"100 held-out requests, before and after {minutes:.1f} minutes of fine-tuning")
     for column in ("", "before", "after"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column)
     table.add_row("NLL per token", *(f"{f['test/loss']:.3f}" for f in (before, after)))
     table.add_row("perplexity", *(f"{f['test/perplexity']:.2f}" for f in (before, after)))
     table.add_row("token accuracy", *(f"{f['test/token_accuracy']:.1%}" for f in (before, after)))

@@ -90,7 +90,7 @@ class SFTDataModule(LightningDataModule):
             if name is None:
                 raise InputError("The tokenizer is not known: set data.tokenizer to a hub name or folder.")
             self.tokenizer = load_tokenizer(name, self.chat_template)
-            self.max_length = self.max_length or context_length(name)
+            self.max_length = self.max_length or context_length(getattr(self._module, "pretrained", None) or name)
         is_shown = self.trainer is None or self.trainer.is_global_zero
         for name in _STAGES[stage]:
             if (source := self.sources[name]) is not None and name not in self.splits:
