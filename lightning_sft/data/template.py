@@ -14,6 +14,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.types import InputError, Message
@@ -37,6 +38,10 @@ class ChatTemplate:
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.text = re.sub(r"strftime_now\((['\"])(.*?)\1\)", _frozen, str(tokenizer.chat_template))
         longest_first = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:  # as transformers does before each call
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @classmethod
@@ -93,6 +98,8 @@ class ChatTemplate:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each rendered text, without any that the tokenizer would add; one call for all."""
+        if self._backend is not None:  # the same without what transformers builds around the ids: half the time
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return ids
 
