@@ -39,7 +39,7 @@ class SFTDataModule(LightningDataModule):
         tokenizer: A hub name, a folder or a GGUF file; the model's own by default.
         chat_template: A Jinja file to use instead of the tokenizer's template.
         max_length: Most tokens in a sequence. The model's context by default.
-        overflow: Longer ones are an error, left out (``drop``), truncated, or split if they are plain text; and counted.
+        overflow: Longer ones are an error, left out (``drop``), truncated, or, plain texts, split; and counted.
         tokens_per_batch: Most positions in a micro-batch. By default 2,048, or the longest sequence if that is longer.
         packing: ``packed`` lays documents end to end without padding, ``padded`` gives each a row.
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.

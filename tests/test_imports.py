@@ -14,7 +14,8 @@ FLOORS = [
     {"types", "data.strict_json"},
     {"data.files", "data.formats", "data.turns"},
     {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes"}
-    | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate", "overflow", "unpack")},
+    | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")}
+    | {"data.overflow", "data.unpack"},
     {"pretrained", "export", "data.encode", "data.loader", "data.pieces"},
     {"data.dataset", "data.walk", "module", "demo_model"},
     {"data.report", "data.audit", "callbacks.predictions"},
@@ -24,8 +25,17 @@ FLOORS = [
     {"__main__"},
 ]
 LIGHTNING_FROM = 4  # the lowest floor that may import lightning
-TRANSFORMERS = {"pretrained", "export", "probes", "demos", "data.template", "data.encode", "data.dataset", "data.loader", "module"}
-TRANSFORMERS |= {"datamodule", "data.pieces"}  # there and in module: for the types of what they hold
+TRANSFORMERS = {
+    "pretrained",
+    "export",
+    "probes",
+    "demos",
+    "data.template",
+    "data.encode",
+    "data.dataset",
+    "data.loader",
+}
+TRANSFORMERS |= {"module", "datamodule", "data.pieces"}  # for the types of what they hold
 LAZY = {"peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
