@@ -20,14 +20,15 @@ def test_packs_are_a_partition_within_the_capacity(lengths: list[int], capacity:
 
 
 @given(LENGTHS, st.integers(50, 200))
-def test_packing_is_best_fit_decreasing(lengths: list[int], capacity: int) -> None:
+def test_packing_is_hardly_ever_worse_than_first_fit_decreasing(lengths: list[int], capacity: int) -> None:
     room: list[int] = []
-    for length in sorted(lengths, reverse=True):  # the definition, in quadratic time
-        fits = [r for r in room if r >= length]
+    for length in sorted(lengths, reverse=True):  # first fit by its definition
+        fits = [number for number, r in enumerate(room) if r >= length]
         if fits:
-            room.remove(min(fits))
-        room.append((min(fits) if fits else capacity) - length)
-    assert sorted(capacity - sum(lengths[i] for i in p) for p in pack(lengths, capacity)) == sorted(room)
+            room[fits[0]] -= length
+        else:
+            room.append(capacity - length)
+    assert len(pack(lengths, capacity)) <= len(room) + 1
 
 
 @given(LENGTHS, st.integers(50, 200))
@@ -57,4 +58,4 @@ def test_the_cost_grows_hardly_faster_than_the_number_of_sequences() -> None:
 def test_packs_of_many_sequences_are_nearly_full() -> None:
     drawn = random.Random(0)
     lengths = [drawn.randrange(60, 500) for _ in range(5_000)]
-    assert sum(lengths) / (len(pack(lengths, 2048)) * 2048) > 0.99
+    assert sum(lengths) / (len(pack(lengths, 2048)) * 2048) > 0.995
