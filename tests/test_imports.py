@@ -50,8 +50,9 @@ def imported(path: Path) -> set[str]:
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "lightning_sft":
-            found |= {f"lightning_sft.{alias.name}" for alias in node.names if alias.name in FILES}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("lightning_sft", "lightning_sft.data"):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in names if name.removeprefix("lightning_sft.") in FILES}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     return found
