@@ -89,7 +89,7 @@ class SFTDataModule(LightningDataModule):
             name = self.tokenizer_name or getattr(self._module, "pretrained", None)
             if name is None:
                 raise InputError("The tokenizer is not known: set data.tokenizer to a hub name or folder.")
-            self.tokenizer = load_tokenizer(name, self.chat_template)
+            self.tokenizer_name, self.tokenizer = name, load_tokenizer(name, self.chat_template)
             self.max_length = self.max_length or context_length(getattr(self._module, "pretrained", None) or name)
         is_shown = self.trainer is None or self.trainer.is_global_zero
         for name in _STAGES[stage]:
@@ -144,8 +144,7 @@ class SFTDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What an export needs to give the model its tokenizer back: plain strings."""
         template = None if self.tokenizer is None else self.tokenizer.chat_template
-        name = None if self.tokenizer is None else self.tokenizer.name_or_path
-        return {"tokenizer": name, "chat_template": template}
+        return {"tokenizer": self.tokenizer_name, "chat_template": template}
 
     @property
     def _module(self) -> Any:

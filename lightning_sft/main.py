@@ -72,7 +72,8 @@ def main(args: ArgsType = None) -> Any:
     '0.1.0'
     """
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given:
+    if isinstance(given, list):
+        given = given or ["--help"]
         if given[0] == "--version":
             return __version__
         if given[0] in VERBS:
@@ -91,7 +92,8 @@ def main(args: ArgsType = None) -> Any:
         if not all(finding.passes for finding in shown.findings):
             sys.exit(1)
         return shown
-    return SFTCLI(**arguments, save_config_kwargs={"overwrite": True}, args=args)
+    arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": {"description": _DESCRIPTION}}
+    return SFTCLI(**arguments, args=given)
 
 
 def export_checkpoint(ckpt: str, out: str) -> Path:
@@ -104,7 +106,9 @@ def export_checkpoint(ckpt: str, out: str) -> Path:
     if not Path(ckpt).is_file():
         raise InputError(f"There is no checkpoint {ckpt!r}.")
     module = SFTModule.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
-    data = torch.load(ckpt, map_location="meta", weights_only=True, mmap=True).get("SFTDataModule", {})
+    saved = torch.load(ckpt, map_location="meta", weights_only=True, mmap=True)
+    of_data = (state for state in saved.values() if isinstance(state, dict) and "chat_template" in state)
+    data = next(of_data, {})  # under the name of the data module's class, which may be the user's own
     tokenizer = load_tokenizer(data.get("tokenizer") or module.pretrained)
     tokenizer.chat_template = data.get("chat_template") or tokenizer.chat_template
     assert module.model is not None
@@ -112,13 +116,18 @@ def export_checkpoint(ckpt: str, out: str) -> Path:
 
 
 VERBS: dict[str, Callable[..., Any]] = {"export": export_checkpoint, "fetch-demo-model": fetch_demo_model}
+_DESCRIPTION = (
+    "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
+    "show (what fit would train on, token by token), export (a checkpoint as a Hugging Face folder), fetch-demo-model "
+    "(SmolLM2-135M-Instruct); each has a --help of its own."
+)
 
 
 def console() -> None:
     """``main`` for the shell: what the user can put right is one message, not a traceback."""
     try:
         result = main()
-    except (InputError, FloatingPointError, MisconfigurationException) as error:
+    except (InputError, FloatingPointError, MisconfigurationException, yaml.YAMLError) as error:
         sys.exit(f"lightning-sft: {error}")
     if isinstance(result, (str, Path)):
         print(result)
@@ -132,7 +141,8 @@ def _names_a_class(key: str, args: Any) -> bool:
         if flag == f"--{key}.class_path" or (flag == f"--{key}" and not value.endswith((".yaml", ".yml"))):
             return True
         if flag in ("--config", "-c") and Path(value).is_file():
-            section = (yaml.safe_load(Path(value).read_text(encoding="utf-8")) or {}).get(key)
+            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            section = config.get(key) if isinstance(config, Mapping) else None
             if isinstance(section, Mapping) and "class_path" in section:
                 return True
     return False

@@ -222,8 +222,8 @@ class SFTModule(LightningModule):
         bad, self._not_finite = self._not_finite, []
         if not torch.isfinite(values["loss"]):
             raise not_finite(bad, self.log_likelihood)
-        self._log_figures(name, values)
+        self._log_figures(name, values, sync_dist=True)  # they are the same on all ranks: else Lightning would warn
 
-    def _log_figures(self, name: str, values: Mapping[str, Tensor]) -> None:
+    def _log_figures(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
         for key, value in values.items():
-            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", batch_size=1)
+            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", batch_size=1, sync_dist=sync_dist)

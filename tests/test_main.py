@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.main import console, main
@@ -29,6 +29,13 @@ class MyData(SFTDataModule):
     def __init__(self, path: str, k: int = 3) -> None:
         super().__init__(train=path)
         self.k = k
+
+
+class MyTemplate(SFTDataModule):
+    """A user's own data module with a template of its own."""
+
+    def __init__(self, path: str, template: str) -> None:
+        super().__init__(train=path, chat_template=template)
 
 
 @pytest.fixture
@@ -165,3 +172,33 @@ def test_both_ways_to_call_it_work(command: list[str]) -> None:
         [*command, "--version"], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
     )
     assert done.stdout.strip() == "0.1.0"
+
+
+def test_the_bare_command_says_which_verbs_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for verb in ("fit", "validate", "test", "predict", "show", "export", "fetch-demo-model"):
+        assert verb in text
+
+
+def test_an_export_has_the_chat_template_it_was_trained_with_also_with_the_users_data_module(
+    arguments: list[str], tmp_path: Path, jsonl: Any, rows: list[dict[str, str]]
+) -> None:
+    from lightning_sft.demos import CHATML
+
+    template = tmp_path / "mine.jinja"
+    template.write_text(CHATML.replace("system", "sys") + "{# mine #}")
+    trainer = arguments[arguments.index("--trainer.accelerator") :]
+    mine = ["--data", f"{__name__}.MyTemplate", "--data.path", jsonl(rows), "--data.template", str(template)]
+    cli = main(["fit", *mine, "--model.pretrained", arguments[1], *trainer])
+    out = main(["export", "--ckpt", cli.trainer.checkpoint_callback.best_model_path, "--out", str(tmp_path / "out")])
+    assert AutoTokenizer.from_pretrained(out).chat_template.endswith("{# mine #}")
+
+
+def test_a_broken_yaml_is_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "broken.yaml").write_text("model: [")
+    monkeypatch.setattr(sys, "argv", ["lightning-sft", "fit", "--config", str(tmp_path / "broken.yaml")])
+    with pytest.raises(SystemExit, match=r"^lightning-sft: "):
+        console()
