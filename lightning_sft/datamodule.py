@@ -19,8 +19,8 @@ from lightning_sft.data.plan import Plan
 from lightning_sft.data.report import show_report
 from lightning_sft.data.sources import Source
 from lightning_sft.pretrained import context_length, load_tokenizer
-from lightning_sft.trainer_facts import data_parallel, planned_limit
-from lightning_sft.types import InputError
+from lightning_sft.trainer_facts import data_parallel
+from lightning_sft.types import InputError, Normalize
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 _DEFAULT_TOKENS_PER_BATCH = 2048
@@ -75,6 +75,8 @@ class SFTDataModule(LightningDataModule):
         self.overflow: Overflow = overflow
         self.invalid_rows, self.predict_batch_size = invalid_rows, predict_batch_size
         self.num_workers, self.seed = num_workers, seed
+        self._asked: dict[str, Any] = {"tokenizer": tokenizer, "packing": packing, "max_length": max_length}
+        self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalisation of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
         self._plans: dict[str, Plan] = {}
@@ -85,12 +87,8 @@ class SFTDataModule(LightningDataModule):
         """Read and encode what the stage needs, once."""
         if stage == "fit" and self.sources["train"] is None:
             raise InputError("There is no training data: set data.train to a JSONL or JSON file.")
-        if self.tokenizer is None:
-            name = self.tokenizer_name or getattr(self._module, "pretrained", None)
-            if name is None:
-                raise InputError("The tokenizer is not known: set data.tokenizer to a hub name or folder.")
-            self.tokenizer_name, self.tokenizer = name, load_tokenizer(name, self.chat_template)
-            self.max_length = self.max_length or context_length(getattr(self._module, "pretrained", None) or name)
+        self._begin_anew()
+        assert self.tokenizer is not None
         is_shown = self.trainer is None or self.trainer.is_global_zero
         for name in _STAGES[stage]:
             if (source := self.sources[name]) is not None and name not in self.splits:
@@ -100,7 +98,7 @@ class SFTDataModule(LightningDataModule):
                     self.tokenizer,
                     format=self.format,
                     columns=self.columns,
-                    normalize=getattr(self._module, "normalize", "token"),
+                    normalize=self._normalize,
                     max_length=self.max_length,
                     overflow=self.overflow,
                     invalid_rows=self.invalid_rows,
@@ -150,6 +148,23 @@ class SFTDataModule(LightningDataModule):
     def _module(self) -> Any:
         return None if self.trainer is None else self.trainer.lightning_module
 
+    @property
+    def _normalize(self) -> Normalize:
+        normalize: Normalize = getattr(self._module, "normalize", "token")
+        return normalize
+
+    def _begin_anew(self) -> None:
+        """Forget what was planned for another trainer, and what was encoded for another model."""
+        pretrained = getattr(self._module, "pretrained", None)
+        name = self._asked["tokenizer"] or pretrained
+        if name is None:
+            raise InputError("The tokenizer is not known: set data.tokenizer to a hub name or folder.")
+        self._plans, self.packing = {}, self._asked["packing"]
+        if self._encoded_for != (name, pretrained, self._normalize):
+            self._encoded_for, self.splits = (name, pretrained, self._normalize), {}
+            self.tokenizer_name, self.tokenizer = name, load_tokenizer(name, self.chat_template)
+            self.max_length = self._asked["max_length"] or context_length(pretrained or name)
+
     def _place(self) -> tuple[int, int]:
         """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint."""
         assert self.trainer is not None
@@ -177,25 +192,14 @@ class SFTDataModule(LightningDataModule):
         return self._plans[name]
 
     def _make_plan(self, split: Split, training: bool) -> Plan:
-        _, num_ranks = data_parallel(self.trainer)
-        accumulate = self.trainer.accumulate_grad_batches if training and self.trainer is not None else 1
-        make = partial(
-            Plan,
-            split.lengths,
-            split.weights,
-            partial(pack if self.packing == "packed" else group, capacity=self._capacity(split)),
-            num_ranks=num_ranks,
-            accumulate=accumulate,
-            seed=self.seed if training else None,
-        )
-        plan = make()
-        if not training or self.trainer is None:
-            return plan
-        constant = getattr(self._module, "normalize", "token") == "dataset"
-        return make(
-            normalizer=sum(split.weights) / plan.num_full_steps if constant else None,
-            limit=planned_limit(plan.num_micro_batches, self.trainer.limit_train_batches),
-        )
+        of_training: dict[str, Any] = {"seed": None}
+        if training:
+            of_training = {"seed": self.seed, "constant": self._normalize == "dataset"}
+            if self.trainer is not None:
+                of_training["accumulate"] = self.trainer.accumulate_grad_batches
+                of_training["limit"] = self.trainer.limit_train_batches
+        partition = partial(pack if self.packing == "packed" else group, capacity=self._capacity(split))
+        return Plan(split.lengths, split.weights, partition, num_ranks=data_parallel(self.trainer)[1], **of_training)
 
     def _capacity(self, split: Split) -> int:
         longest = max(split.examples, key=len)

@@ -22,15 +22,6 @@ def data_parallel(trainer: Any) -> tuple[int, int]:
     return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
 
 
-def planned_limit(num_micro_batches: int, limit: int | float) -> int:
-    """How many micro-batches ``limit_train_batches`` leaves: an int is a number, a float a share.
-
-    >>> planned_limit(10, 3), planned_limit(10, 1.0), planned_limit(10, 0.25)
-    (3, 10, 2)
-    """
-    return min(num_micro_batches, limit) if isinstance(limit, int) else int(num_micro_batches * limit)
-
-
 def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
     """Optimiser steps of the whole fit: the fewer of ``max_steps`` and what the data module has planned for its epochs.
 

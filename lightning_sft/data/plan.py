@@ -41,8 +41,9 @@ class Plan:
         partition: Lengths to micro-batches of indices, as :func:`lightning_sft.data.packing.pack` does.
         num_ranks: Data-parallel size.
         accumulate: Micro-batches of a rank in one optimiser step.
-        normalizer: Z of every step, or ``None`` for the step's own sum of weights.
-        limit: Micro-batches of a rank that an epoch will use; the Z of a step cut by it is that of what is left.
+        constant: Whether Z is the same for all steps, the mean sum of weights, and not the step's own.
+        limit: Micro-batches of a rank that an epoch will use: an int, or the share of them, a float. The Z of a step
+            that it cuts is that of what is left.
         seed: Seed of the order; ``None`` keeps longest first, for validation.
 
     >>> from lightning_sft.data.packing import pack
@@ -61,8 +62,8 @@ class Plan:
         *,
         num_ranks: int = 1,
         accumulate: int = 1,
-        normalizer: float | None = None,
-        limit: int | None = None,
+        constant: bool = False,
+        limit: int | float = 1.0,
         seed: int | None = 0,
     ) -> None:
         self._negative_lengths, self._weights = -np.asarray(lengths), weights
@@ -71,9 +72,10 @@ class Plan:
         self.num_ranks, self.accumulate, self.seed = num_ranks, accumulate, seed
         self.num_full_steps = math.ceil(len(self.packs) / (num_ranks * accumulate))
         self.num_micro_batches = self.num_full_steps * accumulate
-        self._used = self.num_micro_batches if limit is None else min(limit, self.num_micro_batches)
+        share = limit if isinstance(limit, int) else int(limit * self.num_micro_batches)
+        self._used = min(share, self.num_micro_batches)
         self.num_steps = math.ceil(self._used / accumulate)
-        self._normalizer = normalizer
+        self._constant = math.fsum(weights) / self.num_full_steps if constant else None
 
     def micro_batches(self, epoch: int, rank: int) -> list[MicroBatch]:
         """The micro-batches of one rank in one epoch, in order."""
@@ -90,6 +92,6 @@ class Plan:
             rows += [[]] * (self.accumulate - len(rows))
             counted = rows[: max(0, self._used - step * self.accumulate)] or rows
             own_sum = math.fsum(self._weights[i] for row in counted for pack in row for i in pack)
-            normalizer = self._normalizer or own_sum
+            normalizer = self._constant or own_sum
             mine += [MicroBatch(row[rank] if rank < len(row) else (), normalizer) for row in rows]
         return mine

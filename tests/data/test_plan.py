@@ -91,5 +91,11 @@ def test_a_limit_cuts_the_normaliser_of_the_step_that_it_cuts(limit: int) -> Non
     assert plan.num_steps == -(-limit // 3)
 
 
-def test_a_constant_normaliser_is_that_of_every_step() -> None:
-    assert {m.normalizer for m in make([60] * 8, normalizer=7.5).micro_batches(0, 0)} == {7.5}
+def test_a_share_limits_as_that_number_of_micro_batches_does() -> None:
+    half = make([60] * 8, accumulate=3, limit=0.5)
+    assert half.micro_batches(0, 0) == make([60] * 8, accumulate=3, limit=4).micro_batches(0, 0)
+    assert half.num_steps == 2
+
+
+def test_a_constant_normaliser_is_the_mean_weight_of_a_step() -> None:
+    assert {m.normalizer for m in make([60] * 7, accumulate=2, constant=True).micro_batches(0, 0)} == {7 * 30 / 4}
