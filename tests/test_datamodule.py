@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.demos import CHATML, tiny_pretrained, tiny_tokenizer
+
+Make = Callable[..., Trainer]
+
+
+def weights(data: SFTDataModule) -> list[float]:
+    return [weight for example in data.splits["train"].examples for weight in example.target_weights if weight]
+
+
+def test_a_data_module_that_is_used_again_plans_for_the_new_trainer(
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]]
+) -> None:
+    data = SFTDataModule(train=rows, tokens_per_batch=100)
+    for accumulate in (1, 2, 3):
+        trainer = quiet_trainer(accumulate_grad_batches=accumulate)
+        trainer.fit(SFTModule(pretrained), data)
+        assert data.train_dataloader().plan.accumulate == accumulate
+        assert trainer.global_step == data.steps_per_epoch
+
+
+def test_and_encodes_anew_for_another_model_or_normalisation_but_not_for_the_same(
+    pretrained: str, tmp_path: Path, quiet_trainer: Make, rows: list[dict[str, str]]
+) -> None:
+    data = SFTDataModule(train=rows)
+    quiet_trainer().fit(SFTModule(pretrained), data)
+    first, examples = data.splits["train"], weights(data)
+    quiet_trainer().fit(SFTModule(pretrained), data)
+    assert data.splits["train"] is first
+    quiet_trainer().fit(SFTModule(pretrained, normalize="sequence"), data)
+    assert sum(weights(data)) < sum(examples)
+    other = tiny_pretrained(tmp_path / "other")
+    tiny_tokenizer("x" + CHATML).save_pretrained(other)
+    quiet_trainer().fit(SFTModule(other), data)
+    assert data.splits["train"].lengths > first.lengths
+
+
+def test_padding_for_a_model_that_leaks_does_not_stay_for_one_that_does_not(
+    pretrained: str, tmp_path: Path, quiet_trainer: Make, rows: list[dict[str, str]]
+) -> None:
+    leaky = tiny_pretrained(tmp_path / "opt", "opt", ffn_dim=32, word_embed_proj_dim=16)
+    data = SFTDataModule(train=rows)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quiet_trainer(max_steps=1).fit(SFTModule(leaky), data)
+    assert data.packing == "padded"
+    quiet_trainer(max_steps=1).fit(SFTModule(pretrained), data)
+    assert data.packing == "packed"
