@@ -104,7 +104,8 @@ def show(
     for split in data.splits.values():
         show_details(split, console)
     if fit_stops:
-        console.print("\nfit stops at these rows: data.invalid_rows or data.overflow is 'error'.", style="bold red")
+        reason = "data.invalid_rows or data.overflow is 'error'"
+        console.print(f"\nfit stops at these rows: {reason}.", style="bold red", highlight=False)
 
     findings: list[Finding] = []
     if check is not None:

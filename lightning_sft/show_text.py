@@ -13,7 +13,8 @@ from rich.text import Text
 from lightning_sft.data.audit import Finding
 from lightning_sft.data.pieces import Piece
 
-_TARGETS = ("black on green", "black on bright_green")  # in turn, so that one sees where a token ends
+_TARGETS = ("#0c2b1a on #cdeed9", "#0c2b1a on #a5ddbb")  # in turn, so that one sees where a token ends
+_SPECIAL_TARGETS = ("bold #6d28d9 on #cdeed9", "bold #6d28d9 on #a5ddbb")
 _SPECIAL = "bold magenta"
 _LISTED = 3  # rows named below the table of the audit
 
@@ -56,7 +57,7 @@ def show_audit(findings: Iterable[Finding], console: Console) -> None:
         if not finding.passes and finding.places:
             more = f"\n  ... and {finding.count - _LISTED:,} more" if finding.count > _LISTED else ""
             listed = "\n".join(f"  {place}" for place in finding.places[:_LISTED])
-            console.print(f"{finding.check}:\n{listed}{more}", style="yellow", markup=False)
+            console.print(f"{finding.check}:\n{listed}{more}", style="yellow", markup=False, highlight=False)
 
 
 def weight_mark(weight: float) -> str:
@@ -69,9 +70,9 @@ def _coloured(pieces: Sequence[Piece], marks: bool) -> Text:
     for weight, stretch in groupby(pieces, key=lambda piece: piece.weight):
         text.append("«" if marks and weight else "")
         for number, piece in enumerate(stretch):
-            ground = _TARGETS[number % 2] if weight else "dim"
-            colour = ("purple" if weight else _SPECIAL) if piece.is_special else ""
-            text.append(piece.text, style=f"{ground} {colour}".strip())
+            grounds = _SPECIAL_TARGETS if piece.is_special else _TARGETS
+            context = _SPECIAL if piece.is_special else "dim"
+            text.append(piece.text, style=grounds[number % 2] if weight else context)
         text.append("»" if marks and weight else "")
         text.append(weight_mark(weight), style="bold yellow")
     return text

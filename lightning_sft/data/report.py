@@ -61,7 +61,7 @@ def show_report(splits: Mapping[str, Split], plan: Plan, capacity: int, packing:
     console.print(table_of(splits))
     console.print(str(Epoch(splits["train"], plan, capacity, packing)), highlight=False)
     for remark in (remark for split in splits.values() for remark in split.remarks()):
-        console.print(remark, style="yellow", markup=False)
+        console.print(remark, style="yellow", markup=False, highlight=False)
 
 
 def show_details(split: Split, console: Console) -> None:
@@ -71,17 +71,19 @@ def show_details(split: Split, console: Console) -> None:
     most, width = max(count for _, _, count in bins), len(f"{bins[-1][1]:,}")
     for low, high, count in bins:
         bar = "█" * -(-count * _BAR // most)
-        console.print(f"  {low:>{width},}–{high:<{width},} {bar} {count:,}", highlight=False)
+        console.print(f"  {low:>{width},}–{high:<{width},} [green]{bar}[/green] {count:,}", highlight=False)
     console.print(targets_in_words(split), highlight=False)
     for reason, places in by_reason(split.refused):
-        console.print(f"\n{len(places):,} refused: {reason}", style="yellow", markup=False)
-        console.print(f"  {_some(places)}", markup=False)
+        console.print(f"\n{len(places):,} refused: {reason}", style="yellow", markup=False, highlight=False)
+        console.print(f"  {_some(places)}", markup=False, highlight=False)
     for what, places in (("left out", split.too_long), ("cut", split.cut)):
         if places:
-            console.print(f"\n{len(places):,} {what}, longer than data.max_length", style="yellow")
-            console.print(f"  {_some(places)}", markup=False)
+            console.print(f"\n{len(places):,} {what}, longer than data.max_length", style="yellow", highlight=False)
+            console.print(f"  {_some(places)}", markup=False, highlight=False)
     for key, count in split.ignored.most_common():
-        console.print(f"\n{count:,} rows have the key {key!r}, which is ignored", style="yellow", markup=False)
+        console.print(
+            f"\n{count:,} rows have the key {key!r}, which is ignored", style="yellow", markup=False, highlight=False
+        )
 
 
 def table_of(splits: Mapping[str, Split]) -> Table:
