@@ -47,7 +47,7 @@ def test_the_context_length_is_the_models(pretrained: str) -> None:
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, context_length])
 def test_a_path_that_is_no_model_is_one_error(load: object, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"can be loaded from .* The folder is there; expected a hub name"):
-        load(str(tmp_path))  # type: ignore[operator]
+        load(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "nowhere/at-all"])

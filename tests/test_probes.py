@@ -69,7 +69,7 @@ def test_logits_that_are_not_a_known_function_of_the_head_are_refused() -> None:
         output.logits = output.logits**2
         return output
 
-    model.forward = shifted  # type: ignore[method-assign]
+    model.forward = shifted
     with pytest.raises(InputError, match="not its head's output, scaled or soft-capped in a known way"):
         examine(model)
 

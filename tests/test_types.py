@@ -34,7 +34,7 @@ def test_a_plain_batch_with_positions_has_no_label_across_documents() -> None:
 )
 def test_what_is_no_batch_is_refused(given: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Batch.of(given)  # type: ignore[arg-type]
+        Batch.of(given)
 
 
 def test_true_half_precision_does_not_round_the_target_weights() -> None:

@@ -15,7 +15,7 @@ EXAMPLES = [Example([i, i + 1, i + 2], [0.0, 1.0, 1.0], f"f:{i}") for i in range
 
 
 def plan(**settings: int) -> Plan:
-    return Plan([3] * 20, [2.0] * 20, partial(pack, capacity=9), **settings)  # type: ignore[arg-type]
+    return Plan([3] * 20, [2.0] * 20, partial(pack, capacity=9), **settings)
 
 
 def provenance(loader: EpochLoader) -> list[tuple[str, ...]]:

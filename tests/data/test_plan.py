@@ -19,7 +19,7 @@ CASES = given(
 
 def make(lengths: list[int], num_ranks: int = 1, accumulate: int = 1, **settings: object) -> Plan:
     weights = [length / 2 for length in lengths]
-    return Plan(lengths, weights, partial(pack, capacity=64), num_ranks=num_ranks, accumulate=accumulate, **settings)  # type: ignore[arg-type]
+    return Plan(lengths, weights, partial(pack, capacity=64), num_ranks=num_ranks, accumulate=accumulate, **settings)
 
 
 def steps(plan: Plan, epoch: int) -> list[list[MicroBatch]]:

@@ -230,7 +230,7 @@ def test_a_list_keeps_its_rows_as_they_are() -> None:
     rows: list[Any] = [{"a": None}, [{"role": "user", "content": "x"}]]
     assert [row for row, _ in read(rows)] == rows
     with pytest.raises(InputError, match="row 1: a row must be an object"):
-        list(read([3]))  # type: ignore[list-item]
+        list(read([3]))
 
 
 def test_data_sets_give_rows_without_the_nulls_that_the_schema_adds(tmp_path: Path) -> None:
