@@ -12,7 +12,7 @@ from lightning_sft.data.files import kind_of, read_file, without_nulls
 from lightning_sft.types import InputError
 
 Row = dict[str, Any] | list[Any]
-Source = str | Path | Sequence[str] | Iterable[Row]
+Source = str | Sequence[str] | Iterable[Row] | Path  # Path last: jsonargparse would save a list as the text of one
 
 _HUB = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:\[]+))??(?::(?P<split>[^:\[]+(?:\[.*\])?))?")
 

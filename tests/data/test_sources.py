@@ -11,9 +11,10 @@ import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonargparse import ArgumentParser
 from pyarrow import feather, ipc, parquet
 
-from lightning_sft.data.sources import read
+from lightning_sft.data.sources import Source, read
 from lightning_sft.types import InputError
 
 
@@ -224,6 +225,14 @@ def test_a_folder_or_glob_without_data_is_named(tmp_path: Path) -> None:
         list(read(tmp_path))
     with pytest.raises(InputError, match=r"There is no data file '.*\*\.jsonl'"):
         list(read(f"{tmp_path}/*.jsonl"))
+
+
+@pytest.mark.parametrize("source", ["a.jsonl", ["a.jsonl"], ["a.jsonl", "b.jsonl"], [{"prompt": "Hi"}]])
+def test_a_saved_config_names_the_source_that_was_given(source: Any) -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--train", type=Source)
+    saved = parser.dump(parser.parse_object({"train": source}))
+    assert parser.parse_string(saved).train == source
 
 
 def test_a_list_keeps_its_rows_as_they_are() -> None:
