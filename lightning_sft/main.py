@@ -78,11 +78,12 @@ def main(args: ArgsType = None) -> Any:
             return __version__
         if given[0] in VERBS:
             return auto_cli(VERBS[given[0]], args=given[1:], as_positional=False)
+    own_model, own_data = _names_a_class("model", given), _names_a_class("data", given)
     arguments: dict[str, Any] = {
-        "model_class": LightningModule if _names_a_class("model", given) else SFTModule,
-        "datamodule_class": LightningDataModule if _names_a_class("data", given) else SFTDataModule,
-        "subclass_mode_model": _names_a_class("model", given),
-        "subclass_mode_data": _names_a_class("data", given),
+        "model_class": LightningModule if own_model else SFTModule,
+        "datamodule_class": LightningDataModule if own_data else SFTDataModule,
+        "subclass_mode_model": own_model,
+        "subclass_mode_data": own_data,
         "seed_everything_default": 0,
         "trainer_defaults": {"max_epochs": 1},
         "auto_configure_optimizers": False,

@@ -19,7 +19,7 @@ from lightning_sft import pretrained as loading
 from lightning_sft.guards import check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import CorpusLikelihood, figures, sums
 from lightning_sft.objective import log_likelihood
-from lightning_sft.probes import Findings, probe, states, takes_positions
+from lightning_sft.probes import Findings, probe, states
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.trainer_facts import data_parallel, total_steps
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
@@ -104,13 +104,14 @@ class SFTModule(LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Last hidden states of the backbone, ``[B, N, H]``, for a batch; the head is not run."""
         assert self.model is not None, "configure_model has not been called"
+        assert self.findings is not None
         if not self.isolates_documents and batch.is_packed:
             raise InputError(
                 f"The batch has several documents in a row, but {type(self.model).__name__} lets them see each other. "
                 "Give one document a row (data.packing=padded)."
             )
-        backbone = self.model.base_model
-        return states(backbone, batch.input_ids, batch.position_ids if takes_positions(backbone) else None)
+        positions = batch.position_ids if self.findings.takes_positions else None
+        return states(self.model.base_model, batch.input_ids, positions)
 
     def log_likelihood(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model."""

@@ -30,11 +30,13 @@ class Findings:
         scale: Factor on the head's output.
         softcap: Soft-cap on the scaled output, or ``None``.
         isolates_documents: Whether documents that are packed into one row are computed as if each were alone.
+        takes_positions: Whether the backbone can be told the position of each token; else nothing can be packed.
     """
 
     scale: float
     softcap: float | None
     isolates_documents: bool
+    takes_positions: bool
 
 
 def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Findings:
@@ -54,10 +56,12 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Findi
                 "Give a decoder-only model (for some architectures: set is_decoder in its config)."
             )
         scale, softcap = _logit_transform(model, head(alone), first)
-        packed = [_packed(backbone, first, second), _packed(backbone, other, second)]
+        takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         alone = states(backbone, second)
-        isolates = all(p is not None and _close(p[:, _DOCUMENT:], alone) for p in packed)
-    return Findings(scale, softcap, isolates)
+        isolates = takes_positions and all(
+            _close(_packed(backbone, before, second)[:, _DOCUMENT:], alone) for before in (first, other)
+        )
+    return Findings(scale, softcap, isolates, takes_positions)
 
 
 def states(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -67,14 +71,7 @@ def states(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor | None =
     return hidden
 
 
-def takes_positions(backbone: nn.Module) -> bool:
-    """Whether the backbone can be told the position of each token, without which nothing can be packed."""
-    return "position_ids" in inspect.signature(backbone.forward).parameters
-
-
-def _packed(backbone: nn.Module, *documents: Tensor) -> Tensor | None:
-    if not takes_positions(backbone):
-        return None
+def _packed(backbone: nn.Module, *documents: Tensor) -> Tensor:
     positions = torch.cat([torch.arange(d.shape[1], device=d.device) for d in documents])[None]
     return states(backbone, torch.cat(documents, 1), positions)
 

@@ -84,9 +84,10 @@ def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class _Answer:
-    """One answer as text: its turn, what stands before it, and itself with its stop token."""
+    """One answer as text: its turn and weight, what stands before it, and itself with its stop token."""
 
     turn: int
+    weight: float
     prompt: str
     text: str
 
@@ -107,11 +108,12 @@ def _draft(conversation: Conversation, template: ChatTemplate) -> list[_Answer] 
             if weight > 0 and message["role"] == "text":
                 if not message["content"].strip():
                     raise InputError("the text is empty. Remove the row.")
-                answers.append(_Answer(turn, template.beginning, message["content"] + template.end))
+                answers.append(_Answer(turn, weight, template.beginning, message["content"] + template.end))
             elif weight > 0 and message["role"] == "assistant":
                 if not message["content"].strip() and not message.get("tool_calls"):
                     raise InputError("the answer is empty. Remove the row, or give the answer a text.")
-                answers.append(_Answer(turn, *template.prompt_and_answer(messages[: turn + 1], conversation.tools)))
+                texts = template.prompt_and_answer(messages[: turn + 1], conversation.tools)
+                answers.append(_Answer(turn, weight, *texts))
             elif weight > 0:
                 raise InputError(
                     f"a {message['role']} turn has the weight {weight}; only an assistant's can be trained."
@@ -146,11 +148,10 @@ def _assemble(
         if context[: len(ids)] != ids:  # seen from here, the past is not what the earlier answers were trained in
             yield Example(ids, target_weights, conversation.provenance)
             ids, target_weights = [], []
-        weight = conversation.weights[answer.turn] if conversation.weights else 1.0
-        weight /= {"sequence": len(target), "sqrt": math.sqrt(len(target))}.get(normalize, 1)
+        weight = answer.weight / {"sequence": len(target), "sqrt": math.sqrt(len(target))}.get(normalize, 1)
         target_weights = target_weights + [0.0] * (len(context) - len(ids)) + [weight] * len(target)
+        target_weights[0] = 0.0  # the first token has no context: of a text, where nothing stands before it
         ids = context + target
-    target_weights[0] = 0.0  # the first token has no context: of a text, where nothing stands before it
     yield Example(ids, target_weights, conversation.provenance)
 
 

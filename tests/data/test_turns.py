@@ -16,7 +16,7 @@ def calling(*arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": calls, **more}
 
 
-def call(arguments: Any = {}, **more: Any) -> dict[str, Any]:  # noqa: B006
+def call(arguments: Any = {}, **more: Any) -> dict[str, Any]:  # noqa: B006  # never changed
     return {"type": "function", "function": {"name": "weather", "arguments": arguments}, **more}
 
 
