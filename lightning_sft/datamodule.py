@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.chunks import Recipe
 from lightning_sft.data.dataset import Split, load_prompts, load_split
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
+from lightning_sft.data.mixture import Mixture
 from lightning_sft.data.overflow import Overflow
 from lightning_sft.data.packing import group, pack
 from lightning_sft.data.plan import Plan
@@ -30,7 +33,8 @@ class SFTDataModule(LightningDataModule):
     """Reads instruction data, encodes it with the model's chat template, and plans its micro-batches.
 
     Args:
-        train: Files, a folder, a glob, ``hf:owner/name:split`` or rows, see :func:`lightning_sft.data.sources.read`.
+        train: Files, a folder, a glob, ``hf:owner/name:split`` or rows, see :func:`lightning_sft.data.sources.read`;
+            or several data sets, see :class:`lightning_sft.data.mixture.Mixture`.
         val: The same, for validation.
         test: The same, for ``test``.
         predict: The same, for ``predict``; answers may be missing.
@@ -44,15 +48,16 @@ class SFTDataModule(LightningDataModule):
         packing: ``packed`` lays documents end to end without padding, ``padded`` gives each a row.
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
         predict_batch_size: Prompts that are answered at a time.
-        num_workers: Worker processes that collate ahead; 0 collates in the training process.
+        num_workers: Worker processes that encode, and collate ahead; 0 does both in the training process.
+        cache: Folder where encoded files are kept, so that the next start does not encode them again; null for none.
         seed: Seed of the order of the training data.
     """
 
     def __init__(
         self,
-        train: Source | None = None,
-        val: Source | None = None,
-        test: Source | None = None,
+        train: Mixture | Source | None = None,
+        val: Mixture | Source | None = None,
+        test: Mixture | Source | None = None,
         predict: Source | None = None,
         format: FormatName | None = None,
         columns: dict[str, str] | None = None,
@@ -65,16 +70,18 @@ class SFTDataModule(LightningDataModule):
         invalid_rows: Literal["error", "skip"] = "error",
         predict_batch_size: int = 16,
         num_workers: int = 0,
+        cache: str | None = "~/.cache/lightning-sft/data",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.sources: dict[str, Source | None] = {"train": train, "val": val, "test": test, "predict": predict}
+        self.sources: dict[str, Mixture | Source | None] = {"train": train, "val": val, "test": test}
+        self.prompts = predict
         self.format, self.columns = format, columns
         self.tokenizer_name, self.chat_template = tokenizer, chat_template
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
         self.overflow: Overflow = overflow
         self.invalid_rows, self.predict_batch_size = invalid_rows, predict_batch_size
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.cache, self.seed = num_workers, cache, seed
         self._asked: dict[str, Any] = {"tokenizer": tokenizer, "packing": packing, "max_length": max_length}
         self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalisation of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -88,20 +95,16 @@ class SFTDataModule(LightningDataModule):
         if stage == "fit" and self.sources["train"] is None:
             raise InputError("There is no training data: set data.train to a JSONL or JSON file.")
         self._begin_anew()
-        assert self.tokenizer is not None
         is_shown = self.trainer is None or self.trainer.is_global_zero
         for name in _STAGES[stage]:
             if (source := self.sources[name]) is not None and name not in self.splits:
                 self.splits[name] = load_split(
                     name,
                     source,
-                    self.tokenizer,
-                    format=self.format,
-                    columns=self.columns,
-                    normalize=self._normalize,
-                    max_length=self.max_length,
-                    overflow=self.overflow,
+                    self._recipe,
                     invalid_rows=self.invalid_rows,
+                    cache=Path(self.cache).expanduser() if self.cache else None,
+                    num_workers=self.num_workers,
                     progress=is_shown,
                 )
 
@@ -131,12 +134,11 @@ class SFTDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> PromptLoader:
         """Prompts for generation, each rank's own."""
-        source = self.sources["predict"]
-        if source is None:
+        if self.prompts is None:
             raise InputError("There are no prompts: set data.predict to a JSONL or JSON file.")
         assert self.tokenizer is not None
         rank, num_ranks = data_parallel(self.trainer)
-        prompts = load_prompts(source, self.tokenizer, format=self.format, columns=self.columns)
+        prompts = load_prompts(self.prompts, self.tokenizer, format=self.format, columns=self.columns)
         return PromptLoader(prompts[rank::num_ranks], self.tokenizer, self.predict_batch_size)
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,6 +154,12 @@ class SFTDataModule(LightningDataModule):
     def _normalize(self) -> Normalize:
         normalize: Normalize = getattr(self._module, "normalize", "token")
         return normalize
+
+    @property
+    def _recipe(self) -> Recipe:
+        assert self.tokenizer is not None
+        settings = (self.format, self.columns, self._normalize, self.max_length, self.overflow)
+        return Recipe(self.tokenizer, *settings)
 
     def _begin_anew(self) -> None:
         """Forget what was planned for another trainer, and what was encoded for another model."""
@@ -172,12 +180,16 @@ class SFTDataModule(LightningDataModule):
 
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:
         assert self.tokenizer is not None, "setup has not been called"
+        split = self.splits[name]
+        names = list(split.mixture.parts)
         return EpochLoader(
-            self.splits[name].examples,
+            split.examples,
             self._plan(name),
             data_parallel(self.trainer)[0],
             packed=self.packing == "packed",
             pad_id=pad_token_id(self.tokenizer),
+            parts=split.parts,
+            part_names=names if len(names) > 1 else [],
             num_workers=self.num_workers,
             place=place,
         )
@@ -199,15 +211,17 @@ class SFTDataModule(LightningDataModule):
                 of_training["accumulate"] = self.trainer.accumulate_grad_batches
                 of_training["limit"] = self.trainer.limit_train_batches
         partition = partial(pack if self.packing == "packed" else group, capacity=self._capacity(split))
-        return Plan(split.lengths, split.weights, partition, num_ranks=data_parallel(self.trainer)[1], **of_training)
+        num_ranks, draw = data_parallel(self.trainer)[1], split.draw(of_training["seed"])
+        return Plan(split.lengths, split.examples.weights, partition, draw=draw, num_ranks=num_ranks, **of_training)
 
     def _capacity(self, split: Split) -> int:
-        longest = max(split.examples, key=len)
-        capacity = self.tokens_per_batch or max(_DEFAULT_TOKENS_PER_BATCH, len(longest))
-        if len(longest) > capacity:
+        longest = int(split.lengths.max())
+        capacity = self.tokens_per_batch or max(_DEFAULT_TOKENS_PER_BATCH, longest)
+        if longest > capacity:
             raise InputError(
-                f"{longest.provenance}: the sequence has {len(longest):,} tokens, more than data.tokens_per_batch="
-                f"{capacity:,}. Raise it, or leave such rows out with data.max_length={capacity}."
+                f"{split.examples[int(split.lengths.argmax())].provenance}: the sequence has {longest:,} tokens, more "
+                f"than data.tokens_per_batch={capacity:,}. Raise it, or leave such rows out with data.max_length="
+                f"{capacity}."
             )
         return capacity
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sft.types import LogLikelihood
+from lightning_sft.types import IGNORE, Batch, LogLikelihood
 
 
 def sums(likelihood: LogLikelihood) -> Tensor:
@@ -23,10 +25,31 @@ def figures(totals: Tensor) -> dict[str, Tensor]:
     return {"loss": negative_log_likelihood / weight, "token_accuracy": correct / targets}
 
 
+def sums_by_part(likelihood: LogLikelihood, batch: Batch | None) -> Tensor:
+    """:func:`sums` of a batch, and below them those of each data set of its mixture: ``[1 + parts, 4]``."""
+    everything = sums(likelihood)
+    if batch is None or not batch.part_names:
+        return everything[None]
+    weights = batch.target_weights[batch.labels != IGNORE].to(everything)
+    log_probs, correct = likelihood.log_probs.to(everything), likelihood.correct.to(everything)
+    of_targets = torch.stack([-weights * log_probs, weights, correct, torch.ones_like(weights)], dim=1)  # [T, 4]
+    of_parts = everything.new_zeros(len(batch.part_names), 4).index_add(0, batch.target_parts(), of_targets)
+    return torch.cat([everything[None], of_parts])
+
+
+def figures_by_part(totals: Tensor, part_names: Sequence[str]) -> dict[str, Tensor]:
+    """:func:`figures` of a corpus, and the ``loss/name`` of each data set that has targets in it."""
+    losses = {f"loss/{name}": figures(own)["loss"] for name, own in zip(part_names, totals[1:], strict=True) if own[1]}
+    return figures(totals[0]) | losses
+
+
 class CorpusLikelihood(Metric):
     """NLL per target token (``loss``), its exponential (``perplexity``) and ``token_accuracy`` of a whole corpus.
 
     Each is a sum over all batches and ranks divided once, so the split into batches cannot change it.
+
+    Args:
+        part_names: The data sets of the corpus, where it is a mixture: each gets a ``loss/name``.
 
     >>> import lightning_sft
     >>> metric = CorpusLikelihood()
@@ -39,15 +62,16 @@ class CorpusLikelihood(Metric):
     full_state_update = False
     totals: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, part_names: Sequence[str] = ()) -> None:
         super().__init__()
-        self.add_state("totals", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.part_names = tuple(part_names)
+        self.add_state("totals", torch.zeros(1 + len(part_names), 4, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, likelihood: LogLikelihood) -> None:
-        """Add one batch."""
-        self.totals = self.totals + sums(likelihood).to(self.totals)
+    def update(self, likelihood: LogLikelihood, batch: Batch | None = None) -> None:
+        """Add one batch; which data set a target is of, only the batch knows."""
+        self.totals = self.totals + sums_by_part(likelihood, batch).to(self.totals)
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of everything seen since the last reset."""
-        values = figures(self.totals)
+        values = figures_by_part(self.totals, self.part_names)
         return values | {"perplexity": values["loss"].exp()}

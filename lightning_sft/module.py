@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
 from lightning_sft.guards import check_trainer, not_finite, warn_if_bfloat16_is_slow
-from lightning_sft.metrics import CorpusLikelihood, figures, sums
+from lightning_sft.metrics import CorpusLikelihood, figures_by_part, sums_by_part
 from lightning_sft.objective import log_likelihood
 from lightning_sft.probes import Findings, probe, states
 from lightning_sft.schedules import Schedule, learning_rate_factor
@@ -145,27 +145,28 @@ class SFTModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Close the step: one reduction over ranks, stop at a loss that is no number, normalise late if need be."""
         window, self._window = self._window, []
-        local = torch.stack([sums(likelihood) for _, likelihood in window]).sum(0)
+        local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in window]).sum(0)
         totals = self.trainer.strategy.reduce(local, reduce_op="sum")
-        if not torch.isfinite(totals[0]):
+        if not torch.isfinite(totals[0, 0]):
             raise not_finite(window, self.log_likelihood)
-        if totals[1] == 0:  # a step without a target: a gradient of 0, and no figure
+        weight = totals[0, 1].item()
+        if weight == 0:  # a step without a target: a gradient of 0, and no figure
             return
         if window[0][0].normalizer is None:
             _, num_ranks = data_parallel(self.trainer)
             for parameter in self.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.mul_(num_ranks / totals[1].item())
-        self._log_figures("train", figures(totals))
+                    parameter.grad.mul_(num_ranks / weight)
+        self._log_figures("train", figures_by_part(totals, window[0][0].part_names))
         self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
 
     def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch to the validation figures."""
-        self._evaluate(batch, self.val_metric)
+        self.val_metric = self._evaluate(batch, self.val_metric)
 
     def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch to the test figures."""
-        self._evaluate(batch, self.test_metric)
+        self.test_metric = self._evaluate(batch, self.test_metric)
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the whole validation set."""
@@ -210,12 +211,15 @@ class SFTModule(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _evaluate(self, batch: Batch | Mapping[str, Any], metric: CorpusLikelihood) -> None:
+    def _evaluate(self, batch: Batch | Mapping[str, Any], metric: CorpusLikelihood) -> CorpusLikelihood:
         batch = Batch.of(batch)
+        if batch.part_names != metric.part_names:  # the first batch of another mixture
+            metric = CorpusLikelihood(batch.part_names).to(self.device)
         likelihood = self.log_likelihood(batch)
-        metric.update(likelihood)
+        metric.update(likelihood, batch)
         if not torch.isfinite(likelihood.total):
             self._not_finite.append((batch, likelihood))
+        return metric
 
     def _log_corpus(self, name: str, metric: CorpusLikelihood) -> None:
         values = metric.compute()

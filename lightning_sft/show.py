@@ -128,15 +128,18 @@ def _set_up(data: SFTDataModule, module: LightningModule | None, trainer: Any) -
     cast(Any, data).trainer = paper = trainer_on_paper(module, trainer)
     data.setup("fit")
     paper.is_global_zero = False  # the data module would print the report before the rows
-    return any((by_row and split.refused) or (by_length and split.too_long) for split in data.splits.values())
+    return any(
+        (by_row and account.refused) or (by_length and account.too_long)
+        for account in (split.account for split in data.splits.values())
+    )
 
 
 def _at(row: str, everything: Iterable[Placed], splits: Mapping[str, Split]) -> list[Placed]:
     """The sequences of a row; there may be none because it was refused."""
     if found := [placed for placed in everything if placed.is_at(row)]:
         return found
-    for split in splits.values():
-        for text in [*split.refused, *(f"{where}: longer than data.max_length" for where in split.too_long)]:
+    for account in (split.account for split in splits.values()):
+        for text in [*account.refused, *(f"{where}: longer than data.max_length" for where in account.too_long)]:
             if any(f"/{row}{after}" in f"/{text}" for after in (": ", " (")):
                 raise InputError(f"The row is not used. {text}")
     example = next(iter(splits.values())).examples[0].provenance

@@ -76,9 +76,10 @@ def _compact(documents: Iterable[tuple[str, str, Sequence[Piece]]]) -> dict[str,
 
 def _remarks(name: str, split: Split) -> Iterator[tuple[str, int, Sequence[str]]]:
     """What is not used as it is: why, how many, and the places of the first of them."""
-    lengths = {"longer than data.max_length": split.too_long, "cut at data.max_length": split.cut}
-    for reason, places in [*by_reason(split.refused), *lengths.items()]:
+    account = split.account
+    lengths = {"longer than data.max_length": account.too_long, "cut at data.max_length": account.cut}
+    for reason, places in [*by_reason(account.refused), *lengths.items()]:
         if places:
             yield f"{name}: {reason}", len(places), places[:_LISTED]
-    for key, count in split.ignored.most_common():
+    for key, count in account.ignored.most_common():
         yield f"{name}: the key {key!r}, which is ignored", count, []

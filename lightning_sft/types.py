@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORE = -100
@@ -53,8 +55,8 @@ class Example:
         provenance: Where the row came from, ``file:line``.
     """
 
-    input_ids: Sequence[int]
-    target_weights: Sequence[float]
+    input_ids: Sequence[int] | NDArray[np.int32]
+    target_weights: Sequence[float] | NDArray[np.float64]
     provenance: str = "?"
 
     def __len__(self) -> int:
@@ -90,6 +92,8 @@ class Batch:
         normalizer: Z of the whole optimiser step that this micro-batch belongs to, over all its micro-batches and all
             ranks. ``None`` where nobody planned ahead: the module then normalises afterwards.
         provenance: ``file:line`` of each document, in order.
+        parts: Number of the data set that each document comes from, where they are a mixture.
+        part_names: The names of all data sets of the mixture.
     """
 
     tensors = ("input_ids", "labels", "position_ids", "target_weights")
@@ -102,6 +106,8 @@ class Batch:
         target_weights: Tensor,
         normalizer: float | None = None,
         provenance: Sequence[str] = (),
+        parts: Sequence[int] = (),
+        part_names: Sequence[str] = (),
     ) -> None:
         self.input_ids = input_ids
         self.labels = labels
@@ -109,6 +115,7 @@ class Batch:
         self.target_weights = target_weights
         self.normalizer = normalizer
         self.provenance = tuple(provenance)
+        self.parts, self.part_names = tuple(parts), tuple(part_names)
 
     @classmethod
     def of(cls, batch: Batch | Mapping[str, Any]) -> Batch:
@@ -141,9 +148,18 @@ class Batch:
         labels[:, :-1][positions[:, 1:] == 0] = IGNORE  # a document's first token is nobody's target
         return cls(ids, labels, positions, (labels != IGNORE).double())
 
+    def target_parts(self) -> Tensor:
+        """Number of the data set that each target comes from, ``[T]``; 0 where there is no mixture."""
+        documents = self.documents()[self.labels != IGNORE]
+        return documents.new_tensor(self.parts)[documents] if self.parts else documents * 0
+
+    @property
+    def _others(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self.tensors}
+
     def _map(self, change: Any) -> Batch:
         tensors = {name: change(getattr(self, name)) for name in self.tensors}
-        return Batch(**tensors, normalizer=self.normalizer, provenance=self.provenance)
+        return Batch(**tensors, **self._others)
 
     def to(self, device: Any, non_blocking: bool = False) -> Batch:
         """The same batch on another device; Lightning calls it."""
@@ -160,9 +176,9 @@ class Batch:
     def document(self, number: int) -> Batch:
         """One of its documents as a batch of its own."""
         here = self.documents() == number
-        names = self.provenance[number : number + 1]
+        own = slice(number, number + 1)
         tensors = {name: getattr(self, name)[here][None] for name in self.tensors}
-        return Batch(**tensors, normalizer=self.normalizer, provenance=names)
+        return Batch(**tensors, **self._others | {"provenance": self.provenance[own], "parts": self.parts[own]})
 
     @property
     def is_packed(self) -> bool:

@@ -87,7 +87,7 @@ def row_gradients(pretrained: str, examples: list[Example], dtype: torch.dtype) 
     gradients = {}
     for example in examples:
         model.zero_grad()
-        log_probs = model(input_ids=torch.tensor([example.input_ids])).logits[0].double().log_softmax(-1)
+        log_probs = model(input_ids=torch.tensor(example.input_ids)[None].long()).logits[0].double().log_softmax(-1)
         pairs = list(zip(example.input_ids, example.target_weights, strict=True))
         loss = -sum(weight * log_probs[i - 1, token] for i, (token, weight) in enumerate(pairs) if weight > 0)
         loss.backward()

@@ -12,13 +12,15 @@ import lightning_sft
 ROOT = Path(lightning_sft.__file__).parent
 FLOORS = [
     {"types", "data.strict_json"},
-    {"data.files", "data.formats", "data.turns"},
+    {f"data.{name}" for name in ("files", "formats", "turns", "marks", "account", "examples", "draw", "workers")},
     {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes"}
     | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")}
     | {"data.overflow", "data.unpack"},
-    {"pretrained", "export", "data.encode", "data.loader", "data.pieces"},
-    {"data.dataset", "data.walk", "module", "demo_model"},
-    {"data.report", "data.audit", "callbacks.predictions"},
+    {"pretrained", "export", "data.encode", "data.loader", "data.pieces", "data.mixture"},
+    {"module", "demo_model", "data.walk", "data.chunks"},
+    {"callbacks.predictions", "data.cache"},
+    {"data.dataset"},
+    {"data.report", "data.audit"},
     {"datamodule", "show_text", "show_html"},
     {"callbacks", "show"},
     {"main"},
@@ -31,7 +33,9 @@ TRANSFORMERS = {
     "probes",
     "demos",
     "data.template",
+    "data.marks",
     "data.encode",
+    "data.chunks",
     "data.dataset",
     "data.loader",
 }

@@ -14,7 +14,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from lightning_sft.data.account import Account
 from lightning_sft.data.dataset import Split
+from lightning_sft.data.examples import Examples, to_batch
 from lightning_sft.data.packing import pack
 from lightning_sft.data.pieces import Piece
 from lightning_sft.data.plan import Plan
@@ -31,12 +33,13 @@ FLAGS = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" f
 def page(tmp_path: Path) -> Path:
     """45 rows: 44 that count, and one that attacks."""
     texts = [f"row {i} says\t{'fizz' if i % 3 == 0 else 'buzz'}⏎\nend" for i in range(1, 45)] + [EVIL]
-    split = Split("train", [Example([1, 2, 3], [0, 1, 1])] * 45, num_rows=46, refused=[f"{EVIL}:3: {EVIL}"])
+    examples = Examples([to_batch([Example([1, 2, 3], [0, 1, 1])] * 45)])
+    split = Split("train", examples, Account(num_rows=46, refused=[f"{EVIL}:3: {EVIL}"]))
     documents = [
         (f"a.jsonl:{i}", "step 1", [Piece("<|user|>", (7,), 0.0, True), Piece(text, (i, 99), 0.5, False)])
         for i, text in enumerate(texts, 1)
     ]
-    plan = Plan(split.lengths, split.weights, lambda lengths: pack(lengths, 8))
+    plan = Plan(split.lengths, split.examples.weights, lambda lengths: pack(lengths, 8))
     write_page(str(tmp_path / "page.html"), documents, {"train": split}, Epoch(split, plan, 8, "packed"), "tiny")
     return tmp_path / "page.html"
 

@@ -110,11 +110,12 @@ def audit(
     refused = Finding("refused", thresholds.max_refused)
     left_out, cut = Finding("left out for length", thresholds.max_left_out), Finding("cut", thresholds.max_cut)
     for split in splits.values():
-        refused.places += split.refused
-        refused.total += split.num_rows
-        for finding, places in ((left_out, split.too_long), (cut, split.cut)):
+        account = split.account
+        refused.places += account.refused
+        refused.total += account.num_rows
+        for finding, places in ((left_out, account.too_long), (cut, account.cut)):
             finding.places += places
-            finding.total += len(split.too_long) + len(split.examples)
+            finding.total += len(account.too_long) + len(split.examples)
     for finding in (refused, left_out, cut):
         finding.count = len(finding.places)
     stop = torch.tensor(sorted(special_ids))

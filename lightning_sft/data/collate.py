@@ -11,7 +11,13 @@ from lightning_sft.types import IGNORE, Batch, Example
 
 
 def collate(
-    examples: Sequence[Example], normalizer: float | None = None, *, packed: bool = True, pad_id: int = 0
+    examples: Sequence[Example],
+    normalizer: float | None = None,
+    *,
+    packed: bool = True,
+    pad_id: int = 0,
+    parts: Sequence[int] = (),
+    part_names: Sequence[str] = (),
 ) -> Batch:
     """One micro-batch of examples.
 
@@ -20,6 +26,8 @@ def collate(
         normalizer: Z of the optimiser step.
         packed: All in one row without padding (``True``), or one example a row, padded on the right.
         pad_id: Token id of padding; it is never a target, whatever it is.
+        parts: Number of the data set that each example comes from, where they are a mixture.
+        part_names: The names of all data sets of the mixture.
 
     >>> batch = collate([Example([5, 6, 7], [0, 0, 2.0]), Example([8, 9], [0, 1.0])])
     >>> batch.input_ids.tolist(), batch.position_ids.tolist()
@@ -52,4 +60,6 @@ def collate(
         target_weights=torch.from_numpy(weights),
         normalizer=normalizer,
         provenance=[document.provenance for document in documents],
+        parts=[*parts, 0][: len(documents)] if part_names else (),
+        part_names=part_names,
     )

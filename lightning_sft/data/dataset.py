@@ -2,135 +2,118 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from pathlib import Path
 from typing import Literal
 
-from rich.progress import track
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.encode import encode_many, encode_prompt
+from lightning_sft.data.account import Account, some
+from lightning_sft.data.cache import cached, key_of
+from lightning_sft.data.chunks import Chunk, Chunks, Recipe, Rows, in_chunks
+from lightning_sft.data.draw import Draw
+from lightning_sft.data.encode import encode_prompt
+from lightning_sft.data.examples import Examples
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.messages import Converter
-from lightning_sft.data.overflow import Overflow, shorten
-from lightning_sft.data.sources import Row, Source, read
-from lightning_sft.types import Conversation, Example, InputError, Normalize, Prompt
+from lightning_sft.data.mixture import Mixture, Part, as_mixture
+from lightning_sft.data.sources import Source, leaves, read
+from lightning_sft.types import InputError, Prompt
 
-_LISTED = 5  # rows named in a message
 _ROWS_AT_A_TIME = 1000  # so many go through the tokenizer together
 
 
 @dataclass
 class Split:
-    """Examples of one source, and what became of its other rows.
+    """Examples of one source, or of a mixture of them, and what became of the other rows.
 
     Args:
         name: ``train``, ``val`` or ``test``.
-        examples: What is trained on or evaluated.
-        num_rows: Rows read.
-        refused: One reason a row that cannot be used, with ``file:line``.
-        too_long: ``file:line`` and length of each sequence left out because it is longer than ``max_length``.
-        cut: The same of those that were truncated or split.
-        ignored: How many rows have a key that means nothing.
+        examples: What is trained on or evaluated, data set after data set.
+        account: What became of the rows.
+        mixture: The data sets.
+        part_sizes: How many examples each has.
     """
 
     name: str
-    examples: list[Example] = field(default_factory=list)
-    num_rows: int = 0
-    refused: list[str] = field(default_factory=list)
-    too_long: list[str] = field(default_factory=list)
-    cut: list[str] = field(default_factory=list)
-    ignored: Counter[str] = field(default_factory=Counter)
+    examples: Examples
+    account: Account = field(default_factory=Account)
+    mixture: Mixture = field(default_factory=lambda: as_mixture(()))
+    part_sizes: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.part_sizes = self.part_sizes or [len(self.examples)]
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example."""
-        return [len(example) for example in self.examples]
-
-    @property
-    def weights(self) -> list[float]:
-        """Sum of target weights of each example."""
-        return [float(sum(example.target_weights)) for example in self.examples]
+        return self.examples.lengths
 
     @property
     def num_targets(self) -> int:
         """Tokens that are trained on."""
-        return sum(weight > 0 for example in self.examples for weight in example.target_weights)
+        return int(self.examples.num_targets.sum())
+
+    @property
+    def parts(self) -> NDArray[np.int64]:
+        """Number of the data set that each example comes from."""
+        return np.repeat(np.arange(len(self.part_sizes)), self.part_sizes)
+
+    def draw(self, seed: int | None) -> Draw:
+        """What an epoch uses of each data set; without a seed, every example once."""
+        counted = self.examples.num_targets if self.mixture.by == "targets" else self.examples.shares_of_row
+        sizes = np.bincount(self.parts, counted, len(self.part_sizes)).tolist()
+        repeats = [1.0] * len(sizes) if seed is None else self.mixture.repeats(sizes)
+        return Draw(self.lengths, self.part_sizes, repeats, seed)
 
     def remarks(self) -> list[str]:
         """What is not trained on, in words; empty where every row is used whole."""
-        said = []
-        if self.refused:
-            said.append(f"{len(self.refused)} of {self.num_rows} rows cannot be used:\n{_some(self.refused)}")
-        if self.too_long:
-            left_out = f"{len(self.too_long)} sequences are longer than data.max_length and left out"
-            said.append(f"{left_out}:\n{_some(self.too_long)}")
-        if self.cut:
-            said.append(f"{len(self.cut)} sequences are longer than data.max_length and cut:\n{_some(self.cut)}")
-        if self.ignored:
-            keys = ", ".join(f"{key!r} ({count} rows)" for key, count in self.ignored.most_common())
-            said.append(f"keys without a meaning in their format are ignored: {keys}")
-        return [f"{self.name}: {remark}" for remark in said]
+        return [f"{self.name}: {remark}" for remark in self.account.remarks()]
 
 
 def load_split(
     name: str,
-    source: Source,
-    tokenizer: PreTrainedTokenizerBase,
+    source: Source | Mixture,
+    recipe: Recipe,
     *,
-    format: FormatName | None = None,
-    columns: Mapping[str, str] | None = None,
-    normalize: Normalize = "token",
-    max_length: int | None = None,
-    overflow: Overflow = "drop",
     invalid_rows: Literal["error", "skip"] = "error",
+    cache: Path | None = None,
+    num_workers: int = 0,
     progress: bool = False,
 ) -> Split:
     """Read and encode a source.
 
     Args:
         name: ``train``, ``val`` or ``test``.
-        source: Files or rows, see :func:`lightning_sft.data.sources.read`.
-        tokenizer: With a chat template.
-        format: The format of all rows; told from the keys of each by default.
-        columns: The data's column for a key of the format, where it has another name.
-        normalize: What target weights are scaled to.
-        max_length: Most tokens in a sequence.
-        overflow: What becomes of longer ones, which are counted, see :func:`lightning_sft.data.overflow.shorten`.
+        source: Files or rows, see :func:`lightning_sft.data.sources.read`, or several data sets.
+        recipe: How rows become examples.
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
-        progress: Show a progress bar.
+        cache: Folder of encoded data sets; none by default.
+        num_workers: Worker processes that encode; 0 encodes in this one.
+        progress: Show the progress.
 
     Raises:
-        InputError: When rows cannot be used and ``invalid_rows`` is ``error``, a sequence is too long and ``overflow``
-            is, or nothing is left.
+        InputError: When rows cannot be used and ``invalid_rows`` is ``error``, a sequence is too long and
+            ``recipe.overflow`` is, or nothing is left.
     """
-    convert = Converter(format, columns)
-    split, shortest = Split(name, ignored=convert.ignored), None
-    rows = track(read(source), f"Encoding {name}", disable=not progress, transient=True)
-    for provenance, result in _encoded(rows, convert, tokenizer, normalize):
-        split.num_rows += 1
-        if isinstance(result, InputError):
-            split.refused.append(str(result))
-            continue
-        for example in result:
-            shortest = min(len(example), shortest or len(example))
-            if max_length is None or len(example) <= max_length:
-                split.examples.append(example)
-            else:
-                pieces = shorten(example, max_length, overflow)
-                split.examples += pieces
-                (split.cut if pieces else split.too_long).append(f"{provenance} ({len(example):,} tokens)")
-    if split.refused and invalid_rows == "error":
+    mixture, account, found = as_mixture(source), Account(), []
+    for part_name, part in mixture.of_name.items():
+        title = f"Encoding {name}{part_name and f' ({part_name})'}" if progress else None
+        examples, own = _load_part(part, recipe.of(part), cache, num_workers, title)
+        account.add(own)
+        found.append(examples)
+    examples = Examples([batch for examples in found for batch in examples.batches])
+    split = Split(name, examples, account, mixture, [len(examples) for examples in found])
+    if account.refused and invalid_rows == "error":
         raise InputError(f"{split.remarks()[0]}\nCorrect them, or leave them out with data.invalid_rows=skip.")
-    if not split.examples:
-        if shortest is not None:
-            raise InputError(
-                f"{name}: data.max_length={max_length} is less than the {shortest} tokens of the shortest sequence. "
-                "Raise it, or leave it out for the model's own context."
-            )
-        raise InputError(f"{name}: no row can be used.\n{_some(split.refused)}")
+    for part_name, own_examples in zip(mixture.parts, found, strict=True):
+        if not own_examples:
+            raise _nothing_left(f"{name}{part_name and f', {part_name}'}", account, recipe)
     return split
 
 
@@ -150,25 +133,41 @@ def load_prompts(
     return [encode_prompt(convert(row, where), tokenizer) for row, where in read(source)]
 
 
-def _encoded(
-    rows: Iterable[tuple[Row, str]], convert: Converter, tokenizer: PreTrainedTokenizerBase, normalize: Normalize
-) -> Iterator[tuple[str, list[Example] | InputError]]:
-    """The place of each row, and its sequences or why it has none; many rows at a time, which is faster."""
-    rows = iter(rows)
-    while chunk := list(islice(rows, _ROWS_AT_A_TIME)):
-        converted = [_attempt(convert, row, provenance) for row, provenance in chunk]
-        encoded = iter(encode_many([c for c in converted if isinstance(c, Conversation)], tokenizer, normalize))
-        for (_, provenance), one in zip(chunk, converted, strict=True):
-            yield provenance, next(encoded) if isinstance(one, Conversation) else one
+def _load_part(
+    part: Part, recipe: Recipe, cache: Path | None, num_workers: int, title: str | None
+) -> tuple[Examples, Account]:
+    def build() -> Iterator[Chunk]:
+        def rows() -> Iterator[tuple[int, Rows]]:
+            return ((0, rows) for rows in in_chunks(leaves(part.source), _ROWS_AT_A_TIME))
+
+        return _shown(Chunks(rows, [recipe]).run(num_workers), title)
+
+    if cache is not None and (key := key_of(part.source, recipe)):
+        try:
+            return cached(cache, key, build)
+        except OSError as error:  # a source's own would be an InputError
+            rank_zero_warn(f"Encoded data cannot be kept in {cache} ({error}). Set data.cache to another folder.")
+    account, batches = Account(), []
+    for chunk in build():
+        account.add(chunk.account)
+        batches.append(chunk.batch)
+    return Examples(batches), account
 
 
-def _attempt(convert: Converter, row: Row, provenance: str) -> Conversation | InputError:
-    try:
-        return convert(row, provenance)
-    except InputError as error:
-        return error
+def _shown(chunks: Iterable[Chunk], title: str | None) -> Iterator[Chunk]:
+    """The chunks, with their progress on the screen."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=title is None) as progress:
+        task = progress.add_task(title or "", total=None)
+        for chunk in chunks:
+            yield chunk
+            progress.advance(task, chunk.account.num_rows)
 
 
-def _some(reasons: list[str]) -> str:
-    more = [f"  ... and {len(reasons) - _LISTED} more"] if len(reasons) > _LISTED else []
-    return "\n".join([f"  {reason}" for reason in reasons[:_LISTED]] + more)
+def _nothing_left(name: str, account: Account, recipe: Recipe) -> InputError:
+    if account.shortest:
+        return InputError(
+            f"{name}: data.max_length={recipe.max_length} is less than the {account.shortest} tokens of the shortest "
+            "sequence. Raise it, or leave it out for the model's own context."
+        )
+    return InputError(f"{name}: no row can be used.\n{some(account.refused)}")

@@ -23,12 +23,42 @@ from lightning_sft.types import InputError
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
+class Line:
+    """A row that is still a line of JSON: who needs another row has not parsed this one.
+
+    Args:
+        text: The line.
+        path: Its file.
+        number: Its number, from 1.
+    """
+
+    def __init__(self, text: str, path: Path, number: int) -> None:
+        self.text, self.path, self.number = text, path, number
+
+    def parse(self) -> Any:
+        """The value of the line.
+
+        Raises:
+            InputError: When it is not valid JSON.
+        """
+        try:
+            return strict_json.loads(self.text)
+        except ValueError as error:
+            raise _not_json(self.path, self.number, error) from error
+
+
 def read_file(path: Path) -> Iterator[tuple[Any, str]]:
     """The rows of a file, each with its place: ``file:line``, or ``file:row number`` in Parquet and Arrow.
 
     Raises:
         InputError: When the file is of an unknown kind, cannot be read, or has no rows.
     """
+    for row, place in skim_file(path):
+        yield row.parse() if isinstance(row, Line) else row, place
+
+
+def skim_file(path: Path) -> Iterator[tuple[Any, str]]:
+    """The same, but a row of JSONL is a :class:`Line`."""
     kind = kind_of(path)
     if kind is None:
         raise InputError(
@@ -67,13 +97,10 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[Any, int]]:
+def _read_jsonl(path: Path) -> Iterator[tuple[Line, int]]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            try:
-                yield strict_json.loads(line), number
-            except ValueError as error:
-                raise _not_json(path, number, error) from error
+            yield Line(line, path, number), number
 
 
 def _read_json(path: Path) -> Iterator[tuple[Any, int]]:

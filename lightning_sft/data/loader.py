@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.collate import collate
 from lightning_sft.data.plan import MicroBatch, Plan
+from lightning_sft.data.workers import iterate
 from lightning_sft.types import Batch, Example, Prompt
 
 
@@ -28,6 +31,8 @@ class EpochLoader:
         rank: Data-parallel rank.
         packed: Lay examples end to end, or pad them.
         pad_id: Token id of padding.
+        parts: Number of the data set that each example comes from, where they are a mixture.
+        part_names: The names of all data sets of the mixture.
         num_workers: Worker processes that collate ahead; 0 collates in the training process.
         place: Gives the epoch, and how many micro-batches of it are done.
     """
@@ -40,11 +45,14 @@ class EpochLoader:
         *,
         packed: bool = True,
         pad_id: int = 0,
+        parts: Sequence[int] | NDArray[np.int64] = (),
+        part_names: Sequence[str] = (),
         num_workers: int = 0,
         place: Callable[[], tuple[int, int]] = lambda: (0, 0),
     ) -> None:
         self.examples, self.plan, self.rank, self.num_workers, self.place = examples, plan, rank, num_workers, place
-        self._collate = partial(collate, packed=packed, pad_id=pad_id)
+        self.parts = parts if part_names else ()
+        self._collate = partial(collate, packed=packed, pad_id=pad_id, part_names=part_names)
 
     def __len__(self) -> int:
         return self.plan.num_micro_batches
@@ -52,14 +60,14 @@ class EpochLoader:
     def __iter__(self) -> Iterator[Batch]:
         epoch, done = self.place()
         micro_batches = self.plan.micro_batches(epoch, self.rank)[done:]
-        loader: Iterable[Batch] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             cast(Dataset[MicroBatch], micro_batches),
             batch_size=None,
             collate_fn=cast(Any, self._batch),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
         )
-        yield from loader
+        yield from iterate(loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the place is known from the trainer's own counters. Its presence tells Lightning that we resume."""
@@ -69,7 +77,9 @@ class EpochLoader:
         """Nothing to load, see :meth:`state_dict`."""
 
     def _batch(self, micro_batch: MicroBatch) -> Batch:
-        return self._collate([self.examples[i] for i in micro_batch.examples], micro_batch.normalizer)
+        own = micro_batch.examples
+        parts = [int(self.parts[i]) for i in own] if len(self.parts) else []
+        return self._collate([self.examples[i] for i in own], micro_batch.normalizer, parts=parts)
 
 
 class PromptLoader:

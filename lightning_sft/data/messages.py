@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from lightning_sft.data.formats import Found, find_format
@@ -76,9 +77,8 @@ class Converter:
         """
         try:
             found = _find(row, self.format, self.columns, self.answered)
-            file = provenance.rpartition(":")[0]  # none for the rows of a list, which may differ
-            name, place = self._first.setdefault(file, (found.name, provenance))
-            if file and found.name != name:
+            name, place = self._first.setdefault(_file(provenance), (found.name, provenance))
+            if _file(provenance) and found.name != name:
                 raise InputError(
                     f"the row is of the format {found.name}, but {place} is of {name}. Put them in files of their own, "
                     "or say which all rows have with data.format."
@@ -87,6 +87,22 @@ class Converter:
             return _conversation(found, provenance)
         except InputError as error:
             raise InputError(f"{provenance}: {error}") from error
+
+    def knows(self, provenance: str) -> bool:
+        """Whether it has seen of which format the file of a row is; for a row of a list that does not matter."""
+        return not _file(provenance) or _file(provenance) in self._first
+
+    def learn(self, row: Any, provenance: str) -> None:
+        """Take in the format of a row's file, if the row has one, and nothing else."""
+        with suppress(InputError):
+            self._first.setdefault(
+                _file(provenance), (_find(row, self.format, self.columns, self.answered).name, provenance)
+            )
+
+
+def _file(provenance: str) -> str:
+    """The file of a row; none for the rows of a list, which may differ in format."""
+    return provenance.rpartition(":")[0]
 
 
 def _find(row: Any, named: str | None, columns: Mapping[str, str] | None, answered: bool) -> Found:

@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+from lightning_sft.data.draw import Draw
 
 Partition = Callable[[Sequence[int]], list[list[int]]]
 
@@ -39,6 +42,7 @@ class Plan:
         lengths: Tokens of each example.
         weights: Sum of target weights of each example.
         partition: Lengths to micro-batches of indices, as :func:`lightning_sft.data.packing.pack` does.
+        draw: Which examples an epoch uses; each once by default.
         num_ranks: Data-parallel size.
         accumulate: Micro-batches of a rank in one optimiser step.
         constant: Whether Z is the same for all steps, the mean sum of weights, and not the step's own.
@@ -56,33 +60,34 @@ class Plan:
 
     def __init__(
         self,
-        lengths: Sequence[int],
-        weights: Sequence[float],
+        lengths: Sequence[int] | NDArray[np.int64],
+        weights: Sequence[float] | NDArray[np.float64],
         partition: Partition,
         *,
+        draw: Draw | None = None,
         num_ranks: int = 1,
         accumulate: int = 1,
         constant: bool = False,
         limit: int | float = 1.0,
         seed: int | None = 0,
     ) -> None:
-        self._negative_lengths, self._weights = -np.asarray(lengths), weights
-        by_length = np.sort(self._negative_lengths, kind="stable")
-        self.packs = partition((-by_length).tolist())  # of places in the order of length, longest first
+        self._negative_lengths, self._weights = -np.asarray(lengths), np.asarray(weights).tolist()
+        self.draw = draw or Draw(lengths, [len(lengths)], [1.0], seed)
+        self.packs = partition(np.sort(self.draw.bounds)[::-1].tolist())  # of places, the longest first
         self.num_ranks, self.accumulate, self.seed = num_ranks, accumulate, seed
         self.num_full_steps = math.ceil(len(self.packs) / (num_ranks * accumulate))
         self.num_micro_batches = self.num_full_steps * accumulate
         share = limit if isinstance(limit, int) else int(limit * self.num_micro_batches)
         self._used = min(share, self.num_micro_batches)
         self.num_steps = math.ceil(self._used / accumulate)
-        self._constant = math.fsum(weights) / self.num_full_steps if constant else None
+        self._constant = math.fsum(np.asarray(weights) * self.draw.rates) / self.num_full_steps if constant else None
 
     def micro_batches(self, epoch: int, rank: int) -> list[MicroBatch]:
         """The micro-batches of one rank in one epoch, in order."""
         random = None if self.seed is None else np.random.default_rng([self.seed, epoch])
-        size = len(self._negative_lengths)
-        ties = np.arange(size) if random is None else random.permutation(size)
-        examples = np.lexsort((ties, self._negative_lengths))
+        drawn = self.draw.epoch(epoch)
+        ties = np.arange(len(drawn)) if random is None else random.permutation(len(drawn))
+        examples = drawn[np.lexsort((ties, self._negative_lengths[drawn]))]
         order = range(len(self.packs)) if random is None else random.permutation(len(self.packs)).tolist()
         packs = [tuple(int(examples[place]) for place in self.packs[i]) for i in order]
         mine: list[MicroBatch] = []

@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,7 @@ class Epoch:
     @property
     def fill(self) -> float:
         """The share of the positions of all micro-batches that a token takes."""
-        return sum(self.train.lengths) / (len(self.plan.packs) * self.capacity)
+        return int(self.plan.draw.bounds.sum()) / (len(self.plan.packs) * self.capacity)
 
     def __str__(self) -> str:
         return (
@@ -73,14 +74,15 @@ def show_details(split: Split, console: Console) -> None:
         bar = "█" * -(-count * _BAR // most)
         console.print(f"  {low:>{width},}–{high:<{width},} [green]{bar}[/green] {count:,}", highlight=False)
     console.print(targets_in_words(split), highlight=False)
-    for reason, places in by_reason(split.refused):
+    account = split.account
+    for reason, places in by_reason(account.refused):
         console.print(f"\n{len(places):,} refused: {reason}", style="yellow", markup=False, highlight=False)
         console.print(f"  {_some(places)}", markup=False, highlight=False)
-    for what, places in (("left out", split.too_long), ("cut", split.cut)):
+    for what, places in (("left out", account.too_long), ("cut", account.cut)):
         if places:
             console.print(f"\n{len(places):,} {what}, longer than data.max_length", style="yellow", highlight=False)
             console.print(f"  {_some(places)}", markup=False, highlight=False)
-    for key, count in split.ignored.most_common():
+    for key, count in account.ignored.most_common():
         console.print(
             f"\n{count:,} rows have the key {key!r}, which is ignored", style="yellow", markup=False, highlight=False
         )
@@ -99,14 +101,13 @@ def table_of(splits: Mapping[str, Split]) -> Table:
 
 def figures(split: Split) -> dict[str, str]:
     """The account of a split, as it is shown. A row is expanded when it gives more than one sequence."""
-    tokens = sum(split.lengths)
-    sequences = Counter(example.provenance for example in split.examples)
+    tokens, account = int(split.lengths.sum()), split.account
     counts = {
-        "rows": split.num_rows,
-        "refused": len(split.refused),
-        "left out": len(split.too_long),
-        "cut": len(split.cut),
-        "expanded": sum(count > 1 for count in sequences.values()),
+        "rows": account.num_rows,
+        "refused": len(account.refused),
+        "left out": len(account.too_long),
+        "cut": len(account.cut),
+        "expanded": int((split.examples.sequences_per_row > 1).sum()),
         "sequences": len(split.examples),
         "tokens": tokens,
         "targets": split.num_targets,
@@ -118,21 +119,20 @@ def figures(split: Split) -> dict[str, str]:
 
 def targets_in_words(split: Split) -> str:
     """How many tokens of a sequence are trained."""
-    counts = [sum(weight > 0 for weight in example.target_weights) for example in split.examples]
-    return (
-        f"Targets of a sequence: {min(counts):,} at least, {median(counts):,g} in the middle, {max(counts):,} at most."
-    )
+    counts = split.examples.num_targets
+    least, middle, most = counts.min(), np.median(counts), counts.max()
+    return f"Targets of a sequence: {least:,} at least, {middle:,g} in the middle, {most:,} at most."
 
 
-def histogram(lengths: Sequence[int], num_bins: int = 12) -> list[tuple[int, int, int]]:
+def histogram(lengths: Sequence[int] | NDArray[np.int64], num_bins: int = 12) -> list[tuple[int, int, int]]:
     """Bins of equal width as (shortest, longest, how many), from the shortest length to the longest.
 
     >>> histogram([3, 4, 4, 9], num_bins=3)
     [(3, 5, 3), (6, 8, 0), (9, 11, 1)]
     """
-    low, high = min(lengths), max(lengths)
+    low, high = int(min(lengths)), int(max(lengths))
     width = -(-(high - low + 1) // num_bins)
-    counts = Counter((length - low) // width for length in lengths)
+    counts = Counter(((np.asarray(lengths) - low) // width).tolist())
     return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range((high - low) // width + 1)]
 
 

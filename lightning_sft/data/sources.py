@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.data.files import kind_of, read_file, without_nulls
+from lightning_sft.data.files import Line, kind_of, skim_file, without_nulls
 from lightning_sft.types import InputError
 
 Row = dict[str, Any] | list[Any]
 Source = str | Sequence[str] | Iterable[Row] | Path  # Path last: jsonargparse would save a list as the text of one
+Leaf = Callable[[], Iterator[tuple[Any, str]]]
+"""One file, data set or list: gives its rows, unread (:func:`parsed` reads one), each with where it came from."""
 
 _HUB = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:\[]+))??(?::(?P<split>[^:\[]+(?:\[.*\])?))?")
 
@@ -31,32 +34,50 @@ def read(source: Source) -> Iterator[tuple[Row, str]]:
     >>> list(read([{"prompt": "Hi", "completion": "Hello"}]))
     [({'prompt': 'Hi', 'completion': 'Hello'}, 'row 1')]
     """
+    for leaf in leaves(source):
+        for row, provenance in leaf():
+            yield parsed(row, provenance), provenance
+
+
+def leaves(source: Source, streaming: bool = False) -> list[Leaf]:
+    """The files, data sets or lists that a source consists of, in order.
+
+    Args:
+        source: As for :func:`read`.
+        streaming: Whether a data set of the hub is read while it is downloaded.
+
+    Raises:
+        InputError: When something is missing.
+    """
     if isinstance(source, (str, Path)):
-        yield from _read_name(str(source))
-        return
+        return _leaves_of_name(str(source), streaming)
     if isinstance(source, Mapping):
         raise InputError(f"The data has the splits {sorted(map(str, source))}: give one of them, data['train'].")
-    from_table = hasattr(source, "features")  # a datasets.Dataset
-    for number, item in enumerate(source, 1):
-        if isinstance(item, (str, Path)):
-            yield from _read_name(str(item))
-        else:
-            yield _checked(without_nulls(item) if from_table else item, f"row {number}"), f"row {number}"
+    if isinstance(source, Sequence) and source and all(isinstance(item, (str, Path)) for item in source):
+        return [leaf for item in source for leaf in _leaves_of_name(str(item), streaming)]
+    return [partial(_rows_of_list, source)]
 
 
-def _read_name(name: str) -> Iterator[tuple[Row, str]]:
-    if name.startswith("hf:"):
-        yield from _read_data_set(name, _from_hub(name))
-    elif (Path(name) / "dataset_info.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-        yield from _read_data_set(name, _from_disk(name))
-    else:
-        for path in _files(name):
-            for row, provenance in read_file(path):
-                yield _checked(row, provenance), provenance
+def parsed(row: Any, provenance: str) -> Row:
+    """A row of a :data:`Leaf`, read.
+
+    Raises:
+        InputError: When it is not valid JSON, or no row.
+    """
+    row = row.parse() if isinstance(row, Line) else row
+    if not isinstance(row, (dict, list)):
+        raise InputError(
+            f"{provenance}: a row must be an object with named keys, or a list of messages, got {type(row).__name__}."
+        )
+    return row
 
 
-def _files(name: str) -> list[Path]:
-    """The files that a path, a folder or a glob stands for, in order of their names."""
+def files_of(name: str) -> list[Path]:
+    """The files that a path, a folder or a glob stands for, in order of their names.
+
+    Raises:
+        InputError: When there is none.
+    """
     path = Path(name)
     if path.is_file():
         return [path]
@@ -68,45 +89,64 @@ def _files(name: str) -> list[Path]:
     matches = sorted(glob(name, recursive=True)) if has_magic(name) else []
     if not matches:
         raise InputError(f"There is no data file {name!r} (looked in {Path.cwd()}).")
-    return [file for match in matches for file in _files(match)]
+    return [file for match in matches for file in files_of(match)]
 
 
-def _from_hub(name: str) -> Any:
+def data_set(name: str, streaming: bool = False) -> Any:
+    """The Hugging Face data set that a name stands for, of the hub or on disk; ``None`` where it stands for files.
+
+    Raises:
+        InputError: When it cannot be loaded, or has several splits.
+    """
+    on_disk = any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
+    if not on_disk and not name.startswith("hf:"):
+        return None
+    try:
+        data = _from_disk(name) if on_disk else _from_hub(name, streaming)
+    except InputError:
+        raise
+    except Exception as error:  # of datasets, the hub, the network, Arrow, the disk
+        where = f"in the folder {name!r}" if on_disk else repr(name)
+        raise InputError(f"The data set {where} cannot be loaded: {error}") from error
+    if isinstance(data, Mapping):
+        if len(data) != 1:
+            separator = "/" if on_disk else ":"
+            raise InputError(f"{name!r} has the splits {sorted(data)}: name one, {name}{separator}{sorted(data)[-1]}.")
+        [data] = data.values()
+    return data
+
+
+def _leaves_of_name(name: str, streaming: bool) -> list[Leaf]:
+    if (data := data_set(name, streaming)) is not None:
+        return [partial(_rows_of_data_set, name, data)]
+    return [partial(skim_file, path) for path in files_of(name)]
+
+
+def _from_hub(name: str, streaming: bool) -> Any:
     from datasets import load_dataset
 
     parts = _HUB.fullmatch(name)
     if parts is None:
         raise InputError(f"{name!r} names no data set: expected hf:owner/name:split.")
-    try:
-        return load_dataset(parts["name"], parts["config"], split=parts["split"])
-    except Exception as error:  # of datasets, the hub, the network
-        raise InputError(f"The data set {name!r} cannot be loaded: {error}") from error
+    settings = {"streaming": True} if streaming else {}
+    return load_dataset(parts["name"], parts["config"], split=parts["split"], **settings)
 
 
 def _from_disk(name: str) -> Any:
     from datasets import load_from_disk
 
-    try:
-        return load_from_disk(name)
-    except Exception as error:  # of datasets, Arrow, the disk
-        raise InputError(f"The data set in the folder {name!r} cannot be loaded: {error}") from error
+    return load_from_disk(name)
 
 
-def _read_data_set(name: str, data: Any) -> Iterator[tuple[Row, str]]:
-    if isinstance(data, Mapping):
-        if len(data) != 1:
-            separator = ":" if name.startswith("hf:") else "/"
-            raise InputError(f"{name!r} has the splits {sorted(data)}: name one, {name}{separator}{sorted(data)[-1]}.")
-        [data] = data.values()
-    if not len(data):
-        raise InputError(f"The data set {name!r} has no rows.")
+def _rows_of_data_set(name: str, data: Any) -> Iterator[tuple[Any, str]]:
+    number = 0
     for number, row in enumerate(data, 1):
         yield without_nulls(row), f"{name}:row {number}"
+    if not number:
+        raise InputError(f"The data set {name!r} has no rows.")
 
 
-def _checked(row: Any, provenance: str) -> Row:
-    if not isinstance(row, (dict, list)):
-        raise InputError(
-            f"{provenance}: a row must be an object with named keys, or a list of messages, got {type(row).__name__}."
-        )
-    return row
+def _rows_of_list(rows: Iterable[Any]) -> Iterator[tuple[Any, str]]:
+    from_table = hasattr(rows, "features")  # a datasets.Dataset
+    for number, row in enumerate(rows, 1):
+        yield without_nulls(row) if from_table else row, f"row {number}"

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_sft.data.account import Account
 from lightning_sft.data.audit import Finding, Thresholds, audit
 from lightning_sft.data.dataset import Split
+from lightning_sft.data.examples import Examples, to_batch
 from lightning_sft.data.unpack import Document
 from lightning_sft.types import Example, InputError
 
@@ -23,7 +25,8 @@ GOOD = document([5, 6, STOP], [0, 1, 1])
 
 
 def findings(*train: Document, val: Any = (), **limits: float) -> dict[str, Finding]:
-    split = Split("train", [Example([5], [0])] * 3, num_rows=10, refused=["a.jsonl:2: no"], too_long=["a.jsonl:3 (9)"])
+    examples = Examples([to_batch([Example([5], [0])] * 3)])
+    split = Split("train", examples, Account(num_rows=10, refused=["a.jsonl:2: no"], too_long=["a.jsonl:3 (9)"]))
     found = audit(train, val, {"train": split}, [STOP], Thresholds(**limits))
     return {finding.check: finding for finding in found}
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_sft.data import dataset
+from lightning_sft.data.chunks import Recipe
 from lightning_sft.data.dataset import load_prompts, load_split
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import InputError
@@ -15,7 +16,8 @@ GOOD = {"prompt": "Hi", "completion": "Yo"}
 
 
 def load(rows: list[dict[str, Any]], **settings: Any) -> Any:
-    return load_split("train", rows, tiny_tokenizer(), **settings)
+    own = {name: settings.pop(name) for name in ("invalid_rows",) if name in settings}
+    return load_split("train", rows, Recipe(tiny_tokenizer(), **settings), **own)
 
 
 def test_refused_rows_stop_everything_and_are_listed() -> None:
@@ -31,7 +33,7 @@ def test_refused_rows_stop_everything_and_are_listed() -> None:
 
 def test_skipped_rows_are_counted_and_said() -> None:
     split = load([GOOD, {**GOOD, "completion": ""}], invalid_rows="skip")
-    assert (split.num_rows, len(split.examples), len(split.refused)) == (2, 1, 1)
+    assert (split.account.num_rows, len(split.examples), len(split.account.refused)) == (2, 1, 1)
     assert "1 of 2 rows cannot be used" in split.remarks()[0]
 
 
@@ -64,9 +66,10 @@ def test_rows_are_accounted_for_in_order_however_many_are_read_at_a_time(monkeyp
     rows = [{**GOOD, "completion": "" if i % 3 == 2 else f"Yo {i}"} if i % 3 else {"id": i} for i in range(7)]
     monkeypatch.setattr(dataset, "_ROWS_AT_A_TIME", 2)
     split = load(rows, invalid_rows="skip")
-    assert split.num_rows == 7
+    assert split.account.num_rows == 7
     assert [example.provenance for example in split.examples] == ["row 2", "row 5"]
-    assert [reason.partition(":")[0] for reason in split.refused] == ["row 1", "row 3", "row 4", "row 6", "row 7"]
+    refused = [reason.partition(":")[0] for reason in split.account.refused]
+    assert refused == ["row 1", "row 3", "row 4", "row 6", "row 7"]
 
 
 def test_columns_of_other_names_and_a_named_format() -> None:
@@ -82,7 +85,7 @@ def test_mixed_formats_of_a_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps({"instruction": "Hi", "output": "Yo"}))
     with pytest.raises(InputError, match=r"a.jsonl:2: the row is of the format alpaca, but .*a.jsonl:1 is of prompt-"):
-        load_split("train", path, tiny_tokenizer())
+        load_split("train", path, Recipe(tiny_tokenizer()))
 
 
 def test_only_a_few_of_many_refused_rows_are_named() -> None:

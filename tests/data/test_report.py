@@ -8,19 +8,24 @@ from itertools import pairwise
 
 from rich.console import Console
 
+from lightning_sft.data.account import Account
 from lightning_sft.data.dataset import Split
+from lightning_sft.data.examples import Examples, to_batch
 from lightning_sft.data.packing import pack
 from lightning_sft.data.plan import Plan
 from lightning_sft.data.report import Epoch, by_reason, figures, histogram, show_details
 from lightning_sft.types import Example
 
+EXAMPLES = [Example([1, 2, 3], [0, 1, 1], "a:1"), Example([1, 2], [0, 1], "a:2"), Example([1, 4], [0, 1], "a:2")]
 SPLIT = Split(
     "train",
-    [Example([1, 2, 3], [0, 1, 1], "a:1"), Example([1, 2], [0, 1], "a:2"), Example([1, 4], [0, 1], "a:2")],
-    num_rows=5,
-    refused=["a:3: turn 2: [/bold] is 'x'", "a:4: turn 4: [/bold] is 'y'"],
-    too_long=["a:5 (99 tokens)"],
-    ignored=Counter({"[id]": 3}),
+    Examples([to_batch(EXAMPLES)]),
+    Account(
+        num_rows=5,
+        refused=["a:3: turn 2: [/bold] is 'x'", "a:4: turn 4: [/bold] is 'y'"],
+        too_long=["a:5 (99 tokens)"],
+        ignored=Counter({"[id]": 3}),
+    ),
 )
 
 
@@ -53,7 +58,7 @@ def test_refusals_are_together_by_reason_with_their_places_and_markup_is_text() 
 
 
 def test_many_places_are_cut_and_counted() -> None:
-    text = printed(Split("train", SPLIT.examples, refused=[f"a:{i}: no" for i in range(50)]))
+    text = printed(Split("train", SPLIT.examples, Account(refused=[f"a:{i}: no" for i in range(50)])))
     assert "a:19 and 30 more" in text.replace("\n", " ")
 
 
@@ -73,6 +78,6 @@ def test_the_histogram_has_every_length_once() -> None:
 
 
 def test_the_fill_is_the_share_of_positions_that_a_token_takes() -> None:
-    plan = Plan(SPLIT.lengths, SPLIT.weights, lambda lengths: pack(lengths, 4))
+    plan = Plan(SPLIT.lengths, SPLIT.examples.weights, lambda lengths: pack(lengths, 4))
     assert Epoch(SPLIT, plan, 4, "packed").fill == 7 / 8
     assert "2 optimiser steps" in str(Epoch(SPLIT, plan, 4, "packed"))

@@ -1,0 +1,111 @@
+"""Encoded examples on disk, so that a second start does not encode again.
+
+An entry's name is a digest of all that it depends on: the contents of the files, the tokenizer, the chat template with
+its frozen date, the settings, our own code, and the versions of the libraries that have a say. So no entry is ever out
+of date. It is written beside and renamed when it is complete, under a lock: of two processes one builds and the other
+waits, and what a killed one leaves behind is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lightning_sft.data.account import Account
+from lightning_sft.data.chunks import Chunk, Recipe
+from lightning_sft.data.examples import Examples, save
+from lightning_sft.data.sources import Source, data_set, files_of
+from lightning_sft.data.template import ChatTemplate
+
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+_SMALL = _READ = 1 << 20  # bytes
+
+
+def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tuple[Examples, Account]:
+    """The entry of a key, built if there is none.
+
+    Args:
+        folder: Where entries are kept.
+        key: Its name, see :func:`key_of`.
+        build: Gives the chunks of a new entry.
+
+    Returns:
+        The examples, mapped from the file, and the account of the rows.
+    """
+    data, account = folder / f"{key}.arrow", folder / f"{key}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not account.exists():  # it is renamed last
+        with FileLock(folder / f"{key}.lock"):
+            if not account.exists():
+                _build(folder / f"{key}.building", data, account, build())
+    return Examples.open(data), Account.of_json(json.loads(account.read_text(encoding="utf-8")))
+
+
+def key_of(source: Source, recipe: Recipe) -> str | None:
+    """The name of the entry of a source.
+
+    ``None`` where there is to be none: of rows in memory nobody knows what they are, nor of a tokenizer in Python, and
+    less than a megabyte is encoded in a second.
+
+    Raises:
+        InputError: When a file is missing.
+    """
+    names = [source] if isinstance(source, (str, Path)) else source if isinstance(source, (list, tuple)) else []
+    backend = getattr(recipe.tokenizer, "backend_tokenizer", None)
+    if not names or not all(isinstance(name, (str, Path)) for name in names) or backend is None:
+        return None
+    files = [(name, _files(str(name))) for name in names]
+    if sum(file.stat().st_size for _, own in files for file in own) < _SMALL:
+        return None
+    depends_on = [
+        [(library, version(library)) for library in _LIBRARIES],
+        [_digest(file) for file in sorted(Path(__file__).parent.glob("*.py"))],
+        {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "tokenizer"},
+        ChatTemplate.of(recipe.tokenizer).text,
+        recipe.tokenizer.special_tokens_map,
+        backend.to_str(),
+        [(str(name), [(str(file), _digest(file)) for file in own]) for name, own in files],
+    ]
+    text = json.dumps(depends_on, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _build(building: Path, data: Path, account: Path, chunks: Iterable[Chunk]) -> None:
+    total = Account()
+
+    def batches() -> Iterator[Any]:
+        for chunk in chunks:
+            total.add(chunk.account)
+            yield chunk.batch
+
+    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed: we have its lock
+    building.mkdir()
+    try:
+        save(batches(), building / data.name)
+        (building / account.name).write_text(json.dumps(total.as_json()), encoding="utf-8")
+        for path in (data, account):
+            os.replace(building / path.name, path)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _files(name: str) -> list[Path]:
+    data = data_set(name)
+    return files_of(name) if data is None else [Path(file["filename"]) for file in data.cache_files]
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(_READ):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""Examples as columns of Arrow, in memory or mapped from a file: four bytes a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pyarrow import ipc
+
+from lightning_sft.types import Example
+
+_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "run_lengths": pa.list_(pa.int32()),  # target weights as runs of equal ones: most have two, of 0 and of 1
+        "run_weights": pa.list_(pa.float64()),
+        "provenance": pa.string(),
+    }
+)
+_Lists = tuple[NDArray[Any], NDArray[Any]]  # where each list begins and ends, and the values of all
+
+
+class Examples(Sequence[Example]):
+    """A sequence of examples in Arrow record batches.
+
+    Args:
+        batches: The record batches, as :func:`to_batch` makes them.
+
+    >>> examples = Examples([to_batch([Example([5, 6, 7], [0.0, 1.0, 1.0], "a.jsonl:1"), Example([8, 9], [0.0, 0.5])])])
+    >>> examples.lengths.tolist(), examples.weights.tolist(), examples.num_targets.tolist()
+    ([3, 2], [2.0, 0.5], [2, 1])
+    >>> examples[1].input_ids.tolist(), examples[1].target_weights.tolist()
+    ([8, 9], [0.0, 0.5])
+    """
+
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        self.batches = [batch for batch in batches if len(batch)]
+        self._begins = np.cumsum([0, *map(len, self.batches)])
+        self._lists = [[_lists(batch.column(i)) for i in range(3)] for batch in self.batches]
+
+    @classmethod
+    def open(cls, path: Path) -> Examples:
+        """The examples of a file, mapped: the pages that nobody asks for stay on disk."""
+        file = ipc.open_file(pa.memory_map(str(path)))
+        return cls([file.get_batch(number) for number in range(file.num_record_batches)])
+
+    def __len__(self) -> int:
+        return int(self._begins[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        number = int(np.searchsorted(self._begins, index, side="right")) - 1
+        row = index - int(self._begins[number])
+        lists = self._lists[number]
+        ids, run_lengths, run_weights = (values[bounds[row] : bounds[row + 1]] for bounds, values in lists)
+        return Example(ids, np.repeat(run_weights, run_lengths), self.batches[number].column(3)[row].as_py())
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example."""
+        return self._each(lambda ids, lengths, weights: np.diff(ids[0]), np.int64)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Sum of target weights of each example."""
+        return self._each(lambda ids, lengths, weights: _sums(lengths, lengths[1] * weights[1]), np.float64)
+
+    @property
+    def num_targets(self) -> NDArray[np.int64]:
+        """Tokens of each example that are trained on."""
+        return self._each(lambda ids, lengths, weights: _sums(lengths, lengths[1] * (weights[1] > 0)), np.int64)
+
+    @property
+    def shares_of_row(self) -> NDArray[np.float64]:
+        """What share of its row each is: 1, or less where the row gave several, which follow each other."""
+        counts = self.sequences_per_row
+        return np.repeat(1 / counts, counts)
+
+    @property
+    def sequences_per_row(self) -> NDArray[np.int64]:
+        """How many of them each row gave."""
+        names = [batch.column(3).to_numpy(zero_copy_only=False) for batch in self.batches]
+        together = np.concatenate(names or [np.zeros(0, object)])
+        begins = np.flatnonzero(np.append(True, together[1:] != together[:-1])) if len(self) else np.zeros(0, int)
+        return np.diff(np.append(begins, len(self)))
+
+    def _each(self, figure: Any, dtype: Any) -> NDArray[Any]:
+        found = [figure(*lists) for lists in self._lists]
+        return np.concatenate(found).astype(dtype) if found else np.zeros(0, dtype)
+
+
+def to_batch(examples: Iterable[Example]) -> pa.RecordBatch:
+    """Examples as one record batch."""
+    examples = list(examples)
+    runs = [[(weight, len(list(run))) for weight, run in groupby(e.target_weights)] for e in examples]
+    columns = (
+        [example.input_ids for example in examples],
+        [[length for _, length in of_one] for of_one in runs],
+        [[weight for weight, _ in of_one] for of_one in runs],
+        [example.provenance for example in examples],
+    )
+    return pa.record_batch([pa.array(c, t) for c, t in zip(columns, _SCHEMA.types, strict=True)], schema=_SCHEMA)
+
+
+def save(batches: Iterable[pa.RecordBatch], path: Path) -> None:
+    """Write record batches to a file, one after another; ``datasets.Dataset.from_file`` reads it too."""
+    with ipc.new_file(str(path), _SCHEMA) as file:
+        for batch in batches:
+            file.write_batch(batch)
+
+
+def _lists(column: pa.ListArray) -> _Lists:
+    return column.offsets.to_numpy(), column.values.to_numpy()
+
+
+def _sums(lists: _Lists, values: NDArray[Any]) -> NDArray[Any]:
+    """The sum of each list's own values; no list is empty."""
+    return np.add.reduceat(values[: lists[0][-1]], lists[0][:-1])

@@ -1,0 +1,99 @@
+"""Several data sets as one: how much of an epoch each has, and how much its tokens count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_sft.data.formats import FormatName
+from lightning_sft.data.sources import Source
+from lightning_sft.types import InputError
+
+
+@dataclass
+class Part:
+    """One data set of a mixture.
+
+    Args:
+        source: Files or rows, see :func:`lightning_sft.data.sources.read`.
+        share: How much of an epoch it has, relative to the shares of the others. Either all parts have one or none.
+        weight: Multiplies the weight of each of its target tokens in the objective.
+        format: The format of its rows, where it is not that of the data module.
+        columns: Its column for a key of the format, where they are not those of the data module.
+    """
+
+    source: Source
+    share: float | None = None
+    weight: float = 1.0
+    format: FormatName | None = None
+    columns: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("share", "weight"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise InputError(f"The {name} of a part must be a positive number, got {value}. Leave the part out?")
+
+
+@dataclass
+class Mixture:
+    """Several data sets.
+
+    Without shares and temperature every row is used once an epoch. With them, an epoch is as large as all parts
+    together, and parts have their shares of it: rows of some are used several times, those of others not in every
+    epoch, but all rows of a part equally often.
+
+    Args:
+        parts: Each data set by its name: a :class:`Part`, or a source alone.
+        by: What shares are shares of, and temperatures are of the sizes of: ``rows``, or ``targets``, target tokens.
+        temperature: Shares in proportion to size ** (1 / temperature): 1 leaves sizes as they are, and the higher it
+            is, the more alike the parts.
+
+    >>> mixture = Mixture({"math": Part("gsm8k.jsonl", share=3), "chat": "chat.jsonl"})
+    Traceback (most recent call last):
+        ...
+    lightning_sft.types.InputError: Either all parts of a mixture have a share or none: 'chat' has none.
+    """
+
+    parts: dict[str, str | Part]
+    by: Literal["rows", "targets"] = "rows"
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise InputError("A mixture has no parts. Give each data set a name: parts={'math': 'gsm8k.jsonl'}.")
+        without = [name for name, part in self.of_name.items() if part.share is None]
+        if without and len(without) < len(self.parts):
+            raise InputError(f"Either all parts of a mixture have a share or none: {without[0]!r} has none.")
+        if self.temperature is not None and not without:
+            raise InputError("A mixture has shares or a temperature, not both: the temperature makes the shares.")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise InputError(f"The temperature of a mixture must be a positive number, got {self.temperature}.")
+
+    @property
+    def of_name(self) -> dict[str, Part]:
+        """The parts, all as a :class:`Part`."""
+        return {name: part if isinstance(part, Part) else Part(part) for name, part in self.parts.items()}
+
+    def repeats(self, sizes: Sequence[float]) -> list[float]:
+        """How often an epoch uses each row of each part.
+
+        Args:
+            sizes: Of each part, in rows or targets.
+
+        >>> Mixture({"a": Part("a.jsonl", share=1), "b": Part("b.jsonl", share=1)}).repeats([300, 100])
+        [0.6666666666666666, 2.0]
+        """
+        shares = [part.share for part in self.of_name.values()]
+        if self.temperature is not None:
+            shares = [size ** (1 / self.temperature) for size in sizes]
+        known = [share for share in shares if share is not None]
+        if not known:
+            return [1.0] * len(sizes)
+        return [sum(sizes) * share / sum(known) / size for share, size in zip(known, sizes, strict=True)]
+
+
+def as_mixture(source: Source | Mixture) -> Mixture:
+    """A lone data set as a mixture of one, without a name."""
+    return source if isinstance(source, Mixture) else Mixture({"": Part(source)})

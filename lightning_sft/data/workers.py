@@ -1,0 +1,36 @@
+"""Data loaders whose worker processes come and go quietly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+_THREADS = "TOKENIZERS_PARALLELISM"
+
+
+def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
+    """What a loader gives, in its order.
+
+    Its workers are forked with tokenizers that use one thread each: the threads of this process do not live on in
+    them. Told nothing, tokenizers find out by themselves, and warn in each.
+    """
+    with _environment(_THREADS, "false"):
+        items = iter(loader)
+    yield from items
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
