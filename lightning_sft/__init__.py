@@ -6,15 +6,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Batch", "SFTDataModule", "SFTModule", "__version__", "log_likelihood"]
+__all__ = ["Batch", "Mixture", "Part", "SFTDataModule", "SFTModule", "__version__", "log_likelihood"]
 
 if TYPE_CHECKING:
+    from lightning_sft.data.mixture import Mixture, Part
     from lightning_sft.datamodule import SFTDataModule
     from lightning_sft.module import SFTModule
     from lightning_sft.objective import log_likelihood
     from lightning_sft.types import Batch
 
-_HOMES = {"Batch": "types", "SFTDataModule": "datamodule", "SFTModule": "module", "log_likelihood": "objective"}
+_HOMES = {
+    "Batch": "types",
+    "Mixture": "data.mixture",
+    "Part": "data.mixture",
+    "SFTDataModule": "datamodule",
+    "SFTModule": "module",
+    "log_likelihood": "objective",
+}
 
 
 def __getattr__(name: str) -> Any:

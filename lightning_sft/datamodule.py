@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
@@ -15,14 +16,15 @@ from lightning_sft.data.chunks import Recipe
 from lightning_sft.data.dataset import Split, load_prompts, load_split
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
-from lightning_sft.data.mixture import Mixture
+from lightning_sft.data.mixture import Mixture, as_mixture
 from lightning_sft.data.overflow import Overflow
 from lightning_sft.data.packing import group, pack
 from lightning_sft.data.plan import Plan
-from lightning_sft.data.report import show_report
+from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
+from lightning_sft.data.stream import Shape, StreamLoader, check_stream
 from lightning_sft.pretrained import context_length, load_tokenizer
-from lightning_sft.trainer_facts import data_parallel
+from lightning_sft.trainer_facts import Division, data_parallel, gather
 from lightning_sft.types import InputError, Normalize
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -49,6 +51,9 @@ class SFTDataModule(LightningDataModule):
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
         predict_batch_size: Prompts that are answered at a time.
         num_workers: Worker processes that encode, and collate ahead; 0 does both in the training process.
+        streaming: Read the training data while it is trained on, in bounded memory: for data larger than memory or
+            disk. A schedule needs ``trainer.max_steps`` then.
+        buffer_rows: Rows of a stream that each rank shuffles and packs among themselves.
         cache: Folder where encoded files are kept, so that the next start does not encode them again; null for none.
         seed: Seed of the order of the training data.
     """
@@ -70,6 +75,8 @@ class SFTDataModule(LightningDataModule):
         invalid_rows: Literal["error", "skip"] = "error",
         predict_batch_size: int = 16,
         num_workers: int = 0,
+        streaming: bool = False,
+        buffer_rows: int = 4096,
         cache: str | None = "~/.cache/lightning-sft/data",
         seed: int = 0,
     ) -> None:
@@ -82,6 +89,8 @@ class SFTDataModule(LightningDataModule):
         self.overflow: Overflow = overflow
         self.invalid_rows, self.predict_batch_size = invalid_rows, predict_batch_size
         self.num_workers, self.cache, self.seed = num_workers, cache, seed
+        self.streaming, self.buffer_rows = streaming, buffer_rows
+        self.sample_rows = 100  # of a stream: they are read before the training begins, since most mistakes show there
         self._asked: dict[str, Any] = {"tokenizer": tokenizer, "packing": packing, "max_length": max_length}
         self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalisation of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
@@ -95,32 +104,26 @@ class SFTDataModule(LightningDataModule):
         if stage == "fit" and self.sources["train"] is None:
             raise InputError("There is no training data: set data.train to a JSONL or JSON file.")
         self._begin_anew()
-        is_shown = self.trainer is None or self.trainer.is_global_zero
+        if stage == "fit" and self.streaming:
+            check_stream(self._mixture("train"), self._normalize)
         for name in _STAGES[stage]:
-            if (source := self.sources[name]) is not None and name not in self.splits:
-                self.splits[name] = load_split(
-                    name,
-                    source,
-                    self._recipe,
-                    invalid_rows=self.invalid_rows,
-                    cache=Path(self.cache).expanduser() if self.cache else None,
-                    num_workers=self.num_workers,
-                    progress=is_shown,
-                )
+            if self.sources[name] is not None and name not in self.splits:
+                first = self.sample_rows if name == "train" and self.streaming else None
+                self.splits[name] = self._load(name, first)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in an epoch of training data, over all ranks together."""
-        return self._plan("train").num_steps
+    def steps_per_epoch(self) -> float:
+        """Optimiser steps in an epoch of training data, over all ranks together; infinite for a stream."""
+        return math.inf if self.streaming else self._plan("train").num_steps
 
     @property
     def capacity(self) -> int:
         """Most positions in a micro-batch of training data."""
         return self._capacity(self.splits["train"])
 
-    def train_dataloader(self) -> EpochLoader:
-        """The planned micro-batches of this rank; each epoch in an order of its own."""
-        return self._loader("train", self._place)
+    def train_dataloader(self) -> EpochLoader | StreamLoader:
+        """The micro-batches of this rank, each epoch in an order of its own: planned, or of a stream."""
+        return self._stream() if self.streaming else self._loader("train", self._place)
 
     def val_dataloader(self) -> EpochLoader:
         """Validation micro-batches: every example once over all ranks."""
@@ -156,10 +159,31 @@ class SFTDataModule(LightningDataModule):
         return normalize
 
     @property
+    def _is_shown(self) -> bool:
+        return self.trainer is None or bool(self.trainer.is_global_zero)
+
+    @property
     def _recipe(self) -> Recipe:
         assert self.tokenizer is not None
-        settings = (self.format, self.columns, self._normalize, self.max_length, self.overflow)
-        return Recipe(self.tokenizer, *settings)
+        max_length = self.max_length
+        if self.streaming and self.tokens_per_batch:  # of a stream, nobody knows the longest sequence beforehand
+            max_length = min(self.tokens_per_batch, max_length or self.tokens_per_batch)
+        return Recipe(self.tokenizer, self.format, self.columns, self._normalize, max_length, self.overflow)
+
+    def _mixture(self, name: str) -> Mixture:
+        return as_mixture(cast(Mixture | Source, self.sources[name]))
+
+    def _load(self, name: str, first: int | None = None) -> Split:
+        return load_split(
+            name,
+            self._mixture(name),
+            self._recipe,
+            invalid_rows=self.invalid_rows,
+            cache=Path(self.cache).expanduser() if self.cache else None,
+            num_workers=self.num_workers if first is None else 0,
+            progress=self._is_shown,
+            first=first,
+        )
 
     def _begin_anew(self) -> None:
         """Forget what was planned for another trainer, and what was encoded for another model."""
@@ -194,25 +218,41 @@ class SFTDataModule(LightningDataModule):
             place=place,
         )
 
+    def _stream(self) -> StreamLoader:
+        assert self.tokenizer is not None, "setup has not been called"
+        self._fall_back_to_padding()
+        work, capacity = Division.of(self.trainer), self.tokens_per_batch or _DEFAULT_TOKENS_PER_BATCH
+        return StreamLoader(
+            self._mixture("train"),
+            self._recipe,
+            Shape(work.num_ranks, work.accumulate, capacity, self.packing, self.buffer_rows, self.seed),
+            work.rank,
+            gather=partial(gather, self.trainer),
+            limit=work.limit,
+            is_strict=self.invalid_rows == "error",
+            pad_id=pad_token_id(self.tokenizer),
+            num_workers=self.num_workers,
+            place=self._place,
+            finished=show_stream_report if self._is_shown else lambda account: None,
+        )
+
     def _plan(self, name: str) -> Plan:
         """The plan of a split, made when first asked for: by then the model has been probed."""
         if name not in self._plans:
             self._fall_back_to_padding()
             self._plans[name] = self._make_plan(self.splits[name], training=name == "train")
-            if name == "train" and (self.trainer is None or self.trainer.is_global_zero):
+            if name == "train" and self._is_shown:
                 show_report(self.splits, self._plans["train"], self._capacity(self.splits["train"]), self.packing)
         return self._plans[name]
 
     def _make_plan(self, split: Split, training: bool) -> Plan:
+        work, capacity = Division.of(self.trainer), self._capacity(split)
         of_training: dict[str, Any] = {"seed": None}
         if training:
-            of_training = {"seed": self.seed, "constant": self._normalize == "dataset"}
-            if self.trainer is not None:
-                of_training["accumulate"] = self.trainer.accumulate_grad_batches
-                of_training["limit"] = self.trainer.limit_train_batches
-        partition = partial(pack if self.packing == "packed" else group, capacity=self._capacity(split))
-        num_ranks, draw = data_parallel(self.trainer)[1], split.draw(of_training["seed"])
-        return Plan(split.lengths, split.examples.weights, partition, draw=draw, num_ranks=num_ranks, **of_training)
+            of_training = {"seed": self.seed, "accumulate": work.accumulate, "limit": work.limit}
+            of_training |= {"draw": split.draw(self.seed), "constant": self._normalize == "dataset"}
+        partition = partial(pack if self.packing == "packed" else group, capacity=capacity)
+        return Plan(split.lengths, split.examples.weights, partition, num_ranks=work.num_ranks, **of_training)
 
     def _capacity(self, split: Split) -> int:
         longest = int(split.lengths.max())

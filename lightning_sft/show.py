@@ -12,7 +12,7 @@ from rich.console import Console
 
 from lightning_sft.data.audit import Finding, Thresholds, audit
 from lightning_sft.data.dataset import Split
-from lightning_sft.data.loader import pad_token_id
+from lightning_sft.data.loader import EpochLoader, pad_token_id
 from lightning_sft.data.pieces import PieceReader
 from lightning_sft.data.report import Epoch, show_details, table_of
 from lightning_sft.data.walk import Placed, Walk
@@ -87,10 +87,10 @@ def show(
     """
     if not isinstance(data, SFTDataModule):
         raise InputError(f"show needs an SFTDataModule, or a class made from it, got {type(data).__name__}.")
-    fit_stops = _set_up(data, module, trainer)
+    is_stream, fit_stops = data.streaming, _set_up(data, module, trainer)
     assert data.tokenizer is not None
     console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), pad_token_id(data.tokenizer)
-    train = Walk(data.train_dataloader(), pad_id)
+    train = Walk(cast(EpochLoader, data.train_dataloader()), pad_id)
     val: Iterable[Placed] = Walk(data.val_dataloader(), pad_id) if "val" in data.splits else ()
 
     chosen = train.first(rows) if row is None else _at(row, chain(train, val), data.splits)
@@ -103,6 +103,10 @@ def show(
     console.print(str(epoch), highlight=False)
     for split in data.splits.values():
         show_details(split, console)
+    if is_stream:
+        console.print(
+            f"\nThe training data are a stream: this is about the first {data.sample_rows:,} rows of each data set."
+        )
     if fit_stops:
         reason = "data.invalid_rows or data.overflow is 'error'"
         console.print(f"\nfit stops at these rows: {reason}.", style="bold red", highlight=False)
@@ -126,7 +130,9 @@ def _set_up(data: SFTDataModule, module: LightningModule | None, trainer: Any) -
     by_row, by_length = data.invalid_rows == "error", data.overflow == "error"
     data.invalid_rows, data.overflow = "skip", "drop" if by_length else data.overflow
     cast(Any, data).trainer = paper = trainer_on_paper(module, trainer)
+    data.sample_rows = data.buffer_rows
     data.setup("fit")
+    data.streaming = False  # what has been read of a stream is shown as if it were all
     paper.is_global_zero = False  # the data module would print the report before the rows
     return any(
         (by_row and account.refused) or (by_length and account.too_long)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,21 +23,54 @@ def data_parallel(trainer: Any) -> tuple[int, int]:
     return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
 
 
+@dataclass(frozen=True)
+class Division:
+    """How Lightning divides the work of an epoch.
+
+    Args:
+        rank: Data-parallel rank.
+        num_ranks: Data-parallel size.
+        accumulate: Micro-batches of a rank in one optimiser step.
+        limit: Micro-batches of a rank that an epoch uses: an int, or the share of them, a float.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    accumulate: int = 1
+    limit: int | float = 1.0
+
+    @classmethod
+    def of(cls, trainer: Any) -> Division:
+        """That of a trainer's training, or of a single process where there is none."""
+        if trainer is None:
+            return cls()
+        return cls(*data_parallel(trainer), trainer.accumulate_grad_batches, trainer.limit_train_batches)
+
+
+def gather(trainer: Any, value: Any) -> list[Any]:
+    """The values of all data-parallel ranks, in order of the ranks, from that of each; every process has to call it."""
+    rank, num_ranks = data_parallel(trainer)
+    if num_ranks == 1:
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (rank, value))
+    return [of_rank for _, of_rank in sorted(dict(found).items())]
+
+
 def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
     """Optimiser steps of the whole fit: the fewer of ``max_steps`` and what the data module has planned for its epochs.
 
     Raises:
         InputError: When neither gives an end, and there has to be one.
     """
-    ends = [int(trainer.max_steps)] if trainer.max_steps > 0 else []
+    ends: list[float] = [trainer.max_steps] if trainer.max_steps > 0 else []
     per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
-    if per_epoch is not None and (trainer.max_epochs or 0) > 0:
-        ends.append(int(per_epoch) * int(trainer.max_epochs))
-    if ends:
-        return min(ends)
-    total = trainer.estimated_stepping_batches  # reads the user's own loader: ours has answered already
-    if total > 0 and math.isfinite(total):
-        return int(total)
+    if per_epoch is None and not ends:
+        ends.append(trainer.estimated_stepping_batches)  # reads the user's own loader
+    elif per_epoch is not None and (trainer.max_epochs or 0) > 0:
+        ends.append(per_epoch * int(trainer.max_epochs))  # infinite for a stream, whose end nobody knows
+    if ends and 0 < min(ends) < math.inf:
+        return int(min(ends))
     if may_be_endless:
         return 1
     raise InputError(

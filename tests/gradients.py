@@ -51,7 +51,7 @@ def fit(pretrained: str, data: Any = None, normalize: str = "token", **settings:
     run = Run()
     module = SFTModule(pretrained, normalize=normalize, optimizer=Recorder, schedule="constant", warmup=0.0)
     if not isinstance(data, LightningDataModule):
-        data = SFTDataModule(train=ROWS, **(data or {}))
+        data = SFTDataModule(**{"train": ROWS, **(data or {})})
     quiet = {
         "logger": False,
         "enable_checkpointing": False,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_sft.data.mixture import Mixture, Part
 from lightning_sft.demos import tiny_pretrained
-from tests.gradients import Run, capacity_for, encoded, fit, furthest, row_gradients, step_gradients
+from tests.gradients import ROWS, Run, capacity_for, encoded, fit, furthest, row_gradients, step_gradients
 
 TOLERANCE = {"64-true": 1e-10, "32-true": 1e-5}
 NORMALIZE = ["token", "sequence", "sqrt", "dataset"]
+STREAM = {"streaming": True, "buffer_rows": 5, "tokens_per_batch": 100}
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,33 @@ def test_a_short_last_window_is_exact(gpt2: str) -> None:
     assert error(gpt2, [run], 3) <= 1e-10
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_step_of_a_stream_is_exact_and_every_row_is_used_once(gpt2: str, num_workers: int) -> None:
+    run = fit(gpt2, {**STREAM, "num_workers": num_workers}, accumulate_grad_batches=2, precision="64-true")
+    assert len(run.gradients) > 3
+    assert sorted(source for micro in run.consumed for source in micro) == sorted(alone(gpt2, "token", "64-true"))
+    assert error(gpt2, [run], 2) <= 1e-10
+
+
+@pytest.mark.parametrize(("streaming", "uses"), [(False, (5, 7)), (True, (8, 12))])
+def test_every_step_of_a_mixture_is_exact(gpt2: str, tmp_path: Path, streaming: bool, uses: tuple[int, int]) -> None:
+    """Of 8 rows with half the weight and 4 with a share of 60 %: an epoch of 12, or until all have been used."""
+    for name, part in (("a", ROWS[:8]), ("b", ROWS[8:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    mixture = Mixture(
+        {"a": Part(f"{tmp_path}/a.jsonl", share=2, weight=0.5), "b": Part(f"{tmp_path}/b.jsonl", share=3)}
+    )
+    data = {**STREAM, "streaming": streaming, "train": mixture}
+    run = fit(gpt2, data, accumulate_grad_batches=2, precision="64-true")
+    rows = {}
+    for number, (gradient, weight) in enumerate(alone(gpt2, "token", "64-true").values()):
+        part, scale = ("a", 0.5) if number < 8 else ("b", 1.0)
+        rows[f"{tmp_path}/{part}.jsonl:{number % 8 + 1}"] = (gradient * scale, weight * scale)
+    used = Counter(source.rpartition(":")[0][-7] for micro in run.consumed for source in micro)
+    assert (used["a"], used["b"]) == uses
+    assert furthest(run.gradients, step_gradients(rows, [run.consumed], 2)) <= 1e-10
+
+
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
 def test_clipping_sees_the_exact_gradient(gpt2: str, clip: float) -> None:
     settings = {"accumulate_grad_batches": 3, "gradient_clip_val": clip, "precision": "64-true"}
@@ -143,6 +174,8 @@ def test_two_processes_with_uneven_token_counts_are_exact(gpt2: str, tmp_path: P
     cases.append({**common, "limit_train_batches": 3})
     cases.append({**common, "gradient_clip_val": 1e-3})
     cases.append({**common, "data": {"packing": "padded", "tokens_per_batch": 200}})
+    cases.append({**common, "data": STREAM, "normalize": "sequence"})
+    cases.append({**common, "data": STREAM, "limit_train_batches": 3})
     for number, case in enumerate(cases):
         torch.save(case, tmp_path / f"{number}.case")
     root = Path(__file__).parents[1]

@@ -213,8 +213,9 @@ def test_a_checkpoint_is_plain_and_knows_its_tokenizer(checkpoint: tuple[str, SF
     assert saved["SFTDataModule"]["tokenizer"].endswith("gone")
 
 
+@pytest.mark.parametrize("stream", [{}, {"streaming": True, "buffer_rows": 5}])
 def test_a_run_goes_on_where_its_checkpoint_was_taken(
-    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], tmp_path: Path
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], tmp_path: Path, stream: dict[str, Any]
 ) -> None:
     """In the middle of an epoch: the same rows in the same order, the same losses to the bit."""
 
@@ -224,7 +225,7 @@ def test_a_run_goes_on_where_its_checkpoint_was_taken(
         settings = {"enable_checkpointing": True, "max_epochs": 3, "accumulate_grad_batches": 2, **settings}
         trainer = quiet_trainer(max_steps=max_steps, callbacks=callbacks, **settings)
         module = SFTModule(pretrained, schedule="constant", optimizer=lambda groups: SGD(groups, lr=0.1))
-        trainer.fit(module, SFTDataModule(train=rows, tokens_per_batch=60), ckpt_path=ckpt_path)
+        trainer.fit(module, SFTDataModule(train=rows, tokens_per_batch=60, **stream), ckpt_path=ckpt_path)
         return [row["train/loss"] for row in losses.rows[1::2]]
 
     whole = fit(9)

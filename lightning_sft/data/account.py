@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
+
+from lightning_sft.types import InputError
 
 _LISTED = 5  # rows named in a message
 
@@ -20,6 +22,7 @@ class Account:
         too_long: ``file:line`` and length of each sequence left out because it is longer than ``max_length``.
         cut: The same of those that were truncated or split.
         ignored: How many rows have a key that means nothing.
+        unlisted: How many there are beyond those in ``refused``, ``too_long`` and ``cut``, see :meth:`trim`.
         shortest: Tokens of the shortest sequence, before any was cut; 0 where there is none.
     """
 
@@ -28,6 +31,7 @@ class Account:
     too_long: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+    unlisted: Counter[str] = field(default_factory=Counter)
     shortest: int = 0
 
     def add(self, other: Account) -> None:
@@ -43,34 +47,52 @@ class Account:
         self.too_long += other.too_long
         self.cut += other.cut
         self.ignored += other.ignored
+        self.unlisted += other.unlisted
         self.shortest = min(filter(None, (self.shortest, other.shortest)), default=0)
 
-    def remarks(self) -> list[str]:
-        """What is not trained on, in words; empty where every row is used whole."""
+    def trim(self, most: int) -> None:
+        """Forget the places of all but so many rows of a kind, and go on counting them: a stream has no end.
+
+        >>> account = Account(refused=["a.jsonl:1: no", "a.jsonl:2: no"])
+        >>> account.trim(1)
+        >>> account.refused, account.unlisted["refused"]
+        (['a.jsonl:1: no'], 1)
+        """
+        for name in ("refused", "too_long", "cut"):
+            places = getattr(self, name)
+            self.unlisted[name] += max(0, len(places) - most)
+            del places[most:]
+
+    def remarks(self, name: str) -> list[str]:
+        """What of a split is not trained on, in words; empty where every row is used whole."""
+        why = "sequences are longer than data.max_length and"
+        kinds = {"too_long": f"{why} left out", "cut": f"{why} cut"}
+        kinds = {"refused": f"of {self.num_rows} rows cannot be used", **kinds}
         said = []
-        if self.refused:
-            said.append(f"{len(self.refused)} of {self.num_rows} rows cannot be used:\n{some(self.refused)}")
-        if self.too_long:
-            left_out = f"{len(self.too_long)} sequences are longer than data.max_length and left out"
-            said.append(f"{left_out}:\n{some(self.too_long)}")
-        if self.cut:
-            said.append(f"{len(self.cut)} sequences are longer than data.max_length and cut:\n{some(self.cut)}")
+        for kind, what in kinds.items():
+            if places := getattr(self, kind):
+                count = len(places) + self.unlisted[kind]
+                said.append(f"{count} {what}:\n{some(places, count)}")
         if self.ignored:
             keys = ", ".join(f"{key!r} ({count} rows)" for key, count in self.ignored.most_common())
             said.append(f"keys without a meaning in their format are ignored: {keys}")
-        return said
+        return [f"{name}: {remark}" for remark in said]
+
+    def refusal(self, name: str) -> InputError:
+        """The error that there are rows that cannot be used."""
+        return InputError(f"{self.remarks(name)[0]}\nCorrect them, or leave them out with data.invalid_rows=skip.")
 
     def as_json(self) -> dict[str, Any]:
         """The account as plain values."""
-        return asdict(self)
+        return dict(vars(self))
 
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> Account:
         """An account from what :meth:`as_json` gave."""
-        return cls(**{**values, "ignored": Counter(values["ignored"])})
+        return cls(**{**values, **{name: Counter(values[name]) for name in ("ignored", "unlisted")}})
 
 
-def some(reasons: list[str]) -> str:
-    """The first of many reasons, a line each, and how many more there are."""
-    more = [f"  ... and {len(reasons) - _LISTED} more"] if len(reasons) > _LISTED else []
+def some(reasons: list[str], count: int) -> str:
+    """The first of so many reasons, a line each, and how many more there are."""
+    more = [f"  ... and {count - _LISTED} more"] if count > _LISTED else []
     return "\n".join([f"  {reason}" for reason in reasons[:_LISTED]] + more)

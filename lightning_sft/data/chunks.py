@@ -130,9 +130,9 @@ class Chunks(IterableDataset[Chunk | InputError]):
             yield chunk
 
 
-def in_chunks(leaves: Iterable[Leaf], size: int) -> Iterator[Rows]:
-    """The rows of files or lists, ``size`` at a time; the last chunk may be shorter."""
-    rows = (row for leaf in leaves for row in leaf())
+def in_chunks(leaves: Iterable[Leaf], size: int, first: int | None = None) -> Iterator[Rows]:
+    """The rows of files or lists, ``size`` at a time, or only the ``first`` of them; the last chunk may be shorter."""
+    rows = islice((row for leaf in leaves for row in leaf()), first)
     while chunk := list(islice(rows, size)):
         yield chunk
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ from lightning_sft.data.encode import encode_prompt
 from lightning_sft.data.examples import Examples
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.messages import Converter
-from lightning_sft.data.mixture import Mixture, Part, as_mixture
+from lightning_sft.data.mixture import Mixture, as_mixture
 from lightning_sft.data.sources import Source, leaves, read
 from lightning_sft.types import InputError, Prompt
 
@@ -71,10 +72,6 @@ class Split:
         repeats = [1.0] * len(sizes) if seed is None else self.mixture.repeats(sizes)
         return Draw(self.lengths, self.part_sizes, repeats, seed)
 
-    def remarks(self) -> list[str]:
-        """What is not trained on, in words; empty where every row is used whole."""
-        return [f"{self.name}: {remark}" for remark in self.account.remarks()]
-
 
 def load_split(
     name: str,
@@ -85,6 +82,7 @@ def load_split(
     cache: Path | None = None,
     num_workers: int = 0,
     progress: bool = False,
+    first: int | None = None,
 ) -> Split:
     """Read and encode a source.
 
@@ -96,6 +94,7 @@ def load_split(
         cache: Folder of encoded data sets; none by default.
         num_workers: Worker processes that encode; 0 encodes in this one.
         progress: Show the progress.
+        first: Read no more than so many rows of each data set.
 
     Raises:
         InputError: When rows cannot be used and ``invalid_rows`` is ``error``, a sequence is too long and
@@ -103,18 +102,18 @@ def load_split(
     """
     mixture, account, found = as_mixture(source), Account(), []
     for part_name, part in mixture.of_name.items():
-        title = f"Encoding {name}{part_name and f' ({part_name})'}" if progress else None
-        examples, own = _load_part(part, recipe.of(part), cache, num_workers, title)
+        title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
+        chunks = Chunks(partial(_rows, part.source, first), [own_recipe])
+        key = key_of(part.source, own_recipe) if cache and first is None else None
+        examples, own = _loaded(partial(_shown, chunks, num_workers, title if progress else None), cache, key)
+        if own.refused and invalid_rows == "error":
+            raise own.refusal(title)
+        if not examples:
+            raise _nothing_left(title, own, own_recipe)
         account.add(own)
         found.append(examples)
-    examples = Examples([batch for examples in found for batch in examples.batches])
-    split = Split(name, examples, account, mixture, [len(examples) for examples in found])
-    if account.refused and invalid_rows == "error":
-        raise InputError(f"{split.remarks()[0]}\nCorrect them, or leave them out with data.invalid_rows=skip.")
-    for part_name, own_examples in zip(mixture.parts, found, strict=True):
-        if not own_examples:
-            raise _nothing_left(f"{name}{part_name and f', {part_name}'}", account, recipe)
-    return split
+    together = Examples([batch for examples in found for batch in examples.batches])
+    return Split(name, together, account, mixture, [len(examples) for examples in found])
 
 
 def load_prompts(
@@ -133,33 +132,30 @@ def load_prompts(
     return [encode_prompt(convert(row, where), tokenizer) for row, where in read(source)]
 
 
-def _load_part(
-    part: Part, recipe: Recipe, cache: Path | None, num_workers: int, title: str | None
-) -> tuple[Examples, Account]:
-    def build() -> Iterator[Chunk]:
-        def rows() -> Iterator[tuple[int, Rows]]:
-            return ((0, rows) for rows in in_chunks(leaves(part.source), _ROWS_AT_A_TIME))
+def _rows(source: Source, first: int | None) -> Iterator[tuple[int, Rows]]:
+    return ((0, rows) for rows in in_chunks(leaves(source, streaming=first is not None), _ROWS_AT_A_TIME, first))
 
-        return _shown(Chunks(rows, [recipe]).run(num_workers), title)
 
-    if cache is not None and (key := key_of(part.source, recipe)):
+def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str | None) -> tuple[Examples, Account]:
+    """The examples of chunks, and their account: from the cache, or else in memory."""
+    if cache is not None and key is not None:
         try:
-            return cached(cache, key, build)
+            return cached(cache, key, chunks)
         except OSError as error:  # a source's own would be an InputError
             rank_zero_warn(f"Encoded data cannot be kept in {cache} ({error}). Set data.cache to another folder.")
     account, batches = Account(), []
-    for chunk in build():
+    for chunk in chunks():
         account.add(chunk.account)
         batches.append(chunk.batch)
     return Examples(batches), account
 
 
-def _shown(chunks: Iterable[Chunk], title: str | None) -> Iterator[Chunk]:
-    """The chunks, with their progress on the screen."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
+def _shown(chunks: Chunks, num_workers: int, title: str | None) -> Iterator[Chunk]:
+    """The chunks, with their progress on the screen where there is a title."""
+    columns = (SpinnerColumn(), TextColumn("Encoding {task.description}: {task.completed:,} rows"), TimeElapsedColumn())
     with Progress(*columns, transient=True, disable=title is None) as progress:
         task = progress.add_task(title or "", total=None)
-        for chunk in chunks:
+        for chunk in chunks.run(num_workers):
             yield chunk
             progress.advance(task, chunk.account.num_rows)
 
@@ -170,4 +166,4 @@ def _nothing_left(name: str, account: Account, recipe: Recipe) -> InputError:
             f"{name}: data.max_length={recipe.max_length} is less than the {account.shortest} tokens of the shortest "
             "sequence. Raise it, or leave it out for the model's own context."
         )
-    return InputError(f"{name}: no row can be used.\n{some(account.refused)}")
+    return InputError(f"{name}: no row can be used.\n{some(account.refused, len(account.refused))}")

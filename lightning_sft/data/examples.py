@@ -46,8 +46,7 @@ class Examples(Sequence[Example]):
     @classmethod
     def open(cls, path: Path) -> Examples:
         """The examples of a file, mapped: the pages that nobody asks for stay on disk."""
-        file = ipc.open_file(pa.memory_map(str(path)))
-        return cls([file.get_batch(number) for number in range(file.num_record_batches)])
+        return cls(list(ipc.open_stream(pa.memory_map(str(path)))))
 
     def __len__(self) -> int:
         return int(self._begins[-1])
@@ -117,7 +116,7 @@ def to_batch(examples: Iterable[Example]) -> pa.RecordBatch:
 
 def save(batches: Iterable[pa.RecordBatch], path: Path) -> None:
     """Write record batches to a file, one after another; ``datasets.Dataset.from_file`` reads it too."""
-    with ipc.new_file(str(path), _SCHEMA) as file:
+    with ipc.new_stream(str(path), _SCHEMA) as file:
         for batch in batches:
             file.write_batch(batch)
 

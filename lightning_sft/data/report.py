@@ -13,6 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lightning_sft.data.account import Account
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.plan import Plan
 
@@ -61,7 +62,15 @@ def show_report(splits: Mapping[str, Split], plan: Plan, capacity: int, packing:
     console = Console(soft_wrap=True)
     console.print(table_of(splits))
     console.print(str(Epoch(splits["train"], plan, capacity, packing)), highlight=False)
-    for remark in (remark for split in splits.values() for remark in split.remarks()):
+    for remark in (remark for name, split in splits.items() for remark in split.account.remarks(name)):
+        console.print(remark, style="yellow", markup=False, highlight=False)
+
+
+def show_stream_report(account: Account) -> None:
+    """Print the account of the rows that an epoch of a stream has read."""
+    console = Console(soft_wrap=True)
+    console.print(f"An epoch of the stream: {account.num_rows:,} rows.", highlight=False)
+    for remark in account.remarks("train"):
         console.print(remark, style="yellow", markup=False, highlight=False)
 
 

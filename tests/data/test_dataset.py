@@ -34,14 +34,14 @@ def test_refused_rows_stop_everything_and_are_listed() -> None:
 def test_skipped_rows_are_counted_and_said() -> None:
     split = load([GOOD, {**GOOD, "completion": ""}], invalid_rows="skip")
     assert (split.account.num_rows, len(split.examples), len(split.account.refused)) == (2, 1, 1)
-    assert "1 of 2 rows cannot be used" in split.remarks()[0]
+    assert "1 of 2 rows cannot be used" in split.account.remarks("train")[0]
 
 
 def test_long_sequences_are_left_out_counted_and_said() -> None:
     split = load([GOOD, {**GOOD, "completion": "x" * 500}], max_length=200)
     assert len(split.examples) == 1
-    assert "1 sequences are longer than data.max_length" in split.remarks()[0]
-    assert "row 2 (5" in split.remarks()[0]
+    assert "1 sequences are longer than data.max_length" in split.account.remarks("train")[0]
+    assert "row 2 (5" in split.account.remarks("train")[0]
 
 
 def test_a_max_length_below_every_sequence_says_how_long_the_shortest_is() -> None:
@@ -57,7 +57,7 @@ def test_nothing_left_is_an_error_even_when_rows_may_be_skipped() -> None:
 
 def test_ignored_keys_are_counted_and_said() -> None:
     split = load([{**GOOD, "id": 1}, {**GOOD, "id": 2, "wieght": 0.5}])
-    assert split.remarks() == [
+    assert split.account.remarks("train") == [
         "train: keys without a meaning in their format are ignored: 'id' (2 rows), 'wieght' (1 rows)"
     ]
 
@@ -97,7 +97,7 @@ def test_what_is_too_long_is_cut_as_asked_counted_and_said() -> None:
     rows = [GOOD, {**GOOD, "completion": "x" * 500}]
     split = load(rows, max_length=200, overflow="truncate")
     assert [len(example) for example in split.examples][1:] == [200]
-    assert "1 sequences are longer than data.max_length and cut" in split.remarks()[0]
+    assert "1 sequences are longer than data.max_length and cut" in split.account.remarks("train")[0]
     with pytest.raises(InputError, match=r"row 2: the sequence has .* more than data.max_length=200"):
         load(rows, max_length=200, overflow="error")
     split = load([{"text": "x" * 500}], max_length=200, overflow="split")
