@@ -18,17 +18,15 @@ from lightning_sft.data.formats import FormatName
 from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
 from lightning_sft.data.mixture import Mixture, as_mixture
 from lightning_sft.data.overflow import Overflow
-from lightning_sft.data.packing import group, pack
-from lightning_sft.data.plan import Plan
+from lightning_sft.data.planned import DEFAULT_TOKENS_PER_BATCH, Packing, Planned
 from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
 from lightning_sft.data.stream import Shape, StreamLoader, check_stream
 from lightning_sft.pretrained import context_length, load_tokenizer
-from lightning_sft.trainer_facts import Division, data_parallel, gather
+from lightning_sft.trainer_facts import Division, data_parallel, gather, place
 from lightning_sft.types import InputError, Normalize
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
-_DEFAULT_TOKENS_PER_BATCH = 2048
 
 
 class SFTDataModule(LightningDataModule):
@@ -71,7 +69,7 @@ class SFTDataModule(LightningDataModule):
         max_length: int | None = None,
         overflow: Overflow = "drop",
         tokens_per_batch: int | None = None,
-        packing: Literal["packed", "padded"] = "packed",
+        packing: Packing = "packed",
         invalid_rows: Literal["error", "skip"] = "error",
         predict_batch_size: int = 16,
         num_workers: int = 0,
@@ -95,7 +93,7 @@ class SFTDataModule(LightningDataModule):
         self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalisation of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
-        self._plans: dict[str, Plan] = {}
+        self._planned: dict[str, Planned] = {}
         if val is None:  # so Lightning sees that there is no validation, and does not warn of an empty loader
             self.val_dataloader = None  # type: ignore[assignment,method-assign]
 
@@ -114,16 +112,25 @@ class SFTDataModule(LightningDataModule):
     @property
     def steps_per_epoch(self) -> float:
         """Optimiser steps in an epoch of training data, over all ranks together; infinite for a stream."""
-        return math.inf if self.streaming else self._plan("train").num_steps
+        return math.inf if self.streaming else self.planned("train").plan.num_steps
 
-    @property
-    def capacity(self) -> int:
-        """Most positions in a micro-batch of training data."""
-        return self._capacity(self.splits["train"])
+    def planned(self, name: str) -> Planned:
+        """A split with its plan, made when first asked for: by then the model has been probed."""
+        if name not in self._planned:
+            self._fall_back_to_padding()
+            work, seed = Division.of(self.trainer), self.seed if name == "train" else None
+            if name != "train":
+                work = Division(work.rank, work.num_ranks)
+            settings: dict[str, Any] = {"constant": self._normalize == "dataset", "seed": seed}
+            split = self.splits[name]
+            self._planned[name] = Planned.of(split, work, self.packing, self.tokens_per_batch, **settings)
+            if name == "train" and self._is_shown:
+                show_report(self.splits, self._planned[name])
+        return self._planned[name]
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:
         """The micro-batches of this rank, each epoch in an order of its own: planned, or of a stream."""
-        return self._stream() if self.streaming else self._loader("train", self._place)
+        return self._stream() if self.streaming else self._loader("train", partial(place, self.trainer))
 
     def val_dataloader(self) -> EpochLoader:
         """Validation micro-batches: every example once over all ranks."""
@@ -191,37 +198,21 @@ class SFTDataModule(LightningDataModule):
         name = self._asked["tokenizer"] or pretrained
         if name is None:
             raise InputError("The tokenizer is not known: set data.tokenizer to a hub name or folder.")
-        self._plans, self.packing = {}, self._asked["packing"]
+        self._planned, self.packing = {}, self._asked["packing"]
         if self._encoded_for != (name, pretrained, self._normalize):
             self._encoded_for, self.splits = (name, pretrained, self._normalize), {}
             self.tokenizer_name, self.tokenizer = name, load_tokenizer(name, self.chat_template)
             self.max_length = self._asked["max_length"] or context_length(pretrained or name)
 
-    def _place(self) -> tuple[int, int]:
-        """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint."""
-        assert self.trainer is not None
-        return self.trainer.current_epoch, self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:
         assert self.tokenizer is not None, "setup has not been called"
-        split = self.splits[name]
-        names = list(split.mixture.parts)
-        return EpochLoader(
-            split.examples,
-            self._plan(name),
-            data_parallel(self.trainer)[0],
-            packed=self.packing == "packed",
-            pad_id=pad_token_id(self.tokenizer),
-            parts=split.parts,
-            part_names=names if len(names) > 1 else [],
-            num_workers=self.num_workers,
-            place=place,
-        )
+        rank, _ = data_parallel(self.trainer)
+        return self.planned(name).loader(rank, pad_token_id(self.tokenizer), self.num_workers, place)
 
     def _stream(self) -> StreamLoader:
         assert self.tokenizer is not None, "setup has not been called"
         self._fall_back_to_padding()
-        work, capacity = Division.of(self.trainer), self.tokens_per_batch or _DEFAULT_TOKENS_PER_BATCH
+        work, capacity = Division.of(self.trainer), self.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH
         return StreamLoader(
             self._mixture("train"),
             self._recipe,
@@ -232,38 +223,9 @@ class SFTDataModule(LightningDataModule):
             is_strict=self.invalid_rows == "error",
             pad_id=pad_token_id(self.tokenizer),
             num_workers=self.num_workers,
-            place=self._place,
+            place=partial(place, self.trainer),
             finished=show_stream_report if self._is_shown else lambda account: None,
         )
-
-    def _plan(self, name: str) -> Plan:
-        """The plan of a split, made when first asked for: by then the model has been probed."""
-        if name not in self._plans:
-            self._fall_back_to_padding()
-            self._plans[name] = self._make_plan(self.splits[name], training=name == "train")
-            if name == "train" and self._is_shown:
-                show_report(self.splits, self._plans["train"], self._capacity(self.splits["train"]), self.packing)
-        return self._plans[name]
-
-    def _make_plan(self, split: Split, training: bool) -> Plan:
-        work, capacity = Division.of(self.trainer), self._capacity(split)
-        of_training: dict[str, Any] = {"seed": None}
-        if training:
-            of_training = {"seed": self.seed, "accumulate": work.accumulate, "limit": work.limit}
-            of_training |= {"draw": split.draw(self.seed), "constant": self._normalize == "dataset"}
-        partition = partial(pack if self.packing == "packed" else group, capacity=capacity)
-        return Plan(split.lengths, split.examples.weights, partition, num_ranks=work.num_ranks, **of_training)
-
-    def _capacity(self, split: Split) -> int:
-        longest = int(split.lengths.max())
-        capacity = self.tokens_per_batch or max(_DEFAULT_TOKENS_PER_BATCH, longest)
-        if longest > capacity:
-            raise InputError(
-                f"{split.examples[int(split.lengths.argmax())].provenance}: the sequence has {longest:,} tokens, more "
-                f"than data.tokens_per_batch={capacity:,}. Raise it, or leave such rows out with data.max_length="
-                f"{capacity}."
-            )
-        return capacity
 
     def _fall_back_to_padding(self) -> None:
         if self.packing == "packed" and not getattr(self._module, "isolates_documents", True):

@@ -14,7 +14,7 @@ from lightning_sft.data.audit import Finding, Thresholds, audit
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.loader import EpochLoader, pad_token_id
 from lightning_sft.data.pieces import PieceReader
-from lightning_sft.data.report import Epoch, show_details, table_of
+from lightning_sft.data.report import show_details, show_figures
 from lightning_sft.data.walk import Placed, Walk
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.show_html import write_page
@@ -98,9 +98,7 @@ def show(
         show_document(reader.read(placed.document), placed.document.provenance, placed.remark, console)
     show_legend(console)
 
-    epoch = Epoch(data.splits["train"], train.loader.plan, data.capacity, data.packing)
-    console.print(table_of(data.splits))
-    console.print(str(epoch), highlight=False)
+    show_figures(data.splits, data.planned("train"), console)
     for split in data.splits.values():
         show_details(split, console)
     if is_stream:
@@ -120,7 +118,7 @@ def show(
         others = (placed for placed in train if row is None or not placed.is_at(row))
         page = islice(chain(chosen if row else [], others), html_rows)
         read = ((placed.document.provenance, placed.remark, reader.read(placed.document)) for placed in page)
-        write_page(html, read, data.splits, epoch, str(data.tokenizer.name_or_path), findings)
+        write_page(html, read, data.splits, data.planned("train"), str(data.tokenizer.name_or_path), findings)
         console.print(f"\nPage: {html}", highlight=False)
     return findings
 

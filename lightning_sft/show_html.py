@@ -11,7 +11,8 @@ from typing import Any
 from lightning_sft.data.audit import Finding
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.pieces import Piece
-from lightning_sft.data.report import Epoch, by_reason, figures, histogram, targets_in_words
+from lightning_sft.data.planned import Planned
+from lightning_sft.data.report import by_reason, figures, histogram, targets_in_words
 
 _TEMPLATE = Path(__file__).with_name("show.html")
 _LISTED = 200  # rows named for a reason
@@ -21,7 +22,7 @@ def write_page(
     path: str,
     documents: Iterable[tuple[str, str, Sequence[Piece]]],
     splits: Mapping[str, Split],
-    epoch: Epoch,
+    train: Planned,
     tokenizer: str,
     findings: Iterable[Finding] = (),
 ) -> None:
@@ -31,19 +32,19 @@ def write_page(
         path: The file to write.
         documents: Provenance, a remark and the pieces of each document that the page has.
         splits: What was read.
-        epoch: The plan of the training epochs.
+        train: The training split with its plan.
         tokenizer: Where the tokenizer comes from.
         findings: Of the audit, where it was asked for.
     """
-    train = splits["train"]
     data = {
-        "epoch": str(epoch),
-        "figures": {"steps an epoch": f"{epoch.plan.num_steps:,}", "full": f"{epoch.fill:.0%}"},
+        "epoch": str(train),
+        "figures": {"steps an epoch": f"{train.plan.num_steps:,}", "full": f"{train.fill:.0%}"},
+        "mixture": train.mixture,
         "tokenizer": tokenizer,
         "splits": {name: figures(split) for name, split in splits.items()},
-        "histogram": histogram(train.lengths, num_bins=24),
-        "total": len(train.examples),
-        "targets": targets_in_words(train),
+        "histogram": histogram(train.split.lengths, num_bins=24),
+        "total": len(train.split.examples),
+        "targets": targets_in_words(train.split),
         "remarks": [remark for name, split in splits.items() for remark in _remarks(name, split)],
         "checks": [[f.check, *f.cells, f.passes, f.places[:_LISTED]] for f in findings],
         **_compact(documents),

@@ -47,6 +47,11 @@ class Division:
         return cls(*data_parallel(trainer), trainer.accumulate_grad_batches, trainer.limit_train_batches)
 
 
+def place(trainer: Any) -> tuple[int, int]:
+    """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint."""
+    return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
 def gather(trainer: Any, value: Any) -> list[Any]:
     """The values of all data-parallel ranks, in order of the ranks, from that of each; every process has to call it."""
     rank, num_ranks = data_parallel(trainer)

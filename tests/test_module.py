@@ -50,7 +50,7 @@ def test_twenty_steps_of_adamw_follow_transformers_own_loss(
     optimizer = AdamW(peer.parameters(), lr=1e-2, weight_decay=0.0)
     wanted, epoch = [], 0
     while len(wanted) < 20:
-        for micro in data._plan("train").micro_batches(epoch, 0):
+        for micro in data.planned("train").plan.micro_batches(epoch, 0):
             batch = collate([data.splits["train"].examples[i] for i in micro.examples], packed=False)
             labels = torch.full_like(batch.labels, IGNORE)
             labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts by itself

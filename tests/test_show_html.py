@@ -20,7 +20,7 @@ from lightning_sft.data.examples import Examples, to_batch
 from lightning_sft.data.packing import pack
 from lightning_sft.data.pieces import Piece
 from lightning_sft.data.plan import Plan
-from lightning_sft.data.report import Epoch
+from lightning_sft.data.planned import Planned
 from lightning_sft.show_html import write_page
 from lightning_sft.types import Example
 
@@ -40,7 +40,7 @@ def page(tmp_path: Path) -> Path:
         for i, text in enumerate(texts, 1)
     ]
     plan = Plan(split.lengths, split.examples.weights, lambda lengths: pack(lengths, 8))
-    write_page(str(tmp_path / "page.html"), documents, {"train": split}, Epoch(split, plan, 8, "packed"), "tiny")
+    write_page(str(tmp_path / "page.html"), documents, {"train": split}, Planned(split, plan, 8, "packed"), "tiny")
     return tmp_path / "page.html"
 
 

@@ -72,6 +72,11 @@ class Mixture:
             raise InputError(f"The temperature of a mixture must be a positive number, got {self.temperature}.")
 
     @property
+    def names(self) -> list[str]:
+        """The names of the parts; none where there is one part alone, which needs no name."""
+        return list(self.parts) if len(self.parts) > 1 else []
+
+    @property
     def of_name(self) -> dict[str, Part]:
         """The parts, all as a :class:`Part`."""
         return {name: part if isinstance(part, Part) else Part(part) for name, part in self.parts.items()}

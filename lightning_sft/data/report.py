@@ -5,65 +5,37 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lightning_sft.data.account import Account
 from lightning_sft.data.dataset import Split
-from lightning_sft.data.plan import Plan
+from lightning_sft.data.planned import Planned
 
 _PLACE = re.compile(r"(.+?:\d+|row \d+): (.*)", re.DOTALL)
 _LISTED = 20  # rows named for a reason
 _BAR = 40  # characters of the longest bar
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """The plan of the training epochs, for people.
-
-    Args:
-        train: The training split.
-        plan: Its plan.
-        capacity: Most positions in a micro-batch.
-        packing: How they are filled.
-    """
-
-    train: Split
-    plan: Plan
-    capacity: int
-    packing: str
-
-    @property
-    def fill(self) -> float:
-        """The share of the positions of all micro-batches that a token takes."""
-        return int(self.plan.draw.bounds.sum()) / (len(self.plan.packs) * self.capacity)
-
-    def __str__(self) -> str:
-        return (
-            f"An epoch: {self.plan.num_steps:,} optimiser steps of {self.plan.num_ranks * self.plan.accumulate} "
-            f"{self.packing} micro-batches of at most {self.capacity:,} tokens ({self.fill:.0%} full)."
-        )
-
-
-def show_report(splits: Mapping[str, Split], plan: Plan, capacity: int, packing: str) -> None:
-    """Print the account of all splits and the plan of the training epochs.
-
-    Args:
-        splits: What was read.
-        plan: The plan of the training split.
-        capacity: Most positions in a micro-batch.
-        packing: How they are filled.
-    """
+def show_report(splits: Mapping[str, Split], train: Planned) -> None:
+    """Print the account of all splits and the plan of the training epochs."""
     console = Console(soft_wrap=True)
-    console.print(table_of(splits))
-    console.print(str(Epoch(splits["train"], plan, capacity, packing)), highlight=False)
+    show_figures(splits, train, console)
     for remark in (remark for name, split in splits.items() for remark in split.account.remarks(name)):
         console.print(remark, style="yellow", markup=False, highlight=False)
+
+
+def show_figures(splits: Mapping[str, Split], train: Planned, console: Console) -> None:
+    """Print the figures of all splits, of the mixture, and of the training epochs."""
+    console.print(table_of(splits))
+    if mixture := train.mixture:
+        console.print(_table(*mixture))
+    console.print(str(train), highlight=False)
 
 
 def show_stream_report(account: Account) -> None:
@@ -99,13 +71,8 @@ def show_details(split: Split, console: Console) -> None:
 
 def table_of(splits: Mapping[str, Split]) -> Table:
     """The account of the splits, side by side."""
-    table = Table("Data", *splits, box=SIMPLE_HEAD, header_style="bold")
     columns = [figures(split) for split in splits.values()]
-    for name in columns[0]:
-        table.add_row(name, *(column[name] for column in columns))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    return table
+    return _table(["Data", *splits], *([name, *(column[name] for column in columns)] for name in columns[0]))
 
 
 def figures(split: Split) -> dict[str, str]:
@@ -158,6 +125,15 @@ def by_reason(refused: Sequence[str]) -> list[tuple[str, list[str]]]:
         kind = re.sub(r"'[^']*'|\d+", "", reason)
         groups.setdefault(kind, (reason, []))[1].append(place)
     return sorted(groups.values(), key=lambda group: -len(group[1]))
+
+
+def _table(head: Sequence[str], *rows: Sequence[str]) -> Table:
+    table = Table(*map(escape, head), box=SIMPLE_HEAD, header_style="bold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
 
 
 def _some(places: Sequence[str]) -> str:

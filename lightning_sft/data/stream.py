@@ -105,8 +105,7 @@ class StreamLoader:
         self.recipes = [recipe.of(part) for part in mixture.of_name.values()]
         self.limit = limit if isinstance(limit, int) else math.inf
         self.is_strict, self.num_workers, self.finished = is_strict, num_workers, finished
-        names = list(mixture.parts) if len(mixture.parts) > 1 else []
-        self._collate = partial(collate, packed=shape.packing == "packed", pad_id=pad_id, part_names=names)
+        self._collate = partial(collate, packed=shape.packing == "packed", pad_id=pad_id, part_names=mixture.names)
         self._blocks: deque[tuple[int, int, int]] = deque(maxlen=4)  # epoch, number and first micro-batch of the last
         self._resumed: dict[str, Any] = {}
 

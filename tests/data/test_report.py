@@ -13,7 +13,8 @@ from lightning_sft.data.dataset import Split
 from lightning_sft.data.examples import Examples, to_batch
 from lightning_sft.data.packing import pack
 from lightning_sft.data.plan import Plan
-from lightning_sft.data.report import Epoch, by_reason, figures, histogram, show_details
+from lightning_sft.data.planned import Planned
+from lightning_sft.data.report import by_reason, figures, histogram, show_details
 from lightning_sft.types import Example
 
 EXAMPLES = [Example([1, 2, 3], [0, 1, 1], "a:1"), Example([1, 2], [0, 1], "a:2"), Example([1, 4], [0, 1], "a:2")]
@@ -79,5 +80,5 @@ def test_the_histogram_has_every_length_once() -> None:
 
 def test_the_fill_is_the_share_of_positions_that_a_token_takes() -> None:
     plan = Plan(SPLIT.lengths, SPLIT.examples.weights, lambda lengths: pack(lengths, 4))
-    assert Epoch(SPLIT, plan, 4, "packed").fill == 7 / 8
-    assert "2 optimiser steps" in str(Epoch(SPLIT, plan, 4, "packed"))
+    assert Planned(SPLIT, plan, 4, "packed").fill == 7 / 8
+    assert "2 optimiser steps" in str(Planned(SPLIT, plan, 4, "packed"))

@@ -1,0 +1,122 @@
+"""A split with the plan of its epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from lightning_sft.data.dataset import Split
+from lightning_sft.data.loader import EpochLoader
+from lightning_sft.data.packing import group, pack
+from lightning_sft.data.plan import Plan
+from lightning_sft.trainer_facts import Division
+from lightning_sft.types import InputError
+
+Packing = Literal["packed", "padded"]
+DEFAULT_TOKENS_PER_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A split, and how its examples are dealt out.
+
+    Args:
+        split: The examples.
+        plan: Of all epochs.
+        capacity: Most positions in a micro-batch.
+        packing: How they are filled.
+    """
+
+    split: Split
+    plan: Plan
+    capacity: int
+    packing: Packing
+
+    @classmethod
+    def of(
+        cls,
+        split: Split,
+        work: Division,
+        packing: Packing = "packed",
+        tokens_per_batch: int | None = None,
+        *,
+        constant: bool = False,
+        seed: int | None = None,
+    ) -> Planned:
+        """Plan the epochs of a split.
+
+        Args:
+            split: The examples.
+            work: How an epoch is divided.
+            packing: How micro-batches are filled.
+            tokens_per_batch: Most positions in a micro-batch; enough for the longest sequence by default.
+            constant: Whether the normaliser is the same for all steps.
+            seed: Seed of the order; ``None`` takes every example once and keeps the longest first, for validation.
+
+        Raises:
+            InputError: When a sequence is longer than ``tokens_per_batch``.
+        """
+        lengths = split.lengths
+        longest = int(lengths.max())
+        capacity = tokens_per_batch or max(DEFAULT_TOKENS_PER_BATCH, longest)
+        if longest > capacity:
+            raise InputError(
+                f"{split.examples[int(lengths.argmax())].provenance}: the sequence has {longest:,} tokens, more than "
+                f"data.tokens_per_batch={capacity:,}. Raise it, or leave such rows out with data.max_length={capacity}."
+            )
+        plan = Plan(
+            lengths,
+            split.examples.weights,
+            partial(pack if packing == "packed" else group, capacity=capacity),
+            draw=split.draw(seed),
+            num_ranks=work.num_ranks,
+            accumulate=work.accumulate,
+            limit=work.limit,
+            constant=constant,
+            seed=seed,
+        )
+        return cls(split, plan, capacity, packing)
+
+    def loader(
+        self, rank: int, pad_id: int, num_workers: int, place: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    ) -> EpochLoader:
+        """The micro-batches of a rank, see :class:`lightning_sft.data.loader.EpochLoader`."""
+        return EpochLoader(
+            self.split.examples,
+            self.plan,
+            rank,
+            packed=self.packing == "packed",
+            pad_id=pad_id,
+            parts=self.split.parts,
+            part_names=self.split.mixture.names,
+            num_workers=num_workers,
+            place=place,
+        )
+
+    @property
+    def fill(self) -> float:
+        """The share of the positions of all micro-batches that a token takes."""
+        return int(self.plan.draw.bounds.sum()) / (len(self.plan.packs) * self.capacity)
+
+    def __str__(self) -> str:
+        return (
+            f"An epoch: {self.plan.num_steps:,} optimiser steps of {self.plan.num_ranks * self.plan.accumulate} "
+            f"{self.packing} micro-batches of at most {self.capacity:,} tokens ({self.fill:.0%} full)."
+        )
+
+    @property
+    def mixture(self) -> list[list[str]]:
+        """What an epoch has of each data set, as a table; the first row is its head. Empty for a lone data set."""
+        split, draw, names = self.split, self.plan.draw, self.split.mixture.names
+        targets = np.bincount(split.parts, split.examples.num_targets * draw.rates, len(split.part_sizes))
+        table = [["data set", "sequences", "times an epoch", "share of sequences", "share of targets", "weight"]]
+        for number, name in enumerate(names):
+            size, count = split.part_sizes[number], draw.counts[number]
+            shares = f"{count / sum(draw.counts):.1%}", f"{targets[number] / targets.sum():.1%}"
+            weight = split.mixture.of_name[name].weight
+            table.append([name, f"{size:,}", f"{count / size:.2f}", *shares, f"{weight:g}"])
+        return table if names else []
