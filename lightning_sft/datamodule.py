@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.blocks import Shape
 from lightning_sft.data.chunks import Recipe
 from lightning_sft.data.dataset import Split, load_prompts, load_split
 from lightning_sft.data.formats import FormatName
@@ -21,7 +22,7 @@ from lightning_sft.data.overflow import Overflow
 from lightning_sft.data.planned import DEFAULT_TOKENS_PER_BATCH, Packing, Planned
 from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
-from lightning_sft.data.stream import Shape, StreamLoader, check_stream
+from lightning_sft.data.stream import StreamLoader, check_stream
 from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.trainer_facts import Division, data_parallel, gather, place
 from lightning_sft.types import InputError, Normalize
@@ -224,7 +225,7 @@ class SFTDataModule(LightningDataModule):
             pad_id=pad_token_id(self.tokenizer),
             num_workers=self.num_workers,
             place=partial(place, self.trainer),
-            finished=show_stream_report if self._is_shown else lambda account: None,
+            finished=show_stream_report if self._is_shown else lambda account, targets: None,
         )
 
     def _fall_back_to_padding(self) -> None:

@@ -18,7 +18,7 @@ FLOORS = [
     | {"data.overflow", "data.unpack"},
     {"pretrained", "export", "data.encode", "data.loader", "data.pieces", "data.mixture"},
     {"module", "demo_model", "data.walk", "data.chunks"},
-    {"callbacks.predictions", "data.cache", "data.interleave"},
+    {"callbacks.predictions", "data.cache", "data.interleave", "data.blocks"},
     {"data.dataset", "data.stream"},
     {"data.planned", "data.audit"},
     {"data.report"},

@@ -38,10 +38,15 @@ def show_figures(splits: Mapping[str, Split], train: Planned, console: Console) 
     console.print(str(train), highlight=False)
 
 
-def show_stream_report(account: Account) -> None:
-    """Print the account of the rows that an epoch of a stream has read."""
+def show_stream_report(account: Account, targets: Mapping[str, int]) -> None:
+    """Print what became of the rows that an epoch of a stream has read, and the shares of its data sets."""
     console = Console(soft_wrap=True)
-    console.print(f"An epoch of the stream: {account.num_rows:,} rows.", highlight=False)
+    console.print(
+        f"An epoch of the stream: {account.num_rows:,} rows, {sum(targets.values()):,} targets.", highlight=False
+    )
+    if len(targets) > 1:
+        shares = ", ".join(f"{name} {count / sum(targets.values()):.1%}" for name, count in targets.items())
+        console.print(f"Shares of the targets: {shares}", markup=False, highlight=False)
     for remark in account.remarks("train"):
         console.print(remark, style="yellow", markup=False, highlight=False)
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from lightning_sft.data import stream
 from lightning_sft.data.account import Account
+from lightning_sft.data.blocks import Shape, Share, deal
 from lightning_sft.data.chunks import Recipe
 from lightning_sft.data.mixture import Mixture, Part, as_mixture
-from lightning_sft.data.stream import Shape, Share, StreamLoader, deal
+from lightning_sft.data.stream import StreamLoader
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import Batch, InputError
 
@@ -158,7 +159,11 @@ def test_what_cannot_be_used_is_counted_over_ranks_and_said_at_the_end() -> None
     heard: list[Account] = []
     batches = list(
         StreamLoader(
-            as_mixture(bad), Recipe(TOKENIZER, max_length=100), shape(), is_strict=False, finished=heard.append
+            as_mixture(bad),
+            Recipe(TOKENIZER, max_length=100),
+            shape(),
+            is_strict=False,
+            finished=lambda account, targets: heard.append(account),
         )
     )
     assert sum(len(name) for name in names(batches)) == 20
@@ -187,7 +192,11 @@ def test_the_format_of_a_file_is_that_of_its_first_row_for_every_worker(jsonl: C
     path = jsonl(rows)
     for num_workers in (0, 2):
         heard: list[Account] = []
-        list(loader(path, num_workers=num_workers, is_strict=False, finished=heard.append))
+        list(
+            loader(
+                path, num_workers=num_workers, is_strict=False, finished=lambda account, targets: heard.append(account)
+            )
+        )
         assert [text.split(": ")[0].rpartition(":")[2] for text in heard[0].refused] == [*"789", "10", "11", "12"]
         assert all(f"{path}:1 is of prompt-completion" in text for text in heard[0].refused)
 
