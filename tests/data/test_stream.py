@@ -42,6 +42,16 @@ def loader(source: Any = None, rank: int = 0, **settings: Any) -> StreamLoader:
     return StreamLoader(mixture, Recipe(TOKENIZER), shape(**own), rank, **settings)
 
 
+def accounted(
+    source: Any, recipe: Recipe | None = None, **settings: Any
+) -> tuple[list[Batch], Account, dict[str, int]]:
+    """The batches of an epoch, and what is said at its end."""
+    heard: list[Any] = []
+    end = {"is_strict": False, "finished": lambda *said: heard.extend(said)}
+    batches = list(StreamLoader(as_mixture(source), recipe or Recipe(TOKENIZER), shape(), **end, **settings))
+    return batches, *heard
+
+
 def names(batches: Any) -> list[tuple[str, ...]]:
     return [tuple(name for name in batch.provenance if name != "padding") for batch in batches]
 
@@ -156,18 +166,8 @@ def test_files_of_a_stream_come_in_another_order_each_epoch(tmp_path: Path) -> N
 
 def test_what_cannot_be_used_is_counted_over_ranks_and_said_at_the_end() -> None:
     bad = [*ROWS[:20], {"prompt": "x", "completion": ""}, {"prompt": "x", "completion": "y" * 300, "id": 1}]
-    heard: list[Account] = []
-    batches = list(
-        StreamLoader(
-            as_mixture(bad),
-            Recipe(TOKENIZER, max_length=100),
-            shape(),
-            is_strict=False,
-            finished=lambda account, targets: heard.append(account),
-        )
-    )
+    batches, account, _ = accounted(bad, Recipe(TOKENIZER, max_length=100))
     assert sum(len(name) for name in names(batches)) == 20
-    [account] = heard
     assert (account.num_rows, len(account.refused), len(account.too_long), account.ignored["id"]) == (22, 1, 1, 1)
 
 
@@ -191,22 +191,19 @@ def test_the_format_of_a_file_is_that_of_its_first_row_for_every_worker(jsonl: C
     rows = [*ROWS[:6], *({"instruction": "a", "output": "b"} for _ in range(6))]
     path = jsonl(rows)
     for num_workers in (0, 2):
-        heard: list[Account] = []
-        list(
-            loader(
-                path, num_workers=num_workers, is_strict=False, finished=lambda account, targets: heard.append(account)
-            )
-        )
-        assert [text.split(": ")[0].rpartition(":")[2] for text in heard[0].refused] == [*"789", "10", "11", "12"]
-        assert all(f"{path}:1 is of prompt-completion" in text for text in heard[0].refused)
+        _, account, _ = accounted(path, num_workers=num_workers)
+        assert [text.split(": ")[0].rpartition(":")[2] for text in account.refused] == [*"789", "10", "11", "12"]
+        assert all(f"{path}:1 is of prompt-completion" in text for text in account.refused)
 
 
 def test_the_shares_of_a_mixture_hold_and_parts_are_told_apart() -> None:
     mixture = Mixture({"a": Part(ROWS[:60], share=3), "b": Part(ROWS[60:70], share=1)})
-    batches = list(loader(mixture))
+    batches, _, targets = accounted(mixture)
     parts = Counter(batch.part_names[part] for batch in batches for part in batch.parts)
     assert set(Counter(name for own in names(batches) for name in own).values()) <= {1, 2, 3}
     assert parts["a"] >= 60
+    found = Counter({name: sum(int((b.target_parts() == i).sum()) for b in batches) for i, name in enumerate("ab")})
+    assert targets == found
     assert parts["b"] / (parts["a"] + parts["b"]) == pytest.approx(0.25, abs=0.05)
 
 
