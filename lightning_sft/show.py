@@ -14,12 +14,13 @@ from lightning_sft.data.audit import Finding, Thresholds, audit
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.loader import EpochLoader, pad_token_id
 from lightning_sft.data.pieces import PieceReader
+from lightning_sft.data.planned import Planned
 from lightning_sft.data.report import show_details, show_figures
 from lightning_sft.data.walk import Placed, Walk
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.show_html import write_page
 from lightning_sft.show_text import show_audit, show_document, show_legend
-from lightning_sft.trainer_facts import trainer_on_paper
+from lightning_sft.trainer_facts import Division, trainer_on_paper
 from lightning_sft.types import InputError
 
 
@@ -111,7 +112,9 @@ def show(
 
     findings: list[Finding] = []
     if check is not None:
-        trained, held_out = (placed.document for placed in train), (placed.document for placed in val)
+        once = Planned.of(data.splits["train"], Division(), data.packing, data.tokens_per_batch)  # shares or not
+        trained = (placed.document for placed in Walk(once.loader(0, pad_id, data.num_workers), pad_id))
+        held_out = (placed.document for placed in val)
         findings = audit(trained, held_out, data.splits, reader.special_ids, check)
         show_audit(findings, console)
     if html is not None:

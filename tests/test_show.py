@@ -164,3 +164,22 @@ def test_the_thresholds_of_the_page_are_the_defaults() -> None:
     page = (Path(__file__).parents[1] / "docs" / "show.md").read_text(encoding="utf-8")
     [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert yaml.safe_load(example)["check"] == asdict(Thresholds())
+
+
+def test_a_mixture_is_shown_with_its_realised_shares_and_audited_row_by_row(
+    show: Any, config: dict[str, Any], jsonl: Any
+) -> None:
+    a, b = (jsonl([{"prompt": f"{name} {i}", "completion": "Yo"} for i in range(8)], f"{name}.jsonl") for name in "ab")
+    parts = {"maths": {"source": a, "share": 1}, "[chat]": {"source": b, "share": 7, "weight": 0.5}}
+    config["data"] |= {"train": {"parts": parts}, "val": None}
+    text = show("--check")
+    assert re.search(r"maths +8 +0.25 +12.5% +12.5% +1 *\n", text)
+    assert re.search(r"\[chat\] +8 +1.75 +87.5% +87.5% +0.5 *\n", text)
+    assert re.search(r"duplicated +0 +16 ", text)
+
+
+def test_of_a_stream_the_first_rows_are_shown(show: Any, config: dict[str, Any]) -> None:
+    text = show("--data.streaming", "true", "--data.buffer_rows", "5")
+    assert re.search(r"rows +5 ", text)
+    assert "this is about the first 5 rows of each data set" in text
+    assert SHOWN not in text
