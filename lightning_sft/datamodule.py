@@ -23,6 +23,7 @@ from lightning_sft.data.planned import DEFAULT_TOKENS_PER_BATCH, Packing, Planne
 from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
 from lightning_sft.data.stream import StreamLoader, check_stream
+from lightning_sft.data.workers import num_cores
 from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.trainer_facts import Division, data_parallel, gather, place
 from lightning_sft.types import InputError, Normalize
@@ -49,7 +50,8 @@ class SFTDataModule(LightningDataModule):
         packing: ``packed`` lays documents end to end without padding, ``padded`` gives each a row.
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
         predict_batch_size: Prompts that are answered at a time.
-        num_workers: Worker processes that encode, and collate ahead; 0 does both in the training process.
+        num_workers: Worker processes that encode, and collate ahead; 0 does both in the training process. By default
+            large files and streams are encoded by all cores, and batches collated in the training process.
         streaming: Read the training data while it is trained on, in bounded memory: for data larger than memory or
             disk. A schedule needs ``trainer.max_steps`` then.
         buffer_rows: Rows of a stream that each rank shuffles and packs among themselves.
@@ -73,7 +75,7 @@ class SFTDataModule(LightningDataModule):
         packing: Packing = "packed",
         invalid_rows: Literal["error", "skip"] = "error",
         predict_batch_size: int = 16,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         streaming: bool = False,
         buffer_rows: int = 4096,
         cache: str | None = "~/.cache/lightning-sft/data",
@@ -182,13 +184,16 @@ class SFTDataModule(LightningDataModule):
         return as_mixture(cast(Mixture | Source, self.sources[name]))
 
     def _load(self, name: str, first: int | None = None) -> Split:
+        mixture = self._mixture(name)
+        if name != "train" and mixture.has_shares:
+            rank_zero_warn(f"Shares and temperatures have no effect in data.{name}: there, every row is used once.")
         return load_split(
             name,
-            self._mixture(name),
+            mixture,
             self._recipe,
             invalid_rows=self.invalid_rows,
             cache=Path(self.cache).expanduser() if self.cache else None,
-            num_workers=self.num_workers if first is None else 0,
+            num_workers=self.num_workers,
             progress=self._is_shown,
             first=first,
         )
@@ -208,7 +213,7 @@ class SFTDataModule(LightningDataModule):
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:
         assert self.tokenizer is not None, "setup has not been called"
         rank, _ = data_parallel(self.trainer)
-        return self.planned(name).loader(rank, pad_token_id(self.tokenizer), self.num_workers, place)
+        return self.planned(name).loader(rank, pad_token_id(self.tokenizer), self.num_workers or 0, place)
 
     def _stream(self) -> StreamLoader:
         assert self.tokenizer is not None, "setup has not been called"
@@ -223,7 +228,7 @@ class SFTDataModule(LightningDataModule):
             limit=work.limit,
             is_strict=self.invalid_rows == "error",
             pad_id=pad_token_id(self.tokenizer),
-            num_workers=self.num_workers,
+            num_workers=num_cores(work.num_local) if self.num_workers is None else self.num_workers,
             place=partial(place, self.trainer),
             finished=show_stream_report if self._is_shown else lambda account, targets: None,
         )

@@ -113,7 +113,7 @@ def show(
     findings: list[Finding] = []
     if check is not None:
         once = Planned.of(data.splits["train"], Division(), data.packing, data.tokens_per_batch)  # shares or not
-        trained = (placed.document for placed in Walk(once.loader(0, pad_id, data.num_workers), pad_id))
+        trained = (placed.document for placed in Walk(once.loader(0, pad_id, 0), pad_id))
         held_out = (placed.document for placed in val)
         findings = audit(trained, held_out, data.splits, reader.special_ids, check)
         show_audit(findings, console)

@@ -32,19 +32,22 @@ class Division:
         num_ranks: Data-parallel size.
         accumulate: Micro-batches of a rank in one optimiser step.
         limit: Micro-batches of a rank that an epoch uses: an int, or the share of them, a float.
+        num_local: Processes on this machine.
     """
 
     rank: int = 0
     num_ranks: int = 1
     accumulate: int = 1
     limit: int | float = 1.0
+    num_local: int = 1
 
     @classmethod
     def of(cls, trainer: Any) -> Division:
         """That of a trainer's training, or of a single process where there is none."""
         if trainer is None:
             return cls()
-        return cls(*data_parallel(trainer), trainer.accumulate_grad_batches, trainer.limit_train_batches)
+        of_trainer = trainer.accumulate_grad_batches, trainer.limit_train_batches, trainer.num_devices
+        return cls(*data_parallel(trainer), *of_trainer)
 
 
 def place(trainer: Any) -> tuple[int, int]:
@@ -102,6 +105,7 @@ def trainer_on_paper(module: Any, settings: Any) -> SimpleNamespace:
         is_global_zero=True,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         limit_train_batches=1.0 if limit is None else limit,
+        num_devices=_num_devices(settings),
         current_epoch=0,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=done)),
         distributed_sampler_kwargs={"rank": 0, "num_replicas": _num_devices(settings) * int(settings.num_nodes)},

@@ -23,7 +23,7 @@ from filelock import FileLock
 from lightning_sft.data.account import Account
 from lightning_sft.data.chunks import Chunk, Recipe
 from lightning_sft.data.examples import Examples, save
-from lightning_sft.data.sources import Source, data_set, files_of
+from lightning_sft.data.sources import Source, files_behind
 from lightning_sft.data.template import ChatTemplate
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
@@ -59,12 +59,8 @@ def key_of(source: Source, recipe: Recipe) -> str | None:
     Raises:
         InputError: When a file is missing.
     """
-    names = [source] if isinstance(source, (str, Path)) else source if isinstance(source, (list, tuple)) else []
-    backend = getattr(recipe.tokenizer, "backend_tokenizer", None)
-    if not names or not all(isinstance(name, (str, Path)) for name in names) or backend is None:
-        return None
-    files = [(name, _files(str(name))) for name in names]
-    if sum(file.stat().st_size for _, own in files for file in own) < _SMALL:
+    files, backend = files_behind(source), getattr(recipe.tokenizer, "backend_tokenizer", None)
+    if not files or backend is None or sum(file.stat().st_size for _, own in files for file in own) < _SMALL:
         return None
     depends_on = [
         [(library, version(library)) for library in _LIBRARIES],
@@ -73,7 +69,7 @@ def key_of(source: Source, recipe: Recipe) -> str | None:
         ChatTemplate.of(recipe.tokenizer).text,
         recipe.tokenizer.special_tokens_map,
         backend.to_str(),
-        [(str(name), [(str(file), _digest(file)) for file in own]) for name, own in files],
+        [(name, [(str(file), _digest(file)) for file in own]) for name, own in files],
     ]
     text = json.dumps(depends_on, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -96,11 +92,6 @@ def _build(building: Path, data: Path, account: Path, chunks: Iterable[Chunk]) -
             os.replace(building / path.name, path)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _files(name: str) -> list[Path]:
-    data = data_set(name)
-    return files_of(name) if data is None else [Path(file["filename"]) for file in data.cache_files]
 
 
 def _digest(path: Path) -> str:

@@ -23,10 +23,12 @@ from lightning_sft.data.examples import Examples
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.messages import Converter
 from lightning_sft.data.mixture import Mixture, as_mixture
-from lightning_sft.data.sources import Source, leaves, read
+from lightning_sft.data.sources import Source, files_behind, leaves, read
+from lightning_sft.data.workers import num_cores
 from lightning_sft.types import InputError, Prompt
 
 _ROWS_AT_A_TIME = 1000  # so many go through the tokenizer together
+_LARGE = 1 << 24  # bytes of files that take so long that it pays to start processes
 
 
 @dataclass
@@ -80,7 +82,7 @@ def load_split(
     *,
     invalid_rows: Literal["error", "skip"] = "error",
     cache: Path | None = None,
-    num_workers: int = 0,
+    num_workers: int | None = None,
     progress: bool = False,
     first: int | None = None,
 ) -> Split:
@@ -92,7 +94,7 @@ def load_split(
         recipe: How rows become examples.
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
         cache: Folder of encoded data sets; none by default.
-        num_workers: Worker processes that encode; 0 encodes in this one.
+        num_workers: Worker processes that encode; 0 encodes in this one. By default large files have one a core.
         progress: Show the progress.
         first: Read no more than so many rows of each data set.
 
@@ -105,7 +107,9 @@ def load_split(
         title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
         chunks = Chunks(partial(_rows, part.source, first), [own_recipe])
         key = key_of(part.source, own_recipe) if cache and first is None else None
-        examples, own = _loaded(partial(_shown, chunks, num_workers, title if progress else None), cache, key)
+        workers = _workers(part.source, first) if num_workers is None else num_workers
+        is_shown = progress or key is not None  # of the ranks that want an entry, any may be the one that makes it
+        examples, own = _loaded(partial(_shown, chunks, workers, title if is_shown else None), cache, key)
         if own.refused and invalid_rows == "error":
             raise own.refusal(title)
         if not examples:
@@ -130,6 +134,11 @@ def load_prompts(
     """
     convert = Converter(format, columns, answered=False)
     return [encode_prompt(convert(row, where), tokenizer) for row, where in read(source)]
+
+
+def _workers(source: Source, first: int | None) -> int:
+    files = files_behind(source) if first is None else None
+    return num_cores() if sum(file.stat().st_size for _, own in files or () for file in own) >= _LARGE else 0
 
 
 def _rows(source: Source, first: int | None) -> Iterator[tuple[int, Rows]]:

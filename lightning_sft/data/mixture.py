@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -70,6 +71,13 @@ class Mixture:
             raise InputError("A mixture has shares or a temperature, not both: the temperature makes the shares.")
         if self.temperature is not None and not 0 < self.temperature < math.inf:
             raise InputError(f"The temperature of a mixture must be a positive number, got {self.temperature}.")
+        if self.by != "rows" and not self.has_shares:
+            warnings.warn(f"by={self.by} has no effect in a mixture without shares or temperature.", stacklevel=2)
+
+    @property
+    def has_shares(self) -> bool:
+        """Whether anything but the sizes of the parts says how much of an epoch each has."""
+        return self.temperature is not None or any(part.share is not None for part in self.of_name.values())
 
     @property
     def names(self) -> list[str]:

@@ -92,6 +92,23 @@ def files_of(name: str) -> list[Path]:
     return [file for match in matches for file in files_of(match)]
 
 
+def files_behind(source: Source) -> list[tuple[str, list[Path]]] | None:
+    """The names that a source consists of, each with its files; ``None`` where it is rows in memory.
+
+    Raises:
+        InputError: When one is missing.
+    """
+    names = [source] if isinstance(source, (str, Path)) else source
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, Path)) for name in names):
+        return None
+    found = []
+    for name in map(str, names):
+        data = data_set(name)
+        files = files_of(name) if data is None else [Path(file["filename"]) for file in data.cache_files]
+        found.append((name, files))
+    return found
+
+
 def data_set(name: str, streaming: bool = False) -> Any:
     """The Hugging Face data set that a name stands for, of the hub or on disk; ``None`` where it stands for files.
 

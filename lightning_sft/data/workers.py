@@ -12,6 +12,12 @@ from torch.utils.data import DataLoader
 _THREADS = "TOKENIZERS_PARALLELISM"
 
 
+def num_cores(share: int = 1) -> int:
+    """Worker processes that pay where ``share`` processes share the machine: one a core, at most 8, or none."""
+    cores = min(8, len(os.sched_getaffinity(0)) // share) if hasattr(os, "sched_getaffinity") else 0
+    return cores if cores > 1 else 0
+
+
 def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
     """What a loader gives, in its order.
 

@@ -59,3 +59,18 @@ def test_forked_tokenizers_say_nothing_and_the_environment_stays(
 def test_only_the_first_rows_are_read_where_no_more_are_asked_for(jsonl: Callable[..., str], tmp_path: Path) -> None:
     path = jsonl("".join(json.dumps(GOOD) + "\n" for _ in range(5)) + "{\n")
     assert len(load_split("train", path, Recipe(tiny_tokenizer()), first=5).examples) == 5
+
+
+def test_large_files_are_encoded_by_all_cores_and_others_by_none(
+    jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    run = dataset.Chunks.run
+    monkeypatch.setattr(dataset.Chunks, "run", lambda self, workers: (used.append(workers), run(self, 0))[1])
+    monkeypatch.setattr(dataset, "num_cores", lambda: 7)
+    path = jsonl([GOOD] * 9)
+    load_split("train", path, Recipe(tiny_tokenizer()))
+    monkeypatch.setattr(dataset, "_LARGE", Path(path).stat().st_size)
+    for source in (path, [path], [GOOD]):
+        load_split("train", source, Recipe(tiny_tokenizer()))
+    assert used == [0, 7, 7, 0]

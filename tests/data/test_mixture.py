@@ -97,3 +97,13 @@ def test_a_part_without_a_usable_row_is_named(tmp_path: Path) -> None:
     mixture = Mixture({"a": Part(SHORT), "b": str(tmp_path / "b.jsonl")})
     with pytest.raises(InputError, match="train, b: no row can be used"):
         load_split("train", mixture, Recipe(tiny_tokenizer()), invalid_rows="skip")
+
+
+def test_settings_without_an_effect_warn(
+    pretrained: str, jsonl: Callable[..., str], quiet_trainer: Callable[..., Trainer]
+) -> None:
+    with pytest.warns(UserWarning, match="by=targets has no effect"):
+        Mixture({"a": "a.jsonl"}, by="targets")
+    val = Mixture({"a": Part(jsonl(SHORT), share=1)})
+    with pytest.warns(UserWarning, match=r"no effect in data.val: there, every row is used once"):
+        quiet_trainer().validate(SFTModule(pretrained), SFTDataModule(val=val), verbose=False)

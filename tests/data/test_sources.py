@@ -9,12 +9,13 @@ from typing import Any
 
 import pyarrow
 import pytest
+from datasets import IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser
 from pyarrow import feather, ipc, parquet
 
-from lightning_sft.data.sources import Source, read
+from lightning_sft.data.sources import Source, leaves, read
 from lightning_sft.types import InputError
 
 
@@ -286,6 +287,19 @@ def test_a_data_set_of_the_hub_is_loaded_by_name(
     monkeypatch.setattr("datasets.load_dataset", load)
     assert list(read(name)) == [({"a": 1}, f"{name}:row 1")]
     assert calls == [(("owner/name", config), {"split": split})]  # and no trust_remote_code
+
+
+def test_a_data_set_of_the_hub_is_read_while_it_is_downloaded_for_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return IterableDataset.from_generator(lambda: iter([{"a": 1, "b": None}, {"a": 2, "b": 3}]))
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    [leaf] = leaves("hf:owner/name:train", streaming=True)
+    assert list(leaf()) == [({"a": 1}, "hf:owner/name:train:row 1"), ({"a": 2, "b": 3}, "hf:owner/name:train:row 2")]
+    assert calls == [{"split": "train", "streaming": True}]
 
 
 def test_what_the_hub_cannot_give_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
