@@ -120,7 +120,7 @@ class SFTDataModule(LightningDataModule):
     def planned(self, name: str) -> Planned:
         """A split with its plan, made when first asked for: by then the model has been probed."""
         if name not in self._planned:
-            self._fall_back_to_padding()
+            self._ask_model(name)
             work, seed = Division.of(self.trainer), self.seed if name == "train" else None
             if name != "train":
                 work = Division(work.rank, work.num_ranks)
@@ -217,7 +217,7 @@ class SFTDataModule(LightningDataModule):
 
     def _stream(self) -> StreamLoader:
         assert self.tokenizer is not None, "setup has not been called"
-        self._fall_back_to_padding()
+        self._ask_model("train")
         work, capacity = Division.of(self.trainer), self.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH
         return StreamLoader(
             self._mixture("train"),
@@ -233,7 +233,14 @@ class SFTDataModule(LightningDataModule):
             finished=show_stream_report if self._is_shown else lambda account, targets: None,
         )
 
-    def _fall_back_to_padding(self) -> None:
+    def _ask_model(self, name: str) -> None:
+        """What only the model knows: whether it has an embedding for each token, and keeps packed documents apart."""
+        largest, size = self.splits[name].examples.largest_id, getattr(self._module, "num_embeddings", None)
+        if size is not None and largest >= size:
+            raise InputError(
+                f"data.{name} has the token id {largest:,}, but the model has embeddings for {size:,}: the tokenizer "
+                f"{self.tokenizer_name!r} is not its own. Leave data.tokenizer out, or take the model it goes with."
+            )
         if self.packing == "packed" and not getattr(self._module, "isolates_documents", True):
             self.packing = "padded"
             rank_zero_warn(

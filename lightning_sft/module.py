@@ -101,6 +101,11 @@ class SFTModule(LightningModule):
         """Whether documents may share a row; the data module asks before it packs."""
         return self.findings is None or self.findings.isolates_documents
 
+    @property
+    def num_embeddings(self) -> int | None:
+        """How many token ids the model knows; ``None`` before it is loaded."""
+        return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings
+
     def forward(self, batch: Batch) -> Tensor:
         """Last hidden states of the backbone, ``[B, N, H]``, for a batch; the head is not run."""
         assert self.model is not None, "configure_model has not been called"

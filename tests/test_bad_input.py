@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lightning_sft.demos import tiny_model, tiny_tokenizer
+from lightning_sft.demos import tiny_model, tiny_pretrained, tiny_tokenizer
 from lightning_sft.main import main
 from lightning_sft.types import InputError
 
@@ -75,6 +75,14 @@ def test_a_tokenizer_without_a_chat_template(tmp_path: Path, jsonl: Any) -> None
     tiny_tokenizer(None).save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match=r"has no chat template.*data\.chat_template"):
         fit(str(tmp_path / "model"), "--data.train", jsonl(GOOD))
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_tokenizer_of_another_model(pretrained: str, tmp_path: Path, jsonl: Any, streaming: str) -> None:
+    small = tiny_pretrained(tmp_path / "small", vocab_size=100, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    flags = ["--data.tokenizer", pretrained, "--data.streaming", streaming, "--trainer.max_steps", "1"]
+    with pytest.raises(InputError, match=r"data.train has the token id 25\d, but the model has embeddings for 100"):
+        fit(small, jsonl([{"prompt": "Hi", "completion": "Yo"}]), *flags)
 
 
 def test_rows_left_out_are_counted_and_listed(pretrained: str, jsonl: Any, capsys: pytest.CaptureFixture[str]) -> None:

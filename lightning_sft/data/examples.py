@@ -78,6 +78,11 @@ class Examples(Sequence[Example]):
         return self._each(lambda ids, lengths, weights: _sums(lengths, lengths[1] * weights[1]), np.float64)
 
     @property
+    def largest_id(self) -> int:
+        """The largest token id."""
+        return max(int(ids[1].max()) for ids, _, _ in self._lists)
+
+    @property
     def num_targets(self) -> NDArray[np.int64]:
         """Tokens of each example that are trained on."""
         return self._each(lambda ids, lengths, weights: _sums(lengths, lengths[1] * (weights[1] > 0)), np.int64)
