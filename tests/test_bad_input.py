@@ -82,7 +82,7 @@ def test_a_tokenizer_of_another_model(pretrained: str, tmp_path: Path, jsonl: An
     small = tiny_pretrained(tmp_path / "small", vocab_size=100, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     flags = ["--data.tokenizer", pretrained, "--data.streaming", streaming, "--trainer.max_steps", "1"]
     with pytest.raises(InputError, match=r"data.train has the token id 25\d, but the model has embeddings for 100"):
-        fit(small, jsonl([{"prompt": "Hi", "completion": "Yo"}]), *flags)
+        fit(small, "--data.train", jsonl(GOOD), *flags)
 
 
 def test_rows_left_out_are_counted_and_listed(pretrained: str, jsonl: Any, capsys: pytest.CaptureFixture[str]) -> None:
