@@ -28,7 +28,7 @@ from lightning_sft.data.workers import num_cores
 from lightning_sft.types import InputError, Prompt
 
 _ROWS_AT_A_TIME = 1000  # so many go through the tokenizer together
-_LARGE = 1 << 24  # bytes of files that take so long that it pays to start processes
+_LARGE = 4_000_000  # bytes of files that take so long, some seconds, that it pays to start processes
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 The answer of turn k is what the template adds to ``render(messages before k, add_generation_prompt=True)`` when turn k
 is there, up to and with its stop token. Which token stops an answer is learnt from the template on a plain exchange.
+Where the template has ``{% generation %}`` marks, they have to say the same (:mod:`lightning_sft.data.marks`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.marks import Span, has_marks, marked_end, render_with_marks
 from lightning_sft.types import InputError, Message
 
 FROZEN_DATE = date(2024, 7, 26)
@@ -37,6 +39,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.text = re.sub(r"strftime_now\((['\"])(.*?)\1\)", _frozen, str(tokenizer.chat_template))
+        self.has_marks = has_marks(self.text)
         longest_first = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is not None:  # as transformers does before each call
@@ -66,21 +69,17 @@ class ChatTemplate:
         Raises:
             InputError: When the template refuses them.
         """
-        try:
-            return str(self._apply(messages, tools, generation))
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
-            if any(isinstance(_arguments(call), dict) for m in messages for call in m.get("tool_calls") or ()):
-                return self.render([_with_text_arguments(m) for m in messages], tools, generation)
-            raise InputError(f"the chat template refuses the conversation: {error}") from error
+        return self._render(messages, tools, generation)[0]
 
     def prompt_and_answer(self, messages: Sequence[Message], tools: Any) -> tuple[str, str]:
         """What stands before the last message at inference, and its text with its stop token.
 
         Raises:
-            InputError: When the template renders the two inconsistently, loses text, or puts no stop token.
+            InputError: When the template renders the two inconsistently, loses text, puts no stop token, or marks
+                another text.
         """
         prompt = self.render(messages[:-1], tools, generation=True)
-        whole = self.render(messages, tools, generation=False)
+        whole, marks = self._render(messages, tools, generation=False)
         if not whole.startswith(prompt):
             raise InputError(
                 "what the chat template puts before an answer is not what it puts before a generated one, so the "
@@ -94,7 +93,10 @@ class ChatTemplate:
                     f"the chat template does not render {_short(text)} of the answer as it is. Use a template that "
                     "does (data.chat_template), or take it out of the row."
                 )
-        return prompt, answer[: self._end(answer)]
+        end = len(prompt) + self._end(answer)
+        if self.has_marks:
+            end = marked_end(whole, len(prompt), end, marks, self.special)
+        return prompt, whole[len(prompt) : end]
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each rendered text, without any that the tokenizer would add; one call for all."""
@@ -103,10 +105,19 @@ class ChatTemplate:
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return ids
 
-    def _apply(self, messages: Sequence[Message], tools: Any, generation: bool) -> Any:
-        return self.tokenizer.apply_chat_template(
-            list(messages), tools=tools, tokenize=False, add_generation_prompt=generation, chat_template=self.text
-        )
+    def _render(self, messages: Sequence[Message], tools: Any, generation: bool) -> tuple[str, list[Span]]:
+        """The text of messages, and what of it is marked; with ``generation``, marks are not asked for."""
+        try:
+            if self.has_marks and not generation:
+                return render_with_marks(self.tokenizer, self.text, messages, tools)
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=generation, chat_template=self.text
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            if any(isinstance(_arguments(call), dict) for m in messages for call in m.get("tool_calls") or ()):
+                return self._render([_with_text_arguments(m) for m in messages], tools, generation)
+            raise InputError(f"the chat template refuses the conversation: {error}") from error
+        return str(text), []
 
     def _end(self, answer: str) -> int:
         """Where the stop token ends: among the special tokens that end the text, the one that stops a plain answer."""

@@ -36,13 +36,13 @@ PLAIN = re.compile(
 )  # no special
 
 
-def templates() -> dict[str, str]:
-    """The originals of vendors, by name; trl's own training variants are left out."""
+def templates(training: bool = False) -> dict[str, str]:
+    """The originals of vendors, by name; with ``training``, trl's own variants of them for training instead."""
     spec = importlib.util.find_spec("trl")
     assert spec is not None, "pip install trl==1.16.0: its wheel carries the chat templates"
     [package] = spec.submodule_search_locations or []
     files = sorted((Path(package) / "chat_templates").glob("*.jinja"))
-    return {f.stem: f.read_text(encoding="utf-8") for f in files if not f.stem.endswith("_training")}
+    return {f.stem: f.read_text(encoding="utf-8") for f in files if f.stem.endswith("_training") == training}
 
 
 def tokenizer_for(template: str) -> PreTrainedTokenizerFast:

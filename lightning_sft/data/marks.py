@@ -1,0 +1,90 @@
+"""``{% generation %}`` marks of a chat template: what its author means to be trained, held against parity.
+
+transformers tells which spans of a rendered conversation are marked. They have to cover what the model writes at
+inference: the answer from the end of the generation prompt up to and with the stop token. They decide how much of a
+stop is trained where it is made of several tokens. Whitespace after a stop token is not trained, marked or not, nor is
+what follows on it: at inference, generation has ended by then.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lightning_sft.types import InputError, Message
+
+Span = tuple[int, int]
+"""Where a marked text begins and ends in a rendered conversation, in characters."""
+
+
+def has_marks(template: str) -> bool:
+    """Whether a chat template marks anything; a comment that speaks of marks does not.
+
+    >>> has_marks("{%- generation -%} {{ content }} {%- endgeneration -%}"), has_marks("{# no {% generation %} #}")
+    (True, False)
+    """
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", re.sub(r"(?s)\{#.*?#\}", "", template)) is not None
+
+
+def render_with_marks(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], tools: Any
+) -> tuple[str, list[Span]]:
+    """The text that ``apply_chat_template`` gives, and the spans of it that the template marks.
+
+    >>> from lightning_sft.demos import tiny_tokenizer
+    >>> template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+    >>> render_with_marks(tiny_tokenizer(), template, [{"content": "Hi"}, {"content": "Yo"}], None)
+    ('Hi;Yo;', [(0, 2), (3, 5)])
+    """
+    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    settings: dict[str, Any] = {"chat_template": template, "return_assistant_tokens_mask": True}
+    rendered: Any = render_jinja_template([given], tools, **settings | tokenizer.special_tokens_map)
+    [text], [spans] = rendered
+    return text, spans
+
+
+def marked_end(text: str, begin: int, stop: int, spans: Iterable[Span], special: re.Pattern[str]) -> int:
+    """Where the trained text of an answer ends: after its stop token and the marked special tokens that adjoin it.
+
+    Args:
+        text: The rendered conversation; it ends with the answer.
+        begin: Where the answer begins: the end of the generation prompt.
+        stop: Where its stop token ends.
+        spans: What is marked.
+        special: Matches a special token.
+
+    Raises:
+        InputError: When the marks do not cover the answer with its stop token, or begin before it.
+
+    >>> marked_end("Q:A</r></s>", 2, 7, [(2, 11)], re.compile("</.>"))
+    11
+    """
+    marks = sorted(span for span in spans if max(begin, span[0]) < span[1])  # those of earlier answers end before it
+    covered = begin
+    for first, last in marks:
+        covered = max(covered, last) if first <= covered else covered
+    problem = ""
+    if not marks:
+        problem = "do not mark the answer"
+    elif marks[0][0] < begin:
+        given = reprlib.repr(text[marks[0][0] : begin])
+        problem = f"begin before the generation prompt ends, with {given}, which the model is given at inference"
+    elif covered < stop:
+        missing = min([first for first, _ in marks if first > covered] + [stop])
+        problem = f"leave out {reprlib.repr(text[covered:missing])}"
+        if missing == stop:
+            problem += ", the end of the answer with its stop token, so the model would never learn to stop"
+    if problem:
+        raise InputError(
+            f"the {{% generation %}} marks of the chat template {problem}. They have to cover what the model writes at "
+            "inference, from the end of the generation prompt up to and with the stop token: "
+            f"{reprlib.repr(text[begin:stop])}. Move the marks, or take them out: data.chat_template."
+        )
+    while (token := special.match(text, stop)) and token.end() <= covered:
+        stop = token.end()
+    return stop
