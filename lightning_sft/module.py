@@ -184,17 +184,23 @@ class SFTModule(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Greedy answers to a :class:`~lightning_sft.data.loader.PromptBatch`: one row a prompt.
 
+        An answer ends with the stop token that training teaches, or with one of the model's generation config.
+
         Returns:
             Rows of ``source`` (``file:line``), ``prediction`` and ``reference`` (``None`` where the data has none).
         """
         assert self.model is not None, "configure_model has not been called"
-        generated = cast(Any, self.model).generate(
+        model: Any = self.model
+        of_model = model.generation_config.eos_token_id
+        stops = {*(of_model if isinstance(of_model, list) else [of_model]), batch.stop_id} - {None}
+        generated = model.generate(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             use_cache=True,
             pad_token_id=batch.pad_id,
+            eos_token_id=sorted(stops) or None,
         )
         answers = batch.tokenizer.batch_decode(generated[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
         return [

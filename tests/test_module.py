@@ -264,6 +264,22 @@ def test_a_packed_batch_for_a_model_that_leaks_is_refused(tmp_path: Path, quiet_
         quiet_trainer(max_steps=1).fit(SFTModule(leaky), DataLoader([batch], batch_size=None))
 
 
+@pytest.mark.parametrize(("of_model", "stops"), [(None, [257]), (7, [7, 257]), ([257, 9], [9, 257])])
+def test_an_answer_ends_with_the_stop_token_that_training_teaches(
+    pretrained: str, quiet_trainer: Make, monkeypatch: pytest.MonkeyPatch, of_model: Any, stops: list[int]
+) -> None:
+    module, asked = SFTModule(pretrained, max_new_tokens=2), []
+    module.configure_model()
+    assert module.model is not None
+    module.model.generation_config.eos_token_id = of_model
+    generate = module.model.generate
+    monkeypatch.setattr(module.model, "generate", lambda **given: (asked.append(given), generate(**given))[1])
+    data = SFTDataModule(predict=[{"prompt": "a"}])
+    quiet_trainer().predict(module, data)
+    assert data.tokenizer.convert_ids_to_tokens(257) == "<|im_end|>"
+    assert [given["eos_token_id"] for given in asked] == [stops]
+
+
 def test_greedy_answers_come_in_the_order_of_the_rows(pretrained: str, quiet_trainer: Make) -> None:
     rows = [{"prompt": "a" * n, "completion": "x"} for n in (3, 9, 1)] + [{"prompt": "no answer"}]
     data = SFTDataModule(predict=rows, predict_batch_size=3)

@@ -121,7 +121,11 @@ def _draft(conversation: Conversation, template: ChatTemplate) -> list[_Answer] 
     except InputError as error:
         return InputError(f"{where}: {error}")
     if not answers:
-        return InputError(f"{conversation.provenance}: the row has no answer: no assistant turn with a weight.")
+        if any(message["role"] in ("assistant", "text") for message in messages):
+            why = "all its answers have the weight 0, so nothing would be trained. Remove the row, or give one a weight"
+        else:
+            why = "the row has no answer: no assistant turn"
+        return InputError(f"{conversation.provenance}: {why}.")
     return answers
 
 

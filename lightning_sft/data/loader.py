@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.collate import collate
 from lightning_sft.data.plan import MicroBatch, Plan
+from lightning_sft.data.template import ChatTemplate
 from lightning_sft.data.workers import iterate
 from lightning_sft.types import Batch, Example, Prompt
 
@@ -112,6 +113,7 @@ class PromptBatch:
 
     def __init__(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
         self.prompts, self.tokenizer, self.pad_id = prompts, tokenizer, pad_token_id(tokenizer)
+        self.stop_id = ChatTemplate.of(tokenizer).stop_id
         longest = max(len(prompt.input_ids) for prompt in prompts)
         padding = [longest - len(prompt.input_ids) for prompt in prompts]
         rows = [[self.pad_id] * n + list(prompt.input_ids) for n, prompt in zip(padding, prompts, strict=True)]

@@ -136,6 +136,12 @@ class ChatTemplate:
                 together = token
         return together.end()
 
+    @property
+    def stop_id(self) -> int | None:
+        """Id of the token that ends an answer; ``None`` where the template has none."""
+        stop = self._plain_stop
+        return None if stop is None else self.tokenizer.convert_tokens_to_ids([stop])[0]
+
     @cached_property
     def _plain_stop(self) -> str | None:
         """The special token that follows the answer of a plain exchange."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -135,6 +136,12 @@ def test_a_user_who_forges_a_turn_is_refused() -> None:
 def test_a_conversation_without_an_answer_is_refused() -> None:
     with pytest.raises(InputError, match=r"f:7: the row has no answer"):
         encode(conversation("a"), tiny_tokenizer())
+
+
+def test_a_row_whose_answers_all_have_the_weight_0_is_refused_and_says_so() -> None:
+    silent = replace(conversation("a", "b"), weights=[0.0, 0.0])
+    with pytest.raises(InputError, match=r"f:7: all its answers have the weight 0, so nothing would be trained"):
+        encode(silent, tiny_tokenizer())
 
 
 def test_a_prompt_is_the_context_of_the_last_answer() -> None:
