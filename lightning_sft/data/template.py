@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
@@ -140,7 +140,7 @@ class ChatTemplate:
     def stop_id(self) -> int | None:
         """Id of the token that ends an answer; ``None`` where the template has none."""
         stop = self._plain_stop
-        return None if stop is None else self.tokenizer.convert_tokens_to_ids([stop])[0]
+        return None if stop is None else cast(int, self.tokenizer.convert_tokens_to_ids(stop))
 
     @cached_property
     def _plain_stop(self) -> str | None:
