@@ -97,6 +97,7 @@ class SFTDataModule(LightningDataModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
         self._planned: dict[str, Planned] = {}
+        self._streamed: StreamLoader | None = None
         if val is None:  # so Lightning sees that there is no validation, and does not warn of an empty loader
             self.val_dataloader = None  # type: ignore[assignment,method-assign]
 
@@ -133,7 +134,15 @@ class SFTDataModule(LightningDataModule):
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:
         """The micro-batches of this rank, each epoch in an order of its own: planned, or of a stream."""
-        return self._stream() if self.streaming else self._loader("train", partial(place, self.trainer))
+        if not self.streaming:
+            return self._loader("train", partial(place, self.trainer))
+        self._streamed = self._stream()
+        return self._streamed
+
+    def teardown(self, stage: str) -> None:
+        """Say what a stream has left out, where the training has ended before its epoch."""
+        if self._streamed is not None:
+            self._streamed.report()
 
     def val_dataloader(self) -> EpochLoader:
         """Validation micro-batches: every example once over all ranks."""

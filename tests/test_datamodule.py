@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -55,3 +56,21 @@ def test_padding_for_a_model_that_leaks_does_not_stay_for_one_that_does_not(
     assert data.packing == "padded"
     quiet_trainer(max_steps=1).fit(SFTModule(pretrained), data)
     assert data.packing == "packed"
+
+
+@pytest.mark.parametrize(("max_steps", "num_rows"), [(1, 8), (-1, 14)])
+def test_a_stream_says_what_it_left_out_also_when_the_training_ends_first(
+    pretrained: str,
+    quiet_trainer: Make,
+    rows: list[dict[str, str]],
+    capsys: pytest.CaptureFixture[str],
+    max_steps: int,
+    num_rows: int,
+) -> None:
+    bad = {"prompt": "a", "completion": ""}
+    data = SFTDataModule(train=[bad, *rows, bad], streaming=True, buffer_rows=4, invalid_rows="skip")
+    quiet_trainer(max_steps=max_steps).fit(SFTModule(pretrained, schedule="constant"), data)
+    said = capsys.readouterr().out
+    assert said.count("Read of the stream") == 1
+    assert f"Read of the stream: {num_rows} rows" in said
+    assert f"of {num_rows} rows cannot be used" in said

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -182,4 +182,4 @@ def _learn(rows: Rows, convert: Converter) -> None:
 
 
 def _as_it_is(chunk: Any) -> Any:
-    return cast(Any, chunk)
+    return chunk

@@ -39,11 +39,9 @@ def show_figures(splits: Mapping[str, Split], train: Planned, console: Console) 
 
 
 def show_stream_report(account: Account, targets: Mapping[str, int]) -> None:
-    """Print what became of the rows that an epoch of a stream has read, and the shares of its data sets."""
+    """Print what became of the rows that have been read of a stream in an epoch, and the shares of its data sets."""
     console = Console(soft_wrap=True)
-    console.print(
-        f"An epoch of the stream: {account.num_rows:,} rows, {sum(targets.values()):,} targets.", highlight=False
-    )
+    console.print(f"Read of the stream: {account.num_rows:,} rows, {sum(targets.values()):,} targets.", highlight=False)
     if len(targets) > 1:
         shares = ", ".join(f"{name} {count / sum(targets.values()):.1%}" for name, count in targets.items())
         console.print(f"Shares of the targets: {shares}", markup=False, highlight=False)

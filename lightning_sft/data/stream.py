@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_sft.data.account import Account
 from lightning_sft.data.blocks import Block, Shape, Share, deal
@@ -42,8 +43,8 @@ class StreamLoader:
         pad_id: Token id of padding.
         num_workers: Worker processes that encode ahead; 0 encodes in the training process.
         place: Gives the epoch, and how many micro-batches of it are done.
-        finished: Is told, when an epoch has ended, what became of the rows of all ranks, and how many target tokens
-            each data set had.
+        finished: Is told by :meth:`report`, at the end of an epoch or of the training, what became of the rows of all
+            ranks so far, and how many target tokens each data set had.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class StreamLoader:
         self.pad_id = pad_id
         self._blocks: deque[tuple[int, int, int]] = deque(maxlen=4)  # epoch, number and first micro-batch of the last
         self._resumed: dict[str, Any] = {}
+        self._unreported: tuple[Account, NDArray[Any]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, done = self.place()
@@ -81,6 +83,7 @@ class StreamLoader:
             for share in shares:
                 account.add(share.account)
                 targets += share.targets
+            self._unreported = account, targets
             self._stop_at_errors(shares, account)
             if all(share.is_over for share in shares):
                 break
@@ -89,7 +92,13 @@ class StreamLoader:
             for number, normalizer in dealt[max(0, done - begin) :]:
                 yield encoded.batch(number, normalizer)
             begin, block = begin + len(dealt), block + 1
-        self.finished(account, dict(zip(self.mixture.parts, targets.tolist(), strict=True)))
+        self.report()
+
+    def report(self) -> None:
+        """Say what became of the rows, unless it has been said."""
+        if self._unreported is not None:
+            (account, targets), self._unreported = self._unreported, None
+            self.finished(account, dict(zip(self.mixture.parts, targets.tolist(), strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """The last blocks and where they begin: the same on every rank, so that any rank's can be saved."""
