@@ -120,6 +120,19 @@ def test_a_user_brings_their_own_classes_by_path_or_in_yaml(
     assert type(cli.model).__name__ == "MyModule"
 
 
+def test_columns_of_other_names_are_mapped_in_yaml(arguments: list[str], tmp_path: Path, jsonl: Any) -> None:
+    path = jsonl([{"question": f"What is {i}?", "answer": f"{i} it is"} for i in range(4)], "questions.jsonl")
+    data = {"train": path, "columns": {"prompt": "question", "completion": "answer"}}
+    (tmp_path / "columns.yaml").write_text(yaml.safe_dump({"data": data}))
+    trainer = arguments[arguments.index("--trainer.accelerator") :]
+    cli = main(["fit", "--config", str(tmp_path / "columns.yaml"), "--model.pretrained", arguments[1], *trainer])
+    assert cli.trainer.global_step == 1
+    examples = cli.datamodule.splits["train"].examples
+    assert [cli.datamodule.tokenizer.decode(example.input_ids) for example in examples] == [
+        f"<|im_start|>user\nWhat is {i}?<|im_end|>\n<|im_start|>assistant\n{i} it is<|im_end|>" for i in range(4)
+    ]
+
+
 def test_the_tokenizer_is_the_models_unless_another_is_named(arguments: list[str], pretrained: str) -> None:
     assert main(["validate", *arguments]).datamodule.tokenizer.name_or_path == pretrained
     with pytest.raises(InputError, match=r"No tokenizer can be loaded from '/nowhere'"):
