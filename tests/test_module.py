@@ -280,6 +280,25 @@ def test_an_answer_ends_with_the_stop_token_that_training_teaches(
     assert [given["eos_token_id"] for given in asked] == [stops]
 
 
+def test_a_fine_tuned_model_without_an_eos_of_its_own_stops_after_its_answer(
+    tmp_path: Path, quiet_trainer: Make
+) -> None:
+    base = tiny_pretrained(tmp_path / "base", eos_token_id=None)
+    rows = [{"prompt": "Hi", "completion": "Yo"}]
+    module = SFTModule(
+        base,
+        optimizer=lambda groups: AdamW(groups, lr=2e-2),
+        schedule="constant",
+        warmup=0.0,
+        max_new_tokens=12,
+    )
+    quiet_trainer(max_epochs=60).fit(module, SFTDataModule(train=rows))
+    assert module.model is not None
+    assert module.model.generation_config.eos_token_id is None
+    [[answer]] = quiet_trainer().predict(module, SFTDataModule(predict=rows)) or []
+    assert answer["prediction"] == "Yo"
+
+
 def test_greedy_answers_come_in_the_order_of_the_rows(pretrained: str, quiet_trainer: Make) -> None:
     rows = [{"prompt": "a" * n, "completion": "x"} for n in (3, 9, 1)] + [{"prompt": "no answer"}]
     data = SFTDataModule(predict=rows, predict_batch_size=3)
