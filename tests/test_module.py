@@ -233,6 +233,23 @@ def test_a_run_goes_on_where_its_checkpoint_was_taken(
     assert fit(9, str(first)) == whole[3:]
 
 
+@pytest.mark.parametrize("stream", [{}, {"streaming": True}])
+def test_overfit_batches_limits_an_epoch_and_the_step_it_cuts_is_exact(
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], stream: dict[str, Any]
+) -> None:
+    batches: list[Batch] = []
+
+    class Spy(SFTModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            batches.append(batch)
+            return super().training_step(batch, batch_idx)
+
+    trainer = quiet_trainer(overfit_batches=1, max_epochs=3, accumulate_grad_batches=2)
+    trainer.fit(Spy(pretrained, schedule="constant"), SFTDataModule(train=rows, tokens_per_batch=60, **stream))
+    assert trainer.global_step == len(batches) == 3
+    assert [batch.normalizer for batch in batches] == [batch.target_weights.sum().item() for batch in batches]
+
+
 def test_batches_of_a_user_cannot_be_normalised_by_sequence(pretrained: str, quiet_trainer: Make) -> None:
     batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[1, 2]])}
     with pytest.raises(InputError, match=r"model.normalize=sequence needs batches of SFTDataModule"):
