@@ -19,7 +19,8 @@ from lightning_sft.data.formats import FormatName
 from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
 from lightning_sft.data.mixture import Mixture, as_mixture
 from lightning_sft.data.overflow import Overflow
-from lightning_sft.data.planned import DEFAULT_TOKENS_PER_BATCH, Packing, Planned
+from lightning_sft.data.packing import Packing
+from lightning_sft.data.planned import DEFAULT_TOKENS_PER_BATCH, Planned
 from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
 from lightning_sft.data.stream import StreamLoader, check_stream

@@ -13,7 +13,7 @@ from lightning_sft.data.account import Account
 from lightning_sft.data.chunks import Chunk
 from lightning_sft.data.collate import collate
 from lightning_sft.data.examples import Examples
-from lightning_sft.data.packing import group, pack
+from lightning_sft.data.packing import PARTITIONS, Packing
 from lightning_sft.types import Batch
 
 
@@ -33,7 +33,7 @@ class Shape:
     num_ranks: int
     accumulate: int
     capacity: int
-    packing: str
+    packing: Packing
     buffer_rows: int
     seed: int
 
@@ -77,8 +77,8 @@ class Block:
             self.account.add(chunk.account)
         lengths, random = self.examples.lengths, np.random.default_rng([shape.seed, *place])
         order = random.permutation(len(lengths))
-        partition = pack if shape.packing == "packed" else group
-        packs = partition(lengths[order].tolist(), max(shape.capacity, *lengths.tolist(), 0))
+        capacity = max(shape.capacity, *lengths.tolist(), 0)
+        packs = PARTITIONS[shape.packing](lengths[order].tolist(), capacity)
         self.packs: list[list[int]] = [order[packs[i]].tolist() for i in random.permutation(len(packs))]
         self._num_parts = max(1, len(part_names))
         self._collate = partial(collate, packed=shape.packing == "packed", pad_id=pad_id, part_names=part_names)

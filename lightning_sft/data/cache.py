@@ -23,7 +23,7 @@ from filelock import FileLock
 from lightning_sft.data.account import Account
 from lightning_sft.data.chunks import Chunk, Recipe
 from lightning_sft.data.examples import Examples, save
-from lightning_sft.data.sources import Source, files_behind
+from lightning_sft.data.sources import Files, size_of
 from lightning_sft.data.template import ChatTemplate
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
@@ -50,17 +50,14 @@ def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tupl
     return Examples.open(data), Account.of_json(json.loads(account.read_text(encoding="utf-8")))
 
 
-def key_of(source: Source, recipe: Recipe) -> str | None:
-    """The name of the entry of a source.
+def key_of(files: Files | None, recipe: Recipe) -> str | None:
+    """The name of the entry of a source, from its files (:func:`lightning_sft.data.sources.files_behind`).
 
     ``None`` where there is to be none: of rows in memory nobody knows what they are, nor of a tokenizer in Python, and
     less than a megabyte is encoded in a second.
-
-    Raises:
-        InputError: When a file is missing.
     """
-    files, backend = files_behind(source), getattr(recipe.tokenizer, "backend_tokenizer", None)
-    if not files or backend is None or sum(file.stat().st_size for _, own in files for file in own) < _SMALL:
+    backend = getattr(recipe.tokenizer, "backend_tokenizer", None)
+    if files is None or backend is None or size_of(files) < _SMALL:
         return None
     depends_on = [
         [(library, version(library)) for library in _LIBRARIES],

@@ -23,7 +23,7 @@ from lightning_sft.data.examples import Examples
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.messages import Converter
 from lightning_sft.data.mixture import Mixture, as_mixture
-from lightning_sft.data.sources import Source, files_behind, leaves, read
+from lightning_sft.data.sources import Source, files_behind, leaves, read, size_of
 from lightning_sft.data.workers import num_cores
 from lightning_sft.types import InputError, Prompt
 
@@ -69,9 +69,10 @@ class Split:
 
     def draw(self, seed: int | None) -> Draw:
         """What an epoch uses of each data set; without a seed, every example once."""
-        counted = self.examples.num_targets if self.mixture.by == "targets" else self.examples.shares_of_row
-        sizes = np.bincount(self.parts, counted, len(self.part_sizes)).tolist()
-        repeats = [1.0] * len(sizes) if seed is None else self.mixture.repeats(sizes)
+        repeats = [1.0] * len(self.part_sizes)
+        if seed is not None and self.mixture.has_shares:
+            counted = self.examples.num_targets if self.mixture.by == "targets" else self.examples.shares_of_row
+            repeats = self.mixture.repeats(np.bincount(self.parts, counted, len(self.part_sizes)).tolist())
         return Draw(self.lengths, self.part_sizes, repeats, seed)
 
 
@@ -106,8 +107,10 @@ def load_split(
     for part_name, part in mixture.of_name.items():
         title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
         chunks = Chunks(partial(_rows, part.source, first), [own_recipe])
-        key = key_of(part.source, own_recipe) if cache and first is None else None
-        workers = _workers(part.source, first) if num_workers is None else num_workers
+        files = files_behind(part.source) if first is None else None
+        key = key_of(files, own_recipe) if cache else None
+        is_large = files is not None and size_of(files) >= _LARGE
+        workers = (num_cores() if is_large else 0) if num_workers is None else num_workers
         is_shown = progress or key is not None  # of the ranks that want an entry, any may be the one that makes it
         examples, own = _loaded(partial(_shown, chunks, workers, title if is_shown else None), cache, key)
         if own.refused and invalid_rows == "error":
@@ -134,11 +137,6 @@ def load_prompts(
     """
     convert = Converter(format, columns, answered=False)
     return [encode_prompt(convert(row, where), tokenizer) for row, where in read(source)]
-
-
-def _workers(source: Source, first: int | None) -> int:
-    files = files_behind(source) if first is None else None
-    return num_cores() if sum(file.stat().st_size for _, own in files or () for file in own) >= _LARGE else 0
 
 
 def _rows(source: Source, first: int | None) -> Iterator[tuple[int, Rows]]:

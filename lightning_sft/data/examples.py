@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, overload
@@ -67,12 +68,12 @@ class Examples(Sequence[Example]):
         ids, run_lengths, run_weights = (values[bounds[row] : bounds[row + 1]] for bounds, values in lists)
         return Example(ids, np.repeat(run_weights, run_lengths), self.batches[number].column(3)[row].as_py())
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example."""
         return self._each(lambda ids, lengths, weights: np.diff(ids[0]), np.int64)
 
-    @property
+    @cached_property
     def weights(self) -> NDArray[np.float64]:
         """Sum of target weights of each example."""
         return self._each(lambda ids, lengths, weights: _sums(lengths, lengths[1] * weights[1]), np.float64)
@@ -82,7 +83,7 @@ class Examples(Sequence[Example]):
         """The largest token id."""
         return max(int(ids[1].max()) for ids, _, _ in self._lists)
 
-    @property
+    @cached_property
     def num_targets(self) -> NDArray[np.int64]:
         """Tokens of each example that are trained on."""
         return self._each(lambda ids, lengths, weights: _sums(lengths, lengths[1] * (weights[1] > 0)), np.int64)
@@ -93,7 +94,7 @@ class Examples(Sequence[Example]):
         counts = self.sequences_per_row
         return np.repeat(1 / counts, counts)
 
-    @property
+    @cached_property
     def sequences_per_row(self) -> NDArray[np.int64]:
         """How many of them each row gave."""
         names = [batch.column(3).to_numpy(zero_copy_only=False) for batch in self.batches]

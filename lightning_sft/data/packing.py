@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
+Packing = Literal["packed", "padded"]
+"""Sequences end to end without padding, or each in a row of its own."""
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -84,6 +87,10 @@ def group(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         else:
             groups.append([index])
     return groups
+
+
+PARTITIONS: dict[Packing, Callable[[Sequence[int], int], list[list[int]]]] = {"packed": pack, "padded": group}
+"""How micro-batches are filled."""
 
 
 def _check(lengths: Sequence[int], capacity: int) -> None:

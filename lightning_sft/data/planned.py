@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
 
 import numpy as np
 
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.loader import EpochLoader
-from lightning_sft.data.packing import group, pack
+from lightning_sft.data.packing import PARTITIONS, Packing
 from lightning_sft.data.plan import Plan
 from lightning_sft.trainer_facts import Division
 from lightning_sft.types import InputError
 
-Packing = Literal["packed", "padded"]
 DEFAULT_TOKENS_PER_BATCH = 2048
 
 
@@ -71,7 +68,7 @@ class Planned:
         plan = Plan(
             lengths,
             split.examples.weights,
-            partial(pack if packing == "packed" else group, capacity=capacity),
+            lambda lengths: PARTITIONS[packing](lengths, capacity),
             draw=split.draw(seed),
             num_ranks=work.num_ranks,
             accumulate=work.accumulate,

@@ -17,6 +17,9 @@ Source = str | Sequence[str] | Iterable[Row] | Path  # Path last: jsonargparse w
 Leaf = Callable[[], Iterator[tuple[Any, str]]]
 """One file, data set or list: gives its rows, unread (:func:`parsed` reads one), each with where it came from."""
 
+Files = list[tuple[str, list[Path]]]
+"""The names that a source consists of, each with its files."""
+
 _HUB = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:\[]+))??(?::(?P<split>[^:\[]+(?:\[.*\])?))?")
 
 
@@ -92,14 +95,14 @@ def files_of(name: str) -> list[Path]:
     return [file for match in matches for file in files_of(match)]
 
 
-def files_behind(source: Source) -> list[tuple[str, list[Path]]] | None:
+def files_behind(source: Source) -> Files | None:
     """The names that a source consists of, each with its files; ``None`` where it is rows in memory.
 
     Raises:
         InputError: When one is missing.
     """
     names = [source] if isinstance(source, (str, Path)) else source
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, (str, Path)) for name in names):
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, (str, Path)) for name in names):
         return None
     found = []
     for name in map(str, names):
@@ -107,6 +110,11 @@ def files_behind(source: Source) -> list[tuple[str, list[Path]]] | None:
         files = files_of(name) if data is None else [Path(file["filename"]) for file in data.cache_files]
         found.append((name, files))
     return found
+
+
+def size_of(files: Files) -> int:
+    """Bytes of the files of a source."""
+    return sum(file.stat().st_size for _, own in files for file in own)
 
 
 def data_set(name: str, streaming: bool = False) -> Any:

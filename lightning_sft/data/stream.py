@@ -77,8 +77,7 @@ class StreamLoader:
         chunks, account, targets = self._chunks(epoch, block), Account(), np.zeros(len(self.recipes), int)
         while True:
             own, error = self._take(chunks)
-            names = self.mixture.names
-            encoded = Block(own, self.shape, (epoch, block, self.rank), names, self.pad_id)
+            encoded = Block(own, self.shape, (epoch, block, self.rank), self.mixture.names, self.pad_id)
             shares = self.gather(encoded.share(error))
             for share in shares:
                 account.add(share.account)

@@ -17,14 +17,19 @@ import pytest
 
 from lightning_sft.data import cache as caching
 from lightning_sft.data.account import Account
-from lightning_sft.data.cache import cached, key_of
+from lightning_sft.data.cache import cached
 from lightning_sft.data.chunks import Chunk, Recipe
 from lightning_sft.data.dataset import load_split
 from lightning_sft.data.examples import to_batch
+from lightning_sft.data.sources import files_behind
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Example, InputError
 
 RECIPE = Recipe(tiny_tokenizer())
+
+
+def key_of(source: Any, recipe: Recipe) -> str | None:
+    return caching.key_of(files_behind(source), recipe)
 
 
 @pytest.fixture(autouse=True)
