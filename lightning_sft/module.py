@@ -16,11 +16,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
+from lightning_sft.generation import answers
 from lightning_sft.guards import check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import CorpusLikelihood, figures_by_part, sums_by_part
-from lightning_sft.objective import log_likelihood
-from lightning_sft.probes import Findings, probe, states
+from lightning_sft.probes import probe
 from lightning_sft.schedules import Schedule, learning_rate_factor
+from lightning_sft.scorer import Scorer
 from lightning_sft.trainer_facts import data_parallel, total_steps
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 
@@ -45,7 +46,7 @@ class SFTModule(LightningModule):
     >>> module = SFTModule(tiny_pretrained(tempfile.mkdtemp()))
     >>> module.configure_model()
     >>> batch = Batch.of({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])})
-    >>> total, weight = module.log_likelihood(batch)
+    >>> total, weight = module(batch)
     >>> bool(total < 0), weight.item()
     (True, 2.0)
     """
@@ -69,8 +70,7 @@ class SFTModule(LightningModule):
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.hf_config = hf_config
-        self.model: PreTrainedModel | None = None
-        self.findings: Findings | None = None
+        self.scorer: Scorer | None = None
         self.val_metric, self.test_metric = CorpusLikelihood(), CorpusLikelihood()
         self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
         self._not_finite: list[tuple[Batch, LogLikelihood]] = []  # those of an evaluation whose loss is no number
@@ -81,7 +81,7 @@ class SFTModule(LightningModule):
 
     def configure_model(self) -> None:
         """Load the model once, and measure on it what differs between architectures."""
-        if self.model is not None:
+        if self.scorer is not None:
             return
         if self.hf_config is None:
             model = loading.load_model(self.pretrained, self.attn_implementation)
@@ -91,53 +91,35 @@ class SFTModule(LightningModule):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
-        self.findings = probe(model, backbone, head)
+        findings = probe(model, backbone, head)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
-        self.model = model
+        self.scorer = Scorer(model, findings, self.chunk_size)
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model of transformers; ``None`` before it is loaded."""
+        return None if self.scorer is None else self.scorer.model
 
     @property
     def isolates_documents(self) -> bool:
         """Whether documents may share a row; the data module asks before it packs."""
-        return self.findings is None or self.findings.isolates_documents
+        return self.scorer is None or self.scorer.findings.isolates_documents
 
     @property
     def num_embeddings(self) -> int | None:
         """How many token ids the model knows; ``None`` before it is loaded."""
         return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Last hidden states of the backbone, ``[B, N, H]``, for a batch; the head is not run."""
-        assert self.model is not None, "configure_model has not been called"
-        assert self.findings is not None
-        if not self.isolates_documents and batch.is_packed:
-            raise InputError(
-                f"The batch has several documents in a row, but {type(self.model).__name__} lets them see each other. "
-                "Give one document a row (data.packing=padded)."
-            )
-        positions = batch.position_ids if self.findings.takes_positions else None
-        return states(self.model.base_model, batch.input_ids, positions)
-
-    def log_likelihood(self, batch: Batch) -> LogLikelihood:
+    def forward(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model."""
-        hidden = self(batch)
-        assert self.model is not None
-        assert self.findings is not None
-        _, head = loading.backbone_and_head(self.model)
-        return log_likelihood(
-            hidden,
-            head,
-            batch.labels,
-            batch.target_weights,
-            scale=self.findings.scale,
-            softcap=self.findings.softcap,
-            chunk_size=self.chunk_size,
-        )
+        assert self.scorer is not None, "configure_model has not been called"
+        return LogLikelihood(*self.scorer(batch))
 
     def training_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> STEP_OUTPUT:
         """``− Σ_t w_t · log Pr(t) / Z``, times what Lightning and the strategy are going to divide by."""
         batch = Batch.of(batch)
-        likelihood = self.log_likelihood(batch)
+        likelihood: LogLikelihood = self(batch)
         self._window.append((batch, replace(likelihood, total=likelihood.total.detach())))
         accumulate = self.trainer.accumulate_grad_batches  # Lightning divides by it, also in a short last window
         if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
@@ -153,7 +135,7 @@ class SFTModule(LightningModule):
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in window]).sum(0)
         totals = self.trainer.strategy.reduce(local, reduce_op="sum")
         if not torch.isfinite(totals[0, 0]):
-            raise not_finite(window, self.log_likelihood)
+            raise not_finite(window, self)
         weight = totals[0, 1].item()
         if weight == 0:  # a step without a target: a gradient of 0, and no figure
             return
@@ -182,31 +164,9 @@ class SFTModule(LightningModule):
         self._log_corpus("test", self.test_metric)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Greedy answers to a :class:`~lightning_sft.data.loader.PromptBatch`: one row a prompt.
-
-        An answer ends with the stop token that training teaches, or with one of the model's generation config.
-
-        Returns:
-            Rows of ``source`` (``file:line``), ``prediction`` and ``reference`` (``None`` where the data has none).
-        """
+        """Greedy answers to a :class:`~lightning_sft.data.loader.PromptBatch`, see :mod:`lightning_sft.generation`."""
         assert self.model is not None, "configure_model has not been called"
-        model: Any = self.model
-        of_model = model.generation_config.eos_token_id
-        stops = {*(of_model if isinstance(of_model, list) else [of_model]), batch.stop_id} - {None}
-        generated = model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=batch.pad_id,
-            eos_token_id=sorted(stops) or None,
-        )
-        answers = batch.tokenizer.batch_decode(generated[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
-        return [
-            {"source": prompt.provenance, "prediction": answer, "reference": prompt.reference}
-            for prompt, answer in zip(batch.prompts, answers, strict=True)
-        ]
+        return answers(self.model, batch, self.max_new_tokens)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with norms and biases undecayed, and the schedule over all planned steps."""
@@ -226,7 +186,7 @@ class SFTModule(LightningModule):
         batch = Batch.of(batch)
         if batch.part_names != metric.part_names:  # the first batch of another mixture
             metric = CorpusLikelihood(batch.part_names).to(self.device)
-        likelihood = self.log_likelihood(batch)
+        likelihood: LogLikelihood = self(batch)
         metric.update(likelihood, batch)
         if not torch.isfinite(likelihood.total):
             self._not_finite.append((batch, likelihood))
@@ -237,7 +197,7 @@ class SFTModule(LightningModule):
         metric.reset()
         bad, self._not_finite = self._not_finite, []
         if not torch.isfinite(values["loss"]):
-            raise not_finite(bad, self.log_likelihood)
+            raise not_finite(bad, self)
         self._log_figures(name, values, sync_dist=True)  # they are the same on all ranks: else Lightning would warn
 
     def _log_figures(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:

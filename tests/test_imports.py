@@ -17,8 +17,8 @@ FLOORS = [
     | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")}
     | {"data.overflow", "data.unpack"},
     {"pretrained", "export", "data.encode", "data.loader", "data.pieces", "data.mixture"},
-    {"module", "demo_model", "data.walk", "data.chunks"},
-    {"callbacks.predictions", "data.cache", "data.interleave", "data.blocks"},
+    {"scorer", "generation", "demo_model", "data.walk", "data.chunks"},
+    {"module", "callbacks.predictions", "data.cache", "data.interleave", "data.blocks"},
     {"data.dataset", "data.stream"},
     {"data.planned", "data.audit"},
     {"data.report"},
@@ -40,7 +40,7 @@ TRANSFORMERS = {
     "data.dataset",
     "data.loader",
 }
-TRANSFORMERS |= {"module", "datamodule", "data.pieces"}  # for the types of what they hold
+TRANSFORMERS |= {"module", "scorer", "datamodule", "data.pieces"}  # for the types of what they hold
 LAZY = {"peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -1,0 +1,58 @@
+"""The model as one module whose forward pass is the likelihood of a batch: what strategies wrap and shard."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_sft.objective import log_likelihood
+from lightning_sft.pretrained import backbone_and_head
+from lightning_sft.probes import Findings, states
+from lightning_sft.types import Batch, InputError
+
+
+class Scorer(nn.Module):
+    """Computes the likelihood of batches: the backbone, then the objective on its hidden states and the head.
+
+    The head is not run by the model's own forward, so one module has to hold both: FSDP2 and DeepSpeed gather the
+    parameters of what they wrap when its forward pass begins, and tied embeddings are the backbone's and the head's.
+
+    Args:
+        model: The causal language model.
+        findings: What the probes found on it.
+        chunk_size: Targets whose logits are in memory at a time.
+    """
+
+    def __init__(self, model: PreTrainedModel, findings: Findings, chunk_size: int = 256) -> None:
+        super().__init__()
+        self.model, self.findings, self.chunk_size = model, findings, chunk_size
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states of the backbone, ``[B, N, H]``.
+
+        Raises:
+            InputError: When documents share a row, but this architecture lets them see each other.
+        """
+        if not self.findings.isolates_documents and batch.is_packed:
+            raise InputError(
+                f"The batch has several documents in a row, but {type(self.model).__name__} lets them see each other. "
+                "Give one document a row (data.packing=padded)."
+            )
+        positions = batch.position_ids if self.findings.takes_positions else None
+        return states(backbone_and_head(self.model)[0], batch.input_ids, positions)
+
+    def forward(self, batch: Batch) -> tuple[Any, ...]:
+        """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it."""
+        _, head = backbone_and_head(self.model)
+        likelihood = log_likelihood(
+            self.hidden(batch),
+            head,
+            batch.labels,
+            batch.target_weights,
+            scale=self.findings.scale,
+            softcap=self.findings.softcap,
+            chunk_size=self.chunk_size,
+        )
+        return likelihood.total, likelihood.weight, likelihood.log_probs, likelihood.correct
