@@ -19,10 +19,13 @@ from lightning_sft import pretrained as loading
 from lightning_sft.generation import answers
 from lightning_sft.guards import check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import CorpusLikelihood, figures_by_part, sums_by_part
+from lightning_sft.optimizers import parameter_groups
 from lightning_sft.probes import probe
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
-from lightning_sft.trainer_facts import data_parallel, total_steps
+from lightning_sft.sharding import Sharding, clip_gradients
+from lightning_sft.strategies import layout
+from lightning_sft.trainer_facts import divisors, sum_over_ranks, total_steps
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 
 
@@ -95,6 +98,8 @@ class SFTModule(LightningModule):
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.scorer = Scorer(model, findings, self.chunk_size)
+        if self.device_mesh is not None:
+            Sharding(self.device_mesh, *layout(self.trainer.strategy)).apply(self.scorer, model)
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -121,31 +126,45 @@ class SFTModule(LightningModule):
         batch = Batch.of(batch)
         likelihood: LogLikelihood = self(batch)
         self._window.append((batch, replace(likelihood, total=likelihood.total.detach())))
-        accumulate = self.trainer.accumulate_grad_batches  # Lightning divides by it, also in a short last window
+        accumulate, num_ranks = divisors(self.trainer)
         if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
             if self.normalize != "token":
                 raise InputError(f"model.normalize={self.normalize} needs batches of SFTDataModule, which plans ahead.")
             return -likelihood.total * accumulate
-        _, num_ranks = data_parallel(self.trainer)  # the strategy averages gradients over them
         return -likelihood.total * (accumulate * num_ranks / batch.normalizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Close the step: one reduction over ranks, stop at a loss that is no number, normalise late if need be."""
+        accumulates_by_itself = self.trainer.strategy.handles_gradient_accumulation  # it is called every micro-batch
+        if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
+            return
         window, self._window = self._window, []
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in window]).sum(0)
-        totals = self.trainer.strategy.reduce(local, reduce_op="sum")
+        totals = sum_over_ranks(self.trainer, local)
         if not torch.isfinite(totals[0, 0]):
             raise not_finite(window, self)
         weight = totals[0, 1].item()
         if weight == 0:  # a step without a target: a gradient of 0, and no figure
             return
         if window[0][0].normalizer is None:
-            _, num_ranks = data_parallel(self.trainer)
+            _, num_ranks = divisors(self.trainer)
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(num_ranks / weight)
         self._log_figures("train", figures_by_part(totals, window[0][0].part_names))
         self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, also where gradients lie on different meshes."""
+        if self.device_mesh is None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
 
     def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch to the validation figures."""
@@ -170,12 +189,7 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with norms and biases undecayed, and the schedule over all planned steps."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim > 1]},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = self.optimizer([group for group in groups if group["params"]])
+        optimizer = self.optimizer(parameter_groups(self.parameters()))
         # Lightning refuses to clip where a fused optimiser would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")

@@ -50,6 +50,27 @@ class Division:
         return cls(*data_parallel(trainer), *of_trainer)
 
 
+def divisors(trainer: Any) -> tuple[int, int]:
+    """What the gradient of a micro-batch is divided by before the optimiser gets it: accumulation, and ranks.
+
+    Lightning divides the loss by ``accumulate_grad_batches``, also in a short last window, and strategies average over
+    the data-parallel ranks. DeepSpeed, which accumulates by itself, divides by the accumulation once more.
+    """
+    accumulate = trainer.accumulate_grad_batches
+    by_itself = trainer.strategy.handles_gradient_accumulation
+    return accumulate * (accumulate if by_itself else 1), data_parallel(trainer)[1]
+
+
+def sum_over_ranks(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over data-parallel ranks of what each has; tensor-parallel ranks have the same and are not counted twice.
+
+    The reduction is over all processes, so it is divided by the copies: exact, since each adds the same to the sum.
+    """
+    total: torch.Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
+    copies: int = trainer.world_size // data_parallel(trainer)[1]
+    return total / copies
+
+
 def place(trainer: Any) -> tuple[int, int]:
     """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint."""
     return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready

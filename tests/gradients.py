@@ -20,6 +20,8 @@ from lightning_sft.types import Batch, Example
 WORDS = ["yes", "no", "a much longer answer, it is", "two of them", "x", "see the list below: one, two and three"]
 ROWS = [{"prompt": f"question {i} " + "why " * (i % 4), "completion": WORDS[i % 6] + "!" * (i % 3)} for i in range(12)]
 
+QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+
 
 class Recorder(SGD):
     """Keeps every gradient it is given, and changes nothing: all steps are taken at the same weights."""
@@ -52,13 +54,7 @@ def fit(pretrained: str, data: Any = None, normalize: str = "token", **settings:
     module = SFTModule(pretrained, normalize=normalize, optimizer=Recorder, schedule="constant", warmup=0.0)
     if not isinstance(data, LightningDataModule):
         data = SFTDataModule(**{"train": ROWS, **(data or {})})
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[run], **quiet, **{"devices": 1, **settings})
+    trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[run], **QUIET, **{"devices": 1, **settings})
     trainer.fit(module, data)
     run.gradients = trainer.optimizers[0].gradients
     return run

@@ -13,11 +13,11 @@ ROOT = Path(lightning_sft.__file__).parent
 FLOORS = [
     {"types", "data.strict_json"},
     {f"data.{name}" for name in ("files", "formats", "turns", "marks", "account", "examples", "draw", "workers")},
-    {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes"}
+    {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes", "sharding"}
     | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")}
     | {"data.overflow", "data.unpack"},
     {"pretrained", "export", "data.encode", "data.loader", "data.pieces", "data.mixture"},
-    {"scorer", "generation", "demo_model", "data.walk", "data.chunks"},
+    {"scorer", "generation", "optimizers", "strategies", "demo_model", "data.walk", "data.chunks"},
     {"module", "callbacks.predictions", "data.cache", "data.interleave", "data.blocks"},
     {"data.dataset", "data.stream"},
     {"data.planned", "data.audit"},

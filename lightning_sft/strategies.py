@@ -1,0 +1,49 @@
+"""The strategy ``fsdp2``: Lightning's ModelParallelStrategy with all devices data-parallel by default."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+
+from lightning_sft.sharding import DtypeName
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards parameters, gradients and optimiser over all devices (FSDP2), and, if asked to, layers over some of them.
+
+    Args:
+        data_parallel_size: Devices that see different data. All of them by default, divided by the next.
+        tensor_parallel_size: Devices that share each matrix.
+        compute_dtype: Dtype of the forward and backward pass; shards, optimiser and sums over ranks stay in that of
+            ``trainer.precision``.
+        cpu_offload: Keep shards and optimiser in the host's memory.
+        save_distributed_checkpoint: Whether each rank writes its own shard, into a folder, or rank 0 one whole file.
+        kwargs: As in Lightning.
+    """
+
+    def __init__(
+        self,
+        data_parallel_size: int | Literal["auto"] = "auto",
+        tensor_parallel_size: int = 1,
+        compute_dtype: DtypeName | None = None,
+        cpu_offload: bool = False,
+        save_distributed_checkpoint: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
+        self.compute_dtype, self.cpu_offload = compute_dtype, cpu_offload
+
+    def setup_environment(self) -> None:
+        """Give the data all devices that tensors do not take, over all nodes: Lightning's default is the reverse."""
+        if self._data_parallel_size == "auto":
+            self._data_parallel_size = self.num_nodes * self.num_processes // int(self._tensor_parallel_size)
+        super().setup_environment()
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: parameters and optimiser sharded over devices")
+
+
+def layout(strategy: Any) -> tuple[DtypeName | None, bool]:
+    """Dtype of computation and CPU offload that a strategy asks for; Lightning's own ModelParallelStrategy has none."""
+    return (strategy.compute_dtype, strategy.cpu_offload) if isinstance(strategy, FSDP2Strategy) else (None, False)
