@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -42,20 +43,37 @@ def not_finite(
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuse what would make the normaliser of a step wrong.
+    """Refuse what would make the gradient of a step wrong.
 
     Raises:
-        InputError: With a strategy that accumulates gradients by itself, or a number of micro-batches that changes.
+        InputError: With FSDP1, with half precision on a CPU, or a number of micro-batches that changes.
     """
-    if trainer.strategy.handles_gradient_accumulation:
+    if type(trainer.strategy).__name__ == "FSDPStrategy":
         raise InputError(
-            f"{type(trainer.strategy).__name__} divides gradients by the accumulation steps once more than Lightning "
-            "does; with it the objective would be wrong. Use trainer.strategy=ddp."
+            "trainer.strategy=fsdp is FSDP1, which cannot clip by norm and sums gradients over ranks in half precision. "
+            "Use trainer.strategy=fsdp2."
         )
+    if trainer.precision == "16-true" and trainer.strategy.root_device.type == "cpu":
+        raise InputError("A CPU does not train in float16. Use trainer.precision=32-true, or bf16-mixed.")
     if any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in trainer.callbacks):
         raise InputError(
             "GradientAccumulationScheduler changes how many micro-batches a step has after steps have been planned. "
             "Use a constant trainer.accumulate_grad_batches."
+        )
+
+
+def check_windows(trainer: Any) -> None:
+    """Refuse an epoch that ends inside an optimiser step of DeepSpeed, which would carry it on into the next.
+
+    Raises:
+        InputError: When the micro-batches of an epoch are no multiple of those of a step.
+    """
+    accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if trainer.strategy.handles_gradient_accumulation and math.isfinite(per_epoch) and per_epoch % accumulate:
+        raise InputError(
+            f"An epoch of {per_epoch} micro-batches does not end with a step of {accumulate}, and DeepSpeed would go on "
+            "with that step in the next epoch. Set trainer.limit_train_batches to a multiple of "
+            f"trainer.accumulate_grad_batches, as {per_epoch // accumulate * accumulate or accumulate}."
         )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
 from lightning_sft.generation import answers
-from lightning_sft.guards import check_trainer, not_finite, warn_if_bfloat16_is_slow
+from lightning_sft.guards import check_trainer, check_windows, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import CorpusLikelihood, figures_by_part, sums_by_part
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.probes import probe
@@ -27,6 +27,7 @@ from lightning_sft.sharding import Sharding, clip_gradients
 from lightning_sft.strategies import layout
 from lightning_sft.trainer_facts import divisors, sum_over_ranks, total_steps
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
+from lightning_sft.zero import gathered, loading_config
 
 
 class SFTModule(LightningModule):
@@ -86,6 +87,7 @@ class SFTModule(LightningModule):
         """Load the model once, and measure on it what differs between architectures."""
         if self.scorer is not None:
             return
+        self._zero3 = loading_config(self.trainer.strategy if self._trainer else None)
         if self.hf_config is None:
             model = loading.load_model(self.pretrained, self.attn_implementation)
         else:
@@ -94,12 +96,17 @@ class SFTModule(LightningModule):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
-        findings = probe(model, backbone, head)
+        with gathered(model.parameters()):
+            findings = probe(model, backbone, head)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.scorer = Scorer(model, findings, self.chunk_size)
         if self.device_mesh is not None:
             Sharding(self.device_mesh, *layout(self.trainer.strategy)).apply(self.scorer, model)
+
+    def on_train_start(self) -> None:
+        """Refuse epochs that the strategy would not end."""
+        check_windows(self.trainer)
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -130,6 +137,10 @@ class SFTModule(LightningModule):
         if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
             if self.normalize != "token":
                 raise InputError(f"model.normalize={self.normalize} needs batches of SFTDataModule, which plans ahead.")
+            if self.trainer.strategy.handles_gradient_accumulation:
+                raise InputError(
+                    "DeepSpeed needs batches of SFTDataModule: it has no gradient to normalise afterwards."
+                )
             return -likelihood.total * accumulate
         return -likelihood.total * (accumulate * num_ranks / batch.normalizer)
 
@@ -154,7 +165,7 @@ class SFTModule(LightningModule):
         self._log_figures("train", figures_by_part(totals, window[0][0].part_names))
         self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
 
-    def configure_gradient_clipping(
+    def clip_gradients(
         self,
         optimizer: torch.optim.Optimizer,
         gradient_clip_val: float | None = None,
@@ -162,7 +173,7 @@ class SFTModule(LightningModule):
     ) -> None:
         """Clip as the trainer says, also where gradients lie on different meshes."""
         if self.device_mesh is None:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
 

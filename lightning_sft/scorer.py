@@ -11,6 +11,7 @@ from lightning_sft.objective import log_likelihood
 from lightning_sft.pretrained import backbone_and_head
 from lightning_sft.probes import Findings, states
 from lightning_sft.types import Batch, InputError
+from lightning_sft.zero import gathered_head
 
 
 class Scorer(nn.Module):
@@ -48,7 +49,7 @@ class Scorer(nn.Module):
         _, head = backbone_and_head(self.model)
         likelihood = log_likelihood(
             self.hidden(batch),
-            head,
+            gathered_head(head),
             batch.labels,
             batch.target_weights,
             scale=self.findings.scale,

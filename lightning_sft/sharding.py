@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_sft.types import InputError
 
-DtypeName = Literal["bfloat16", "float16", "float32"]
+DtypeName = Literal["bfloat16", "float32"]  # float16 would need its loss scaled
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ ROOT = Path(lightning_sft.__file__).parent
 FLOORS = [
     {"types", "data.strict_json"},
     {f"data.{name}" for name in ("files", "formats", "turns", "marks", "account", "examples", "draw", "workers")},
-    {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes", "sharding"}
+    {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes", "sharding", "zero"}
     | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")}
     | {"data.overflow", "data.unpack"},
     {"pretrained", "export", "data.encode", "data.loader", "data.pieces", "data.mixture"},
