@@ -50,7 +50,7 @@ def check_trainer(trainer: Any) -> None:
     """
     if type(trainer.strategy).__name__ == "FSDPStrategy":
         raise InputError(
-            "trainer.strategy=fsdp is FSDP1, which cannot clip by norm and sums gradients over ranks in half precision. "
+            "trainer.strategy=fsdp is FSDP1, which cannot clip by norm, and adds gradients of ranks in half precision. "
             "Use trainer.strategy=fsdp2."
         )
     if trainer.precision == "16-true" and trainer.strategy.root_device.type == "cpu":
@@ -71,8 +71,8 @@ def check_windows(trainer: Any) -> None:
     accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
     if trainer.strategy.handles_gradient_accumulation and math.isfinite(per_epoch) and per_epoch % accumulate:
         raise InputError(
-            f"An epoch of {per_epoch} micro-batches does not end with a step of {accumulate}, and DeepSpeed would go on "
-            "with that step in the next epoch. Set trainer.limit_train_batches to a multiple of "
+            f"An epoch of {per_epoch} micro-batches does not end with a step of {accumulate}, and DeepSpeed would take "
+            "the rest of that step from the next epoch. Set trainer.limit_train_batches to a multiple of "
             f"trainer.accumulate_grad_batches, as {per_epoch // accumulate * accumulate or accumulate}."
         )
 

@@ -23,7 +23,7 @@ from lightning_sft.optimizers import parameter_groups
 from lightning_sft.probes import probe
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
-from lightning_sft.sharding import Sharding, clip_gradients
+from lightning_sft.sharding import Sharding, clip_gradients, layers
 from lightning_sft.strategies import layout
 from lightning_sft.trainer_facts import divisors, sum_over_ranks, total_steps
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
@@ -40,6 +40,7 @@ class SFTModule(LightningModule):
         schedule: How the learning rate goes down after the warm-up.
         warmup: Steps of linear warm-up, as a share of all.
         gradient_checkpointing: Recompute each layer's activations in the backward pass, to save memory.
+        compile_layers: Compile each layer with torch.compile: the first steps are slow, the others faster.
         attn_implementation: Attention of transformers, as ``sdpa``; its own choice by default.
         chunk_size: Targets whose logits are in memory at a time.
         max_new_tokens: Most tokens that ``predict`` generates for a prompt.
@@ -63,6 +64,7 @@ class SFTModule(LightningModule):
         schedule: Schedule = "cosine",
         warmup: float = 0.03,
         gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
         attn_implementation: str | None = None,
         chunk_size: int = 256,
         max_new_tokens: int = 256,
@@ -73,7 +75,7 @@ class SFTModule(LightningModule):
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
-        self.hf_config = hf_config
+        self.compile_layers, self.hf_config = compile_layers, hf_config
         self.scorer: Scorer | None = None
         self.val_metric, self.test_metric = CorpusLikelihood(), CorpusLikelihood()
         self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
@@ -100,6 +102,9 @@ class SFTModule(LightningModule):
             findings = probe(model, backbone, head)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
+        if self.compile_layers:
+            for layer in layers(model):
+                layer.compile(dynamic=True)
         self.scorer = Scorer(model, findings, self.chunk_size)
         if self.device_mesh is not None:
             Sharding(self.device_mesh, *layout(self.trainer.strategy)).apply(self.scorer, model)
@@ -139,7 +144,7 @@ class SFTModule(LightningModule):
                 raise InputError(f"model.normalize={self.normalize} needs batches of SFTDataModule, which plans ahead.")
             if self.trainer.strategy.handles_gradient_accumulation:
                 raise InputError(
-                    "DeepSpeed needs batches of SFTDataModule: it has no gradient to normalise afterwards."
+                    "DeepSpeed needs batches of SFTDataModule: its gradients cannot be normalised late."
                 )
             return -likelihood.total * accumulate
         return -likelihood.total * (accumulate * num_ranks / batch.normalizer)
