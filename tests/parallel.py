@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim import SGD
 
@@ -28,13 +29,18 @@ class Curve(Callback):
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    seen: int = 0
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.seen = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         if not trainer.strategy.handles_gradient_accumulation:
             self.norms.append(norm_of([p.grad for p in module.parameters() if p.grad is not None]))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step > len(self.losses):
+        if trainer.global_step > self.seen:
+            self.seen = trainer.global_step
             self.losses.append(trainer.callback_metrics["train/loss"].item())
             if trainer.strategy.handles_gradient_accumulation:
                 self.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm()))
@@ -49,12 +55,22 @@ def norm_of(tensors: list[Tensor]) -> float:
     return float(torch.stack([whole(tensor).double().norm() for tensor in tensors]).norm())
 
 
-def ten_steps(pretrained: str, model: dict[str, Any] | None = None, **settings: Any) -> Curve:
-    """A fit of ten steps with plain SGD, in which a wrong factor of the gradient shows in every later loss."""
+def ten_steps(pretrained: str, ckpt_path: Any = None, callbacks: Any = (), **settings: Any) -> Curve:
+    """A fit of ten steps; with momentum, and lengths that a wrong factor of the gradient would change for good."""
     curve = Curve()
-    module = SFTModule(pretrained, optimizer=partial(SGD, lr=0.5), schedule="constant", warmup=0.0, **(model or {}))
-    Trainer(accelerator="cpu", callbacks=[curve], **QUIET, **{**COMMON, **settings}).fit(module, SFTDataModule(**DATA))
+    optimizer = partial(SGD, lr=0.1, momentum=0.9)
+    module = SFTModule(pretrained, optimizer=optimizer, schedule="constant", warmup=0.0)
+    settings = {**COMMON, **QUIET, **settings, "callbacks": [curve, *callbacks]}
+    Trainer(accelerator="cpu", **settings).fit(module, SFTDataModule(**DATA), ckpt_path=ckpt_path)
     return curve
+
+
+def interrupted(pretrained: str, name: str, out: Path, settings: dict[str, Any]) -> Curve:
+    """The same in two runs: one that writes a checkpoint after each fourth step, and one that goes on with it."""
+    saver = ModelCheckpoint(out / name, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    begun = {**settings, "max_steps": 6, "enable_checkpointing": True, "callbacks": [saver]}
+    ten_steps(pretrained, strategy=strategy(name), **begun)
+    return ten_steps(pretrained, strategy=strategy(name), ckpt_path=out / name / "step=4.ckpt", **settings)
 
 
 def strategy(name: str) -> Any:
@@ -74,5 +90,6 @@ if __name__ == "__main__":
     for case in names:
         name, settings = case.split(":", 1)
         done = ten_steps(pretrained, strategy=strategy(name), **json.loads(settings))
+        resumed = interrupted(pretrained, name, Path(out), json.loads(settings))
         if torch.distributed.get_rank() == 0:
-            Path(out, f"{name}.json").write_text(json.dumps([done.losses, done.norms]))
+            Path(out, f"{name}.json").write_text(json.dumps([done.losses, done.norms, resumed.losses]))
