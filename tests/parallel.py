@@ -1,95 +1,189 @@
-"""Helpers of test_strategies, run under torchrun: what ten steps of a fit do under a strategy."""
+"""Ten steps of a fit under each strategy, run under torchrun by test_strategies, and the table of what they show.
+
+python -m tests.parallel    writes the table of docs/strategies.md anew
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 from torch.optim import SGD
 
-import lightning_sft.strategies  # registers fsdp2
 from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.demos import tiny_pretrained
+from lightning_sft.strategies import FSDP2Strategy
 from tests.gradients import QUIET, ROWS
 
-COMMON: dict[str, Any] = {"max_steps": 10, "max_epochs": -1, "gradient_clip_val": 0.5}
-DATA = {"train": [{**row, "prompt": f"{i} {row['prompt']}"} for i in range(4) for row in ROWS], "tokens_per_batch": 100}
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "strategies.md"
+TOLERANCE = 1e-5
+TRAIN = [{**row, "prompt": f"{i} {row['prompt']}"} for i in range(4) for row in ROWS]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy: its processes, micro-batches a step and an epoch, and how to name it to the trainer."""
+
+    title: str
+    processes: int
+    accumulate: int
+    limit: int  # 30 micro-batches in all, so that the epoch's last step is short; DeepSpeed has no such steps
+    data_parallel: int
+    tensor_parallel: int = 1
+    stage: int = 0
+
+    @property
+    def strategy(self) -> Any:
+        if self.stage:
+            from tests.deepspeed_cpu import DeepSpeedOnCPU
+
+            return DeepSpeedOnCPU(self.stage)
+        if self.title.startswith("`ddp"):
+            return "ddp"
+        return FSDP2Strategy(self.data_parallel, self.tensor_parallel) if self.processes > 1 else "auto"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "accumulate_grad_batches": self.accumulate,
+            "limit_train_batches": self.limit,
+            "devices": self.processes,
+        }
+
+
+CASES = {
+    "single": Case("single device", 1, 4, 30, 1),
+    "single_whole": Case("single device", 1, 4, 28, 1),
+    "ddp": Case("`ddp`", 2, 2, 15, 2),
+    "fsdp2": Case("`fsdp2`", 2, 2, 15, 2),
+    "tensor": Case("`fsdp2`, `tensor_parallel_size: 2`", 2, 4, 30, 1, 2),
+    "both": Case("the same on 2 × 2", 4, 2, 15, 2, 2),
+    **{f"deepspeed{n}": Case(f"`deepspeed_stage_{n}`", 2, 2, 14, 2, stage=n) for n in (1, 2, 3)},
+}
+LAUNCHES = [["ddp", "fsdp2", "tensor"], ["both"], ["deepspeed1", "deepspeed2", "deepspeed3"]]
 
 
 @dataclass
 class Curve(Callback):
-    """Loss and gradient norm of every step."""
+    """Loss and gradient norm (before clipping) of every step."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
-    seen: int = 0
+    steps: int = 0
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        self.seen = trainer.global_step
+        self.steps = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
         if not trainer.strategy.handles_gradient_accumulation:
-            self.norms.append(norm_of([p.grad for p in module.parameters() if p.grad is not None]))
+            gradients = [p.grad for p in module.parameters() if p.grad is not None]
+            whole = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
+            self.norms.append(float(torch.stack([gradient.double().norm() for gradient in whole]).norm()))
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step > self.seen:
-            self.seen = trainer.global_step
+        if trainer.global_step > self.steps:
+            self.steps = trainer.global_step
             self.losses.append(trainer.callback_metrics["train/loss"].item())
             if trainer.strategy.handles_gradient_accumulation:
                 self.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm()))
 
 
-def whole(tensor: Any) -> Tensor:
-    """All of a tensor, on every rank."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def norm_of(tensors: list[Tensor]) -> float:
-    return float(torch.stack([whole(tensor).double().norm() for tensor in tensors]).norm())
-
-
-def ten_steps(pretrained: str, ckpt_path: Any = None, callbacks: Any = (), **settings: Any) -> Curve:
-    """A fit of ten steps; with momentum, and lengths that a wrong factor of the gradient would change for good."""
+def steps(pretrained: str, case: Case, ckpt_path: Any = None, callbacks: Any = (), **settings: Any) -> Curve:
+    """Clipped steps of SGD with momentum, which a wrong factor of one gradient would change for good."""
     curve = Curve()
     optimizer = partial(SGD, lr=0.1, momentum=0.9)
     module = SFTModule(pretrained, optimizer=optimizer, schedule="constant", warmup=0.0)
-    settings = {**COMMON, **QUIET, **settings, "callbacks": [curve, *callbacks]}
-    Trainer(accelerator="cpu", **settings).fit(module, SFTDataModule(**DATA), ckpt_path=ckpt_path)
+    common: dict[str, Any] = {"max_steps": 10, "max_epochs": -1, "gradient_clip_val": 0.5, "strategy": case.strategy}
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[curve, *callbacks], **{**QUIET, **common, **case.settings, **settings}
+    )
+    trainer.fit(module, SFTDataModule(train=TRAIN, tokens_per_batch=100), ckpt_path=ckpt_path)
     return curve
 
 
-def interrupted(pretrained: str, name: str, out: Path, settings: dict[str, Any]) -> Curve:
-    """The same in two runs: one that writes a checkpoint after each fourth step, and one that goes on with it."""
-    saver = ModelCheckpoint(out / name, filename="{step}", every_n_train_steps=4, save_top_k=-1)
-    begun = {**settings, "max_steps": 6, "enable_checkpointing": True, "callbacks": [saver]}
-    ten_steps(pretrained, strategy=strategy(name), **begun)
-    return ten_steps(pretrained, strategy=strategy(name), ckpt_path=out / name / "step=4.ckpt", **settings)
+def run(pretrained: str, name: str, out: Path) -> None:
+    """Ten steps; six with a checkpoint after the fourth; and from there on to the tenth."""
+    case, ckpt = CASES[name], out / name / "step=4.ckpt"
+    done = steps(pretrained, case)
+    saver = partial(ModelCheckpoint, ckpt.parent, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    steps(pretrained, case, max_steps=6, enable_checkpointing=True, callbacks=[saver()])
+    resumed = steps(pretrained, case, ckpt_path=ckpt, enable_checkpointing=True, callbacks=[saver()])
+    if int(os.environ.get("RANK", "0")) == 0:
+        (out / f"{name}.json").write_text(json.dumps([done.losses, done.norms, resumed.losses]))
 
 
-def strategy(name: str) -> Any:
-    """By the name that the cases have for it."""
-    if name.startswith("deepspeed"):
-        from tests.deepspeed_cpu import DeepSpeedOnCPU
+def launch(names: list[str], pretrained: str, out: Path) -> None:
+    """Run cases one after the other in processes of their own."""
+    count = f"--nproc-per-node={CASES[names[0]].processes}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", count, "-m", "tests.parallel"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, pretrained, str(out), *names], check=True, env=environment, cwd=ROOT)
 
-        return DeepSpeedOnCPU(stage=int(name[-1]))
-    if name.startswith("mesh"):
-        data, tensor = map(int, name.split("-")[1:])
-        return lightning_sft.strategies.FSDP2Strategy(data, tensor)
-    return name
+
+def measured(name: str, out: Path) -> dict[str, bool]:
+    """What a case has shown, beside a single device that takes the same data in the same steps."""
+    losses, norms, resumed = json.loads((out / f"{name}.json").read_text())
+    reference = "single_whole" if CASES[name].stage else "single"
+    true_losses, true_norms, _ = json.loads((out / f"{reference}.json").read_text())
+    assert len(losses) == len(norms) == len(true_losses) == 10
+    return {
+        "loss": _close(losses, true_losses),
+        "gradient norm": _close(norms, true_norms),
+        "resume": resumed == losses[4:],
+    }
+
+
+def _close(given: list[float], wanted: list[float]) -> bool:
+    return all(abs(a - b) <= TOLERANCE * abs(b) for a, b in zip(given, wanted, strict=True))
+
+
+def table(out: Path) -> str:
+    """What all cases have shown, as the table of the page."""
+    columns = {name: measured(name, out) for name in CASES if name != "single_whole"}
+    head = ["strategy", "processes", *columns["single"]]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, shown in columns.items():
+        marks = ("=" if value else "**no**" for value in shown.values())
+        lines.append(f"| {CASES[name].title} | {CASES[name].processes} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
+def write_page(text: str, new: str) -> str:
+    """The page with another table."""
+    return re.sub(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", lambda _: f"{new}\n", text, flags=re.DOTALL)
+
+
+def run_all(pretrained: str, out: Path, launches: list[list[str]]) -> None:
+    """All cases; those of a single process here."""
+    for name in ("single", "single_whole"):
+        run(pretrained, name, out)
+    for names in launches:
+        launch(names, pretrained, out)
+
+
+def model(folder: Path) -> str:
+    """One whose heads can be split, and whose embeddings are tied to its head."""
+    return tiny_pretrained(folder, num_key_value_heads=2, tie_word_embeddings=True)
 
 
 if __name__ == "__main__":
-    pretrained, out, *names = sys.argv[1:]
-    for case in names:
-        name, settings = case.split(":", 1)
-        done = ten_steps(pretrained, strategy=strategy(name), **json.loads(settings))
-        resumed = interrupted(pretrained, name, Path(out), json.loads(settings))
-        if torch.distributed.get_rank() == 0:
-            Path(out, f"{name}.json").write_text(json.dumps([done.losses, done.norms, resumed.losses]))
+    if len(sys.argv) > 1:
+        given, where, *chosen = sys.argv[1:]
+        for one in chosen:
+            run(given, one, Path(where))
+    else:
+        with TemporaryDirectory() as temporary:
+            run_all(model(Path(temporary, "model")), Path(temporary), LAUNCHES)
+            PAGE.write_text(write_page(PAGE.read_text(encoding="utf-8"), table(Path(temporary))), encoding="utf-8")

@@ -1,0 +1,42 @@
+"""Every strategy takes the same steps as one device, and goes on bit by bit from its own checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lightning_sft.strategies import FSDP2Strategy, layout
+from tests.parallel import CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
+
+WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+NAMES = [name for names in LAUNCHES for name in names if WITH_DEEPSPEED or not CASES[name].stage]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("strategies")
+    launches = [names for names in LAUNCHES if WITH_DEEPSPEED or not CASES[names[0]].stage]
+    run_all(model(folder / "model"), folder, launches)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["single", *NAMES])
+def test_ten_steps_are_those_of_one_device_and_a_resumed_run_repeats_them(out: Path, name: str) -> None:
+    """Loss and gradient norm to 1e-5, with accumulation, clipping and a short window; the resumed losses bit by bit."""
+    assert all(measured(name, out).values()), measured(name, out)
+
+
+@pytest.mark.skipif(not WITH_DEEPSPEED, reason="the table has DeepSpeed in it")
+def test_the_table_of_the_page_is_what_was_measured(out: Path) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == write_page(page, table(out)), "run: python -m tests.parallel"
+    assert table(out) in page
+
+
+def test_the_strategy_is_known_by_its_name() -> None:
+    trainer = Trainer(strategy="fsdp2", accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
+    assert isinstance(trainer.strategy, FSDP2Strategy)
+    assert layout(trainer.strategy) == (None, False)
