@@ -2,37 +2,133 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from functools import reduce
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_sft.data.template import ChatTemplate
 from lightning_sft.types import InputError
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: str | Path) -> Path:
-    """Write weights (safetensors), configuration, tokenizer and chat template; all of it, or nothing.
+def export(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: str | Path,
+    generation: GenerationConfig | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write weights (safetensors), configurations, tokenizer and chat template; all of it, or nothing.
 
     Args:
         model: The model, on one process.
         tokenizer: With the chat template that it was trained with.
         out: A folder that does not exist yet, or is empty.
+        generation: How the model is to generate; as it is by default. The stop token of the chat template is added.
+        max_shard_size: Of a file of weights, as ``5GB``.
+
+    Raises:
+        InputError: When the folder has something in it.
+    """
+    with whole_folder(out) as folder:
+        write(model, tokenizer, folder, generation, max_shard_size)
+    return Path(out)
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    generation: GenerationConfig | None = None,
+    max_shard_size: str = "5GB",
+) -> None:
+    """The same into a folder that may have other files; see :func:`export`."""
+    before = model.config.use_cache, model.generation_config
+    model.config.use_cache = True  # training goes without, but inference wants it
+    model.generation_config = _stopping(generation or model.generation_config, tokenizer)
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    finally:
+        model.config.use_cache, model.generation_config = before
+    tokenizer.save_pretrained(folder)
+
+
+def widest_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that holds all weights without rounding any: from a folder, transformers loads all in one."""
+    return reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
+
+
+@contextmanager
+def whole_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
+    """A folder that appears under its name when all of it is on the disk, or never.
+
+    Args:
+        out: Its name. What is written goes to a hidden folder beside it, which is removed where anything fails.
+        replace: Whether a folder of that name gives way; without it, it must not exist, or be empty.
 
     Raises:
         InputError: When the folder has something in it.
     """
     out = Path(out)
+    if not replace:
+        check_is_free(out)
+    unfinished, old = (out.with_name(f".{out.name}.{name}") for name in ("unfinished", "old"))
+    for left_behind in (unfinished, old):  # by a process that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for path in (*unfinished.rglob("*"), unfinished):
+            _on_disk(path)
+        if out.exists():
+            out.rename(old)
+        unfinished.rename(out)
+        _on_disk(out.parent)
+    finally:
+        for left_over in (unfinished, old):
+            shutil.rmtree(left_over, ignore_errors=True)
+
+
+def check_is_free(out: Path) -> None:
+    """Refuse to write where there is something already.
+
+    Raises:
+        InputError: When the folder has something in it.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} is there already. Give a new folder, or remove it first.")
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    trains_without_cache, model.config.use_cache = model.config.use_cache, True  # inference wants it
+
+
+def _stopping(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """The configuration with the token at which training taught the model to stop, and one for padding."""
+    generation, stop_id = deepcopy(generation), ChatTemplate.of(tokenizer).stop_id
+    known = generation.eos_token_id
+    stops = sorted({*(known if isinstance(known, list) else [known]), stop_id} - {None})
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
     try:
-        model.save_pretrained(unfinished)
+        generation.validate(strict=True)
+    except ValueError as error:  # some models are published with settings that transformers does not save
+        warnings.warn(
+            f"The generation config of the pretrained model is not saved, but one with its stop tokens: {error}",
+            stacklevel=2,
+        )
+        kept = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return GenerationConfig(**kept)
+    return generation
+
+
+def _on_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        model.config.use_cache = trains_without_cache
-    tokenizer.save_pretrained(unfinished)
-    if out.exists():
-        out.rmdir()
-    unfinished.rename(out)
-    return out
+        os.close(descriptor)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 from jsonargparse import Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,11 +16,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_sft import __version__
 from lightning_sft.callbacks import PredictionWriter
+from lightning_sft.checkpoints import hyper_parameters
+from lightning_sft.convert import export_checkpoint
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
-from lightning_sft.export import export
 from lightning_sft.module import SFTModule
-from lightning_sft.pretrained import load_tokenizer
 from lightning_sft.show import ShowCLI
 from lightning_sft.types import InputError
 
@@ -40,9 +39,8 @@ class SFTCLI(LightningCLI):
         """Build the architecture from the checkpoint, where there is one: the pretrained weights are not needed."""
         self._checkpoint_config = None
         path = self._get(self.config, "ckpt_path")
-        if path and Path(path).is_file():
-            checkpoint = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-            self._checkpoint_config = checkpoint.get("hyper_parameters", {}).get("hf_config")
+        if path and Path(path).exists():
+            self._checkpoint_config = hyper_parameters(path).get("hf_config")
 
     def before_predict(self) -> None:
         """Predictions go to ``predictions.jsonl`` beside the run, unless the user has a writer of their own."""
@@ -95,25 +93,6 @@ def main(args: ArgsType = None) -> Any:
         return shown
     arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": {"description": _DESCRIPTION}}
     return SFTCLI(**arguments, args=given)
-
-
-def export_checkpoint(ckpt: str, out: str) -> Path:
-    """Write a Lightning checkpoint as a Hugging Face folder that plain transformers loads.
-
-    Args:
-        ckpt: The checkpoint file.
-        out: The folder to write; it must not exist yet.
-    """
-    if not Path(ckpt).is_file():
-        raise InputError(f"There is no checkpoint {ckpt!r}.")
-    module = SFTModule.load_from_checkpoint(ckpt, map_location="cpu", weights_only=True)
-    saved = torch.load(ckpt, map_location="meta", weights_only=True, mmap=True)
-    of_data = (state for state in saved.values() if isinstance(state, dict) and "chat_template" in state)
-    data = next(of_data, {})  # under the name of the data module's class, which may be the user's own
-    tokenizer = load_tokenizer(data.get("tokenizer") or module.pretrained)
-    tokenizer.chat_template = data.get("chat_template") or tokenizer.chat_template
-    assert module.model is not None
-    return export(module.model, tokenizer, out)
 
 
 VERBS: dict[str, Callable[..., Any]] = {"export": export_checkpoint, "fetch-demo-model": fetch_demo_model}

@@ -21,6 +21,7 @@ from lightning_sft.guards import check_trainer, check_windows, not_finite, warn_
 from lightning_sft.metrics import CorpusLikelihood, figures_by_part, sums_by_part
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.probes import probe
+from lightning_sft.run_facts import FACTS, run_facts
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import Sharding, clip_gradients, layers
@@ -202,6 +203,10 @@ class SFTModule(LightningModule):
         """Greedy answers to a :class:`~lightning_sft.data.loader.PromptBatch`, see :mod:`lightning_sft.generation`."""
         assert self.model is not None, "configure_model has not been called"
         return answers(self.model, batch, self.max_new_tokens)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what a model card says of the run."""
+        checkpoint[FACTS] = run_facts(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with norms and biases undecayed, and the schedule over all planned steps."""

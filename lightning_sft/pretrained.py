@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -76,6 +77,20 @@ def load_tokenizer(pretrained: str, chat_template: str | None = None) -> PreTrai
             "Give one with data.chat_template=FILE.jinja, or start from an instruction-tuned model."
         )
     return tokenizer
+
+
+def load_exported(folder: str | Path) -> PreTrainedModel:
+    """The model of a folder as a user of transformers loads it: in the dtype that it is stored in."""
+    return cast(PreTrainedModel, _load(AutoModelForCausalLM, str(folder), "causal language model", dtype="auto"))
+
+
+def load_generation_config(pretrained: str) -> GenerationConfig | None:
+    """How a pretrained model was published to generate, or ``None`` where it has no such file, or is gone."""
+    try:
+        found: GenerationConfig = GenerationConfig.from_pretrained(str(Path(pretrained).expanduser()))
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def context_length(pretrained: str) -> int | None:

@@ -12,15 +12,17 @@ import lightning_sft
 ROOT = Path(lightning_sft.__file__).parent
 FLOORS = [
     {"types", "data.strict_json"},
-    {f"data.{name}" for name in ("files", "formats", "turns", "marks", "account", "examples", "draw", "workers")},
+    {"checkpoints", "model_card"}
+    | {f"data.{name}" for name in ("files", "formats", "turns", "marks", "account", "examples", "draw", "workers")},
     {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes", "sharding", "zero"}
     | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")}
     | {"data.overflow", "data.unpack"},
     {"pretrained", "export", "data.encode", "data.loader", "data.pieces", "data.mixture"},
-    {"scorer", "generation", "optimizers", "strategies", "demo_model", "data.walk", "data.chunks"},
+    {"scorer", "generation", "optimizers", "strategies", "demo_model", "run_facts", "parity"}
+    | {"data.walk", "data.chunks"},
     {"module", "callbacks.predictions", "data.cache", "data.interleave", "data.blocks"},
-    {"data.dataset", "data.stream"},
-    {"data.planned", "data.audit"},
+    {"data.dataset", "data.stream", "convert"},
+    {"data.planned", "data.audit", "callbacks.hf_export"},
     {"data.report"},
     {"datamodule", "show_text", "show_html"},
     {"callbacks", "show"},
@@ -41,6 +43,7 @@ TRANSFORMERS = {
     "data.loader",
 }
 TRANSFORMERS |= {"module", "scorer", "datamodule", "data.pieces"}  # for the types of what they hold
+TRANSFORMERS |= {"parity", "convert"}
 LAZY = {"peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

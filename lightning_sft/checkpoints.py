@@ -1,0 +1,191 @@
+"""Checkpoints of any strategy, read without it and without running anything that is in them.
+
+A file; a folder of torch's distributed checkpoint with ``meta.pt``, as FSDP2 and tensor parallelism write it; a folder
+of DeepSpeed. Whatever it was, it is read as the file of a single process would be: whole tensors on the CPU.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sft.types import InputError
+
+Kind = Literal["file", "distributed", "deepspeed"]
+
+_META = "meta.pt"  # Lightning's name for what is no tensor in a distributed checkpoint
+_PREFIX = "state_dict."
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Who wrote a checkpoint.
+
+    Raises:
+        InputError: When there is none, or it was not written to its end.
+    """
+    path = Path(path)
+    if path.is_file():
+        return "file"
+    if (path / "latest").is_file():
+        return "deepspeed"
+    if not path.is_dir():
+        raise InputError(f"There is no checkpoint {str(path)!r}.")
+    missing = [name for name in (_META, ".metadata") if not (path / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{path} is no whole checkpoint: it has no {' and no '.join(missing)}. Expected a .ckpt file, or a folder "
+            "that trainer.strategy=fsdp2 or deepspeed wrote. If the run was killed while it did, take an earlier one."
+        )
+    return "distributed"
+
+
+def facts(path: str | Path) -> dict[str, Any]:
+    """All of a checkpoint but its tensors: hyperparameters, counters, states of callbacks and of the data module.
+
+    Raises:
+        InputError: When there is no checkpoint, or it cannot be read without running code.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    file = {"file": path, "distributed": path / _META}.get(kind) or _of_deepspeed(path)[0]
+    found = _load(file, "meta")
+    left_out = ("state_dict", "module", "optimizer", "optimizer_states")
+    return {key: value for key, value in found.items() if key not in left_out}
+
+
+def hyper_parameters(path: str | Path) -> dict[str, Any]:
+    """The hyperparameters of the module that a checkpoint is of."""
+    found: dict[str, Any] = facts(path).get("hyper_parameters", {})
+    return found
+
+
+def weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights that were trained, under the names that they have in the module.
+
+    Of DeepSpeed, the float32 ones of its optimiser where there are such, rather than what it rounded from them.
+
+    Raises:
+        InputError: When there is no checkpoint, or it cannot be read without running code.
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind == "file":
+        found = _load(path, "cpu").get("state_dict")
+        if not isinstance(found, dict):
+            raise InputError(f"{path} is no checkpoint of a module: it has no 'state_dict'.")
+        return found
+    return _distributed_weights(path) if kind == "distributed" else _deepspeed_weights(path)
+
+
+def _distributed_weights(path: Path) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    _check_index(path / ".metadata")
+    reader = FileSystemReader(path)
+    entries = reader.read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
+    }
+    try:
+        load(tensors, storage_reader=reader, no_dist=True)  # nothing but these is read, and by this process alone
+    except Exception as error:  # of the disk, of torch.load; torch wraps them in an exception of its own
+        raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(error)}") from error
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _deepspeed_weights(path: Path) -> dict[str, Tensor]:
+    model_states = _of_deepspeed(path)
+    if not list(model_states[0].parent.glob("*_optim_states.pt")):  # a stage of 0 has no pieces
+        found: dict[str, Tensor] = _load(model_states[0], "cpu")["module"]
+        return found
+    try:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    except ImportError as error:
+        raise InputError(f"{path} is a checkpoint of DeepSpeed: pip install deepspeed, which reads it.") from error
+    harmless = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    # its files are named by rank; it prints its progress
+    with torch.serialization.safe_globals(harmless), _weights_only(), redirect_stdout(io.StringIO()):
+        try:
+            merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(path))
+        except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
+            raise InputError(f"{path} cannot be read: {_reason(error)}") from error
+    return merged
+
+
+def _of_deepspeed(path: Path) -> list[Path]:
+    """The files of the model's states of a checkpoint of DeepSpeed, that of rank 0 first."""
+    folder = path / (path / "latest").read_text(encoding="utf-8").strip()
+    found = sorted(folder.glob("*_model_states.pt"))
+    if not found:
+        raise InputError(f"{folder} has no *_model_states.pt, so it is no whole checkpoint of DeepSpeed.")
+    return found
+
+
+def _load(path: Path, device: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} holds more than tensors and plain values, so loading it could run code; it was not loaded. "
+            f"A callback or module keeps an object in its state: {_reason(error)}"
+        ) from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(error)}") from error
+    return found
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch.load as with ``weights_only=True``, also where a library asks for the contrary."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+class _Index(pickle.Unpickler):
+    """Reads the index of a distributed checkpoint, which torch would unpickle whatever it holds."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What an index may consist of: records of torch, dtypes, sizes and paths."""
+        if module in ("pathlib", "torch", "torch.serialization") or module.startswith("torch.distributed.checkpoint."):
+            found: Any = super().find_class(module, name)
+            if isinstance(found, torch.dtype) or found in (torch.Size, torch.serialization._get_layout):
+                return found
+            if isinstance(found, type) and (is_dataclass(found) or issubclass(found, (Enum, PurePath))):
+                return found
+        raise InputError(f"It names {module}.{name}, which no index of torch needs and which could run code.")
+
+
+def _check_index(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            _Index(file).load()
+    except InputError as error:
+        raise InputError(f"{path} was not loaded. {error}") from error
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+        raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,123 @@
+"""The README.md of an exported model, from what is known of its run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_WEIGHTS = {
+    "token": ("1", "the number of target tokens of the step", "every target token counts the same"),
+    "sequence": ("1 / targets of its answer", "the sum of w over the step", "every answer counts the same"),
+    "sqrt": ("1 / √(targets of its answer)", "the sum of w over the step", "between tokens and answers"),
+    "dataset": ("1", "a constant, the mean of a step", "the gradients of an epoch add up to that of L(θ)"),
+}
+_LICENSE = (
+    "Not stated. What applies are the licences of the base model and of the data; whoever publishes this model has to "
+    "look them up, and to replace `license: unknown` above."
+)
+
+
+def model_card(
+    name: str, hyper_parameters: Mapping[str, Any], facts: Mapping[str, Any], parity: Mapping[str, Any] | None = None
+) -> str:
+    """A model card in Markdown with YAML front matter, as the Hugging Face hub reads it.
+
+    Args:
+        name: Of the model.
+        hyper_parameters: Of the module.
+        facts: Of the run, see :func:`lightning_sft.run_facts.run_facts`; what is missing is left out.
+        parity: The report of the export, as plain values.
+
+    >>> print(model_card("my-model", {"pretrained": "owner/base"}, {})[:54])
+    ---
+    base_model: owner/base
+    library_name: transformers
+    """
+    base = str(hyper_parameters.get("pretrained", "unknown"))
+    sections = {
+        "Objective": _objective(str(hyper_parameters.get("normalize", "token"))),
+        "Data": _data(facts.get("data", {})),
+        f"Figures at step {facts.get('step', '?')}": _table(facts.get("metrics", {})),
+        "Settings": _settings(hyper_parameters, facts),
+        "Parity of this folder with the trained model": _parity(parity),
+        "Versions": _table(facts.get("versions", {})),
+        "Licence": _LICENSE,
+    }
+    text = [f"---\n{yaml.safe_dump(_front_matter(base, facts), allow_unicode=True)}---\n\n# {name}"]
+    text.append(f"`{base}`, fine-tuned with lightning_sft. The tokenizer has the chat template of the training.")
+    text += [f"## {title}\n\n{body}" for title, body in sections.items() if body]
+    return "\n\n".join(text) + "\n"
+
+
+def _front_matter(base: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what the hub accepts: names of the hub, not paths of this machine."""
+    sources = [source for name in ("train",) for source in _sources(facts.get("data", {}).get(name, {}))]
+    of_hub = sorted({source.split(":")[1] for source in sources if source.startswith("hf:")})
+    matter = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "unknown",
+        "tags": ["lightning", "sft", "lightning-sft"],
+    }
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+        matter["base_model"] = base
+    return matter | ({"datasets": of_hub} if of_hub else {})
+
+
+def _sources(split: Mapping[str, Any]) -> list[str]:
+    found = [part.get("source") for part in split.get("parts", [])]
+    return [str(name) for source in found for name in (source if isinstance(source, list) else [source]) if name]
+
+
+def _objective(normalize: str) -> str:
+    weight, total, meaning = _WEIGHTS.get(normalize, _WEIGHTS["token"])
+    return (
+        "    θ̃ = argmax_θ L(θ),   L(θ) = Σ_(x,y)∈D log Pr_θ(y | x),   log Pr_θ(y | x) = Σ_i log Pr_θ(y_i | x, y_<i)\n\n"
+        "One step minimises −Σ_t w_t · log Pr_θ(t | its context) / Z over the target tokens t of all its micro-batches "
+        f"and ranks. `normalize: {normalize}`: w is {weight}, times the weights of the data; Z is {total}: {meaning}."
+    )
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    rows = []
+    for split, found in data.items():
+        for part in found.get("parts", []):
+            source = ", ".join(_sources({"parts": [part]})) or "rows in memory"
+            of_mixture = f"{part['name']}: " if part.get("name") else ""
+            figures = ["streamed" if part.get(kind) is None else f"{part[kind]:,}" for kind in ("rows", "sequences")]
+            weights = f"{part['share'] if part.get('share') is not None else ''} | {part.get('weight', 1)}"
+            rows.append(f"| {split} | {of_mixture}{source} | {' | '.join(figures)} | {weights} |")
+    if not rows:
+        return ""
+    head = "| split | source | rows | sequences | share | weight |\n|---|---|---|---|---|---|\n"
+    left_out = [
+        f"{split}: {found['targets']:,} target tokens; {found['refused']} rows were refused, {found['too_long']} "
+        f"sequences left out because of their length, {found['cut']} cut."
+        for split, found in data.items()
+        if found.get("targets") is not None
+    ]
+    return head + "\n".join(rows) + "\n\n" + "\n".join(f"- {line}" for line in left_out)
+
+
+def _settings(hyper_parameters: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    own = {name: v for name, v in hyper_parameters.items() if name != "hf_config" and not name.startswith("_")}
+    found = {"model": own} | {name: facts[name] for name in ("optimizer", "data_module", "trainer") if facts.get(name)}
+    return f"```yaml\n{yaml.safe_dump(found, allow_unicode=True, sort_keys=False)}```"
+
+
+def _parity(parity: Mapping[str, Any] | None) -> str:
+    if parity is None:
+        return ""
+    rows = [f"| {m['name']} | {m['mean_kl']:.2e} | {m['max_kl']:.2e} | {m['top1']:.2%} |" for m in parity["models"]]
+    head = f"On {parity['targets']} target tokens of {parity['rows']}; weights in {parity['dtype']}"
+    head += f", rounded from {parity['rounded_from']}.\n\n" if parity["rounded_from"] else ".\n\n"
+    return head + "| model | mean KL(trained ‖ it) | largest | same top token |\n|---|---|---|---|\n" + "\n".join(rows)
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    shown = [f"| {name} | {v:.6g} |" if isinstance(v, float) else f"| {name} | {v} |" for name, v in values.items()]
+    return "| | |\n|---|---|\n" + "\n".join(shown) if shown else ""
