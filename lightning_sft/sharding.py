@@ -41,8 +41,7 @@ class Sharding:
         """
         if self.mesh["tensor_parallel"].size() > 1:
             _parallelize(model, self.mesh["tensor_parallel"])
-        if self.mesh["data_parallel"].size() > 1:
-            self._fully_shard(root, model)
+        self._fully_shard(root, model)
 
     def _fully_shard(self, root: nn.Module, model: Any) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard

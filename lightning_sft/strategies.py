@@ -38,7 +38,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Give the data all devices that tensors do not take, over all nodes: Lightning's default is the reverse."""
         if self._data_parallel_size == "auto":
             self._data_parallel_size = self.num_nodes * self.num_processes // int(self._tensor_parallel_size)
+        if self.cpu_offload and self.root_device.type == "cuda" and self._process_group_backend is None:
+            self._process_group_backend = "cpu:gloo,cuda:nccl"  # the norm of offloaded gradients is summed on the host
         super().setup_environment()
+
+    def model_to_device(self) -> None:
+        """Move what is not sharded: shards are where they belong, which may be the host's memory."""
+        from torch.distributed.tensor import DTensor
+
+        assert self.model is not None
+        for child in self.model.children():
+            if not any(isinstance(parameter, DTensor) for parameter in child.parameters()):
+                child.to(self.root_device)
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: parameters and optimiser sharded over devices")

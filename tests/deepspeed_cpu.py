@@ -22,6 +22,7 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         ParallelStrategy.setup_environment(self)
+        self.setup_distributed()
 
     def setup_distributed(self) -> None:
         self.set_world_ranks()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+ALL = {path.stem: path for path in (ROOT / "configs").rglob("*.yaml")}
+PARALLEL = ["ddp", "deepspeed", "fsdp2", "tensor_parallel"]
+TWO_NODES = "fit"  # is run by test_two_nodes
+ON_CPU = {"trainer.precision": "32-true", "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
 
 
 def sources(value: Any) -> Iterator[str]:
@@ -24,18 +32,26 @@ def sources(value: Any) -> Iterator[str]:
         yield value.replace("*", "1")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_it_fits(config: Path, pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = yaml.safe_load(config.read_text())
-    monkeypatch.chdir(tmp_path)
-    for path in map(Path, sources(given["data"])):
+def write_data(config: Path, folder: Path) -> None:
+    for name in sources(yaml.safe_load(config.read_text())["data"]):
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         prompt, completion = ("question", "answer") if "maths" in path.stem else ("prompt", "completion")
         rows = [{prompt: f"Say {i}", completion: f"{i} it is"} for i in range(12)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {"model.pretrained": pretrained, "trainer.precision": "32-true", "trainer.accelerator": "cpu"}
-    flags |= {"trainer.max_steps": "3", "trainer.enable_progress_bar": "false"}
-    cli = main(["fit", "--config", str(config), *(text for k, v in flags.items() for text in (f"--{k}", v))])
+
+
+def arguments(config: Path, **flags: str) -> list[str]:
+    flags = ON_CPU | {"trainer.max_steps": "3"} | flags
+    return ["fit", "--config", str(config), *(text for key, value in flags.items() for text in (f"--{key}", value))]
+
+
+@pytest.mark.parametrize("name", sorted(ALL.keys() - {*PARALLEL, TWO_NODES}))
+def test_it_fits(name: str, pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ALL[name]
+    monkeypatch.chdir(tmp_path)
+    write_data(config, tmp_path)
+    cli = main(arguments(config, **{"model.pretrained": pretrained}))
     assert cli.trainer.global_step > 0
     if config.stem == "mixture":
         assert {"train/loss/maths", "val/loss/chat"} <= cli.trainer.callback_metrics.keys()
@@ -44,3 +60,22 @@ def test_it_fits(config: Path, pretrained: str, tmp_path: Path, monkeypatch: pyt
     assert {key: again.config.fit[key] for key in ("data", "model")} == {
         key: cli.config.fit[key] for key in ("data", "model")
     }
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_it_fits_on_two_processes(name: str, tmp_path: Path) -> None:
+    """Each as a user starts it: Lightning starts the second process."""
+    write_data(ALL[name], tmp_path)
+    flags = {"model.pretrained": tiny_pretrained(tmp_path / "model", num_key_value_heads=2), "trainer.devices": "2"}
+    flags |= {"data.tokens_per_batch": "48", "trainer.logger": "CSVLogger", "trainer.logger.save_dir": str(tmp_path)}
+    flags |= {"trainer.log_every_n_steps": "1"}
+    if name == "deepspeed":
+        pytest.importorskip("deepspeed")
+        flags |= {"trainer.strategy": "tests.deepspeed_cpu.DeepSpeedOnCPU", "trainer.strategy.stage": "3"}
+    command = [sys.executable, "-m", "lightning_sft", *arguments(ALL[name], **flags)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [metrics] = tmp_path.rglob("metrics.csv")
+    assert "train/loss" in metrics.read_text()
+    assert list(tmp_path.rglob("*.ckpt"))
