@@ -42,12 +42,22 @@ def not_finite(
     )
 
 
-def check_trainer(trainer: Any) -> None:
-    """Refuse what would make the gradient of a step wrong.
+def check_trainer(trainer: Any, stage: str) -> None:
+    """Refuse what would make the gradient of a step wrong, or would wait for ever.
+
+    Args:
+        trainer: The Lightning trainer.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        InputError: With FSDP1, with half precision on a CPU, or a number of micro-batches that changes.
+        InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes; or for answers of a
+            sharded model, whose ranks would have to write equally many tokens.
     """
+    if stage == "predict" and trainer.strategy.restore_checkpoint_after_setup:  # as those do that shard
+        raise InputError(
+            f"{type(trainer.strategy).__name__} shards the model, and predict needs it whole. Export the checkpoint "
+            "(lightning-sft export), and predict with model.pretrained=FOLDER on one device or with ddp."
+        )
     if type(trainer.strategy).__name__ == "FSDPStrategy":
         raise InputError(
             "trainer.strategy=fsdp is FSDP1, which cannot clip by norm, and adds gradients of ranks in half precision. "

@@ -84,7 +84,7 @@ class SFTModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
-        check_trainer(self.trainer)
+        check_trainer(self.trainer, stage)
 
     def configure_model(self) -> None:
         """Load the model once, and measure on it what differs between architectures."""

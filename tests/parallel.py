@@ -162,7 +162,7 @@ def table(out: Path) -> str:
 
 def write_page(text: str, new: str) -> str:
     """The page with another table."""
-    return re.sub(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", lambda _: f"{new}\n", text, flags=re.DOTALL)
+    return re.sub(r"(?<=<!-- table -->\n).*?(?=<!-- end -->)", lambda _: f"\n{new}\n\n", text, flags=re.DOTALL)
 
 
 def run_all(pretrained: str, out: Path, launches: list[list[str]]) -> None:

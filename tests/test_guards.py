@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_sft import SFTModule, guards
 from lightning_sft.data.collate import collate
@@ -38,6 +41,32 @@ def test_what_would_make_the_gradient_wrong_is_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(InputError, match=remedy):
         Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", **settings).fit(SFTModule("nowhere"), [])
+
+
+def test_answers_of_a_sharded_model_are_refused() -> None:
+    trainer = Trainer(strategy="fsdp2", accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
+    guards.check_trainer(trainer, "validate")
+    with pytest.raises(InputError, match="Export the checkpoint"):
+        guards.check_trainer(trainer, "predict")
+
+
+class FSDPStrategy(SingleDeviceStrategy):
+    """Lightning's own cannot be made without a GPU; it is known by its name."""
+
+
+def test_the_first_fsdp_is_refused() -> None:
+    with pytest.raises(InputError, match=r"trainer\.strategy=fsdp2"):
+        Trainer(logger=False, enable_checkpointing=False, strategy=FSDPStrategy("cpu")).fit(SFTModule("nowhere"), [])
+
+
+@pytest.mark.parametrize(("limit", "refused"), [(4, False), (5, True)])
+def test_an_epoch_that_ends_inside_a_step_is_refused_where_the_strategy_would_go_on_with_it(
+    limit: int, refused: bool
+) -> None:
+    strategy = SimpleNamespace(handles_gradient_accumulation=True)
+    trainer = SimpleNamespace(strategy=strategy, accumulate_grad_batches=2, num_training_batches=limit)
+    with pytest.raises(InputError, match="a multiple of") if refused else nullcontext():
+        guards.check_windows(trainer)
 
 
 def test_bfloat16_on_a_cpu_that_has_none_warns(monkeypatch: pytest.MonkeyPatch) -> None:
