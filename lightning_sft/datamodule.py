@@ -214,10 +214,16 @@ class SFTDataModule(LightningDataModule):
         name = self._asked["tokenizer"] or pretrained
         if name is None:
             raise InputError("The tokenizer is not known: set data.tokenizer to a hub name or folder.")
+        new_tokens = tuple(getattr(self._module, "new_tokens", ()))
+        if new_tokens and name != pretrained:
+            raise InputError(
+                f"model.new_tokens are added to the tokenizer of the model, but data.tokenizer={name!r} is another. "
+                "Leave data.tokenizer out; data.chat_template may give the template."
+            )
         self._planned, self.packing = {}, self._asked["packing"]
-        if self._encoded_for != (name, pretrained, self._normalize):
-            self._encoded_for, self.splits = (name, pretrained, self._normalize), {}
-            self.tokenizer_name, self.tokenizer = name, load_tokenizer(name, self.chat_template)
+        if self._encoded_for != (name, pretrained, self._normalize, new_tokens):
+            self._encoded_for, self.splits = (name, pretrained, self._normalize, new_tokens), {}
+            self.tokenizer_name, self.tokenizer = name, load_tokenizer(name, self.chat_template, new_tokens)
             self.max_length = self._asked["max_length"] or context_length(pretrained or name)
 
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from tokenizers import AddedToken
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -20,7 +22,7 @@ from transformers import (
 from lightning_sft.types import InputError
 
 
-def load_model(pretrained: str, attn_implementation: str | None = None) -> PreTrainedModel:
+def load_model(pretrained: str, attn_implementation: str | None = None, quantization: Any = None) -> PreTrainedModel:
     """The pretrained causal language model, in training mode, in torch's default dtype.
 
     The default dtype is float32, or what Lightning's ``precision`` makes it while it calls ``configure_model``
@@ -29,11 +31,13 @@ def load_model(pretrained: str, attn_implementation: str | None = None) -> PreTr
     Args:
         pretrained: A hub name, a folder, or a GGUF file (which is dequantised).
         attn_implementation: As in transformers; ``None`` lets it choose.
+        quantization: How to quantise it, see :mod:`lightning_sft.quantized`.
 
     Raises:
         InputError: When there is no such model, or it is not a causal language model.
     """
-    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    given = {"attn_implementation": attn_implementation, "quantization_config": quantization}
+    kwargs = {name: value for name, value in given.items() if value is not None}
     model = _load(AutoModelForCausalLM, pretrained, "causal language model", dtype=torch.get_default_dtype(), **kwargs)
     if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the mark would forbid saving them
         del model.hf_quantizer, model.config.quantization_config
@@ -53,17 +57,21 @@ def config_dict(model: PreTrainedModel) -> dict[str, Any]:
     return plain
 
 
-def load_tokenizer(pretrained: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    pretrained: str, chat_template: str | None = None, new_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a pretrained model, with a chat template.
 
     Args:
         pretrained: A hub name, a folder, or a GGUF file.
         chat_template: A Jinja file to use instead of the tokenizer's own template.
+        new_tokens: Special tokens to add.
 
     Raises:
         InputError: When there is no tokenizer, or neither it nor the caller has a chat template.
     """
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, pretrained, "tokenizer")
+    _add_tokens(tokenizer, new_tokens)
     if chat_template is not None:
         path = Path(chat_template)
         if not path.is_file():
@@ -77,6 +85,14 @@ def load_tokenizer(pretrained: str, chat_template: str | None = None) -> PreTrai
             "Give one with data.chat_template=FILE.jinja, or start from an instruction-tuned model."
         )
     return tokenizer
+
+
+def new_token_ids(pretrained: str, new_tokens: Sequence[str]) -> tuple[list[int], int]:
+    """The ids that tokens have in the tokenizer of a model once they are added, and its size before that."""
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, pretrained, "tokenizer")
+    num_known = len(tokenizer)
+    _add_tokens(tokenizer, new_tokens)
+    return [int(cast(int, tokenizer.convert_tokens_to_ids(token))) for token in new_tokens], num_known
 
 
 def load_exported(folder: str | Path) -> PreTrainedModel:
@@ -110,6 +126,12 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     if backbone is model or not isinstance(head, nn.Module):
         raise InputError(f"{type(model).__name__} has no separate backbone and output head; it cannot be trained here.")
     return backbone, head
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    if tokens:
+        added = [AddedToken(token, special=True, normalized=False) for token in tokens]
+        tokenizer.add_tokens(added, special_tokens=True)
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,0 +1,123 @@
+"""Checkpoints that hold what was trained and not the base: megabytes instead of gigabytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sft.types import InputError
+
+KEY = "adapters"
+_SETTINGS = ("lora", "new_tokens", "quantize")
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "use_cache", "quantization_config")
+
+
+def samples(model: nn.Module, count: int = 8) -> Tensor:
+    """A few entries of every plain parameter: cheap, and other weights have others.
+
+    Args:
+        model: Before anything is put into it.
+        count: Entries of a parameter.
+    """
+    plain = [p.detach().flatten() for p in model.parameters() if type(p.data) is Tensor and p.is_floating_point()]
+    return torch.cat([p[:: max(1, len(p) // count)][:count].cpu() for p in plain])
+
+
+def shrink(checkpoint: dict[str, Any], module: nn.Module, base: Tensor) -> None:
+    """Leave only what is trained in a checkpoint, and note what it was trained on.
+
+    Args:
+        checkpoint: Of the module, with whole tensors; other ranks than 0 may have none of them.
+        module: With adapters.
+        base: Samples of the pretrained weights.
+    """
+    kept = _kept(module)
+    checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
+    checkpoint[KEY] = {"shapes": {name: list(value.shape) for name, value in kept.items()}, "base": _plain(base)}
+
+
+def check(checkpoint: dict[str, Any], module: Any, base: Tensor | None) -> None:
+    """Refuse a checkpoint whose weights are not those of this module; torch cannot, since the base is missing.
+
+    Args:
+        checkpoint: Of any module; its tensors may have been loaded already, and taken out.
+        module: Configured.
+        base: Samples of its base, if it has adapters.
+
+    Raises:
+        InputError: When it was written with other adapters, on another base, or without any.
+    """
+    saved, found = checkpoint.get("hyper_parameters", {}), checkpoint.get(KEY)
+    if base is None:
+        if found is not None or saved.get("lora"):
+            raise InputError(f"The checkpoint is of a run with adapters, {_shown(saved)}. Set the same here.")
+        return
+    if not saved.get("lora"):
+        raise InputError(
+            "The checkpoint is of a run without adapters, but model.lora is set. Leave it out to go on with that run; "
+            "to train adapters on its result, export that (lightning-sft export) and take it as model.pretrained."
+        )
+    given = None if found is None else {name: tuple(shape) for name, shape in found["shapes"].items()}
+    if found is None and "state_dict" in checkpoint:  # all of it, of a strategy that keeps checkpoints whole
+        given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+    wanted = _kept(module) if found is not None else module.state_dict()
+    expected = {name: tuple(value.shape) for name, value in wanted.items()}
+    if given is not None and given != expected:
+        names = sorted(name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name))
+        raise InputError(
+            f"The checkpoint does not fit: {names[0]} is {given.get(names[0], 'missing')} in it and "
+            f"{expected.get(names[0], 'missing')} here, and so for {len(names)} in all. It is of a run with "
+            f"{_shown(saved)}. Set the same, and the same model.frozen and model.trained."
+        )
+    if found is not None:
+        _check_base(_tensor(found["base"]), base, saved.get("hf_config") or {}, module)
+
+
+def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Add the base, as the module has it, to what is loaded into it: so nothing is missing, or warned of."""
+    if KEY in checkpoint and "state_dict" in checkpoint:
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            checkpoint["state_dict"].setdefault(name, parameter)
+
+
+def _check_base(saved: Tensor, base: Tensor, config: dict[str, Any], module: Any) -> None:
+    now = module.hparams.get("hf_config") or {}
+    differs = [k for k in config.keys() & now.keys() if k not in _VOLATILE and config[k] != now[k]]
+    if differs:
+        changes = ", ".join(f"{key}: {config[key]} then, {now[key]} now" for key in sorted(differs))
+        raise InputError(f"The base {module.pretrained!r} is not that of the adapters: {changes}. {_REMEDY}")
+    if saved.shape != base.shape or not _same(saved, base):
+        raise InputError(f"The base {module.pretrained!r} has other weights than those of the adapters. {_REMEDY}")
+
+
+_REMEDY = "Give the model that they were trained on as model.pretrained; it may have moved."
+
+
+def _plain(base: Tensor) -> dict[str, Any]:
+    """A tensor as plain values, which are there even where a checkpoint is read without its tensors."""
+    return {"dtype": str(base.dtype).removeprefix("torch."), "values": base.tolist()}
+
+
+def _tensor(plain: dict[str, Any]) -> Tensor:
+    return torch.tensor(plain["values"], dtype=getattr(torch, plain["dtype"]))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal; or, read in two dtypes, equal up to the rounding of the coarser one."""
+    if a.dtype == b.dtype:
+        return torch.equal(a, b)
+    error = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+    return torch.allclose(a.double(), b.double(), rtol=error, atol=1e-7)
+
+
+def _kept(module: nn.Module) -> dict[str, Tensor]:
+    """What is trained, and what a state has besides parameters, as statistics of a norm."""
+    trained = {n: p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    saved = module.state_dict().keys()
+    return trained | {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in saved}
+
+
+def _shown(saved: dict[str, Any]) -> str:
+    return ", ".join(f"model.{name}={saved[name]}" for name in _SETTINGS if saved.get(name))

@@ -1,0 +1,143 @@
+"""Adapters of peft inside a model of transformers: put in, and merged.
+
+They are injected in place, so the model stays the PreTrainedModel that everything else here works on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_sft import new_tokens, quantized
+from lightning_sft.types import InputError
+
+NAME = "default"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: ``W x + (alpha / r) · B A x``, of which only A and B are trained (Hu et al. 2021, LoRA).
+
+    Args:
+        r: Rank of the adapters.
+        alpha: Their scale, times r.
+        dropout: Dropout on the input of each adapter.
+        targets: Names of the modules that get one, as ``[q_proj, v_proj]``; by default all linear ones but the head.
+        exclude: Names of modules that get none.
+        dora: Train the lengths of the columns apart from their directions (Liu et al. 2024, DoRA).
+        rslora: Scale by ``alpha / √r`` instead (Kalajdzievski 2023, rsLoRA).
+        init: How A begins; B begins with zeros, so that the first step starts at the pretrained model.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    exclude: list[str] = field(default_factory=list)
+    dora: bool = False
+    rslora: bool = False
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+
+    @classmethod
+    def of(cls, given: Lora | Mapping[str, Any] | None) -> Lora | None:
+        """The same from the plain dictionary that a checkpoint has of it."""
+        return cls(**given) if isinstance(given, Mapping) else given
+
+
+def inject(model: PreTrainedModel, lora: Lora) -> None:
+    """Put adapters into a model, in place, and freeze all the rest.
+
+    Raises:
+        InputError: Without peft, or when a name is that of no module, or of tied embeddings.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise InputError("model.lora needs peft: pip install 'lightning-sft[peft]'.") from error
+    _check_names(model, lora)
+    try:
+        config: Any = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+            exclude_modules=lora.exclude or None,
+            use_dora=lora.dora,
+            use_rslora=lora.rslora,
+            init_lora_weights=True if lora.init == "kaiming" else lora.init,
+            task_type="CAUSAL_LM",
+        )
+        inject_adapter_in_model(config, model, NAME)
+    except ValueError as error:
+        raise InputError(f"model.lora cannot be put into {type(model).__name__}: {error}") from error
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there are adapters in it, or rows of new tokens trained apart from their matrix."""
+    return hasattr(model, "peft_config") or bool(new_tokens.modules(model))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is that of an adapter."""
+    return ".lora_" in name
+
+
+def merge(model: PreTrainedModel) -> PreTrainedModel:
+    """Write adapters and rows of new tokens into the weights, in place: what is left is a plain model.
+
+    A quantised base becomes a plain one first, of the very values that the adapters were trained on.
+
+    Args:
+        model: With or without adapters, on one process.
+
+    Returns:
+        The same object.
+    """
+    new_tokens.merge(model)
+    if not hasattr(model, "peft_config"):
+        return model
+    if quantized.is_quantized(model):
+        config: Any = model.peft_config[NAME]
+        adapters = {key: value for key, value in model.state_dict().items() if is_adapter(key)}
+        _unload(model, merged=False)
+        quantized.dequantize(model)
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, model, NAME)
+        model.load_state_dict(adapters, strict=False)
+    _unload(model, merged=True)
+    return model
+
+
+def _check_names(model: PreTrainedModel, lora: Lora) -> None:
+    names = [name for name, _ in model.named_modules()]
+    given = [*([] if lora.targets == "all-linear" else lora.targets), *lora.exclude]
+    unknown = [target for target in given if not any(name == target or name.endswith(f".{target}") for name in names)]
+    if unknown:
+        leaves = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise InputError(f"model.lora names {unknown}, but there is no such module. The linear ones are {leaves}.")
+    if model.config.get_text_config().tie_word_embeddings and lora.targets != "all-linear":
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        tied = [name for name, module in model.named_modules() if module in ends]
+        if wrong := [t for t in lora.targets if any(name == t or name.endswith(f".{t}") for name in tied)]:
+            raise InputError(
+                f"model.lora.targets has {wrong}, but embeddings and head are tied in this model: merging an adapter "
+                "into one would change the other. Leave it out, or train the matrix itself: model.trained=['*embed*']."
+            )
+
+
+def _unload(model: PreTrainedModel, merged: bool) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in layers:
+        if merged:
+            with warnings.catch_warnings():  # none of ours: merging in float32 is exact to rounding
+                layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config

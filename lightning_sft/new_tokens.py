@@ -1,0 +1,92 @@
+"""New special tokens: ids for them in the tokenizer, rows for them in the embeddings and in the head."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_sft.types import InputError
+
+
+def resize(model: PreTrainedModel, ids: Sequence[int], num_known: int) -> None:
+    """Rows for new tokens, each the mean of those that the model was trained with (Hewitt 2021).
+
+    The matrices only grow when they have no spare rows left; spare ones, which no token had, begin at the mean too.
+
+    Args:
+        model: The model.
+        ids: Token ids; what is below ``num_known`` has a row already.
+        num_known: Size of the tokenizer before the tokens were added.
+    """
+    size = max(ids, default=-1) + 1
+    if size > _matrices(model)[0].weight.shape[0]:
+        model.resize_token_embeddings(size, mean_resizing=False)
+    new = [i for i in ids if i >= num_known]
+    with torch.no_grad():
+        for module in _matrices(model):
+            for values in (module.weight, getattr(module, "bias", None)):
+                if values is not None:
+                    values[new] = values[:num_known].mean(0, dtype=torch.float64).to(values.dtype)
+
+
+def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Make the rows of these tokens parameters of their own, ``new_rows``; their matrices stay as they are.
+
+    So no gradient or optimiser state of the size of the vocabulary is needed, and no other row decays.
+
+    Raises:
+        InputError: When the model does more with a row than to look it up and scale it.
+    """
+    rows: dict[int, nn.Parameter] = {}
+    indices = torch.tensor(sorted(ids))
+    for module in _matrices(model, tied=True):
+        weight, here = module.weight, indices.to(module.weight.device)
+        if id(weight) not in rows:
+            rows[id(weight)] = nn.Parameter(weight.detach()[here].clone())
+        module.register_parameter("new_rows", rows[id(weight)])
+        module.register_buffer("new_ids", here, persistent=False)
+        before = None if module is model.get_output_embeddings() else module(here)
+        module._of_new_rows = module.register_forward_hook(_in_head if before is None else _in_embedding)
+        if before is not None and not torch.equal(module(here), before):
+            raise InputError(
+                f"The embeddings of {type(model).__name__} ({type(module).__name__}) are more than a table, so rows of "
+                "new tokens cannot be trained apart. Train all of it: model.trained=['*embed*']."
+            )
+
+
+def modules(model: nn.Module) -> dict[str, Any]:
+    """The embeddings, and the head, whose rows of new tokens are trained apart, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "new_rows")}
+
+
+def merge(model: nn.Module) -> None:
+    """Write the rows into their matrices, and leave no trace of them."""
+    for module in modules(model).values():
+        with torch.no_grad():
+            module.weight[module.new_ids] = module.new_rows.to(module.weight.dtype)
+        module._of_new_rows.remove()
+        del module.new_rows, module.new_ids, module._of_new_rows
+
+
+def _matrices(model: PreTrainedModel, tied: bool = False) -> list[Any]:
+    """Embeddings and head; where they are tied only the first, unless asked for both."""
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = getattr(last, "weight", None) is first.weight
+    return [first, last] if tied or not is_tied else [first]
+
+
+def _in_embedding(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    is_new = args[0][..., None] == module.new_ids  # [B, N, new]
+    rows = F.embedding(is_new.long().argmax(-1), module.new_rows) * getattr(module, "embed_scale", 1.0)
+    return torch.where(is_new.any(-1, keepdim=True), rows.to(output.dtype), output)
+
+
+def _in_head(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    bias = None if module.bias is None else module.bias[module.new_ids]
+    logits = F.linear(args[0], module.new_rows.to(args[0].dtype), bias)
+    return output.index_copy(-1, module.new_ids, logits.to(output.dtype))

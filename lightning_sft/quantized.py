@@ -1,0 +1,81 @@
+"""Pretrained weights in 4 or 8 bits, for adapters to be trained on: less memory, and the base is rounded."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+
+from lightning_sft.types import InputError
+
+Bits = Literal["4bit", "8bit"]
+
+_NEEDS = {"4bit": "bitsandbytes", "8bit": "torchao"}
+
+
+def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
+    """How transformers is to quantise linear layers while it loads them; embeddings, head and norms stay as they are.
+
+    4 bits are NF4 of bitsandbytes, with the scales quantised too (Dettmers et al. 2023, QLoRA). 8 bits are int8 of
+    torchao, of the weights alone: LLM.int8 of bitsandbytes quantises activations as well, by what else is in the
+    micro-batch, so the likelihood of a document would depend on its neighbours.
+
+    Args:
+        bits: How many.
+        compute_dtype: Dtype of the products with 4-bit weights.
+
+    Raises:
+        InputError: When the package for it is not installed.
+    """
+    missing = [package for package in (_NEEDS[bits], "accelerate") if find_spec(package) is None]
+    if missing:
+        raise InputError(
+            f"model.quantize={bits} needs {' and '.join(missing)}, which this machine does not have: "
+            "pip install 'lightning-sft[quant]', or leave it out."
+        )
+    if bits == "8bit":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether transformers has quantised it."""
+    return getattr(model, "hf_quantizer", None) is not None
+
+
+def dequantize(model: PreTrainedModel) -> None:
+    """Plain linear layers of the values that the quantised ones stand for, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_packed(module.weight):
+            weight = _values(module.weight)
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
+            plain.weight.data, plain.bias = weight, module.bias
+            model.set_submodule(name, plain)
+    del model.hf_quantizer, model.config.quantization_config  # the marks would forbid saving it
+    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+        vars(model).pop(mark, None)
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether it is a quantised matrix."""
+    return hasattr(weight, "quant_state") or type(weight.data) is not Tensor
+
+
+def _values(weight: Any) -> Tensor:
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        values: Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return values.to(torch.get_default_dtype())
+    whole: Tensor = weight.dequantize()
+    return whole
