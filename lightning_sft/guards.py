@@ -50,13 +50,15 @@ def check_trainer(trainer: Any, stage: str) -> None:
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes; or for answers of a
-            sharded model, whose ranks would have to write equally many tokens.
+        InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes; for answers of a
+            sharded model, whose ranks would have to write equally many tokens; for evaluation with ZeRO-3 outside of fit.
     """
-    if stage == "predict" and trainer.strategy.restore_checkpoint_after_setup:  # as those do that shard
+    shards = trainer.strategy.restore_checkpoint_after_setup  # as those do that shard the model
+    is_zero3 = getattr(trainer.strategy, "zero_stage_3", False)  # with it, DeepSpeed cannot load weights to validate
+    if (stage == "predict" and shards) or (stage in ("validate", "test") and is_zero3):
         raise InputError(
-            f"{type(trainer.strategy).__name__} shards the model, and predict needs it whole. Export the checkpoint "
-            "(lightning-sft export), and predict with model.pretrained=FOLDER on one device or with ddp."
+            f"{type(trainer.strategy).__name__} shards the model, and {stage} needs it whole. Export the checkpoint "
+            f"(lightning-sft export), and {stage} with model.pretrained=FOLDER on one device or with ddp."
         )
     if type(trainer.strategy).__name__ == "FSDPStrategy":
         raise InputError(

@@ -20,8 +20,10 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD
+from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.convert import export_checkpoint
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.strategies import FSDP2Strategy
 from tests.gradients import QUIET, ROWS
@@ -142,11 +144,22 @@ def measured(name: str, out: Path) -> dict[str, bool]:
         "loss": _close(losses, true_losses),
         "gradient norm": _close(norms, true_norms),
         "resume": resumed == losses[4:],
+        "export": _close(logits_of_export(name, out), logits_of_export(reference, out)),
     }
 
 
+def logits_of_export(name: str, out: Path) -> list[float]:
+    """Those of the folder that the case's checkpoint is exported to, in plain transformers."""
+    folder = out / name / "exported"
+    if not folder.exists():
+        export_checkpoint(str(out / name / "step=4.ckpt"), str(folder))
+    logits: list[float] = AutoModelForCausalLM.from_pretrained(folder)(torch.arange(50)[None]).logits.flatten().tolist()
+    return logits
+
+
 def _close(given: list[float], wanted: list[float]) -> bool:
-    return all(abs(a - b) <= TOLERANCE * abs(b) for a, b in zip(given, wanted, strict=True))
+    largest = max(map(abs, wanted))
+    return all(abs(a - b) <= TOLERANCE * largest for a, b in zip(given, wanted, strict=True))
 
 
 def table(out: Path) -> str:

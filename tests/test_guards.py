@@ -48,6 +48,9 @@ def test_answers_of_a_sharded_model_are_refused() -> None:
     guards.check_trainer(trainer, "validate")
     with pytest.raises(InputError, match="Export the checkpoint"):
         guards.check_trainer(trainer, "predict")
+    strategy = SimpleNamespace(restore_checkpoint_after_setup=True, zero_stage_3=True)
+    with pytest.raises(InputError, match="and validate needs it whole"):
+        guards.check_trainer(SimpleNamespace(strategy=strategy, precision="32-true"), "validate")
 
 
 class FSDPStrategy(SingleDeviceStrategy):
