@@ -10,12 +10,13 @@ from typing import Any, cast
 import yaml
 from jsonargparse import Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_sft import __version__
 from lightning_sft.callbacks import PredictionWriter
+from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.checkpoints import hyper_parameters
 from lightning_sft.convert import export_checkpoint
 from lightning_sft.datamodule import SFTDataModule
@@ -38,9 +39,25 @@ class SFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Build the architecture from the checkpoint, where there is one: the pretrained weights are not needed."""
         self._checkpoint_config = None
+        config, self._goes_on = self._own_config, self._get(self.config, "ckpt_path") == "last"
+        if self._goes_on:
+            model = config.get("model.init_args.pretrained", config.get("model.pretrained"))
+            root, own = config.get("trainer.default_root_dir"), config.get("trainer.callbacks")
+            config["ckpt_path"] = find_last(root, own, model, self.subcommand == "fit")
         path = self._get(self.config, "ckpt_path")
         if path and Path(path).exists():
             self._checkpoint_config = hyper_parameters(path).get("hf_config")
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """With checkpoints, an end in good order and a ledger, where the user has none of their own."""
+        return super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
+
+    def _defaults(self, config: Mapping[str, Any]) -> list[Callback]:
+        return default_callbacks(config, self._goes_on) if self.subcommand == "fit" else []
+
+    @property
+    def _own_config(self) -> Namespace:
+        return cast(Namespace, self.config[self.subcommand] if self.subcommand else self.config)
 
     def before_predict(self) -> None:
         """Predictions go to ``predictions.jsonl`` beside the run, unless the user has a writer of their own."""

@@ -72,8 +72,17 @@ def sum_over_ranks(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def place(trainer: Any) -> tuple[int, int]:
-    """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint."""
-    return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint.
+
+    ``overfit_batches`` asks for the same micro-batches in every epoch: those of the first.
+    """
+    epoch = 0 if trainer.overfit_batches else trainer.current_epoch
+    return epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def is_between_steps(trainer: Any) -> bool:
+    """Whether the optimiser step of the micro-batch under way has been taken; asked when it ends."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def gather(trainer: Any, value: Any) -> list[Any]:
@@ -128,6 +137,7 @@ def trainer_on_paper(module: Any, settings: Any) -> SimpleNamespace:
         limit_train_batches=1.0 if limit is None else limit,
         num_devices=_num_devices(settings),
         current_epoch=0,
+        overfit_batches=settings.overfit_batches,
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=done)),
         distributed_sampler_kwargs={"rank": 0, "num_replicas": _num_devices(settings) * int(settings.num_nodes)},
     )

@@ -7,6 +7,7 @@ ranks never talk about data, and a killed run finds its place again.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,6 +82,16 @@ class Plan:
         self._used = min(share, self.num_micro_batches)
         self.num_steps = math.ceil(self._used / accumulate)
         self._constant = math.fsum(np.asarray(weights) * self.draw.rates) / self.num_full_steps if constant else None
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides which examples a step has, and how an epoch's steps are cut; not how ranks share them."""
+        used, everything = self._used * self.num_ranks, self.num_micro_batches * self.num_ranks
+        checksum = zlib.crc32(self._negative_lengths.astype(np.int64).tobytes() + repr(self.draw.counts).encode())
+        sequences = f"{len(self._negative_lengths):,} sequences (checksum {checksum:08x})"
+        return (
+            f"{sequences} in {len(self.packs):,} micro-batches, {used:,} of {everything:,} used, data.seed={self.seed}"
+        )
 
     def micro_batches(self, epoch: int, rank: int) -> list[MicroBatch]:
         """The micro-batches of one rank in one epoch, in order."""

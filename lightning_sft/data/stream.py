@@ -101,7 +101,7 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The last blocks and where they begin: the same on every rank, so that any rank's can be saved."""
-        epoch, _ = self.place()
+        epoch = self._blocks[-1][0] if self._blocks else 0
         blocks = [[block, begin] for number, block, begin in self._blocks if number == epoch]
         return {"shape": asdict(self.shape), "epoch": epoch, "blocks": blocks}
 

@@ -1,0 +1,150 @@
+"""Checkpoints to go on from: whole or not there, the last few of a run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from weakref import proxy
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from lightning_sft.run_folder import (
+    AtomicIO,
+    bytes_of_checkpoint,
+    check_disk,
+    folders_of,
+    hidden,
+    newest,
+    publish,
+    remove,
+    sweep,
+)
+from lightning_sft.trainer_facts import is_between_steps
+from lightning_sft.types import InputError
+
+_NAME = "resume-{epoch}-{step}"
+_PATTERN = "resume-*.ckpt"
+
+
+class SafeCheckpoint(ModelCheckpoint):
+    """Saves where a run can go on: at the end of each epoch, and within one by steps or by time.
+
+    A crash or a full disk never leaves half a checkpoint under the name of a whole one. ``ckpt_path="last"`` is the
+    newest good one in the folder. For the best by a metric, add a ``ModelCheckpoint`` of Lightning.
+
+    Args:
+        dirpath: A folder of this run alone; that of the logger by default.
+        every_n_train_steps: Optimiser steps between two checkpoints; by default only time counts.
+        every_n_minutes: Minutes between two checkpoints; null for steps alone.
+        keep_last: How many are kept.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        every_n_train_steps: int | None = None,
+        every_n_minutes: float | None = 30.0,
+        keep_last: int = 2,
+    ) -> None:
+        if keep_last < 1:
+            raise InputError(f"keep_last must be at least 1, got {keep_last}.")
+        if dirpath is not None and "://" in dirpath:
+            raise InputError(
+                f"SafeCheckpoint writes to a disk, got dirpath={dirpath!r}. Use Lightning's ModelCheckpoint."
+            )
+        super().__init__(dirpath, _NAME, save_top_k=1, enable_version_counter=False)
+        self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_train_steps, every_n_minutes, keep_last
+        self._last_time = 0.0
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the folder, and remove from it what a killed process has left half written."""
+        super().setup(trainer, pl_module, stage)
+        write_whole(trainer)
+        if trainer.is_global_zero and stage == "fit":
+            sweep(self._folder, "*.ckpt*")
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse a folder that holds another run, and a disk without room for a checkpoint."""
+        self._last_time, folder = time.monotonic(), self._folder
+        self._last_global_step_saved = trainer.global_step  # what a run was resumed from need not be written again
+        others = sorted(folder.glob(_PATTERN))
+        if others and (trainer.ckpt_path is None or Path(trainer.ckpt_path).resolve().parent != folder.resolve()):
+            raise InputError(
+                f"{folder} holds the checkpoints of another run, as {others[-1].name}. Go on with that run "
+                "(--ckpt_path last), or give this one a folder of its own (trainer.default_root_dir)."
+            )
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            check_disk(folder, bytes_of_checkpoint(pl_module))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save between two optimiser steps, when it is time."""
+        if is_between_steps(trainer) and self._is_due(trainer):
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing: the end of the epoch follows."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Save at the end of an epoch, and of the training."""
+        self.save(trainer)
+
+    def save(self, trainer: Any) -> None:
+        """Save now, unless it has been done at this step; every process calls it."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._last_time = time.monotonic()
+        if trainer.is_global_zero:
+            resumed_from = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+            by_age = sorted(self._folder.glob(_PATTERN), key=lambda path: path.stat().st_mtime_ns)
+            for path in by_age[: -self.keep_last]:
+                if path.resolve() != resumed_from:
+                    remove(path)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.dirpath))
+
+    def _is_due(self, trainer: Any) -> bool:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            return True
+        is_late = self.every_n_minutes is not None and time.monotonic() - self._last_time >= 60 * self.every_n_minutes
+        return bool(trainer.strategy.broadcast(is_late)) if self.every_n_minutes is not None else False
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        save_whole(trainer, filepath)
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _should_remove_checkpoint(self, trainer: Any, previous: str, current: str) -> bool:
+        return False  # `save` does
+
+    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+        found = newest([str(self.dirpath)] if self.dirpath else folders_of(trainer.default_root_dir))
+        return set() if found is None else {str(found)}
+
+
+def write_whole(trainer: Any) -> None:
+    """Have all checkpoint files of a trainer written whole, also those of Lightning's ModelCheckpoint."""
+    strategy = trainer.strategy
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicIO()
+
+
+def save_whole(trainer: Any, path: str | Path) -> None:
+    """Save a checkpoint under a hidden name, and rename it when all processes have written their part.
+
+    Args:
+        trainer: Every process of it calls this.
+        path: The file, or the folder where the strategy writes one.
+    """
+    path = Path(trainer.strategy.broadcast(str(path)))
+    trainer.save_checkpoint(hidden(path))
+    if trainer.is_global_zero:
+        publish(path)
+    trainer.strategy.barrier("save_whole")

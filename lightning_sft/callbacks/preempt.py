@@ -1,0 +1,97 @@
+"""An end in good order when the machine is taken away: SIGTERM, or the signal that SLURM sends ahead."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole, write_whole
+from lightning_sft.data.loader import EpochLoader
+from lightning_sft.trainer_facts import is_between_steps
+from lightning_sft.types import InputError
+
+EX_TEMPFAIL = 75
+"""Exit code that says: try again. It is what ``sysexits.h`` calls it."""
+
+
+class Preempted(SystemExit):
+    """The training was told to end, has saved where it is, and can go on there."""
+
+    def __init__(self) -> None:
+        super().__init__(EX_TEMPFAIL)
+
+
+class Preempt(Callback):
+    """On a signal, saves a checkpoint after the optimiser step under way, and exits with code 75.
+
+    The signal may reach one process or all. A handler only takes note of it; at the end of each step the processes
+    agree whether one of them has been told. Lightning's own handlers broadcast at once, which can be in the middle of
+    another exchange, so that a run of two processes hangs. During a validation it need not wait for the end.
+
+    Args:
+        signals: Their names. SLURM's ``--signal`` sends what it is told to, as ``USR1``.
+    """
+
+    def __init__(self, signals: Sequence[str] = ("SIGTERM", "SIGUSR1")) -> None:
+        known = signal.Signals.__members__
+        if unknown := [name for name in signals if name not in known]:
+            raise InputError(f"There is no signal {', '.join(unknown)}. Expected names such as SIGTERM or SIGUSR1.")
+        self.signals = [known[name] for name in signals]
+        self.is_told = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take the signals over from Lightning, which gives them back when the fit ends."""
+        self.is_told = False
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take_note) for number in self.signals}
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give the signals back."""
+        before, self._before = self._before, {}
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End here, between two optimiser steps, if a process has been told to."""
+        if is_between_steps(trainer) and self._one_is_told(trainer):
+            self._end(trainer)
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """The same in a validation, where all processes are known to have equally many batches."""
+        known = trainer.world_size == 1 or isinstance(trainer.val_dataloaders, EpochLoader)
+        if known and trainer.state.fn == "fit" and not trainer.sanity_checking and self._one_is_told(trainer):
+            self._end(trainer)
+
+    def _take_note(self, number: int, frame: FrameType | None) -> None:
+        self.is_told = True
+
+    def _one_is_told(self, trainer: Any) -> bool:
+        return bool(trainer.strategy.reduce_boolean_decision(self.is_told, all=False))
+
+    def _end(self, trainer: Any) -> None:
+        path = self._save(trainer)
+        rank_zero_info(f"Told to end at step {trainer.global_step}: saved {path}. --ckpt_path last goes on from there.")
+        raise Preempted
+
+    def _save(self, trainer: Any) -> Path:
+        savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+        safe = [saver for saver in savers if isinstance(saver, SafeCheckpoint)]
+        if safe:
+            safe[0].save(trainer)
+            return Path(safe[0]._last_checkpoint_saved or trainer.ckpt_path)
+        write_whole(trainer)
+        folder = next((saver.dirpath for saver in savers if saver.dirpath), None)
+        path = Path(folder or Path(trainer.default_root_dir, "checkpoints"), f"resume-step={trainer.global_step}.ckpt")
+        save_whole(trainer, path)
+        return path

@@ -1,0 +1,75 @@
+"""What the command line adds to ``fit``, so that a run survives the end of its process, and finds its place again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.ledger import SampleLedger
+from lightning_sft.callbacks.preempt import Preempt
+from lightning_sft.checkpoints import hyper_parameters
+from lightning_sft.run_folder import folders_of, newest
+from lightning_sft.types import InputError
+
+
+def default_callbacks(trainer: Mapping[str, Any], goes_on: bool) -> list[Callback]:
+    """Those that the user has not given: checkpoints, an end in good order, and the ledger.
+
+    Args:
+        trainer: Settings of the trainer.
+        goes_on: Whether the root folder is that of one run, which goes on in it. Else a logger makes one for each.
+    """
+    given = trainer.get("callbacks") or []
+    given = given if isinstance(given, list) else [given]
+    if trainer.get("fast_dev_run") or trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
+        return []
+    root = Path(trainer.get("default_root_dir") or ".")
+    added: list[Callback] = []
+    if not any(isinstance(callback, Preempt) for callback in given):
+        added.append(Preempt())
+    if not any(isinstance(callback, SampleLedger) for callback in given):
+        added.append(SampleLedger(str(root) if goes_on else None))
+    if not any(isinstance(callback, Checkpoint) for callback in given):
+        added.append(SafeCheckpoint(str(root / "checkpoints") if goes_on else None))
+    return added
+
+
+def find_last(root: str | None, callbacks: Any, pretrained: str | None, is_fit: bool) -> str | None:
+    """The newest good checkpoint of a run; ``None`` where a fit has none yet.
+
+    Args:
+        root: The trainer's ``default_root_dir``.
+        callbacks: Of the config: those that save have a ``dirpath``.
+        pretrained: What the run starts from: a checkpoint of another model is not its own.
+        is_fit: Whether a run may begin.
+
+    Raises:
+        InputError: When there is none, or it is of another run.
+    """
+    own = [_dirpath(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    folders = [*(Path(path) for path in own if path), *folders_of(root or ".")]
+    path = newest(folders)
+    if path is None:
+        if not is_fit:
+            raise InputError(f"ckpt_path=last: there is no checkpoint in {', '.join(map(str, folders))}.")
+        rank_zero_info(f"ckpt_path=last: there is no checkpoint below {root or '.'} yet, so the run begins.")
+        return None
+    of = hyper_parameters(path).get("pretrained")
+    if None not in (of, pretrained) and of != pretrained:
+        raise InputError(
+            f"ckpt_path=last is {path}, of a run of model.pretrained={of}, now {pretrained}. Give this run a folder of "
+            "its own (trainer.default_root_dir), or name the checkpoint."
+        )
+    return str(path)
+
+
+def _dirpath(callback: Any) -> str | None:
+    settings = getattr(callback, "init_args", None)
+    found = None if settings is None else settings.get("dirpath")
+    return str(found) if found else None

@@ -1,0 +1,126 @@
+"""The checkpoints of a run on disk: written whole or not at all, and the newest good one found."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from lightning_sft.checkpoints import facts
+from lightning_sft.types import InputError
+
+_PARTIAL = ".partial"
+
+
+def hidden(path: str | Path) -> Path:
+    """The name beside ``path`` under which it is written, before :func:`publish`."""
+    return Path(path).with_name(f".{Path(path).name}{_PARTIAL}")
+
+
+def publish(path: str | Path) -> None:
+    """Move what was written to :func:`hidden` to its own name in one go, when all of it is on the disk.
+
+    A process that is killed, or a disk that is full, leaves nothing under ``path``, or what was there before.
+
+    Args:
+        path: A file or a folder.
+    """
+    path, partial = Path(path), hidden(path)
+    for written in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
+        _sync(written)
+    if path.is_dir():  # a folder cannot take the place of another
+        remove(path)
+    partial.replace(path)
+    _sync(path.parent)
+
+
+class AtomicIO(TorchCheckpointIO):
+    """Writes checkpoints whole. Lightning's own way goes by the folder for temporary files, often of another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write it under another name, to the disk, and rename it."""
+        if "://" in str(path) or storage_options is not None:  # not a disk: left to Lightning
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with hidden(path).open("wb") as file:
+                torch.save(checkpoint, file)
+            publish(path)
+        except (OSError, RuntimeError) as error:  # torch.save has errors of its own for a full disk
+            remove(hidden(path))
+            raise InputError(
+                f"The checkpoint {path} cannot be written: {error}. Those before it are intact."
+            ) from error
+
+
+def newest(folders: Iterable[str | Path]) -> Path | None:
+    """The newest checkpoint from which a run can go on; those that were cut short are passed over with a warning.
+
+    Args:
+        folders: Where to look; they need not exist.
+    """
+    found = [path for folder in folders for path in Path(folder).glob("*.ckpt")]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            saved = facts(path)
+        except InputError as error:
+            warnings.warn(f"{path} is passed over: {error}", stacklevel=2)
+            continue
+        if "callbacks" in saved:  # else it is of the weights alone
+            return path
+    return None
+
+
+def folders_of(root: str | Path) -> list[Path]:
+    """Where a run writes checkpoints: below ``checkpoints``, or where loggers of Lightning make it write them."""
+    root = Path(root)
+    return [root / "checkpoints", *sorted(root.glob("*/*/checkpoints"))]
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; a folder that is removed only half is under a hidden name by then."""
+    if path.is_dir() and not path.is_symlink():
+        gone = path if path.name.endswith(_PARTIAL) else path.rename(path.with_name(f".{path.name}.removed{_PARTIAL}"))
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, pattern: str) -> None:
+    """Remove what a process that was killed has left half written."""
+    for path in folder.glob(f".{pattern}{_PARTIAL}"):
+        remove(path)
+
+
+def bytes_of_checkpoint(module: torch.nn.Module) -> int:
+    """At least how large a checkpoint is: what is trained, and two float32 values of the optimiser for each number."""
+    return sum(p.numel() * (p.element_size() + 8) for p in module.parameters() if p.requires_grad)
+
+
+def check_disk(folder: Path, size: int) -> None:
+    """Refuse a disk on which a checkpoint has no room.
+
+    Raises:
+        InputError: When there is less room than ``size`` bytes.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise InputError(
+            f"A checkpoint needs about {size / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB left. Make room, or "
+            "set trainer.default_root_dir to a folder on a larger disk."
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
