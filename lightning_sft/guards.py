@@ -51,7 +51,7 @@ def check_trainer(trainer: Any, stage: str) -> None:
 
     Raises:
         InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes; for answers of a
-            sharded model, whose ranks would have to write equally many tokens; for evaluation with ZeRO-3 outside of fit.
+            sharded model, whose ranks would have to write equally many tokens; for validation with ZeRO-3 out of fit.
     """
     shards = trainer.strategy.restore_checkpoint_after_setup  # as those do that shard the model
     is_zero3 = getattr(trainer.strategy, "zero_stage_3", False)  # with it, DeepSpeed cannot load weights to validate
