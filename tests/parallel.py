@@ -39,12 +39,14 @@ class Case:
     """A strategy: its processes, micro-batches a step and an epoch, and how to name it to the trainer."""
 
     title: str
-    processes: int
-    accumulate: int
-    limit: int  # 30 micro-batches in all, so that the epoch's last step is short; DeepSpeed has no such steps
-    data_parallel: int
-    tensor_parallel: int = 1
+    processes: int = 2
+    accumulate: int = 2
+    limit: int = 15  # 30 micro-batches in all, so that the epoch's last step is short; DeepSpeed has no such steps
+    sizes: tuple[int, int] = (2, 1)  # data-parallel, tensor-parallel
     stage: int = 0
+    layout: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    reference: str = "single"
 
     @property
     def strategy(self) -> Any:
@@ -54,7 +56,7 @@ class Case:
             return DeepSpeedOnCPU(self.stage)
         if self.title.startswith("`ddp"):
             return "ddp"
-        return FSDP2Strategy(self.data_parallel, self.tensor_parallel) if self.processes > 1 else "auto"
+        return FSDP2Strategy(*self.sizes, **self.layout) if self.processes > 1 else "auto"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -65,16 +67,27 @@ class Case:
         }
 
 
+LORA: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.0}}
 CASES = {
-    "single": Case("single device", 1, 4, 30, 1),
-    "single_whole": Case("single device", 1, 4, 28, 1),
-    "ddp": Case("`ddp`", 2, 2, 15, 2),
-    "fsdp2": Case("`fsdp2`", 2, 2, 15, 2),
-    "tensor": Case("`fsdp2`, `tensor_parallel_size: 2`", 2, 4, 30, 1, 2),
-    "both": Case("the same on 2 × 2", 4, 2, 15, 2, 2),
-    **{f"deepspeed{n}": Case(f"`deepspeed_stage_{n}`", 2, 2, 14, 2, stage=n) for n in (1, 2, 3)},
+    "single": Case("single device", 1, 4, 30),
+    "single_whole": Case("single device", 1, 4, 28, reference="single_whole"),
+    "single_lora": Case("single device, `model.lora`", 1, 4, 30, model=LORA, reference="single_lora"),
+    "ddp": Case("`ddp`"),
+    "ddp_lora": Case("`ddp`, `model.lora`", model=LORA, reference="single_lora"),
+    "fsdp2": Case("`fsdp2`"),
+    "fsdp2_lora": Case("`fsdp2`, `model.lora`", model=LORA, reference="single_lora"),
+    "checkpointing": Case("`fsdp2`, `model.gradient_checkpointing`", model={"gradient_checkpointing": True}),
+    "offload": Case("`fsdp2`, `cpu_offload`", layout={"cpu_offload": True}),
+    "tensor": Case("`fsdp2`, `tensor_parallel_size: 2`", accumulate=4, limit=30, sizes=(1, 2)),
+    "both": Case("the same on 2 × 2", processes=4, sizes=(2, 2)),
+    **{f"deepspeed{n}": Case(f"`deepspeed_stage_{n}`", limit=14, stage=n, reference="single_whole") for n in (1, 2, 3)},
 }
-LAUNCHES = [["ddp", "fsdp2", "tensor"], ["both"], ["deepspeed1", "deepspeed2", "deepspeed3"]]
+ALONE = ["single", "single_whole", "single_lora"]
+LAUNCHES = [
+    ["ddp", "ddp_lora", "fsdp2", "fsdp2_lora", "checkpointing", "offload", "tensor"],
+    ["both"],
+    ["deepspeed1", "deepspeed2", "deepspeed3"],
+]
 
 
 @dataclass
@@ -106,7 +119,7 @@ def steps(pretrained: str, case: Case, ckpt_path: Any = None, callbacks: Any = (
     """Clipped steps of SGD with momentum, which a wrong factor of one gradient would change for good."""
     curve = Curve()
     optimizer = partial(SGD, lr=0.1, momentum=0.9)
-    module = SFTModule(pretrained, optimizer=optimizer, schedule="constant", warmup=0.0)
+    module = SFTModule(pretrained, optimizer=optimizer, schedule="constant", warmup=0.0, **case.model)
     common: dict[str, Any] = {"max_steps": 10, "max_epochs": -1, "gradient_clip_val": 0.5, "strategy": case.strategy}
     trainer = Trainer(
         accelerator="cpu", callbacks=[curve, *callbacks], **{**QUIET, **common, **case.settings, **settings}
@@ -116,11 +129,10 @@ def steps(pretrained: str, case: Case, ckpt_path: Any = None, callbacks: Any = (
 
 
 def run(pretrained: str, name: str, out: Path) -> None:
-    """Ten steps; six with a checkpoint after the fourth; and from there on to the tenth."""
+    """Ten steps, with a checkpoint after the fourth, and again from there on."""
     case, ckpt = CASES[name], out / name / "step=4.ckpt"
-    done = steps(pretrained, case)
     saver = partial(ModelCheckpoint, ckpt.parent, filename="{step}", every_n_train_steps=4, save_top_k=-1)
-    steps(pretrained, case, max_steps=6, enable_checkpointing=True, callbacks=[saver()])
+    done = steps(pretrained, case, enable_checkpointing=True, callbacks=[saver()])
     resumed = steps(pretrained, case, ckpt_path=ckpt, enable_checkpointing=True, callbacks=[saver()])
     if int(os.environ.get("RANK", "0")) == 0:
         (out / f"{name}.json").write_text(json.dumps([done.losses, done.norms, resumed.losses]))
@@ -137,7 +149,7 @@ def launch(names: list[str], pretrained: str, out: Path) -> None:
 def measured(name: str, out: Path) -> dict[str, bool]:
     """What a case has shown, beside a single device that takes the same data in the same steps."""
     losses, norms, resumed = json.loads((out / f"{name}.json").read_text())
-    reference = "single_whole" if CASES[name].stage else "single"
+    reference = CASES[name].reference
     true_losses, true_norms, _ = json.loads((out / f"{reference}.json").read_text())
     assert len(losses) == len(norms) == len(true_losses) == 10
     return {
@@ -180,7 +192,7 @@ def write_page(text: str, new: str) -> str:
 
 def run_all(pretrained: str, out: Path, launches: list[list[str]]) -> None:
     """All cases; those of a single process here."""
-    for name in ("single", "single_whole"):
+    for name in ALONE:
         run(pretrained, name, out)
     for names in launches:
         launch(names, pretrained, out)

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft.strategies import FSDP2Strategy, layout
-from tests.parallel import CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
+from tests.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
 
 WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 NAMES = [name for names in LAUNCHES for name in names if WITH_DEEPSPEED or not CASES[name].stage]
@@ -23,7 +23,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["single", *NAMES])
+@pytest.mark.parametrize("name", [*ALONE, *NAMES])
 def test_ten_steps_are_those_of_one_device_and_a_resumed_run_repeats_them(out: Path, name: str) -> None:
     """Loss and gradient norm to 1e-5, with accumulation, clipping and a short window; the resumed losses bit by bit."""
     assert all(measured(name, out).values()), measured(name, out)
