@@ -35,7 +35,7 @@ def choose(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]
                 raise InputError(f"model.trained has {pattern!r}, but {packed[0]} is quantised and cannot be trained.")
             if all(parameters[name].requires_grad is trains for name in found):
                 raise InputError(
-                    f"model.{setting} has {pattern!r}, but {found[0]} and all others of that name are {setting} already. "
+                    f"model.{setting} has {pattern!r}, but {found[0]} and all others like it are {setting} already. "
                     "Leave it out; to train nothing else, set model.frozen=['*'] and model.trained."
                 )
             for name in found:

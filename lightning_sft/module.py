@@ -16,17 +16,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
+from lightning_sft.adapters import Lora
 from lightning_sft.generation import answers
 from lightning_sft.guards import check_trainer, check_windows, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import CorpusLikelihood, figures_by_part, sums_by_part
+from lightning_sft.neftune import add_noise
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.probes import probe
+from lightning_sft.quantized import Bits, keep_out_of_broadcasts
+from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
 from lightning_sft.run_facts import FACTS, run_facts
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import Sharding, clip_gradients, layers
 from lightning_sft.strategies import layout
-from lightning_sft.trainer_facts import divisors, sum_over_ranks, total_steps
+from lightning_sft.trainer_facts import data_parallel, divisors, sum_over_ranks, total_steps
+from lightning_sft.tuning import Tuning
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 from lightning_sft.zero import gathered, loading_config
 
@@ -45,6 +50,12 @@ class SFTModule(LightningModule):
         attn_implementation: Attention of transformers, as ``sdpa``; its own choice by default.
         chunk_size: Targets whose logits are in memory at a time.
         max_new_tokens: Most tokens that ``predict`` generates for a prompt.
+        lora: Adapters to train instead of the model, see :class:`~lightning_sft.adapters.Lora`.
+        quantize: Bits of the pretrained weights under adapters: ``4bit`` or ``8bit``.
+        new_tokens: Special tokens to add to the tokenizer and the model.
+        frozen: Patterns of parameters' names that are not trained, as ``*.layers.0.*``.
+        trained: Patterns of those that are trained all the same, also beside adapters.
+        neftune_alpha: Noise on embeddings in training, see :mod:`lightning_sft.neftune`.
         hf_config: Architecture of a model whose weights a checkpoint brings: the pretrained ones are then not read.
 
     >>> import tempfile
@@ -69,6 +80,12 @@ class SFTModule(LightningModule):
         attn_implementation: str | None = None,
         chunk_size: int = 256,
         max_new_tokens: int = 256,
+        lora: Lora | None = None,
+        quantize: Bits | None = None,
+        new_tokens: list[str] | None = None,
+        frozen: list[str] | None = None,
+        trained: list[str] | None = None,
+        neftune_alpha: float | None = None,
         hf_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -77,24 +94,29 @@ class SFTModule(LightningModule):
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.compile_layers, self.hf_config = compile_layers, hf_config
+        self.new_tokens, self.neftune_alpha = new_tokens or [], neftune_alpha
+        self.tuning = Tuning(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
+        self.hparams.update(self.tuning.hyper_parameters())
+        self.strict_loading = lora is None  # a checkpoint has adapters without their base; on_load_checkpoint checks it
         self.scorer: Scorer | None = None
         self.val_metric, self.test_metric = CorpusLikelihood(), CorpusLikelihood()
+        self._seed: int | None = None  # of dropout; that of the checkpoint, where there is one
+        self._asked: list[dict[str, Any]] | None = None  # the optimiser's settings, before a checkpoint brings its own
         self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
         self._not_finite: list[tuple[Batch, LogLikelihood]] = []  # those of an evaluation whose loss is no number
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
         check_trainer(self.trainer, stage)
+        self._seed, self._asked = None, None
 
     def configure_model(self) -> None:
         """Load the model once, and measure on it what differs between architectures."""
         if self.scorer is not None:
             return
         self._zero3 = loading_config(self.trainer.strategy if self._trainer else None)
-        if self.hf_config is None:
-            model = loading.load_model(self.pretrained, self.attn_implementation)
-        else:
-            model = loading.model_from_config(self.hf_config, self.attn_implementation)
+        trainer = self.trainer if self._trainer else None
+        model = self.tuning.load(self.pretrained, self.hf_config, self.attn_implementation, trainer)
         if self._trainer is not None and model.device.type == "cpu" and "bf16" in str(self.trainer.precision):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
@@ -107,12 +129,24 @@ class SFTModule(LightningModule):
             for layer in layers(model):
                 layer.compile(dynamic=True)
         self.scorer = Scorer(model, findings, self.chunk_size)
+        keep_out_of_broadcasts(self)
+        if self.neftune_alpha:
+            add_noise(self.scorer, model, self.neftune_alpha)
         if self.device_mesh is not None:
             Sharding(self.device_mesh, *layout(self.trainer.strategy)).apply(self.scorer, model)
 
     def on_train_start(self) -> None:
-        """Refuse epochs that the strategy would not end."""
+        """Refuse epochs that the strategy would not end; settings given now win over those of a checkpoint."""
         check_windows(self.trainer)
+        self._window = []  # an earlier fit may have been interrupted inside a step
+        if self._asked is not None:
+            retune(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self._asked)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make what the micro-batch draws, as dropout does, a function of its place: a resumed run draws the same."""
+        if self._seed is None:
+            self._seed = seed_of(self.trainer)
+        seed_micro_batch(self._seed, self.trainer.current_epoch, batch_idx, data_parallel(self.trainer)[0])
 
     @property
     def model(self) -> PreTrainedModel | None:
@@ -144,9 +178,7 @@ class SFTModule(LightningModule):
             if self.normalize != "token":
                 raise InputError(f"model.normalize={self.normalize} needs batches of SFTDataModule, which plans ahead.")
             if self.trainer.strategy.handles_gradient_accumulation:
-                raise InputError(
-                    "DeepSpeed needs batches of SFTDataModule: its gradients cannot be normalised late."
-                )
+                raise InputError("DeepSpeed needs batches of SFTDataModule: its gradients cannot be normalised late.")
             return -likelihood.total * accumulate
         return -likelihood.total * (accumulate * num_ranks / batch.normalizer)
 
@@ -205,8 +237,16 @@ class SFTModule(LightningModule):
         return answers(self.model, batch, self.max_new_tokens)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what a model card says of the run."""
+        """Note where the run is, and what a model card says of it; of a model with adapters, keep these alone."""
+        self.tuning.shrink(checkpoint, self)
         checkpoint[FACTS] = run_facts(self.trainer)
+        checkpoint[PLACE] = note(self.trainer, seed_of(self.trainer) if self._seed is None else self._seed)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on between two steps, wherever the run was when it was saved; refuse what is of another model."""
+        self.tuning.complete(checkpoint, self)
+        if self._trainer is not None and self.trainer.training:
+            self._seed = restore(self.trainer, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with norms and biases undecayed, and the schedule over all planned steps."""
@@ -214,6 +254,7 @@ class SFTModule(LightningModule):
         # Lightning refuses to clip where a fused optimiser would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
+        self._asked = settings_of(optimizer)
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -53,6 +53,17 @@ def is_quantized(model: PreTrainedModel) -> bool:
     return getattr(model, "hf_quantizer", None) is not None
 
 
+def keep_out_of_broadcasts(module: nn.Module) -> None:
+    """Quantised matrices are the same on all ranks, and DDP, which sends those of rank 0 to all, cannot handle them.
+
+    Args:
+        module: What DDP is going to wrap.
+    """
+    packed = [name for name, parameter in module.named_parameters() if is_packed(parameter)]
+    if packed:
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, packed)
+
+
 def dequantize(model: PreTrainedModel) -> None:
     """Plain linear layers of the values that the quantised ones stand for, in place."""
     for name, module in list(model.named_modules()):

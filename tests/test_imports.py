@@ -12,20 +12,23 @@ import lightning_sft
 ROOT = Path(lightning_sft.__file__).parent
 FLOORS = [
     {"types", "data.strict_json"},
-    {"checkpoints", "model_card"}
+    {"checkpoints", "model_card", "gguf_file"}
     | {f"data.{name}" for name in ("files", "formats", "turns", "marks", "account", "examples", "draw", "workers")},
     {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes", "sharding", "zero"}
     | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")}
-    | {"data.overflow", "data.unpack"},
-    {"pretrained", "export", "data.encode", "data.loader", "data.pieces", "data.mixture"},
-    {"scorer", "generation", "optimizers", "strategies", "demo_model", "run_facts", "parity"}
-    | {"data.walk", "data.chunks"},
-    {"module", "callbacks.predictions", "data.cache", "data.interleave", "data.blocks"},
-    {"data.dataset", "data.stream", "convert"},
-    {"data.planned", "data.audit", "callbacks.hf_export"},
-    {"data.report"},
+    | {"data.overflow", "data.unpack", "neftune", "new_tokens", "quantized", "adapter_checkpoints"},
+    {"pretrained", "export", "first_rank", "resume", "data.encode", "data.loader", "data.pieces", "data.mixture"}
+    | {"adapters", "freezing"},
+    {"scorer", "generation", "optimizers", "strategies", "demo_model", "run_facts", "parity", "run_folder"}
+    | {"data.walk", "data.chunks", "tuning", "adapter_folder"},
+    {"module", "data.cache", "data.interleave", "data.blocks"}
+    | {f"callbacks.{name}" for name in ("predictions", "checkpoint", "ledger")},
+    {"data.dataset", "data.stream", "restore", "callbacks.preempt"},
+    {"data.planned", "data.audit", "convert", "callbacks.survival"},
+    {"data.report", "callbacks.hf_export"},
     {"datamodule", "show_text", "show_html"},
     {"callbacks", "show"},
+    {"replay"},
     {"main"},
     {"__main__"},
 ]
@@ -43,7 +46,8 @@ TRANSFORMERS = {
     "data.loader",
 }
 TRANSFORMERS |= {"module", "scorer", "datamodule", "data.pieces"}  # for the types of what they hold
-TRANSFORMERS |= {"parity", "convert"}
+TRANSFORMERS |= {"parity", "restore", "convert", "callbacks.hf_export"}
+TRANSFORMERS |= {"adapters", "adapter_folder", "freezing", "new_tokens", "quantized", "neftune", "tuning"}
 LAZY = {"peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -1,0 +1,57 @@
+"""Six steps of adapters under each strategy, and the last three again from a checkpoint; run under torchrun too."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_sft.adapters import Lora
+from tests.parallel import ROOT, Case, Curve, steps
+
+LORA = {"lora": Lora(r=4, alpha=64), "new_tokens": ["<|a|>"], "trained": ["*norm*"]}
+CASES = {
+    "single": Case("single device", 1, 4, 30, model=LORA),
+    "ddp": Case("`ddp`", model=LORA),
+    "distributed": Case("`fsdp2`", model=LORA),
+    "one_file": Case("`fsdp2`", layout={"save_distributed_checkpoint": False}, model=LORA),
+    "deepspeed": Case("`deepspeed_stage_2`", limit=14, stage=2, model=LORA),
+    **{f"ddp_{bits}": Case("`ddp`", model={**LORA, "quantize": bits}) for bits in ("4bit", "8bit")},
+    **{
+        f"single_{bits}": Case("single device", 1, 4, 30, model={**LORA, "quantize": bits}) for bits in ("4bit", "8bit")
+    },
+}
+
+
+def run(pretrained: str, name: str, out: Path) -> None:
+    """Losses and norms of all steps, the losses of the resumed ones, and the size of the checkpoint."""
+    case, ckpt = CASES[name], out / name / "step=3.ckpt"
+
+    def fit(**more: Any) -> Curve:
+        saver = ModelCheckpoint(ckpt.parent, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        return steps(pretrained, case, callbacks=[saver], enable_checkpointing=True, max_steps=6, **more)
+
+    done, resumed = fit(), fit(ckpt_path=ckpt)
+    if int(os.environ.get("RANK", "0")) == 0:
+        files = [ckpt] if ckpt.is_file() else [path for path in ckpt.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files)
+        (out / f"{name}.json").write_text(json.dumps([done.losses, done.norms, resumed.losses, size]))
+
+
+def launch(names: list[str], pretrained: str, out: Path) -> None:
+    """Run cases one after the other in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    arguments = ["tests.adapting", pretrained, str(out), *names]
+    subprocess.run([*command, *arguments], check=True, env=environment, cwd=ROOT)
+
+
+if __name__ == "__main__":
+    given, where, *chosen = sys.argv[1:]
+    for one in chosen:
+        run(given, one, Path(where))

@@ -1,0 +1,55 @@
+"""Adapters alone are read by plain peft, with equal logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from lightning_sft.adapter_folder import save_adapter
+from lightning_sft.adapters import Lora
+from lightning_sft.demos import tiny_pretrained
+from lightning_sft.types import InputError
+from tests.test_adapters import lora_module
+
+# peft 0.21 asks for a property of models that transformers 5.24 has renamed
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+IDS = torch.randint(250, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora": Lora(r=4, dora=True)},
+        {"lora": Lora(r=4, rslora=True, targets=["q_proj"])},
+        {"new_tokens": [f"<|{i}|>" for i in range(8)]},
+    ],
+    ids=["lora", "dora", "rslora", "new_tokens"],
+)
+def test_plain_peft_reads_them_with_equal_logits(tmp_path: Path, tied: bool, settings: dict[str, Any]) -> None:
+    pretrained = tiny_pretrained(tmp_path / "base", tie_word_embeddings=tied)
+    model = lora_module(pretrained, **settings).model
+    save_adapter(model, tmp_path / "adapter", pretrained)
+    base = AutoModelForCausalLM.from_pretrained(pretrained)
+    ids = IDS.clone()
+    if "new_tokens" in settings:
+        base.resize_token_embeddings(model.config.vocab_size)
+        ids[0, :3] = torch.tensor([259, 266, 261])
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 60_000
+
+
+def test_what_peft_could_not_hold_is_refused(tmp_path: Path, pretrained: str) -> None:
+    with pytest.raises(InputError, match=r"norm\.weight and 4 more parameters were trained"):
+        save_adapter(lora_module(pretrained, trained=["*norm*"]).model, tmp_path, pretrained)
+    with pytest.raises(InputError, match="has no adapters"):
+        save_adapter(AutoModelForCausalLM.from_pretrained(pretrained), tmp_path, pretrained)
