@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import is_dataclass
@@ -88,6 +89,7 @@ def weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _distributed_weights(path: Path) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -101,9 +103,12 @@ def _distributed_weights(path: Path) -> dict[str, Tensor]:
         if name.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
     }
     try:
-        load(tensors, storage_reader=reader, no_dist=True)  # nothing but these is read, and by this process alone
-    except Exception as error:  # of the disk, of torch.load; torch wraps them in an exception of its own
-        raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(error)}") from error
+        with warnings.catch_warnings():  # that one process loads alone, as it should
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(tensors, storage_reader=reader, no_dist=True)  # nothing but these is read
+    except CheckpointException as error:
+        cause, _ = error.failures[0]
+        raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(cause)}") from error
     return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 

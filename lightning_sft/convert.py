@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,11 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft import checkpoints, parity
+from lightning_sft.adapters import has_adapters, merge
 from lightning_sft.data.mixture import as_mixture
 from lightning_sft.export import check_is_free, whole_folder, widest_dtype, write
+from lightning_sft.gguf_file import GGUFType, write_gguf
 from lightning_sft.model_card import model_card
-from lightning_sft.module import SFTModule
-from lightning_sft.pretrained import load_exported, load_generation_config, load_tokenizer
+from lightning_sft.pretrained import load_exported, load_generation_config, load_model, load_tokenizer
+from lightning_sft.restore import cast_weights, restored, tokenizer_of
 from lightning_sft.run_facts import FACTS, validation_data
 from lightning_sft.types import Conversation, Example, InputError
 
@@ -36,11 +37,19 @@ class Settings:
         dtype: Of the weights; that of the trained ones by default.
         max_shard_size: Of a file of weights, as ``5GB``.
         max_kl: Largest mean KL(trained ‖ exported), in nats a token; by default 1e-6, or 1e-2 where 16 bits come in.
+        gguf_converter: llama.cpp's, which then writes a GGUF file too, see :mod:`lightning_sft.gguf_file`.
+        gguf_type: How the GGUF file stores weights.
     """
 
     dtype: Dtype | None = None
     max_shard_size: str = "5GB"
     max_kl: float | None = None
+    gguf_converter: str | None = None
+    gguf_type: GGUFType = "f16"
+
+    def most(self, in_16_bits: bool) -> float:
+        """The largest mean KL that passes, where 16 bits come in or not."""
+        return self.max_kl if self.max_kl is not None else _ROUNDED if in_16_bits else _EXACT
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ def export_checkpoint(
     max_shard_size: str = "5GB",
     rows: str | None = None,
     max_kl: float | None = None,
+    gguf_converter: str | None = None,
+    gguf_type: GGUFType = "f16",
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder that plain transformers loads, and compare it with what was trained.
 
@@ -75,17 +86,25 @@ def export_checkpoint(
         max_shard_size: Of a file of weights.
         rows: Rows to compare on; by default the first ones of the run's validation data, where it can be read.
         max_kl: Largest mean KL(trained || exported) in nats a token; by default 1e-6, or 1e-2 where 16 bits come in.
+        gguf_converter: convert_hf_to_gguf.py of llama.cpp, to write a GGUF file too, and compare it.
+        gguf_type: How the GGUF file stores weights.
 
     Raises:
         InputError: When the checkpoint cannot be read, or the folder does not pass; it then is kept as ``OUT.failed``.
     """
     checkpoints.kind_of(ckpt)
     check_is_free(Path(out))
+    found = rows_to_compare(checkpoints.facts(ckpt).get(FACTS, {}), rows)
+    return from_checkpoint(ckpt, Path(out), found, Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type))
+
+
+def from_checkpoint(
+    ckpt: str, out: Path, rows: tuple[str, Sequence[Conversation]], settings: Settings, replace: bool = False
+) -> Path:
+    """The same, see :func:`convert`, of a checkpoint on disk."""
     found = checkpoints.facts(ckpt)
-    name, conversations = rows_to_compare(found.get(FACTS, {}), rows)
-    settings = Settings(dtype, max_shard_size, max_kl)
     whole = found | {"state_dict": checkpoints.weights(ckpt)}
-    return convert(whole, tokenizer_of(found), Path(out), (name, conversations), settings)
+    return convert(whole, tokenizer_of(found), out, rows, settings, replace=replace)
 
 
 def convert(
@@ -117,15 +136,16 @@ def convert(
     target = getattr(torch, settings.dtype) if settings.dtype else dtype
     is_rounded = torch.promote_types(dtype, target) != target
     in_16_bits = is_rounded or dtype in _HALVES or (live is not None and live.in_16_bits)
-    most = settings.max_kl if settings.max_kl is not None else (_ROUNDED if in_16_bits else _EXACT)
-    report = parity.Report(rows[0], most, dtype=_name(target), rounded_from=_name(dtype) if is_rounded else None)
+    report = parity.Report(rows[0], settings.most(in_16_bits), dtype=_name(target))
+    report.rounded_from = _name(dtype) if is_rounded else None
     examples = parity.sequences(rows[1], tokenizer)
     trained = _in_float32(model, examples)
     report.targets = len(trained)
     if live is not None:
         report.live = _mean_difference(trained, live)
-    if (merged := _merged(model)) is not model:
-        model = merged
+    if has_adapters(model):
+        cast_weights(model, dtype)  # adapters may be finer than their base
+        merge(model)
         report.models.append(parity.agreement("merged", trained, _in_float32(model, examples)))
     cast_weights(model, target)
     with whole_folder(out, replace) as folder:
@@ -135,6 +155,11 @@ def convert(
         report.unequal_weights = parity.unequal_weights(model, reloaded)
         report.unequal_ids = parity.unequal_ids(rows[1], tokenizer, load_tokenizer(str(folder)))
         report.models.append(parity.agreement("reloaded", trained, _in_float32(reloaded, examples)))
+        if settings.gguf_converter is not None:
+            del reloaded
+            file = load_model(str(write_gguf(folder, settings.gguf_converter, settings.gguf_type)))
+            report.most = settings.most(in_16_bits or settings.gguf_type != "f32")
+            report.models.append(parity.agreement(f"GGUF, {settings.gguf_type}", trained, _in_float32(file, examples)))
         found = report.as_json()
         (folder / "parity.json").write_text(json.dumps(found, indent=2, ensure_ascii=False), encoding="utf-8")
         (folder / "README.md").write_text(model_card(out.name, own, checkpoint.get(FACTS, {}), found), encoding="utf-8")
@@ -142,44 +167,6 @@ def convert(
         if report.failures:
             raise _failed(folder, out, report)
     return out
-
-
-def restored(checkpoint: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of a checkpoint on the CPU, its weights in the dtype that they have there.
-
-    Raises:
-        InputError: When the checkpoint is not of :class:`SFTModule`, or its weights are of another architecture.
-    """
-    known = inspect.signature(SFTModule.__init__).parameters
-    own = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name in known}
-    if not own.get("hf_config"):
-        raise InputError("The checkpoint does not say which model it is of (hf_config); SFTModule did not write it.")
-    module = SFTModule(**own)
-    module.configure_model()
-    module.on_load_checkpoint(dict(checkpoint))
-    try:
-        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading, assign=True)
-    except RuntimeError as error:
-        raise InputError(f"The weights of the checkpoint are not those of its model: {error}") from error
-    assert module.model is not None
-    module.model.tie_weights()  # a checkpoint may hold both ends of a tie, each by itself
-    return module.model
-
-
-def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast what is saved of a model, in place; tables that are computed, as of rotary positions, stay as they are."""
-    for tensor in model.state_dict(keep_vars=True).values():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-
-
-def tokenizer_of(facts: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, with the chat template that it was trained with."""
-    states = (state for state in facts.values() if isinstance(state, dict) and "chat_template" in state)
-    data: dict[str, Any] = next(states, {})  # under the name of the data module's class, which may be the user's own
-    tokenizer = load_tokenizer(data.get("tokenizer") or facts["hyper_parameters"]["pretrained"])
-    tokenizer.chat_template = data.get("chat_template") or tokenizer.chat_template
-    return tokenizer
 
 
 def rows_to_compare(facts: Mapping[str, Any], rows: str | None = None) -> tuple[str, Sequence[Conversation]]:
@@ -217,10 +204,6 @@ def _in_float32(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
     finally:
         for tensor, data in zip(tensors, stored, strict=True):
             tensor.data = data
-
-
-def _merged(model: PreTrainedModel) -> PreTrainedModel:
-    return model
 
 
 def _mean_difference(trained: Tensor, live: Live) -> float:

@@ -17,6 +17,13 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_pretrained(tmp_path_factory.mktemp("pretrained") / "llama")
 
 
+@pytest.fixture(scope="session")
+def pretrained_for_two(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny Llama with tied embeddings, and heads that two tensor-parallel ranks can share."""
+    settings = {"num_key_value_heads": 2, "tie_word_embeddings": True}
+    return tiny_pretrained(tmp_path_factory.mktemp("pretrained") / "for_two", **settings)
+
+
 @pytest.fixture
 def rows() -> list[dict[str, str]]:
     return [{"prompt": f"Say {i}", "completion": f"{i} it is"} for i in range(12)]

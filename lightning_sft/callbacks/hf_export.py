@@ -1,0 +1,203 @@
+"""Hugging Face folders out of a run, while it goes on and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft import parity
+from lightning_sft.convert import Dtype, Live, Settings, convert, from_checkpoint, rows_to_compare
+from lightning_sft.data.collate import collate
+from lightning_sft.data.mixture import as_mixture
+from lightning_sft.export import check_is_free
+from lightning_sft.first_rank import FirstRank, whole_state
+from lightning_sft.gguf_file import GGUFType
+from lightning_sft.pretrained import load_tokenizer
+from lightning_sft.run_facts import FACTS, run_facts
+from lightning_sft.strategies import layout
+from lightning_sft.types import Conversation, Example, InputError
+
+
+class HFExport(Callback):
+    """Writes the model as a Hugging Face folder, compared with the one in training: every rank takes part.
+
+    The folder of the end is called ``final``, others ``step-N`` and ``best``. Where one does not pass, the run fails at
+    its end, and is warned before.
+
+    Args:
+        folder: Where the folders are written; ``huggingface`` beside the run's logs by default.
+        every_n_steps: Write one every so many optimiser steps; none by default.
+        at_end: Write one at the end of the training.
+        best: Write one of the best checkpoint, when the training has ended.
+        dtype: Of the weights; that of the trained ones by default. 16 bits halve a folder and round the weights.
+        max_shard_size: Of a file of weights.
+        rows: Rows to compare on; by default the first ones of the validation data.
+        max_kl: Largest mean KL(trained || exported) in nats a token; by default 1e-6, or 1e-2 where 16 bits come in.
+        gguf_converter: convert_hf_to_gguf.py of llama.cpp, to write a GGUF file too, and compare it.
+        gguf_type: How the GGUF file stores weights.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        every_n_steps: int | None = None,
+        at_end: bool = True,
+        best: bool = False,
+        dtype: Dtype | None = None,
+        max_shard_size: str = "5GB",
+        rows: str | None = None,
+        max_kl: float | None = None,
+        gguf_converter: str | None = None,
+        gguf_type: GGUFType = "f16",
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise InputError(f"every_n_steps must be at least 1, got {every_n_steps}. Leave it out for none.")
+        self.folder, self.every_n_steps, self.at_end, self.best, self.rows = folder, every_n_steps, at_end, best, rows
+        self.settings = Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type)
+        self._first: FirstRank | None = None
+        self._root = Path()
+        self._last_step = 0
+        self._error: Exception | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to write over what another run has written.
+
+        Raises:
+            InputError: When the folder has something in it, and this run does not go on from a checkpoint; or the rows
+                cannot be read.
+        """
+        self._root = Path(self.folder) if self.folder else Path(trainer.log_dir or ".") / "huggingface"
+        self._first, self._error, self._last_step = FirstRank(), None, trainer.global_step
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info("HFExport writes nothing under trainer.fast_dev_run.")
+        elif trainer.global_step == 0:
+            self._first(self._check)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write a folder after every so many optimiser steps."""
+        step, before, self._last_step = trainer.global_step, self._last_step, trainer.global_step
+        is_due = self.every_n_steps is not None and step > before and step % self.every_n_steps == 0
+        if is_due and (error := self._export(trainer, pl_module, f"step-{step}")):
+            rank_zero_warn(f"Step {step} was not exported, the training goes on. {error}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last folder; if it fails, that is said when the last checkpoint is written too."""
+        if self.at_end:
+            self._error = self._export(trainer, pl_module, "final")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the folder of the best checkpoint.
+
+        Raises:
+            InputError: When it does not pass, or the one of the end has not passed.
+        """
+        if self._error is not None:
+            raise self._error
+        if not self.best or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not path:
+            rank_zero_warn("HFExport(best=True) has no effect: there is no checkpoint. Add a ModelCheckpoint.")
+            return
+
+        def write() -> None:
+            with _without_zero3(pl_module):
+                from_checkpoint(path, self._root / "best", self._rows(trainer), self.settings, replace=True)
+
+        assert self._first is not None
+        self._first(write)
+
+    def _check(self) -> None:
+        check_is_free(self._root)
+        if self.rows is not None:
+            rows_to_compare({}, self.rows)
+
+    def _export(self, trainer: Trainer, module: Any, name: str) -> Exception | None:
+        """Write a folder, and give back what every rank knows to have gone wrong."""
+        first = self._first
+        assert first is not None
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return None
+        tokenizer = _tokenizer(trainer, module)
+
+        def read() -> tuple[tuple[str, Sequence[Conversation]], list[Example]]:
+            rows = self._rows(trainer)
+            return rows, parity.sequences(rows[1], tokenizer)
+
+        found, error = first.tried(read)  # the others may not have the file
+        if found is None:
+            return error
+        rows, examples = found
+        live = _live(trainer, module, examples)
+        state = whole_state(module, keep=first.is_here)
+        whole = {"hyper_parameters": dict(module.hparams), "state_dict": state, FACTS: run_facts(trainer)}
+
+        def write() -> None:
+            module.tuning.shrink(whole, module)  # with adapters, their base is read again, as from a checkpoint
+            with _without_zero3(module):
+                convert(whole, tokenizer, self._root / name, rows, self.settings, live, replace=True)
+
+        return first.tried(write)[1]
+
+    def _rows(self, trainer: Any) -> tuple[str, Sequence[Conversation]]:
+        source = getattr(trainer.datamodule, "sources", {}).get("val")
+        if self.rows is None and source is not None:
+            with suppress(InputError):  # an iterator that has come to its end, say
+                data = trainer.datamodule
+                found = parity.held_out(as_mixture(source), data.format, data.columns)
+                return f"{len(found)} rows of the run's validation data", found
+        return rows_to_compare({}, self.rows)
+
+
+def _live(trainer: Trainer, module: Any, examples: Sequence[Example]) -> Live:
+    """Log Pr of the targets under the model in training; every rank computes the same."""
+    with _evaluation(module):
+        batches = [collate([example], packed=False).to(module.device) for example in examples]
+        found = torch.cat([module(batch).log_probs.float().cpu() for batch in batches])
+    is_whole = {p.dtype for p in module.parameters() if p.is_floating_point()} <= {torch.float32, torch.float64}
+    is_whole &= layout(trainer.strategy)[0] in (None, "float32")
+    is_whole &= module.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest"
+    return Live(examples, found, in_16_bits=not is_whole)
+
+
+def _tokenizer(trainer: Any, module: Any) -> PreTrainedTokenizerBase:
+    found = getattr(trainer.datamodule, "tokenizer", None)
+    return found if isinstance(found, PreTrainedTokenizerBase) else load_tokenizer(module.pretrained)
+
+
+@contextmanager
+def _without_zero3(module: Any) -> Iterator[None]:
+    """Models are loaded whole, by this rank alone: under ZeRO-3, transformers would ask the others for their pieces."""
+    config = getattr(module, "_zero3", None)
+    if config is None:
+        yield
+        return
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
+
+
+@contextmanager
+def _evaluation(module: nn.Module) -> Iterator[None]:
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode

@@ -1,0 +1,55 @@
+"""The model and the tokenizer of a checkpoint, on one process."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_sft.adapters import has_adapters
+from lightning_sft.module import SFTModule
+from lightning_sft.pretrained import load_tokenizer
+from lightning_sft.types import InputError
+
+
+def restored(checkpoint: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of a checkpoint on the CPU, its weights in the dtype that they have there.
+
+    Raises:
+        InputError: When the checkpoint is not of :class:`SFTModule`, or its weights are of another architecture.
+    """
+    known = inspect.signature(SFTModule.__init__).parameters
+    own = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name in known}
+    if not own.get("hf_config"):
+        raise InputError("The checkpoint does not say which model it is of (hf_config); SFTModule did not write it.")
+    module = SFTModule(**own)
+    module.configure_model()
+    module.on_load_checkpoint(dict(checkpoint))
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading, assign=True)
+    except RuntimeError as error:
+        raise InputError(f"The weights of the checkpoint are not those of its model: {error}") from error
+    assert module.model is not None
+    if not has_adapters(module.model):
+        module.model.tie_weights()  # a checkpoint may hold both ends of a tie, each by itself
+    return module.model
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast what is saved of a model, in place; tables that are computed, as of rotary positions, stay as they are."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def tokenizer_of(facts: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, with the chat template that it was trained with."""
+    states = (state for state in facts.values() if isinstance(state, dict) and "chat_template" in state)
+    data: dict[str, Any] = next(states, {})  # under the name of the data module's class, which may be the user's own
+    own = facts["hyper_parameters"]
+    tokenizer = load_tokenizer(data.get("tokenizer") or own["pretrained"], new_tokens=own.get("new_tokens") or ())
+    tokenizer.chat_template = data.get("chat_template") or tokenizer.chat_template
+    return tokenizer
