@@ -33,6 +33,12 @@ class SFTCLI(LightningCLI):
         """Without Lightning's warning to whoever calls ``main`` with arguments from a program that has some too."""
         self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
 
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """With checkpoints that are loaded without running what may be in them, unless asked to."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})
+        return parser
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint override what the user has just asked for."""
 

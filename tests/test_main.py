@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,26 @@ def test_a_checkpoint_never_overrides_the_command_line(
     assert cli.model.chunk_size == 7
     assert cli.model.schedule == "constant"
     assert cli.trainer.global_step == 2
+
+
+class Trap:
+    """What an attacker puts into a checkpoint: loading it runs a command."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_runs_no_code(arguments: list[str], tmp_path: Path) -> None:
+    path = main(["fit", *arguments]).trainer.checkpoint_callback.best_model_path
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.ckpt")
+    for verb in ("fit", "validate"):
+        with pytest.raises((InputError, pickle.UnpicklingError)):
+            main([verb, *arguments, "--ckpt_path", str(tmp_path / "evil.ckpt")])
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_export_writes_what_plain_transformers_loads(arguments: list[str], tmp_path: Path) -> None:
