@@ -47,6 +47,10 @@ class Settings:
     gguf_converter: str | None = None
     gguf_type: GGUFType = "f16"
 
+    def __post_init__(self) -> None:
+        if self.max_kl is not None and not self.max_kl >= 0:
+            raise InputError(f"max_kl must be 0 or more, got {self.max_kl}. Leave it out for its default.")
+
     def most(self, in_16_bits: bool) -> float:
         """The largest mean KL that passes, where 16 bits come in or not."""
         return self.max_kl if self.max_kl is not None else _ROUNDED if in_16_bits else _EXACT

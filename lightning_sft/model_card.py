@@ -55,7 +55,7 @@ def model_card(
 
 def _front_matter(base: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Only what the hub accepts: names of the hub, not paths of this machine."""
-    sources = [source for name in ("train",) for source in _sources(facts.get("data", {}).get(name, {}))]
+    sources = _sources(facts.get("data", {}).get("train", {}))
     of_hub = sorted({source.split(":")[1] for source in sources if source.startswith("hf:")})
     matter = {
         "library_name": "transformers",
@@ -63,7 +63,7 @@ def _front_matter(base: str, facts: Mapping[str, Any]) -> dict[str, Any]:
         "license": "unknown",
         "tags": ["lightning", "sft", "lightning-sft"],
     }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists():
         matter["base_model"] = base
     return matter | ({"datasets": of_hub} if of_hub else {})
 

@@ -107,6 +107,8 @@ class Report:
             table.add_row(model.name, f"{model.mean_kl:.2e}", f"{model.max_kl:.2e}", f"{model.top1:.2%}")
         console = Console()
         console.print(table)
+        if self.rounded_from is not None:
+            console.print(f"The weights were rounded from {self.rounded_from} to {self.dtype}.")
         for failure in self.failures:
             console.print(f"[red]✗[/red] {failure}", highlight=False)
 

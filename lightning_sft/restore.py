@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.adapters import has_adapters
 from lightning_sft.module import SFTModule
-from lightning_sft.pretrained import load_tokenizer
+from lightning_sft.pretrained import plain_tokenizer
 from lightning_sft.types import InputError
 
 
@@ -22,10 +22,7 @@ def restored(checkpoint: Mapping[str, Any]) -> PreTrainedModel:
         InputError: When the checkpoint is not of :class:`SFTModule`, or its weights are of another architecture.
     """
     known = inspect.signature(SFTModule.__init__).parameters
-    own = {name: value for name, value in checkpoint.get("hyper_parameters", {}).items() if name in known}
-    if not own.get("hf_config"):
-        raise InputError("The checkpoint does not say which model it is of (hf_config); SFTModule did not write it.")
-    module = SFTModule(**own)
+    module = SFTModule(**{name: value for name, value in settings_of(checkpoint).items() if name in known})
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     try:
@@ -49,7 +46,19 @@ def tokenizer_of(facts: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, with the chat template that it was trained with."""
     states = (state for state in facts.values() if isinstance(state, dict) and "chat_template" in state)
     data: dict[str, Any] = next(states, {})  # under the name of the data module's class, which may be the user's own
-    own = facts["hyper_parameters"]
-    tokenizer = load_tokenizer(data.get("tokenizer") or own["pretrained"], new_tokens=own.get("new_tokens") or ())
+    own = settings_of(facts)
+    tokenizer = plain_tokenizer(data.get("tokenizer") or own["pretrained"], own.get("new_tokens") or ())
     tokenizer.chat_template = data.get("chat_template") or tokenizer.chat_template
     return tokenizer
+
+
+def settings_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of the module that wrote a checkpoint.
+
+    Raises:
+        InputError: When it was not :class:`SFTModule`.
+    """
+    found: dict[str, Any] = checkpoint.get("hyper_parameters", {})
+    if not found.get("hf_config"):
+        raise InputError("The checkpoint does not say which model it is of (hf_config); SFTModule did not write it.")
+    return found

@@ -24,6 +24,25 @@ def pretrained_for_two(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_pretrained(tmp_path_factory.mktemp("pretrained") / "for_two", **settings)
 
 
+@pytest.fixture(scope="session")
+def exports_of(tmp_path_factory: pytest.TempPathFactory, pretrained_for_two: str) -> Callable[[str], Path]:
+    """The folder of what a strategy has exported in two processes; those that can share them run together, once."""
+    from tests.exporting import TWO, ZERO, launch
+
+    out, ran = tmp_path_factory.mktemp("exports"), set[str]()
+
+    def folder(name: str) -> Path:
+        if name not in ran:
+            names = next(group for group in (TWO, ZERO) if name in group)
+            if names is ZERO:
+                pytest.importorskip("deepspeed")
+            launch(names, pretrained_for_two, out)
+            ran.update(names)
+        return out
+
+    return folder
+
+
 @pytest.fixture
 def rows() -> list[dict[str, str]]:
     return [{"prompt": f"Say {i}", "completion": f"{i} it is"} for i in range(12)]

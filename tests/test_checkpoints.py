@@ -15,28 +15,7 @@ from lightning_sft import checkpoints
 from lightning_sft.convert import export_checkpoint
 from lightning_sft.main import SFTCLI, main
 from lightning_sft.types import InputError
-from tests.exporting import launch, trained
-
-TWO = ["ddp", "fsdp2", "tensor"]
-ZERO = ["deepspeed1", "deepspeed2", "deepspeed3"]
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory: pytest.TempPathFactory, pretrained_for_two: str) -> Callable[[str], Path]:
-    """The folder of what a strategy has written; strategies that can share their processes are run together."""
-    out = tmp_path_factory.mktemp("exports")
-    ran: set[str] = set()
-
-    def folder(name: str) -> Path:
-        if name not in ran:
-            names = next(group for group in (TWO, ZERO) if name in group)
-            if names is ZERO:
-                pytest.importorskip("deepspeed")
-            launch(names, pretrained_for_two, out)
-            ran.update(names)
-        return out
-
-    return folder
+from tests.exporting import TWO, ZERO, trained
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +37,9 @@ class Payload:
 
 @pytest.mark.parametrize("name", [*TWO, *(pytest.param(name, marks=pytest.mark.slow) for name in ZERO)])
 def test_weights_of_every_strategy_are_those_of_the_model_in_training_bit_for_bit(
-    name: str, done: Callable[[str], Path]
+    name: str, exports_of: Callable[[str], Path]
 ) -> None:
-    out = done(name)
+    out = exports_of(name)
     in_training = load_file(out / name / "final" / "model.safetensors")  # gathered on the ranks, by HFExport
     found = checkpoints.weights(out / f"{name}.ckpt")
     assert found.keys() >= {f"scorer.model.{key}" for key in in_training}
@@ -73,9 +52,9 @@ def test_weights_of_every_strategy_are_those_of_the_model_in_training_bit_for_bi
 
 @pytest.mark.parametrize("name", [*TWO, *(pytest.param(name, marks=pytest.mark.slow) for name in ZERO)])
 def test_an_export_of_every_strategy_loads_with_the_logits_of_the_model_in_training(
-    name: str, done: Callable[[str], Path], tmp_path: Path
+    name: str, exports_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    out, ids = done(name), torch.tensor([[1, 2, 3, 4]])
+    out, ids = exports_of(name), torch.tensor([[1, 2, 3, 4]])
     exported = AutoModelForCausalLM.from_pretrained(export_checkpoint(str(out / f"{name}.ckpt"), str(tmp_path / "out")))
     in_training = AutoModelForCausalLM.from_pretrained(out / name / "final")
     assert torch.equal(exported(ids).logits, in_training(ids).logits)
@@ -91,9 +70,9 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_nothing_in_the_index_of_a_distributed_checkpoint_is_run(
-    done: Callable[[str], Path], tmp_path: Path, protocol: int
+    exports_of: Callable[[str], Path], tmp_path: Path, protocol: int
 ) -> None:
-    bad = shutil.copytree(done("fsdp2") / "fsdp2.ckpt", tmp_path / "bad.ckpt")
+    bad = shutil.copytree(exports_of("fsdp2") / "fsdp2.ckpt", tmp_path / "bad.ckpt")
     (bad / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "run"), protocol=protocol))
     with pytest.raises(InputError, match=r"It names .*(getattr|Path.touch|touch)"):
         checkpoints.weights(bad)
@@ -102,8 +81,10 @@ def test_nothing_in_the_index_of_a_distributed_checkpoint_is_run(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["mp_rank*_model_states.pt", "*_optim_states.pt"])
-def test_nothing_in_a_checkpoint_of_deepspeed_is_run(done: Callable[[str], Path], tmp_path: Path, pattern: str) -> None:
-    bad = shutil.copytree(done("deepspeed2") / "deepspeed2.ckpt", tmp_path / "bad.ckpt")
+def test_nothing_in_a_checkpoint_of_deepspeed_is_run(
+    exports_of: Callable[[str], Path], tmp_path: Path, pattern: str
+) -> None:
+    bad = shutil.copytree(exports_of("deepspeed2") / "deepspeed2.ckpt", tmp_path / "bad.ckpt")
     for file in (bad / "checkpoint").glob(pattern):
         torch.save(torch.load(file, weights_only=False) | {"more": Payload(tmp_path / "run")}, file)
     with pytest.raises(InputError, match=r"bad.ckpt"):
@@ -111,12 +92,14 @@ def test_nothing_in_a_checkpoint_of_deepspeed_is_run(done: Callable[[str], Path]
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_cut_short_is_one_clear_error(done: Callable[[str], Path], single: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_cut_short_is_one_clear_error(
+    exports_of: Callable[[str], Path], single: Path, tmp_path: Path
+) -> None:
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(single.read_bytes()[: single.stat().st_size // 2])
     with pytest.raises(InputError, match=r"cut.ckpt cannot be read, it may have been cut short"):
         checkpoints.weights(cut)
-    bad = shutil.copytree(done("fsdp2") / "fsdp2.ckpt", tmp_path / "bad.ckpt")
+    bad = shutil.copytree(exports_of("fsdp2") / "fsdp2.ckpt", tmp_path / "bad.ckpt")
     shard = next(bad.glob("__1_*.distcp"))
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(InputError, match=r"bad.ckpt cannot be read, it may have been cut short"):
@@ -133,10 +116,10 @@ def test_a_checkpoint_cut_short_is_one_clear_error(done: Callable[[str], Path], 
 
 
 def test_the_architecture_is_that_of_the_checkpoint_also_of_a_distributed_one(
-    done: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jsonl: Any, rows: Any
+    exports_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, jsonl: Any, rows: Any
 ) -> None:
     monkeypatch.setattr(SFTCLI, "_run_subcommand", lambda self, name: None)
-    path = str(done("fsdp2") / "fsdp2.ckpt")
+    path = str(exports_of("fsdp2") / "fsdp2.ckpt")
     flags = ["--model.pretrained", "/gone", "--data.val", jsonl(rows), "--trainer.accelerator", "cpu"]
     cli = main(["validate", *flags, "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", path])
     assert cli.model.hf_config == checkpoints.hyper_parameters(path)["hf_config"]

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_sft.convert import export_checkpoint
+from lightning_sft.gguf_file import write_gguf
+from lightning_sft.types import InputError
+from tests.exporting import trained
+
+CONVERTER = os.environ.get("LLAMA_CPP", "") + "/convert_hf_to_gguf.py"
+
+
+def test_a_converter_that_is_missing_or_fails_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"There is no converter 'nowhere.py'"):
+        write_gguf(tmp_path, "nowhere.py", "f16")
+    (tmp_path / "broken.py").write_text("raise SystemExit('unknown pre-tokenizer')")
+    with pytest.raises(InputError, match=r"could not convert the model. It said:\nunknown pre-tokenizer"):
+        write_gguf(tmp_path, str(tmp_path / "broken.py"), "f16")
+    (tmp_path / "idle.py").write_text("")
+    with pytest.raises(InputError, match="could not convert the model"):
+        write_gguf(tmp_path, str(tmp_path / "idle.py"), "f16")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path(CONVERTER).is_file(), reason="LLAMA_CPP is no checkout of llama.cpp")
+@pytest.mark.parametrize("out_type", ["f32", "f16", "q8_0"])
+def test_a_gguf_file_has_the_model_that_was_trained(out_type: str, tmp_path: Path) -> None:
+    from lightning_sft.demo_model import fetch_demo_model
+
+    trained(str(fetch_demo_model()), max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    settings = {"gguf_converter": CONVERTER, "gguf_type": out_type}
+    out = export_checkpoint(str(tmp_path / "a.ckpt"), str(tmp_path / "out"), **settings)  # type: ignore[arg-type]
+    found = json.loads((out / "parity.json").read_text())["models"][-1]
+    assert found["name"] == f"GGUF, {out_type}"
+    assert found["mean_kl"] < {"f32": 1e-6}.get(out_type, 1e-2)
