@@ -72,7 +72,9 @@ def inject(model: PreTrainedModel, lora: Lora) -> None:
             init_lora_weights=True if lora.init == "kaiming" else lora.init,
             task_type="CAUSAL_LM",
         )
-        inject_adapter_in_model(config, model, NAME)
+        with warnings.catch_warnings():  # where experts are fused, those of two matrices share the rank of one
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            inject_adapter_in_model(config, model, NAME)
     except ValueError as error:
         raise InputError(f"model.lora cannot be put into {type(model).__name__}: {error}") from error
 
@@ -134,10 +136,15 @@ def _check_names(model: PreTrainedModel, lora: Lora) -> None:
 def _unload(model: PreTrainedModel, merged: bool) -> None:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: list[tuple[str, Any]] = [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    for name, layer in layers:
-        if merged:
-            with warnings.catch_warnings():  # none of ours: merging in float32 is exact to rounding
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    for name, layer in layers.items():
+        if name.removesuffix(".base_layer") in layers.keys() - {name}:
+            continue  # fused experts have an adapter around another: the outer one takes both out
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            base = layer.unload_and_optionally_merge_module(merge=merged, safe_merge=False, adapter_names=None)
+        else:
+            if merged:
                 layer.merge()
-        model.set_submodule(name, layer.get_base_layer())
+            base = layer.get_base_layer()
+        model.set_submodule(name, base)
     del model.peft_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -49,4 +50,4 @@ def choose(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]
 
 def _plain(name: str) -> str:
     """The name that a parameter has in the pretrained model."""
-    return name.replace(".base_layer.", ".")
+    return re.sub(r"\.(base_layer\.)+", ".", name)

@@ -70,8 +70,7 @@ def load_tokenizer(
     Raises:
         InputError: When there is no tokenizer, or neither it nor the caller has a chat template.
     """
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, pretrained, "tokenizer")
-    _add_tokens(tokenizer, new_tokens)
+    tokenizer = plain_tokenizer(pretrained, new_tokens)
     if chat_template is not None:
         path = Path(chat_template)
         if not path.is_file():
@@ -87,12 +86,19 @@ def load_tokenizer(
     return tokenizer
 
 
+def plain_tokenizer(pretrained: str, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """The same as :func:`load_tokenizer`, whether there is a chat template or not."""
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, pretrained, "tokenizer")
+    if new_tokens:
+        added = [AddedToken(token, special=True, normalized=False) for token in new_tokens]
+        tokenizer.add_tokens(added, special_tokens=True)
+    return tokenizer
+
+
 def new_token_ids(pretrained: str, new_tokens: Sequence[str]) -> tuple[list[int], int]:
     """The ids that tokens have in the tokenizer of a model once they are added, and its size before that."""
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, pretrained, "tokenizer")
-    num_known = len(tokenizer)
-    _add_tokens(tokenizer, new_tokens)
-    return [int(cast(int, tokenizer.convert_tokens_to_ids(token))) for token in new_tokens], num_known
+    tokenizer = plain_tokenizer(pretrained, new_tokens)
+    return cast(list[int], tokenizer.convert_tokens_to_ids(list(new_tokens))), len(plain_tokenizer(pretrained))
 
 
 def load_exported(folder: str | Path) -> PreTrainedModel:
@@ -126,12 +132,6 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     if backbone is model or not isinstance(head, nn.Module):
         raise InputError(f"{type(model).__name__} has no separate backbone and output head; it cannot be trained here.")
     return backbone, head
-
-
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
-    if tokens:
-        added = [AddedToken(token, special=True, normalized=False) for token in tokens]
-        tokenizer.add_tokens(added, special_tokens=True)
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:

@@ -137,6 +137,29 @@ def test_what_has_no_effect_is_refused(pretrained: str, settings: dict[str, Any]
         SFTModule(pretrained, **settings).configure_model()
 
 
+def test_experts_have_adapters_too(tmp_path: Path, ids: torch.Tensor) -> None:
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+    pretrained = tiny_pretrained(tmp_path / "base", "mixtral", **settings)
+    module = lora_module(pretrained)
+    example = encoded(pretrained)[0]
+    module(collate([example])).total.neg().backward()
+    given = {name: p.grad.double() for name, p in module.named_parameters() if p.requires_grad}
+    assert len([name for name, gradient in given.items() if "experts" in name and gradient.any()]) == 2 * 2 * 2
+    reference = lora_module(pretrained)  # grouped products of torch take no float64
+    log_probs = reference.model(input_ids=torch.tensor(example.input_ids)[None].long()).logits[0].log_softmax(-1)
+    pairs = enumerate(zip(example.input_ids, example.target_weights, strict=True))
+    sum(-weight * log_probs[i - 1, token] for i, (token, weight) in pairs if weight > 0).backward()
+    wanted = {name: p.grad for name, p in reference.named_parameters() if p.requires_grad}
+    assert furthest(list(given.values()), list(wanted.values())) < 1e-4
+    with torch.no_grad():
+        trained = module.model(ids).logits
+        assert torch.allclose(merge(module.model)(ids).logits, trained, atol=1e-5)
+    module.model.save_pretrained(tmp_path / "merged")
+    assert torch.allclose(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits, trained, atol=1e-5)
+    with pytest.raises(InputError, match="does not work with lora_dropout"):
+        SFTModule(pretrained, lora=Lora(dropout=0.1)).configure_model()
+
+
 def test_adapters_on_tied_embeddings_are_refused(tmp_path: Path) -> None:
     pretrained = tiny_pretrained(tmp_path, tie_word_embeddings=True)
     for target in ("lm_head", "embed_tokens"):

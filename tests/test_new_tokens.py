@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.adapters import Lora
 from lightning_sft.data.collate import collate
-from lightning_sft.demos import tiny_pretrained
+from lightning_sft.demos import tiny_model, tiny_pretrained, tiny_tokenizer
 from lightning_sft.main import main
 from lightning_sft.types import Example, InputError
 from tests.gradients import ROWS
@@ -132,6 +132,22 @@ def test_a_run_with_new_tokens_saves_and_exports_them_exactly(
     after = exported.get_input_embeddings().weight
     assert (after[IDS[:3]] - before[:259].mean(0)).abs().max(-1).values.min() > 1e-3
     assert torch.equal(after[:259], before[:259]) == (lora is not None)
+
+
+def test_a_base_model_without_a_template_is_given_one(
+    tmp_path: Path, quiet_trainer: Callable[..., Trainer], jsonl: Any, template: str
+) -> None:
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer(None).save_pretrained(tmp_path / "base")
+    module = SFTModule(str(tmp_path / "base"), lora=Lora(r=4), new_tokens=NAMES[:3])
+    trainer = quiet_trainer(max_steps=1, enable_checkpointing=True)
+    trainer.fit(module, SFTDataModule(train=ROWS, chat_template=template))
+    ckpt = trainer.checkpoint_callback.best_model_path
+    out = main(["export", "--ckpt", ckpt, "--out", str(tmp_path / "out"), "--rows", jsonl(ROWS)])
+    asked = AutoTokenizer.from_pretrained(out).apply_chat_template(
+        [{"role": "user", "content": "a"}], add_generation_prompt=True, return_dict=False
+    )
+    assert [asked[0], asked[-2], asked[-1]] == [259, 261, 260]
 
 
 def test_another_tokenizer_is_refused(pretrained: str, quiet_trainer: Callable[..., Trainer], tmp_path: Path) -> None:

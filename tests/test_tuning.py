@@ -1,4 +1,4 @@
-"""Adapters take the same steps under every strategy that has them, and go on from its checkpoints; others are refused."""
+"""Adapters take the same steps under every strategy, and go on from its checkpoints; or the strategy is refused."""
 
 from __future__ import annotations
 
