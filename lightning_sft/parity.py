@@ -187,7 +187,7 @@ def agreement(name: str, trained: Tensor, other: Tensor) -> Agreement:
     >>> round(agreement("other", trained, trained.flip(1)).max_kl, 4)  # 0.9 · log 9 + 0.1 · log 1/9
     1.7578
     """
-    p, q = trained.double(), other[:, : trained.shape[1]].double()
+    p, q = (found.double().log_softmax(-1) for found in (trained, other))  # float32 sums to 1 only roughly
     kl = (p.exp() * (p - q)).sum(1)
     return Agreement(name, kl.mean().item(), kl.max().item(), (p.argmax(1) == q.argmax(1)).double().mean().item())
 

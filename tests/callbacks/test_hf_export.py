@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_sft.callbacks.hf_export
 from lightning_sft.callbacks import HFExport
+from lightning_sft.main import main
 from lightning_sft.types import InputError
 from tests.exporting import TWO, ZERO, trained
 
@@ -119,6 +121,18 @@ def test_an_export_that_fails_on_the_way_is_a_warning_and_at_the_end_an_error_af
         with pytest.raises(OSError, match="no space left"):
             trained(pretrained, export, callbacks=[saver], enable_checkpointing=True)
     assert (tmp_path / "ckpt" / "last.ckpt").is_file()
+
+
+def test_the_config_of_the_page_runs(
+    pretrained: str, tmp_path: Path, jsonl: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    [config] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "page.yaml").write_text(config)
+    flags = ["--model.pretrained", pretrained, "--data.train", jsonl(rows), "--trainer.accelerator", "cpu"]
+    main(["fit", "--config", "page.yaml", *flags])
+    assert names(tmp_path / "exports") == ["best", "final"]
 
 
 def test_a_trial_run_writes_nothing(pretrained: str, tmp_path: Path) -> None:
