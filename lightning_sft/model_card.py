@@ -32,7 +32,7 @@ def model_card(
         facts: Of the run, see :func:`lightning_sft.run_facts.run_facts`; what is missing is left out.
         parity: The report of the export, as plain values.
 
-    >>> print(model_card("my-model", {"pretrained": "owner/base"}, {})[:54])
+    >>> print(model_card("my-model", {"pretrained": "owner/base"}, {})[:53])
     ---
     base_model: owner/base
     library_name: transformers

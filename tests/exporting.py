@@ -18,7 +18,6 @@ from lightning_sft.callbacks import HFExport
 from tests.gradients import QUIET, ROWS
 from tests.parallel import CASES, ROOT
 
-
 TWO = ["ddp", "fsdp2", "tensor"]
 ZERO = ["deepspeed1", "deepspeed2", "deepspeed3"]
 
