@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +13,20 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.adapter_folder import save_adapter
 from lightning_sft.adapters import Lora
 from lightning_sft.demos import tiny_pretrained
+from lightning_sft.main import main
 from lightning_sft.types import InputError
+from tests.gradients import ROWS
 from tests.test_adapters import lora_module
 
 # peft 0.21 asks for a property of models that transformers 5.24 has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 IDS = torch.randint(250, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -46,6 +54,27 @@ def test_plain_peft_reads_them_with_equal_logits(tmp_path: Path, tied: bool, set
     with torch.no_grad():
         assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-6)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 60_000
+
+
+def test_the_python_of_the_page_runs(tmp_path: Path, pretrained: str, quiet_trainer: Any, monkeypatch: Any) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    module = SFTModule(pretrained, lora=Lora(r=4))
+    trainer = quiet_trainer(max_steps=1, enable_checkpointing=True)
+    trainer.fit(module, SFTDataModule(train=ROWS))
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trainer.checkpoint_callback.best_model_path, "last.ckpt")
+    exec(code, {})
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pretrained), "my-adapter").eval()
+    assert torch.allclose(loaded(IDS).logits, module.eval().model(IDS).logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^lightning-sft fit (.*)$", PAGE, re.MULTILINE))
+def test_the_commands_of_the_page_are_real(line: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *shlex.split(line), "--print_config"])
+    assert ended.value.code == 0
+    assert "pretrained: HuggingFaceTB/SmolLM2-135M-Instruct" in capsys.readouterr().out
 
 
 def test_what_peft_could_not_hold_is_refused(tmp_path: Path, pretrained: str) -> None:
