@@ -94,7 +94,7 @@ def _distributed_weights(path: Path) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    _check_index(path / ".metadata")
+    check_index(path)
     reader = FileSystemReader(path)
     entries = reader.read_metadata().state_dict_metadata
     tensors = {
@@ -182,7 +182,16 @@ class _Index(pickle.Unpickler):
         raise InputError(f"It names {module}.{name}, which no index of torch needs and which could run code.")
 
 
-def _check_index(path: Path) -> None:
+def check_index(path: Path) -> None:
+    """Refuse a distributed checkpoint whose index holds more than an index, which torch would run on reading it.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        InputError: When its index names anything else, or cannot be read.
+    """
+    path = path / ".metadata"
     try:
         with path.open("rb") as file:
             _Index(file).load()

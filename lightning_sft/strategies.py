@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
+from lightning_sft.checkpoints import check_index
 from lightning_sft.sharding import DtypeName
 
 
@@ -41,6 +43,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         if self.cpu_offload and self.root_device.type == "cuda" and self._process_group_backend is None:
             self._process_group_backend = "cpu:gloo,cuda:nccl"  # the norm of offloaded gradients is summed on the host
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint; of a folder, only where its index is one: torch would unpickle whatever it holds."""
+        if (Path(checkpoint_path) / ".metadata").is_file():
+            check_index(Path(checkpoint_path))
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
     def model_to_device(self) -> None:
         """Move what is not sharded: shards are where they belong, which may be the host's memory."""

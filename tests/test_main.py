@@ -102,8 +102,8 @@ def test_one_part_of_the_optimizer_can_be_set_and_the_rest_keeps_its_default(arg
     cli = main(["fit", *arguments, "--model.optimizer.lr", "0.25"])
     [group, *_] = cli.trainer.optimizers[0].param_groups
     assert (group["initial_lr"], group["fused"], group["weight_decay"]) == (0.25, True, 0.01)
-    cli = main(["fit", *arguments, "--model.optimizer", "SGD", "--model.optimizer.lr", "0.5"])
-    assert isinstance(cli.trainer.optimizers[0], torch.optim.SGD)
+    cli = main(["fit", *arguments, "--model.optimizer", "NAdam", "--model.optimizer.lr", "0.5"])
+    assert isinstance(cli.trainer.optimizers[0], torch.optim.NAdam)
 
 
 def test_a_user_brings_their_own_classes_by_path_or_in_yaml(

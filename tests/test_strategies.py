@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft.strategies import FSDP2Strategy, layout
+from lightning_sft.types import InputError
 from tests.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
 
 WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -40,3 +44,20 @@ def test_the_strategy_is_known_by_its_name() -> None:
     trainer = Trainer(strategy="fsdp2", accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
     assert isinstance(trainer.strategy, FSDP2Strategy)
     assert layout(trainer.strategy) == (None, False)
+
+
+class Trap:
+    """Loading it runs a command."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_an_index_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(InputError, match="could run code"):
+        FSDP2Strategy().load_checkpoint(tmp_path)
+    assert not (tmp_path / "sprung").exists()
