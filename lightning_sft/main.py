@@ -22,6 +22,7 @@ from lightning_sft.convert import export_checkpoint
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
 from lightning_sft.module import SFTModule
+from lightning_sft.replay import ReplayCLI
 from lightning_sft.show import ShowCLI
 from lightning_sft.types import InputError
 
@@ -78,7 +79,7 @@ class SFTCLI(LightningCLI):
 
 
 def main(args: ArgsType = None) -> Any:
-    """Run ``lightning-sft``: ``fit``, ``validate``, ``test``, ``predict``, ``show``, ``export``, ``fetch-demo-model``.
+    """Run ``lightning-sft``: ``fit``, ``validate``, ``test``, ``predict``, ``show``, ``replay``, ``export``, ....
 
     Args:
         args: The arguments; those of the process by default.
@@ -114,6 +115,8 @@ def main(args: ArgsType = None) -> Any:
         if not all(finding.passes for finding in shown.findings):
             sys.exit(1)
         return shown
+    if isinstance(given, list) and given[:1] == ["replay"]:
+        return ReplayCLI(**arguments, args=given[1:], run=False)
     arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": {"description": _DESCRIPTION}}
     return SFTCLI(**arguments, args=given)
 
@@ -121,8 +124,8 @@ def main(args: ArgsType = None) -> Any:
 VERBS: dict[str, Callable[..., Any]] = {"export": export_checkpoint, "fetch-demo-model": fetch_demo_model}
 _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
-    "show (what fit would train on, token by token), export (a checkpoint as a Hugging Face folder), fetch-demo-model "
-    "(SmolLM2-135M-Instruct); each has a --help of its own."
+    "show (what fit would train on, token by token), replay (a step of a run once more), export (a checkpoint as a "
+    "Hugging Face folder), fetch-demo-model (SmolLM2-135M-Instruct); each has a --help of its own."
 )
 
 

@@ -1,6 +1,8 @@
 """Runs that are killed and run again, for test_resume: each in a process forked from one that has imported everything.
 
-python -m tests.resuming PRETRAINED FOLDER SEED KILLS [NAME ...]    prints what came of each run
+python -m tests.resuming PRETRAINED FOLDER '{"packed": [["writing", 2]], "ddp": 7}'
+
+kills a run at places in turn, or at so many that are drawn, and prints what came of it.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from torch.optim import AdamW
 
 from lightning_sft import Mixture, Part, SFTDataModule, SFTModule
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
-from lightning_sft.callbacks.ledger import SampleLedger
-from lightning_sft.callbacks.preempt import Preempt
+from lightning_sft.callbacks.ledger import SampleLedger, lines_of
+from lightning_sft.callbacks.preempt import EX_TEMPFAIL, Preempt
+from lightning_sft.demos import tiny_pretrained
 from lightning_sft.run_folder import newest
 from tests.gradients import QUIET, ROWS
 
@@ -101,24 +104,26 @@ class Losses(Callback):
 
 
 class KillAt(Callback):
-    """Kills this process at the n-th time that it is at a place, all places counted from its start."""
+    """Kills this process the n-th time that it is at a place; ``told`` tells it to end, in a forward pass."""
 
-    PLACES = ("forward", "step", "validation", "writing", "saved", "epoch")
+    PLACES = ("forward", "step", "validation", "writing", "saved", "epoch", "told")
 
-    def __init__(self, place: str, number: int) -> None:
-        self.place, self.number, self.seen = place, number, 0
+    def __init__(self, place: str, number: int, is_last_rank: bool = True) -> None:
+        self.place, self.number, self.seen, self.signal = place, number, 0, signal.SIGKILL
+        if place == "told":  # one of the ranks alone
+            self.place, self.signal = "forward" if is_last_rank else "nowhere", signal.SIGTERM
 
     def at(self, place: str) -> None:
         self.seen += place == self.place
-        if self.seen == self.number:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.seen == self.number and place == self.place:
+            os.kill(os.getpid(), self.signal)
 
     def setup(self, trainer: Any, module: Any, stage: str) -> None:
         write, publish = torch.save, os.fsync
 
         def save(checkpoint: Any, file: Any, *args: Any) -> None:
             write(checkpoint, file, *args)
-            if self.place == "writing" and self.seen + 1 == self.number:
+            if self.place == "writing" and self.seen + 1 == self.number:  # half of it has reached the disk
                 file.flush()
                 file.truncate(file.tell() // 2)
             self.at("writing")
@@ -188,7 +193,7 @@ def wait(processes: list[int], limit: float = 120.0) -> list[int]:
                 done, status = os.waitpid(process, os.WNOHANG)
                 if done:
                     codes[process] = os.waitstatus_to_exitcode(status)
-        if any(codes.values()) or time.monotonic() > end:
+        if -signal.SIGKILL in codes.values() or time.monotonic() > end:
             time.sleep(0.5)
             for process in set(processes) - codes.keys():
                 os.kill(process, signal.SIGKILL)
@@ -200,14 +205,19 @@ def wait(processes: list[int], limit: float = 120.0) -> list[int]:
 
 def attempt(run: Run, pretrained: str, folder: Path, place: str = "never", number: float = 0) -> bool:
     """Run it in processes of its own, killed at a place, or ``after`` so many seconds. Whether it came to its end."""
-    callbacks = [] if place in ("never", "after") else [KillAt(place, int(number))]
-    processes = forked(lambda rank: run.fit(pretrained, folder, *callbacks), run.ranks)
+
+    def work(rank: int) -> None:
+        no_kill = place in ("never", "after")
+        run.fit(pretrained, folder, *([] if no_kill else [KillAt(place, int(number), rank == run.ranks - 1)]))
+
+    processes = forked(work, run.ranks)
     if place == "after":
         time.sleep(number)
         for process in processes[int(number * 1000) % len(processes) :]:  # one or all of the ranks
             os.kill(process, signal.SIGKILL)
     codes = wait(processes)
-    if any(code > 0 for code in codes) and -signal.SIGKILL not in codes:
+    expected = {0}, {EX_TEMPFAIL} if place == "told" else {-signal.SIGKILL}
+    if set(codes) not in expected and not (place != "told" and -signal.SIGKILL in codes):
         raise RuntimeError(f"{place} {number} in {folder}: exit codes {codes}")
     return not any(codes)
 
@@ -223,28 +233,52 @@ def compare(whole: Path, killed: Path) -> list[str]:
     return [name for name, equal in same.items() if not equal]
 
 
-def main(pretrained: str, root: Path, seed: int, number: int, names: list[str]) -> None:
-    """Each run as it is, and others that are killed until they have been so often; says where they differ."""
-    for name in names:
-        run, whole, begin = RUNS[name], root / name / "whole", time.monotonic()
-        assert attempt(run, pretrained, whole)
-        seconds, random_ = time.monotonic() - begin, random.Random(f"{name} {seed}")
-        kills: list[tuple[str, float]] = []
-        differ: dict[str, list[str]] = {}
-        while len(kills) < number:
-            folder, own = root / name / f"killed{len(kills)}", len(kills)
-            is_over = False
-            while not is_over:
-                place = random_.choice(("after", *KillAt.PLACES))
-                kill = place, random_.uniform(0.1, seconds) if place == "after" else random_.randint(1, 6)
-                is_over = attempt(run, pretrained, folder, *(kill if len(kills) < number else ()))
-                kills += [] if is_over else [kill]
-            if found := compare(whole, folder):
-                differ[f"{kills[own:]}"] = found
-        figures = {"run": name, "steps": len(losses(whole)), "kills": len(kills), "differ": differ}
-        print(json.dumps({**figures, "seconds": round(time.monotonic() - begin, 1)}), flush=True)
+def drawn(random_: random.Random, number: int, seconds: float) -> list[tuple[str, float]]:
+    """Kills at random places, and at random times."""
+    places = random_.choices(("after", *KillAt.PLACES), k=number)
+    return [(p, random_.uniform(0.1, seconds) if p == "after" else random_.randint(1, 6)) for p in places]
+
+
+def killed(name: str, pretrained: str, root: Path, plan: int | list[tuple[str, float]]) -> dict[str, Any]:
+    """A run as it is, and others that are killed until all kills have been; says where they differ."""
+    run, whole, begin = RUNS[name], root / name / "whole", time.monotonic()
+    assert attempt(run, pretrained, whole)
+    seconds = time.monotonic() - begin
+    left = plan if isinstance(plan, list) else drawn(random.Random(name), plan, seconds)
+    differ: dict[str, list[str]] = {}
+    count, total = 0, len(left)
+    while left:
+        folder, own = root / name / f"killed{len(left)}", list(left)
+        while not attempt(run, pretrained, folder, *(left[0] if left else ())):
+            count, left = count + 1, left[1:]
+        if found := compare(whole, folder):
+            differ[str(own[: len(own) - len(left)])] = found
+        left = left[1:] if len(left) == len(own) else left  # a kill that no run lives to see
+    return {"run": name, "steps": len(losses(whole)), "kills": count, "of": total, "differ": differ}
+
+
+def elastic(root: Path) -> dict[str, Any]:
+    """A run of one rank, killed, goes on with two ranks and half the micro-batches of each, and with one again."""
+    pretrained = tiny_pretrained(root / "without_dropout")
+    one, two = (Run(trainer={"accumulate_grad_batches": 4 // n}, ranks=n, every_n_train_steps=1) for n in (1, 2))
+    whole, folder = root / "elastic" / "whole", root / "elastic" / "killed"
+    assert attempt(one, pretrained, whole)
+    assert not attempt(one, pretrained, folder, "forward", 6)  # inside the second step
+    assert not attempt(two, pretrained, folder, "step", 5)
+    assert attempt(one, pretrained, folder)
+    ledgers = [[line for line, _ in lines_of(path / "samples.jsonl")] for path in (whole, folder)]
+    samples = [[sorted(s for rank in x["samples"] for micro in rank for s in micro) for x in own] for own in ledgers]
+    pairs = zip(*([line["loss"] for line in own] for own in ledgers), strict=True)
+    return {
+        "run": "elastic",
+        "ranks": [len(line["samples"]) for line in ledgers[1]],
+        "same_samples": samples[0] == samples[1],
+        "furthest": max(abs(a - b) / a for a, b in pairs),
+    }
 
 
 if __name__ == "__main__":
-    given, where, seed_, number_, *chosen = sys.argv[1:]
-    main(given, Path(where), int(seed_), int(number_), chosen or list(RUNS))
+    given, where, plans = sys.argv[1:]
+    for name_, plan_ in json.loads(plans).items():
+        result = elastic(Path(where)) if name_ == "elastic" else killed(name_, given, Path(where), plan_)
+        print(json.dumps(result), flush=True)
