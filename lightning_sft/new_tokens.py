@@ -40,11 +40,16 @@ def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
     So no gradient or optimiser state of the size of the vocabulary is needed, and no other row decays.
 
     Raises:
-        InputError: When the model does more with a row than to look it up and scale it.
+        InputError: When the model does more with a row than to look it up and scale it, or it has an adapter.
     """
     rows: dict[int, nn.Parameter] = {}
     indices = torch.tensor(sorted(ids))
     for module in _matrices(model, tied=True):
+        if hasattr(module, "base_layer"):
+            raise InputError(
+                "model.new_tokens trains rows of the embeddings and the head, which then cannot have adapters as well. "
+                "Leave them out of model.lora.targets."
+            )
         weight, here = module.weight, indices.to(module.weight.device)
         if id(weight) not in rows:
             rows[id(weight)] = nn.Parameter(weight.detach()[here].clone())

@@ -37,7 +37,14 @@ def ids() -> torch.Tensor:
     return torch.randint(250, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("lora", [Lora(r=4), Lora(r=4, dora=True), Lora(r=4, rslora=True)], ids=["lora", "dora", "rs"])
+ENDS = ["embed_tokens", "lm_head", "q_proj"]  # not tied
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [Lora(r=4), Lora(r=4, dora=True), Lora(r=4, rslora=True), Lora(r=4, targets=ENDS)],
+    ids=["lora", "dora", "rslora", "ends"],
+)
 def test_gradients_of_adapters_are_those_of_the_formula(pretrained: str, lora: Lora) -> None:
     module = lora_module(pretrained, lora)
     module(collate(encoded(pretrained))).total.neg().backward()
@@ -48,9 +55,13 @@ def test_gradients_of_adapters_are_those_of_the_formula(pretrained: str, lora: L
         targets = [(i, token, weight) for i, (token, weight) in enumerate(pairs) if weight > 0]
         sum(-weight * logits.log_softmax(-1)[i - 1, token] for i, token, weight in targets).backward()
     given, wanted = ([p.grad.double() for n, p in m.named_parameters() if p.requires_grad] for m in (module, reference))
-    assert len(given) == (3 if lora.dora else 2) * 14
+    assert len(given) == (8 if lora.targets == ENDS else 3 * 14 if lora.dora else 2 * 14)
     assert furthest(given, wanted) < 1e-4
     assert all(p.grad is None for p in module.parameters() if not p.requires_grad)
+    with torch.no_grad():
+        ids = torch.arange(40)[None]
+        trained = module.model(ids).logits
+        assert torch.allclose(merge(module.model)(ids).logits, trained, atol=1e-5)
 
 
 def test_gradient_checkpointing_changes_no_gradient_of_adapters(pretrained: str) -> None:

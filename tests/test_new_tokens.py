@@ -92,6 +92,12 @@ def test_embeddings_that_do_more_are_refused(pretrained: str, monkeypatch: pytes
         module_of(pretrained, Lora())
 
 
+def test_adapters_on_the_same_matrices_are_refused(pretrained: str) -> None:
+    for target in ("embed_tokens", "lm_head"):
+        with pytest.raises(InputError, match="which then cannot have adapters as well"):
+            module_of(pretrained, Lora(targets=[target, "q_proj"]))
+
+
 def test_tokens_that_are_known_keep_their_rows(pretrained: str) -> None:
     before = AutoModelForCausalLM.from_pretrained(pretrained).lm_head.weight
     module = SFTModule(pretrained, lora=Lora(), new_tokens=["<|im_end|>", "<|0|>"])

@@ -36,6 +36,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ALONE, *NAMES])
 def test_steps_are_those_of_one_device_and_a_resumed_run_repeats_them(out: Path, name: str) -> None:
     losses, norms, resumed, size = json.loads((out / f"{name}.json").read_text())
