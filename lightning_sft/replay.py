@@ -260,10 +260,11 @@ def _losses(
 
 def _show(result: Replay, line: Mapping[str, Any], after: int, rows: int) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    table = Table("sample", "rank", "micro-batch", "targets", "loss", "share of the loss", box=SIMPLE_HEAD)
+    console.width = max([console.width, *(60 + len(sample.provenance) for sample in result.samples[:rows])])
+    table = Table("share of the loss", "loss", "targets", "rank", "micro-batch", "sample", box=SIMPLE_HEAD)
     for sample in result.samples[:rows]:
-        numbers = str(sample.rank), str(sample.micro_batch), f"{sample.num_targets:,}"
-        table.add_row(sample.provenance, *numbers, f"{sample.loss:.4f}", f"{sample.share:.1%}")
+        where = str(sample.rank), str(sample.micro_batch), sample.provenance
+        table.add_row(f"{sample.share:.1%}", f"{sample.loss:.4f}", f"{sample.num_targets:,}", *where)
     logged = "no loss" if result.logged is None else f"a loss of {result.logged:.6f}"
     console.print(f"Step {result.step}, in epoch {line['epoch']}: {logged} was logged, {result.loss:.6f} is found now.")
     if result.is_exact:

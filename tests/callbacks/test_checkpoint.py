@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.run_folder import AtomicIO
+from lightning_sft.types import InputError
+
+Make = Callable[..., Trainer]
+
+
+@pytest.fixture
+def fit(pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]]) -> Callable[..., Trainer]:
+    def run(*callbacks: Any, ckpt_path: Any = None, **settings: Any) -> Trainer:
+        trainer = quiet_trainer(enable_checkpointing=True, callbacks=list(callbacks), **{"max_epochs": 2, **settings})
+        data = SFTDataModule(train=rows, tokens_per_batch=100)  # 6 micro-batches
+        trainer.fit(SFTModule(pretrained, schedule="constant"), data, ckpt_path=ckpt_path)
+        return trainer
+
+    return run
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(torch.load(path, weights_only=True)["global_step"] for path in folder.glob("*.ckpt"))
+
+
+def test_the_last_few_are_kept_also_of_a_run_that_goes_on(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    last = fit(SafeCheckpoint(str(tmp_path), 2, keep_last=3)).global_step
+    every_other = sorted({*range(2, last, 2), last // 2, last})  # and the end of each epoch
+    assert steps(tmp_path) == every_other[-3:]
+    trainer = fit(SafeCheckpoint(str(tmp_path), 2, keep_last=1), ckpt_path="last", max_epochs=3)
+    assert steps(tmp_path) == [last, trainer.global_step]  # and the one that it was resumed from
+    fit(SafeCheckpoint(str(tmp_path), 2, keep_last=1), ckpt_path="last", max_epochs=4)
+    assert len(steps(tmp_path)) == 2
+
+
+def test_a_time_between_checkpoints_is_kept_and_never_inside_a_step(
+    fit: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[tuple[int, int]] = []
+    trainers: list[Trainer] = []
+
+    class Spy(SafeCheckpoint):
+        def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+            saved.append((trainer.global_step, trainer.fit_loop.batch_idx + 1))
+            super()._save_checkpoint(trainer, filepath)
+
+    trainers.append(fit(Spy(str(tmp_path), every_n_minutes=0.0), max_epochs=1, accumulate_grad_batches=2))
+    assert [step for step, _ in saved] == list(range(1, trainers[0].global_step + 1))
+    assert all(micro_batch % 2 == 0 for _, micro_batch in saved)
+
+
+def test_a_folder_that_holds_another_run_is_refused(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    fit(SafeCheckpoint(str(tmp_path / "a")), max_epochs=1)
+    fit(SafeCheckpoint(str(tmp_path / "b")), max_epochs=1)
+    [of_b] = (tmp_path / "b").glob("*.ckpt")
+    for ckpt_path in (None, of_b):
+        with pytest.raises(InputError, match=r"a holds the checkpoints of another run.*--ckpt_path last"):
+            fit(SafeCheckpoint(str(tmp_path / "a")), ckpt_path=ckpt_path)
+
+
+def test_too_small_a_disk_is_refused_before_the_first_step(
+    fit: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match=r"A checkpoint needs about 0.0 GB, but .* Make room"):
+        fit(SafeCheckpoint(str(tmp_path)))
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_last_passes_over_what_was_cut_short(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    last = fit(SafeCheckpoint(str(tmp_path), 1)).global_step
+    newest = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match=r"is passed over"):
+        trainer = fit(SafeCheckpoint(str(tmp_path), 1), ckpt_path="last")
+    assert trainer.global_step == last
+    assert str(trainer.ckpt_path).endswith(f"step={last - 1}.ckpt")
+
+
+def test_a_users_own_checkpoints_are_written_whole_too(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    trainer = fit(ModelCheckpoint(tmp_path / "own"), SafeCheckpoint(str(tmp_path / "safe")), max_epochs=1)
+    assert type(trainer.strategy.checkpoint_io) is AtomicIO
+    assert len(list((tmp_path / "own").iterdir())) == len(list((tmp_path / "safe").iterdir())) == 1
+
+
+def test_what_cannot_be_meant_is_refused() -> None:
+    with pytest.raises(InputError, match=r"keep_last must be at least 1, got 0"):
+        SafeCheckpoint(keep_last=0)
+    with pytest.raises(InputError, match=r"writes to a disk, got dirpath='s3://b'. Use Lightning's ModelCheckpoint"):
+        SafeCheckpoint("s3://b")
