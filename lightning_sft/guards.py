@@ -74,6 +74,22 @@ def check_trainer(trainer: Any, stage: str) -> None:
         )
 
 
+def check_precision(asked: Any, trainer: Any) -> None:
+    """Refuse another precision than was asked for, which Lightning would take on a CPU with no more than a warning.
+
+    Args:
+        asked: As the user wrote it.
+        trainer: Made with it.
+
+    Raises:
+        InputError: When float16 was asked for, and cannot be had.
+    """
+    if str(asked) in ("16", "16-mixed") and trainer.precision != "16-mixed":
+        raise InputError(
+            f"trainer.precision={asked} is not to be had: a CPU does not train in float16. Use 32-true, or bf16-mixed."
+        )
+
+
 def check_windows(trainer: Any) -> None:
     """Refuse an epoch that ends inside an optimiser step of DeepSpeed, which would carry it on into the next.
 

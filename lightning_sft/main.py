@@ -21,6 +21,7 @@ from lightning_sft.checkpoints import hyper_parameters
 from lightning_sft.convert import export_checkpoint
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
+from lightning_sft.guards import check_precision
 from lightning_sft.module import SFTModule
 from lightning_sft.replay import ReplayCLI
 from lightning_sft.show import ShowCLI
@@ -60,7 +61,7 @@ class SFTCLI(LightningCLI):
         return super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
 
     def _defaults(self, config: Mapping[str, Any]) -> list[Callback]:
-        return default_callbacks(config, self._goes_on) if self.subcommand == "fit" else []
+        return default_callbacks(config, self._goes_on, is_fit=self.subcommand == "fit")
 
     @property
     def _own_config(self) -> Namespace:
@@ -74,6 +75,7 @@ class SFTCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Hand the checkpoint's architecture to the module."""
+        check_precision(self._own_config.get("trainer.precision"), self.trainer)
         if self._checkpoint_config and isinstance(self.model, SFTModule):
             self.model.hf_config = self._checkpoint_config
 

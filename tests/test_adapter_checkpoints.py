@@ -113,7 +113,6 @@ def test_a_checkpoint_of_adapters_is_small(tmp_path: Path, quiet_trainer: Make) 
     assert sizes[1] < sizes[0] / 10
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # validate writes no checkpoints
 def test_the_command_line_takes_it_apart(tmp_path: Path, pretrained: str, jsonl: Any) -> None:
     quiet = {"logger": "false", "enable_progress_bar": "false", "enable_checkpointing": "true", "max_steps": "2"}
     quiet |= {"accelerator": "cpu", "default_root_dir": str(tmp_path), "enable_model_summary": "false"}

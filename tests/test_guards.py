@@ -43,6 +43,14 @@ def test_what_would_make_the_gradient_wrong_is_refused_before_anything_is_read(
         Trainer(logger=False, enable_checkpointing=False, accelerator="cpu", **settings).fit(SFTModule("nowhere"), [])
 
 
+def test_float16_is_not_taken_for_bfloat16_on_a_cpu() -> None:
+    with pytest.warns(UserWarning, match="Using `precision='bf16-mixed'` instead"):
+        trainer = Trainer(precision="16-mixed", accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(InputError, match="Use 32-true, or bf16-mixed"):
+        guards.check_precision("16-mixed", trainer)
+    guards.check_precision("bf16-mixed", trainer)
+
+
 def test_answers_of_a_sharded_model_are_refused() -> None:
     trainer = Trainer(strategy="fsdp2", accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
     guards.check_trainer(trainer, "validate")

@@ -18,12 +18,15 @@ from lightning_sft.run_folder import folders_of, newest
 from lightning_sft.types import InputError
 
 
-def default_callbacks(trainer: Mapping[str, Any], goes_on: bool) -> list[Callback]:
+def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = True) -> list[Callback]:
     """Those that the user has not given: checkpoints, an end in good order, and the ledger.
+
+    Verbs other than fit have the first alone: Lightning warns where a checkpoint's callbacks are not there.
 
     Args:
         trainer: Settings of the trainer.
         goes_on: Whether the root folder is that of one run, which goes on in it. Else a logger makes one for each.
+        is_fit: Whether it is going to train.
     """
     given = trainer.get("callbacks") or []
     given = given if isinstance(given, list) else [given]
@@ -31,9 +34,9 @@ def default_callbacks(trainer: Mapping[str, Any], goes_on: bool) -> list[Callbac
         return []
     root = Path(trainer.get("default_root_dir") or ".")
     added: list[Callback] = []
-    if not any(isinstance(callback, Preempt) for callback in given):
+    if is_fit and not any(isinstance(callback, Preempt) for callback in given):
         added.append(Preempt())
-    if not any(isinstance(callback, SampleLedger) for callback in given):
+    if is_fit and not any(isinstance(callback, SampleLedger) for callback in given):
         added.append(SampleLedger(str(root) if goes_on else None))
     if not any(isinstance(callback, Checkpoint) for callback in given):
         added.append(SafeCheckpoint(str(root / "checkpoints") if goes_on else None))
