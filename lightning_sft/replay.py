@@ -260,7 +260,7 @@ def _losses(
 
 def _show(result: Replay, line: Mapping[str, Any], after: int, rows: int) -> None:
     console = Console(soft_wrap=True, highlight=False)
-    console.width = max([console.width, *(60 + len(sample.provenance) for sample in result.samples[:rows])])
+    console.width = max([console.width, *(80 + len(sample.provenance) for sample in result.samples[:rows])])
     table = Table("share of the loss", "loss", "targets", "rank", "micro-batch", "sample", box=SIMPLE_HEAD)
     for sample in result.samples[:rows]:
         where = str(sample.rank), str(sample.micro_batch), sample.provenance
