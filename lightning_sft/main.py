@@ -47,12 +47,13 @@ class SFTCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Build the architecture from the checkpoint, where there is one: the pretrained weights are not needed."""
         self._checkpoint_config = None
-        config, self._goes_on = self._own_config, self._get(self.config, "ckpt_path") == "last"
+        config, path = self._own_config, self._get(self.config, "ckpt_path")
+        self._goes_on = path == "last"
         if self._goes_on:
             model = config.get("model.init_args.pretrained", config.get("model.pretrained"))
             root, own = config.get("trainer.default_root_dir"), config.get("trainer.callbacks")
-            config["ckpt_path"] = find_last(root, own, model, self.subcommand == "fit")
-        path = self._get(self.config, "ckpt_path")
+            path = find_last(root, own, model, self.subcommand == "fit")
+        self._found = path
         if path and Path(path).exists():
             self._checkpoint_config = hyper_parameters(path).get("hf_config")
 
@@ -74,7 +75,9 @@ class SFTCLI(LightningCLI):
             callbacks.append(PredictionWriter(str(Path(self.trainer.default_root_dir) / "predictions.jsonl")))
 
     def after_instantiate_classes(self) -> None:
-        """Hand the checkpoint's architecture to the module."""
+        """Hand the checkpoint to the trainer, and its architecture to the module; the saved config still says last."""
+        if self._goes_on:
+            self.config_init[self.subcommand]["ckpt_path"] = self._found
         check_precision(self._own_config.get("trainer.precision"), self.trainer)
         if self._checkpoint_config and isinstance(self.model, SFTModule):
             self.model.hf_config = self._checkpoint_config

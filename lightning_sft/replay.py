@@ -80,7 +80,7 @@ class ReplayCLI(ShowCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Those of ``fit``, which a saved config has, and our own."""
-        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]) | {"ckpt_path"})
+        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
         self._own = parser.add_function_arguments(replay, skip={"data", "module", "trainer"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -100,7 +100,7 @@ def replay(
     trainer: Any,
     step: int,
     ledger: str | None = None,
-    ckpt_path: str | None = None,
+    weights_of: str | None = None,
     rows: int = 20,
 ) -> Replay:
     """Rebuild the batch of an optimiser step from the ledger, and its loss from a checkpoint.
@@ -111,7 +111,7 @@ def replay(
         trainer: Settings of a trainer; how the step was divided is taken from the ledger.
         step: Number of the step, from 1, as loggers and the ledger have it.
         ledger: The ``samples.jsonl`` of the run; the newest below ``trainer.default_root_dir`` by default.
-        ckpt_path: The weights to take; by default those of the newest checkpoint before the step that is still there.
+        weights_of: The checkpoint to take; by default the nearest before the step that is still there.
         rows: How many samples are printed, those that are most to blame first.
 
     Raises:
@@ -123,7 +123,8 @@ def replay(
     path = Path(ledger) if ledger else _newest_ledger(root)
     line = line_of(path, step)
     folders = [path.parent / "checkpoints", *folders_of(root)]
-    found = (Path(ckpt_path), int(facts(ckpt_path)["global_step"])) if ckpt_path else _checkpoint_before(step, folders)
+    given = weights_of and (Path(weights_of), int(facts(weights_of)["global_step"]))
+    found = given or _checkpoint_before(step, folders)
     _load(module, found)
     ranks = _batches(data, module, trainer, line, found)
     loss, samples = _losses(module, ranks, line, trainer)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_sft.data.messages import to_conversation
 from lightning_sft.main import main
@@ -79,3 +80,21 @@ def test_the_floors_of_the_contributing_page_are_those_that_are_tested() -> None
     page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
     for name in set().union(*FLOORS) - {"callbacks", "callbacks.predictions"}:
         assert name.removeprefix("data.").split(".")[-1] in page, name
+
+
+def test_the_commands_and_the_code_of_the_page_on_resuming_run(
+    user_folder: Path, pretrained: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (ROOT / "docs" / "resume.md").read_text(encoding="utf-8")
+    (user_folder / "SmolLM2").symlink_to(pretrained)
+    first, replayed = (block.split()[1:] for block in blocks(page, "bash"))
+    assert main(first).trainer.global_step == main(first).trainer.global_step == 1  # the second time, nothing is left
+    assert {path.name for path in Path("runs/one").iterdir()} >= {"checkpoints", "samples.jsonl"}
+    assert main(replayed).result.is_exact
+    [code] = blocks(page, "python")
+    exec(code, scope := {})
+    assert scope["trainer"].global_step == 1
+    callbacks = yaml.safe_load(blocks(page, "yaml")[0])["trainer"]["callbacks"]
+    (user_folder / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    data = ["--data.val", "val.jsonl", "--trainer.max_epochs", "2"]
+    assert main([*first, *data, "--config", "own.yaml"]).trainer.global_step == 2
