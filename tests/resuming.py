@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from lightning_sft import Mixture, Part, SFTDataModule, SFTModule
@@ -68,8 +69,9 @@ class Run:
         module = SFTModule(pretrained, optimizer=partial(AdamW, lr=1e-2), warmup=0.1)
         data = SFTDataModule(**{"train": TRAIN, "val": ROWS[:6], "tokens_per_batch": 150, "cache": None, **self.data})
         trainer.fit(module, data, ckpt_path=newest([folder / "checkpoints"]))
+        weights = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in module.state_dict().items()}
         if trainer.is_global_zero:
-            torch.save(module.state_dict(), folder / "weights")
+            torch.save(weights, folder / "weights")
         return trainer
 
 
@@ -82,6 +84,7 @@ RUNS = {
     "stream": Run({**STREAM, "num_workers": 0}, {"max_steps": 30}, every_n_train_steps=3),
     "stream_workers": Run({**STREAM, "num_workers": 2}, {"max_steps": 20}),
     "ddp": Run({}, {}, ranks=2),
+    "fsdp2": Run({}, {"strategy": "fsdp2"}, ranks=2),  # checkpoints are folders
     "ddp_stream": Run({**STREAM, "num_workers": 0}, {"max_steps": 20}, ranks=2),
 }
 
