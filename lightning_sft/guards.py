@@ -90,11 +90,12 @@ def check_precision(asked: Any, trainer: Any) -> None:
         )
 
 
-def check_windows(trainer: Any) -> None:
-    """Refuse an epoch that ends inside an optimiser step of DeepSpeed, which would carry it on into the next.
+def check_epoch(trainer: Any) -> None:
+    """Refuse epochs that cannot be divided as they would have to be.
 
     Raises:
-        InputError: When the micro-batches of an epoch are no multiple of those of a step.
+        InputError: When an epoch ends inside an optimiser step of DeepSpeed, which would carry it on into the next; or
+            when there are more ranks than micro-batches.
     """
     accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
     if trainer.strategy.handles_gradient_accumulation and math.isfinite(per_epoch) and per_epoch % accumulate:
@@ -102,6 +103,12 @@ def check_windows(trainer: Any) -> None:
             f"An epoch of {per_epoch} micro-batches does not end with a step of {accumulate}, and DeepSpeed would take "
             "the rest of that step from the next epoch. Set trainer.limit_train_batches to a multiple of "
             f"trainer.accumulate_grad_batches, as {per_epoch // accumulate * accumulate or accumulate}."
+        )
+    plan = getattr(trainer.train_dataloader, "plan", None)  # not of a stream, nor of a loader of the user
+    if plan is not None and len(plan.packs) < plan.num_ranks:
+        raise InputError(
+            f"data.train fills {len(plan.packs):,} micro-batches, so of {plan.num_ranks} ranks some would never have "
+            "anything to do. Lower data.tokens_per_batch, or use fewer devices."
         )
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lightning_sft import pretrained as loading
 from lightning_sft.adapters import Lora
 from lightning_sft.generation import answers
-from lightning_sft.guards import check_trainer, check_windows, not_finite, warn_if_bfloat16_is_slow
+from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import CorpusLikelihood, figures_by_part, sums_by_part
 from lightning_sft.neftune import add_noise
 from lightning_sft.optimizers import parameter_groups
@@ -137,7 +137,7 @@ class SFTModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Refuse epochs that the strategy would not end; settings given now win over those of a checkpoint."""
-        check_windows(self.trainer)
+        check_epoch(self.trainer)
         self._window = []  # an earlier fit may have been interrupted inside a step
         if self._asked is not None:
             retune(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self._asked)

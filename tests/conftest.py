@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft.demos import tiny_pretrained
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where it is installed, says so on standard output
 
 
 @pytest.fixture(scope="session")

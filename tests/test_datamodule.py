@@ -8,10 +8,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.data.planned import Planned
 from lightning_sft.demos import CHATML, tiny_pretrained, tiny_tokenizer
-from lightning_sft.trainer_facts import Division
-from lightning_sft.types import InputError
 
 Make = Callable[..., Trainer]
 
@@ -77,13 +74,3 @@ def test_a_stream_says_what_it_left_out_also_when_the_training_ends_first(
     assert said.count("Read of the stream") == 1
     assert f"Read of the stream: {num_rows} rows" in said
     assert f"of {num_rows} rows cannot be used" in said
-
-
-def test_a_rank_that_would_never_have_anything_to_do_is_refused(pretrained: str, rows: list[dict[str, str]]) -> None:
-    data = SFTDataModule(train=rows, tokenizer=pretrained)
-    data.trainer = None
-    data.setup("fit")
-    packs = len(Planned.of(data.splits["train"], Division()).plan.packs)
-    assert Planned.of(data.splits["train"], Division(num_ranks=packs), seed=0).plan.num_steps == 1
-    with pytest.raises(InputError, match=rf"fills {packs} micro-batches .* of {packs + 1} ranks"):
-        Planned.of(data.splits["train"], Division(num_ranks=packs + 1), seed=0)

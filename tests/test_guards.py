@@ -12,6 +12,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_sft import SFTModule, guards
 from lightning_sft.data.collate import collate
+from lightning_sft.data.loader import EpochLoader
+from lightning_sft.data.plan import Plan
 from lightning_sft.types import Example, InputError, LogLikelihood
 
 
@@ -76,8 +78,18 @@ def test_an_epoch_that_ends_inside_a_step_is_refused_where_the_strategy_would_go
 ) -> None:
     strategy = SimpleNamespace(handles_gradient_accumulation=True)
     trainer = SimpleNamespace(strategy=strategy, accumulate_grad_batches=2, num_training_batches=limit)
+    trainer.train_dataloader = None
     with pytest.raises(InputError, match="a multiple of") if refused else nullcontext():
-        guards.check_windows(trainer)
+        guards.check_epoch(trainer)
+
+
+@pytest.mark.parametrize(("num_ranks", "refused"), [(2, False), (3, True)])
+def test_a_rank_that_would_never_have_anything_to_do_is_refused(num_ranks: int, refused: bool) -> None:
+    plan = Plan([4, 4], [1.0, 1.0], lambda lengths: [[0], [1]], num_ranks=num_ranks)
+    trainer = SimpleNamespace(strategy=SingleDeviceStrategy("cpu"), accumulate_grad_batches=1, num_training_batches=1)
+    trainer.train_dataloader = EpochLoader([], plan)
+    with pytest.raises(InputError, match="fills 2 micro-batches, so of 3 ranks") if refused else nullcontext():
+        guards.check_epoch(trainer)
 
 
 def test_bfloat16_on_a_cpu_that_has_none_warns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ class Planned:
             seed: Seed of the order; ``None`` takes every example once and keeps the longest first, for validation.
 
         Raises:
-            InputError: When a sequence is longer than ``tokens_per_batch``, or there are more ranks than micro-batches.
+            InputError: When a sequence is longer than ``tokens_per_batch``.
         """
         lengths = split.lengths
         longest = int(lengths.max())
@@ -76,12 +76,6 @@ class Planned:
             constant=constant,
             seed=seed,
         )
-        if seed is not None and len(plan.packs) < work.num_ranks:
-            raise InputError(
-                f"data.{split.name} fills {len(plan.packs):,} micro-batches of data.tokens_per_batch={capacity:,}, so "
-                f"of {work.num_ranks} ranks some would never have anything to do. Lower data.tokens_per_batch, or use "
-                "fewer devices."
-            )
         return cls(split, plan, capacity, packing)
 
     def loader(
