@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.template import ChatTemplate
+from lightning_sft.disk import sync
 from lightning_sft.types import InputError
 
 
@@ -85,12 +85,11 @@ def whole_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        for path in (*unfinished.rglob("*"), unfinished):
-            _on_disk(path)
+        sync([*unfinished.rglob("*"), unfinished])
         if out.exists():
             out.rename(old)
         unfinished.rename(out)
-        _on_disk(out.parent)
+        sync([out.parent])
     finally:
         for left_over in (unfinished, old):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -124,11 +123,3 @@ def _stopping(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) 
         kept = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         return GenerationConfig(**kept)
     return generation
-
-
-def _on_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

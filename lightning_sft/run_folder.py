@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lightning_sft.checkpoints import facts
+from lightning_sft.disk import sync
 from lightning_sft.types import InputError
 
 _PARTIAL = ".partial"
@@ -32,12 +32,11 @@ def publish(path: str | Path) -> None:
         path: A file or a folder.
     """
     path, partial = Path(path), hidden(path)
-    for written in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
-        _sync(written)
+    sync([*(partial.rglob("*") if partial.is_dir() else ()), partial])
     if path.is_dir():  # a folder cannot take the place of another
         remove(path)
     partial.replace(path)
-    _sync(path.parent)
+    sync([path.parent])
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -116,11 +115,3 @@ def check_disk(folder: Path, size: int) -> None:
             f"A checkpoint needs about {size / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB left. Make room, or "
             "set trainer.default_root_dir to a folder on a larger disk."
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

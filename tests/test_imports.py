@@ -12,7 +12,7 @@ import lightning_sft
 ROOT = Path(lightning_sft.__file__).parent
 FLOORS = [
     {"types", "data.strict_json"},
-    {"checkpoints", "model_card", "gguf_file"}
+    {"checkpoints", "disk", "model_card", "gguf_file"}
     | {f"data.{name}" for name in ("files", "formats", "turns", "marks", "account", "examples", "draw", "workers")},
     {"objective", "schedules", "metrics", "guards", "trainer_facts", "demo_data", "demos", "probes", "sharding", "zero"}
     | {f"data.{name}" for name in ("sources", "messages", "template", "packing", "plan", "collate")}
