@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from lightning_sft.export import export
+from lightning_sft.export.folder import export
 from lightning_sft.pretrained import load_model, load_tokenizer
 from lightning_sft.types import InputError
 

@@ -18,9 +18,9 @@ from lightning_sft import __version__
 from lightning_sft.callbacks import PredictionWriter
 from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.checkpoints import hyper_parameters
-from lightning_sft.convert import export_checkpoint
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
+from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.guards import check_precision
 from lightning_sft.module import SFTModule
 from lightning_sft.replay import ReplayCLI

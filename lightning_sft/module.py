@@ -16,22 +16,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
-from lightning_sft.adapters import Lora
+from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import answers
 from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import CorpusLikelihood, figures_by_part, sums_by_part
-from lightning_sft.neftune import add_noise
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.probes import probe
-from lightning_sft.quantized import Bits, keep_out_of_broadcasts
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
-from lightning_sft.run_facts import FACTS, run_facts
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import Sharding, clip_gradients, layers
 from lightning_sft.strategies import layout
 from lightning_sft.trainer_facts import data_parallel, divisors, sum_over_ranks, total_steps
-from lightning_sft.tuning import Tuning
+from lightning_sft.tuning.adapters import Lora
+from lightning_sft.tuning.neftune import add_noise
+from lightning_sft.tuning.quantized import Bits, keep_out_of_broadcasts
+from lightning_sft.tuning.tuning import Tuning
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 from lightning_sft.zero import gathered, loading_config
 
@@ -50,12 +50,12 @@ class SFTModule(LightningModule):
         attn_implementation: Attention of transformers, as ``sdpa``; its own choice by default.
         chunk_size: Targets whose logits are in memory at a time.
         max_new_tokens: Most tokens that ``predict`` generates for a prompt.
-        lora: Adapters to train instead of the model, see :class:`~lightning_sft.adapters.Lora`.
+        lora: Adapters to train instead of the model, see :class:`~lightning_sft.tuning.adapters.Lora`.
         quantize: Bits of the pretrained weights under adapters: ``4bit`` or ``8bit``.
         new_tokens: Special tokens to add to the tokenizer and the model.
         frozen: Patterns of parameters' names that are not trained, as ``*.layers.0.*``.
         trained: Patterns of those that are trained all the same, also beside adapters.
-        neftune_alpha: Noise on embeddings in training, see :mod:`lightning_sft.neftune`.
+        neftune_alpha: Noise on embeddings in training, see :mod:`lightning_sft.tuning.neftune`.
         hf_config: Architecture of a model whose weights a checkpoint brings: the pretrained ones are then not read.
 
     >>> import tempfile

@@ -31,7 +31,7 @@ def load_model(pretrained: str, attn_implementation: str | None = None, quantiza
     Args:
         pretrained: A hub name, a folder, or a GGUF file (which is dequantised).
         attn_implementation: As in transformers; ``None`` lets it choose.
-        quantization: How to quantise it, see :mod:`lightning_sft.quantized`.
+        quantization: How to quantise it, see :mod:`lightning_sft.tuning.quantized`.
 
     Raises:
         InputError: When there is no such model, or it is not a causal language model.

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_sft.adapters import Lora
+from lightning_sft.tuning.adapters import Lora
 from tests.parallel import ROOT, Case, Curve, steps
 
 LORA = {"lora": Lora(r=4, alpha=64), "new_tokens": ["<|a|>"], "trained": ["*norm*"]}

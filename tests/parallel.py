@@ -23,8 +23,8 @@ from torch.optim import SGD
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.convert import export_checkpoint
 from lightning_sft.demos import tiny_pretrained
+from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.strategies import FSDP2Strategy
 from tests.gradients import QUIET, ROWS
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import checkpoints
-from lightning_sft.convert import export_checkpoint
+from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.main import SFTCLI, main
 from lightning_sft.types import InputError
 from tests.exporting import TWO, ZERO, trained

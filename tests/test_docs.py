@@ -74,14 +74,6 @@ def test_the_rows_of_the_data_page_are_rows() -> None:
         assert to_conversation(json.loads(line)).weights[-1] > 0
 
 
-def test_the_floors_of_the_contributing_page_are_those_that_are_tested() -> None:
-    from tests.test_imports import FLOORS
-
-    page = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
-    for name in set().union(*FLOORS) - {"callbacks", "callbacks.predictions"}:
-        assert name.removeprefix("data.").split(".")[-1] in page, name
-
-
 def test_the_commands_and_the_code_of_the_page_on_resuming_run(
     user_folder: Path, pretrained: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

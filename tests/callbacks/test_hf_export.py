@@ -70,7 +70,7 @@ def test_exports_change_nothing_about_the_training(pretrained: str, tmp_path: Pa
 
 def test_adapters_are_merged(pretrained: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from lightning_sft.adapters import Lora
+    from lightning_sft.tuning.adapters import Lora
 
     trainer = trained(pretrained, HFExport(str(tmp_path / "out")), model={"lora": Lora(r=4)})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final")

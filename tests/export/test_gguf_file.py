@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sft.convert import export_checkpoint
-from lightning_sft.gguf_file import write_gguf
+from lightning_sft.export.convert import export_checkpoint
+from lightning_sft.export.gguf_file import write_gguf
 from lightning_sft.types import InputError
 from tests.exporting import trained
 

@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel
 
-from lightning_sft import adapter_checkpoints, new_tokens
-from lightning_sft.adapters import Lora, inject
-from lightning_sft.freezing import choose
 from lightning_sft.pretrained import load_model, model_from_config, new_token_ids
-from lightning_sft.quantized import Bits, quantization
+from lightning_sft.tuning import adapter_checkpoints, new_tokens
+from lightning_sft.tuning.adapters import Lora, inject
+from lightning_sft.tuning.freezing import choose
+from lightning_sft.tuning.quantized import Bits, quantization
 from lightning_sft.types import InputError
 
 

@@ -16,9 +16,9 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.adapters import Lora
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
+from lightning_sft.tuning.adapters import Lora
 from lightning_sft.types import InputError
 from tests.gradients import ROWS
 

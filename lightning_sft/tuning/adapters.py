@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_sft import new_tokens, quantized
+from lightning_sft.tuning import new_tokens, quantized
 from lightning_sft.types import InputError
 
 NAME = "default"

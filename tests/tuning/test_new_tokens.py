@@ -14,10 +14,10 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.adapters import Lora
 from lightning_sft.data.collate import collate
 from lightning_sft.demos import tiny_model, tiny_pretrained, tiny_tokenizer
 from lightning_sft.main import main
+from lightning_sft.tuning.adapters import Lora
 from lightning_sft.types import Example, InputError
 from tests.gradients import ROWS
 

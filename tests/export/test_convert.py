@@ -10,10 +10,10 @@ from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lightning_sft.convert
+import lightning_sft.export.convert
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.convert import export_checkpoint
 from lightning_sft.demos import CHATML, tiny_model, tiny_tokenizer
+from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.types import InputError
 from tests.exporting import trained
 from tests.gradients import QUIET, ROWS
@@ -97,7 +97,7 @@ def test_a_threshold_below_zero_is_refused(ckpt: str, tmp_path: Path) -> None:
 
 
 def test_a_weight_that_is_written_wrong_is_found(ckpt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = lightning_sft.convert.write
+    write = lightning_sft.export.convert.write
 
     def wrong(model: Any, *args: Any) -> None:
         weight = model.model.norm.weight.data
@@ -105,19 +105,19 @@ def test_a_weight_that_is_written_wrong_is_found(ckpt: str, tmp_path: Path, monk
         write(model, *args)
         weight[0] = weight[0].nextafter(torch.tensor(-9.0))
 
-    monkeypatch.setattr(lightning_sft.convert, "write", wrong)
+    monkeypatch.setattr(lightning_sft.export.convert, "write", wrong)
     with pytest.raises(InputError, match=r"1 weights are not what was written: \['model.norm.weight'\]"):
         export_checkpoint(ckpt, str(tmp_path / "out"))
 
 
 def test_a_template_that_is_written_wrong_is_found(ckpt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = lightning_sft.convert.write
+    write = lightning_sft.export.convert.write
 
     def wrong(model: Any, tokenizer: Any, folder: Path, *args: Any) -> None:
         write(model, tokenizer, folder, *args)
         (folder / "chat_template.jinja").write_text(CHATML.replace("+ m['content'] +", "+ m['content'] + ' ' +"))
 
-    monkeypatch.setattr(lightning_sft.convert, "write", wrong)
+    monkeypatch.setattr(lightning_sft.export.convert, "write", wrong)
     with pytest.raises(InputError, match=r"the tokenizer gives other ids than in the training for \['.*val.jsonl:1'"):
         export_checkpoint(ckpt, str(tmp_path / "out"))
 
@@ -141,7 +141,7 @@ def test_what_is_there_is_not_overwritten_and_what_is_no_checkpoint_of_ours_is_r
 
 def test_adapters_are_merged_and_compared(pretrained: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from lightning_sft.adapters import Lora
+    from lightning_sft.tuning.adapters import Lora
 
     trainer = trained(pretrained, model={"lora": Lora(r=4)})
     trainer.save_checkpoint(tmp_path / "lora.ckpt")

@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from transformers import AutoModelForCausalLM
-
-from lightning_sft import SFTModule, quantized
-from lightning_sft.adapters import Lora, merge
-from lightning_sft.demos import tiny_pretrained
-from lightning_sft.main import main
-from lightning_sft.types import InputError
-from tests.gradients import ROWS
 from tests.test_adapter_checkpoints import fit
 from tests.test_adapters import lora_module
+from transformers import AutoModelForCausalLM
+
+from lightning_sft import SFTModule
+from lightning_sft.demos import tiny_pretrained
+from lightning_sft.main import main
+from lightning_sft.tuning import quantized
+from lightning_sft.tuning.adapters import Lora, merge
+from lightning_sft.types import InputError
+from tests.gradients import ROWS
 
 NEEDS = {"4bit": "bitsandbytes", "8bit": "torchao"}
 

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft import checkpoints, parity
-from lightning_sft.adapters import has_adapters, merge
+from lightning_sft import checkpoints
 from lightning_sft.data.mixture import as_mixture
-from lightning_sft.export import check_is_free, whole_folder, widest_dtype, write
-from lightning_sft.gguf_file import GGUFType, write_gguf
-from lightning_sft.model_card import model_card
+from lightning_sft.export import parity
+from lightning_sft.export.folder import check_is_free, whole_folder, widest_dtype, write
+from lightning_sft.export.gguf_file import GGUFType, write_gguf
+from lightning_sft.export.model_card import model_card
+from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
+from lightning_sft.export.run_facts import FACTS, validation_data
 from lightning_sft.pretrained import load_exported, load_generation_config, load_model, load_tokenizer
-from lightning_sft.restore import cast_weights, restored, tokenizer_of
-from lightning_sft.run_facts import FACTS, validation_data
+from lightning_sft.tuning.adapters import has_adapters, merge
 from lightning_sft.types import Conversation, Example, InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -37,7 +38,7 @@ class Settings:
         dtype: Of the weights; that of the trained ones by default.
         max_shard_size: Of a file of weights, as ``5GB``.
         max_kl: Largest mean KL(trained ‖ exported), in nats a token; by default 1e-6, or 1e-2 where 16 bits come in.
-        gguf_converter: llama.cpp's, which then writes a GGUF file too, see :mod:`lightning_sft.gguf_file`.
+        gguf_converter: llama.cpp's, which then writes a GGUF file too, see :mod:`lightning_sft.export.gguf_file`.
         gguf_type: How the GGUF file stores weights.
     """
 

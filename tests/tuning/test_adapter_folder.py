@@ -11,21 +11,21 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tests.test_adapters import lora_module
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.adapter_folder import save_adapter
-from lightning_sft.adapters import Lora
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
+from lightning_sft.tuning.adapter_folder import save_adapter
+from lightning_sft.tuning.adapters import Lora
 from lightning_sft.types import InputError
 from tests.gradients import ROWS
-from tests.test_adapters import lora_module
 
 # peft 0.21 asks for a property of models that transformers 5.24 has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
 IDS = torch.randint(250, (2, 20), generator=torch.Generator().manual_seed(0))
 

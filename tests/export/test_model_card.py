@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_sft.model_card import model_card
+from lightning_sft.export.model_card import model_card
 
 PART = {"name": "", "source": "hf:owner/data:train", "share": None, "weight": 1.0, "rows": 1234, "sequences": 1300}
 FACTS: dict[str, Any] = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_sft.demos import tiny_model
-from lightning_sft.first_rank import FirstRank, whole_state
+from lightning_sft.export.first_rank import FirstRank, whole_state
 
 
 def test_alone_the_work_is_done_and_its_error_raised() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from lightning_sft import SFTModule
-from lightning_sft.adapters import Lora
 from lightning_sft.demos import tiny_pretrained
-from lightning_sft.tuning import Tuning
+from lightning_sft.tuning.adapters import Lora
+from lightning_sft.tuning.tuning import Tuning
 from lightning_sft.types import InputError
 from tests.adapting import launch, run
 

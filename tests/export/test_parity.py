@@ -9,7 +9,7 @@ import torch
 
 from lightning_sft.data.mixture import Mixture, Part
 from lightning_sft.demos import CHATML, tiny_model, tiny_tokenizer
-from lightning_sft.parity import (
+from lightning_sft.export.parity import (
     Agreement,
     Report,
     agreement,

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from transformers import PreTrainedModel
 
-from lightning_sft.quantized import is_packed
+from lightning_sft.tuning.quantized import is_packed
 from lightning_sft.types import InputError
 
 

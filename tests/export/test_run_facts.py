@@ -8,7 +8,7 @@ import torch
 
 from lightning_sft.checkpoints import facts
 from lightning_sft.data.mixture import Mixture, Part
-from lightning_sft.run_facts import FACTS, validation_data
+from lightning_sft.export.run_facts import FACTS, validation_data
 from tests.exporting import trained
 
 

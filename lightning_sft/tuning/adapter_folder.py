@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lightning_sft import new_tokens
-from lightning_sft.adapters import NAME, is_adapter
+from lightning_sft.tuning import new_tokens
+from lightning_sft.tuning.adapters import NAME, is_adapter
 from lightning_sft.types import InputError
 
 

@@ -9,8 +9,8 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.adapters import Lora
 from lightning_sft.demos import tiny_pretrained
+from lightning_sft.tuning.adapters import Lora
 from lightning_sft.types import InputError
 from tests.gradients import ROWS
 

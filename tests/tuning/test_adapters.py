@@ -12,9 +12,9 @@ from lightning.pytorch import Trainer
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.adapters import Lora, has_adapters, merge
 from lightning_sft.data.collate import collate
 from lightning_sft.demos import tiny_pretrained
+from lightning_sft.tuning.adapters import Lora, has_adapters, merge
 from lightning_sft.types import InputError
 from tests.gradients import ROWS, Recorder, encoded, furthest
 
