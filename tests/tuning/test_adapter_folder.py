@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tests.test_adapters import lora_module
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -21,6 +20,7 @@ from lightning_sft.tuning.adapter_folder import save_adapter
 from lightning_sft.tuning.adapters import Lora
 from lightning_sft.types import InputError
 from tests.gradients import ROWS
+from tests.tuning.test_adapters import lora_module
 
 # peft 0.21 asks for a property of models that transformers 5.24 has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from tests.test_adapter_checkpoints import fit
-from tests.test_adapters import lora_module
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTModule
@@ -21,6 +19,8 @@ from lightning_sft.tuning import quantized
 from lightning_sft.tuning.adapters import Lora, merge
 from lightning_sft.types import InputError
 from tests.gradients import ROWS
+from tests.tuning.test_adapter_checkpoints import fit
+from tests.tuning.test_adapters import lora_module
 
 NEEDS = {"4bit": "bitsandbytes", "8bit": "torchao"}
 
