@@ -16,13 +16,17 @@ help:
 $(BIN)/lightning-sft: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[gguf,tensorboard]'
+	touch $@
+
+$(VENV)/dev: $(BIN)/lightning-sft
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 quickstart: $(BIN)/lightning-sft
 	$(BIN)/python docs/quickstart.py --folder $(QUICKSTART)
 
-lint: $(BIN)/lightning-sft
+lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
