@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -67,7 +67,7 @@ class HFExport(Callback):
         self._last_step = 0
         self._error: Exception | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to write over what another run has written.
 
         Raises:
@@ -76,26 +76,24 @@ class HFExport(Callback):
         """
         self._root = Path(self.folder) if self.folder else Path(trainer.log_dir or ".") / "huggingface"
         self._first, self._error, self._last_step = FirstRank(), None, trainer.global_step
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:
             rank_zero_info("HFExport writes nothing under trainer.fast_dev_run.")
         elif trainer.global_step == 0:
             self._first(self._check)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write a folder after every so many optimiser steps."""
         step, before, self._last_step = trainer.global_step, self._last_step, trainer.global_step
         is_due = self.every_n_steps is not None and step > before and step % self.every_n_steps == 0
         if is_due and (error := self._export(trainer, pl_module, f"step-{step}")):
             rank_zero_warn(f"Step {step} was not exported, the training goes on. {error}")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the last folder; if it fails, that is said when the last checkpoint is written too."""
         if self.at_end:
             self._error = self._export(trainer, pl_module, "final")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Write the folder of the best checkpoint.
 
         Raises:
@@ -103,7 +101,7 @@ class HFExport(Callback):
         """
         if self._error is not None:
             raise self._error
-        if not self.best or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not self.best or trainer.fast_dev_run:
             return
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not path:
@@ -122,11 +120,11 @@ class HFExport(Callback):
         if self.rows is not None:
             rows_to_compare({}, self.rows)
 
-    def _export(self, trainer: Trainer, module: Any, name: str) -> Exception | None:
+    def _export(self, trainer: Any, module: Any, name: str) -> Exception | None:
         """Write a folder, and give back what every rank knows to have gone wrong."""
         first = self._first
         assert first is not None
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:
             return None
         tokenizer = _tokenizer(trainer, module)
 
@@ -159,7 +157,7 @@ class HFExport(Callback):
         return rows_to_compare({}, self.rows)
 
 
-def _live(trainer: Trainer, module: Any, examples: Sequence[Example]) -> Live:
+def _live(trainer: Any, module: Any, examples: Sequence[Example]) -> Live:
     """Log Pr of the targets under the model in training; every rank computes the same."""
     with _evaluation(module):
         batches = [collate([example], packed=False).to(module.device) for example in examples]
