@@ -114,10 +114,10 @@ class SFTModule(LightningModule):
         """Load the model once, and measure on it what differs between architectures."""
         if self.scorer is not None:
             return
-        self._zero3 = loading_config(self.trainer.strategy if self._trainer else None)
-        trainer = self.trainer if self._trainer else None
+        trainer = self._trainer  # None where a checkpoint is loaded without one
+        self._zero3 = loading_config(None if trainer is None else trainer.strategy)
         model = self.tuning.load(self.pretrained, self.hf_config, self.attn_implementation, trainer)
-        if self._trainer is not None and model.device.type == "cpu" and "bf16" in str(self.trainer.precision):
+        if trainer is not None and model.device.type == "cpu" and "bf16" in str(trainer.precision):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)

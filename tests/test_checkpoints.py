@@ -16,6 +16,7 @@ from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.main import SFTCLI, main
 from lightning_sft.types import InputError
 from tests.exporting import TWO, ZERO, trained
+from tests.payload import Payload
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +24,6 @@ def single(tmp_path_factory: pytest.TempPathFactory, pretrained_for_two: str) ->
     path = tmp_path_factory.mktemp("single") / "one.ckpt"
     trained(pretrained_for_two).save_checkpoint(path)
     return path
-
-
-class Payload:
-    """An object whose unpickling writes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("name", [*TWO, *(pytest.param(name, marks=pytest.mark.slow) for name in ZERO)])

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.main import console, main
 from lightning_sft.types import InputError
+from tests.payload import Payload
 
 
 class MyModule(SFTModule):
@@ -156,20 +157,10 @@ def test_a_checkpoint_never_overrides_the_command_line(
     assert cli.trainer.global_step == 2
 
 
-class Trap:
-    """What an attacker puts into a checkpoint: loading it runs a command."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 def test_a_checkpoint_runs_no_code(arguments: list[str], tmp_path: Path) -> None:
     path = main(["fit", *arguments]).trainer.checkpoint_callback.best_model_path
     checkpoint = torch.load(path, weights_only=True)
-    torch.save({**checkpoint, "trap": Trap(tmp_path / "sprung")}, tmp_path / "evil.ckpt")
+    torch.save({**checkpoint, "trap": Payload(tmp_path / "sprung")}, tmp_path / "evil.ckpt")
     for verb in ("fit", "validate"):
         with pytest.raises((InputError, pickle.UnpicklingError)):
             main([verb, *arguments, "--ckpt_path", str(tmp_path / "evil.ckpt")])

@@ -256,7 +256,7 @@ def test_runs_that_are_killed_and_told_to_end_go_on_to_the_bit_and_with_other_ra
     plan = {"packed": [["writing", 2], ["told", 3]], "ddp": [["told", 3]], "elastic": 0}
     found = results(dropping, tmp_path, plan)
     for name in ("packed", "ddp"):
-        assert found[name]["kills"] == len(plan[name])  # type: ignore[arg-type]
+        assert found[name]["kills"] == len(plan[name])
         assert not found[name]["differ"]
     elastic = found["elastic"]
     assert set(elastic["ranks"]) == {1, 2}

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
@@ -14,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning_sft.strategies import FSDP2Strategy, layout
 from lightning_sft.types import InputError
 from tests.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
+from tests.payload import Payload
 
 WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 NAMES = [name for names in LAUNCHES for name in names if WITH_DEEPSPEED or not CASES[name].stage]
@@ -46,18 +45,8 @@ def test_the_strategy_is_known_by_its_name() -> None:
     assert layout(trainer.strategy) == (None, False)
 
 
-class Trap:
-    """Loading it runs a command."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
 def test_an_index_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "sprung")))
     with pytest.raises(InputError, match="could run code"):
         FSDP2Strategy().load_checkpoint(tmp_path)
     assert not (tmp_path / "sprung").exists()

@@ -73,7 +73,7 @@ def test_callbacks_of_the_user_take_the_place_of_ours(arguments: list[str], tmp_
 
 def test_without_checkpoints_nothing_is_added(arguments: list[str]) -> None:
     cli = main(["fit", *arguments, "--trainer.enable_checkpointing", "false"])
-    assert not of_kind(cli, (Preempt, SampleLedger, SafeCheckpoint))  # type: ignore[arg-type]
+    assert not of_kind(cli, (Preempt, SampleLedger, SafeCheckpoint))
 
 
 def test_runs_without_last_keep_to_the_folders_of_their_loggers(arguments: list[str], tmp_path: Path) -> None:

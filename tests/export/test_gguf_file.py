@@ -33,7 +33,7 @@ def test_a_gguf_file_has_the_model_that_was_trained(out_type: str, tmp_path: Pat
 
     trained(str(fetch_demo_model()), max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
     settings = {"gguf_converter": CONVERTER, "gguf_type": out_type}
-    out = export_checkpoint(str(tmp_path / "a.ckpt"), str(tmp_path / "out"), **settings)  # type: ignore[arg-type]
+    out = export_checkpoint(str(tmp_path / "a.ckpt"), str(tmp_path / "out"), **settings)
     found = json.loads((out / "parity.json").read_text())["models"][-1]
     assert found["name"] == f"GGUF, {out_type}"
     assert found["mean_kl"] < {"f32": 1e-6}.get(out_type, 1e-2)
