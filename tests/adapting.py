@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sft.tuning.adapters import Lora
-from tests.parallel import ROOT, Case, Curve, steps
+from tests.parallel import Case, Curve, steps
+from tests.processes import torchrun
 
 LORA = {"lora": Lora(r=4, alpha=64), "new_tokens": ["<|a|>"], "trained": ["*norm*"]}
 CASES = {
@@ -45,10 +45,7 @@ def run(pretrained: str, name: str, out: Path) -> None:
 
 def launch(names: list[str], pretrained: str, out: Path) -> None:
     """Run cases one after the other in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = ["tests.adapting", pretrained, str(out), *names]
-    subprocess.run([*command, *arguments], check=True, env=environment, cwd=ROOT)
+    torchrun("tests.adapting", pretrained, str(out), *names)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,8 @@ from torch.optim import AdamW
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import HFExport
 from tests.gradients import QUIET, ROWS
-from tests.parallel import CASES, ROOT
+from tests.parallel import CASES
+from tests.processes import torchrun
 
 TWO = ["ddp", "fsdp2", "tensor"]
 ZERO = ["deepspeed1", "deepspeed2", "deepspeed3"]
@@ -37,10 +36,7 @@ def trained(
 
 def launch(names: list[str], pretrained: str, out: Path) -> None:
     """Run strategies one after the other, in two processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    arguments = ["-m", "tests.exporting", pretrained, str(out), *names]
-    subprocess.run([*command, *arguments], check=True, env=environment, cwd=ROOT, timeout=300)
+    torchrun("tests.exporting", pretrained, str(out), *names)
 
 
 if __name__ == "__main__":  # for each strategy a folder after two steps, one at the end, and a checkpoint of the end

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,8 +26,8 @@ from lightning_sft.demos import tiny_pretrained
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.strategies import FSDP2Strategy
 from tests.gradients import QUIET, ROWS
+from tests.processes import ROOT, torchrun
 
-ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "strategies.md"
 TOLERANCE = 1e-5
 TRAIN = [{**row, "prompt": f"{i} {row['prompt']}"} for i in range(4) for row in ROWS]
@@ -140,10 +139,7 @@ def run(pretrained: str, name: str, out: Path) -> None:
 
 def launch(names: list[str], pretrained: str, out: Path) -> None:
     """Run cases one after the other in processes of their own."""
-    count = f"--nproc-per-node={CASES[names[0]].processes}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", count, "-m", "tests.parallel"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, pretrained, str(out), *names], check=True, env=environment, cwd=ROOT)
+    torchrun("tests.parallel", pretrained, str(out), *names, processes=CASES[names[0]].processes)
 
 
 def measured(name: str, out: Path) -> dict[str, bool]:

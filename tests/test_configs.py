@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +13,8 @@ import yaml
 
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
+from tests.processes import ROOT, run
 
-ROOT = Path(__file__).parents[1]
 ALL = {path.stem: path for path in (ROOT / "configs").rglob("*.yaml")}
 PARALLEL = ["ddp", "deepspeed", "fsdp2", "tensor_parallel"]
 TWO_NODES = "fit"  # is run by test_two_nodes
@@ -73,9 +71,7 @@ def test_it_fits_on_two_processes(name: str, tmp_path: Path) -> None:
         pytest.importorskip("deepspeed")
         flags |= {"trainer.strategy": "tests.deepspeed_cpu.DeepSpeedOnCPU", "trainer.strategy.stage": "3"}
     command = [sys.executable, "-m", "lightning_sft", *arguments(ALL[name], **flags)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run(command, cwd=tmp_path)
     [metrics] = tmp_path.rglob("metrics.csv")
     assert "train/loss" in metrics.read_text()
     assert list(tmp_path.rglob("*.ckpt"))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -20,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_sft.data.mixture import Mixture, Part
 from lightning_sft.demos import tiny_pretrained
 from tests.gradients import ROWS, Run, capacity_for, encoded, fit, furthest, row_gradients, step_gradients
+from tests.processes import torchrun
 
 TOLERANCE = {"64-true": 1e-10, "32-true": 1e-5}
 NORMALIZE = ["token", "sequence", "sqrt", "dataset"]
@@ -178,10 +176,7 @@ def test_two_processes_with_uneven_token_counts_are_exact(gpt2: str, tmp_path: P
     cases.append({**common, "data": STREAM, "limit_train_batches": 3})
     for number, case in enumerate(cases):
         torch.save(case, tmp_path / f"{number}.case")
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "tests.gradients", gpt2, str(tmp_path)], check=True, env=environment, cwd=root)
+    torchrun("tests.gradients", gpt2, str(tmp_path))
     for number, case in enumerate(cases):
         ranks = [Run(*torch.load(tmp_path / f"{number}.rank{rank}")) for rank in (0, 1)]
         normalize, precision = case.get("normalize", "token"), case["precision"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from lightning_sft.demos import tiny_pretrained
 from lightning_sft.resume import PLACE, Place, seed_micro_batch
 from lightning_sft.schedules import learning_rate_factor
 from lightning_sft.types import InputError
+from tests.processes import run
 from tests.resuming import RUNS, TRAIN, Run, losses
 
 Make = Callable[..., Trainer]
@@ -238,15 +237,11 @@ def test_other_steps_are_refused_inside_an_epoch_with_the_setting_that_keeps_the
     assert place(steps=0, micro_batches=0).on(3, 4, "b").epoch == 2
 
 
-def results(pretrained: str, folder: Path, plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def results(pretrained: str, folder: Path, plan: dict[str, Any], timeout: float = 500) -> dict[str, dict[str, Any]]:
     """What tests.resuming has found, in a process of its own: a forked one must not have computed gradients."""
     command = [sys.executable, "-m", "tests.resuming", pretrained, str(folder), json.dumps(plan)]
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    environment.pop("PL_GLOBAL_SEED", None)
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    printed = run(command, timeout=timeout, without=["PL_GLOBAL_SEED"])
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     return {result["run"]: result for result in found}
 
 

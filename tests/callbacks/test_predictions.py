@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from lightning_sft.main import main
+from tests.processes import torchrun
 
 
 def flags(pretrained: str, path: str, out: Path) -> list[str]:
@@ -21,10 +19,7 @@ def test_two_processes_write_every_row_once_in_the_order_of_the_input(
 ) -> None:
     path = jsonl([{"prompt": "a" * n, "completion": str(n)} for n in (3, 9, 1, 4, 7)])
     main(["predict", *flags(pretrained, path, tmp_path / "one")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    arguments = ["predict", *flags(pretrained, path, tmp_path / "two"), "--trainer.devices", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "lightning_sft", *arguments], check=True, env=environment)
+    torchrun("lightning_sft", "predict", *flags(pretrained, path, tmp_path / "two"), "--trainer.devices", "2")
     one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))
     assert [json.loads(line)["reference"] for line in one.splitlines()] == ["3", "9", "1", "4", "7"]
     assert one == two
