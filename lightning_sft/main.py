@@ -26,6 +26,7 @@ from lightning_sft.module import SFTModule
 from lightning_sft.replay import ReplayCLI
 from lightning_sft.show import ShowCLI
 from lightning_sft.types import InputError
+from lightning_sft.verify.command import VerifyCLI
 
 
 class SFTCLI(LightningCLI):
@@ -93,7 +94,7 @@ def main(args: ArgsType = None) -> Any:
         The :class:`SFTCLI`, with its ``trainer``, ``model`` and ``datamodule``; or what the verb returns.
 
     Raises:
-        SystemExit: With 1 when ``show --check`` finds that the data do not pass.
+        SystemExit: With 1 when ``show --check`` or ``verify`` finds what does not pass.
 
     >>> main(["--version"])
     '0.1.0'
@@ -122,6 +123,11 @@ def main(args: ArgsType = None) -> Any:
         return shown
     if isinstance(given, list) and given[:1] == ["replay"]:
         return ReplayCLI(**arguments, args=given[1:], run=False)
+    if isinstance(given, list) and given[:1] == ["verify"]:
+        verified = VerifyCLI(**arguments, args=given[1:], run=False)
+        if not verified.verdict.passed:
+            sys.exit(1)
+        return verified
     arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": {"description": _DESCRIPTION}}
     return SFTCLI(**arguments, args=given)
 
@@ -129,8 +135,9 @@ def main(args: ArgsType = None) -> Any:
 VERBS: dict[str, Callable[..., Any]] = {"export": export_checkpoint, "fetch-demo-model": fetch_demo_model}
 _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
-    "show (what fit would train on, token by token), replay (a step of a run once more), export (a checkpoint as a "
-    "Hugging Face folder), fetch-demo-model (SmolLM2-135M-Instruct); each has a --help of its own."
+    "show (what fit would train on, token by token), replay (a step of a run once more), verify (our proofs on your "
+    "model and data), export (a checkpoint as a Hugging Face folder), fetch-demo-model (SmolLM2-135M-Instruct); each "
+    "has a --help of its own."
 )
 
 
