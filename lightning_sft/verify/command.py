@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -52,6 +53,8 @@ class VerifyCLI(ShowCLI):
     def after_instantiate_classes(self) -> None:
         """Verify."""
         own = {name: self.config_init[name] for name in self._own}
+        if self.config_init.get("ckpt_path"):
+            warnings.warn("ckpt_path has no effect in verify, which begins at model.pretrained.", stacklevel=2)
         self.verdict = verify(self.datamodule, self.model, self.trainer_config, **own)
 
 

@@ -77,7 +77,7 @@ class Subject:
         """
         paper: Any = trainer_on_paper(module, trainer)
         paper.is_global_zero = False  # the report is that of show
-        data.trainer = paper
+        data.trainer, data.sample_rows = paper, data.buffer_rows
         data.setup("fit")
         data.streaming = False
         examples = data.splits["train"].examples

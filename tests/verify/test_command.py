@@ -57,6 +57,11 @@ def test_a_failure_is_exit_code_1_and_names_the_row(
     assert "train.jsonl:1: turn 2" in check["cases"][0]["failures"][0]
 
 
+def test_a_checkpoint_is_said_to_have_no_effect(arguments: list[str]) -> None:
+    with pytest.warns(UserWarning, match="ckpt_path has no effect in verify"):
+        assert main([*arguments, "--checks", "[contexts]", "--ckpt_path", "a.ckpt"]).verdict.passed
+
+
 def test_a_check_that_cannot_be_run_has_failed_and_the_others_go_on(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,3 +49,8 @@ def test_the_plain_model_has_the_weights_of_the_loaded_one_and_the_users_module_
     assert plain.config._attn_implementation == "eager"
     assert found.module.scorer is None
     assert found.module.neftune_alpha == 5.0
+
+
+def test_of_a_stream_the_first_rows_are_taken(pretrained: str, tmp_path: Path) -> None:
+    data = {"streaming": True, "buffer_rows": 5, "tokens_per_batch": 100}
+    assert len(subject(pretrained, tmp_path, data).data.splits["train"].examples) == 5
