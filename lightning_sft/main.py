@@ -20,6 +20,7 @@ from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.checkpoints import hyper_parameters
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
+from lightning_sft.doctor import run_doctor
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.guards import check_precision
 from lightning_sft.module import SFTModule
@@ -104,6 +105,8 @@ def main(args: ArgsType = None) -> Any:
         given = given or ["--help"]
         if given[0] == "--version":
             return __version__
+        if given[0] == "doctor":
+            return run_doctor(given[1:])
         if given[0] in VERBS:
             return auto_cli(VERBS[given[0]], args=given[1:], as_positional=False)
     own_model, own_data = _names_a_class("model", given), _names_a_class("data", given)
