@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.callbacks.predictions import PredictionWriter
 from lightning_sft.data.blocks import Shape
 from lightning_sft.data.chunks import Recipe
 from lightning_sft.data.dataset import Split, load_prompts, load_split
@@ -27,7 +28,7 @@ from lightning_sft.data.stream import StreamLoader, check_stream
 from lightning_sft.data.workers import num_cores
 from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.trainer_facts import Division, data_parallel, gather, place
-from lightning_sft.types import InputError, Normalize
+from lightning_sft.types import InputError, Normalize, Prompt
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
@@ -84,7 +85,7 @@ class SFTDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.sources: dict[str, Mixture | Source | None] = {"train": train, "val": val, "test": test}
-        self.prompts = predict
+        self.sources["predict"] = predict
         self.format, self.columns = format, columns
         self.tokenizer_name, self.chat_template = tokenizer, chat_template
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
@@ -118,6 +119,13 @@ class SFTDataModule(LightningDataModule):
     def steps_per_epoch(self) -> float:
         """Optimiser steps in an epoch of training data, over all ranks together; infinite for a stream."""
         return math.inf if self.streaming else self.planned("train").plan.num_steps
+
+    @property
+    def positions_per_batch(self) -> int:
+        """Most positions in a micro-batch of training data."""
+        if self.streaming:
+            return self.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH
+        return self.planned("train").capacity
 
     def planned(self, name: str) -> Planned:
         """A split with its plan, made when first asked for: by then the model has been probed."""
@@ -156,13 +164,28 @@ class SFTDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
-        """Prompts for generation, each rank's own."""
-        if self.prompts is None:
-            raise InputError("There are no prompts: set data.predict to a JSONL or JSON file.")
+        """Prompts for generation, each rank's own, without those that a writer has answers to; the longest first."""
         assert self.tokenizer is not None
         rank, num_ranks = data_parallel(self.trainer)
-        prompts = load_prompts(self.prompts, self.tokenizer, format=self.format, columns=self.columns)
-        return PromptLoader(prompts[rank::num_ranks], self.tokenizer, self.predict_batch_size)
+        prompts = self.prompts_of("predict")
+        writers = [one for one in getattr(self.trainer, "callbacks", ()) if isinstance(one, PredictionWriter)]
+        answered = {number for writer in writers[:1] for number in writer.answered(self.trainer, prompts)}
+        left = [prompt for prompt in prompts if prompt.number not in answered]
+        left.sort(key=lambda prompt: -len(prompt.input_ids))
+        return PromptLoader(left[rank::num_ranks], self.tokenizer, self.predict_batch_size)
+
+    def prompts_of(self, name: str, first: int | None = None) -> list[Prompt]:
+        """The prompts of a split, or the first of each of its data sets, for generation.
+
+        Raises:
+            InputError: When there are none, or a row cannot be used.
+        """
+        source = self.sources.get(name)
+        if source is None:
+            raise InputError(f"There are no prompts: set data.{name} to a JSONL or JSON file.")
+        skips: Literal["error", "skip"] = "error" if name == "predict" else self.invalid_rows
+        settings: dict[str, Any] = {"format": self.format, "columns": self.columns, "invalid_rows": skips}
+        return load_prompts(source, cast(Any, self.tokenizer), **settings, first=first)
 
     def state_dict(self) -> dict[str, Any]:
         """What an export needs to give the model its tokenizer back: plain strings."""

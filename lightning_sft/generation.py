@@ -1,33 +1,168 @@
-"""Greedy answers of a model to prompts."""
+"""Answers of a model to prompts, greedy or drawn."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lightning_sft.data.loader import PromptBatch
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_sft.data.loader import PromptBatch, PromptLoader
+from lightning_sft.modes import evaluating
+from lightning_sft.trainer_facts import data_parallel, gather
+from lightning_sft.types import InputError, Prompt
 
 
-def answers(model: Any, batch: PromptBatch, max_new_tokens: int) -> list[dict[str, Any]]:
-    """Greedy answers of a transformers model: one row a prompt.
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen.
 
-    An answer ends with the stop token that training teaches, or with one of the model's generation config.
+    Args:
+        temperature: The logits are divided by it; 0 takes the likeliest token.
+        top_p: Draw among the likeliest tokens that together have at least this probability.
+        top_k: Draw among so many of the likeliest tokens; 0 for all.
+        seed: What is drawn is a function of the seed, of the number of the row, and of the number of the token: neither
+            the batch that a row is in nor the number of devices has a say.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
+            raise InputError(
+                f"Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got temperature={self.temperature}, "
+                f"top_p={self.top_p}, top_k={self.top_k}."
+            )
+
+    @classmethod
+    def of(cls, given: Sampling | Mapping[str, Any] | None) -> Sampling:
+        """The same from the plain dictionary that a checkpoint has of it."""
+        return cls(**given) if isinstance(given, Mapping) else given or cls()
+
+
+def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """The token of each row that a number between 0 and 1 stands for, ``[B]``.
+
+    The intervals of the tokens, as long as their probabilities, lie side by side in the order of the vocabulary.
+
+    Args:
+        logits: ``[B, V]``.
+        uniform: ``[B]``, float64.
+        sampling: With a positive temperature.
+
+    >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
+    >>> [draw(logits, torch.tensor([u]).double(), Sampling(1.0)).item() for u in (0.05, 0.2, 0.99)]
+    [0, 1, 2]
+    >>> draw(logits, torch.tensor([0.99]).double(), Sampling(1.0, top_p=0.5)).item()
+    1
+    """
+    scaled = logits.double() / sampling.temperature
+    if sampling.top_k:
+        kept = scaled.topk(min(sampling.top_k, scaled.shape[1])).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < kept, -torch.inf)
+    probabilities = scaled.softmax(-1)
+    if sampling.top_p < 1:
+        ordered, places = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0  # before them are tokens enough
+        probabilities = torch.zeros_like(ordered).scatter(1, places, ordered)
+    ends = probabilities.cumsum(-1)
+    token = torch.searchsorted(ends, uniform[:, None] * ends[:, -1:], right=True).squeeze(1)
+    last = (probabilities > 0).long().cumsum(-1).argmax(-1)  # rounding must not lead beyond it
+    return torch.minimum(token, last)
+
+
+class _Drawing:
+    """A logits processor of transformers that leaves one token to choose from."""
+
+    def __init__(self, numbers: Sequence[int], begin: int, most: int, sampling: Sampling) -> None:
+        uniform = [np.random.default_rng([sampling.seed, number]).random(most) for number in numbers]
+        self.uniform, self.begin, self.sampling = torch.from_numpy(np.stack(uniform)), begin, sampling
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = self.uniform[:, input_ids.shape[1] - self.begin].to(scores.device)
+        chosen = draw(scores, uniform, self.sampling)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
+
+
+def answers(
+    model: Any, batch: PromptBatch, max_new_tokens: int, sampling: Sampling | None = None, in_step: bool = False
+) -> list[dict[str, Any]]:
+    """Answers of a transformers model: one row a prompt.
+
+    An answer ends with the stop token that training teaches, or with one of the model's generation config, of which
+    nothing else is used.
+
+    Args:
+        model: In evaluation mode.
+        batch: The prompts.
+        max_new_tokens: Most tokens of an answer.
+        sampling: How tokens are chosen; the likeliest by default.
+        in_step: Whether all ranks have to take equally many steps, since they share the model.
 
     Returns:
         Rows of ``source`` (``file:line``), ``prediction`` and ``reference`` (``None`` where the data has none).
     """
     of_model = model.generation_config.eos_token_id
     stops = {*(of_model if isinstance(of_model, list) else [of_model]), batch.stop_id} - {None}
+    sampling, begin = sampling or Sampling(), batch.input_ids.shape[1]
+    numbers = [prompt.number for prompt in batch.prompts]
+    drawing = [_Drawing(numbers, begin, max_new_tokens, sampling)] if sampling.temperature else []
     generated = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        logits_processor=drawing,
         use_cache=True,
         pad_token_id=batch.pad_id,
         eos_token_id=sorted(stops) or None,
+        synced_gpus=in_step,
     )
-    texts = batch.tokenizer.batch_decode(generated[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
+    texts = batch.tokenizer.batch_decode(generated[:, begin:], skip_special_tokens=True)
     return [
         {"source": prompt.provenance, "prediction": text, "reference": prompt.reference}
         for prompt, text in zip(batch.prompts, texts, strict=True)
     ]
+
+
+def answer_all(
+    module: Any,
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+    sampling: Sampling | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of :func:`answers` to prompts, in their order, in the middle of a training too: every rank calls it.
+
+    Ranks share the prompts out. Those that share a model get equally many, some twice, so that they keep in step.
+
+    Args:
+        module: An ``SFTModule`` with a trainer.
+        prompts: The same on all ranks; at least one.
+        tokenizer: Of the model.
+        batch_size: Prompts that are answered at a time.
+        max_new_tokens: Most tokens of an answer; as the module says by default.
+        sampling: How tokens are chosen; as the module says by default.
+    """
+    rank, num_ranks = data_parallel(module.trainer)
+    strategy = module.trainer.strategy
+    in_step = strategy.restore_checkpoint_after_setup  # as those have it that shard the model
+    places = list(range(rank, len(prompts), num_ranks))
+    if in_step and len(places) < -(-len(prompts) // num_ranks):
+        places.append(0)
+    most, how = max_new_tokens or module.max_new_tokens, sampling or module.sampling
+    rows: list[dict[str, Any]] = []
+    with evaluating(module):
+        for batch in PromptLoader([prompts[i] for i in places], tokenizer, batch_size):
+            rows += module.scorer(batch.to(module.device), lambda model, own: answers(model, own, most, how, in_step))
+    found = dict(pair for share in gather(module.trainer, list(zip(places, rows, strict=True))) for pair in share)
+    return [found[i] for i in range(len(prompts))]

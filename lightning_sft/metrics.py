@@ -10,6 +10,9 @@ from torchmetrics import Metric
 
 from lightning_sft.types import IGNORE, Batch, LogLikelihood
 
+_TURNS = 10  # the last of them is that of all later ones too
+_POSITIONS = (1, 10, 100, 1000)  # the last token of each stretch of an answer; one more is without end
+
 
 def sums(likelihood: LogLikelihood) -> Tensor:
     """``[Σ −w·log Pr, Σ w, correct targets, targets]`` of one batch, ``[4]`` float64 (float32 on MPS)."""
@@ -21,7 +24,7 @@ def sums(likelihood: LogLikelihood) -> Tensor:
 
 def figures(totals: Tensor) -> dict[str, Tensor]:
     """What the sums over a corpus say: the token-weighted mean loss, and the share of targets predicted."""
-    negative_log_likelihood, weight, correct, targets = totals.unbind()
+    negative_log_likelihood, weight, correct, targets = totals[:4].unbind()
     return {"loss": negative_log_likelihood / weight, "token_accuracy": correct / targets}
 
 
@@ -30,26 +33,54 @@ def sums_by_part(likelihood: LogLikelihood, batch: Batch | None) -> Tensor:
     everything = sums(likelihood)
     if batch is None or not batch.part_names:
         return everything[None]
-    weights = batch.target_weights[batch.labels != IGNORE].to(everything)
-    log_probs, correct = likelihood.log_probs.to(everything), likelihood.correct.to(everything)
-    of_targets = torch.stack([-weights * log_probs, weights, correct, torch.ones_like(weights)], dim=1)  # [T, 4]
+    of_targets = _of_targets(likelihood, batch).to(everything)  # [T, 4]
     of_parts = everything.new_zeros(len(batch.part_names), 4).index_add(0, batch.target_parts(), of_targets)
     return torch.cat([everything[None], of_parts])
 
 
 def figures_by_part(totals: Tensor, part_names: Sequence[str]) -> dict[str, Tensor]:
     """:func:`figures` of a corpus, and the ``loss/name`` of each data set that has targets in it."""
-    losses = {f"loss/{name}": figures(own)["loss"] for name, own in zip(part_names, totals[1:], strict=True) if own[1]}
-    return figures(totals[0]) | losses
+    return figures(totals[0]) | _losses(totals[1:], [f"loss/{name}" for name in part_names])
+
+
+def places(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where each target stands: the number of its answer in its conversation, and its own in the answer, ``[T]`` each.
+
+    Both count from 1. Answers are runs of targets; those that are not trained, having the weight 0, do not count.
+
+    >>> batch = Batch.of({"input_ids": torch.arange(7)[None], "labels": torch.tensor([[-100, 1, 2, -100, 4, 5, -100]])})
+    >>> [place.tolist() for place in places(batch)]
+    [[1, 1, 2, 2], [1, 2, 1, 2]]
+    """
+    is_target = (batch.labels != IGNORE).flatten()
+    begins = is_target & ~torch.nn.functional.pad(is_target[:-1], (1, 0))
+    number, document = begins.cumsum(0), batch.documents().flatten()[is_target]
+    before = (number - begins.long())[(batch.position_ids == 0).flatten()]  # answers before each document
+    if batch.answers_before:
+        before = before - before.new_tensor(batch.answers_before)
+    first = begins.nonzero().squeeze(1)[number[is_target] - 1]
+    return number[is_target] - before[document], is_target.nonzero().squeeze(1) - first + 1
 
 
 class CorpusLikelihood(Metric):
-    """NLL per target token (``loss``), its exponential (``perplexity``) and ``token_accuracy`` of a whole corpus.
+    """Figures of the targets of a whole corpus, each a sum over all batches and ranks that is divided once.
 
-    Each is a sum over all batches and ranks divided once, so the split into batches cannot change it.
+    ========================  ==========================================================================================
+    ``loss``                  Σ −w·log Pr / Σ w over all targets: what training minimises
+    ``perplexity``            exp(Σ −log Pr / number of targets), whatever their weights
+    ``bits_per_byte``         Σ −log₂ Pr / UTF-8 bytes of the text of the targets: comparable between tokenizers
+    ``token_accuracy``        the share of targets that are the likeliest token
+    ``loss/NAME``             ``loss`` of a data set of a mixture
+    ``loss_turn/2``           ``loss`` of the second trained answer of conversations, where some have several
+    ``loss_position/2-10``    ``loss`` of the second to tenth token of answers
+    ========================  ==========================================================================================
+
+    The stop token of an answer, and other control tokens, have no bytes, but what it costs to predict them counts: a
+    model has to say where its answer ends, and every template has its own name for that.
 
     Args:
-        part_names: The data sets of the corpus, where it is a mixture: each gets a ``loss/name``.
+        part_names: The data sets of the corpus, where it is a mixture.
+        token_bytes: UTF-8 bytes of each token of the vocabulary, ``[V]``; without them there are no bits per byte.
 
     >>> import lightning_sft
     >>> metric = CorpusLikelihood()
@@ -61,17 +92,62 @@ class CorpusLikelihood(Metric):
 
     full_state_update = False
     totals: Tensor
+    token_bytes: Tensor | None
 
-    def __init__(self, part_names: Sequence[str] = ()) -> None:
+    def __init__(self, part_names: Sequence[str] = (), token_bytes: Tensor | None = None) -> None:
         super().__init__()
         self.part_names = tuple(part_names)
-        self.add_state("totals", torch.zeros(1 + len(part_names), 4, dtype=torch.float64), dist_reduce_fx="sum")
+        positions = zip((1, *(p + 1 for p in _POSITIONS)), _POSITIONS, strict=False)
+        ranges = [str(first) if first == last else f"{first}-{last}" for first, last in positions]
+        self.names = [
+            *(f"loss/{name}" for name in part_names),
+            *(f"loss_turn/{turn}" for turn in range(1, _TURNS)),
+            f"loss_turn/{_TURNS}_and_later",
+            *(f"loss_position/{name}" for name in ranges),
+            f"loss_position/{_POSITIONS[-1] + 1}_and_later",
+        ]
+        self.register_buffer("token_bytes", token_bytes, persistent=False)
+        self.add_state("totals", torch.zeros(1 + len(self.names), 6, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, likelihood: LogLikelihood, batch: Batch | None = None) -> None:
-        """Add one batch; which data set a target is of, only the batch knows."""
-        self.totals = self.totals + sums_by_part(likelihood, batch).to(self.totals)
+        """Add one batch; where its targets stand, and what they are, only the batch knows."""
+        if batch is None:
+            total, nll = sums(likelihood), -likelihood.log_probs.sum()
+            self.totals[0] += torch.stack([*total, nll.to(total), torch.zeros_like(total[0])]).to(self.totals)
+            return
+        targets = batch.labels[batch.labels != IGNORE]
+        size = torch.zeros_like(targets) if self.token_bytes is None else self.token_bytes[targets]
+        log_probs = likelihood.log_probs.to(self.totals)
+        columns = [_of_targets(likelihood, batch).to(self.totals), -log_probs[:, None], size[:, None].to(self.totals)]
+        of_targets = torch.cat(columns, dim=1)  # [T, 6]
+        turns, positions = places(batch)
+        first, num_parts = torch.zeros_like(turns), len(self.part_names)
+        groups = [
+            first,
+            1 + num_parts + turns.clamp(max=_TURNS) - 1,
+            1 + num_parts + _TURNS + torch.bucketize(positions, positions.new_tensor(_POSITIONS)),
+        ]
+        if num_parts:
+            groups.append(1 + batch.target_parts())
+        self.totals = self.totals.index_add(0, torch.cat(groups), of_targets.repeat(len(groups), 1))
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of everything seen since the last reset."""
-        values = figures_by_part(self.totals, self.part_names)
-        return values | {"perplexity": values["loss"].exp()}
+        _, _, _, targets, negative_log_likelihood, size = self.totals[0].unbind()
+        values = figures(self.totals[0]) | {"perplexity": (negative_log_likelihood / targets).exp()}
+        if size > 0:
+            values["bits_per_byte"] = negative_log_likelihood / size / torch.log(torch.tensor(2.0, dtype=size.dtype))
+        losses = _losses(self.totals[1:], self.names)
+        has_turns = sum(name.startswith("loss_turn/") for name in losses) > 1
+        return values | {n: loss for n, loss in losses.items() if has_turns or not n.startswith("loss_turn/")}
+
+
+def _of_targets(likelihood: LogLikelihood, batch: Batch) -> Tensor:
+    """The summands of :func:`sums`, ``[T, 4]``."""
+    weights = batch.target_weights[batch.labels != IGNORE]
+    log_probs, correct = likelihood.log_probs.to(weights), likelihood.correct.to(weights)
+    return torch.stack([-weights * log_probs, weights, correct, torch.ones_like(weights)], dim=1)
+
+
+def _losses(totals: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    return {name: figures(own)["loss"] for name, own in zip(names, totals, strict=True) if own[1]}

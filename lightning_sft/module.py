@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -16,16 +16,18 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
+from lightning_sft.evaluation import Evaluation
 from lightning_sft.export.run_facts import FACTS, run_facts
-from lightning_sft.generation import answers
+from lightning_sft.generation import Sampling, answers
 from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
-from lightning_sft.metrics import CorpusLikelihood, figures_by_part, sums_by_part
+from lightning_sft.metrics import figures_by_part, sums_by_part
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.probes import probe
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import Sharding, clip_gradients, layers
+from lightning_sft.step_figures import SEEN, StepFigures
 from lightning_sft.strategies import layout
 from lightning_sft.trainer_facts import data_parallel, divisors, sum_over_ranks, total_steps
 from lightning_sft.tuning.adapters import Lora
@@ -49,7 +51,8 @@ class SFTModule(LightningModule):
         compile_layers: Compile each layer with torch.compile: the first steps are slow, the others faster.
         attn_implementation: Attention of transformers, as ``sdpa``; its own choice by default.
         chunk_size: Targets whose logits are in memory at a time.
-        max_new_tokens: Most tokens that ``predict`` generates for a prompt.
+        max_new_tokens: Most tokens that are generated for a prompt.
+        sampling: How they are chosen; the likeliest by default, see :class:`~lightning_sft.generation.Sampling`.
         lora: Adapters to train instead of the model, see :class:`~lightning_sft.tuning.adapters.Lora`.
         quantize: Bits of the pretrained weights under adapters: ``4bit`` or ``8bit``.
         new_tokens: Special tokens to add to the tokenizer and the model.
@@ -80,6 +83,7 @@ class SFTModule(LightningModule):
         attn_implementation: str | None = None,
         chunk_size: int = 256,
         max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
         lora: Lora | None = None,
         quantize: Bits | None = None,
         new_tokens: list[str] | None = None,
@@ -96,14 +100,14 @@ class SFTModule(LightningModule):
         self.compile_layers, self.hf_config = compile_layers, hf_config
         self.new_tokens, self.neftune_alpha = new_tokens or [], neftune_alpha
         self.tuning = Tuning(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
-        self.hparams.update(self.tuning.hyper_parameters())
+        self.sampling = Sampling.of(sampling)
+        self.hparams.update(self.tuning.hyper_parameters() | {"sampling": asdict(self.sampling)})
         self.strict_loading = lora is None  # a checkpoint has adapters without their base; on_load_checkpoint checks it
         self.scorer: Scorer | None = None
-        self.val_metric, self.test_metric = CorpusLikelihood(), CorpusLikelihood()
+        self._evaluation, self._step_figures = Evaluation(), StepFigures()
         self._seed: int | None = None  # of dropout; that of the checkpoint, where there is one
         self._asked: list[dict[str, Any]] | None = None  # the optimiser's settings, before a checkpoint brings its own
         self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
-        self._not_finite: list[tuple[Batch, LogLikelihood]] = []  # those of an evaluation whose loss is no number
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
@@ -139,11 +143,13 @@ class SFTModule(LightningModule):
         """Refuse epochs that the strategy would not end; settings given now win over those of a checkpoint."""
         check_epoch(self.trainer)
         self._window = []  # an earlier fit may have been interrupted inside a step
+        self._step_figures.begin(self.trainer, self.model)
         if self._asked is not None:
             retune(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self._asked)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make what the micro-batch draws, as dropout does, a function of its place: a resumed run draws the same."""
+        self._step_figures.go_on()
         if self._seed is None:
             self._seed = seed_of(self.trainer)
         seed_micro_batch(self._seed, self.trainer.current_epoch, batch_idx, data_parallel(self.trainer)[0])
@@ -189,7 +195,9 @@ class SFTModule(LightningModule):
             return
         window, self._window = self._window, []
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in window]).sum(0)
-        totals = sum_over_ranks(self.trainer, local)
+        counts = self._step_figures.counts([batch for batch, _ in window], local)
+        totals = sum_over_ranks(self.trainer, torch.cat([local, counts[None]]))
+        totals, counts = totals[:-1], totals[-1]
         if not torch.isfinite(totals[0, 0]):
             raise not_finite(window, self)
         weight = totals[0, 1].item()
@@ -200,7 +208,8 @@ class SFTModule(LightningModule):
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(num_ranks / weight)
-        self._log_figures("train", figures_by_part(totals, window[0][0].part_names))
+        figures = figures_by_part(totals, window[0][0].part_names)
+        self._log_figures("train", figures | self._step_figures.close(self.trainer, counts, totals[0, 3]))
         self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
 
     def clip_gradients(
@@ -209,37 +218,48 @@ class SFTModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, also where gradients lie on different meshes."""
-        if self.device_mesh is None:
+        """Clip as the trainer says, also where gradients lie on different meshes, and log their norm before."""
+        if self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed, whose gradients are out of reach
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
-            clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
+        else:
+            norm = clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
+            self._log_figures("train", {"gradient_norm": norm})
+
+    def on_validation_start(self) -> None:
+        """Begin the validation figures."""
+        self._step_figures.pause()
+        self._evaluation.begin(self)
 
     def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
         """Add a batch to the validation figures."""
-        self.val_metric = self._evaluate(batch, self.val_metric)
-
-    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the test figures."""
-        self.test_metric = self._evaluate(batch, self.test_metric)
+        self._evaluation.add(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the whole validation set."""
-        self._log_corpus("val", self.val_metric)
+        self._log_figures("val", self._evaluation.close(self), sync_dist=True)
+
+    def on_test_start(self) -> None:
+        """Begin the test figures."""
+        self._evaluation.begin(self)
+
+    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
+        """Add a batch to the test figures."""
+        self._evaluation.add(self, batch)
 
     def on_test_epoch_end(self) -> None:
         """Log the figures of the whole test set."""
-        self._log_corpus("test", self.test_metric)
+        self._log_figures("test", self._evaluation.close(self), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Greedy answers to a :class:`~lightning_sft.data.loader.PromptBatch`, see :mod:`lightning_sft.generation`."""
+        """Answers to a :class:`~lightning_sft.data.loader.PromptBatch`, see :mod:`lightning_sft.generation`."""
         assert self.model is not None, "configure_model has not been called"
-        return answers(self.model, batch, self.max_new_tokens)
+        return answers(self.model, batch, self.max_new_tokens, self.sampling)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note where the run is, and what a model card says of it; of a model with adapters, keep these alone."""
         self.tuning.shrink(checkpoint, self)
         checkpoint[FACTS] = run_facts(self.trainer)
+        checkpoint[SEEN] = self._step_figures.state()
         checkpoint[PLACE] = note(self.trainer, seed_of(self.trainer) if self._seed is None else self._seed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -247,6 +267,7 @@ class SFTModule(LightningModule):
         self.tuning.complete(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
             self._seed = restore(self.trainer, checkpoint)
+            self._step_figures.restored = checkpoint.get(SEEN)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with norms and biases undecayed, and the schedule over all planned steps."""
@@ -258,24 +279,7 @@ class SFTModule(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _evaluate(self, batch: Batch | Mapping[str, Any], metric: CorpusLikelihood) -> CorpusLikelihood:
-        batch = Batch.of(batch)
-        if batch.part_names != metric.part_names:  # the first batch of another mixture
-            metric = CorpusLikelihood(batch.part_names).to(self.device)
-        likelihood: LogLikelihood = self(batch)
-        metric.update(likelihood, batch)
-        if not torch.isfinite(likelihood.total):
-            self._not_finite.append((batch, likelihood))
-        return metric
-
-    def _log_corpus(self, name: str, metric: CorpusLikelihood) -> None:
-        values = metric.compute()
-        metric.reset()
-        bad, self._not_finite = self._not_finite, []
-        if not torch.isfinite(values["loss"]):
-            raise not_finite(bad, self)
-        self._log_figures(name, values, sync_dist=True)  # they are the same on all ranks: else Lightning would warn
-
     def _log_figures(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
+        # with sync_dist, they are the same on all ranks: else Lightning would warn
         for key, value in values.items():
             self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", batch_size=1, sync_dist=sync_dist)

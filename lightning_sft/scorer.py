@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,8 +45,15 @@ class Scorer(nn.Module):
         positions = batch.position_ids if self.findings.takes_positions else None
         return states(backbone_and_head(self.model)[0], batch.input_ids, positions)
 
-    def forward(self, batch: Batch) -> tuple[Any, ...]:
-        """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it."""
+    def forward(self, batch: Any, compute: Callable[[PreTrainedModel, Any], Any] | None = None) -> Any:
+        """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it.
+
+        Args:
+            batch: A :class:`~lightning_sft.types.Batch`, or what ``compute`` takes.
+            compute: Something else to do with the model and a batch, where its parameters are gathered as for this.
+        """
+        if compute is not None:
+            return compute(self.model, batch)
         _, head = backbone_and_head(self.model)
         likelihood = log_likelihood(
             self.hidden(batch),

@@ -72,26 +72,31 @@ def layers(model: Any) -> list[nn.Module]:
     return found
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], most: float, algorithm: str | None = "norm") -> None:
+def clip_gradients(parameters: Iterable[nn.Parameter], most: float | None, algorithm: str | None = "norm") -> Tensor:
     """Clip gradients, also where they lie on different meshes, as with tensor parallelism.
 
     torch computes the norm of tensors of one mesh; the whole norm is the root of the sum of their squares.
 
     Args:
         parameters: Whose gradients.
-        most: The largest joint L2 norm, or, with the algorithm ``value``, the largest entry.
+        most: The largest joint L2 norm, or, with the algorithm ``value``, the largest entry; ``None`` clips nothing.
         algorithm: ``norm`` (so is ``None``) or ``value``.
+
+    Returns:
+        The joint L2 norm before.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     groups = list(by_mesh(with_gradient).values())
-    if algorithm == "value":
-        for group in groups:
-            nn.utils.clip_grad_value_(group, most)
-        return
     norms = [_whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
     total = torch.stack(norms).norm() if norms else torch.zeros(())
     for group in groups:
-        nn.utils.clip_grads_with_norm_(group, most, total)
+        if not most:
+            break
+        if algorithm == "value":
+            nn.utils.clip_grad_value_(group, most)
+        else:
+            nn.utils.clip_grads_with_norm_(group, most, total)
+    return total
 
 
 def by_mesh(parameters: Iterable[nn.Parameter]) -> dict[Any, list[nn.Parameter]]:

@@ -53,11 +53,13 @@ class Example:
         input_ids: Token ids, length N.
         target_weights: One float a token; 0 is context, positive a target. Token 0 has no context and is never one.
         provenance: Where the row came from, ``file:line``.
+        answers_before: How many trained answers of its conversation stand in earlier sequences.
     """
 
     input_ids: Sequence[int] | NDArray[np.int32]
     target_weights: Sequence[float] | NDArray[np.float64]
     provenance: str = "?"
+    answers_before: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -71,11 +73,13 @@ class Prompt:
         input_ids: Token ids of ``apply_chat_template(messages, add_generation_prompt=True)``.
         reference: The answer of the data set, or ``None`` where the row ends with the user's turn.
         provenance: Where the row came from, ``file:line``.
+        number: Of the row in its source, from 0; what is drawn for its answer depends on it.
     """
 
     input_ids: Sequence[int]
     reference: str | None = None
     provenance: str = "?"
+    number: int = 0
 
 
 class Batch:
@@ -94,6 +98,8 @@ class Batch:
         provenance: ``file:line`` of each document, in order.
         parts: Number of the data set that each document comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.
+        lengths: Tokens of each document; empty where nobody has counted them.
+        answers_before: Of each document, how many trained answers of its conversation stand in earlier sequences.
     """
 
     tensors = ("input_ids", "labels", "position_ids", "target_weights")
@@ -108,6 +114,8 @@ class Batch:
         provenance: Sequence[str] = (),
         parts: Sequence[int] = (),
         part_names: Sequence[str] = (),
+        lengths: Sequence[int] = (),
+        answers_before: Sequence[int] = (),
     ) -> None:
         self.input_ids = input_ids
         self.labels = labels
@@ -116,6 +124,7 @@ class Batch:
         self.normalizer = normalizer
         self.provenance = tuple(provenance)
         self.parts, self.part_names = tuple(parts), tuple(part_names)
+        self.lengths, self.answers_before = tuple(lengths), tuple(answers_before)
 
     @classmethod
     def of(cls, batch: Batch | Mapping[str, Any]) -> Batch:
@@ -176,9 +185,9 @@ class Batch:
     def document(self, number: int) -> Batch:
         """One of its documents as a batch of its own."""
         here = self.documents() == number
-        own = slice(number, number + 1)
         tensors = {name: getattr(self, name)[here][None] for name in self.tensors}
-        return Batch(**tensors, **self._others | {"provenance": self.provenance[own], "parts": self.parts[own]})
+        of_documents = ("provenance", "parts", "lengths", "answers_before")
+        return Batch(**tensors, **self._others | {n: getattr(self, n)[number : number + 1] for n in of_documents})
 
     @property
     def is_packed(self) -> bool:

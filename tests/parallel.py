@@ -112,6 +112,9 @@ class Curve(Callback):
             self.losses.append(trainer.callback_metrics["train/loss"].item())
             if trainer.strategy.handles_gradient_accumulation:
                 self.norms.append(float(trainer.strategy.deepspeed_engine.get_global_grad_norm()))
+            else:
+                logged = trainer.callback_metrics["train/gradient_norm"].item()
+                assert abs(logged - self.norms[-1]) < 1e-5 * self.norms[-1], (logged, self.norms[-1])
 
 
 def steps(pretrained: str, case: Case, ckpt_path: Any = None, callbacks: Any = (), **settings: Any) -> Curve:

@@ -1,17 +1,27 @@
-"""Predictions to a file."""
+"""Predictions to a file, as they come."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sft.run_folder import hidden, publish
+from lightning_sft.trainer_facts import data_parallel, gather
+from lightning_sft.types import Prompt
 
 
 class PredictionWriter(Callback):
     """Writes what ``predict`` generates as JSONL, one row an input row, in the order of the input.
+
+    Until all are there, each rank appends its own to a hidden file beside it. A ``predict`` that begins where another
+    was killed, with the same model, prompts and settings, takes from these files what has been answered already.
 
     Args:
         path: The file to write.
@@ -19,30 +29,86 @@ class PredictionWriter(Callback):
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
         self.path = Path(path)
-        self._mine: list[dict[str, Any]] = []
+        self._rows: dict[int, dict[str, Any]] = {}  # those that this rank knows, by number
+        self._key = ""
+
+    def answered(self, trainer: Any, prompts: Sequence[Prompt]) -> set[int]:
+        """The numbers of the prompts that need not be answered again; every rank calls it.
+
+        One is always left, so that there is something to do.
+
+        Args:
+            trainer: With the checkpoint that it predicts with.
+            prompts: All of them.
+        """
+        self._key, self._rows = _key(trainer, prompts), {}
+        for part in self._parts():
+            lines = [line for line in part.read_text(encoding="utf-8").split("\n")[:-1] if line]  # the last may be cut
+            if lines and json.loads(lines[0]) == self._key:
+                self._rows |= dict(json.loads(line) for line in lines[1:])
+        known = {number for rows in gather(trainer, sorted(self._rows)) for number in rows}
+        trainer.strategy.barrier("answered")  # nobody writes before all have read
+        if known:
+            rank_zero_info(f"{len(known):,} of {len(prompts):,} prompts have been answered before.")
+        return known if len(known) < len(prompts) else known - {prompts[-1].number}
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin a file of this rank, with what it knows; those of another model or of other prompts are overwritten."""
+        self._file = self._part(data_parallel(trainer)[0])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._append(json.dumps(self._key), *map(json.dumps, self._rows.items()), mode="w")
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Keep a batch's rows."""
-        self._mine += outputs
+        """Add a batch's rows."""
+        rank, num_ranks = data_parallel(trainer)
+        prompts: Sequence[Prompt] | None = getattr(batch, "prompts", None)
+        begin = len(self._rows)  # without numbers, as of a user's own loader, rank r has the rows r, r + n, …
+        numbers = [(begin + i) * num_ranks + rank for i in range(len(outputs))]
+        numbers = numbers if prompts is None else [prompt.number for prompt in prompts]
+        found = dict(zip(numbers, outputs, strict=True))
+        self._rows |= found
+        self._append(*map(json.dumps, found.items()))
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Collect the rows of all ranks and write them on the first."""
-        mine, self._mine = self._mine, []
-        shares = [mine]
-        if trainer.world_size > 1:
-            shares = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(shares, mine)
+        rows = {number: row for share in gather(trainer, self._rows) for number, row in share.items()}
+        self._rows = {}
         if trainer.is_global_zero:
-            longest = max(map(len, shares))
-            rows = [share[i] for i in range(longest) for share in shares if i < len(share)]  # rank r has r, r + n, ...
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            text = "".join(json.dumps(rows[number], ensure_ascii=False) + "\n" for number in sorted(rows))
+            hidden(self.path).write_text(text, encoding="utf-8")
+            publish(self.path)
+            for part in self._parts():
+                part.unlink()
             print(f"{len(rows)} predictions: {self.path}")
+
+    def _part(self, rank: int | str) -> Path:
+        return self.path.with_name(f".{self.path.name}.rank{rank}.partial")
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(self._part("*").name))
+
+    def _append(self, *lines: str, mode: str = "a") -> None:
+        with self._file.open(mode, encoding="utf-8") as file:
+            file.write("".join(f"{line}\n" for line in lines))
+
+
+def _key(trainer: Any, prompts: Sequence[Prompt]) -> str:
+    """A digest of all that answers depend on."""
+    module = trainer.lightning_module
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps([prompt.number, list(map(int, prompt.input_ids)), prompt.provenance]).encode())
+    pretrained, sampling = getattr(module, "pretrained", None), getattr(module, "sampling", None)
+    of_model = [pretrained, *_times(pretrained), str(trainer.ckpt_path), *_times(trainer.ckpt_path)]
+    how = [getattr(module, "max_new_tokens", None), None if sampling is None else asdict(sampling), trainer.precision]
+    digest.update(json.dumps([of_model, how]).encode())
+    return digest.hexdigest()
+
+
+def _times(path: Any) -> list[int]:
+    """When a file, or the files of a folder, were written."""
+    path = Path(str(path)).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return [file.stat().st_mtime_ns for file in files]

@@ -62,4 +62,6 @@ def collate(
         provenance=[document.provenance for document in documents],
         parts=[*parts, 0][: len(documents)] if part_names else (),
         part_names=part_names,
+        lengths=lengths if examples else [0],
+        answers_before=[document.answers_before for document in documents],
     )

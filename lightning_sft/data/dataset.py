@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -124,19 +124,39 @@ def load_split(
 
 
 def load_prompts(
-    source: Source,
+    source: Source | Mixture,
     tokenizer: PreTrainedTokenizerBase,
     *,
     format: FormatName | None = None,
     columns: Mapping[str, str] | None = None,
+    invalid_rows: Literal["error", "skip"] = "error",
+    first: int | None = None,
 ) -> list[Prompt]:
     """The prompts of a source, for generation; rows may lack the answer.
 
+    Args:
+        source: Files or rows, or several data sets, one after the other.
+        tokenizer: With a chat template.
+        format: The format of all rows; told from the keys of each by default.
+        columns: The data's column for a key of the format.
+        invalid_rows: Whether a row that cannot be used is an error, or left out.
+        first: No more than so many rows of each data set.
+
     Raises:
-        InputError: At the first row that cannot be used.
+        InputError: At the first row that cannot be used, unless ``invalid_rows`` is ``skip``.
     """
-    convert = Converter(format, columns, answered=False)
-    return [encode_prompt(convert(row, where), tokenizer) for row, where in read(source)]
+    found: list[Prompt] = []
+    for part in as_mixture(source).of_name.values():
+        convert, begin = Converter(part.format or format, part.columns or columns, answered=False), len(found)
+        for row, where in read(part.source):
+            if first is not None and len(found) - begin >= first:
+                break
+            try:
+                found.append(replace(encode_prompt(convert(row, where), tokenizer), number=len(found)))
+            except InputError:
+                if invalid_rows == "error":
+                    raise
+    return found
 
 
 def _rows(source: Source, first: int | None) -> Iterator[tuple[int, Rows]]:

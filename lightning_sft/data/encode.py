@@ -75,6 +75,8 @@ def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
     if messages[-1]["role"] == "assistant":
         reference = messages.pop()["content"]
     try:
+        if messages and messages[-1]["role"] == "text":
+            raise InputError("a plain text has no prompt to answer. Give rows with prompts.")
         _refuse_control_tokens(conversation, template)
         [ids] = template.token_ids([template.render(messages, conversation.tools, generation=True)])
     except InputError as error:
@@ -139,7 +141,8 @@ def _assemble(
     """Sequences from the ids of each answer's prompt, and of prompt and answer together."""
     ids: list[int] = []
     target_weights: list[float] = []
-    for answer, (context, both) in zip(answers, pairs, strict=True):
+    begin = 0
+    for number, (answer, (context, both)) in enumerate(zip(answers, pairs, strict=True)):
         if both[: len(context)] == context:
             target = both[len(context) :]
         else:  # the boundary merges: the prompt stays what it is at inference, the answer is tokenised by itself
@@ -150,13 +153,13 @@ def _assemble(
                     "apart from the prompt before it."
                 )
         if context[: len(ids)] != ids:  # seen from here, the past is not what the earlier answers were trained in
-            yield Example(ids, target_weights, conversation.provenance)
-            ids, target_weights = [], []
+            yield Example(ids, target_weights, conversation.provenance, begin)
+            ids, target_weights, begin = [], [], number
         weight = answer.weight / {"sequence": len(target), "sqrt": math.sqrt(len(target))}.get(normalize, 1)
         target_weights = target_weights + [0.0] * (len(context) - len(ids)) + [weight] * len(target)
         target_weights[0] = 0.0  # the first token has no context: of a text, where nothing stands before it
         ids = context + target
-    yield Example(ids, target_weights, conversation.provenance)
+    yield Example(ids, target_weights, conversation.provenance, begin)
 
 
 def _refuse_control_tokens(conversation: Conversation, template: ChatTemplate) -> None:

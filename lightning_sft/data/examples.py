@@ -21,6 +21,7 @@ _SCHEMA = pa.schema(
         "run_lengths": pa.list_(pa.int32()),  # target weights as runs of equal ones: most have two, of 0 and of 1
         "run_weights": pa.list_(pa.float64()),
         "provenance": pa.string(),
+        "answers_before": pa.int32(),
     }
 )
 _Lists = tuple[NDArray[Any], NDArray[Any]]  # where each list begins and ends, and the values of all
@@ -66,7 +67,8 @@ class Examples(Sequence[Example]):
         row = index - int(self._begins[number])
         lists = self._lists[number]
         ids, run_lengths, run_weights = (values[bounds[row] : bounds[row + 1]] for bounds, values in lists)
-        return Example(ids, np.repeat(run_weights, run_lengths), self.batches[number].column(3)[row].as_py())
+        provenance, answers_before = (self.batches[number].column(i)[row].as_py() for i in (3, 4))
+        return Example(ids, np.repeat(run_weights, run_lengths), provenance, answers_before)
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -116,6 +118,7 @@ def to_batch(examples: Iterable[Example]) -> pa.RecordBatch:
         [[length for _, length in of_one] for of_one in runs],
         [[weight for weight, _ in of_one] for of_one in runs],
         [example.provenance for example in examples],
+        [example.answers_before for example in examples],
     )
     return pa.record_batch([pa.array(c, t) for c, t in zip(columns, _SCHEMA.types, strict=True)], schema=_SCHEMA)
 

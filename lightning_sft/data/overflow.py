@@ -41,5 +41,6 @@ def shorten(example: Example, max_length: int, overflow: Overflow) -> list[Examp
             )
         begins = list(range(0, length - 1, max_length - 1))  # a piece's last token is the next one's first context
     parts = [slice(begin, begin + max_length) for begin in begins]
-    pieces = [Example(example.input_ids[p], [0.0, *example.target_weights[p][1:]], where) for p in parts]
+    before = example.answers_before
+    pieces = [Example(example.input_ids[p], [0.0, *example.target_weights[p][1:]], where, before) for p in parts]
     return [piece for piece in pieces if any(weight > 0 for weight in piece.target_weights[1:])]

@@ -4,6 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+from lightning.pytorch import Trainer
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import PredictionWriter
+from lightning_sft.generation import Sampling
 from lightning_sft.main import main
 from tests.processes import torchrun
 
@@ -23,3 +29,44 @@ def test_two_processes_write_every_row_once_in_the_order_of_the_input(
     one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))
     assert [json.loads(line)["reference"] for line in one.splitlines()] == ["3", "9", "1", "4", "7"]
     assert one == two
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+def test_a_predict_that_is_killed_goes_on_and_has_the_rows_of_one_that_was_not(
+    pretrained: str, jsonl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = jsonl([{"prompt": "a" * n, "completion": str(n)} for n in (3, 9, 1, 4, 7)])
+    drawn = ["--model.sampling.temperature", "1.0"]
+    main(["predict", *flags(pretrained, path, tmp_path / "whole"), *drawn])
+    calls: list[int] = []
+
+    class Counted(PredictionWriter):
+        def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+            super().on_predict_batch_end(*args, **kwargs)
+            calls.append(len(args[2]))
+            if len(calls) == 2:
+                raise KilledError
+
+    def predict(temperature: float = 1.0) -> None:
+        trainer = Trainer(accelerator="cpu", logger=False, callbacks=[Counted(str(out))], enable_progress_bar=False)
+        module = SFTModule(pretrained, max_new_tokens=2, sampling=Sampling(temperature))
+        trainer.predict(module, SFTDataModule(predict=path, predict_batch_size=2), weights_only=True)
+
+    out = tmp_path / "killed" / "predictions.jsonl"
+    with pytest.raises(KilledError):
+        predict()
+    [part] = out.parent.iterdir()
+    with part.open("a", encoding="utf-8") as file:
+        file.write('[4, {"source": "cut sho')
+    predict()
+    assert calls == [2, 2, 1]
+    assert out.read_text() == (tmp_path / "whole" / "predictions.jsonl").read_text()
+    assert list(out.parent.iterdir()) == [out]
+    calls.clear()
+    with pytest.raises(KilledError):
+        predict()
+    predict(temperature=0.5)  # of other settings, nothing is taken
+    assert calls == [2, 2, 2, 2, 1]

@@ -69,7 +69,7 @@ def test_a_template_that_rewrites_the_past_gives_as_many_sequences_as_needed() -
     tokenizer = tiny_tokenizer(FORGETFUL)
     conv = conversation("a", "[think]b", "c", "[more]d")
     examples = encode(conv, tokenizer)
-    assert len(examples) == 2
+    assert [example.answers_before for example in examples] == [0, 1]
     assert_parity(conv, examples, tokenizer)
 
 

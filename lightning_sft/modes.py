@@ -1,0 +1,29 @@
+"""Evaluation in the middle of a training, of which nothing is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """Evaluation mode without gradients, at the precision of the trainer; afterwards all modes are what they were.
+
+    Compiled layers run as they are written: each new length of an answer would be compiled anew.
+
+    Args:
+        module: A Lightning module with a trainer.
+    """
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with module.trainer.precision_plugin.forward_context():
+                yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
