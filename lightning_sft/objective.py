@@ -38,7 +38,7 @@ def log_likelihood(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_size: int = 256,
+    chunk_size: int = 512,
 ) -> LogLikelihood:
     """Weighted log-likelihood of the targets, ``Σ_t w_t · log softmax(z_t)[label_t]``, and ``Σ_t w_t``.
 
@@ -74,7 +74,7 @@ def log_likelihood(
 
     def logits_of(states: Tensor) -> Tensor:
         logits = F.linear(states, head) if isinstance(head, Tensor) else head(states)
-        logits = logits.to(dtype) * scale
+        logits = logits.to(dtype) if scale == 1 else logits.to(dtype) * scale
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     parameters = [head] if isinstance(head, Tensor) else list(head.parameters())
@@ -106,18 +106,22 @@ class _ChunkedSum(torch.autograd.Function):
         correct = torch.empty_like(targets, dtype=torch.bool)
         for start in range(0, len(targets), chunk_size):
             part = slice(start, start + chunk_size)
+            target, weight = targets[part, None], weights[part, None]  # [chunk, 1]
             with torch.set_grad_enabled(any(wanted)):
                 chunk = states[part].detach().requires_grad_(wanted[0])  # [chunk, H]
                 logits = logits_of(chunk)  # [chunk, V]
-                chosen = logits.gather(1, targets[part, None]).squeeze(1)
-                chunk_log_probs = chosen - logits.logsumexp(1)
-                chunk_sum = weights[part] @ chunk_log_probs
-            log_probs[part] = chunk_log_probs.detach()
-            correct[part] = logits.detach().argmax(1) == targets[part]
+            z = logits.detach()
+            highest, most_likely = z.max(1, keepdim=True)
+            correct[part] = (most_likely == target).squeeze(1)
+            chosen = z.gather(1, target) - highest
+            exps = (z - highest).exp_()  # its memory is that of the gradient later
+            total = exps.sum(1, keepdim=True)
+            log_probs[part] = (chosen - total.log()).squeeze(1)
             if any(wanted):
+                grad_logits = exps.mul_(-weight / total).scatter_add_(1, target, weight)  # w_t · (1[y_t] − softmax(z))
                 inputs = [t for t, wants in zip((chunk, *trained), wanted, strict=True) if wants]
                 filled = [g for g in gradients if g is not None]
-                for i, new in enumerate(torch.autograd.grad(chunk_sum, inputs)):
+                for i, new in enumerate(torch.autograd.grad(logits, inputs, grad_logits)):
                     if wanted[0] and i == 0:
                         filled[0][part] = new
                     else:

@@ -27,7 +27,7 @@ class Scorer(nn.Module):
         chunk_size: Targets whose logits are in memory at a time.
     """
 
-    def __init__(self, model: PreTrainedModel, findings: Findings, chunk_size: int = 256) -> None:
+    def __init__(self, model: PreTrainedModel, findings: Findings, chunk_size: int = 512) -> None:
         super().__init__()
         self.model, self.findings, self.chunk_size = model, findings, chunk_size
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -138,3 +140,23 @@ def test_wrong_shapes_and_sizes_are_refused(wrong: dict[str, object]) -> None:
     hidden, head, labels, _ = case()
     with pytest.raises(ValueError, match="must be"):
         log_likelihood(**{"hidden": hidden, "head": head, "labels": labels, **wrong})
+
+
+def test_a_head_that_returns_its_input_leaves_the_hidden_states_as_they_are() -> None:
+    hidden, labels = torch.randn(1, 5, 7), torch.tensor([[1, IGNORE, 6, 0, 2]])
+    before = hidden.clone()
+    total, _ = log_likelihood(hidden.requires_grad_(), nn.Identity(), labels, chunk_size=2)
+    assert torch.equal(hidden, before)
+    wanted = -nn.functional.cross_entropy(hidden[0], labels[0], reduction="sum")
+    assert torch.allclose(total, wanted)
+    [got], [reference] = torch.autograd.grad(total, hidden), torch.autograd.grad(wanted, hidden)
+    assert torch.allclose(got, reference, atol=1e-6)
+
+
+def test_logits_too_large_for_their_exponentials_are_no_problem() -> None:
+    hidden = torch.tensor([[[1e5, -1e5, 9.9e4], [-1e30, -torch.inf, -1e30]]], requires_grad=True)
+    total, _ = log_likelihood(hidden, nn.Identity(), torch.tensor([[0, 2]]))
+    assert total.item() == pytest.approx(math.log(0.5))
+    total.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.flatten().tolist() == [0, 0, 0, -0.5, 0, 0.5]
