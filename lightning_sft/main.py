@@ -26,6 +26,7 @@ from lightning_sft.guards import check_precision
 from lightning_sft.module import SFTModule
 from lightning_sft.replay import ReplayCLI
 from lightning_sft.show import ShowCLI
+from lightning_sft.start import init
 from lightning_sft.types import InputError
 from lightning_sft.verify.command import VerifyCLI
 
@@ -135,7 +136,11 @@ def main(args: ArgsType = None) -> Any:
     return SFTCLI(**arguments, args=given)
 
 
-VERBS: dict[str, Callable[..., Any]] = {"export": export_checkpoint, "fetch-demo-model": fetch_demo_model}
+VERBS: dict[str, Callable[..., Any]] = {
+    "init": init,
+    "export": export_checkpoint,
+    "fetch-demo-model": fetch_demo_model,
+}
 _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
     "show (what fit would train on, token by token), replay (a step of a run once more), verify (our proofs on your "
