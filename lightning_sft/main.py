@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_sft import __version__
 from lightning_sft.callbacks import PredictionWriter
 from lightning_sft.callbacks.survival import default_callbacks, find_last
+from lightning_sft.chat import chat
 from lightning_sft.checkpoints import hyper_parameters
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
@@ -138,14 +139,16 @@ def main(args: ArgsType = None) -> Any:
 
 VERBS: dict[str, Callable[..., Any]] = {
     "init": init,
+    "chat": chat,
     "export": export_checkpoint,
     "fetch-demo-model": fetch_demo_model,
 }
 _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
     "show (what fit would train on, token by token), replay (a step of a run once more), verify (our proofs on your "
-    "model and data), export (a checkpoint as a Hugging Face folder), fetch-demo-model (SmolLM2-135M-Instruct); each "
-    "has a --help of its own."
+    "model and data), export (a checkpoint as a Hugging Face folder), fetch-demo-model (SmolLM2-135M-Instruct), init "
+    "(a commented YAML to begin with), chat (talk to a model), doctor (versions, devices, fast paths); each has a --help "
+    "of its own."
 )
 
 
