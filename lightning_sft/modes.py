@@ -21,9 +21,9 @@ def evaluating(module: Any) -> Iterator[None]:
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            with module.trainer.precision_plugin.forward_context():
-                yield
+        precision = module.trainer.precision_plugin.forward_context()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), precision:
+            yield
     finally:
         for part, mode in modes.items():
             part.training = mode

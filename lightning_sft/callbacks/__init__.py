@@ -1,9 +1,25 @@
 """Callbacks for any Lightning trainer."""
 
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.drift import DriftMonitor
 from lightning_sft.callbacks.hf_export import HFExport
 from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.predictions import PredictionWriter
 from lightning_sft.callbacks.preempt import Preempt
+from lightning_sft.callbacks.progress import TrainingProgress
+from lightning_sft.callbacks.record import RunRecord
+from lightning_sft.callbacks.samples import SampleGenerations
+from lightning_sft.callbacks.scores import ScoreAnswers
 
-__all__ = ["HFExport", "PredictionWriter", "Preempt", "SafeCheckpoint", "SampleLedger"]
+__all__ = [
+    "DriftMonitor",
+    "HFExport",
+    "PredictionWriter",
+    "Preempt",
+    "RunRecord",
+    "SafeCheckpoint",
+    "SampleGenerations",
+    "SampleLedger",
+    "ScoreAnswers",
+    "TrainingProgress",
+]

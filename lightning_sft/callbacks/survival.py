@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import Preempt
+from lightning_sft.callbacks.progress import TrainingProgress
+from lightning_sft.callbacks.record import RunRecord
 from lightning_sft.checkpoints import hyper_parameters
 from lightning_sft.run_folder import folders_of, newest
 from lightning_sft.types import InputError
@@ -36,8 +38,11 @@ def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = 
     added: list[Callback] = []
     if is_fit and not any(isinstance(callback, Preempt) for callback in given):
         added.append(Preempt())
-    if is_fit and not any(isinstance(callback, SampleLedger) for callback in given):
-        added.append(SampleLedger(str(root) if goes_on else None))
+    for kind in (SampleLedger, RunRecord):
+        if is_fit and not any(isinstance(callback, kind) for callback in given):
+            added.append(kind(str(root) if goes_on else None))
+    if trainer.get("enable_progress_bar") is not False and not any(isinstance(own, ProgressBar) for own in given):
+        added.append(TrainingProgress())
     if not any(isinstance(callback, Checkpoint) for callback in given):
         added.append(SafeCheckpoint(str(root / "checkpoints") if goes_on else None))
     return added

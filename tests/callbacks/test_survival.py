@@ -39,7 +39,8 @@ def test_the_same_command_begins_a_run_and_goes_on_with_it(
 ) -> None:
     last = ["--ckpt_path", "last"]
     first = main(["fit", *arguments, *last])
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", "config.yaml", "samples.jsonl"}
+    written = {"checkpoints", "config.yaml", "samples.jsonl", "run.json", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == written
     monkeypatch.setattr("lightning_sft.pretrained.load_model", None)  # the pretrained weights are not needed
     again = main(["fit", *arguments, *last, "--trainer.max_epochs", "2"])
     assert again.trainer.global_step == 2 * first.trainer.global_step

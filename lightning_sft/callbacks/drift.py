@@ -1,0 +1,196 @@
+"""How far the model has moved from the pretrained one."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from lightning_sft.data.collate import collate
+from lightning_sft.divergence import divergence, likeliest
+from lightning_sft.modes import evaluating
+from lightning_sft.pretrained_weights import PretrainedWeights
+from lightning_sft.tuning.adapters import NAME
+from lightning_sft.types import Batch, InputError
+
+_LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
+_ELEMENTS = 1 << 24  # of a parameter that are compared at a time
+
+
+class DriftMonitor(Callback):
+    """Logs how far θ has moved from the pretrained θ̂, at each validation, or where there is none, after each epoch.
+
+    ``drift/layer_07``: ‖θ − θ̂‖ / ‖θ̂‖ over the parameters of the layer that are trained, L2 norms in float64; likewise
+    ``drift/embeddings``, ``drift/head`` (where it is not tied to them), ``drift/other`` (as the last norm) and
+    ``drift/all``. Of a matrix with an adapter, θ − θ̂ is what the adapter adds: ``‖scale · B A‖ / ‖W‖``. θ̂ is read from
+    its files, a few rows at a time.
+
+    ``drift/kl``: the mean over target tokens of KL(p_θ̂ ‖ p_θ) in nats, on the first sequences of the validation data,
+    with all but the ``likeliest`` tokens of p_θ̂ taken together: a lower bound, see
+    :func:`~lightning_sft.divergence.divergence`. Log-probabilities of θ̂ are computed once, before the first step, and
+    kept in checkpoints; with adapters, by switching them off. Every rank computes them on the same sequences.
+
+    Args:
+        sequences: How many sequences the divergence is measured on; 0 for none.
+        likeliest: Tokens of p_θ̂ that are kept apart at each target; each takes 8 bytes.
+    """
+
+    def __init__(self, sequences: int = 8, likeliest: int = 128) -> None:
+        if sequences < 0 or likeliest < 1:
+            raise InputError(f"DriftMonitor needs sequences >= 0 and likeliest >= 1, got {sequences} and {likeliest}.")
+        self.sequences, self.likeliest = sequences, likeliest
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._squares: dict[str, float] = {}  # ‖W‖² of matrices that have adapters
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the pretrained model thought, for a run that goes on."""
+        return {"kept": [list(pair) for pair in self._kept]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it from a checkpoint."""
+        self._kept = [(ids, log_probs) for ids, log_probs in state_dict["kept"]]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Note what the pretrained model thinks.
+
+        Raises:
+            InputError: Under ZeRO-3, where weights are in pieces.
+        """
+        if getattr(trainer.strategy, "zero_stage_3", False):
+            raise InputError("DriftMonitor cannot read what ZeRO-3 has in pieces. Use deepspeed_stage_2 or fsdp2.")
+        model = pl_module.model
+        self._squares, self._weights = {}, None
+        if trainer.is_global_zero:
+            names = [_plain(n) for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
+            names += [f"{_plain(n)}.weight" for n, _ in _adapted(model)]
+            self._weights = PretrainedWeights(pl_module.pretrained, names)
+        self._batches = self._held_out(trainer, pl_module)
+        adapted = next(_adapted(model), None) is not None
+        if len(self._kept) != len(self._batches):
+            self._kept = []
+            if trainer.global_step and not adapted:
+                self._batches = []
+                rank_zero_warn("DriftMonitor begins inside a run, whose pretrained model is not at hand: no drift/kl.")
+        if self._batches and not self._kept:
+            with evaluating(pl_module), _without_adapters(model):
+                self._kept = [likeliest(pl_module.scorer, batch, self.likeliest) for batch in self._batches]
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Measure and log."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._measure(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """The same where there is no validation."""
+        if not sum(trainer.num_val_batches):
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Any, pl_module: Any) -> None:
+        found = trainer.strategy.broadcast(self._norms(pl_module.model))
+        if self._batches:
+            pairs = zip(self._batches, self._kept, strict=True)
+            with evaluating(pl_module):
+                found["kl"] = torch.cat([divergence(pl_module.scorer, b, *kept) for b, kept in pairs]).mean().item()
+        pl_module.log_dict({f"drift/{name}": value for name, value in found.items()}, batch_size=1, sync_dist=True)
+
+    def _held_out(self, trainer: Any, module: Any) -> list[Batch]:
+        splits = getattr(trainer.datamodule, "splits", {})
+        if self.sequences and "val" not in splits:
+            rank_zero_info("DriftMonitor: there is no validation data of SFTDataModule, so there is no drift/kl.")
+            return []
+        examples = splits["val"].examples[: self.sequences] if self.sequences else []
+        return [collate([example], packed=False).to(module.device) for example in examples]
+
+    def _norms(self, model: Any) -> dict[str, float]:
+        """Relative norms by group; complete on the first rank, but every rank has to gather."""
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for name, moved, was in self._squared(model):
+            for group in (_group(name, model), "all"):
+                sums[group][0] += moved
+                sums[group][1] += was
+        in_order = sorted(sums, key=lambda group: (group == "all", group))
+        return {group: math.sqrt(sums[group][0] / sums[group][1]) for group in in_order if sums[group][1]}
+
+    def _squared(self, model: Any) -> Iterator[tuple[str, float, float]]:
+        """Name, ‖θ − θ̂‖² and ‖θ̂‖² of what is trained."""
+        for given, parameter in model.named_parameters():
+            name = _plain(given)
+            if parameter.requires_grad and ".lora_" not in name:
+                whole = _whole(parameter)
+                if self._weights is not None and name in self._weights:
+                    yield name, *self._difference(name, whole)
+        for given, layer in _adapted(model):
+            name = f"{_plain(given)}.weight"
+            a, b = _whole(layer.lora_A[NAME].weight).double(), _whole(layer.lora_B[NAME].weight).double()
+            if self._weights is not None and name in self._weights:
+                if name not in self._squares:
+                    self._squares[name] = self._difference(name, None)[1]
+                added = layer.scaling[NAME] ** 2 * ((b.T @ b) * (a @ a.T)).sum().item()  # ‖BA‖² = tr(BᵀB AAᵀ)
+                yield name, added, self._squares[name]
+
+    def _difference(self, name: str, now: Tensor | None) -> tuple[float, float]:
+        """‖θ − θ̂‖² and ‖θ̂‖², some rows at a time; rows that were added, of new tokens, have no θ̂."""
+        assert self._weights is not None
+        shape = self._weights.shape(name)
+        step = max(1, _ELEMENTS // max(1, math.prod(shape[1:])))
+        moved = was = 0.0
+        for begin in range(0, shape[0], step):
+            before = self._weights.rows(name, begin, begin + step).double()
+            was += before.square().sum().item()
+            if now is not None:
+                own = now[begin : begin + len(before)]
+                moved += (own.double() - before.to(own.device)).square().sum().item()
+        return moved, was
+
+
+def _plain(name: str) -> str:
+    """The name that a parameter had before adapters were put around it."""
+    return name.replace(".base_layer", "")
+
+
+def _group(name: str, model: Any) -> str:
+    if layer := _LAYER.search(f".{name}"):
+        return f"layer_{int(layer[1]):02d}"
+    ends = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
+    module = name.rpartition(".")[0]
+    return next((group for group, end in ends.items() if _plain(_name_of(model, end)) == module), "other")
+
+
+def _name_of(model: Any, wanted: Any) -> str:
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """All of a sharded parameter, on every rank."""
+    own = parameter.detach()
+    whole: Tensor = own.full_tensor() if hasattr(own, "full_tensor") else own
+    return whole
+
+
+def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+    """Linear layers with an adapter; of DoRA the change is not B A alone, so there is none of it here."""
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if NAME in getattr(module, "lora_A", ()) and not getattr(module, "use_dora", {}).get(NAME)
+    )
+
+
+@contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True  # peft's enable_adapters would change what has a gradient, too
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False

@@ -1,0 +1,55 @@
+"""One line that says how the training goes."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.callbacks import RichProgressBar
+
+from lightning_sft.trainer_facts import total_steps
+
+_SHOWN = {
+    "loss": ("train/loss", "{:.3f}"),
+    "val": ("val/loss", "{:.3f}"),
+    "tokens/s": ("train/tokens_per_second", "{:,.0f}"),
+    "targets": ("train/targets_seen", "{:,.0f}"),
+    "lr": ("lr", "{:.2g}"),
+    "|g|": ("train/gradient_norm", "{:.2f}"),
+}
+
+
+class TrainingProgress(RichProgressBar):
+    """A progress bar with the loss, tokens a second, targets seen, learning rate, gradient norm, and the time left.
+
+    The time left is that of the whole fit, from the pace so far. Figures are read off the device no more often than
+    twice a second.
+
+    Args:
+        every_seconds: Least time between two readings.
+    """
+
+    def __init__(self, every_seconds: float = 0.5) -> None:
+        super().__init__()
+        self.every_seconds, self._read, self._shown = every_seconds, 0.0, dict[str, Any]()
+        self._begin, self._first, self._total = 0.0, 0, 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to measure the pace."""
+        super().on_train_start(trainer, pl_module)
+        self._begin, self._first = time.monotonic(), trainer.global_step
+        self._total = total_steps(trainer, may_be_endless=True)
+
+    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+        """What stands behind the bar."""
+        now = time.monotonic()
+        if now - self._read >= self.every_seconds or trainer.global_step >= self._total:
+            found = trainer.callback_metrics
+            self._shown = {name: form.format(float(found[key])) for name, (key, form) in _SHOWN.items() if key in found}
+            done, left = trainer.global_step - self._first, self._total - trainer.global_step
+            if done and left > 0:
+                seconds = (now - self._begin) / done * left
+                self._shown["left"] = str(timedelta(seconds=round(seconds)))
+            self._read = now
+        return self._shown

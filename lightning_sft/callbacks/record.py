@@ -1,0 +1,141 @@
+"""The record of a run: what ``lightning-sft report`` makes its page of, whatever the logger."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from lightning_sft.callbacks.ledger import cut_off, lines_of
+from lightning_sft.data.report import figures, histogram, targets_in_words
+from lightning_sft.export.run_facts import run_facts
+from lightning_sft.trainer_facts import is_between_steps
+
+RECORD, METRICS = "run.json", "metrics.jsonl"
+
+
+class RunRecord(Callback):
+    """Writes ``run.json``, what a run is, and ``metrics.jsonl``, what was logged at each optimiser step and validation.
+
+    A run that goes on from a checkpoint cuts off the lines of steps after it, which are going to be taken once more.
+
+    Args:
+        dirpath: Folder of the two files; that of the logger by default, or the trainer's ``default_root_dir``.
+        every_n_steps: Record every so many steps.
+        flush_every: Steps whose figures stay on the device before they are written together.
+    """
+
+    def __init__(self, dirpath: str | None = None, every_n_steps: int = 1, flush_every: int = 20) -> None:
+        self.dirpath, self.every_n_steps, self.flush_every = dirpath, every_n_steps, flush_every
+        self._lines: list[tuple[dict[str, float], list[str], Tensor]] = []
+        self._validated: int | None = None  # a step whose validation, which a resumed run does again, is on the disk
+
+    def folder(self, trainer: Any) -> Path:
+        """Where the files are; every rank asks."""
+        return Path(trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir))
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write what the run is, and cut off what is going to be done once more."""
+        self._lines, self._begin, self._folder = [], time.time(), self.folder(trainer)
+        facts = run_facts(trainer)
+        if not trainer.is_global_zero:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        metrics = self._folder / METRICS
+        self._validated = None
+        if cut_off(metrics, trainer.global_step) == trainer.global_step and metrics.exists():
+            last = [line for line, _ in lines_of(metrics) if line["step"] == trainer.global_step]
+            self._validated = trainer.global_step if any("train/loss" not in line for line in last) else None
+        path = self._folder / RECORD
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() and trainer.global_step else {}
+        config = Path(trainer.log_dir or ".", "config.yaml")
+        start = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": trainer.global_step,
+            "command": sys.argv,
+            "device": _device(trainer),
+        }
+        record = {
+            "starts": [*before.get("starts", []), start],
+            "pretrained": getattr(pl_module, "pretrained", None),
+            "config": config.read_text(encoding="utf-8") if config.is_file() else None,
+            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            "facts": facts,
+            "data": _data(trainer.datamodule),
+        }
+        path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note a step that has been taken."""
+        if trainer.is_global_zero and is_between_steps(trainer) and trainer.global_step % self.every_n_steps == 0:
+            self._note(trainer, lambda name: name == "lr" or name.startswith("train/"))
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note the figures of a validation."""
+        is_new = not trainer.sanity_checking and trainer.global_step != self._validated
+        if trainer.is_global_zero and trainer.state.fn == "fit" and is_new:
+            self._note(trainer, lambda name: not (name == "lr" or name.startswith("train/")))
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """What a checkpoint has seen is on the disk before it is."""
+        self._write()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write what is left."""
+        if trainer.is_global_zero and not sum(trainer.num_val_batches):
+            self._note(trainer, lambda name: name.startswith("drift/"))
+        self._write()
+
+    def _note(self, trainer: Any, is_wanted: Any) -> None:
+        chosen = {name: value for name, value in trainer.callback_metrics.items() if is_wanted(name)}
+        if not chosen:
+            return
+        at = {"step": trainer.global_step, "epoch": trainer.current_epoch, "seconds": time.time() - self._begin}
+        self._lines.append((at, list(chosen), torch.stack([value.detach().float() for value in chosen.values()])))
+        if len(self._lines) >= self.flush_every:
+            self._write()
+
+    def _write(self) -> None:
+        lines, self._lines = self._lines, []
+        if not lines:
+            return
+        with (self._folder / METRICS).open("a", encoding="utf-8") as file:
+            for at, names, values in lines:
+                row = {**at, **dict(zip(names, values.tolist(), strict=True))}
+                file.write(json.dumps({n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in row.items()}))
+                file.write("\n")
+
+
+def folder_of(trainer: Any) -> Path:
+    """The folder of a run: where its record is, or its logger writes; every rank asks."""
+    records = [callback for callback in trainer.callbacks if isinstance(callback, RunRecord)]
+    return (records[0] if records else RunRecord()).folder(trainer)
+
+
+def _device(trainer: Any) -> str:
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return f"{trainer.world_size} x {name}"
+
+
+def _data(data: Any) -> dict[str, Any] | None:
+    """What the report of the data module shows, where it has one."""
+    splits = getattr(data, "splits", None)
+    if not splits:
+        return None
+    shown: dict[str, Any] = {"splits": {name: figures(split) for name, split in splits.items()}}
+    shown["remarks"] = [text for name, split in splits.items() for text in split.account.remarks(name)]
+    if "train" in splits:
+        shown |= {"histogram": histogram(splits["train"].lengths, 24), "targets": targets_in_words(splits["train"])}
+        if not data.streaming:
+            planned = data.planned("train")
+            shown |= {"epoch": str(planned), "mixture": planned.mixture}
+    return shown

@@ -1,0 +1,124 @@
+"""What the model answers to a few prompts, before and while it is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_sft.callbacks.record import folder_of
+from lightning_sft.data.dataset import load_prompts
+from lightning_sft.data.pieces import visible
+from lightning_sft.generation import Sampling, answer_all
+from lightning_sft.types import InputError, Prompt
+
+FOLDER = "samples"
+_SHOWN = 400  # characters of a text in the table
+
+
+class SampleGenerations(Callback):
+    """Has the model answer the same prompts before the training and after each validation.
+
+    Answers go to ``samples/step=….jsonl`` in the folder of the run, to loggers that take text (TensorBoard, Weights &
+    Biases, and others with ``log_text``), and as a table to the console. They change nothing about the training.
+
+    Args:
+        prompts: How many of the first rows of the validation data, or of the training data where there is none; or the
+            questions themselves.
+        max_new_tokens: Most tokens of an answer; as the module says by default.
+        sampling: How tokens are chosen; as the module says by default.
+        batch_size: Prompts that are answered at a time.
+        console: Whether to print the table.
+    """
+
+    def __init__(
+        self,
+        prompts: int | list[str] = 4,
+        max_new_tokens: int | None = 128,
+        sampling: Sampling | None = None,
+        batch_size: int = 16,
+        console: bool = True,
+    ) -> None:
+        if not prompts or (isinstance(prompts, int) and prompts < 0):
+            raise InputError(f"SampleGenerations needs a positive number of prompts or some texts, got {prompts!r}.")
+        self.prompts, self.max_new_tokens, self.sampling = prompts, max_new_tokens, sampling
+        self.batch_size, self.console = batch_size, console
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Find the prompts, and ask the pretrained model."""
+        self._chosen = _prompts(trainer.datamodule, self.prompts)
+        self._questions = [_question(trainer.datamodule.tokenizer, prompt) for prompt in self._chosen]
+        self._folder, self._before = folder_of(trainer) / FOLDER, {}
+        first = self._folder / "step=00000000.jsonl"
+        if trainer.global_step == 0:
+            self._ask(trainer, pl_module)
+        elif first.is_file():
+            rows = map(json.loads, first.read_text(encoding="utf-8").splitlines())
+            self._before = {row["source"]: row["prediction"] for row in rows}
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Ask what the model has become."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step:
+            self._ask(trainer, pl_module)
+
+    def _ask(self, trainer: Any, module: Any) -> None:
+        tokenizer = trainer.datamodule.tokenizer
+        rows = answer_all(module, self._chosen, tokenizer, self.batch_size, self.max_new_tokens, self.sampling)
+        step = trainer.global_step
+        if not trainer.is_global_zero:
+            return
+        rows = [
+            {"step": step, "source": row["source"], "prompt": question, **row}
+            for question, row in zip(self._questions, rows, strict=True)
+        ]
+        self._before = self._before or {row["source"]: row["prediction"] for row in rows}
+        self._folder.mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self._folder / f"step={step:08d}.jsonl").write_text(text, encoding="utf-8")
+        for logger in trainer.loggers:
+            _log(logger, rows, step)
+        if self.console:
+            Console().print(_table(rows, self._before, step))
+
+
+def _prompts(data: Any, wanted: int | Sequence[str]) -> list[Prompt]:
+    if not hasattr(data, "prompts_of"):
+        raise InputError("SampleGenerations takes prompts and the tokenizer from SFTDataModule. Use it, or leave this.")
+    if isinstance(wanted, int):
+        name = "val" if data.sources["val"] is not None else "train"
+        return list(data.prompts_of(name, wanted))[:wanted]
+    rows = [{"prompt": text} for text in wanted]
+    return load_prompts(rows, data.tokenizer)
+
+
+def _question(tokenizer: Any, prompt: Prompt) -> str:
+    return str(tokenizer.decode(list(prompt.input_ids), skip_special_tokens=True))
+
+
+def _log(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
+    """To loggers that take text; others have none of it."""
+    if hasattr(logger, "log_text"):  # Weights & Biases
+        columns = ["step", "source", "prompt", "prediction", "reference"]
+        logger.log_text("samples", columns=columns, data=[[row[name] for name in columns] for row in rows], step=step)
+    elif hasattr(logger.experiment, "add_text"):  # TensorBoard
+        for row in rows:
+            parts = {"prompt": row["prompt"], "answer": row["prediction"], "reference": row["reference"]}
+            text = "\n\n".join(f"**{name}**\n\n```\n{part}\n```" for name, part in parts.items() if part is not None)
+            logger.experiment.add_text(f"samples/{row['source']}", text, step)
+
+
+def _table(rows: Sequence[dict[str, Any]], before: dict[str, str], step: int) -> Table:
+    columns = ["prompt", "before", f"step {step}", "reference"] if step else ["prompt", "before training", "reference"]
+    table = Table(*columns, box=SIMPLE_HEAD, header_style="bold", title=f"Answers at step {step}", show_lines=True)
+    for row in rows:
+        answers = [before.get(row["source"], ""), row["prediction"]] if step else [row["prediction"]]
+        cells = [row["prompt"], *answers, row["reference"] or ""]
+        short = [cells[0].strip()[-_SHOWN:], *(cell.strip()[:_SHOWN] for cell in cells[1:])]
+        table.add_row(*(Text(visible(cell)) for cell in short))
+    return table

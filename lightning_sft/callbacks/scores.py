@@ -1,0 +1,65 @@
+"""Answers in ``test``, compared with those of the data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_sft.answer_scores import extracted, scores
+from lightning_sft.generation import answer_all
+from lightning_sft.types import InputError
+
+
+class ScoreAnswers(Callback):
+    r"""Has the model answer the prompts of ``data.test``, and logs how well; also writes the answers to a file.
+
+    The last answer of each conversation is asked for. How tokens are chosen, and how many at most, the module says
+    (``model.sampling``, ``model.max_new_tokens``). See :mod:`lightning_sft.answer_scores` for the figures.
+
+    Args:
+        extract: A regular expression with one group, the part of an answer to compare: ``####\s*(\S+)`` for GSM8K.
+        rouge: Whether to compute ROUGE.
+        bleu: Whether to compute BLEU.
+        first: Ask no more than the first so many rows of each data set.
+        batch_size: Prompts that are answered at a time; ``data.predict_batch_size`` by default.
+        filename: Of the file in the folder of the logger, or in ``default_root_dir``.
+    """
+
+    def __init__(
+        self,
+        extract: str | None = None,
+        rouge: bool = False,
+        bleu: bool = False,
+        first: int | None = None,
+        batch_size: int | None = None,
+        filename: str = "answers.jsonl",
+    ) -> None:
+        if extract is not None:
+            extracted("", extract)  # refuses what is no expression before anything is computed
+        self.extract, self.rouge, self.bleu = extract, rouge, bleu
+        self.first, self.batch_size, self.filename = first, batch_size, filename
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Generate, write and score.
+
+        Raises:
+            InputError: When no row has an answer to compare with.
+        """
+        data = trainer.datamodule
+        prompts = [prompt for prompt in data.prompts_of("test", self.first) if prompt.reference is not None]
+        if not prompts:
+            raise InputError("ScoreAnswers needs rows with answers: data.test has none.")
+        rows = answer_all(pl_module, prompts, data.tokenizer, self.batch_size or data.predict_batch_size)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / self.filename).write_text(text, encoding="utf-8")
+        rank_zero_info(f"{len(rows)} answers: {folder / self.filename}")
+        pairs = [row["prediction"] for row in rows], [row["reference"] for row in rows]
+        found = scores(*pairs, self.extract, self.rouge, self.bleu)
+        pl_module.log_dict({f"test/{name}": value for name, value in found.items()}, batch_size=1, sync_dist=True)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import DriftMonitor, RunRecord, SafeCheckpoint
+
+
+def fit(quiet_trainer: Any, pretrained: str, folder: Path, ckpt_path: Any = None, **settings: Any) -> list[Any]:
+    rows = [{"prompt": f"Say {i}", "completion": f"{i} it is"} for i in range(12)]
+    callbacks = [RunRecord(str(folder)), SafeCheckpoint(str(folder / "checkpoints"), every_n_train_steps=2)]
+    given = {"val_check_interval": 2, "enable_checkpointing": True, **settings}
+    callbacks += given.pop("more", [])
+    trainer = quiet_trainer(callbacks=callbacks, **given)
+    trainer.fit(
+        SFTModule(pretrained), SFTDataModule(train=rows, val=rows[:3], tokens_per_batch=100), ckpt_path=ckpt_path
+    )
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    varying = ("seconds", "train/tokens_per_second", "train/targets_per_second", "train/peak_memory_gib")
+    return [{name: value for name, value in line.items() if name not in varying} for line in lines]
+
+
+def test_a_run_that_goes_on_has_the_record_of_one_that_was_not_ended(
+    pretrained: str, quiet_trainer: Any, tmp_path: Path
+) -> None:
+    whole = fit(quiet_trainer, pretrained, tmp_path / "whole")
+    assert [line["step"] for line in whole if "train/loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in whole if "val/loss" in line] == [2, 4]
+    assert not any("val/loss" in line for line in whole if "train/loss" in line)
+    fit(quiet_trainer, pretrained, tmp_path / "killed", max_steps=3)
+    [checkpoint] = (tmp_path / "killed" / "checkpoints").glob("*step=2.ckpt")
+    resumed = fit(quiet_trainer, pretrained, tmp_path / "killed", checkpoint)
+    both = [sorted(timeless(lines), key=lambda line: (line["step"], len(line))) for lines in (resumed, whole)]
+    assert both[0] == both[1]
+    record = json.loads((tmp_path / "killed" / "run.json").read_text())
+    assert [start["step"] for start in record["starts"]] == [0, 2]
+    assert record["facts"]["versions"]["lightning"]
+    assert record["data"]["splits"]["train"]["rows"] == "12"
+    assert sum(count for _, _, count in record["data"]["histogram"]) == 12
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_without_validation_drift_is_measured_after_each_epoch(
+    pretrained: str, quiet_trainer: Any, tmp_path: Path, every: int
+) -> None:
+    lines = fit(quiet_trainer, pretrained, tmp_path, limit_val_batches=0, more=[DriftMonitor()], max_epochs=2)
+    assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 9))
+    assert lines[-1]["step"] == 8
+    assert lines[-1]["drift/all"] > 0
