@@ -164,14 +164,15 @@ class SFTDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
-        """Prompts for generation, each rank's own, without those that a writer has answers to; the longest first."""
+        """Prompts for generation, each rank's own, without those that a writer has answers to."""
         assert self.tokenizer is not None
         rank, num_ranks = data_parallel(self.trainer)
         prompts = self.prompts_of("predict")
         writers = [one for one in getattr(self.trainer, "callbacks", ()) if isinstance(one, PredictionWriter)]
         answered = {number for writer in writers[:1] for number in writer.answered(self.trainer, prompts)}
         left = [prompt for prompt in prompts if prompt.number not in answered]
-        left.sort(key=lambda prompt: -len(prompt.input_ids))
+        if writers:  # which bring them back into their order
+            left.sort(key=lambda prompt: -len(prompt.input_ids))
         return PromptLoader(left[rank::num_ranks], self.tokenizer, self.predict_batch_size)
 
     def prompts_of(self, name: str, first: int | None = None) -> list[Prompt]:
