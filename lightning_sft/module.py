@@ -16,13 +16,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
+from lightning_sft.attention.choice import Attention, probed
 from lightning_sft.evaluation import Evaluation
 from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import Sampling, answers
 from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import figures_by_part, sums_by_part
 from lightning_sft.optimizers import parameter_groups
-from lightning_sft.probes import probe
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
@@ -49,7 +49,7 @@ class SFTModule(LightningModule):
         warmup: Steps of linear warm-up, as a share of all.
         gradient_checkpointing: Recompute each layer's activations in the backward pass, to save memory.
         compile_layers: Compile each layer with torch.compile: the first steps are slow, the others faster.
-        attn_implementation: Attention of transformers, as ``sdpa``; its own choice by default.
+        attn_implementation: Attention of transformers, as ``sdpa``; by default ours where exact, see docs/attention.
         chunk_size: Targets whose logits are in memory at a time.
         max_new_tokens: Most tokens that are generated for a prompt.
         sampling: How they are chosen; the likeliest by default, see :class:`~lightning_sft.generation.Sampling`.
@@ -81,7 +81,7 @@ class SFTModule(LightningModule):
         gradient_checkpointing: bool = False,
         compile_layers: bool = False,
         attn_implementation: str | None = None,
-        chunk_size: int = 256,
+        chunk_size: int = 512,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         lora: Lora | None = None,
@@ -104,6 +104,7 @@ class SFTModule(LightningModule):
         self.hparams.update(self.tuning.hyper_parameters() | {"sampling": asdict(self.sampling)})
         self.strict_loading = lora is None  # a checkpoint has adapters without their base; on_load_checkpoint checks it
         self.scorer: Scorer | None = None
+        self.attention: Attention | None = None  # which one it is and why, once the model is loaded
         self._evaluation, self._step_figures = Evaluation(), StepFigures()
         self._seed: int | None = None  # of dropout; that of the checkpoint, where there is one
         self._asked: list[dict[str, Any]] | None = None  # the optimiser's settings, before a checkpoint brings its own
@@ -126,7 +127,7 @@ class SFTModule(LightningModule):
         self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
         with gathered(model.parameters()):
-            findings = probe(model, backbone, head)
+            self.attention, findings = probed(model, backbone, head, self.attn_implementation)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
         if self.compile_layers:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.attention.implementation import rows_of_documents
 from lightning_sft.types import InputError
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -67,7 +68,8 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Findi
 def states(backbone: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """Last hidden states ``[B, N, H]``. No attention mask and no cache: so transformers finds packed documents."""
     positions = {} if position_ids is None else {"position_ids": position_ids}
-    hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+    with rows_of_documents(position_ids):
+        hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
     return hidden
 
 

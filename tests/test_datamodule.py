@@ -47,7 +47,7 @@ def test_and_encodes_anew_for_another_model_or_normalisation_but_not_for_the_sam
 def test_padding_for_a_model_that_leaks_does_not_stay_for_one_that_does_not(
     pretrained: str, tmp_path: Path, quiet_trainer: Make, rows: list[dict[str, str]]
 ) -> None:
-    leaky = tiny_pretrained(tmp_path / "opt", "opt", ffn_dim=32, word_embed_proj_dim=16)
+    leaky = tiny_pretrained(tmp_path / "bloom", "bloom")
     data = SFTDataModule(train=rows)
 
     with warnings.catch_warnings():

@@ -266,7 +266,7 @@ def test_a_schedule_without_an_end_is_refused(pretrained: str, quiet_trainer: Ma
 def test_where_documents_would_see_each_other_they_are_padded_with_a_warning(
     tmp_path: Path, quiet_trainer: Make, rows: list[dict[str, str]]
 ) -> None:
-    leaky = tiny_pretrained(tmp_path / "opt", "opt", ffn_dim=32, word_embed_proj_dim=16)
+    leaky = tiny_pretrained(tmp_path / "bloom", "bloom")
     data = SFTDataModule(train=rows)
     with pytest.warns(UserWarning, match=r"see each other"):
         quiet_trainer(max_steps=1).fit(SFTModule(leaky), data)
@@ -274,7 +274,7 @@ def test_where_documents_would_see_each_other_they_are_padded_with_a_warning(
 
 
 def test_a_packed_batch_for_a_model_that_leaks_is_refused(tmp_path: Path, quiet_trainer: Make) -> None:
-    leaky = tiny_pretrained(tmp_path / "opt", "opt", ffn_dim=32, word_embed_proj_dim=16)
+    leaky = tiny_pretrained(tmp_path / "bloom", "bloom")
     ids = torch.tensor([[1, 2, 3, 4]])
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1]])}
     with pytest.raises(InputError, match=r"lets them see each other"):

@@ -1,0 +1,1 @@
+"""Attention over packed documents that costs what the documents cost."""
