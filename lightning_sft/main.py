@@ -147,8 +147,8 @@ _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
     "show (what fit would train on, token by token), replay (a step of a run once more), verify (our proofs on your "
     "model and data), export (a checkpoint as a Hugging Face folder), fetch-demo-model (SmolLM2-135M-Instruct), init "
-    "(a commented YAML to begin with), chat (talk to a model), doctor (versions, devices, fast paths); each has a --help "
-    "of its own."
+    "(a commented YAML to begin with), chat (talk to a model), doctor (versions, devices, fast paths); each has a "
+    "--help of its own."
 )
 
 
