@@ -26,6 +26,7 @@ from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.guards import check_precision
 from lightning_sft.module import SFTModule
 from lightning_sft.replay import ReplayCLI
+from lightning_sft.report_html import write_report
 from lightning_sft.show import ShowCLI
 from lightning_sft.start import init
 from lightning_sft.types import InputError
@@ -109,6 +110,8 @@ def main(args: ArgsType = None) -> Any:
             return __version__
         if given[0] == "doctor":
             return run_doctor(given[1:])
+        if given[0] == "report":
+            return auto_cli(write_report, args=given[1:])
         if given[0] in VERBS:
             return auto_cli(VERBS[given[0]], args=given[1:], as_positional=False)
     own_model, own_data = _names_a_class("model", given), _names_a_class("data", given)

@@ -14,7 +14,7 @@ from lightning_sft.data.pieces import Piece
 from lightning_sft.data.planned import Planned
 from lightning_sft.data.report import by_reason, figures, histogram, targets_in_words
 
-_TEMPLATE = Path(__file__).with_name("show.html")
+_TEMPLATE, _STYLE = (Path(__file__).with_name(name) for name in ("show.html", "page.css"))
 _LISTED = 200  # rows named for a reason
 
 
@@ -50,7 +50,8 @@ def write_page(
         **_compact(documents),
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    page = _TEMPLATE.read_text(encoding="utf-8").replace("{{ data }}", escaped(text))
+    style = _STYLE.read_text(encoding="utf-8")
+    page = _TEMPLATE.read_text(encoding="utf-8").replace("{{ style }}", style).replace("{{ data }}", escaped(text))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(page, encoding="utf-8")
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +73,12 @@ def quiet_trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(**{**quiet, **defaults, **settings})
 
     return make
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """Chromium, where it is installed with its driver."""
+    from tests.browsing import started
+
+    with started(tmp_path) as session:
+        yield session

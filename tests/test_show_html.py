@@ -7,10 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from urllib.request import Request, urlopen
 
 import pytest
 
@@ -23,10 +20,9 @@ from lightning_sft.data.plan import Plan
 from lightning_sft.data.planned import Planned
 from lightning_sft.show_html import write_page
 from lightning_sft.types import Example
+from tests.browsing import FLAGS, Browser
 
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title='owned'\"><!--"
-OFF = ("gpu", "background-networking", "component-update", "sync")
-FLAGS = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in OFF)]
 
 
 @pytest.fixture
@@ -76,40 +72,6 @@ def test_the_address_says_what_is_shown(page: Path) -> None:
     assert "×0.5" in last
 
 
-class Browser:
-    """A browser driven by its own protocol, https://www.w3.org/TR/webdriver2/."""
-
-    def __init__(self, port: int, profile: Path) -> None:
-        self.base = f"http://127.0.0.1:{port}/session"
-        options = {"args": [*FLAGS, f"--user-data-dir={profile}"]}
-        session = self.call("", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})
-        self.base += f"/{session['sessionId']}"
-
-    def call(self, path: str, body: dict[str, Any] | None, method: str = "POST") -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        with urlopen(Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)) as answer:
-            return json.load(answer)["value"]
-
-    def find(self, css: str) -> str:
-        return "/element/" + next(iter(self.call("/element", {"using": "css selector", "value": css}).values()))
-
-    def text(self, css: str) -> str:
-        return str(self.call(self.find(css) + "/text", None, "GET"))
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Browser]:
-    if (driver := shutil.which("chromedriver")) is None:
-        pytest.skip("no chromedriver here")
-    with subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        port = next(int(m[1]) for line in process.stdout if (m := re.search(r"successfully on port (\d+)", line)))
-        session = Browser(port, tmp_path / "driven")
-        yield session
-        session.call("", None, "DELETE")
-        process.terminate()
-
-
 @pytest.mark.slow
 def test_a_person_pages_searches_and_looks_at_a_token(page: Path, browser: Browser) -> None:
     browser.call("/url", {"url": page.as_uri()})
@@ -120,10 +82,7 @@ def test_a_person_pages_searches_and_looks_at_a_token(page: Path, browser: Brows
     browser.call(browser.find("#search") + "/value", {"text": "fizz"})
     assert browser.text("#place") == "1–14 of 14"  # back on the first page
     assert browser.text("article .target").replace("\n", "") == "row 3 says fizzend"
-    token = browser.find("article .target")
-    origin = {"element-6066-11e4-a52e-4f735466cecf": token.rpartition("/")[2]}
-    move = {"type": "pointerMove", "duration": 0, "origin": origin, "x": 0, "y": 0}
-    browser.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
+    browser.point("article .target")
     for _ in range(20):
         if browser.text("#tip"):
             break

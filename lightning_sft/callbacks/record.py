@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ class RunRecord(Callback):
     def __init__(self, dirpath: str | None = None, every_n_steps: int = 1, flush_every: int = 20) -> None:
         self.dirpath, self.every_n_steps, self.flush_every = dirpath, every_n_steps, flush_every
         self._lines: list[tuple[dict[str, float], list[str], Tensor]] = []
+        self._untrained: dict[str, Tensor] = {}  # figures of the pretrained model
         self._validated: int | None = None  # a step whose validation, which a resumed run does again, is on the disk
 
     def folder(self, trainer: Any) -> Path:
@@ -72,6 +74,9 @@ class RunRecord(Callback):
             "data": _data(trainer.datamodule),
         }
         path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+        if not trainer.global_step:
+            self._add(trainer, self._untrained)
+        self._untrained = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note a step that has been taken."""
@@ -79,7 +84,9 @@ class RunRecord(Callback):
             self._note(trainer, lambda name: name == "lr" or name.startswith("train/"))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Note the figures of a validation."""
+        """Note the figures of a validation; a whole one before the training too (``num_sanity_val_steps=-1``)."""
+        if trainer.sanity_checking and trainer.num_sanity_val_steps == math.inf and not trainer.global_step:
+            self._untrained = {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
         is_new = not trainer.sanity_checking and trainer.global_step != self._validated
         if trainer.is_global_zero and trainer.state.fn == "fit" and is_new:
             self._note(trainer, lambda name: not (name == "lr" or name.startswith("train/")))
@@ -95,7 +102,9 @@ class RunRecord(Callback):
         self._write()
 
     def _note(self, trainer: Any, is_wanted: Any) -> None:
-        chosen = {name: value for name, value in trainer.callback_metrics.items() if is_wanted(name)}
+        self._add(trainer, {name: value for name, value in trainer.callback_metrics.items() if is_wanted(name)})
+
+    def _add(self, trainer: Any, chosen: dict[str, Tensor]) -> None:
         if not chosen:
             return
         at = {"step": trainer.global_step, "epoch": trainer.current_epoch, "seconds": time.time() - self._begin}
@@ -123,7 +132,7 @@ def folder_of(trainer: Any) -> Path:
 def _device(trainer: Any) -> str:
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{trainer.world_size} x {name}"
+    return f"{trainer.world_size} × {name}"
 
 
 def _data(data: Any) -> dict[str, Any] | None:
