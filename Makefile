@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 QUICKSTART := build/quickstart
 
-.PHONY: help quickstart test test-all lint clean
+.PHONY: help quickstart test test-all lint bench bench-growth clean
 
 help:
 	@echo "make quickstart   fine-tune a real model on example data and see what it gained (under 10 minutes on 2 cores)"
 	@echo "make test         lint, types and tests"
 	@echo "make test-all     the same with the slow tests"
+	@echo "make bench        ours, TRL and LitGPT side by side (BENCH='--data rows.jsonl ...'; BENCH=--help has all settings)"
+	@echo "make bench-growth how cost grows (BENCH=--quick for minutes)"
 	@echo "make clean        remove the environment and what was built"
 
 $(BIN)/lightning-sft: pyproject.toml $(CONSTRAINTS)
@@ -36,6 +38,10 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+bench bench-growth:
+	$(PYTHON) -m benchmarks.environments ours trl
+	build/bench/ours/bin/python -m benchmarks$(if $(findstring growth,$@),.growth) $(BENCH)
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,103 @@
+"""TRL, in its own environment: one task, told by the JSON of the first argument.
+
+train        `SFTTrainer` on conversational prompt-completion rows, so that it masks the prompt, with its own packing
+preprocess   rows to packs, as its trainer makes them
+"""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import torch
+from transformers import AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from benchmarks.record import Record, given_rows, rows_of, settings
+
+
+class Recorder(TrainerCallback):
+    """Records every optimiser step; the trainer logs each.
+
+    Args:
+        out: File for the record.
+        accumulate: Micro-batches of a step.
+        counts: Tokens, targets and positions of the micro-batches, in order.
+    """
+
+    def __init__(self, out: str, accumulate: int, counts: list[tuple[int, int, int]]) -> None:
+        self.record, self.accumulate, self.counts = Record(out), accumulate, counts
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
+        """A step has ended, or the training has, which has no loss of its own."""
+        if "loss" in logs:
+            own = self.counts[(state.global_step - 1) * self.accumulate : state.global_step * self.accumulate]
+            self.record.step(logs["loss"], *(sum(column) for column in zip(*own, strict=True)))
+
+
+class Counting:
+    """The trainer's collator, which counts what it makes: in the order of the training, some batches ahead of it."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+        self.counts: list[tuple[int, int, int]] = []
+
+    def __call__(self, examples: Any) -> Any:
+        """One micro-batch."""
+        batch = self.collator(examples)
+        tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+        targets = (batch["labels"][:, 1:] != -100).sum()
+        self.counts.append((int(tokens), int(targets), batch["input_ids"].numel()))
+        return batch
+
+
+def conversations(path: str) -> list[dict[str, Any]]:
+    """The rows as TRL takes them."""
+    roles = {"prompt": "user", "completion": "assistant"}
+    rows = rows_of(path)
+    return [{key: [{"role": role, "content": row[key]}] for key, role in roles.items()} for row in rows]
+
+
+def train(given: SimpleNamespace) -> None:
+    """Train with TRL's defaults, but for the settings of the case and what makes the steps seen."""
+    config = {
+        "output_dir": given.folder,
+        "max_steps": given.steps,
+        "seed": given.seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "bf16": given.precision == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    rows = conversations(given.rows)
+    if given.given:
+        rows = given_rows(given.given)
+        config |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "train_sampling_strategy": "sequential"}
+    arguments = SFTConfig(**config, **given.config)
+    trainer = SFTTrainer(given.model, args=arguments, train_dataset=datasets.Dataset.from_list(rows))
+    trainer.data_collator = counting = Counting(trainer.data_collator)
+    trainer.add_callback(Recorder(given.out, arguments.gradient_accumulation_steps, counting.counts))
+    trainer.train()
+
+
+def preprocess(given: SimpleNamespace) -> None:
+    """Rows a second to packs, as the trainer calls it; the tokenizer is loaded already, and its cache is off."""
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    config = SFTConfig(max_length=given.length, packing=True, report_to=[], use_cpu=True, bf16=False)
+    trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=None, completion_only_loss=True)
+    began = time.perf_counter()
+    rows = conversations(given.rows)
+    prepare: Any = SFTTrainer._prepare_dataset
+    prepare(trainer, datasets.Dataset.from_list(rows), tokenizer, config, True, None, "train")
+    Record(given.out).write(rows=len(rows), seconds=time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    chosen = settings()
+    {"train": train, "preprocess": preprocess}[chosen.task](chosen)
