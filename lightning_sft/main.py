@@ -25,6 +25,7 @@ from lightning_sft.doctor import run_doctor
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.guards import check_precision
 from lightning_sft.module import SFTModule
+from lightning_sft.planning.command import PlanCLI
 from lightning_sft.replay import ReplayCLI
 from lightning_sft.report_html import write_report
 from lightning_sft.show import ShowCLI
@@ -129,6 +130,11 @@ def main(args: ArgsType = None) -> Any:
         if not all(finding.passes for finding in shown.findings):
             sys.exit(1)
         return shown
+    if isinstance(given, list) and given[:1] == ["plan"]:
+        planned = PlanCLI(**arguments, args=given[1:], run=False)
+        if not planned.prediction.fits:
+            sys.exit(1)
+        return planned
     if isinstance(given, list) and given[:1] == ["replay"]:
         return ReplayCLI(**arguments, args=given[1:], run=False)
     if isinstance(given, list) and given[:1] == ["verify"]:
@@ -148,7 +154,8 @@ VERBS: dict[str, Callable[..., Any]] = {
 }
 _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
-    "show (what fit would train on, token by token), replay (a step of a run once more), verify (our proofs on your "
+    "show (what fit would train on, token by token), plan (the memory that fit would take), "
+    "replay (a step of a run once more), verify (our proofs on your "
     "model and data), export (a checkpoint as a Hugging Face folder), fetch-demo-model (SmolLM2-135M-Instruct), init "
     "(a commented YAML to begin with), chat (talk to a model), doctor (versions, devices, fast paths); each has a "
     "--help of its own."

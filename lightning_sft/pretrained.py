@@ -57,6 +57,13 @@ def config_dict(model: PreTrainedModel) -> dict[str, Any]:
     return plain
 
 
+def load_architecture(pretrained: str) -> dict[str, Any]:
+    """The same of a pretrained model whose weights are not read."""
+    config = _load(AutoConfig, pretrained, "model configuration")
+    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return plain
+
+
 def load_tokenizer(
     pretrained: str, chat_template: str | None = None, new_tokens: Sequence[str] = ()
 ) -> PreTrainedTokenizerBase:

@@ -1,0 +1,170 @@
+"""``lightning-sft plan``: what a fit would take, and how many steps, without the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from lightning_sft.data.collate import collate
+from lightning_sft.data.loader import pad_token_id
+from lightning_sft.data.planned import Planned
+from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.module import SFTModule
+from lightning_sft.planning.device import Device
+from lightning_sft.planning.layout import Layout
+from lightning_sft.planning.prediction import Prediction, predict
+from lightning_sft.planning.remedies import Remedy, remedies
+from lightning_sft.planning.table import show_prediction, show_remedies
+from lightning_sft.show import ShowCLI
+from lightning_sft.trainer_facts import Division, data_parallel, total_steps, trainer_on_paper
+from lightning_sft.types import Batch, InputError
+
+_DESCRIPTION = (
+    "Predict the memory that fit takes of each device, count its steps, and say what to change if it does not fit. "
+    "Exits with 1 if it does not fit. The weights are not read."
+)
+
+
+class PlanCLI(ShowCLI):
+    """The command line of ``fit`` with the arguments of :func:`plan`."""
+
+    prediction: Prediction
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """With a help that says what it is for."""
+        return super().init_parser(**kwargs | {"description": _DESCRIPTION})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of ``fit``, which a saved config has, and our own."""
+        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+        self._own = parser.add_function_arguments(plan, skip={"data", "module", "trainer"})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """``--json`` is a flag without a value."""
+        self.config = parser.parse_args(["--json=true" if argument == "--json" else argument for argument in args])
+
+    def after_instantiate_classes(self) -> None:
+        """Plan it."""
+        own = {name: self.config_init[name] for name in self._own}
+        self.prediction = plan(self.datamodule, self.model, self.trainer_config, **own)
+
+
+def plan(
+    data: LightningDataModule,
+    module: LightningModule,
+    trainer: Any,
+    memory: float | None = None,
+    json: bool = False,
+) -> Prediction:
+    """Predict the memory that fit takes of each device, count its steps, and say what to change if it does not fit.
+
+    The weights are not read: two steps are gone through with shapes alone.
+
+    Args:
+        data: Gives the micro-batches.
+        module: The model, as configured.
+        trainer: Settings of a trainer: devices, strategy and precision. The devices need not be here.
+        memory: GiB that a device has, or a machine where the device is its CPU; by default what is here.
+        json: Print JSON, for machines.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        InputError: When the module or the data module is not ours, or the strategy is not known.
+    """
+    if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
+        given = f"{type(module).__name__} and {type(data).__name__}"
+        raise InputError(f"plan needs an SFTModule and an SFTDataModule, or classes made from them, got {given}.")
+    paper = trainer_on_paper(module, trainer)
+    num_devices = data_parallel(paper)[1]
+    layout = Layout.of(trainer, num_devices)
+    paper.distributed_sampler_kwargs["num_replicas"] = layout.data_parallel
+    paper.is_global_zero = False  # the report of the data would be printed
+    cast(Any, data).trainer = paper
+    data.sample_rows = data.buffer_rows
+    data.setup("fit")
+    steps = steps_of(data, module, trainer)
+    data.streaming = False  # what has been read of a stream stands for the rest
+    device = Device.of(str(trainer.accelerator), paper.num_devices, memory)
+
+    def try_out(module: Any, batch: Batch, layout: Layout) -> Prediction:
+        return predict(module, batch, layout, device, paper.accumulate_grad_batches)
+
+    planned = data.planned("train")
+    batch = largest(planned, data)
+    prediction = try_out(module, batch, layout)
+    found: list[Remedy] = []
+    if not prediction.fits:
+        least = int(planned.split.lengths.max())
+        found = list(remedies(module, batch, prediction, lambda n: largest(_replanned(data, n), data), least, try_out))
+    if json:
+        print(_json(prediction, steps, found))
+    else:
+        console = Console(soft_wrap=True)
+        show_prediction(prediction, steps, console)
+        if not prediction.fits:
+            show_remedies(found, console)
+    return prediction
+
+
+def largest(planned: Planned, data: SFTDataModule) -> Batch:
+    """The micro-batch of an epoch with the most positions, and of those the most targets."""
+    assert data.tokenizer is not None
+    examples, packed = planned.split.examples, planned.packing == "packed"
+    ranks = range(planned.plan.num_ranks)
+    micro_batches = [micro for rank in ranks for micro in planned.plan.micro_batches(0, rank) if micro.examples]
+
+    def size(indices: Sequence[int]) -> tuple[int, int]:
+        lengths = planned.split.lengths[list(indices)]
+        positions = lengths.sum() if packed else lengths.max() * len(lengths)
+        return int(positions), int(examples.num_targets[list(indices)].sum())
+
+    chosen = max((micro.examples for micro in micro_batches), key=size)
+    return collate([examples[i] for i in chosen], 1.0, packed=packed, pad_id=pad_token_id(data.tokenizer))
+
+
+def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any) -> dict[str, Any]:
+    """Optimiser steps, micro-batches and tokens, of an epoch and in all."""
+    endless = module.schedule == "constant"
+    ends = SimpleNamespace(max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, datamodule=data)
+    total = total_steps(ends, may_be_endless=endless)
+    of_all = {"steps in all": total, "of warm-up": math.ceil(module.warmup * total)}
+    if data.streaming:
+        return {"steps an epoch": "not known of a stream"} | of_all
+    planned = data.planned("train")
+    plan, split = planned.plan, planned.split
+    tokens = int(plan.draw.bounds.sum())
+    targets = round(float(split.examples.num_targets @ plan.draw.rates))
+    used = plan.num_ranks * plan.accumulate
+    return {
+        "rows": split.account.num_rows,
+        "sequences an epoch": len(plan.draw.bounds),
+        "tokens an epoch": tokens,
+        "targets an epoch": targets,
+        f"{planned.packing} micro-batches an epoch": len(plan.packs),
+        "positions of a micro-batch": planned.capacity,
+        "filled": f"{planned.fill:.1%}",
+        "micro-batches a step": used,
+        "tokens a step": round(tokens / plan.num_full_steps),
+        "steps an epoch": plan.num_steps,
+    } | of_all
+
+
+def _replanned(data: SFTDataModule, capacity: int) -> Planned:
+    return Planned.of(data.splits["train"], Division(), data.packing, capacity, seed=data.seed)
+
+
+def _json(prediction: Prediction, steps: dict[str, Any], found: Sequence[Remedy]) -> str:
+    changes = [
+        {"settings": remedy.settings, "peak": remedy.prediction.peak, "fits": remedy.prediction.fits}
+        for remedy in found
+    ]
+    return json.dumps(prediction.as_dict() | {"steps": steps, "remedies": changes}, indent=2)
