@@ -46,7 +46,7 @@ class RunRecord(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Write what the run is, and cut off what is going to be done once more."""
         self._lines, self._begin, self._folder = [], time.time(), self.folder(trainer)
-        facts = run_facts(trainer)
+        facts, logged = run_facts(trainer), trainer.log_dir  # which ranks tell each other
         if not trainer.is_global_zero:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ class RunRecord(Callback):
             self._validated = trainer.global_step if any("train/loss" not in line for line in last) else None
         path = self._folder / RECORD
         before = json.loads(path.read_text(encoding="utf-8")) if path.exists() and trainer.global_step else {}
-        config = Path(trainer.log_dir or ".", "config.yaml")
+        config = Path(logged or ".", "config.yaml")
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": trainer.global_step,
