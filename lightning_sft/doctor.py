@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_sft import __version__
+from lightning_sft.attention import varlen
 
 State = Literal["good", "off", "bad", "plain"]
 _MARKS = {"good": "[green]✓[/green]", "off": "[dim]-[/dim]", "bad": "[bold red]![/bold red]", "plain": ""}
@@ -168,15 +169,12 @@ def _devices() -> Iterator[Fact]:
 
 def _fast_paths() -> Iterator[Fact]:
     section, on_gpu = "fast paths", torch.cuda.is_available()
-    yield Fact(section, "attention", "sdpa", "good", "What transformers takes by default: packed without padding.")
-    flash = _version("flash-attn")
-    if flash:
-        yield Fact(section, "flash-attn", flash, "good" if on_gpu else "off", "model.attn_implementation")
-    else:
-        why = (
-            "pip install flash-attn; then model.attn_implementation=flash_attention_2" if on_gpu else "It needs a GPU."
-        )
-        yield Fact(section, "flash-attn", "not installed", "off", why)
+    yield Fact(section, "attention", "by document", "good", "Packed without padding; fit says which path a model gets.")
+    for name, (reason, kernel, _) in varlen.installed().items():
+        is_on = on_gpu and kernel is not None
+        why = "" if is_on else reason or "It needs a GPU."
+        remark = f"All documents in one call, in 16 bits. {why}".strip()
+        yield Fact(section, f"  {name}", "on" if is_on else "off", "good" if is_on else "off", remark)
     yield Fact(section, "chunked likelihood", "on", "good", "Logits are never held whole: model.chunk_size")
     yield Fact(section, "fused AdamW", "on", "good", "The default of model.optimizer.")
     yield _compiler(on_gpu)

@@ -19,6 +19,7 @@ from lightning_sft.callbacks import PredictionWriter
 from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
 from lightning_sft.checkpoints import hyper_parameters
+from lightning_sft.completion import completion
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
 from lightning_sft.doctor import run_doctor
@@ -111,6 +112,8 @@ def main(args: ArgsType = None) -> Any:
             return __version__
         if given[0] == "doctor":
             return run_doctor(given[1:])
+        if given[0] == "completion":
+            return completion(main, [*SFTCLI.subcommands(), *_OWN_VERBS, *VERBS])
         if given[0] == "report":
             return auto_cli(write_report, args=given[1:])
         if given[0] in VERBS:
@@ -152,13 +155,14 @@ VERBS: dict[str, Callable[..., Any]] = {
     "export": export_checkpoint,
     "fetch-demo-model": fetch_demo_model,
 }
+_OWN_VERBS = ("show", "plan", "replay", "report", "verify", "doctor")
 _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
     "show (what fit would train on, token by token), plan (the memory that fit would take), "
     "replay (a step of a run once more), verify (our proofs on your "
     "model and data), export (a checkpoint as a Hugging Face folder), fetch-demo-model (SmolLM2-135M-Instruct), init "
     "(a commented YAML to begin with), chat (talk to a model), doctor (versions, devices, fast paths); each has a "
-    "--help of its own."
+    "--help of its own. completion prints a script for bash."
 )
 
 
