@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environments
-from benchmarks.cases import Case, cases, same_batches
+from benchmarks.cases import EQUAL, SHIPPED, Case, cases, same_batches
 from benchmarks.environments import BUILD, ROOT
 from benchmarks.limits import Work
 from benchmarks.measure import Scripts
@@ -36,6 +36,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt", default="prompt", help="the data's column for the prompt")
     parser.add_argument("--completion", default="completion")
     parser.add_argument("--systems", nargs="+", default=["ours", "trl", "litgpt"])
+    parser.add_argument("--kinds", nargs="+", default=[SHIPPED, EQUAL], choices=[SHIPPED, EQUAL])
     parser.add_argument("--length", type=int, default=2048, help="tokens of a pack and a step, where made equal")
     parser.add_argument("--steps", type=int, default=3, help="of a run; slow systems take fewer")
     parser.add_argument("--warmup", type=int, default=1, help="of these, those that do not count")
@@ -117,7 +118,7 @@ class Bench:
         data = self.results["data"]
         rows_per_step = max(1, round(self.given.length * data["rows"] / data["tokens"]))
         for case in cases(self.given.length, rows_per_step):
-            if case.system in self.given.systems:
+            if case.system in self.given.systems and case.kind in self.given.kinds:
                 self.train(case, number)
 
     def same(self) -> None:

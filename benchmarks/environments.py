@@ -17,8 +17,9 @@ _CONSTRAINTS = ["--constraint", str(ROOT / ".ci" / "constraints.txt")]  # the sa
 REQUIREMENTS: dict[str, list[list[str]]] = {  # torch first: on some machines the index has several
     "ours": [[*_CONSTRAINTS, "torch"], [*_CONSTRAINTS, "--editable", f"{ROOT}[bench,gguf,tensorboard]"]],
     "trl": [[*_CONSTRAINTS, "torch"], [*_CONSTRAINTS, "trl==1.16.0"]],
-    # it wants an older jsonargparse and huggingface-hub than ours: only what it shares with us is pinned
-    "litgpt": [["torch==2.13.0"], ["litgpt==0.5.13", "lightning==2.6.6"]],
+    # it wants an older jsonargparse and huggingface-hub than ours: only what it shares with us is pinned; it writes its
+    # settings with requests, which it does not ask for
+    "litgpt": [["torch==2.13.0"], ["litgpt==0.5.13", "lightning==2.6.6", "requests"]],
 }
 
 

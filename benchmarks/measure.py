@@ -78,7 +78,9 @@ def run(
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    error = log.read_text(encoding="utf-8", errors="replace")[-2000:] if process.returncode else None
+    error = None
+    if process.returncode:
+        error = f"{log.read_text(encoding='utf-8', errors='replace')[-2000:]}\nExit code {process.returncode}."
     lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
     return Run(began, time.time() - began, peak, [json.loads(line) for line in lines], error)
 

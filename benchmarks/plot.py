@@ -29,12 +29,12 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     colors = [_COLORS[case["system"]] for case in bars]
     on_device = any(case["device_bytes"] for case in bars)
     key, unit = ("device_bytes", "GB on the device") if on_device else ("peak_bytes", "GB")
-    for axes, title, values in (
-        (speed, "real tokens a second", [case["tokens_per_second"] for case in bars]),
-        (memory, f"peak memory, {unit}", [case[key] / 1e9 for case in bars]),
+    for axes, title, form, values in (
+        (speed, "real tokens a second", "{:,.1f}", [case["tokens_per_second"] for case in bars]),
+        (memory, f"peak memory, {unit}", "{:.2f}", [case[key] / 1e9 for case in bars]),
     ):
         drawn = axes.barh(range(len(bars)), values, color=colors)
-        axes.bar_label(drawn, fmt="{:,.1f}", padding=3)
+        axes.bar_label(drawn, fmt=form, padding=3)
         axes.set_title(title)
         axes.set_xlim(0, 1.15 * max(values, default=1))
         axes.set_yticks(range(len(bars)), labels if axes is speed else [""] * len(bars))
@@ -43,6 +43,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         steps = range(1, len(case["losses"]) + 1)
         loss.plot(steps, case["losses"], style, color=_COLORS[case["system"]], linewidth=2, label=case["name"])
         loss.legend(frameon=False)
+    loss.xaxis.get_major_locator().set_params(integer=True)
     loss.set(title="loss on the same batches", xlabel="optimiser step")
     loss.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
