@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -175,4 +177,5 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without the process that is being measured
     main()

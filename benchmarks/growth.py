@@ -11,6 +11,8 @@ import argparse
 import json
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -138,7 +140,7 @@ class Growth:
                 lambda system, x: self.rate(system, LENGTH, DOCUMENT, x),
             ),
             "ranks": (
-                f"ranks (ddp, packs of {LENGTH:,}, the same threads in all)",
+                f"ranks (ddp, packs of {LENGTH:,})",
                 "ranks",
                 tokens,
                 [1, 2],
@@ -202,4 +204,5 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without the process that is being measured
     main()
