@@ -197,7 +197,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     (growth.out / "growth.md").write_text(text + "\n", encoding="utf-8")
     draw_growth(curves, growth.out / "growth.png")
     if growth.given.publish:
-        PAGE.write_text(write_page(PAGE.read_text(encoding="utf-8"), "growth", text), encoding="utf-8")
+        PAGE.write_text(
+            write_page(PAGE.read_text(encoding="utf-8"), "growth", f"{text}\n\n![The curves](growth.png)"),
+            encoding="utf-8",
+        )
         shutil.copy(growth.out / "growth.png", PAGE.with_name("growth.png"))
     print(text)
     return curves
