@@ -224,7 +224,7 @@ class SFTModule(LightningModule):
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
-            self._log_figures("train", {"gradient_norm": norm})
+            self._log_figures("train", {} if norm is None else {"gradient_norm": norm})
 
     def on_validation_start(self) -> None:
         """Begin the validation figures."""
@@ -275,6 +275,8 @@ class SFTModule(LightningModule):
         optimizer = self.optimizer(parameter_groups(self.parameters()))
         # Lightning refuses to clip where a fused optimiser would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
+        if not self.trainer.strategy.handles_gradient_accumulation:  # else DeepSpeed lets go of them
+            optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # not only after the next forward pass
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
         self._asked = settings_of(optimizer)
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))

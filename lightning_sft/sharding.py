@@ -72,7 +72,9 @@ def layers(model: Any) -> list[nn.Module]:
     return found
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], most: float | None, algorithm: str | None = "norm") -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], most: float | None, algorithm: str | None = "norm"
+) -> Tensor | None:
     """Clip gradients, also where they lie on different meshes, as with tensor parallelism.
 
     torch computes the norm of tensors of one mesh; the whole norm is the root of the sum of their squares.
@@ -83,12 +85,14 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float | None, algor
         algorithm: ``norm`` (so is ``None``) or ``value``.
 
     Returns:
-        The joint L2 norm before.
+        The joint L2 norm before; ``None`` where there is no gradient.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     groups = list(by_mesh(with_gradient).values())
     norms = [_whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
-    total = torch.stack(norms).norm() if norms else torch.zeros(())
+    if not norms:
+        return None
+    total: Tensor = torch.stack(norms).norm()
     for group in groups:
         if not most:
             break

@@ -4,6 +4,7 @@ from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.drift import DriftMonitor
 from lightning_sft.callbacks.hf_export import HFExport
 from lightning_sft.callbacks.ledger import SampleLedger
+from lightning_sft.callbacks.optimizer_in_backward import OptimizerInBackward
 from lightning_sft.callbacks.predictions import PredictionWriter
 from lightning_sft.callbacks.preempt import Preempt
 from lightning_sft.callbacks.progress import TrainingProgress
@@ -14,6 +15,7 @@ from lightning_sft.callbacks.scores import ScoreAnswers
 __all__ = [
     "DriftMonitor",
     "HFExport",
+    "OptimizerInBackward",
     "PredictionWriter",
     "Preempt",
     "RunRecord",

@@ -45,6 +45,7 @@ class Layout:
         compute: Dtype of what is computed where it is not that of ``dtype``.
         is_deepspeed: Whether DeepSpeed does it, with a float32 copy of what is trained, and its buckets.
         offloads: What is in the host's memory: ``optimiser``, or ``all``.
+        in_backward: Whether the optimiser steps in the backward pass.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Layout:
     compute: torch.dtype | None = None
     is_deepspeed: bool = False
     offloads: str = ""
+    in_backward: bool = False
 
     @classmethod
     def of(cls, settings: Any, num_devices: int) -> Layout:
@@ -71,6 +73,7 @@ class Layout:
         dtype, autocast = _precision(settings.precision)
         name, own = _named(settings.strategy)
         plain: dict[str, Any] = {"dtype": dtype, "autocast": autocast, "data_parallel": num_devices}
+        plain["in_backward"] = any(_named(callback)[0] == "optimizerinbackward" for callback in _listed(settings))
         if "deepspeed" in name:
             stage = int(own.get("stage") or next((c for c in name if c.isdigit()), 2))
             offloads = "all" if own.get("offload_parameters") or (stage == 3 and "offload" in name) else ""
@@ -142,6 +145,11 @@ def _precision(given: Any) -> tuple[torch.dtype, torch.dtype | None]:
         )
     mixes = how == "mixed" or (how == "" and width in ("16", "bf16"))
     return (torch.float32, _DTYPES[width]) if mixes else (_DTYPES[width], None)
+
+
+def _listed(settings: Any) -> list[Any]:
+    callbacks = getattr(settings, "callbacks", None) or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 def _named(strategy: Any) -> tuple[str, Mapping[str, Any]]:

@@ -72,22 +72,23 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
     scorer = _scorer(module, model)
     optimizer = module.optimizer(parameter_groups(model.parameters()))
     meter.follow_gradients(model)
+    if layout.in_backward:
+        _step_in_backward(model, optimizer, meter)
     backbone, head = backbone_and_head(model)
     backbone.register_forward_hook(lambda *_: meter.moment(LOSS))
     with meter, default_dtype(layout.computes_in):
         for micro_batches in (1, min(accumulate, 2)):
-            for micro_batch in range(micro_batches):
+            for _ in range(micro_batches):
                 meter.moment(FORWARD)
                 with _autocast(layout):
                     loss = -scorer(batch)[0]
-                if micro_batch == 0:
-                    optimizer.zero_grad()  # after the forward pass: Lightning's order
                 meter.moment(BACKWARD)
                 loss.backward()
                 del loss
             meter.moment(STEP)
             optimizer.step()
             meter.call(_tensors(optimizer), "optimiser")
+            optimizer.zero_grad()
     meter.moment("")
     return _facts(meter, module, model, head)
 
@@ -136,6 +137,19 @@ def _scorer(module: Any, model: Any) -> Scorer:
     if module.neftune_alpha:
         add_noise(scorer, model, module.neftune_alpha)
     return scorer
+
+
+def _step_in_backward(model: nn.Module, optimizer: torch.optim.Optimizer, meter: Meter) -> None:
+    """As :class:`~lightning_sft.callbacks.optimizer_in_backward.OptimizerInBackward` does."""
+
+    def step(parameter: torch.Tensor) -> None:
+        optimizer.step()
+        meter.call((t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)), "optimiser")
+        optimizer.zero_grad()
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(step)
 
 
 def _split(model: Any, num_ranks: int) -> None:

@@ -19,9 +19,9 @@ QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", 
 
 
 @pytest.fixture
-def config(pretrained: str, jsonl: Any, rows: list[dict[str, str]]) -> dict[str, Any]:
+def config(pretrained: str, jsonl: Any, rows: list[dict[str, str]], tmp_path: Path) -> dict[str, Any]:
     return {
-        "trainer": {**ON_CPU, **QUIET, "max_epochs": 3},
+        "trainer": {**ON_CPU, **QUIET, "max_epochs": 3, "default_root_dir": str(tmp_path / "run")},
         "model": {"pretrained": pretrained, "warmup": 0.5},
         "data": {"train": jsonl(rows), "tokens_per_batch": 64},
     }
