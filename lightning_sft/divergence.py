@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sft.objective import transformed
 from lightning_sft.pretrained import backbone_and_head
 from lightning_sft.types import IGNORE, Batch
 from lightning_sft.zero import gathered
@@ -70,6 +71,4 @@ def _log_probs(scorer: Any, batch: Batch) -> Iterator[Tensor]:
     states = scorer.hidden(batch)[batch.labels != IGNORE]
     with gathered(head.parameters()):
         for chunk in states.split(_CHUNK):
-            logits = head(chunk).float() * scorer.findings.scale
-            cap = scorer.findings.softcap
-            yield (logits if cap is None else cap * torch.tanh(logits / cap)).log_softmax(-1)
+            yield transformed(head(chunk).float(), scorer.findings.scale, scorer.findings.softcap).log_softmax(-1)

@@ -19,6 +19,8 @@ class Evaluation:
 
     def __init__(self) -> None:
         self._metric = CorpusLikelihood()
+        self._tokenizer: Any = None
+        self._token_bytes: Tensor | None = None  # of its vocabulary
         self._not_finite: list[tuple[Batch, LogLikelihood]] = []  # of the batches, those whose loss is no number
 
     def begin(self, module: Any) -> None:
@@ -27,8 +29,11 @@ class Evaluation:
         Args:
             module: The Lightning module.
         """
-        sizes = token_bytes(getattr(module.trainer.datamodule, "tokenizer", None))
-        self._metric, self._not_finite = CorpusLikelihood(token_bytes=sizes).to(module.device), []
+        tokenizer = getattr(module.trainer.datamodule, "tokenizer", None)
+        if tokenizer is not self._tokenizer:  # going through a vocabulary takes a second
+            self._tokenizer, self._token_bytes = tokenizer, token_bytes(tokenizer)
+        self._metric = CorpusLikelihood(token_bytes=self._token_bytes).to(module.device)
+        self._not_finite = []
 
     def add(self, module: Any, batch: Batch | Mapping[str, Any]) -> None:
         """Compute the likelihood of a batch, and add it."""

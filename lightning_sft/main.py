@@ -20,6 +20,7 @@ from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
 from lightning_sft.checkpoints import hyper_parameters
 from lightning_sft.completion import completion
+from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
 from lightning_sft.doctor import run_doctor
@@ -100,7 +101,7 @@ def main(args: ArgsType = None) -> Any:
         The :class:`SFTCLI`, with its ``trainer``, ``model`` and ``datamodule``; or what the verb returns.
 
     Raises:
-        SystemExit: With 1 when ``show --check`` or ``verify`` finds what does not pass.
+        SystemExit: With 1 when ``show --check``, ``plan`` or ``verify`` finds what does not pass.
 
     >>> main(["--version"])
     '0.1.0'
@@ -113,7 +114,7 @@ def main(args: ArgsType = None) -> Any:
         if given[0] == "doctor":
             return run_doctor(given[1:])
         if given[0] == "completion":
-            return completion(main, [*SFTCLI.subcommands(), *_OWN_VERBS, *VERBS])
+            return completion(main, [*SFTCLI.subcommands(), *CONFIG_VERBS, *VERBS, "report", "doctor"])
         if given[0] == "report":
             return auto_cli(write_report, args=given[1:])
         if given[0] in VERBS:
@@ -128,23 +129,11 @@ def main(args: ArgsType = None) -> Any:
         "trainer_defaults": {"max_epochs": 1},
         "auto_configure_optimizers": False,
     }
-    if isinstance(given, list) and given[:1] == ["show"]:
-        shown = ShowCLI(**arguments, args=given[1:], run=False)
-        if not all(finding.passes for finding in shown.findings):
+    if isinstance(given, list) and given[0] in CONFIG_VERBS:
+        cli = CONFIG_VERBS[given[0]](**arguments, args=given[1:], run=False)
+        if not cli.passes:
             sys.exit(1)
-        return shown
-    if isinstance(given, list) and given[:1] == ["plan"]:
-        planned = PlanCLI(**arguments, args=given[1:], run=False)
-        if not planned.prediction.fits:
-            sys.exit(1)
-        return planned
-    if isinstance(given, list) and given[:1] == ["replay"]:
-        return ReplayCLI(**arguments, args=given[1:], run=False)
-    if isinstance(given, list) and given[:1] == ["verify"]:
-        verified = VerifyCLI(**arguments, args=given[1:], run=False)
-        if not verified.verdict.passed:
-            sys.exit(1)
-        return verified
+        return cli
     arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": {"description": _DESCRIPTION}}
     return SFTCLI(**arguments, args=given)
 
@@ -155,7 +144,12 @@ VERBS: dict[str, Callable[..., Any]] = {
     "export": export_checkpoint,
     "fetch-demo-model": fetch_demo_model,
 }
-_OWN_VERBS = ("show", "plan", "replay", "report", "verify", "doctor")
+CONFIG_VERBS: dict[str, type[ConfigCLI]] = {
+    "show": ShowCLI,
+    "plan": PlanCLI,
+    "replay": ReplayCLI,
+    "verify": VerifyCLI,
+}
 _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
     "show (what fit would train on, token by token), plan (the memory that fit would take), "

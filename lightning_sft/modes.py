@@ -1,4 +1,4 @@
-"""Evaluation in the middle of a training, of which nothing is left behind."""
+"""Modes of torch that are left as they were: of a module, and of what is made."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ def evaluating(module: Any) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

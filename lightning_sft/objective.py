@@ -74,8 +74,7 @@ def log_likelihood(
 
     def logits_of(states: Tensor) -> Tensor:
         logits = F.linear(states, head) if isinstance(head, Tensor) else head(states)
-        logits = logits.to(dtype) if scale == 1 else logits.to(dtype) * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return transformed(logits.to(dtype), scale, softcap)
 
     parameters = [head] if isinstance(head, Tensor) else list(head.parameters())
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
@@ -83,6 +82,12 @@ def log_likelihood(
     chunked_sum: Any = _ChunkedSum  # torch gives autograd functions no types
     total, log_probs, correct = chunked_sum.apply(logits_of, chunk_size, targets, w, states, *trained)
     return LogLikelihood(total, w.sum(), log_probs, correct)
+
+
+def transformed(raw: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """What a head gives as logits: scaled, then soft-capped."""
+    logits = raw if scale == 1 else raw * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class _ChunkedSum(torch.autograd.Function):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.attention.implementation import rows_of_documents
+from lightning_sft.objective import transformed
 from lightning_sft.types import InputError
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -86,7 +87,7 @@ def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> 
     scales = [s for s in (getattr(config, name, None) for name in _SCALES) if s]
     # what the config names comes first: where logits are tiny, a soft-cap cannot be told from none
     for scale, cap in [(1.0, c) for c in caps] + [(f, None) for s in scales for f in (s, 1 / s)] + [(1.0, None)]:
-        logits = raw * scale if cap is None else cap * torch.tanh(raw * scale / cap)
+        logits = transformed(raw, scale, cap)
         if logits.shape == wanted.shape and _close(logits, wanted):
             return scale, cap
     raise InputError(

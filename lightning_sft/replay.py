@@ -12,21 +12,20 @@ from threading import Barrier
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from lightning_sft.callbacks.ledger import NAME, line_of
 from lightning_sft.checkpoints import facts, weights
+from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.stream import StreamLoader
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.metrics import figures, sums
 from lightning_sft.module import SFTModule
 from lightning_sft.resume import seed_micro_batch
 from lightning_sft.run_folder import folders_of
-from lightning_sft.show import ShowCLI
 from lightning_sft.trainer_facts import trainer_on_paper
 from lightning_sft.types import IGNORE, Batch, InputError
 
@@ -73,27 +72,6 @@ class Replay:
     samples: Sequence[Sample]
 
 
-class ReplayCLI(ShowCLI):
-    """The command line of ``fit`` with the arguments of :func:`replay`."""
-
-    result: Replay
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Those of ``fit``, which a saved config has, and our own."""
-        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
-        self._own = parser.add_function_arguments(replay, skip={"data", "module", "trainer"})
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As they are."""
-        assert isinstance(args, list)
-        self.config = parser.parse_args(args)
-
-    def after_instantiate_classes(self) -> None:
-        """Replay the step."""
-        own = {name: self.config_init[name] for name in self._own}
-        self.result = replay(self.datamodule, self.model, self.trainer_config, **own)
-
-
 def replay(
     data: LightningDataModule,
     module: LightningModule,
@@ -132,6 +110,12 @@ def replay(
     result = Replay(step, line["loss"], loss, name, after == step - 1, samples)
     _show(result, line, after, rows)
     return result
+
+
+class ReplayCLI(ConfigCLI):
+    """The command line of ``fit`` with the arguments of :func:`replay`; its ``result`` is a :class:`Replay`."""
+
+    verb = staticmethod(replay)
 
 
 def _newest_ledger(root: Path) -> Path:

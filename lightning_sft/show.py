@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 from typing import Any, cast
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
 
+from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.audit import Finding, Thresholds, audit
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.loader import EpochLoader, pad_token_id
@@ -22,36 +23,6 @@ from lightning_sft.show_html import write_page
 from lightning_sft.show_text import show_audit, show_document, show_legend
 from lightning_sft.trainer_facts import Division, trainer_on_paper
 from lightning_sft.types import InputError
-
-
-class ShowCLI(LightningCLI):
-    """The command line of ``fit`` with the arguments of :func:`show`; no trainer is made, and no weights are loaded."""
-
-    findings: list[Finding]
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Those of ``fit``, which a saved config has, and our own."""
-        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
-        self._own = parser.add_function_arguments(show, skip={"data", "module", "trainer"})
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """``--check`` alone asks for a check with the thresholds of the config, or the default ones."""
-        assert isinstance(args, list)
-        following = [*args[1:], "--"]
-        rest = [a for a, b in zip(args, following, strict=True) if not (a == "--check" and b.startswith("--"))]
-        self.config = parser.parse_args(rest if rest == args else ["--check={}", *rest])
-
-    def instantiate_classes(self) -> None:
-        """The module and the data module. The trainer's section stays as it is: its devices need not be here."""
-        config = self.config.clone()
-        self.trainer_config = config.pop("trainer")
-        self.config_init = self.parser.instantiate_classes(config)
-        self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
-
-    def after_instantiate_classes(self) -> None:
-        """Show it."""
-        own = {name: self.config_init[name] for name in self._own}
-        self.findings = show(self.datamodule, self.model, self.trainer_config, **own)
 
 
 def show(
@@ -124,6 +95,24 @@ def show(
         write_page(html, read, data.splits, data.planned("train"), str(data.tokenizer.name_or_path), findings)
         console.print(f"\nPage: {html}", highlight=False)
     return findings
+
+
+class ShowCLI(ConfigCLI):
+    """The command line of ``fit`` with the arguments of :func:`show`; what it has found is its ``result``."""
+
+    verb = staticmethod(show)
+
+    @property
+    def passes(self) -> bool:
+        """Whether the audit, where there was one, has found nothing."""
+        return all(finding.passes for finding in self.result)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """``--check`` alone asks for a check with the thresholds of the config, or the default ones."""
+        assert isinstance(args, list)
+        following = [*args[1:], "--"]
+        rest = [a for a, b in zip(args, following, strict=True) if not (a == "--check" and b.startswith("--"))]
+        super().parse_arguments(parser, rest if rest == args else ["--check={}", *rest])
 
 
 def _set_up(data: SFTDataModule, module: LightningModule | None, trainer: Any) -> bool:

@@ -37,7 +37,7 @@ class Echo:
 
 @pytest.fixture
 def session() -> Session:
-    return Session([Talk(Echo())], system="Be kind.")  # type: ignore[arg-type]
+    return Session([Talk(Echo())], system="Be kind.")
 
 
 def ask(session: Session, question: str) -> str:
@@ -100,7 +100,7 @@ def test_a_saved_conversation_can_be_trained_on(session: Session, tmp_path: Path
 
 def test_a_pipe_gets_one_line_for_each_and_several_models_are_beside_each_other() -> None:
     written: list[str] = []
-    session = Session([Talk(Echo()), Talk(Echo())])  # type: ignore[list-item]
+    session = Session([Talk(Echo()), Talk(Echo())])
     answer_lines(session, ["a\n", "\n", "/reset\n", "b\n", "/quit\n", "c\n"], written.append)
     assert written == ["1: a\\n0, 512\t1: a\\n0, 512", "1: b\\n0, 512\t1: b\\n0, 512"]
 
@@ -116,7 +116,7 @@ def test_in_a_terminal_two_models_stand_side_by_side(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("builtins.input", typed)
     console = Console(width=80, record=True, file=io.StringIO())
-    chat_module._talk(Session([Talk(Echo()), Talk(Echo())]), console)  # type: ignore[list-item]
+    chat_module._talk(Session([Talk(Echo()), Talk(Echo())]), console)
     text = console.export_text()
     [line] = [line for line in text.splitlines() if line.count("1: hello") == 2]
     assert len(line) <= 80

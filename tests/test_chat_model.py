@@ -49,8 +49,8 @@ def test_a_checkpoint_a_folder_and_adapters_say_the_same(pretrained: str, tmp_pa
     names = ["a.ckpt", "folder"]
     if lora:
         names.append("adapters")
-        save_adapter(trainer.lightning_module.model, tmp_path / "adapters", pretrained)  # type: ignore[arg-type]
-        trainer.datamodule.tokenizer.save_pretrained(tmp_path / "adapters")  # type: ignore[attr-defined]
+        save_adapter(trainer.lightning_module.model, tmp_path / "adapters", pretrained)
+        trainer.datamodule.tokenizer.save_pretrained(tmp_path / "adapters")
     answers = {said(Speaker(str(tmp_path / name), device="cpu")) for name in names}
     assert len(answers) == 1
     assert answers != {said(Speaker(pretrained, device="cpu"))}

@@ -26,7 +26,7 @@ def test_ticks_are_round_span_the_interval_and_are_few(low: float, high: float) 
 
 def test_a_curve_is_where_its_axes_say() -> None:
     chart = line_chart("Loss", {"training": [(5, 2.0), (10, 0.0), (20, 1.0)]})
-    svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", chart, re.DOTALL)[0])  # type: ignore[index]
+    svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", chart, re.DOTALL)[0])
     path = next(p.get("d", "") for p in svg.iter("path") if "line" in (p.get("class") or "").split())
     points = [tuple(map(float, pair.split(","))) for pair in path[1:].split("L")]
     labels = {t.text: (float(t.get("x", 0)), float(t.get("y", 0)) - 4) for t in svg.iter("text")}
@@ -42,7 +42,7 @@ def test_long_curves_are_thinned_to_means_and_gaps_are_left_out() -> None:
         "x", {"y": [(i, float(i % 2)) for i in range(10_000)] + [(10_000, math.nan), (10_001, math.inf)]}
     )
     assert len(chart) < 60_000
-    data = json.loads(unescape(re.search(r'data-chart="([^"]*)"', chart)[1]))  # type: ignore[index]
+    data = json.loads(unescape(re.search(r'data-chart="([^"]*)"', chart)[1]))
     points = data["curves"][0][1]
     assert len(points) <= 400
     assert all(abs(y - 0.5) <= 0.05 for _, y in points)
@@ -59,7 +59,7 @@ def test_names_are_text_and_nothing_to_show_is_no_card() -> None:
     evil = "<script>x</script>\"'"
     for chart in (line_chart(evil, {evil: [(1, 1.0)]}, evil, evil), bar_chart(evil, [(evil, 1.0), (evil, 0.0)], evil)):
         assert "<script" not in chart
-        ElementTree.fromstring(re.search(r"<svg.*</svg>", chart, re.DOTALL)[0])  # type: ignore[index]
+        ElementTree.fromstring(re.search(r"<svg.*</svg>", chart, re.DOTALL)[0])
     assert line_chart("x", {}) == bar_chart("x", []) == ""
 
 

@@ -39,7 +39,7 @@ def test_what_it_writes_runs_as_it_is(pretrained: str, gsm: str, method: str) ->
     assert cli.trainer.global_step == 1
     assert "val/loss" in cli.trainer.callback_metrics
     assert (cli.model.tuning.lora is not None) is (method == "lora")
-    assert main(["show", "--config", "config.yaml"]).findings == []
+    assert main(["show", "--config", "config.yaml"]).result == []
 
 
 def test_every_option_has_a_comment_and_the_file_is_strict_yaml(pretrained: str, gsm: str) -> None:

@@ -93,7 +93,7 @@ def eager_of(module: nn.Module) -> Callable[..., Any]:
 
 
 # not compiled, since lengths differ from batch to batch
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
 def _each(
     function: Callable[..., Any],
     module: nn.Module,

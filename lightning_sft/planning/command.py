@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
 
+from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.collate import collate
 from lightning_sft.data.loader import pad_token_id
 from lightning_sft.data.planned import Planned
@@ -22,7 +23,6 @@ from lightning_sft.planning.layout import Layout
 from lightning_sft.planning.prediction import Prediction, predict
 from lightning_sft.planning.remedies import Remedy, remedies
 from lightning_sft.planning.table import show_prediction, show_remedies
-from lightning_sft.show import ShowCLI
 from lightning_sft.trainer_facts import Division, data_parallel, total_steps, trainer_on_paper
 from lightning_sft.types import Batch, InputError
 
@@ -30,30 +30,6 @@ _DESCRIPTION = (
     "Predict the memory that fit takes of each device, count its steps, and say what to change if it does not fit. "
     "Exits with 1 if it does not fit. The weights are not read."
 )
-
-
-class PlanCLI(ShowCLI):
-    """The command line of ``fit`` with the arguments of :func:`plan`."""
-
-    prediction: Prediction
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """With a help that says what it is for."""
-        return super().init_parser(**kwargs | {"description": _DESCRIPTION})
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Those of ``fit``, which a saved config has, and our own."""
-        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
-        self._own = parser.add_function_arguments(plan, skip={"data", "module", "trainer"})
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """``--json`` is a flag without a value."""
-        self.config = parser.parse_args(["--json=true" if argument == "--json" else argument for argument in args])
-
-    def after_instantiate_classes(self) -> None:
-        """Plan it."""
-        own = {name: self.config_init[name] for name in self._own}
-        self.prediction = plan(self.datamodule, self.model, self.trainer_config, **own)
 
 
 def plan(
@@ -113,6 +89,26 @@ def plan(
         if not prediction.fits:
             show_remedies(found, console)
     return prediction
+
+
+class PlanCLI(ConfigCLI):
+    """The command line of ``fit`` with the arguments of :func:`plan`; its ``result`` is the prediction."""
+
+    verb = staticmethod(plan)
+
+    @property
+    def passes(self) -> bool:
+        """Whether it fits."""
+        return bool(self.result.fits)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """With a help that says what it is for."""
+        return super().init_parser(**kwargs | {"description": _DESCRIPTION})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """``--json`` is a flag without a value."""
+        assert isinstance(args, list)
+        super().parse_arguments(parser, ["--json=true" if argument == "--json" else argument for argument in args])
 
 
 def largest(planned: Planned, data: SFTDataModule) -> Batch:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -41,9 +40,9 @@ class Meter(TorchDispatchMode):
     (4000000, 64000)
     """
 
-    def __init__(self, shares: Mapping[Kind, float] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.shares = dict.fromkeys(KINDS, 1.0) | dict(shares or {})
+    def __init__(self, shares: Mapping[str, float] | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self.shares: dict[str, float] = {**dict.fromkeys(KINDS, 1.0), **(shares or {})}
         self._fake = FakeTensors(allow_non_fake_inputs=True)
         self._blocks: dict[int, int] = {}  # address of a storage -> number of its block
         self._size: list[int] = []  # of each block
@@ -172,14 +171,3 @@ def _grouped(a: Tensor, b: Tensor, groups: Tensor, *_: Any, **__: Any) -> Tensor
     if a.dim() == b.dim() == 2:
         return a.new_empty(len(groups), a.shape[0], b.shape[1])
     return a.new_empty(*a.shape[:-1], b.shape[-1]) if a.dim() == 2 else a.new_empty(a.shape[1], b.shape[-1])
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of this dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lightning_sft.attention.implementation import NAMES
+from lightning_sft.modes import default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.planning.layout import Layout, Model
-from lightning_sft.planning.meter import Meter, default_dtype
+from lightning_sft.planning.meter import Meter
 from lightning_sft.pretrained import backbone_and_head, load_architecture, model_from_config, new_token_ids
 from lightning_sft.probes import Findings
 from lightning_sft.scorer import Scorer
@@ -65,7 +66,7 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
     Raises:
         InputError: When the architecture cannot be run on shapes.
     """
-    meter = Meter(layout.shares)  # type: ignore[arg-type]
+    meter = Meter(layout.shares)
     with torch.device("meta"), default_dtype(layout.computes_in):
         model = _blank(module, layout)
     meter.made("weights", lambda: _materialize(model))

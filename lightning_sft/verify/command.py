@@ -8,14 +8,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 
 from lightning_sft import __version__
+from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.module import SFTModule
-from lightning_sft.show import ShowCLI
 from lightning_sft.types import InputError
 from lightning_sft.verify.contexts import check_contexts
 from lightning_sft.verify.documents import check_documents
@@ -33,29 +32,6 @@ CHECKS: dict[CheckName, Callable[[Subject], Outcome]] = {
     "resume": check_resuming,
     "export": check_exports,
 }
-
-
-class VerifyCLI(ShowCLI):
-    """The command line of ``fit`` with the arguments of :func:`verify`."""
-
-    verdict: Verdict
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Those of ``fit``, which a saved config has, and our own."""
-        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
-        self._own = parser.add_function_arguments(verify, skip={"data", "module", "trainer"})
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As they are."""
-        assert isinstance(args, list)
-        self.config = parser.parse_args(args)
-
-    def after_instantiate_classes(self) -> None:
-        """Verify."""
-        own = {name: self.config_init[name] for name in self._own}
-        if self.config_init.get("ckpt_path"):
-            warnings.warn("ckpt_path has no effect in verify, which begins at model.pretrained.", stacklevel=2)
-        self.verdict = verify(self.datamodule, self.model, self.trainer_config, **own)
 
 
 def verify(
@@ -106,6 +82,23 @@ def verify(
     if out is not None:
         verdict.write(out)
     return verdict
+
+
+class VerifyCLI(ConfigCLI):
+    """The command line of ``fit`` with the arguments of :func:`verify`; its ``result`` is the verdict."""
+
+    verb = staticmethod(verify)
+
+    @property
+    def passes(self) -> bool:
+        """Whether all checks have."""
+        return bool(self.result.passed)
+
+    def after_instantiate_classes(self) -> None:
+        """Verify."""
+        if self.config_init.get("ckpt_path"):
+            warnings.warn("ckpt_path has no effect in verify, which begins at model.pretrained.", stacklevel=2)
+        super().after_instantiate_classes()
 
 
 def _run(name: CheckName, subject: Subject) -> Outcome:

@@ -41,7 +41,8 @@ def check_documents(subject: Subject) -> Outcome:
     module = subject.loaded()
     packed = module.isolates_documents
     batch = collate(examples, packed=packed).to(subject.device)
-    outcome.remarks.append(f"Attention: {getattr(module.model.config, '_attn_implementation', '?')}.")  # type: ignore[union-attr]
+    assert module.attention is not None
+    outcome.remarks.append(f"Attention: {module.attention.name}.")
     if not packed:
         outcome.remarks.append("This model lets documents in a row see each other, so fit gives each one a row.")
     own = _of_documents(module, batch)

@@ -60,7 +60,9 @@ def check_gradients(subject: Subject) -> Outcome:
         for count in [n for n in _SPLITS if n <= len(subject.samples)]:
             settings: dict[str, Any] = {"accumulate_grad_batches": count, "precision": subject.precision}
             trainer = subject.fit(module, packing, count, **settings)
-            [found] = trainer.optimizers[0].steps  # type: ignore[attr-defined]
+            [recorder] = trainer.optimizers
+            assert isinstance(recorder, Recorder)
+            [found] = recorder.steps
             name = f"{count} {packing} micro-batch" + "es" * (count > 1)
             outcome.cases.append(Case.of(name, relative_errors(found, wanted), TOLERANCE[subject.precision]))
             torch.cuda.empty_cache()

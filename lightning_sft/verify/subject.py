@@ -23,6 +23,7 @@ from lightning_sft.data.dataset import Split
 from lightning_sft.data.examples import Examples, to_batch
 from lightning_sft.data.packing import PARTITIONS, Packing
 from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.modes import default_dtype
 from lightning_sft.module import SFTModule
 from lightning_sft.trainer_facts import trainer_on_paper
 
@@ -99,7 +100,7 @@ class Subject:
     def loaded(self) -> SFTModule:
         """A copy of the module on the device with its model, in the precision of the comparison, without chance."""
         module = self._copy(exact=True)
-        with self.default_dtype():
+        with default_dtype(_DTYPES[self.precision]):
             module.configure_model()
         assert module.model is not None
         without_chance(module.model)
@@ -108,7 +109,7 @@ class Subject:
     def plain(self) -> PreTrainedModel:
         """The same weights as plain transformers has them (and peft, with adapters), with eager attention."""
         module = self._copy(exact=True)
-        with self.default_dtype():
+        with default_dtype(_DTYPES[self.precision]):
             try:
                 model = module.tuning.load(module.pretrained, module.hf_config, "eager", None)
             except ValueError:  # an architecture with an attention of its own
@@ -145,16 +146,6 @@ class Subject:
         with quiet():
             trainer.fit(module or self._copy(), data, ckpt_path=ckpt_path)
         return trainer
-
-    @contextmanager
-    def default_dtype(self) -> Iterator[None]:
-        """Load models in the precision of the comparison."""
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(_DTYPES[self.precision])
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
 
     def _copy(self, exact: bool = False) -> SFTModule:
         module = deepcopy(self.module)

@@ -66,7 +66,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     else:
         monkeypatch.delattr("torch.nn.attention.varlen.varlen_attn")
         package = ModuleType(request.param)
-        package.flash_attn_varlen_func = flash_attns  # type: ignore[attr-defined]
+        package.flash_attn_varlen_func = flash_attns
         monkeypatch.setitem(sys.modules, request.param, package)
     monkeypatch.setattr(varlen, "why_not", lambda query, key, value, dropout: varlen.usable(dropout)[0])
     return str(request.param)

@@ -36,8 +36,8 @@ def plan(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[s
         try:
             main(["plan", "--config", str(tmp_path / "config.yaml"), *flags])
         finally:
-            run.printed = capsys.readouterr().out  # type: ignore[attr-defined]
-        return str(run.printed)  # type: ignore[attr-defined]
+            run.printed = capsys.readouterr().out
+        return str(run.printed)
 
     return run
 

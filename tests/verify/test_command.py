@@ -27,7 +27,7 @@ def test_all_checks_pass_on_a_tiny_model_and_the_verdict_says_on_what(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--trainer.devices", "2", "--tokens", "80", "--samples", "3"]
-    assert main([*arguments, *more]).verdict.passed
+    assert main([*arguments, *more]).result.passed
     found = json.loads((tmp_path / "verdict.json").read_text())
     assert found["passed"]
     assert len(found["checks"]) == len(CHECKS) == 5
@@ -59,7 +59,7 @@ def test_a_failure_is_exit_code_1_and_names_the_row(
 
 def test_a_checkpoint_is_said_to_have_no_effect(arguments: list[str]) -> None:
     with pytest.warns(UserWarning, match="ckpt_path has no effect in verify"):
-        assert main([*arguments, "--checks", "[contexts]", "--ckpt_path", "a.ckpt"]).verdict.passed
+        assert main([*arguments, "--checks", "[contexts]", "--ckpt_path", "a.ckpt"]).result.passed
 
 
 def test_a_check_that_cannot_be_run_has_failed_and_the_others_go_on(
@@ -81,6 +81,6 @@ def test_classes_that_are_not_ours_and_figures_that_make_no_sense_are_refused(tm
     from lightning_sft import SFTDataModule, SFTModule
 
     with pytest.raises(InputError, match="needs an SFTModule"):
-        verify(None, None, settings(tmp_path))  # type: ignore[arg-type]
+        verify(None, None, settings(tmp_path))
     with pytest.raises(InputError, match="samples must be at least 1"):
         verify(SFTDataModule([]), SFTModule(pretrained), settings(tmp_path), samples=0)
