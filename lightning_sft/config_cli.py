@@ -1,0 +1,46 @@
+"""What verbs that take the configuration of ``fit`` have in common: ``show``, ``plan``, ``replay`` and ``verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+
+class ConfigCLI(LightningCLI):
+    """The command line of ``fit`` with the arguments of a verb; no trainer is made, and no weights are loaded."""
+
+    verb: ClassVar[Callable[..., Any]]
+    """Takes the data module, the module, the settings of a trainer, and arguments of its own."""
+
+    result: Any
+    """What the verb has returned."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the command is to exit with 0."""
+        return True
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of ``fit``, which a saved config has, and our own."""
+        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+        self._own = parser.add_function_arguments(self.verb, skip={"data", "module", "trainer"})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As they are."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def instantiate_classes(self) -> None:
+        """The module and the data module. The trainer's section stays as it is: its devices need not be here."""
+        config = self.config.clone()
+        self.trainer_config = config.pop("trainer")
+        self.config_init = self.parser.instantiate_classes(config)
+        self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
+
+    def after_instantiate_classes(self) -> None:
+        """Do it."""
+        own = {name: self.config_init[name] for name in self._own}
+        self.result = self.verb(self.datamodule, self.model, self.trainer_config, **own)
