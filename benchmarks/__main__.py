@@ -152,7 +152,8 @@ class Bench:
 def machine() -> dict[str, str]:
     """What ran it."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.open() if "model name" in line] if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {"cpu": names[0] if names else platform.processor(), "system": platform.platform()}
 
 

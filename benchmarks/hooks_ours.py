@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 
-from benchmarks.record import Record, given_rows
+from benchmarks.record import Record, rows_of
 from lightning_sft.types import IGNORE, Batch
 
 
@@ -53,7 +53,7 @@ class Given(LightningDataModule):
 
     def train_dataloader(self) -> Any:
         """Batches as a Hugging Face collator makes them."""
-        rows = given_rows(self.path)
+        rows = rows_of(self.path)
         return _InOrder([_padded(rows[i : i + self.size]) for i in range(0, len(rows), self.size)])
 
 

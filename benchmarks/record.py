@@ -48,11 +48,10 @@ def settings() -> SimpleNamespace:
     return SimpleNamespace(**json.loads(sys.argv[1]))
 
 
-def rows_of(path: str) -> list[dict[str, str]]:
-    """The rows of the benchmark: ``prompt`` and ``completion`` each."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+def rows_of(path: str) -> list[dict[str, Any]]:
+    """The rows of a file.
 
-
-def given_rows(path: str) -> list[dict[str, list[int]]]:
-    """Rows that are token ids already, with labels at their own positions: the same batches for all systems."""
+    Each has ``prompt`` and ``completion``; or, where all systems are given the same batches, ``input_ids`` and
+    ``labels``, which stand at their own positions.
+    """
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]

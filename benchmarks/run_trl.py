@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.record import Record, given_rows, rows_of, settings
+from benchmarks.record import Record, rows_of, settings
 
 
 class Recorder(TrainerCallback):
@@ -75,7 +75,7 @@ def train(given: SimpleNamespace) -> None:
     }
     rows = conversations(given.rows)
     if given.given:
-        rows = given_rows(given.given)
+        rows = rows_of(given.given)
         config |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "train_sampling_strategy": "sequential"}
     arguments = SFTConfig(**config, **given.config)
     trainer = SFTTrainer(given.model, args=arguments, train_dataset=datasets.Dataset.from_list(rows))

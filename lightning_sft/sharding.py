@@ -89,7 +89,7 @@ def clip_gradients(
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     groups = list(by_mesh(with_gradient).values())
-    norms = [_whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
     if not norms:
         return None
     total: Tensor = torch.stack(norms).norm()
@@ -111,10 +111,10 @@ def by_mesh(parameters: Iterable[nn.Parameter]) -> dict[Any, list[nn.Parameter]]
     return groups
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """The value of a sharded tensor, on every rank."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
 
 
 def _parallelize(model: Any, mesh: DeviceMesh) -> None:

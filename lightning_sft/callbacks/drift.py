@@ -18,6 +18,7 @@ from lightning_sft.data.collate import collate
 from lightning_sft.divergence import divergence, likeliest
 from lightning_sft.modes import evaluating
 from lightning_sft.pretrained_weights import PretrainedWeights
+from lightning_sft.sharding import whole
 from lightning_sft.tuning.adapters import NAME
 from lightning_sft.types import Batch, InputError
 
@@ -124,12 +125,13 @@ class DriftMonitor(Callback):
         for given, parameter in model.named_parameters():
             name = _plain(given)
             if parameter.requires_grad and ".lora_" not in name:
-                whole = _whole(parameter)
+                now = whole(parameter.detach())
                 if self._weights is not None and name in self._weights:
-                    yield name, *self._difference(name, whole)
+                    yield name, *self._difference(name, now)
         for given, layer in _adapted(model):
             name = f"{_plain(given)}.weight"
-            a, b = _whole(layer.lora_A[NAME].weight).double(), _whole(layer.lora_B[NAME].weight).double()
+            factors = (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
+            a, b = (whole(weight.detach()).double() for weight in factors)
             if self._weights is not None and name in self._weights:
                 if name not in self._squares:
                     self._squares[name] = self._difference(name, None)[1]
@@ -166,13 +168,6 @@ def _group(name: str, model: Any) -> str:
 
 def _name_of(model: Any, wanted: Any) -> str:
     return next((name for name, module in model.named_modules() if module is wanted), "")
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """All of a sharded parameter, on every rank."""
-    own = parameter.detach()
-    whole: Tensor = own.full_tensor() if hasattr(own, "full_tensor") else own
-    return whole
 
 
 def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
