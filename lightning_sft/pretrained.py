@@ -155,6 +155,7 @@ def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
         if not path.is_file():
             raise InputError(f"There is no GGUF file {pretrained!r}.")
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    kwargs["trust_remote_code"] = False  # not said, transformers would ask on a terminal whether to run it
     try:
         return auto_class.from_pretrained(**source, **kwargs)
     except (OSError, ValueError, KeyError, ImportError) as error:

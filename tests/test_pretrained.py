@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def test_a_name_that_is_nowhere_is_one_error(name: str, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(InputError, match=rf"No causal language model can be loaded from '{name}'. There is no such"):
         load_model(name)
+
+
+def test_code_beside_a_model_is_not_run_and_nobody_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for load in (load_model, context_length):
+        with pytest.raises(InputError, match=r"contains custom code"):
+            load(str(tmp_path))
+    assert not asked
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_gguf_file_is_one_error() -> None:
