@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 QUICKSTART := build/quickstart
 
-.PHONY: help quickstart test test-all lint bench bench-growth clean
+.PHONY: help quickstart test test-all lint docs bench bench-growth clean
 
 help:
 	@echo "make quickstart   fine-tune a real model on example data and see what it gained (under 10 minutes on 2 cores)"
 	@echo "make test         lint, types and tests"
 	@echo "make test-all     the same with the slow tests"
+	@echo "make docs         these pages and the API as HTML, in build/docs"
 	@echo "make bench        ours, TRL and LitGPT side by side (BENCH='--data rows.jsonl ...'; BENCH=--help has all settings)"
 	@echo "make bench-growth how cost grows (BENCH=--quick for minutes)"
 	@echo "make clean        remove the environment and what was built"
@@ -38,6 +39,13 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+$(VENV)/docs: $(BIN)/lightning-sft
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going docs build/docs
 
 bench bench-growth:
 	$(PYTHON) -m benchmarks.environments ours trl

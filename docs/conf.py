@@ -1,0 +1,52 @@
+"""Sphinx builds these pages: ``make docs``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent.resolve()
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]
+
+import links  # noqa: E402 - it is found by the path above
+from inventories import write_inventories  # noqa: E402 - the same
+
+from lightning_sft import __version__ as release  # noqa: E402 - the same
+
+repository = ""  # address that links to files outside of docs/ have, as https://github.com/OWNER/NAME/blob/main
+
+project = "lightning_sft"
+author = copyright = "the authors of lightning_sft"  # noqa: A001 - Sphinx calls it so
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+nitpicky = True  # names that lead nowhere are errors
+intersphinx_mapping = write_inventories(DOCS.parent / "build" / "inventories")
+
+html_theme = "furo"
+html_title = f"lightning_sft {release}"
+html_static_path, html_css_files = ["_static"], ["pages.css"]
+html_show_copyright = html_show_sphinx = False
+highlight_language = "text"  # of blocks that do not say
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+autodoc_typehints = "description"  # in the list of arguments, since docstrings have no types
+autodoc_typehints_description_target = "documented"
+maximum_signature_line_length = 90
+napoleon_numpy_docstring = False
+python_use_unqualified_type_names = True
+
+
+def setup(app: Any) -> None:
+    """Have links rewritten, and names looked up."""
+    app.add_config_value("repository", "", "env", str)
+    app.connect("source-read", links.on_page)
+    app.connect("include-read", links.on_include)
+    app.connect("missing-reference", links.of_bare_name)

@@ -1,0 +1,85 @@
+"""The built documentation: every page and public name has its place, and Sphinx finds nothing to complain of."""
+
+from __future__ import annotations
+
+import re
+import sys
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+import lightning_sft
+from lightning_sft import callbacks
+from tests.processes import ROOT, run
+
+DOCS = ROOT / "docs"
+
+
+def words(page: Path) -> str:
+    """The text of a page."""
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", page.read_text(encoding="utf-8"))).split())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sphinx")
+    out = tmp_path_factory.mktemp("docs")
+    run([sys.executable, "-m", "sphinx", "-W", "--keep-going", str(DOCS), str(out)], timeout=540)
+    return out
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("api/*.rst"))
+    documented = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", pages, re.MULTILINE))
+    names = {f"lightning_sft.{name}" for name in lightning_sft.__all__ if name != "__version__"}
+    assert names | {f"lightning_sft.callbacks.{name}" for name in callbacks.__all__} <= documented
+
+
+def test_every_page_is_in_the_contents() -> None:
+    contents = (DOCS / "index.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^[\w/*]+$", contents, re.MULTILINE))
+    for page in DOCS.rglob("*.md"):
+        name = page.relative_to(DOCS).with_suffix("").as_posix()
+        assert name == "index" or name in listed or f"{name.partition('/')[0]}/*" in listed, name
+
+
+@pytest.mark.slow
+def test_the_module_is_documented_with_its_arguments(built: Path) -> None:
+    text = words(built / "api" / "train.html")
+    assert "pretrained ( str ) – A hub name, a folder, or a GGUF file." in text
+    assert "neftune_alpha" in text
+    page = (built / "api" / "train.html").read_text(encoding="utf-8")
+    assert 'id="lightning_sft.SFTModule"' in page
+    assert "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch.core.LightningModule.html" in page
+
+
+@pytest.mark.slow
+def test_code_on_the_page_of_the_objective_is_that_of_the_package(built: Path) -> None:
+    assert "grad_logits = exps . mul_" in words(built / "objective.html")
+
+
+@pytest.mark.slow
+def test_every_link_within_the_pages_leads_somewhere(built: Path) -> None:
+    pages = {page: page.read_text(encoding="utf-8") for page in built.rglob("*.html")}
+    assert len(pages) > 30
+    for page, text in pages.items():
+        for target in re.findall(r'(?:href|src)="([^"#?:]+)["#?]', text):
+            assert (page.parent / unescape(target)).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.slow
+def test_links_out_of_the_documentation_are_files_to_download(built: Path) -> None:
+    assert re.search(r'_downloads/\w+/test_objective\.py"', (built / "objective.html").read_text(encoding="utf-8"))
+
+
+def test_with_an_address_links_go_to_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)
+    from links import rewritten
+
+    text = "[a](../configs) [b](../tests/test_main.py) [c](show.md#check) [d](https://x.org) `[e](nowhere.md)`"
+    page = DOCS / "index.md"
+    assert rewritten(text, DOCS, page, "") == text.replace("[a](../configs)", "a")
+    there = text.replace("../configs", "https://x/configs").replace("../tests", "https://x/tests")
+    assert rewritten(text, DOCS, page, "https://x") == there
+    assert rewritten("[c](docs/show.md#check)", ROOT, page, "") == "[c](show.md#check)"
