@@ -26,8 +26,11 @@ from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
 from lightning_sft.data.stream import StreamLoader, check_stream
 from lightning_sft.data.workers import num_cores
+from lightning_sft.module_facts import check_ids, keeps_documents_apart
+from lightning_sft.plain import plain
 from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.trainer_facts import Division, data_parallel, gather, place
+from lightning_sft.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -84,9 +87,9 @@ class SFTDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.sources: dict[str, Mixture | Source | None] = {"train": train, "val": val, "test": test}
-        self.sources["predict"] = predict
-        self.format, self.columns = format, columns
+        given = {"train": train, "val": val, "test": test, "predict": predict}
+        self.sources: dict[str, Mixture | Source | None] = {name: plain(source) for name, source in given.items()}
+        self.format, self.columns = format, plain(columns)
         self.tokenizer_name, self.chat_template = tokenizer, chat_template
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
         self.overflow: Overflow = overflow
@@ -98,7 +101,8 @@ class SFTDataModule(LightningDataModule):
         self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalisation of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
-        self._planned: dict[str, Planned] = {}
+        self._planned: dict[tuple[str, int | None], Planned] = {}
+        self._tries_sizes = False  # of micro-batches, as Lightning's tuner does
         self._streamed: StreamLoader | None = None
         if val is None:  # so Lightning sees that there is no validation, and does not warn of an empty loader
             self.val_dataloader = None  # type: ignore[assignment,method-assign]
@@ -108,6 +112,11 @@ class SFTDataModule(LightningDataModule):
         if stage == "fit" and self.sources["train"] is None:
             raise InputError("There is no training data: set data.train to a JSONL or JSON file.")
         self._begin_anew()
+        self._tries_sizes = tries_sizes(self.trainer, self.streaming)
+        if self._tries_sizes:
+            self.tokens_per_batch = self.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH  # it wants a number
+        if self.sources["val"] is None:  # and a loader, while it tries
+            self.val_dataloader = partial(self._loader, "train") if self._tries_sizes else None  # type: ignore
         if stage == "fit" and self.streaming:
             check_stream(self._mixture("train"), self._normalize)
         for name in _STAGES[stage]:
@@ -129,17 +138,19 @@ class SFTDataModule(LightningDataModule):
 
     def planned(self, name: str) -> Planned:
         """A split with its plan, made when first asked for: by then the model has been probed."""
-        if name not in self._planned:
+        key = name, self.tokens_per_batch
+        if key not in self._planned:
             self._ask_model(name)
             work, seed = Division.of(self.trainer), self.seed if name == "train" else None
             if name != "train":
                 work = Division(work.rank, work.num_ranks)
             settings: dict[str, Any] = {"constant": self._normalize == "dataset", "seed": seed}
+            settings["at_least_longest"] = self._tries_sizes
             split = self.splits[name]
-            self._planned[name] = Planned.of(split, work, self.packing, self.tokens_per_batch, **settings)
-            if name == "train" and self._is_shown:
-                show_report(self.splits, self._planned[name])
-        return self._planned[name]
+            self._planned[key] = Planned.of(split, work, self.packing, self.tokens_per_batch, **settings)
+            if name == "train" and self._is_shown and not self._tries_sizes:
+                show_report(self.splits, self._planned[key])
+        return self._planned[key]
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:
         """The micro-batches of this rank, each epoch in an order of its own: planned, or of a stream."""
@@ -275,15 +286,6 @@ class SFTDataModule(LightningDataModule):
 
     def _ask_model(self, name: str) -> None:
         """What only the model knows: whether it has an embedding for each token, and keeps packed documents apart."""
-        largest, size = self.splits[name].examples.largest_id, getattr(self._module, "num_embeddings", None)
-        if size is not None and largest >= size:
-            raise InputError(
-                f"data.{name} has the token id {largest:,}, but the model has embeddings for {size:,}: the tokenizer "
-                f"{self.tokenizer_name!r} is not its own. Leave data.tokenizer out, or take the model it goes with."
-            )
-        if self.packing == "packed" and not getattr(self._module, "isolates_documents", True):
+        check_ids(self._module, name, self.splits[name].examples.largest_id, self.tokenizer_name)
+        if self.packing == "packed" and not keeps_documents_apart(self._module):
             self.packing = "padded"
-            rank_zero_warn(
-                "In this model, documents packed into one row see each other (measured on it just now). Each gets a "
-                "row of its own instead, as with data.packing=padded: exact, but slower."
-            )

@@ -107,7 +107,15 @@ def answers(
 
     Returns:
         Rows of ``source`` (``file:line``), ``prediction`` and ``reference`` (``None`` where the data has none).
+
+    Raises:
+        InputError: When the batch is of another kind.
     """
+    if not isinstance(batch, PromptBatch):
+        raise InputError(
+            f"predict answers prompts of SFTDataModule (data.predict), got a batch of {type(batch).__name__}. "
+            "Use it, or give your subclass a predict_step."
+        )
     of_model = model.generation_config.eos_token_id
     stops = {*(of_model if isinstance(of_model, list) else [of_model]), batch.stop_id} - {None}
     sampling, begin = sampling or Sampling(), batch.input_ids.shape[1]

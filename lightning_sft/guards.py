@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lightning_sft.tuner import check_tuner
 from lightning_sft.types import IGNORE, Batch, InputError, LogLikelihood
 
 _NAMED = 10  # samples in the message
@@ -50,7 +51,8 @@ def check_trainer(trainer: Any, stage: str) -> None:
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes; for answers of a
+        InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes, with callbacks that
+            :func:`~lightning_sft.tuner.check_tuner` refuses; for answers of a
             sharded model, whose ranks would have to write equally many tokens; for validation with ZeRO-3 out of fit.
     """
     shards = trainer.strategy.restore_checkpoint_after_setup  # as those do that shard the model
@@ -71,6 +73,41 @@ def check_trainer(trainer: Any, stage: str) -> None:
         raise InputError(
             "GradientAccumulationScheduler changes how many micro-batches a step has after steps have been planned. "
             "Use a constant trainer.accumulate_grad_batches."
+        )
+    check_tuner(trainer.callbacks)
+
+
+def check_module(callback: Any, module: Any) -> None:
+    """Refuse a Lightning module without what a callback looks into: the model of an ``SFTModule``.
+
+    Args:
+        callback: A callback of this library.
+        module: The Lightning module, which may be a user's own.
+
+    Raises:
+        InputError: When it has none.
+    """
+    if not hasattr(module, "scorer"):
+        raise InputError(
+            f"{type(callback).__name__} looks into the model of an SFTModule, and {type(module).__name__} is none. "
+            "Derive the class from SFTModule, or leave the callback out."
+        )
+
+
+def check_data(callback: Any, data: Any) -> None:
+    """Refuse a data module without what a callback asks of an ``SFTDataModule``.
+
+    Args:
+        callback: A callback of this library.
+        data: The data module, which may be a user's own, or ``None``.
+
+    Raises:
+        InputError: When it has no prompts.
+    """
+    if not hasattr(data, "prompts_of"):
+        raise InputError(
+            f"{type(callback).__name__} takes prompts and the tokenizer from SFTDataModule. Use it, or leave the "
+            "callback out."
         )
 
 

@@ -15,26 +15,28 @@ _POSITIONS = (1, 10, 100, 1000)  # the last token of each stretch of an answer; 
 
 
 def sums(likelihood: LogLikelihood) -> Tensor:
-    """``[Σ −w·log Pr, Σ w, correct targets, targets]`` of one batch, ``[4]`` float64 (float32 on MPS)."""
+    """``[Σ −w·log Pr, Σ w, correct targets, targets, Σ entropy]`` of a batch, ``[5]`` float64 (float32 on MPS)."""
     dtype = torch.float32 if likelihood.total.device.type == "mps" else torch.float64
     correct = likelihood.correct.sum()
     targets = torch.full_like(correct, likelihood.correct.numel())
-    return torch.stack([x.detach().to(dtype) for x in (-likelihood.total, likelihood.weight, correct, targets)])
+    entropy = likelihood.entropy.to(dtype).sum()
+    found = (-likelihood.total, likelihood.weight, correct, targets, entropy)
+    return torch.stack([x.detach().to(dtype) for x in found])
 
 
 def figures(totals: Tensor) -> dict[str, Tensor]:
-    """What the sums over a corpus say: the token-weighted mean loss, and the share of targets predicted."""
-    negative_log_likelihood, weight, correct, targets = totals[:4].unbind()
-    return {"loss": negative_log_likelihood / weight, "token_accuracy": correct / targets}
+    """What the sums over a corpus say: the token-weighted mean loss, the share of targets predicted, mean entropy."""
+    negative_log_likelihood, weight, correct, targets, entropy = totals[:5].unbind()
+    return {"loss": negative_log_likelihood / weight, "token_accuracy": correct / targets, "entropy": entropy / targets}
 
 
 def sums_by_part(likelihood: LogLikelihood, batch: Batch | None) -> Tensor:
-    """:func:`sums` of a batch, and below them those of each data set of its mixture: ``[1 + parts, 4]``."""
+    """:func:`sums` of a batch, and below them those of each data set of its mixture: ``[1 + parts, 5]``."""
     everything = sums(likelihood)
     if batch is None or not batch.part_names:
         return everything[None]
-    of_targets = _of_targets(likelihood, batch).to(everything)  # [T, 4]
-    of_parts = everything.new_zeros(len(batch.part_names), 4).index_add(0, batch.target_parts(), of_targets)
+    of_targets = _of_targets(likelihood, batch).to(everything)  # [T, 5]
+    of_parts = everything.new_zeros(len(batch.part_names), 5).index_add(0, batch.target_parts(), of_targets)
     return torch.cat([everything[None], of_parts])
 
 
@@ -70,6 +72,7 @@ class CorpusLikelihood(Metric):
     ``perplexity``            exp(Σ −log Pr / number of targets), whatever their weights
     ``bits_per_byte``         Σ −log₂ Pr / UTF-8 bytes of the text of the targets: comparable between tokenizers
     ``token_accuracy``        the share of targets that are the likeliest token
+    ``entropy``               Σ entropy of the prediction / number of targets, in nats
     ``loss/NAME``             ``loss`` of a data set of a mixture
     ``loss_turn/2``           ``loss`` of the second trained answer of conversations, where some have several
     ``loss_position/2-10``    ``loss`` of the second to tenth token of answers
@@ -87,7 +90,7 @@ class CorpusLikelihood(Metric):
     >>> hidden, head = torch.zeros(1, 2, 8), torch.zeros(4, 8)
     >>> metric.update(lightning_sft.log_likelihood(hidden, head, torch.tensor([[0, 1]])))
     >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
-    {'loss': 1.386, 'token_accuracy': 0.5, 'perplexity': 4.0}
+    {'loss': 1.386, 'token_accuracy': 0.5, 'entropy': 1.386, 'perplexity': 4.0}
     """
 
     full_state_update = False
@@ -107,7 +110,7 @@ class CorpusLikelihood(Metric):
             f"loss_position/{_POSITIONS[-1] + 1}_and_later",
         ]
         self.register_buffer("token_bytes", token_bytes, persistent=False)
-        self.add_state("totals", torch.zeros(1 + len(self.names), 6, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("totals", torch.zeros(1 + len(self.names), 7, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, likelihood: LogLikelihood, batch: Batch | None = None) -> None:
         """Add one batch; where its targets stand, and what they are, only the batch knows."""
@@ -119,7 +122,7 @@ class CorpusLikelihood(Metric):
         size = torch.zeros_like(targets) if self.token_bytes is None else self.token_bytes[targets]
         log_probs = likelihood.log_probs.to(self.totals)
         columns = [_of_targets(likelihood, batch).to(self.totals), -log_probs[:, None], size[:, None].to(self.totals)]
-        of_targets = torch.cat(columns, dim=1)  # [T, 6]
+        of_targets = torch.cat(columns, dim=1)  # [T, 7]
         turns, positions = places(batch)
         first, num_parts = torch.zeros_like(turns), len(self.part_names)
         groups = [
@@ -133,7 +136,7 @@ class CorpusLikelihood(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The figures of everything seen since the last reset."""
-        _, _, _, targets, negative_log_likelihood, size = self.totals[0].unbind()
+        _, _, _, targets, _, negative_log_likelihood, size = self.totals[0].unbind()
         values = figures(self.totals[0]) | {"perplexity": (negative_log_likelihood / targets).exp()}
         if size > 0:
             values["bits_per_byte"] = negative_log_likelihood / size / torch.log(torch.tensor(2.0, dtype=size.dtype))
@@ -143,10 +146,11 @@ class CorpusLikelihood(Metric):
 
 
 def _of_targets(likelihood: LogLikelihood, batch: Batch) -> Tensor:
-    """The summands of :func:`sums`, ``[T, 4]``."""
+    """The summands of :func:`sums`, ``[T, 5]``."""
     weights = batch.target_weights[batch.labels != IGNORE]
-    log_probs, correct = likelihood.log_probs.to(weights), likelihood.correct.to(weights)
-    return torch.stack([-weights * log_probs, weights, correct, torch.ones_like(weights)], dim=1)
+    of_targets = (likelihood.log_probs, likelihood.correct, likelihood.entropy)
+    log_probs, correct, entropy = (values.to(weights) for values in of_targets)
+    return torch.stack([-weights * log_probs, weights, correct, torch.ones_like(weights), entropy], dim=1)
 
 
 def _losses(totals: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

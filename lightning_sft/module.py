@@ -23,6 +23,7 @@ from lightning_sft.generation import Sampling, answers
 from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import figures_by_part, sums_by_part
 from lightning_sft.optimizers import parameter_groups
+from lightning_sft.plain import plain
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
@@ -94,6 +95,7 @@ class SFTModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "hf_config"])
+        lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
@@ -101,8 +103,10 @@ class SFTModule(LightningModule):
         self.new_tokens, self.neftune_alpha = new_tokens or [], neftune_alpha
         self.tuning = Tuning(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
         self.sampling = Sampling.of(sampling)
-        self.hparams.update(self.tuning.hyper_parameters() | {"sampling": asdict(self.sampling)})
+        given = {name: plain(value) for name, value in self.hparams.items()}
+        self.hparams.update(given | self.tuning.hyper_parameters() | {"sampling": asdict(self.sampling)})
         self.strict_loading = lora is None  # a checkpoint has adapters without their base; on_load_checkpoint checks it
+        self.learning_rate: float | None = None  # that Lightning's tuner has found; it wins over the optimiser's own
         self.scorer: Scorer | None = None
         self.attention: Attention | None = None  # which one it is and why, once the model is loaded
         self._evaluation, self._step_figures = Evaluation(), StepFigures()
@@ -146,7 +150,7 @@ class SFTModule(LightningModule):
         self._window = []  # an earlier fit may have been interrupted inside a step
         self._step_figures.begin(self.trainer, self.model)
         if self._asked is not None:
-            retune(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self._asked)
+            retune(self.trainer, self._asked)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make what the micro-batch draws, as dropout does, a function of its place: a resumed run draws the same."""
@@ -195,10 +199,12 @@ class SFTModule(LightningModule):
         if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
             return
         window, self._window = self._window, []
+        if not window:  # the training_step of a subclass, which normalises and logs by itself
+            return
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in window]).sum(0)
         counts = self._step_figures.counts([batch for batch, _ in window], local)
-        totals = sum_over_ranks(self.trainer, torch.cat([local, counts[None]]))
-        totals, counts = totals[:-1], totals[-1]
+        summed = sum_over_ranks(self.trainer, torch.cat([local.flatten(), counts]))
+        totals, counts = summed[: local.numel()].view_as(local), summed[local.numel() :]
         if not torch.isfinite(totals[0, 0]):
             raise not_finite(window, self)
         weight = totals[0, 1].item()
@@ -272,7 +278,7 @@ class SFTModule(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with norms and biases undecayed, and the schedule over all planned steps."""
-        optimizer = self.optimizer(parameter_groups(self.parameters()))
+        optimizer = self.optimizer(parameter_groups(self.parameters(), self.learning_rate))
         # Lightning refuses to clip where a fused optimiser would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         if not self.trainer.strategy.handles_gradient_accumulation:  # else DeepSpeed lets go of them

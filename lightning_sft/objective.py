@@ -52,7 +52,8 @@ def log_likelihood(
         chunk_size: How many targets have their logits in memory at a time; the result does not depend on it.
 
     Returns:
-        Sum and weight in float32, or float64 where the hidden states are, with each target's log-probability.
+        Sum and weight in float32, or float64 where the hidden states are, with each target's log-probability and
+        the entropy of the prediction there.
 
     Raises:
         ValueError: When the shapes do not fit, or ``chunk_size`` is not positive.
@@ -80,8 +81,8 @@ def log_likelihood(
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     states = hidden[is_target] if torch.is_grad_enabled() else hidden[is_target].detach()  # [T, H]
     chunked_sum: Any = _ChunkedSum  # torch gives autograd functions no types
-    total, log_probs, correct = chunked_sum.apply(logits_of, chunk_size, targets, w, states, *trained)
-    return LogLikelihood(total, w.sum(), log_probs, correct)
+    total, *of_targets = chunked_sum.apply(logits_of, chunk_size, targets, w, states, *trained)
+    return LogLikelihood(total, w.sum(), *of_targets)
 
 
 def transformed(raw: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
@@ -102,12 +103,12 @@ class _ChunkedSum(torch.autograd.Function):
         weights: Tensor,
         states: Tensor,
         *trained: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wanted = (states.requires_grad, *(True for _ in trained))
         gradients = [
             torch.zeros_like(t) if wants else None for t, wants in zip((states, *trained), wanted, strict=True)
         ]
-        log_probs = torch.empty_like(weights)
+        log_probs, entropy = torch.empty_like(weights), torch.empty_like(weights)
         correct = torch.empty_like(targets, dtype=torch.bool)
         for start in range(0, len(targets), chunk_size):
             part = slice(start, start + chunk_size)
@@ -115,13 +116,15 @@ class _ChunkedSum(torch.autograd.Function):
             with torch.set_grad_enabled(any(wanted)):
                 chunk = states[part].detach().requires_grad_(wanted[0])  # [chunk, H]
                 logits = logits_of(chunk)  # [chunk, V]
-            z = logits.detach()
-            highest, most_likely = z.max(1, keepdim=True)
+            highest, most_likely = logits.detach().max(1, keepdim=True)
             correct[part] = (most_likely == target).squeeze(1)
-            chosen = z.gather(1, target) - highest
-            exps = (z - highest).exp_()  # its memory is that of the gradient later
+            z = logits.detach() - highest
+            exps = z.exp()  # its memory is that of the gradient later
             total = exps.sum(1, keepdim=True)
-            log_probs[part] = (chosen - total.log()).squeeze(1)
+            log_probs[part] = (z.gather(1, target) - total.log()).squeeze(1)
+            mean = z.mul_(exps).nansum(1, keepdim=True) / total  # Σ softmax(z) · z, in which 0 · −∞ is 0
+            entropy[part] = (total.log() - mean).squeeze(1)
+            del z
             if any(wanted):
                 grad_logits = exps.mul_(-weight / total).scatter_add_(1, target, weight)  # w_t · (1[y_t] − softmax(z))
                 inputs = [t for t, wants in zip((chunk, *trained), wanted, strict=True) if wants]
@@ -132,8 +135,8 @@ class _ChunkedSum(torch.autograd.Function):
                     else:
                         filled[i] += new
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(log_probs, correct)
-        return weights @ log_probs, log_probs, correct
+        ctx.mark_non_differentiable(log_probs, correct, entropy)
+        return weights @ log_probs, log_probs, correct, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sft.trainer_facts import data_parallel
 from lightning_sft.types import InputError
@@ -188,16 +189,20 @@ def settings_of(optimizer: Any) -> list[dict[str, Any]]:
     return [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
 
 
-def retune(optimizer: Any, scheduler: Any, asked: Sequence[Mapping[str, Any]]) -> None:
+def retune(trainer: Any, asked: Sequence[Mapping[str, Any]]) -> None:
     """Let what was asked for win over what a checkpoint had: the learning rate, its schedule, weight decay.
 
-    Where nothing was changed, nothing changes. The schedule is that of the new number of steps from here on.
+    Where nothing was changed, nothing changes. The schedule is that of the new number of steps from here on. One that
+    is none of ours, as of a subclass, or of Lightning's learning-rate finder, is left as it is.
 
     Args:
-        optimizer: With the groups of a checkpoint.
-        scheduler: A ``LambdaLR`` with the number of steps of the checkpoint.
+        trainer: Its optimiser has the groups of a checkpoint; its ``LambdaLR``, the number of steps.
         asked: :func:`settings_of` the optimiser before it was restored.
     """
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    if len(schedulers) != 1 or not isinstance(schedulers[0], LambdaLR):
+        return
+    [optimizer], [scheduler] = trainer.optimizers, schedulers
     for number, (group, own) in enumerate(zip(optimizer.param_groups, asked, strict=True)):
         base = own.get("initial_lr", own["lr"])
         factor = scheduler.lr_lambdas[number](scheduler.last_epoch)

@@ -64,4 +64,5 @@ class Scorer(nn.Module):
             softcap=self.findings.softcap,
             chunk_size=self.chunk_size,
         )
-        return likelihood.total, likelihood.weight, likelihood.log_probs, likelihood.correct
+        of_targets = likelihood.log_probs, likelihood.correct, likelihood.entropy
+        return likelihood.total, likelihood.weight, *of_targets

@@ -74,8 +74,10 @@ def sum_over_ranks(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
 def place(trainer: Any) -> tuple[int, int]:
     """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint.
 
-    ``overfit_batches`` asks for the same micro-batches in every epoch: those of the first.
+    ``overfit_batches`` asks for the same micro-batches in every epoch: those of the first; so does no trainer at all.
     """
+    if trainer is None:
+        return 0, 0
     epoch = 0 if trainer.overfit_batches else trainer.current_epoch
     return epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
 

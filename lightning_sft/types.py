@@ -134,7 +134,7 @@ class Batch:
         Rows are taken to be padded on the right, unless ``position_ids`` says otherwise.
 
         Raises:
-            InputError: When a key is missing, or the rows are padded on the left.
+            InputError: When a key is missing, or a mask says anything but that rows are padded on the right.
 
         >>> batch = Batch.of({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])})
         >>> batch.labels.tolist(), batch.target_weights.tolist()
@@ -146,8 +146,11 @@ class Batch:
             given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise InputError(f"A batch must be a Batch or have 'input_ids' and 'labels', got {given}.")
         mask = batch.get("attention_mask")
-        if mask is not None and (mask[:, 0] == 0).any():
-            raise InputError("The batch is padded on the left. Pad on the right: tokenizer.padding_side = 'right'.")
+        if mask is not None and (mask.ndim != 2 or (mask[:, 1:] > mask[:, :-1]).any()):
+            raise InputError(
+                "An attention_mask [B, N] can only say that rows are padded on the right. Set "
+                "tokenizer.padding_side = 'right'; for packed documents, give position_ids and no mask."
+            )
         ids = batch["input_ids"]
         positions = batch.get("position_ids")
         if positions is None:
@@ -204,12 +207,14 @@ class LogLikelihood:
         weight: Sum of w_t, a scalar.
         log_probs: log Pr of each target in order, ``[T]``, without a gradient.
         correct: Whether each target is the most likely token, ``[T]``.
+        entropy: −Σ_v Pr(v) · log Pr(v) over the vocabulary where each target stands, in nats, ``[T]``.
     """
 
     total: Tensor
     weight: Tensor
     log_probs: Tensor = field(repr=False)
     correct: Tensor = field(repr=False)
+    entropy: Tensor = field(repr=False)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.total, self.weight))

@@ -20,7 +20,7 @@ from lightning_sft.types import Example, InputError, LogLikelihood
 def test_the_samples_whose_loss_is_no_number_are_named() -> None:
     batch = collate([Example([1, 2], [0, 1], "f:1"), Example([3, 4, 5], [0, 1, 1], "f:2")])
     likelihood = LogLikelihood(
-        torch.tensor(0.0), torch.tensor(3.0), torch.tensor([-1.0, -2.0, torch.nan]), torch.ones(3)
+        torch.tensor(0.0), torch.tensor(3.0), torch.tensor([-1.0, -2.0, torch.nan]), torch.ones(3), torch.ones(3)
     )
     text = str(guards.not_finite([(batch, likelihood)], lambda _: likelihood))
     assert "f:2" in text

@@ -31,6 +31,8 @@ def test_figures_are_of_the_corpus_however_it_is_split_into_batches() -> None:
         assert result["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
         assert result["perplexity"].item() == pytest.approx(loss.exp().item(), rel=1e-6)
         assert result["token_accuracy"].item() == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+        entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+        assert result["entropy"].item() == pytest.approx(entropy.item(), rel=1e-6)
 
 
 def documents() -> list[Example]:
@@ -64,6 +66,17 @@ def expected(examples: list[Example], log_probs: dict[tuple[str, int], float]) -
     return {name: total / weight for name, (total, weight) in sums.items()}
 
 
+def entropy(examples: list[Example], hidden: dict[str, torch.Tensor], head: torch.Tensor) -> float:
+    """Of the predictions, over the targets of all documents, by a loop over them."""
+    found = []
+    for example in examples:
+        for i, weight in enumerate(example.target_weights):
+            if weight > 0:
+                probabilities = (hidden[example.provenance][i - 1] @ head.T).double().softmax(-1)
+                found.append(-(probabilities * probabilities.log()).sum().item())
+    return math.fsum(found) / len(found)
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_losses_of_data_sets_turns_and_positions_are_those_of_a_loop_over_tokens(packed: bool) -> None:
     examples, hidden, head = documents(), {}, torch.randn(11, 6)
@@ -93,6 +106,7 @@ def test_losses_of_data_sets_turns_and_positions_are_those_of_a_loop_over_tokens
     wanted["perplexity"] = math.exp(nll / len(trained))
     wanted["bits_per_byte"] = nll / math.log(2) / sum(int(token_bytes[e.input_ids[i]]) for e, i in trained)
     assert found.pop("token_accuracy") > 0
+    assert found.pop("entropy") == pytest.approx(entropy(examples, hidden, head), rel=1e-6)
     assert found == pytest.approx(wanted, rel=1e-6)
     assert {"loss_turn/4", "loss_position/101-1000"} <= wanted.keys()
 
@@ -101,7 +115,8 @@ def test_turns_are_left_out_where_every_conversation_has_one_answer() -> None:
     example: Any = Example([1, 2, 3], [0.0, 1.0, 1.0])
     metric, batch = CorpusLikelihood(), collate([example, example])
     metric.update(log_likelihood(torch.randn(1, 6, 4), torch.randn(5, 4), batch.labels, batch.target_weights), batch)
-    assert metric.compute().keys() == {"loss", "token_accuracy", "perplexity", "loss_position/1", "loss_position/2-10"}
+    of_corpus = {"loss", "token_accuracy", "entropy", "perplexity"}
+    assert metric.compute().keys() == of_corpus | {"loss_position/1", "loss_position/2-10"}
 
 
 def test_a_text_that_is_a_target_from_its_second_token_on_is_one_answer() -> None:

@@ -129,6 +129,19 @@ def test_log_probs_and_correct_tell_each_target_in_order() -> None:
     assert torch.equal(likelihood.correct, logits.argmax(-1) == targets)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 4, 1000])
+@pytest.mark.parametrize("spread", [0.3, 30.0])
+def test_entropy_is_that_of_each_prediction(spread: float, chunk_size: int) -> None:
+    _, _, labels, weights = case()
+    logits = spread * torch.randn(2, 8, 11)
+    likelihood = log_likelihood(logits, nn.Identity(), labels, weights, chunk_size=chunk_size)
+    log_probs = logits[labels != IGNORE].double().log_softmax(-1)
+    wanted = -(log_probs.exp() * log_probs).sum(-1)
+    assert wanted.min() > 2 if spread < 1 else wanted.min() < 0.01  # nearly uniform, nearly certain
+    assert (likelihood.entropy - wanted).abs().max() <= 1e-6
+    assert not likelihood.entropy.requires_grad
+
+
 def test_bfloat16_logits_are_summed_in_float32() -> None:
     hidden, head, labels, _ = case(dtype=torch.bfloat16)
     total, weight = log_likelihood(hidden, head, labels)
@@ -155,8 +168,10 @@ def test_a_head_that_returns_its_input_leaves_the_hidden_states_as_they_are() ->
 
 def test_logits_too_large_for_their_exponentials_are_no_problem() -> None:
     hidden = torch.tensor([[[1e5, -1e5, 9.9e4], [-1e30, -torch.inf, -1e30]]], requires_grad=True)
-    total, _ = log_likelihood(hidden, nn.Identity(), torch.tensor([[0, 2]]))
+    likelihood = log_likelihood(hidden, nn.Identity(), torch.tensor([[0, 2]]))
+    total, _ = likelihood
     assert total.item() == pytest.approx(math.log(0.5))
+    assert likelihood.entropy.tolist() == pytest.approx([0, math.log(2)])
     total.backward()
     assert hidden.grad is not None
     assert hidden.grad.flatten().tolist() == [0, 0, 0, -0.5, 0, 0.5]

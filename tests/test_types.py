@@ -28,7 +28,15 @@ def test_a_plain_batch_with_positions_has_no_label_across_documents() -> None:
         ([1, 2], "got list"),
         (
             {"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 2), "attention_mask": torch.tensor([[0, 1]])},
-            "padded on the left",
+            "only say that rows are padded on the right",
+        ),
+        (
+            {"input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3), "attention_mask": torch.tensor([[1, 0, 1]])},
+            "only say that rows are padded on the right",
+        ),
+        (
+            {"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 2), "attention_mask": torch.ones(1, 1, 2, 2)},
+            "only say that rows are padded on the right",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_sft.data.collate import collate
 from lightning_sft.divergence import divergence, likeliest
+from lightning_sft.guards import check_module
 from lightning_sft.modes import evaluating
 from lightning_sft.pretrained_weights import PretrainedWeights
 from lightning_sft.sharding import whole
@@ -63,8 +64,9 @@ class DriftMonitor(Callback):
         """Note what the pretrained model thinks.
 
         Raises:
-            InputError: Under ZeRO-3, where weights are in pieces.
+            InputError: Under ZeRO-3, where weights are in pieces, and with a module of another kind.
         """
+        check_module(self, pl_module)
         if getattr(trainer.strategy, "zero_stage_3", False):
             raise InputError("DriftMonitor cannot read what ZeRO-3 has in pieces. Use deepspeed_stage_2 or fsdp2.")
         model = pl_module.model

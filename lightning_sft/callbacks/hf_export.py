@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from lightning_sft.export.first_rank import FirstRank, whole_state
 from lightning_sft.export.folder import check_is_free
 from lightning_sft.export.gguf_file import GGUFType
 from lightning_sft.export.run_facts import FACTS, run_facts
+from lightning_sft.guards import check_module
 from lightning_sft.pretrained import load_tokenizer
 from lightning_sft.strategies import layout
 from lightning_sft.types import Conversation, Example, InputError
@@ -71,9 +73,15 @@ class HFExport(Callback):
         """Refuse to write over what another run has written.
 
         Raises:
-            InputError: When the folder has something in it, and this run does not go on from a checkpoint; or the rows
-                cannot be read.
+            InputError: When the folder has something in it, and this run does not go on from a checkpoint; the rows
+                cannot be read; the module is of another kind; or weights would be averaged too late.
         """
+        check_module(self, pl_module)
+        if any(isinstance(later, WeightAveraging) for later in trainer.callbacks[trainer.callbacks.index(self) :]):
+            raise InputError(
+                "HFExport stands before a WeightAveraging, which puts the averages into the model when the training "
+                "ends: the folder would be without them. Put HFExport after it in trainer.callbacks."
+            )
         self._root = Path(self.folder) if self.folder else Path(trainer.log_dir or ".") / "huggingface"
         self._first, self._error, self._last_step = FirstRank(), None, trainer.global_step
         if trainer.fast_dev_run:

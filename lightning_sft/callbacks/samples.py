@@ -16,6 +16,8 @@ from lightning_sft.callbacks.record import folder_of
 from lightning_sft.data.dataset import load_prompts
 from lightning_sft.data.pieces import visible
 from lightning_sft.generation import Sampling, answer_all
+from lightning_sft.guards import check_data, check_module
+from lightning_sft.plain import plain
 from lightning_sft.types import InputError, Prompt
 
 FOLDER = "samples"
@@ -47,11 +49,18 @@ class SampleGenerations(Callback):
     ) -> None:
         if not prompts or (isinstance(prompts, int) and prompts < 0):
             raise InputError(f"SampleGenerations needs a positive number of prompts or some texts, got {prompts!r}.")
+        prompts = plain(prompts)
         self.prompts, self.max_new_tokens, self.sampling = prompts, max_new_tokens, sampling
         self.batch_size, self.console = batch_size, console
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the prompts, and ask the pretrained model."""
+        """Find the prompts, and ask the pretrained model.
+
+        Raises:
+            InputError: With a module or data of another kind.
+        """
+        check_module(self, pl_module)
+        check_data(self, trainer.datamodule)
         self._chosen = _prompts(trainer.datamodule, self.prompts)
         self._questions = [_question(trainer.datamodule.tokenizer, prompt) for prompt in self._chosen]
         self._folder, self._before = folder_of(trainer) / FOLDER, {}
@@ -88,8 +97,6 @@ class SampleGenerations(Callback):
 
 
 def _prompts(data: Any, wanted: int | Sequence[str]) -> list[Prompt]:
-    if not hasattr(data, "prompts_of"):
-        raise InputError("SampleGenerations takes prompts and the tokenizer from SFTDataModule. Use it, or leave this.")
     if isinstance(wanted, int):
         name = "val" if data.sources["val"] is not None else "train"
         return list(data.prompts_of(name, wanted))[:wanted]

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.answer_scores import extracted, scores
 from lightning_sft.generation import answer_all
+from lightning_sft.guards import check_data, check_module
 from lightning_sft.types import InputError
 
 
@@ -42,6 +43,15 @@ class ScoreAnswers(Callback):
             extracted("", extract)  # refuses what is no expression before anything is computed
         self.extract, self.rouge, self.bleu = extract, rouge, bleu
         self.first, self.batch_size, self.filename = first, batch_size, filename
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Refuse what it cannot ask.
+
+        Raises:
+            InputError: With a module or data of another kind.
+        """
+        check_module(self, pl_module)
+        check_data(self, trainer.datamodule)
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Generate, write and score.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.sources import Source
+from lightning_sft.plain import plain
 from lightning_sft.types import InputError
 
 
@@ -32,6 +33,7 @@ class Part:
     columns: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
+        self.source, self.columns = plain(self.source), plain(self.columns)
         for name in ("share", "weight"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise InputError(f"The {name} of a part must be a positive number, got {value}. Leave the part out?")
@@ -46,7 +48,7 @@ class Mixture:
     epoch, but all rows of a part equally often.
 
     Args:
-        parts: Each data set by its name: a :class:`Part`, or a source alone.
+        parts: Each data set by its name: a :class:`Part`, its arguments as a dictionary, or a source alone.
         by: What shares are shares of, and temperatures are of the sizes of: ``rows``, or ``targets``, target tokens.
         temperature: Shares in proportion to size ** (1 / temperature): 1 leaves sizes as they are, and the higher it
             is, the more alike the parts.
@@ -62,6 +64,7 @@ class Mixture:
     temperature: float | None = None
 
     def __post_init__(self) -> None:
+        self.parts = plain(self.parts)
         if not self.parts:
             raise InputError("A mixture has no parts. Give each data set a name: parts={'math': 'gsm8k.jsonl'}.")
         without = [name for name, part in self.of_name.items() if part.share is None]
@@ -87,7 +90,7 @@ class Mixture:
     @property
     def of_name(self) -> dict[str, Part]:
         """The parts, all as a :class:`Part`."""
-        return {name: part if isinstance(part, Part) else Part(part) for name, part in self.parts.items()}
+        return {name: _as_part(part) for name, part in self.parts.items()}
 
     def repeats(self, sizes: Sequence[float]) -> list[float]:
         """How often an epoch uses each row of each part.
@@ -105,6 +108,16 @@ class Mixture:
         if not known:
             return [1.0] * len(sizes)
         return [sum(sizes) * share / sum(known) / size for share, size in zip(known, sizes, strict=True)]
+
+
+def _as_part(given: Any) -> Part:
+    if not isinstance(given, Mapping):
+        return given if isinstance(given, Part) else Part(given)
+    try:
+        return Part(**given)
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(Part))
+        raise InputError(f"A part of a mixture has a source, and may have {known}; got {sorted(given)}.") from error
 
 
 def as_mixture(source: Source | Mixture) -> Mixture:

@@ -43,6 +43,7 @@ class Planned:
         *,
         constant: bool = False,
         seed: int | None = None,
+        at_least_longest: bool = False,
     ) -> Planned:
         """Plan the epochs of a split.
 
@@ -53,6 +54,7 @@ class Planned:
             tokens_per_batch: Most positions in a micro-batch; enough for the longest sequence by default.
             constant: Whether the normaliser is the same for all steps.
             seed: Seed of the order; ``None`` takes every example once and keeps the longest first, for validation.
+            at_least_longest: Whether ``tokens_per_batch`` is raised to the longest sequence, rather than refused.
 
         Raises:
             InputError: When a sequence is longer than ``tokens_per_batch``.
@@ -60,6 +62,7 @@ class Planned:
         lengths = split.lengths
         longest = int(lengths.max())
         capacity = tokens_per_batch or max(DEFAULT_TOKENS_PER_BATCH, longest)
+        capacity = max(capacity, longest) if at_least_longest else capacity
         if longest > capacity:
             raise InputError(
                 f"{split.examples[int(lengths.argmax())].provenance}: the sequence has {longest:,} tokens, more than "

@@ -1,0 +1,31 @@
+"""Helpers of tests/drop_in: the code of docs/drop_in.md, run as a user would."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tests.processes import ROOT
+
+PAGE = (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8")
+
+
+def blocks(heading: str, language: str = "python") -> list[str]:
+    """The blocks of code of a section."""
+    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+
+
+def run_code(heading: str, number: int = 0, **scope: Any) -> dict[str, Any]:
+    """What a block of code leaves behind."""
+    exec(blocks(heading)[number], scope := {"__name__": "page", **scope})
+    return scope
+
+
+def flat_gradient(model: nn.Module) -> Tensor:
+    """In the order of the module's parameter groups, as tests.gradients.Recorder has it."""
+    in_order = sorted(model.parameters(), key=lambda p: p.ndim <= 1)
+    return torch.cat([p.grad.flatten().double() for p in in_order if p.grad is not None])
