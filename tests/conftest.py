@@ -6,12 +6,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft.demos import tiny_pretrained
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where it is installed, says so on standard output
+os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that tests start
+huggingface_hub.constants.HF_HUB_OFFLINE = True  # nor do tests ask the hub: without a network it is tried for a minute
 
 
 @pytest.fixture(scope="session")
