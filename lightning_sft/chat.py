@@ -39,7 +39,8 @@ def chat(
     """Talk to a model in the terminal. Lines of a pipe are answered one by one, each in one line.
 
     Args:
-        model: An exported folder, a checkpoint of any strategy, adapters, a hub name or a GGUF file.
+        model: An exported folder, a checkpoint of any strategy, the folder of a run, adapters, a hub name or a GGUF
+            file.
         compare: Another model, as the pretrained one, which answers the same beside it.
         system: System text that the conversation begins with.
         chat_template: A Jinja file instead of the template that the model was trained with.

@@ -18,6 +18,7 @@ from lightning_sft.export.restore import restored, tokenizer_of
 from lightning_sft.generation import Sampling, answers
 from lightning_sft.guards import bfloat16_is_slow
 from lightning_sft.pretrained import load_exported, load_model, load_tokenizer
+from lightning_sft.run_folder import checkpoint_of
 from lightning_sft.tuning.adapters import merge
 from lightning_sft.types import Conversation, InputError, Message
 
@@ -26,7 +27,7 @@ class Speaker:
     """A model with its tokenizer, and the template that it was trained with.
 
     Args:
-        name: A hub name, a folder, a GGUF file, or a checkpoint of any strategy.
+        name: A hub name, a folder, a GGUF file, a checkpoint of any strategy, or the folder of a run that has some.
         chat_template: A Jinja file to use instead of the tokenizer's template.
         device: Where it answers; the GPU by default, where there is one.
     """
@@ -34,7 +35,7 @@ class Speaker:
     def __init__(self, name: str, chat_template: str | None = None, device: str | None = None) -> None:
         self.name = name
         where = torch.device(device or _best_device())
-        self.model, self.tokenizer = _load(name, chat_template)
+        self.model, self.tokenizer = _load(checkpoint_of(name), chat_template)
         if (
             where.type == "cpu"
             and self.model.dtype != torch.float32
@@ -119,14 +120,8 @@ class _Streaming:
         return self.model.generate(**settings, streamer=self.streamer)
 
 
-def is_checkpoint(name: str) -> bool:
-    """Whether a name is that of a checkpoint, and not of a model."""
-    path = Path(name)
-    return path.suffix == ".ckpt" or any((path / file).exists() for file in (".metadata", "meta.pt", "latest"))
-
-
 def _load(name: str, chat_template: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not is_checkpoint(name):
+    if not checkpoints.is_checkpoint(name):
         model = load_model(name) if name.endswith(".gguf") else load_exported(name)
         return model, load_tokenizer(name, chat_template)
     facts = checkpoints.facts(name)

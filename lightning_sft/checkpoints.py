@@ -44,10 +44,17 @@ def kind_of(path: str | Path) -> Kind:
     missing = [name for name in (_META, ".metadata") if not (path / name).is_file()]
     if missing:
         raise InputError(
-            f"{path} is no whole checkpoint: it has no {' and no '.join(missing)}. Expected a .ckpt file, or a folder "
-            "that trainer.strategy=fsdp2 or deepspeed wrote. If the run was killed while it did, take an earlier one."
+            f"{path} is no whole checkpoint: it has no {' and no '.join(missing)}. Expected a .ckpt file, a folder "
+            "that trainer.strategy=fsdp2 or deepspeed wrote, or the folder of a run with checkpoints. If the run was "
+            "killed while it wrote one, take an earlier one."
         )
     return "distributed"
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a path is that of a checkpoint, whole or not, and not of a model or of a run."""
+    path = Path(path)
+    return path.suffix == ".ckpt" or any((path / name).exists() for name in (".metadata", _META, "latest"))
 
 
 def facts(path: str | Path) -> dict[str, Any]:

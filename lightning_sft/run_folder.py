@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints import facts
+from lightning_sft.checkpoints import facts, is_checkpoint
 from lightning_sft.disk import sync
 from lightning_sft.types import InputError
 
@@ -75,6 +76,18 @@ def newest(folders: Iterable[str | Path]) -> Path | None:
         if "callbacks" in saved:  # else it is of the weights alone
             return path
     return None
+
+
+def checkpoint_of(path: str | Path) -> str:
+    """The newest checkpoint of a run, where the path is that of a run's folder; else the path as it is.
+
+    Args:
+        path: ``trainer.default_root_dir`` of a run, a checkpoint, or whatever else may be in place of one.
+    """
+    found = newest(folders_of(path)) if Path(path).is_dir() and not is_checkpoint(path) else None
+    if found is not None:
+        rank_zero_info(f"The newest checkpoint of {path}: {found}")
+    return str(found or path)
 
 
 def folders_of(root: str | Path) -> list[Path]:

@@ -58,7 +58,7 @@ def init(
     tokenizer, context = load_tokenizer(model, chat_template), context_length(model)
     data = data or ask("Training data (a file, a folder, a glob, or hf:owner/name:split)", "--data")
     seen = look_at(data, columns, ask)
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     console.print(f"Data: format {seen.format}; columns {', '.join(seen.keys)}.", highlight=False, markup=False)
     encoded = [row for row in encode_many(seen.rows, tokenizer) if isinstance(row, list)]
     if not encoded:

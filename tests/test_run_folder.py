@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sft.run_folder import AtomicIO, check_disk, folders_of, hidden, newest, publish, sweep
+from lightning_sft.run_folder import AtomicIO, check_disk, checkpoint_of, folders_of, hidden, newest, publish, sweep
 from lightning_sft.types import InputError
 
 
@@ -45,6 +45,17 @@ def test_the_newest_good_checkpoint_is_found_and_those_cut_short_are_said(
 def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from(write: Callable[..., Path], tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
     assert newest([tmp_path]) is None
+
+
+def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "run" / "lightning_logs" / "version_0" / "checkpoints").mkdir(parents=True)
+    assert checkpoint_of(tmp_path / "run") == str(tmp_path / "run")  # it has none yet, as has a model's folder
+    write("run/lightning_logs/version_0/checkpoints/a.ckpt", 20)
+    newer = write("run/checkpoints/b.ckpt", 10)
+    assert checkpoint_of(tmp_path / "run") == str(newer)
+    assert checkpoint_of("owner/name") == "owner/name"
+    (tmp_path / "run" / ".metadata").touch()  # a distributed checkpoint is one itself
+    assert checkpoint_of(tmp_path / "run") == str(tmp_path / "run")
 
 
 def test_a_full_disk_leaves_what_was_there(write: Callable[..., Path], tmp_path: Path) -> None:

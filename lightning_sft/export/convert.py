@@ -22,6 +22,7 @@ from lightning_sft.export.model_card import model_card
 from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
 from lightning_sft.export.run_facts import FACTS, validation_data
 from lightning_sft.pretrained import load_exported, load_generation_config, load_model, load_tokenizer
+from lightning_sft.run_folder import checkpoint_of
 from lightning_sft.tuning.adapters import has_adapters, merge
 from lightning_sft.types import Conversation, Example, InputError
 
@@ -85,7 +86,8 @@ def export_checkpoint(
     """Write a checkpoint as a Hugging Face folder that plain transformers loads, and compare it with what was trained.
 
     Args:
-        ckpt: The checkpoint: a file, or the folder that FSDP2, tensor parallelism or DeepSpeed writes.
+        ckpt: The checkpoint: a file, the folder that FSDP2, tensor parallelism or DeepSpeed writes, or the folder of a
+            run, whose newest checkpoint is taken.
         out: The folder to write; it must not exist yet.
         dtype: Of the weights; that of the trained ones by default. 16 bits halve the folder and round the weights.
         max_shard_size: Of a file of weights.
@@ -97,6 +99,7 @@ def export_checkpoint(
     Raises:
         InputError: When the checkpoint cannot be read, or the folder does not pass; it then is kept as ``OUT.failed``.
     """
+    ckpt = checkpoint_of(ckpt)
     checkpoints.kind_of(ckpt)
     check_is_free(Path(out))
     found = rows_to_compare(checkpoints.facts(ckpt).get(FACTS, {}), rows)
