@@ -172,8 +172,8 @@ def _fast_paths() -> Iterator[Fact]:
     yield Fact(section, "attention", "by document", "good", "Packed without padding; fit says which path a model gets.")
     for name, (reason, kernel, _) in varlen.installed().items():
         is_on = on_gpu and kernel is not None
-        why = "" if is_on else reason or "It needs a GPU."
-        remark = f"All documents in one call, in 16 bits. {why}".strip()
+        why = "" if is_on else f": {reason or 'it needs a GPU'}"
+        remark = f"All documents in one call, in 16 bits{why}."
         yield Fact(section, f"  {name}", "on" if is_on else "off", "good" if is_on else "off", remark)
     yield Fact(section, "chunked likelihood", "on", "good", "Logits are never held whole: model.chunk_size")
     yield Fact(section, "fused AdamW", "on", "good", "The default of model.optimizer.")

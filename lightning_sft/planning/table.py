@@ -36,9 +36,10 @@ def show_remedies(remedies: Sequence[Remedy], console: Console) -> None:
         console.print("Nothing that plan knows would make it smaller: take a smaller model, or a larger device.")
         return
     console.print("What to change, each line with those above it:", highlight=False)
+    width = max(len(remedy.settings[-1]) for remedy in remedies)
     for remedy in remedies:
         fits = ": fits" if remedy.prediction.fits else ""
-        console.print(f"  {remedy.settings[-1]:50} {_gib(remedy.prediction.peak)}{fits}", highlight=False)
+        console.print(f"  {remedy.settings[-1]:{width}}  {_gib(remedy.prediction.peak)}{fits}", highlight=False)
 
 
 def verdict(prediction: Prediction) -> str:
