@@ -1,10 +1,10 @@
 """Memory at its peak: what `lightning-sft plan` predicts, and what `fit` then takes, on this CPU in float32.
 
-    python benchmarks/memory.py train.jsonl --model FOLDER [--prompt question --completion answer] [--out build/memory]
-        [--only configs|sizes] [--trl PYTHON]
+    python -m benchmarks.memory train.jsonl --model FOLDER [--prompt question --completion answer] [--out build/memory]
+        [--only configs|sizes] [--trl]
 
 First the files of configs/ with the model given; then small random models, over pack lengths and vocabularies. With
-`--trl`, the interpreter of an environment that has TRL, its SFTTrainer packs to the same lengths and is measured too.
+`--trl`, TRL's SFTTrainer packs to the same lengths in an environment of its own and is measured too.
 Peaks are the kernel's own count of the process (`ru_maxrss`); with two processes, of the larger.
 """
 
@@ -24,26 +24,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import environments
+from benchmarks.environments import ROOT
+from benchmarks.record import rows_of
+
 MIB = 2**20
 STEPS = 4
 LENGTHS, VOCABULARIES = (1024, 2048, 4096, 8192), (49_152, 128_256, 256_000)
 ON_CPU = ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
-_TRL = """
-import sys, torch
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
-model, data, prompt, completion, length, steps, out = sys.argv[1:]
-rows = load_dataset("json", data_files=data, split="train").map(
-    lambda r: {"prompt": [{"role": "user", "content": r[prompt]}],
-               "completion": [{"role": "assistant", "content": r[completion]}]}, remove_columns=[prompt, completion])
-settings = SFTConfig(out, packing=True, max_length=int(length), per_device_train_batch_size=1, max_steps=int(steps),
-                     gradient_accumulation_steps=1, bf16=False, use_cpu=True, report_to=[], save_strategy="no",
-                     gradient_checkpointing=False)
-SFTTrainer(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), settings, train_dataset=rows,
-           processing_class=AutoTokenizer.from_pretrained(model)).train()
-"""
 
 
 @dataclass
@@ -95,8 +83,8 @@ def compare(name: str, flags: Sequence[str], folder: Path) -> Result:
     return Result(name, predicted, measured)
 
 
-def of_configs(model: str, data: str, columns: str, out: Path) -> Iterator[Result]:
-    """The shipped ones, with this model and these data."""
+def of_configs(model: str, data: str, out: Path) -> Iterator[Result]:
+    """The shipped ones, with this model and these rows."""
     parallel = {"ddp", "fsdp2"}
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         config, name = yaml.safe_load(path.read_text()), path.stem
@@ -105,9 +93,7 @@ def of_configs(model: str, data: str, columns: str, out: Path) -> Iterator[Resul
         config["trainer"] |= {"max_steps": STEPS, "num_sanity_val_steps": 0, "enable_progress_bar": False}
         config["model"]["pretrained"] = model
         own = config["data"] = {key: value for key, value in config["data"].items() if key in _KEPT}
-        own |= {"train": _with_parts(own["train"], data, json.loads(columns)), "val": None}
-        if not isinstance(own["train"], dict):
-            own["columns"] = json.loads(columns)
+        own |= {"train": _with_parts(own["train"], data), "val": None}
         if name in parallel:
             config["trainer"]["devices"] = 2
             config["trainer"]["accumulate_grad_batches"] = 1
@@ -122,37 +108,36 @@ def of_configs(model: str, data: str, columns: str, out: Path) -> Iterator[Resul
 _KEPT = {"train", "tokens_per_batch", "streaming", "buffer_rows"}
 
 
-def _with_parts(train: object, data: str, columns: dict[str, str]) -> object:
+def _with_parts(train: object, data: str) -> object:
     if not isinstance(train, dict):
         return data
-    parts = {name: {**part, "source": data, "columns": columns} for name, part in train["parts"].items()}
-    return {**train, "parts": parts}
+    kept = {name: {key: part[key] for key in part if key != "columns"} for name, part in train["parts"].items()}
+    return {**train, "parts": {name: {**part, "source": data} for name, part in kept.items()}}
 
 
-def of_sizes(tokenizer: str, data: str, columns: str, out: Path, trl: str | None) -> Iterator[Result]:
+def of_sizes(tokenizer: str, data: str, out: Path, trl: bool) -> Iterator[Result]:
     """Random models of four layers, over pack lengths and over vocabularies."""
     cases = [(length, VOCABULARIES[0]) for length in LENGTHS] + [(2048, size) for size in VOCABULARIES[1:]]
     for length, size in cases:
         name = f"4 layers, {length:,} tokens, vocabulary {size:,}"
         folder = out / f"{length}-{size}"
         small_model(folder / "model", tokenizer, size)
-        flags = ["--model.pretrained", str(folder / "model"), "--data.train", data, "--data.columns", columns]
+        flags = ["--model.pretrained", str(folder / "model"), "--data.train", data]
         flags += ["--data.tokens_per_batch", str(length), "--data.max_length", str(length), *ON_CPU]
         flags += ["--trainer.max_steps", str(STEPS), "--trainer.enable_progress_bar", "false"]
         result = compare(name, flags, folder)
         if trl:
-            named = json.loads(columns)
-            given = [
-                str(folder / "model"),
-                data,
-                named["prompt"],
-                named["completion"],
-                str(length),
-                str(STEPS),
-                str(folder),
-            ]
-            result.trl = peak([trl, "-c", _TRL, *given], folder / "trl.log", folder)
+            result.trl = peak_of_trl(str(folder / "model"), data, length, folder)
         yield result
+
+
+def peak_of_trl(model: str, data: str, length: int, folder: Path) -> int:
+    """The same of TRL's trainer, packed, without checkpointing."""
+    config = {"packing": True, "max_length": length, "per_device_train_batch_size": 1, "gradient_checkpointing": False}
+    given = {"task": "train", "model": model, "rows": data, "given": None, "seed": 0, "precision": "float32"}
+    given |= {"steps": STEPS, "config": config, "out": str(folder / "trl.jsonl"), "folder": str(folder / "trl")}
+    command = [str(environments.python("trl")), "-P", str(ROOT / "benchmarks" / "run_trl.py"), json.dumps(given)]
+    return peak(command, folder / "trl.log", folder)
 
 
 def small_model(folder: Path, tokenizer: str, vocabulary: int, num_layers: int = 4) -> None:
@@ -181,18 +166,24 @@ def main() -> None:
     parser.add_argument("--completion", default="completion")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "memory")
     parser.add_argument("--only", choices=("configs", "sizes"))
-    parser.add_argument("--trl", help="the Python interpreter of an environment with TRL")
+    parser.add_argument("--trl", action="store_true", help="measure TRL too, in build/bench/trl, which is made")
     given = parser.parse_args()
-    data, model, out = str(Path(given.data).resolve()), str(Path(given.model).resolve()), given.out.resolve()
-    columns = json.dumps({"prompt": given.prompt, "completion": given.completion})
+    out = given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    names = {"prompt": given.prompt, "completion": given.completion}
+    rows = ({name: row[column] for name, column in names.items()} for row in rows_of(given.data))
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    data, model = str(out / "rows.jsonl"), str(Path(given.model).resolve())
     results = []
+    if given.trl:
+        environments.make("trl")
     if given.only != "sizes":
-        results += _shown(of_configs(model, data, columns, out))
+        results += _shown(of_configs(model, data, out))
     if given.only != "configs":
-        results += _shown(of_sizes(model, data, columns, out, given.trl))
+        results += _shown(of_sizes(model, data, out, given.trl))
     show(results)
-    rows = [asdict(result) | {"error": result.error} for result in results]
-    (out / "memory.json").write_text(json.dumps(rows, indent=2) + "\n")
+    found = [asdict(result) | {"error": result.error} for result in results]
+    (out / "memory.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _shown(results: Iterator[Result]) -> list[Result]:
