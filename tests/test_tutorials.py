@@ -1,0 +1,63 @@
+"""Each tutorial, copied block by block into an empty folder, does what it says."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sft.demos import tiny_pretrained
+from tests.processes import ROOT
+from tests.reading import Reader, all_blocks
+
+PAGES = {path.stem: path for path in sorted((ROOT / "docs" / "tutorials").glob("*.md"))}
+ONE_DEVICE = {  # what commands for many devices read here, where there is one process
+    "--trainer.devices 2": "--trainer.devices 1",
+    "--trainer.strategy ddp --trainer.accumulate_grad_batches 2": "",
+    "--trainer.strategy fsdp2 --trainer.accumulate_grad_batches 2": "",
+    "--trainer.strategy fsdp2 --trainer.strategy.tensor_parallel_size 2": "",
+}
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What stands for SmolLM2: its tokens are bytes, so its context has to be long."""
+    return tiny_pretrained(tmp_path_factory.mktemp("pretrained") / "smollm2", max_position_embeddings=2048)
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: str) -> Iterator[Path]:
+    """Where the reader is, with the demo model as if it had been fetched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=":")
+    (tmp_path / "SmolLM2").symlink_to(smollm2)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+# peft asks transformers for an attribute that has another name by now
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_of_a_tutorial_does_what_the_page_says(name: str, empty_folder: Path, capsys: Any) -> None:
+    Reader(capsys, ONE_DEVICE).read(PAGES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("many_devices" not in PAGES, reason="that page is being written")
+def test_the_tutorial_on_many_devices_is_true_on_many_processes(empty_folder: Path, capsys: Any) -> None:
+    Reader(capsys, in_process=False).read(PAGES["many_devices"])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_tutorial_is_one_page_with_one_title(name: str) -> None:
+    text = PAGES[name].read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert [block.language for block in all_blocks(text)].count("") == 0
+    assert "TODO" not in text
