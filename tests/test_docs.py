@@ -12,13 +12,10 @@ import yaml
 
 from lightning_sft.data.messages import to_conversation
 from lightning_sft.main import main
+from tests.pages import blocks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture
@@ -49,7 +46,7 @@ def test_the_three_lines_of_shell_run(user_folder: Path, pretrained: str, monkey
 
 
 def test_every_linked_file_and_test_exists() -> None:
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")]:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
         for name, target in re.findall(r"\[([^\]]+)\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             path = document.parent / target
             assert path.exists(), f"{document.name} links to {target}"
