@@ -190,9 +190,9 @@ def _shown(results: Iterator[Result]) -> list[Result]:
     """With a line on each as it comes."""
     found = []
     for result in results:
-        print(
-            f"{result.name}: {result.predicted / MIB:,.0f} predicted, {result.measured / MIB:,.0f} measured", flush=True
-        )
+        sizes = {"predicted": result.predicted, "measured": result.measured, "of TRL": result.trl}
+        told = ", ".join(f"{size / MIB:,.0f} {name}" for name, size in sizes.items() if size is not None)
+        print(f"{result.name}: {told}", flush=True)
         found.append(result)
     return found
 

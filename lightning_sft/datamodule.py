@@ -116,7 +116,8 @@ class SFTDataModule(LightningDataModule):
         if self._tries_sizes:
             self.tokens_per_batch = self.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH  # it wants a number
         if self.sources["val"] is None:  # and a loader, while it tries
-            self.val_dataloader = partial(self._loader, "train") if self._tries_sizes else None  # type: ignore
+            tried = partial(self._loader, "train") if self._tries_sizes else None
+            self.val_dataloader = tried  # type: ignore[assignment,method-assign]  # as in __init__
         if stage == "fit" and self.streaming:
             check_stream(self._mixture("train"), self._normalize)
         for name in _STAGES[stage]:

@@ -158,7 +158,8 @@ class Meter(TorchDispatchMode):
         self._kind[block] = kind
 
     def _note(self) -> None:
-        if self._moment and self.total(self.live) > self.total(self.peaks.get(self._moment, {})):
+        # of equal peaks the last one: an optimiser's state is known as such once its first step is over
+        if self._moment and self.total(self.live) >= self.total(self.peaks.get(self._moment, {})):
             self.peaks[self._moment] = self.live.copy()
 
 
