@@ -14,7 +14,7 @@ from tests.processes import ROOT
 from tests.reading import Reader, all_blocks
 
 PAGES = {path.stem: path for path in sorted((ROOT / "docs" / "tutorials").glob("*.md"))}
-RUN = ("own_data", "tools")  # the others say of themselves that they are not run yet
+RUN = tuple(PAGES)
 ONE_DEVICE = {  # what commands for many devices read here, where there is one process
     "--trainer.devices 2": "--trainer.devices 1",
     "--trainer.strategy ddp --trainer.accumulate_grad_batches 2": "",
