@@ -164,7 +164,7 @@ def commands(text: str) -> Iterator[str]:
     r"""The commands of a shell block; a text for one stays with it, and so does what runs beside others.
 
     >>> list(commands("fit \\\n  --a 1\ncat > f <<'EOF'\nx\nEOF\nls\n"))
-    ['fit   --a 1', "cat > f <<'EOF'\nx\nEOF", 'ls']
+    ['fit    --a 1', "cat > f <<'EOF'\nx\nEOF", 'ls']
     """
     if " &\n" in text:
         yield text

@@ -17,6 +17,7 @@ from tests.processes import ROOT, run
 
 ALL = {path.stem: path for path in (ROOT / "configs").rglob("*.yaml")}
 PARALLEL = ["ddp", "deepspeed", "fsdp2", "tensor_parallel"]
+PROVED = ("ddp", "fsdp2")  # that these strategies train is seen by test_strategies too
 TWO_NODES = "fit"  # is run by test_two_nodes
 ON_CPU = {"trainer.precision": "32-true", "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
 
@@ -60,7 +61,7 @@ def test_it_fits(name: str, pretrained: str, tmp_path: Path, monkeypatch: pytest
     }
 
 
-@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in PROVED)) for n in PARALLEL])
 def test_it_fits_on_two_processes(name: str, tmp_path: Path) -> None:
     """Each as a user starts it: Lightning starts the second process."""
     write_data(ALL[name], tmp_path)

@@ -14,7 +14,7 @@ from tests.processes import ROOT
 from tests.reading import Reader, all_blocks
 
 PAGES = {path.stem: path for path in sorted((ROOT / "docs" / "tutorials").glob("*.md"))}
-RUN = tuple(PAGES)
+SLOW = ("lora", "many_devices")
 ONE_DEVICE = {  # what commands for many devices read here, where there is one process
     "--trainer.devices 2": "--trainer.devices 1",
     "--trainer.strategy ddp --trainer.accumulate_grad_batches 2": "",
@@ -45,7 +45,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: str) 
 
 # peft asks transformers for an attribute that has another name by now
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in PAGES])
 def test_every_block_of_a_tutorial_does_what_the_page_says(name: str, empty_folder: Path, capsys: Any) -> None:
     Reader(capsys, ONE_DEVICE).read(PAGES[name])
 
