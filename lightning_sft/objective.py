@@ -116,15 +116,14 @@ class _ChunkedSum(torch.autograd.Function):
             with torch.set_grad_enabled(any(wanted)):
                 chunk = states[part].detach().requires_grad_(wanted[0])  # [chunk, H]
                 logits = logits_of(chunk)  # [chunk, V]
-            highest, most_likely = logits.detach().max(1, keepdim=True)
+            z = logits.detach()
+            highest, most_likely = z.max(1, keepdim=True)
             correct[part] = (most_likely == target).squeeze(1)
-            z = logits.detach() - highest
-            exps = z.exp()  # its memory is that of the gradient later
+            chosen = z.gather(1, target) - highest
+            exps = (z - highest).exp_()  # its memory is that of the gradient later
             total = exps.sum(1, keepdim=True)
-            log_probs[part] = (z.gather(1, target) - total.log()).squeeze(1)
-            mean = z.mul_(exps).nansum(1, keepdim=True) / total  # Σ softmax(z) · z, in which 0 · −∞ is 0
-            entropy[part] = (total.log() - mean).squeeze(1)
-            del z
+            log_probs[part] = (chosen - total.log()).squeeze(1)
+            entropy[part] = (total.log() - _weighted_sum(z, highest, exps) / total).squeeze(1)
             if any(wanted):
                 grad_logits = exps.mul_(-weight / total).scatter_add_(1, target, weight)  # w_t · (1[y_t] − softmax(z))
                 inputs = [t for t, wants in zip((chunk, *trained), wanted, strict=True) if wants]
@@ -142,3 +141,9 @@ class _ChunkedSum(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         scaled = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
         return (None, None, None, None, *scaled)
+
+
+def _weighted_sum(z: Tensor, highest: Tensor, exps: Tensor) -> Tensor:
+    """``Σ_v exps · (z − highest)`` of each row, where 0 · −∞ is 0; a few rows at a time, without a copy of all."""
+    rows = zip(*(x.split(32) for x in (z, highest, exps)), strict=True)
+    return torch.cat([(some - most).mul_(e).nansum(1, keepdim=True) for some, most, e in rows])
