@@ -71,7 +71,7 @@ def test_predict_wants_prompts(pretrained: str, quiet_trainer: Make) -> None:
 def recorded(module: type[Any]) -> Any:
     """A user's module whose gradients are recorded."""
 
-    class Recorded(module):  # type: ignore[misc]
+    class Recorded(module):
         def configure_optimizers(self) -> Any:
             return Recorder(parameter_groups(self.parameters()))
 

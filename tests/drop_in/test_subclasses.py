@@ -74,7 +74,7 @@ def test_preference_gradients_are_those_of_the_formula(
 ) -> None:
     """The mean over the pairs of a step, whose micro-batches have 2, 2 and 1."""
 
-    class Moved(preference):  # type: ignore[misc,valid-type]
+    class Moved(preference):
         def configure_model(self) -> None:
             super().configure_model()
             moved(self.model)
