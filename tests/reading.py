@@ -88,14 +88,19 @@ class Reader:
             AssertionError: A block does not do what the page says; with its line.
         """
         kinds = {"python": self._python, "yaml": Block.write, "bash": self._bash, "text": self._text}
-        was_possible = True
-        for block in all_blocks(page.read_text(encoding="utf-8")):
-            was_possible = was_possible if block.language == "text" else self._is_possible(block)
-            if was_possible:
-                try:
-                    kinds[block.language](block)
-                except Exception as error:
-                    raise AssertionError(f"{page.name}:{block.line}: {type(error).__name__}: {error}") from error
+        was_possible, before = True, set(sys.modules)
+        try:
+            for block in all_blocks(page.read_text(encoding="utf-8")):
+                was_possible = was_possible if block.language == "text" else self._is_possible(block)
+                if was_possible:
+                    try:
+                        kinds[block.language](block)
+                    except Exception as error:
+                        raise AssertionError(f"{page.name}:{block.line}: {type(error).__name__}: {error}") from error
+        finally:  # the next page may have a module of the same name
+            for name in set(sys.modules) - before:
+                if str(getattr(sys.modules[name], "__file__", "")).startswith(str(Path.cwd())):
+                    del sys.modules[name]
 
     def _is_possible(self, block: Block) -> bool:
         what, _, name = block.remark.partition(" ")
