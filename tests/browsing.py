@@ -69,12 +69,17 @@ class Browser:
         self.call("/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": [move]}]})
 
 
+def chromedriver() -> str:
+    """Where it is; a test that needs it is skipped where there is none."""
+    if (driver := shutil.which("chromedriver")) is None:
+        pytest.skip("no chromedriver here")
+    return driver
+
+
 @contextmanager
 def started(folder: Path) -> Iterator[Browser]:
     """A browser with a profile of its own."""
-    if (driver := shutil.which("chromedriver")) is None:
-        pytest.skip("no chromedriver here")
-    with subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([chromedriver(), "--port=0"], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         port = next(int(m[1]) for line in process.stdout if (m := re.search(r"successfully on port (\d+)", line)))
         session = Browser(port, folder / "driven")

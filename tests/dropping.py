@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tests.processes import ROOT
+from tests import pages
 
-PAGE = (ROOT / "docs" / "drop_in.md").read_text(encoding="utf-8")
+PAGE = pages.page("drop_in.md")
 
 
 def blocks(heading: str, language: str = "python") -> list[str]:
     """The blocks of code of a section."""
-    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return re.findall(rf"^```{language}\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    return pages.blocks(pages.section(PAGE, f"## {heading}"), language)
 
 
 def run_code(heading: str, number: int = 0, **scope: Any) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from tests.browsing import chromedriver
 from tests.processes import ROOT, run
 
 IMAGES = ROOT / "docs" / "images"
@@ -30,8 +30,7 @@ def test_pictures_are_small_load_nothing_and_are_shown_with_a_text() -> None:
 
 @pytest.mark.slow
 def test_the_script_makes_every_picture(pretrained: str, tmp_path: Path) -> None:
-    if shutil.which("chromedriver") is None:
-        pytest.skip("no chromedriver here")
+    chromedriver()
     command = [sys.executable, "docs/screenshots.py", "--model", pretrained, "--out", str(tmp_path), "--rows", "40"]
     run(command, timeout=500)
     made = {path.name for path in tmp_path.iterdir()}
