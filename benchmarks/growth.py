@@ -36,7 +36,12 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hugging Face folder whose shape and tokenizer are used; the demo model")
     parser.add_argument("--quick", action="store_true", help="two points of each curve")
-    parser.add_argument("--only", nargs="+", choices=["packs", "documents", "vocabulary", "ranks", "rows"])
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=["packs", "documents", "vocabulary", "ranks", "rows"],
+        help="these curves; others keep what was measured before",
+    )
     parser.add_argument("--systems", nargs="+", default=["ours", "trl"])
     parser.add_argument("--steps", type=int, default=4, help="of a run; the first does not count")
     parser.add_argument("--most-rows-of-peers", type=int, default=100_000)
@@ -189,10 +194,13 @@ def markdown(curves: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure the curves, and return them."""
     growth = Growth(parsed(arguments))
+    record = growth.out / "growth.json"
     curves: dict[str, Any] = {}
+    if growth.given.only and record.is_file():  # the others stay as they were measured
+        curves = json.loads(record.read_text(encoding="utf-8"))
     for title, curve in growth.curves():
         curves[title] = curve
-        (growth.out / "growth.json").write_text(json.dumps(curves, indent=1), encoding="utf-8")
+        record.write_text(json.dumps(curves, indent=1), encoding="utf-8")
     text = markdown(curves)
     (growth.out / "growth.md").write_text(text + "\n", encoding="utf-8")
     draw_growth(curves, growth.out / "growth.png")
