@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.marks import Span, has_marks, marked_end, render_with_marks
+from lightning_sft.data.segments import Segments
 from lightning_sft.types import InputError, Message
 
 FROZEN_DATE = date(2024, 7, 26)
@@ -41,10 +42,8 @@ class ChatTemplate:
         self.text = re.sub(r"strftime_now\((['\"])(.*?)\1\)", _frozen, str(tokenizer.chat_template))
         self.has_marks = has_marks(self.text)
         longest_first = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-        self._backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
-        if self._backend is not None:  # as transformers does before each call
-            self._backend.no_truncation()
-            self._backend.no_padding()
+        backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+        self._segments = None if backend is None else Segments(backend)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @classmethod
@@ -100,8 +99,8 @@ class ChatTemplate:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each rendered text, without any that the tokenizer would add; one call for all."""
-        if self._backend is not None:  # the same without what transformers builds around the ids: half the time
-            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        if self._segments is not None:
+            return self._segments.token_ids(texts)
         ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
         return ids
 
