@@ -133,7 +133,7 @@ def _deepspeed_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path} is a checkpoint of DeepSpeed: pip install deepspeed, which reads it.") from error
     harmless = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     # its files are named by rank; it prints its progress
-    with torch.serialization.safe_globals(harmless), _weights_only(), redirect_stdout(io.StringIO()):
+    with torch.serialization.safe_globals(harmless), tensors_alone(), redirect_stdout(io.StringIO()):
         try:
             merged: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(path))
         except (RuntimeError, ValueError, OSError, EOFError, pickle.UnpicklingError) as error:
@@ -164,7 +164,7 @@ def _load(path: Path, device: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _weights_only() -> Iterator[None]:
+def tensors_alone() -> Iterator[None]:
     """torch.load as with ``weights_only=True``, also where a library asks for the contrary."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)

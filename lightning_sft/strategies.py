@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
-from lightning_sft.checkpoints import check_index
+from lightning_sft.checkpoints import check_index, tensors_alone
 from lightning_sft.sharding import DtypeName
 
 
@@ -45,10 +45,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint; of a folder, only where its index is one: torch would unpickle whatever it holds."""
-        if (Path(checkpoint_path) / ".metadata").is_file():
-            check_index(Path(checkpoint_path))
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        """Load a checkpoint; of a folder, tensors and plain values alone: torch would unpickle whatever it holds."""
+        if not (Path(checkpoint_path) / ".metadata").is_file():
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        check_index(Path(checkpoint_path))
+        with tensors_alone():
+            return super().load_checkpoint(checkpoint_path, weights_only)
 
     def model_to_device(self) -> None:
         """Move what is not sharded: shards are where they belong, which may be the host's memory."""

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import checkpoints
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.main import SFTCLI, main
+from lightning_sft.strategies import FSDP2Strategy
 from lightning_sft.types import InputError
 from tests.exporting import TWO, ZERO, trained
 from tests.payload import Payload
@@ -68,6 +71,20 @@ def test_nothing_in_the_index_of_a_distributed_checkpoint_is_run(
     with pytest.raises(InputError, match=r"It names .*(getattr|Path.touch|touch)"):
         checkpoints.weights(bad)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process alone saves and loads, as it should
+def test_nothing_in_a_shard_is_run_where_fit_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(strategy: object, path: Path, weights_only: bool | None) -> None:
+        torch_checkpoint.load({"a": None}, checkpoint_id=path, no_dist=True)
+
+    monkeypatch.setattr(ModelParallelStrategy, "load_checkpoint", load)  # what of it would run what it reads
+    torch_checkpoint.save({"a": Payload(tmp_path / "run")}, checkpoint_id=tmp_path / "bad.ckpt", no_dist=True)
+    with pytest.raises(torch_checkpoint.CheckpointException, match="Weights only load failed"):
+        FSDP2Strategy().load_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "run").exists()
+    ModelParallelStrategy().load_checkpoint(tmp_path / "bad.ckpt", None)
+    assert (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
