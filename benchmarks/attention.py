@@ -1,11 +1,15 @@
 """Attention of one layer over a pack of documents, forward and backward: stock (a T x T mask) and ours, in alternation.
 
 python benchmarks/attention.py --lengths 1024 2048 4096 --document 160
+
+Memory is what a process of its own holds at its peak above what it held before.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
 import time
 
 import torch
@@ -39,19 +43,33 @@ def seconds(lengths: list[int], ours: bool) -> float:
     return time.perf_counter() - start
 
 
+def growth_of_memory(lengths: list[int], ours: bool) -> int:
+    """Of this process by one pass, in bytes; it must not have done one before."""
+    seconds([8, 8], ours)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds(lengths, ours)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024  # of Linux, in KiB
+
+
 def main() -> None:
-    """Print a table of the shortest times."""
+    """Print a table of the shortest times, and of memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096], help="tokens of a pack")
     parser.add_argument("--document", type=int, default=160, help="tokens of a document")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
-    print("| tokens in a pack | documents | stock, ms | ours, ms | times as fast |\n|---|---|---|---|---|")
+    head = ["tokens in a pack", "documents", "stock, ms", "ours, ms", "times as fast", "stock, MB", "ours, MB"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    processes = multiprocessing.get_context("spawn")
     for size in given.lengths:
         lengths = [given.document] * (size // given.document) + [size % given.document] * (size % given.document > 0)
         rounds = [(seconds(lengths, ours=False), seconds(lengths, ours=True)) for _ in range(given.rounds)]
         stock, ours = (1000 * min(times) for times in zip(*rounds, strict=True))
-        print(f"| {size:,} | {len(lengths)} | {stock:.1f} | {ours:.1f} | {stock / ours:.1f} |")
+        with processes.Pool(2, maxtasksperchild=1) as pool:
+            of_stock, of_ours = pool.starmap(growth_of_memory, [(lengths, False), (lengths, True)], chunksize=1)
+        memory = f"{of_stock / 1e6:,.0f} | {of_ours / 1e6:,.0f}"
+        times = f"{stock:,.1f} | {ours:,.1f} | {stock / ours:.1f}"
+        print(f"| {size:,} | {len(lengths)} | {times} | {memory} |", flush=True)
 
 
 if __name__ == "__main__":
