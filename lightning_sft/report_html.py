@@ -86,10 +86,11 @@ def _charts(run: Run) -> str:
     charts = [
         line_chart("Loss", pair("loss"), "nats a target token, over all micro-batches and ranks of a step"),
         line_chart("Token accuracy", pair("token_accuracy"), "share of targets that are the likeliest token"),
+        line_chart("Entropy", pair("entropy"), "of the prediction of a target token, in nats"),
         line_chart("Gradient norm", {"before clipping": run.metrics.get("train/gradient_norm", [])}),
         line_chart("Learning rate", {"learning rate": run.metrics.get("lr", [])}, smooth=False),
         line_chart("Throughput", speeds, "a second, over all ranks; a mean of ten steps", from_zero=True),
-        line_chart("Validation loss by data set", of_parts) if of_parts else "",
+        line_chart("Loss by data set", of_parts) if of_parts else "",
         line_chart("Validation loss by place in the answer", by_position, "number of the token in its answer"),
         line_chart("Validation loss by turn", by_turn, "number of the answer in its conversation"),
     ]

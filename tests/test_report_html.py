@@ -38,7 +38,15 @@ def test_the_report_has_all_parts_loads_nothing_and_texts_are_never_markup(run: 
     titles = re.findall(r"<h2[^>]*>(.*?)</h2>", text)
     parts = ["Training", "Drift", "Samples", "Data", "Settings", "How to reproduce"]
     assert [title for title in titles if title in parts] == [*parts[:4], "Data", *parts[4:]]
-    charts = {"Loss", "Token accuracy", "Gradient norm", "Learning rate", "Throughput", "KL to the pretrained model"}
+    charts = {
+        "Loss",
+        "Token accuracy",
+        "Entropy",
+        "Gradient norm",
+        "Learning rate",
+        "Throughput",
+        "KL to the pretrained model",
+    }
     assert charts <= set(titles)
     assert "at step 0</span>" in text  # the validation before the training
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]

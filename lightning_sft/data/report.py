@@ -19,6 +19,7 @@ from lightning_sft.data.planned import Planned
 
 _PLACE = re.compile(r"(.+?:\d+|row \d+): (.*)", re.DOTALL)
 _LISTED = 20  # rows named for a reason
+_FEW_STEPS = 10  # of an epoch
 _BAR = 40  # characters of the longest bar
 
 
@@ -26,7 +27,13 @@ def show_report(splits: Mapping[str, Split], train: Planned) -> None:
     """Print the account of all splits and the plan of the training epochs."""
     console = Console(soft_wrap=True)
     show_figures(splits, train, console)
-    for remark in (remark for name, split in splits.items() for remark in split.account.remarks(name)):
+    remarks = [remark for name, split in splits.items() for remark in split.account.remarks(name)]
+    if train.plan.num_steps < _FEW_STEPS:
+        remarks.append(
+            "So few optimiser steps change a model little. Lower trainer.accumulate_grad_batches or "
+            "data.tokens_per_batch for more of them, or raise trainer.max_epochs."
+        )
+    for remark in remarks:
         console.print(remark, style="yellow", markup=False, highlight=False)
 
 

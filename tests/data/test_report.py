@@ -6,6 +6,7 @@ from collections import Counter
 from io import StringIO
 from itertools import pairwise
 
+import pytest
 from rich.console import Console
 
 from lightning_sft.data.account import Account
@@ -14,7 +15,8 @@ from lightning_sft.data.examples import Examples, to_batch
 from lightning_sft.data.packing import pack
 from lightning_sft.data.plan import Plan
 from lightning_sft.data.planned import Planned
-from lightning_sft.data.report import by_reason, figures, histogram, show_details
+from lightning_sft.data.report import by_reason, figures, histogram, show_details, show_report
+from lightning_sft.trainer_facts import Division
 from lightning_sft.types import Example
 
 EXAMPLES = [Example([1, 2, 3], [0, 1, 1], "a:1"), Example([1, 2], [0, 1], "a:2"), Example([1, 4], [0, 1], "a:2")]
@@ -82,3 +84,10 @@ def test_the_fill_is_the_share_of_positions_that_a_token_takes() -> None:
     plan = Plan(SPLIT.lengths, SPLIT.examples.weights, lambda lengths: pack(lengths, 4))
     assert Planned(SPLIT, plan, 4, "packed").fill == 7 / 8
     assert "2 optimiser steps" in str(Planned(SPLIT, plan, 4, "packed"))
+
+
+def test_an_epoch_of_few_steps_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
+    for count, is_remarked in ((9, True), (10, False)):
+        split = Split("train", Examples([to_batch([Example([1, 2, 3], [0, 1, 1])] * count)]), Account(num_rows=count))
+        show_report({"train": split}, Planned.of(split, Division(), tokens_per_batch=3, seed=0))
+        assert ("So few optimiser steps" in capsys.readouterr().out) == is_remarked
