@@ -29,7 +29,7 @@ from benchmarks.environments import ROOT
 from benchmarks.record import rows_of
 
 MIB = 2**20
-STEPS = 4
+STEPS = 3
 LENGTHS, VOCABULARIES = (1024, 2048, 4096, 8192), (49_152, 128_256, 256_000)
 ON_CPU = ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
 
