@@ -41,7 +41,8 @@ def _head(run: Run, title: str) -> str:
     record, last = run.record, run.metrics.get("train/loss", [(0, 0.0)])[-1][0]
     trained = f"{short(record['trained'])} of {short(record['parameters'])} parameters trained"
     started = f"{record['starts'][0]['time'].replace('T', ' ').split('+')[0]} UTC"
-    times = "" if len(record["starts"]) == 1 else f", gone on with {len(record['starts']) - 1} times"
+    more = len(record["starts"]) - 1
+    times = "" if more == 0 else ", gone on with once" if more == 1 else f", gone on with {more} times"
     about = f"{last:,.0f} optimiser steps in {timedelta(seconds=round(run.seconds))}, begun {started}{times}"
     cards = "".join(_cards(run))
     return (
