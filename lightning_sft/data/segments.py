@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import chain, pairwise
+from itertools import chain, combinations, pairwise
 
 from tokenizers import AddedToken, Tokenizer
 
@@ -56,9 +56,10 @@ def _always_cut(added: Sequence[AddedToken]) -> Iterator[str]:
     be taken for another added token, which has it inside, or ends with what it begins with.
     """
     plain = [token for token in added if token.content and not token.normalized]
+    contents = [token.content for token in plain]  # some tokenizers have thousands: no token is held against each other
+    ends = {text[begin:] for text in contents for begin in range(len(text))}
+    inner = {text[i:j] for text in contents for i, j in combinations(range(len(text) + 1), 2) if j - i < len(text)}
     for token in plain:
-        begins = tuple(token.content[:size] for size in range(1, len(token.content)))
-        others = (other.content for other in plain if other is not token)
-        is_hidden = any(token.content in other or other.endswith(begins) for other in others)
-        if token.special and not (token.lstrip or token.single_word or is_hidden):
+        is_end = any(token.content[:size] in ends for size in range(1, len(token.content)))
+        if token.special and not (token.lstrip or token.single_word or is_end or token.content in inner):
             yield token.content
