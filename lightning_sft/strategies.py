@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +46,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint; of a folder, tensors and plain values alone: torch would unpickle whatever it holds."""
-        if not (Path(checkpoint_path) / ".metadata").is_file():
-            return super().load_checkpoint(checkpoint_path, weights_only)
-        check_index(Path(checkpoint_path))
-        with tensors_alone():
+        """Load a checkpoint; of a folder, tensors and plain values alone: torch would unpickle whatever it holds.
+
+        With ``weights_only=False`` whatever else is in it is trusted, as in Lightning; its index never is.
+        """
+        is_folder = (Path(checkpoint_path) / ".metadata").is_file()
+        if is_folder:
+            check_index(Path(checkpoint_path))
+        with tensors_alone() if is_folder and weights_only is not False else nullcontext():
             return super().load_checkpoint(checkpoint_path, weights_only)
 
     def model_to_device(self) -> None:

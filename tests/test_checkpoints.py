@@ -85,6 +85,9 @@ def test_nothing_in_a_shard_is_run_where_fit_goes_on(tmp_path: Path, monkeypatch
     assert not (tmp_path / "run").exists()
     ModelParallelStrategy().load_checkpoint(tmp_path / "bad.ckpt", None)
     assert (tmp_path / "run").exists()
+    (tmp_path / "run").unlink()
+    FSDP2Strategy().load_checkpoint(tmp_path / "bad.ckpt", weights_only=False)  # trusted, as the user says
+    assert (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
