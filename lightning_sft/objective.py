@@ -13,12 +13,13 @@ This file computes Σ_t w_t · log Pr(t) and Σ_t w_t; the division happens once
 that a user gives (per message, per row) multiply w_t.
 
 The logits are never held: [T, V] is worked through in chunks of targets, and each chunk's gradient is taken while its
-logits are there. Only positions with a target reach the head.
+logits are there. Of a chunk, what the head gives and its gradient are held in the head's own precision; the softmax is
+taken in float32, in blocks of rows that a processor's cache holds. Only positions with a target reach the head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from torch.nn import functional as F
 from lightning_sft.types import IGNORE, LogLikelihood
 
 Head = nn.Module | Tensor
+
+_BLOCK = 2**18  # logits that a CPU takes the softmax of at a time: 1 MB in float32
 
 
 def log_likelihood(
@@ -73,15 +76,11 @@ def log_likelihood(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     w = torch.ones_like(targets, dtype=dtype) if weights is None else weights[is_target].to(dtype)
 
-    def logits_of(states: Tensor) -> Tensor:
-        logits = F.linear(states, head) if isinstance(head, Tensor) else head(states)
-        return transformed(logits.to(dtype), scale, softcap)
-
     parameters = [head] if isinstance(head, Tensor) else list(head.parameters())
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     states = hidden[is_target] if torch.is_grad_enabled() else hidden[is_target].detach()  # [T, H]
     chunked_sum: Any = _ChunkedSum  # torch gives autograd functions no types
-    total, *of_targets = chunked_sum.apply(logits_of, chunk_size, targets, w, states, *trained)
+    total, *of_targets = chunked_sum.apply(head, (scale, softcap), chunk_size, targets, w, states, *trained)
     return LogLikelihood(total, w.sum(), *of_targets)
 
 
@@ -97,53 +96,72 @@ class _ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits_of: Callable[[Tensor], Tensor],
+        head: Head,
+        transformation: tuple[float, float | None],
         chunk_size: int,
         targets: Tensor,
         weights: Tensor,
         states: Tensor,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wanted = (states.requires_grad, *(True for _ in trained))
-        gradients = [
-            torch.zeros_like(t) if wants else None for t, wants in zip((states, *trained), wanted, strict=True)
-        ]
+        of_states = torch.zeros_like(states) if states.requires_grad else None
+        of_trained = [] if len(targets) else [torch.zeros_like(t) for t in trained]
         log_probs, entropy = torch.empty_like(weights), torch.empty_like(weights)
         correct = torch.empty_like(targets, dtype=torch.bool)
-        for start in range(0, len(targets), chunk_size):
-            part = slice(start, start + chunk_size)
-            target, weight = targets[part, None], weights[part, None]  # [chunk, 1]
-            with torch.set_grad_enabled(any(wanted)):
-                chunk = states[part].detach().requires_grad_(wanted[0])  # [chunk, H]
-                logits = logits_of(chunk)  # [chunk, V]
-            z = logits.detach()
-            highest, most_likely = z.max(1, keepdim=True)
-            correct[part] = (most_likely == target).squeeze(1)
-            chosen = z.gather(1, target) - highest
-            exps = (z - highest).exp_()  # its memory is that of the gradient later
-            total = exps.sum(1, keepdim=True)
-            log_probs[part] = (chosen - total.log()).squeeze(1)
-            entropy[part] = (total.log() - _weighted_sum(z, highest, exps) / total).squeeze(1)
-            if any(wanted):
-                grad_logits = exps.mul_(-weight / total).scatter_add_(1, target, weight)  # w_t · (1[y_t] − softmax(z))
-                inputs = [t for t, wants in zip((chunk, *trained), wanted, strict=True) if wants]
-                filled = [g for g in gradients if g is not None]
-                for i, new in enumerate(torch.autograd.grad(logits, inputs, grad_logits)):
-                    if wanted[0] and i == 0:
-                        filled[0][part] = new
-                    else:
-                        filled[i] += new
-        ctx.save_for_backward(*gradients)
+        for chunk in _even(len(targets), chunk_size):
+            some = states[chunk].detach().requires_grad_(states.requires_grad)  # [chunk, H]
+            inputs = [*([some] if states.requires_grad else []), *trained]
+            with torch.set_grad_enabled(bool(inputs)):
+                raw = F.linear(some, head) if isinstance(head, Tensor) else head(some)  # [chunk, V]
+            gradient = torch.empty_like(raw) if inputs else None
+            parts = [x[chunk] for x in (targets, weights, log_probs, correct, entropy)]
+            for rows in _even(len(raw), max(1, _BLOCK // raw.shape[1]) if raw.device.type == "cpu" else len(raw)):
+                here = None if gradient is None else gradient[rows]
+                _softmax(raw.detach()[rows], transformation, here, *(x[rows] for x in parts))
+            if inputs:
+                new = list(torch.autograd.grad(raw, inputs, gradient))
+                if of_states is not None:
+                    of_states[chunk] = new.pop(0)
+                of_trained = [old.add_(more) for old, more in zip(of_trained, new, strict=True)] if of_trained else new
+        ctx.save_for_backward(of_states, *of_trained)
         ctx.mark_non_differentiable(log_probs, correct, entropy)
         return weights @ log_probs, log_probs, correct, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         scaled = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
-        return (None, None, None, None, *scaled)
+        return (None, None, None, None, None, *scaled)
 
 
-def _weighted_sum(z: Tensor, highest: Tensor, exps: Tensor) -> Tensor:
-    """``Σ_v exps · (z − highest)`` of each row, where 0 · −∞ is 0; a few rows at a time, without a copy of all."""
-    rows = zip(*(x.split(32) for x in (z, highest, exps)), strict=True)
-    return torch.cat([(some - most).mul_(e).nansum(1, keepdim=True) for some, most, e in rows])
+def _softmax(
+    raw: Tensor,
+    transformation: tuple[float, float | None],
+    gradient: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    log_probs: Tensor,
+    correct: Tensor,
+    entropy: Tensor,
+) -> None:
+    """Fill in the figures of some rows of what the head gives, and the gradient of the sum with respect to these."""
+    target, weight, (scale, softcap) = targets[:, None], weights[:, None], transformation
+    z = transformed(raw.to(weight.dtype), scale, softcap)
+    highest, most_likely = z.max(1, keepdim=True)
+    below = z - highest
+    chosen, exps = below.gather(1, target), below.exp()
+    total = exps.sum(1, keepdim=True)
+    torch.sub(chosen, total.log(), out=log_probs[:, None])
+    torch.eq(most_likely, target, out=correct[:, None])
+    torch.sub(total.log(), below.mul_(exps).nansum(1, keepdim=True) / total, out=entropy[:, None])  # 0 · −∞ is 0
+    if gradient is not None:
+        of_z = exps.mul_(-weight / total).scatter_add_(1, target, weight)  # w_t · (1[y_t] − softmax(z))
+        if softcap is not None:
+            of_z.mul_(1 - (z / softcap) ** 2)  # tanh' = 1 − tanh²
+        gradient.copy_(of_z if scale == 1 else of_z.mul_(scale))
+
+
+def _even(total: int, most: int) -> Iterator[slice]:
+    """Slices of at most ``most``, as even as can be, that make up ``range(total)``."""
+    num = -(-total // most)
+    for i in range(num):
+        yield slice(-(-total * i // num), -(-total * (i + 1) // num))

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, eager_mask, packed_sequence_mask_function, sdpa_mask
 
-from lightning_sft.attention import varlen
+from lightning_sft.attention import halves, varlen
 from lightning_sft.attention.documents import Documents
 
 NAMES = {"sdpa": "per_document", "eager": "per_document_eager"}
@@ -109,6 +109,8 @@ def _each(
         dropout, scale = settings.get("dropout", 0.0), settings.get("scaling") or query.shape[-1] ** -0.5
         if varlen.why_not(query, key, value, dropout) is None:
             return _in_rows(varlen.attend(query, key, value, documents, scale, dropout), num_rows)
+        if halves.can(query, key, value, documents.window, dropout):
+            return _in_rows(halves.attend(query, key, value, documents.lengths, scale), num_rows)
     outputs = []
     split = (x.split(documents.lengths, dim=2) for x in (query, key, value))
     for q, k, v in zip(*split, strict=True):

@@ -1,4 +1,4 @@
-"""What the command line adds to ``fit``, so that a run survives the end of its process, and finds its place again."""
+"""What the command line adds to ``fit``: a run survives the end of its process, finds its place again, and is fast."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.keep_memory import KeepMemory
 from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import Preempt
 from lightning_sft.callbacks.progress import TrainingProgress
@@ -21,9 +22,9 @@ from lightning_sft.types import InputError
 
 
 def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = True) -> list[Callback]:
-    """Those that the user has not given: checkpoints, an end in good order, and the ledger.
+    """Those that the user has not given: kept memory, checkpoints, an end in good order, and the ledger.
 
-    Verbs other than fit have the first alone: Lightning warns where a checkpoint's callbacks are not there.
+    Verbs other than fit have checkpoints alone: Lightning warns where a checkpoint's callbacks are not there.
 
     Args:
         trainer: Settings of the trainer.
@@ -32,10 +33,12 @@ def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = 
     """
     given = trainer.get("callbacks") or []
     given = given if isinstance(given, list) else [given]
-    if trainer.get("fast_dev_run") or trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
-        return []
-    root = Path(trainer.get("default_root_dir") or ".")
     added: list[Callback] = []
+    if is_fit and not any(isinstance(callback, KeepMemory) for callback in given):
+        added.append(KeepMemory())
+    if trainer.get("fast_dev_run") or trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
+        return added
+    root = Path(trainer.get("default_root_dir") or ".")
     if is_fit and not any(isinstance(callback, Preempt) for callback in given):
         added.append(Preempt())
     for kind in (SampleLedger, RunRecord):

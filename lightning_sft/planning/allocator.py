@@ -10,7 +10,7 @@ import ctypes
 import subprocess
 import sys
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 Event = tuple[int, int]
 """Number of a block and its size in bytes where it is allocated; its number and -1 where it is freed."""
@@ -20,14 +20,18 @@ _LARGE = 1 << 16  # smaller blocks do not move the peak
 _RECORDS = (96, 240, 40)  # bytes of what torch notes beside a tensor: small blocks that keep holes in the heap open
 
 
-def footprint(events: Iterable[Event]) -> int | None:
+def footprint(events: Iterable[Event], settings: Mapping[int, int] | None = None) -> int | None:
     """Most bytes that the allocator holds, as this process's environment sets it; ``None`` where it does not say.
+
+    Args:
+        events: The allocations.
+        settings: Arguments of ``mallopt``, as in :mod:`lightning_sft.heap`.
 
     >>> footprint([(0, 1000), (1, 1 << 30), (1, -1), (0, -1)]) in (None, *range(1 << 30, (1 << 30) + (1 << 20)))
     True
     """
     flat = array("q", (number for event in events for number in event))
-    command = [sys.executable, "-I", __file__]
+    command = [sys.executable, "-I", __file__, *(str(number) for pair in (settings or {}).items() for number in pair)]
     done = subprocess.run(command, input=flat.tobytes(), capture_output=True, check=False)
     return int(done.stdout) if done.returncode == 0 else None
 
@@ -47,6 +51,10 @@ def _main() -> None:
     libc.posix_memalign.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+
+    given = [int(number) for number in sys.argv[1:]]
+    for parameter, value in zip(given[::2], given[1::2], strict=True):
+        libc.mallopt(parameter, value)
 
     def held() -> int:
         info = libc.mallinfo2()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lightning_sft.heap import KEEPS, is_set
 from lightning_sft.types import InputError
 
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
@@ -46,6 +47,7 @@ class Layout:
         is_deepspeed: Whether DeepSpeed does it, with a float32 copy of what is trained, and its buckets.
         offloads: What is in the host's memory: ``optimiser``, or ``all``.
         in_backward: Whether the optimiser steps in the backward pass.
+        keeps_memory: Whether a CPU's allocator keeps what is freed.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Layout:
     is_deepspeed: bool = False
     offloads: str = ""
     in_backward: bool = False
+    keeps_memory: bool = True
 
     @classmethod
     def of(cls, settings: Any, num_devices: int) -> Layout:
@@ -73,7 +76,9 @@ class Layout:
         dtype, autocast = _precision(settings.precision)
         name, own = _named(settings.strategy)
         plain: dict[str, Any] = {"dtype": dtype, "autocast": autocast, "data_parallel": num_devices}
-        plain["in_backward"] = any(_named(callback)[0] == "optimizerinbackward" for callback in _listed(settings))
+        callbacks = dict(map(_named, _listed(settings)))
+        plain["in_backward"] = "optimizerinbackward" in callbacks
+        plain["keeps_memory"] = callbacks.get("keepmemory", {}).get("enabled", True)  # fit adds it
         if "deepspeed" in name:
             stage = int(own.get("stage") or next((c for c in name if c.isdigit()), 2))
             offloads = "all" if own.get("offload_parameters") or (stage == 3 and "offload" in name) else ""
@@ -103,6 +108,11 @@ class Layout:
     def computes_in(self) -> torch.dtype:
         """Dtype that parameters have while they are used."""
         return self.compute or self.dtype
+
+    @property
+    def mallopt(self) -> Mapping[int, int]:
+        """Settings of the C library's allocator."""
+        return KEEPS if self.keeps_memory and not is_set() else {}
 
     @property
     def shares(self) -> dict[str, float]:

@@ -89,7 +89,7 @@ def predict(module: Any, batch: Batch, layout: Layout, device: Device, accumulat
     holes = 0.0
     if device.name == "CPU":
         in_use = max(meter.total(live) for live in meter.peaks.values())
-        holes = max(0.0, (footprint(meter.events()) or in_use) - in_use)
+        holes = max(0.0, (footprint(meter.events(), layout.mallopt) or in_use) - in_use)
     return Prediction(layout, device, moments, holes, done)
 
 

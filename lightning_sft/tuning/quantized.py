@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,20 @@ def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def keep_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for inference, from which its products have no gradient.
+
+    It does so on CPUs with bfloat16 instructions at the first forward pass in evaluation mode, and for good: a fit
+    would then go on with products in bfloat16 whose inputs get no gradient (seen with 0.50).
+
+    Args:
+        model: It is changed in place.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def is_quantized(model: PreTrainedModel) -> bool:

@@ -15,7 +15,7 @@ from lightning_sft.pretrained import load_model, model_from_config, new_token_id
 from lightning_sft.tuning import adapter_checkpoints, new_tokens
 from lightning_sft.tuning.adapters import Lora, inject
 from lightning_sft.tuning.freezing import choose
-from lightning_sft.tuning.quantized import Bits, quantization
+from lightning_sft.tuning.quantized import Bits, keep_differentiable, quantization
 from lightning_sft.types import InputError
 
 
@@ -90,6 +90,7 @@ class Tuning:
             in_bfloat16 = trainer is not None and "bf16" in str(trainer.precision)
             dtype = torch.bfloat16 if in_bfloat16 else torch.get_default_dtype()
             model = load_model(pretrained, attention, self.quantize and quantization(self.quantize, dtype))
+            keep_differentiable(model)
             self._base = None if self.lora is None else adapter_checkpoints.samples(model)
             self._prepare(model, pretrained)
         choose(model, self.frozen, self.trained)

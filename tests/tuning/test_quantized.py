@@ -85,6 +85,24 @@ def test_a_run_goes_on_bit_by_bit_and_exports(
     assert not hasattr(exported.config, "quantization_config")
 
 
+def test_gradients_pass_through_the_base_after_an_evaluation(base: str, bits: Any, ids: torch.Tensor) -> None:
+    """On CPUs with bfloat16 instructions bitsandbytes has products for inference that have no gradient."""
+    module = lora_module(base, Lora(r=4), quantize=bits)
+    for layer in module.model.modules():
+        assert not getattr(layer, "support_avx512bf16_for_cpu", False)  # on whatever machine this is
+
+    def gradients() -> list[torch.Tensor]:
+        module.zero_grad()
+        module.train().model(ids).logits.square().sum().backward()
+        return [p.grad.clone() for p in module.parameters() if p.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        module.eval().model(ids)
+    assert all(map(torch.equal, gradients(), before))
+    assert all(gradient.any() for gradient in before[1::2])  # B of each adapter; of A, B = 0 lets nothing through
+
+
 def test_what_cannot_be_is_refused(base: str, bits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="needs adapters"):
         SFTModule(base, quantize=bits).configure_model()
