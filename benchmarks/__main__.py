@@ -124,11 +124,11 @@ class Bench:
                 self.train(case, number)
 
     def same(self) -> None:
-        """The same batches for two systems."""
+        """The same batches for two systems, in float32, so that a difference is not one of rounding."""
         given = self.given
         for case in same_batches(given.same_rows) if given.same_steps else []:
             if case.system in given.systems:
-                size = {"steps": given.same_steps, "rows_per_step": given.same_rows}
+                size = {"steps": given.same_steps, "rows_per_step": given.same_rows, "precision": "float32"}
                 self.train(case, 0, given=str(self.batches), **size)
 
     def preprocess(self, number: int) -> None:

@@ -127,7 +127,7 @@ def _same_batches(found: Sequence[Mapping[str, Any]]) -> list[str]:
     if len(cases) != 2:
         return []
     losses = [case["losses"] for case in cases]
-    lines = ["", f"The same batches, {len(losses[0])} steps; the loss of each:", ""]
+    lines = ["", f"The same batches in float32, {len(losses[0])} steps; the loss of each:", ""]
     lines += [_row(["step", *(case["name"] for case in cases), "difference"]), "|---|---|---|---|"]
     for number, (a, b) in enumerate(zip(*losses, strict=True), 1):
         lines.append(_row([str(number), f"{a:.5f}", f"{b:.5f}", f"{abs(a - b):.1e}"]))

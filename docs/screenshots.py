@@ -32,7 +32,9 @@ from tests.browsing import Browser, started  # noqa: E402 - this repository's, b
 
 WIDTH = 104  # columns of the terminal
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # fonts would come from the web
-NOISE = re.compile(r"Failed to load .*torchao|W\d{4} .*torch|💡 Tip|Loading weights")  # of other packages
+NOISE = re.compile(
+    r"Failed to load .*(torchao|kernels-community)|you already `pip install|W\d{4} .*torch|💡 Tip|Loading weights"
+)  # of other packages
 CONTROL = re.compile(r"(\r\n|\n|\r|\x1b\[[?\d;]*[A-Za-ln-z])")  # all but colours
 CONFIG = {
     "trainer": {
@@ -45,7 +47,7 @@ CONFIG = {
         "default_root_dir": "runs",
         "callbacks": [
             {"class_path": "lightning_sft.callbacks.DriftMonitor", "init_args": {"sequences": 4}},
-            {"class_path": "lightning_sft.callbacks.SampleGenerations", "init_args": {"prompts": 3}},
+            {"class_path": "lightning_sft.callbacks.SampleGenerations", "init_args": {"prompts": 2}},
         ],
     },
     "model": {
@@ -60,7 +62,7 @@ COMMANDS = {  # and which lines of the screen are shown
     "show": (["show", "--config", "fit.yaml", "--rows", "2"], slice(60)),
     "plan": (["plan", "--config", "fit.yaml", "--memory", "2"], slice(60)),
     "verify": (["verify", "--config", "fit.yaml", "--samples", "4", "--tokens", "192"], slice(60)),
-    "fit": (["fit", "--config", "fit.yaml"], slice(-70, None)),
+    "fit": (["fit", "--config", "fit.yaml"], slice(-49, None)),
 }
 HEIGHTS = {"show": 900, "report": 1300}
 

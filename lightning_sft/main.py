@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -162,6 +163,8 @@ _DESCRIPTION = (
 
 def console() -> None:
     """``main`` for the shell: what the user can put right is one message, not a traceback."""
+    # lightning/pytorch/utilities/_pytree.py uses a name that torch 2.13 deprecates: users can do nothing about it
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     try:
         result = main()
     except (InputError, FloatingPointError, MisconfigurationException, yaml.YAMLError) as error:

@@ -150,7 +150,7 @@ def test_the_whole_benchmark_on_a_tiny_model(tmp_path: Path) -> None:
     here = ["--model", model, "--out", str(tmp_path / "out"), "--systems", "ours", "trl", *GENTLE]
     size = ["--length", "256", "--steps", "3", "--rounds", "1", "--same-steps", "5", "--preprocessing-rows", "100"]
     found = main([*here, *size, "--precision", "float32"])
-    assert [run["error"] for run in found["runs"]] == [None] * 8
+    assert [run["error"] for run in found["runs"]] == [None] * 9
     cases = all_figures(found)
     ours, trl = (case["losses"] for case in cases if case["kind"] == SAME)
     assert len(ours) == 5

@@ -65,39 +65,40 @@ def remedies(
     """
     draft = _Draft(module, batch, prediction.layout)
     while not prediction.fits:
-        following = _next(draft, prediction, smaller, least)
-        if following is None:
+        for following in _changes(draft, prediction, smaller, least):
+            found = try_out(following.module, following.batch, following.layout)
+            if found.peak < prediction.peak:
+                break
+        else:
             return
-        draft = following
-        prediction = try_out(draft.module, draft.batch, draft.layout)
+        draft, prediction = following, found
         yield Remedy(draft.settings, prediction)
 
 
-def _next(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Batch], least: int) -> _Draft | None:
-    """The change that costs least of those that are left."""
+def _changes(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Batch], least: int) -> Iterator[_Draft]:
+    """Those that are left, the one that costs least first."""
     module, layout = draft.module, draft.layout
     activations = max(parts.get("activations", 0.0) for parts in prediction.moments.values())
     if not module.gradient_checkpointing and activations > _LARGE * prediction.peak:
-        return draft.changed("model.gradient_checkpointing=true", gradient_checkpointing=True)
+        yield draft.changed("model.gradient_checkpointing=true", gradient_checkpointing=True)
     in_loss = prediction.moments[LOSS].get("activations", 0.0)
     sums = {name: sum(parts.values()) for name, parts in prediction.moments.items() if name != LOADING}
     if module.chunk_size > 64 and sums[LOSS] == max(sums.values()) and prediction.rehearsal.logits > _LARGE * in_loss:
-        return draft.changed("model.chunk_size=64", chunk_size=64)
+        yield draft.changed("model.chunk_size=64", chunk_size=64)
     capacity = max(least, draft.batch.input_ids.numel() // 2)
     if capacity < draft.batch.input_ids.numel() and in_loss > _LARGE * prediction.peak:
-        return replace(
+        yield replace(
             draft.changed(f"data.tokens_per_batch={capacity}, trainer.accumulate_grad_batches times 2"),
             batch=smaller(capacity),
         )
     if layout.stage < 3 and layout.data_parallel > 1 and module.tuning.quantize is None:
         sharded = replace(layout, name=f"FSDP2 over {layout.data_parallel}", stage=3, is_deepspeed=False, offloads="")
-        return replace(draft.changed("trainer.strategy=fsdp2"), layout=sharded)
+        yield replace(draft.changed("trainer.strategy=fsdp2"), layout=sharded)
     if module.tuning.lora is None:
-        return draft.changed("model.lora.r=16", tuning=replace(module.tuning, lora=Lora()))
+        yield draft.changed("model.lora.r=16", tuning=replace(module.tuning, lora=Lora()))
     if module.tuning.quantize is None and layout.stage == 0:
-        return draft.changed("model.quantize=4bit", tuning=replace(module.tuning, quantize="4bit"))
+        yield draft.changed("model.quantize=4bit", tuning=replace(module.tuning, quantize="4bit"))
     if layout.stage == 3 and prediction.moments[LOADING] and layout.data_parallel * 2 <= _MOST_DEVICES:
         number = layout.data_parallel * 2
         wider = replace(layout, name=f"FSDP2 over {number}", data_parallel=number)
-        return replace(draft.changed(f"{number} devices"), layout=wider)
-    return None
+        yield replace(draft.changed(f"{number} devices"), layout=wider)

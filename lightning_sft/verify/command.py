@@ -72,12 +72,12 @@ def verify(
     with_flash = (module.attn_implementation or "").startswith("flash")  # which computes in 16 bits only
     precision = "64-true" if in_float64 else "bf16-true" if with_flash else "32-true"
     screen = Console(stderr=True)
-    with screen.status("Reading the data"):
-        subject = Subject.of(module, data, trainer, samples, tokens, precision, rows, choice)
+    screen.print("Reading the data")
+    subject = Subject.of(module, data, trainer, samples, tokens, precision, rows, choice)
     verdict = Verdict(_about(subject), remarks=_remarks(subject))
     for number, name in enumerate(checks or CHECKS, 1):
-        with screen.status(f"Check {number} of {len(checks or CHECKS)}: {name}"):
-            verdict.outcomes.append(_run(name, subject))
+        screen.print(f"Check {number} of {len(checks or CHECKS)}: {name}")  # a line, for Lightning prints in between
+        verdict.outcomes.append(_run(name, subject))
     verdict.show(Console())
     if out is not None:
         verdict.write(out)
