@@ -62,7 +62,7 @@ COMMANDS = {  # and which lines of the screen are shown
     "show": (["show", "--config", "fit.yaml", "--rows", "2"], slice(60)),
     "plan": (["plan", "--config", "fit.yaml", "--memory", "2"], slice(60)),
     "verify": (["verify", "--config", "fit.yaml", "--samples", "4", "--tokens", "192"], slice(60)),
-    "fit": (["fit", "--config", "fit.yaml"], slice(-49, None)),
+    "fit": (["fit", "--config", "fit.yaml"], slice(-47, None)),
 }
 HEIGHTS = {"show": 900, "report": 1300}
 
