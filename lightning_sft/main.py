@@ -161,10 +161,16 @@ _DESCRIPTION = (
 )
 
 
+_NOISE = (  # of other packages, about which users can do nothing
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own, of torch 2.13
+    "Precision bf16-mixed is not supported by the model summary",  # which counts bytes; plan does it
+)
+
+
 def console() -> None:
     """``main`` for the shell: what the user can put right is one message, not a traceback."""
-    # lightning/pytorch/utilities/_pytree.py uses a name that torch 2.13 deprecates: users can do nothing about it
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+    for message in _NOISE:
+        warnings.filterwarnings("ignore", message)
     try:
         result = main()
     except (InputError, FloatingPointError, MisconfigurationException, yaml.YAMLError) as error:

@@ -22,7 +22,8 @@ class ScoreAnswers(Callback):
     (``model.sampling``, ``model.max_new_tokens``). See :mod:`lightning_sft.answer_scores` for the figures.
 
     Args:
-        extract: A regular expression with one group, the part of an answer to compare: ``####\s*(\S+)`` for GSM8K.
+        extract: A regular expression with one group, the part of an answer to compare: ``####\s*(\S+)`` for GSM8K. Not
+            ``str | None``, of which jsonargparse would read what begins with ``#`` as a comment.
         rouge: Whether to compute ROUGE.
         bleu: Whether to compute BLEU.
         first: Ask no more than the first so many rows of each data set.
@@ -32,16 +33,16 @@ class ScoreAnswers(Callback):
 
     def __init__(
         self,
-        extract: str | None = None,
+        extract: str = "",
         rouge: bool = False,
         bleu: bool = False,
         first: int | None = None,
         batch_size: int | None = None,
         filename: str = "answers.jsonl",
     ) -> None:
-        if extract is not None:
+        if extract:
             extracted("", extract)  # refuses what is no expression before anything is computed
-        self.extract, self.rouge, self.bleu = extract, rouge, bleu
+        self.extract, self.rouge, self.bleu = extract or None, rouge, bleu
         self.first, self.batch_size, self.filename = first, batch_size, filename
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:

@@ -51,10 +51,16 @@ class Meter(TorchDispatchMode):
         self.live: Counter[Kind] = Counter()
         self.peaks: dict[str, Counter[Kind]] = {}  # what was live at the peak of each moment
         self._moment = ""
+        self._new: Kind = KINDS[-1]
 
-    def moment(self, name: str) -> None:
-        """Begin a stretch of time, or go on with it: its peak is kept by this name."""
-        self._moment = name
+    def moment(self, name: str, new: Kind = "activations") -> None:
+        """Begin a stretch of time, or go on with it: its peak is kept by this name.
+
+        Args:
+            name: Its name.
+            new: What is allocated in it, as long as nobody says otherwise.
+        """
+        self._moment, self._new = name, new
         self._note()
 
     def made(self, kind: Kind, make: Callable[[], Any]) -> Any:
@@ -141,9 +147,9 @@ class Meter(TorchDispatchMode):
         block = len(self._size)
         self._blocks[address] = block
         self._size.append(storage.nbytes())
-        self._kind.append("activations")
+        self._kind.append(self._new)
         self._trace.append((block, True))
-        self.live["activations"] += self._size[block]
+        self.live[self._new] += self._size[block]
         weakref.finalize(storage, self._gone, address).atexit = False
         self._note()
 

@@ -88,7 +88,7 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
                 meter.moment(BACKWARD)
                 loss.backward()
                 del loss
-            meter.moment(STEP)
+            meter.moment(STEP, "optimiser")  # its state comes into being here
             optimizer.step()
             meter.call(_tensors(optimizer), "optimiser")
             optimizer.zero_grad()

@@ -33,7 +33,7 @@ def check_contexts(subject: Subject) -> Outcome:
     There is no tolerance: a row is right or it is not. The date in a template is fixed (docs/contributing.md).
     """
     outcome = Outcome(
-        "trained ids",
+        "contexts: trained ids",
         "every trained token has the context of inference, and every answer is trained once, with its stop token",
         "rows whose trained ids or weights are not those of apply_chat_template",
     )

@@ -30,7 +30,7 @@ def check_documents(subject: Subject) -> Outcome:
     experts compute tokens of all documents together.
     """
     outcome = Outcome(
-        "packed documents",
+        "documents: packed",
         "documents that share a row are computed as if each were alone",
         "largest difference of log Pr of a target, in nats",
     )

@@ -43,7 +43,7 @@ def check_gradients(subject: Subject) -> Outcome:
     parameters that begin at zero have small values.
     """
     outcome = Outcome(
-        "gradient of a step",
+        "gradients: of a step",
         "a step has the gradient of the objective over its samples, however it is split into micro-batches",
         "largest relative difference of a tensor from one pass over the same samples, document by document",
     )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +45,15 @@ def test_answers_of_two_processes_are_scored_once_each_in_the_order_of_the_data(
 def test_rows_without_answers_and_expressions_without_a_group_are_refused(pretrained: str, jsonl: Any) -> None:
     with pytest.raises(InputError, match="must have one group"):
         ScoreAnswers(extract="####")
+
+
+def test_the_expression_of_the_page_comes_through_the_command_line(pretrained: str, jsonl: Any, tmp_path: Path) -> None:
+    """It begins with what YAML takes for a comment."""
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    [block] = [text for text in re.findall(r"```yaml\n(.+?)```", page, re.DOTALL) if "ScoreAnswers" in text]
+    (tmp_path / "page.yaml").write_text(block.replace("rouge: true, bleu: true", "rouge: false"))
+    path = jsonl([conversation("a", "#### 3")])
+    config = ["--config", str(tmp_path / "page.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+    given = ["--model.pretrained", pretrained, "--model.max_new_tokens", "4", "--data.test", path]
+    cli = main(["test", *config, *given, "--trainer.logger", "false"])
+    assert cli.trainer.callback_metrics["test/extracted_match"] in (0, 1)

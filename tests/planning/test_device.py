@@ -20,7 +20,7 @@ def test_a_process_begins_as_this_one_is() -> None:
     before = resident()
     # not torch's: that may have freed memory at hand
     held = mmap.mmap(-1, 1 << 28, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    held.write(b"\1" * len(held))
+    torch.frombuffer(held, dtype=torch.uint8).fill_(1)
     assert Device.of("cpu", 1).base - before == pytest.approx(len(held), rel=0.05)
 
 
