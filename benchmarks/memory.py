@@ -94,6 +94,8 @@ def of_configs(model: str, data: str, out: Path) -> Iterator[Result]:
         config["model"]["pretrained"] = model
         own = config["data"] = {key: value for key, value in config["data"].items() if key in _KEPT}
         own |= {"train": _with_parts(own["train"], data), "val": None}
+        if "tokens_per_batch" in own:
+            own["max_length"] = own["tokens_per_batch"]  # longer rows are left out
         if name in parallel:
             config["trainer"]["devices"] = 2
             config["trainer"]["accumulate_grad_batches"] = 1
