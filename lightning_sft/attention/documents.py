@@ -108,3 +108,9 @@ class Documents:
             return seen
         none: Any = torch.finfo(self.dtype).min
         return torch.where(seen, torch.zeros((), dtype=self.dtype, device=self.device), none)
+
+
+def computed_in(query: Tensor) -> torch.dtype:
+    """Dtype of a layer's attention: that of autocast where it is on."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_sft.attention.documents import computed_in
+
 _SHORT = 320  # tokens up to which a document's backward pass is faster in 32 bits
 
 
@@ -22,13 +24,13 @@ def can(query: Tensor, key: Tensor, value: Tensor, window: int | None, dropout: 
     """Whether :func:`attend` computes this."""
     plain = query.device.type == "cpu" and window is None and not dropout
     same_size = query.shape[-1] == key.shape[-1] == value.shape[-1]
-    return plain and same_size and _dtype(query) in (torch.bfloat16, torch.float16) and works()
+    return plain and same_size and computed_in(query) in (torch.bfloat16, torch.float16) and works()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float) -> Tensor:
     """Causal attention within each document, ``[1, heads, N, head size]`` to ``[1, N, heads, head size]``."""
     documents: Any = _Documents  # torch gives autograd functions no types
-    dtype = _dtype(query)
+    dtype = computed_in(query)
     out: Tensor = documents.apply(*(x.to(dtype) for x in (query, key, value)), lengths, scale)
     return out.transpose(1, 2)
 
@@ -77,7 +79,3 @@ def works() -> bool:
     except (AttributeError, RuntimeError, TypeError):
         return False
     return all(torch.allclose(mine, theirs, atol=0.05, rtol=0.05) for mine, theirs in pairs)
-
-
-def _dtype(query: Tensor) -> torch.dtype:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sft.attention.documents import Documents
+from lightning_sft.attention.documents import Documents, computed_in
 
 Kernel = Callable[..., Tensor]
 """From queries, keys, values ``[N, heads, head size]``, documents, scale, dropout to ``[N, heads, head size]``."""
@@ -23,7 +23,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scal
     """Attention of all documents in one call; heads come second, ``[1, heads, N, head size]``, as in transformers."""
     _, kernel = usable(dropout)
     assert kernel is not None, "why_not was not asked"
-    dtype = _dtype(query)
+    dtype = computed_in(query)
     tokens = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     return kernel(*tokens, documents, scale, dropout)[None]  # [1, N, heads, head size]
 
@@ -32,8 +32,8 @@ def why_not(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> str | 
     """Why no kernel can be called, or ``None`` if one can."""
     if not query.is_cuda:
         return f"they need a GPU, and this is a {query.device.type}"
-    if _dtype(query) not in (torch.float16, torch.bfloat16):
-        return f"they need 16 bits, and attention is computed in {_dtype(query)}"
+    if computed_in(query) not in (torch.float16, torch.bfloat16):
+        return f"they need 16 bits, and attention is computed in {computed_in(query)}"
     if not query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256 or query.shape[-1] % 8:
         return "they need heads of one size, a multiple of 8 up to 256"
     if torch.version.cuda is None or torch.cuda.get_device_capability(query.device) < (8, 0):
@@ -101,8 +101,3 @@ def _of_torch() -> tuple[str | None, Kernel | None, bool]:
         return attended
 
     return None, kernel, False
-
-
-def _dtype(query: Tensor) -> torch.dtype:
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype

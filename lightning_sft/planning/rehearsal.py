@@ -90,7 +90,6 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
                 del loss
             meter.moment(STEP, "optimiser")  # its state comes into being here
             optimizer.step()
-            meter.call(_tensors(optimizer), "optimiser")
             optimizer.zero_grad()
     meter.moment("")
     return _facts(meter, module, model, head)
@@ -176,10 +175,6 @@ def _autocast(layout: Layout) -> AbstractContextManager[Any]:
     if layout.autocast is None:
         return nullcontext()
     return torch.autocast("cpu", dtype=layout.autocast, cache_enabled=False)
-
-
-def _tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
 
 
 def _facts(meter: Meter, module: Any, model: Any, head: nn.Module) -> Rehearsal:

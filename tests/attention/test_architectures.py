@@ -151,7 +151,7 @@ def test_a_kernel_for_uneven_lengths_gets_all_documents_at_once(name: str, monke
     wanted = computed(model_of(name, "per_document"), rows)
     monkeypatch.setattr(varlen, "why_not", lambda *_: None)
     monkeypatch.setattr(varlen, "usable", lambda *_: (None, kernel))
-    monkeypatch.setattr(varlen, "_dtype", lambda query: query.dtype)
+    monkeypatch.setattr(varlen, "computed_in", lambda query: query.dtype)
     assert furthest(computed(model_of(name, "per_document"), rows), wanted) <= 1e-10
     assert [bounds[:4] for bounds in calls] == [[0, 5, 14, 16]] * 2
 

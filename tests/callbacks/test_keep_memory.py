@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,7 +73,7 @@ def test_the_command_line_adds_it_to_fit_unless_it_is_there() -> None:
     assert added({}, is_fit=False) == 0
 
 
-def test_plan_counts_with_what_fit_sets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_plan_counts_with_what_fit_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
     off = {"class_path": "lightning_sft.callbacks.KeepMemory", "init_args": {"enabled": False}}
