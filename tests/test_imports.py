@@ -69,7 +69,7 @@ def test_a_file_imports_only_from_lower_floors(name: str) -> None:
 
 def test_files_are_short() -> None:
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
-    assert max(lengths.values()) <= 300
+    assert max(lengths.values()) <= 400
     assert sorted(lengths.values())[len(lengths) // 2] <= 120
 
 
