@@ -52,12 +52,12 @@ def check_asked(asked: str | None, device: torch.device, dtype: torch.dtype) -> 
         return
     if device.type != "cuda":
         raise InputError(
-            f"model.attn_implementation={asked} runs on NVIDIA GPUs only, and this run is on {device.type}. Leave it out, "
-            "or set trainer.accelerator=gpu."
+            f"model.attn_implementation={asked} runs on NVIDIA GPUs only, and this run is on {device.type}. Leave it "
+            "out, or set trainer.accelerator=gpu."
         )
     if dtype not in _HALVES:
         raise InputError(
-            f"model.attn_implementation={asked} computes in 16 bits, and this run in {str(dtype).removeprefix('torch.')}. "
+            f"model.attn_implementation={asked} computes in 16 bits, this run in {str(dtype).removeprefix('torch.')}. "
             "Set trainer.precision=bf16-mixed, or leave model.attn_implementation out."
         )
 
@@ -80,7 +80,8 @@ def probed(
         head: From hidden states to logits.
         asked: What the user wants; ``None`` for ours where it is available.
         device: Where the model will be trained; by default where it is.
-        dtype: Of autocast in training, or ``None`` where there is none. FlashAttention is probed with it, on the device.
+        dtype: Of autocast in training, or ``None`` where there is none. FlashAttention is probed with it, on the
+            device.
 
     Raises:
         InputError: When ours is asked for and not available, or the model cannot be trained at all.
@@ -115,14 +116,15 @@ def _is_flash(asked: str | None) -> bool:
 @contextmanager
 def _on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """While it lasts, the model is on a device."""
+    module: nn.Module = model  # whose `to` has the types of torch
     before = model.device
     try:
         if before != device:
-            model.to(device)
+            module.to(device)
         yield
     finally:
         if before != device:
-            model.to(before)
+            module.to(before)
 
 
 def _try_ours(model: PreTrainedModel, backbone: nn.Module, head: nn.Module, stock: str) -> tuple[str, Findings | None]:
@@ -146,11 +148,9 @@ def _is_our_fault(error: Exception) -> bool:
     """Whether our code raised an error, or called torch so that it did; a refusal of the model is no fault."""
     if isinstance(error, InputError | NoEagerAttentionError):
         return False
-    packages = [
-        frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
-    below = {"torch", *sys.stdlib_module_names}
-    return next(name for name in reversed(packages) if name not in below) == "lightning_sft"
+    names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in names]
+    return [name for name in packages if name != "torch" and name not in sys.stdlib_module_names][-1] == "lightning_sft"
 
 
 def _how(stock: str, device: torch.device) -> str:

@@ -1,8 +1,8 @@
 """Attention of packed documents on a CPU, by torch's own kernels, chosen by measurement.
 
-All documents are one node of the graph: nothing is cut and glued again for each. In 16 bits, torch has two kernels for the
-backward pass, and that in 32 bits is the faster one for short documents (twice as fast at 128 tokens, on two cores with
-AMX), so these go through it; what comes out is more exact.
+All documents are one node of the graph: nothing is cut and glued again for each. In 16 bits, torch has two kernels for
+the backward pass, and that in 32 bits is the faster one for short documents (twice as fast at 128 tokens, on two cores
+with AMX), so these go through it; what comes out is more exact.
 """
 
 from __future__ import annotations
@@ -44,11 +44,12 @@ def forward(
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_empty(query.shape)
     log_sums = query.new_empty(query.shape[:2], dtype=precise).T  # tokens first, as the kernels have it
+    q, k, v, o = map(_heads_first, (query, key, value, out))
     for queries, keys, mask in _pieces(bounds, window):
-        q, k, v = (_heads_first(x) for x in (query[queries], key[keys], value[keys]))
-        attended, log_sum = kernel(q, k, v, 0.0, mask is None, attn_mask=_added(mask, q.dtype), scale=scale)
-        _heads_first(out[queries]).copy_(attended)
-        log_sums[:, queries] = log_sum[0]
+        piece = q.narrow(2, *queries), k.narrow(2, *keys), v.narrow(2, *keys)
+        attended, log_sum = kernel(*piece, 0.0, mask is None, attn_mask=_added(mask, q.dtype), scale=scale)
+        o.narrow(2, *queries).copy_(attended)
+        log_sums.narrow(1, *queries).copy_(log_sum[0])
     return out, log_sums.contiguous(), torch.zeros(2, dtype=torch.uint64, device="cpu")
 
 
@@ -59,29 +60,37 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`~lightning_sft.attention.operator.packed_attention_backward`."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    gradients = query.new_empty(query.shape), key.new_zeros(key.shape), value.new_zeros(value.shape)
-    log_sums = log_sums.T.contiguous().T
+    make = torch.zeros_like if window else torch.empty_like  # under a window, pieces share keys
+    gradients = torch.empty_like(query), make(key), make(value)
+    into_q, into_k, into_v = map(_heads_first, gradients)
+    g, q, k, v, o = map(_heads_first, (grad_out, query, key, value, out))
+    log_sums = log_sums.T.contiguous().T[None]
     for queries, keys, mask in _pieces(bounds, window):
-        given = [_heads_first(x[queries]) for x in (grad_out, query)]
-        given += [_heads_first(x[keys]) for x in (key, value)] + [_heads_first(out[queries])]
-        if queries.stop - queries.start <= _SHORT and query.dtype != torch.float64:
+        given = [x.narrow(2, *where) for x, where in ((g, queries), (q, queries), (k, keys), (v, keys), (o, queries))]
+        if queries[1] <= _SHORT and query.dtype != torch.float64:
             given = [x.float() for x in given]
-        added = _added(mask, given[0].dtype)
-        new = kernel(*given, log_sums[None, :, queries], 0.0, mask is None, attn_mask=added, scale=scale)
-        _heads_first(gradients[0][queries]).copy_(new[0])
-        for gradient, part in zip(gradients[1:], new[1:], strict=True):
-            _heads_first(gradient[keys]).add_(part)  # under a window, pieces share keys
+        options = {"attn_mask": _added(mask, given[0].dtype), "scale": scale}
+        of_q, of_k, of_v = kernel(*given, log_sums.narrow(2, *queries), 0.0, mask is None, **options)
+        into_q.narrow(2, *queries).copy_(of_q)
+        for into, part in ((into_k, of_k), (into_v, of_v)):
+            if window:
+                into.narrow(2, *keys).add_(part)
+            else:
+                into.narrow(2, *keys).copy_(part)
     return gradients
 
 
-def _pieces(bounds: Tensor, window: int) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Queries, the keys that they see, and what of these each sees, or ``None`` where being causal says it all."""
+def _pieces(bounds: Tensor, window: int) -> Iterator[tuple[tuple[int, int], tuple[int, int], Tensor | None]]:
+    """Where queries begin and how many, the same of the keys that they see, and what of these each sees.
+
+    The last is ``None`` where being causal says it all.
+    """
     begin, *ends = bounds.tolist()
     documents = Documents([end - start for start, end in zip([begin, *ends], ends, strict=False)], window or None)
     for length in documents.lengths:
         for first_query, end, first_key in documents.pieces(length):
-            mask = documents.mask(first_query, end, first_key)
-            yield slice(begin + first_query, begin + end), slice(begin + first_key, begin + end), mask
+            queries, keys = (begin + first_query, end - first_query), (begin + first_key, end - first_key)
+            yield queries, keys, documents.mask(first_query, end, first_key)
         begin += length
 
 
@@ -103,8 +112,8 @@ def works() -> bool:
     try:
         with torch.enable_grad():
             own = packed_attention(q, k, v, bounds, bounds[1], 0, 0.3, 0.0)[0]
-            heads_first = (_heads_first(x) for x in (q, k, v))
-            stock = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=0.3, enable_gqa=True)
+            heads_first = _heads_first(q), _heads_first(k), _heads_first(v)
+            stock: Tensor = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=0.3, enable_gqa=True)
             outputs = own, stock[0].transpose(0, 1)
             pairs = [outputs, *zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in outputs), strict=True)]
     except (AttributeError, RuntimeError, TypeError):

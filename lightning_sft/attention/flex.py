@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from lightning_sft.attention.documents import Documents
 
+_plain: Callable[..., Any] = flex_attention
 _BLOCK = 128  # tokens of a block, in queries and in keys
 _SETTINGS = {"scaling", "dropout", "softcap", "s_aux"}
 """Settings of an architecture's attention that change its result, and that are known here."""
@@ -84,9 +85,10 @@ def attend(
 
 
 def _function() -> Callable[..., Any]:
-    return flex_attention if torch.compiler.is_compiling() else _compiled()
+    return _plain if torch.compiler.is_compiling() else _compiled()
 
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention)
+    compiled: Callable[..., Any] = torch.compile(flex_attention)
+    return compiled

@@ -126,8 +126,8 @@ def _check(kernel: Kernel, device: torch.device) -> None:
             here, number = torch.arange(24, device="cpu"), torch.tensor([0] * 17 + [1] * 7, device="cpu")
             distance = here[:, None] - here
             seen = (number[:, None] == number) & (distance >= 0) & (distance < (window or 24))
-            exact = [x.float().transpose(0, 1)[None].requires_grad_() for x in (q, k, v)]
-            wanted = F.scaled_dot_product_attention(*exact, attn_mask=seen.to(device), scale=0.3, enable_gqa=True)
+            exact = q_, k_, v_ = tuple(x.float().transpose(0, 1)[None].requires_grad_() for x in (q, k, v))
+            wanted = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=seen.to(device), scale=0.3, enable_gqa=True)
             right = torch.autograd.grad(wanted, exact, upstream.float().transpose(0, 1)[None])
             settings = documents.bounds, 17, window, 0.3, 0.0
             try:

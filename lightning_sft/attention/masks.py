@@ -1,7 +1,7 @@
 """What kind of mask an architecture asks transformers for, learnt once and without waiting for a device.
 
-transformers describes a mask by a function of the indices of a query and a key. Most of these depend on nothing else, so
-what they say about one document says it about all, and it can be asked on the CPU.
+transformers describes a mask by a function of the indices of a query and a key. Most of these depend on nothing else,
+so what they say about one document they say about all, and they can be asked on the CPU.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Rows:
         num_rows, length = positions.shape
         if spans and not (max(ends) == num_rows * length and ends >= {row * length for row in range(num_rows)}):
             raise InputError(
-                f"Documents of {list(spans)} tokens do not fill {num_rows} rows of {length}. Give Batch.spans the lengths "
-                "of all documents row by row, padding included, or leave it out."
+                f"Documents of {list(spans)} tokens do not fill {num_rows} rows of {length}. Give Batch.spans the "
+                "lengths of all documents row by row, padding included, or leave it out."
             )
 
     @cached_property
