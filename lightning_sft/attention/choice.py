@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers import PreTrainedModel
 
-from lightning_sft.attention import gpu
+from lightning_sft.attention import flex, gpu
 from lightning_sft.attention.implementation import NAMES, NoEagerAttentionError, one_call
 from lightning_sft.probes import Findings, probe
 from lightning_sft.types import InputError
@@ -157,8 +157,8 @@ def _how(stock: str, device: torch.device) -> str:
     """What packed documents go through on a device, and why not through anything better."""
     alone = f"each packed document by itself, through {stock}"
     if stock != "sdpa":
-        flex = "packed documents through FlexAttention where it has all settings of a layer, else "
-        return f"{flex if device.type == 'cuda' else ''}{alone}"
+        through_flex = "packed documents through FlexAttention where it has all settings of a layer, else "
+        return f"{through_flex if flex.usable(device) else ''}{alone}"
     if device.type != "cuda":
         return alone if one_call(device) is None else f"all packed documents in one call; with dropout {alone}"
     reasons = {name: reason for name, (reason, kernel) in gpu.kernels(device).items() if kernel is None}

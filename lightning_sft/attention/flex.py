@@ -23,6 +23,13 @@ _IGNORED = {"sliding_window", "position_ids", "is_causal", "output_attentions", 
 """Settings that do not change what eager attention computes from a mask."""
 
 
+def usable(device: torch.device) -> bool:
+    """Whether FlexAttention can be compiled for a device: an NVIDIA GPU that Triton makes kernels for."""
+    if device.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def block_mask(documents: Documents) -> BlockMask:
     """Which blocks of keys each block of queries sees; made on the device of the documents, without waiting for it."""
     device, num_tokens = documents.device, sum(documents.lengths)

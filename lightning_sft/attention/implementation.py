@@ -62,7 +62,7 @@ def _prepare(documents: Documents, stock: str) -> None:
     device = torch.device(documents.device)
     if stock == "sdpa" and documents.one_call is None:
         documents.one_call = one_call(device)
-    elif stock == "eager" and documents.blocks is None and device.type == "cuda":
+    elif stock == "eager" and documents.blocks is None and flex.usable(device):
         documents.blocks = flex.block_mask(documents)
     documents.prepare()
 
