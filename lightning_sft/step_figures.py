@@ -18,6 +18,9 @@ from lightning_sft.types import Batch
 SEEN = "lightning_sft_seen"
 """Under which key a checkpoint has the numbers of tokens and targets that the run has seen."""
 
+NUM_COUNTS = 4
+"""How many numbers :meth:`StepFigures.counts` gives."""
+
 _STEPS = 10  # that speeds are a mean of
 
 
@@ -32,7 +35,7 @@ class StepFigures:
     def __init__(self) -> None:
         self.restored: Sequence[float] | None = None  # the state of a checkpoint
         self._before: Sequence[float] = (0.0, 0.0)
-        self._done = torch.zeros(3, dtype=torch.float64)  # tokens, targets and pairs of this process
+        self._done = torch.zeros(3, dtype=torch.float64, device="cpu")  # tokens, targets and pairs of this process
         self._marks: deque[tuple[float, Tensor]] = deque(maxlen=_STEPS + 1)
         self._paused = 0.0
         self._pause: float | None = None
@@ -45,7 +48,7 @@ class StepFigures:
             model: Of transformers.
         """
         self._before, self.restored = self.restored or (0.0, 0.0), None
-        self._done = torch.zeros(3, dtype=torch.float64)
+        self._done = torch.zeros(3, dtype=torch.float64, device="cpu")
         self._peak = peak_rate(trainer)
         self._flops = flops(model) if self._peak else None
         self._capacity = getattr(trainer.datamodule, "positions_per_batch", None)
@@ -62,12 +65,11 @@ class StepFigures:
         if self._pause is not None:
             self._paused, self._pause = self._paused + time.perf_counter() - self._pause, None
 
-    def counts(self, window: Sequence[Batch], like: Tensor) -> Tensor:
+    def counts(self, window: Sequence[Batch]) -> Tensor:
         """``[tokens, pairs of tokens that attend, micro-batches that are not empty, positions]`` of a rank's step.
 
         Args:
             window: Its micro-batches.
-            like: A tensor of the device and dtype that is wanted.
         """
         tokens = pairs = filled = positions = 0
         for batch in window:
@@ -75,7 +77,7 @@ class StepFigures:
             lengths = batch.lengths or (width,) * rows
             tokens, pairs = tokens + sum(lengths), pairs + sum(n * (n + 1) // 2 for n in lengths)
             filled, positions = filled + (sum(lengths) > 0), positions + rows * width
-        return like.new_tensor([tokens, pairs, filled, positions])
+        return torch.tensor([tokens, pairs, filled, positions], dtype=torch.float64, device="cpu")
 
     def close(self, trainer: Any, counts: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The figures at the end of a step.

@@ -82,7 +82,7 @@ def test_speeds_are_means_over_ten_steps_without_the_time_of_validations(monkeyp
     for step in range(30):
         seconds = 1.0 if step < 15 else 2.0
         now[0] += seconds
-        found = figures.close(trainer, figures.counts([batch, batch], like), torch.tensor(12.0))
+        found = figures.close(trainer, figures.counts([batch, batch]), torch.tensor(12.0))
         figures.pause()
         now[0] += 50
         figures.pause()
