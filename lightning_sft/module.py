@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
-from lightning_sft.attention.choice import Attention, probed
+from lightning_sft.attention.choice import Attention, check_asked, probed
 from lightning_sft.evaluation import Evaluation
 from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import Sampling, answers
@@ -31,7 +31,15 @@ from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import Sharding, clip_gradients, layers
 from lightning_sft.step_figures import NUM_COUNTS, SEEN, StepFigures
 from lightning_sft.strategies import layout
-from lightning_sft.trainer_facts import data_parallel, divisors, is_between_steps, sum_over_ranks, total_steps
+from lightning_sft.trainer_facts import (
+    autocast_dtype,
+    data_parallel,
+    divisors,
+    is_between_steps,
+    root_device,
+    sum_over_ranks,
+    total_steps,
+)
 from lightning_sft.tuning.adapters import Lora
 from lightning_sft.tuning.neftune import add_noise
 from lightning_sft.tuning.quantized import Bits, keep_out_of_broadcasts
@@ -127,13 +135,15 @@ class SFTModule(LightningModule):
             return
         trainer = self._trainer  # None where a checkpoint is loaded without one
         self._zero3 = loading_config(None if trainer is None else trainer.strategy)
+        device, autocast = root_device(trainer), autocast_dtype(trainer)
+        check_asked(self.attn_implementation, device, autocast or torch.get_default_dtype())
         model = self.tuning.load(self.pretrained, self.hf_config, self.attn_implementation, trainer)
         if trainer is not None and model.device.type == "cpu" and "bf16" in str(trainer.precision):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
         with gathered(model.parameters()):
-            self.attention, findings = probed(model, backbone, head, self.attn_implementation)
+            self.attention, findings = probed(model, backbone, head, self.attn_implementation, device, autocast)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
         if self.compile_layers:

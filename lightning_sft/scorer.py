@@ -43,7 +43,7 @@ class Scorer(nn.Module):
                 "Give one document a row (data.packing=padded)."
             )
         positions = batch.position_ids if self.findings.takes_positions else None
-        return states(backbone_and_head(self.model)[0], batch.input_ids, positions)
+        return states(backbone_and_head(self.model)[0], batch.input_ids, positions, batch.spans)
 
     def forward(self, batch: Any, compute: Callable[[PreTrainedModel, Any], Any] | None = None) -> Any:
         """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it.

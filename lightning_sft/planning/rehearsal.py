@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lightning_sft.attention import halves
+from lightning_sft.attention import cpu
 from lightning_sft.attention.implementation import NAMES
 from lightning_sft.modes import default_dtype
 from lightning_sft.optimizers import parameter_groups
@@ -67,7 +67,7 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
     Raises:
         InputError: When the architecture cannot be run on shapes.
     """
-    halves.works()  # it computes something to find out, which shapes alone cannot
+    cpu.works()  # it computes something to find out, which shapes alone cannot
     meter = Meter(layout.shares)
     with torch.device("meta"), default_dtype(layout.computes_in):
         model = _blank(module, layout)
