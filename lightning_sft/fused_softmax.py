@@ -101,10 +101,10 @@ def _works(device: torch.device) -> bool:
     """Whether the kernel runs on a device, by trying it; a warning says why not, except where there is no Triton."""
     if find_spec("triton") is None:
         return False
-    raw, figures = torch.zeros(1, 16, device=device), torch.zeros(3, 1, device=device)
-    targets, correct = torch.zeros(1, device=device, dtype=torch.int64), torch.zeros(1, device=device, dtype=torch.bool)
+    raw, targets = torch.zeros(1, 16, device=device), torch.zeros(1, device=device, dtype=torch.int64)
+    weights, log_probs, entropy = (torch.zeros(1, device=device) for _ in range(3))
     try:
-        fused_softmax(raw, raw, targets, figures[0], figures[1], correct, figures[2], 1.0, None)
+        fused_softmax(raw, raw, targets, weights, log_probs, targets.bool(), entropy, 1.0, None)
     except Exception as error:  # of a compiler, a linker, a driver
         warnings.warn(
             f"Triton does not run on {device}, so the softmax of the head takes ten passes instead of one and is "

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_sft.chunked_head import Head, automatic_chunk_size, check_chunk_size, on_chunks, scaled, slices
 from lightning_sft.fused_softmax import fused_softmax, fuses
@@ -80,10 +79,12 @@ def log_likelihood(
         raise InputError(f"hidden must be labels' shape and one more dimension, weights like labels; got {shapes}.")
     check_chunk_size(chunk_size)
     at = (labels.flatten() != IGNORE).nonzero().squeeze(1) if indices is None else indices
-    targets = labels.flatten()[at]  # [T]
+    targets = labels.flatten().index_select(0, at)  # [T]
     states = hidden.flatten(0, -2).index_select(0, at)  # [T, H]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    w = torch.ones_like(targets, dtype=dtype) if weights is None else weights.flatten()[at].to(dtype)
+    w = torch.ones_like(targets, dtype=dtype)
+    if weights is not None:
+        w = weights.flatten().index_select(0, at).to(dtype)
 
     parameters = [head] if isinstance(head, Tensor) else list(head.parameters())
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
@@ -129,8 +130,12 @@ class _ChunkedSum(torch.autograd.Function):
         return (weights * log_probs).sum(), log_probs, correct, entropy  # as a matmul, autocast would round it
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # once_differentiable of torch would let a gradient pass that is constant
+            raise RuntimeError(
+                "log_likelihood has no second derivatives: its gradient was computed with its value. Call backward "
+                "without create_graph=True."
+            )
         gradients = map(scaled, ctx.saved_tensors, ctx.dtypes, [grad_total] * len(ctx.dtypes))
         return (None, None, None, None, None, *gradients)
 
