@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
 from lightning_sft.attention.choice import Attention, check_asked, probed
+from lightning_sft.chunked_head import check_chunk_size
 from lightning_sft.evaluation import Evaluation
 from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import Sampling, answers
@@ -60,7 +61,7 @@ class SFTModule(LightningModule):
         gradient_checkpointing: Recompute each layer's activations in the backward pass, to save memory.
         compile_layers: Compile each layer with torch.compile: the first steps are slow, the others faster.
         attn_implementation: Attention of transformers, as ``sdpa``; by default ours where exact, see docs/attention.
-        chunk_size: Targets whose logits are in memory at a time.
+        chunk_size: Targets whose logits are in memory at a time; by default 512 on CPUs, and what fits on GPUs.
         max_new_tokens: Most tokens that are generated for a prompt.
         sampling: How they are chosen; the likeliest by default, see :class:`~lightning_sft.generation.Sampling`.
         lora: Adapters to train instead of the model, see :class:`~lightning_sft.tuning.adapters.Lora`.
@@ -91,7 +92,7 @@ class SFTModule(LightningModule):
         gradient_checkpointing: bool = False,
         compile_layers: bool = False,
         attn_implementation: str | None = None,
-        chunk_size: int = 512,
+        chunk_size: int | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         lora: Lora | None = None,
@@ -103,6 +104,7 @@ class SFTModule(LightningModule):
         hf_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_chunk_size(chunk_size)
         self.save_hyperparameters(ignore=["optimizer", "hf_config"])
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer

@@ -24,10 +24,10 @@ class Scorer(nn.Module):
     Args:
         model: The causal language model.
         findings: What the probes found on it.
-        chunk_size: Targets whose logits are in memory at a time.
+        chunk_size: Targets whose logits are in memory at a time; ``None``: what fits the device.
     """
 
-    def __init__(self, model: PreTrainedModel, findings: Findings, chunk_size: int = 512) -> None:
+    def __init__(self, model: PreTrainedModel, findings: Findings, chunk_size: int | None = None) -> None:
         super().__init__()
         self.model, self.findings, self.chunk_size = model, findings, chunk_size
 
@@ -63,6 +63,7 @@ class Scorer(nn.Module):
             scale=self.findings.scale,
             softcap=self.findings.softcap,
             chunk_size=self.chunk_size,
+            indices=batch.targets,
         )
         of_targets = likelihood.log_probs, likelihood.correct, likelihood.entropy
         return likelihood.total, likelihood.weight, *of_targets

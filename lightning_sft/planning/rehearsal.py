@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_sft.attention import cpu
 from lightning_sft.attention.implementation import NAMES
+from lightning_sft.chunked_head import ON_CPU, fitting_chunk_size
 from lightning_sft.modes import default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.planning.layout import Layout, Model
@@ -40,6 +41,7 @@ class Rehearsal:
         num_parameters: All of them.
         num_adapters: Those of adapters.
         num_quantized: Those that are quantised.
+        chunk_size: Targets whose logits are in memory at a time.
         logits: Bytes of the logits of one chunk of targets, in float32.
         saved: Bytes that quantisation saves.
         unpacked: Bytes of the largest quantised matrix while it is used.
@@ -50,12 +52,13 @@ class Rehearsal:
     num_parameters: int
     num_adapters: int
     num_quantized: int
+    chunk_size: int
     logits: int
     saved: float
     unpacked: float
 
 
-def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> Rehearsal:
+def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1, memory: float | None = None) -> Rehearsal:
     """Two optimiser steps in Lightning's order, the second with two micro-batches where gradients are accumulated.
 
     Args:
@@ -63,6 +66,7 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
         batch: The largest micro-batch.
         layout: Strategy and precision.
         accumulate: Micro-batches in a step.
+        memory: Bytes that a GPU has in all; ``None`` on a CPU.
 
     Raises:
         InputError: When the architecture cannot be run on shapes.
@@ -72,7 +76,8 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
     with torch.device("meta"), default_dtype(layout.computes_in):
         model = _blank(module, layout)
     meter.made("weights", lambda: _materialize(model))
-    scorer = _scorer(module, model)
+    chunk_size = _chunk_size(module, model, layout, memory)
+    scorer = _scorer(module, model, chunk_size)
     optimizer = module.optimizer(parameter_groups(model.parameters()))
     meter.follow_gradients(model)
     if layout.in_backward:
@@ -92,7 +97,7 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
             optimizer.step()
             optimizer.zero_grad()
     meter.moment("")
-    return _facts(meter, module, model, head)
+    return _facts(meter, module, model, head, chunk_size)
 
 
 def _blank(module: Any, layout: Layout) -> Any:
@@ -126,7 +131,15 @@ def _materialize(model: nn.Module) -> None:
                     cast(dict[str, Any], owned)[name] = made[id(tensor)]
 
 
-def _scorer(module: Any, model: Any) -> Scorer:
+def _chunk_size(module: Any, model: Any, layout: Layout, memory: float | None) -> int:
+    """The module's, or what the likelihood would take on such a device."""
+    if module.chunk_size is not None or memory is None:
+        return cast(int, module.chunk_size or ON_CPU)
+    itemsize = (layout.autocast or layout.computes_in).itemsize
+    return fitting_chunk_size(memory, model.get_output_embeddings().weight.shape[0], itemsize)
+
+
+def _scorer(module: Any, model: Any, chunk_size: int) -> Scorer:
     config = model.config.get_text_config()
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
     asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
@@ -135,7 +148,7 @@ def _scorer(module: Any, model: Any) -> Scorer:
     findings = Findings(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
     if module.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    scorer = Scorer(model, findings, module.chunk_size)
+    scorer = Scorer(model, findings, chunk_size)
     if module.neftune_alpha:
         add_noise(scorer, model, module.neftune_alpha)
     return scorer
@@ -177,7 +190,7 @@ def _autocast(layout: Layout) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=layout.autocast, cache_enabled=False)
 
 
-def _facts(meter: Meter, module: Any, model: Any, head: nn.Module) -> Rehearsal:
+def _facts(meter: Meter, module: Any, model: Any, head: nn.Module, chunk_size: int) -> Rehearsal:
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     of_layers = [(_count(layer), _count(layer, only_trained=True)) for layer in layers(model)]
     sizes = Model(
@@ -197,7 +210,8 @@ def _facts(meter: Meter, module: Any, model: Any, head: nn.Module) -> Rehearsal:
         num_parameters=sum(counts.values()),
         num_adapters=sum(count for name, count in counts.items() if is_adapter(name)),
         num_quantized=quantized,
-        logits=4 * module.chunk_size * next(head.parameters()).shape[0],
+        chunk_size=chunk_size,
+        logits=4 * chunk_size * next(head.parameters()).shape[0],
         saved=quantized * (width - _BYTES[bits]) if bits else 0.0,
         unpacked=max((weight.numel() * width for weight in matrices), default=0),
     )
