@@ -55,7 +55,7 @@ class Flops:
 
 
 def flops(model: Any) -> Flops | None:
-    """Model FLOPs of a training step, as in appendix B of PaLM (https://arxiv.org/abs/2204.02311), document by document.
+    """Model FLOPs of a training step, as in appendix B of PaLM (https://arxiv.org/abs/2204.02311), by document.
 
     A matrix of n parameters takes 2n operations a token in the forward pass, 2n for the gradient of its input, and,
     where it is trained, 2n for its own. A pair of tokens takes 6 · (width of all queries + width of all values) in each
@@ -121,7 +121,7 @@ def _attention(model: Any, config: Any) -> dict[Reach, float] | None:
         size, width = _first(own, _SIZES.get(kind, ())), _width(own)
         if kind == "" or width is None or (kind != "full" and size is None):
             return None
-        reach = (kind, size if kind != "full" else 0)
+        reach: Reach = (kind, size if kind != "full" and size is not None else 0)
         found[reach] = found.get(reach, 0.0) + 6.0 * width
     return found
 
