@@ -21,7 +21,7 @@ from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
 from lightning_sft.data.mixture import Mixture, as_mixture
 from lightning_sft.data.overflow import Overflow
 from lightning_sft.data.packing import Packing
-from lightning_sft.data.planned import DEFAULT_TOKENS_PER_BATCH, Planned
+from lightning_sft.data.planned import Planned, default_tokens_per_batch
 from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
 from lightning_sft.data.stream import StreamLoader, check_stream
@@ -29,7 +29,7 @@ from lightning_sft.data.workers import num_cores
 from lightning_sft.module_facts import check_ids, keeps_documents_apart
 from lightning_sft.plain import plain
 from lightning_sft.pretrained import context_length, load_tokenizer
-from lightning_sft.trainer_facts import Division, data_parallel, gather, place
+from lightning_sft.trainer_facts import Division, data_parallel, gather, on_cuda, place
 from lightning_sft.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
 
@@ -51,7 +51,8 @@ class SFTDataModule(LightningDataModule):
         chat_template: A Jinja file to use instead of the tokenizer's template.
         max_length: Most tokens in a sequence. The model's context by default.
         overflow: Longer ones are an error, left out (``drop``), truncated, or, plain texts, split; and counted.
-        tokens_per_batch: Most positions in a micro-batch. By default 2,048, or the longest sequence if that is longer.
+        tokens_per_batch: Most positions in a micro-batch. By default 2,048, or 16,384 on a GPU, or the longest
+            sequence if that is longer.
         packing: ``packed`` lays documents end to end without padding, ``padded`` gives each a row.
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
         predict_batch_size: Prompts that are answered at a time.
@@ -114,7 +115,7 @@ class SFTDataModule(LightningDataModule):
         self._begin_anew()
         self._tries_sizes = tries_sizes(self.trainer, self.streaming)
         if self._tries_sizes:
-            self.tokens_per_batch = self.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH  # it wants a number
+            self.tokens_per_batch = self.tokens_per_batch or default_tokens_per_batch(self.trainer)  # it wants a number
         if self.sources["val"] is None:  # and a loader, while it tries
             tried = partial(self._loader, "train") if self._tries_sizes else None
             self.val_dataloader = tried  # type: ignore[assignment,method-assign]  # as in __init__
@@ -134,7 +135,7 @@ class SFTDataModule(LightningDataModule):
     def positions_per_batch(self) -> int:
         """Most positions in a micro-batch of training data."""
         if self.streaming:
-            return self.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH
+            return self.tokens_per_batch or default_tokens_per_batch(self.trainer)
         return self.planned("train").capacity
 
     def planned(self, name: str) -> Planned:
@@ -146,7 +147,7 @@ class SFTDataModule(LightningDataModule):
             if name != "train":
                 work = Division(work.rank, work.num_ranks)
             settings: dict[str, Any] = {"constant": self._normalize == "dataset", "seed": seed}
-            settings["at_least_longest"] = self._tries_sizes
+            settings |= {"at_least_longest": self._tries_sizes, "default": default_tokens_per_batch(self.trainer)}
             split = self.splits[name]
             self._planned[key] = Planned.of(split, work, self.packing, self.tokens_per_batch, **settings)
             if name == "train" and self._is_shown and not self._tries_sizes:
@@ -265,12 +266,13 @@ class SFTDataModule(LightningDataModule):
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:
         assert self.tokenizer is not None, "setup has not been called"
         rank, _ = data_parallel(self.trainer)
-        return self.planned(name).loader(rank, pad_token_id(self.tokenizer), self.num_workers or 0, place)
+        full = name == "train" and on_cuda(self.trainer)  # kernels are compiled for one shape, and memory is used again
+        return self.planned(name).loader(rank, pad_token_id(self.tokenizer), self.num_workers or 0, place, full=full)
 
     def _stream(self) -> StreamLoader:
         assert self.tokenizer is not None, "setup has not been called"
         self._ask_model("train")
-        work, capacity = Division.of(self.trainer), self.tokens_per_batch or DEFAULT_TOKENS_PER_BATCH
+        work, capacity = Division.of(self.trainer), self.positions_per_batch
         return StreamLoader(
             self._mixture("train"),
             self._recipe,
@@ -280,6 +282,7 @@ class SFTDataModule(LightningDataModule):
             limit=work.limit,
             is_strict=self.invalid_rows == "error",
             pad_id=pad_token_id(self.tokenizer),
+            full=on_cuda(self.trainer),
             num_workers=num_cores(work.num_local) if self.num_workers is None else self.num_workers,
             place=partial(place, self.trainer),
             finished=show_stream_report if self._is_shown else lambda account, targets: None,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_sft.objective import transformed
 from lightning_sft.pretrained import backbone_and_head
-from lightning_sft.types import IGNORE, Batch
+from lightning_sft.types import Batch
 from lightning_sft.zero import gathered
 
 _CHUNK = 256  # targets whose logits are in memory at a time
@@ -68,7 +68,7 @@ def _coarse(before: Tensor, now: Tensor) -> Tensor:
 def _log_probs(scorer: Any, batch: Batch) -> Iterator[Tensor]:
     """Log-probabilities of the vocabulary at each target, ``[chunk, V]`` at a time."""
     _, head = backbone_and_head(scorer.model)
-    states = scorer.hidden(batch)[batch.labels != IGNORE]
+    states = scorer.hidden(batch).flatten(0, 1).index_select(0, batch.targets)
     with gathered(head.parameters()):
         for chunk in states.split(_CHUNK):
             yield transformed(head(chunk).float(), scorer.findings.scale, scorer.findings.softcap).log_softmax(-1)

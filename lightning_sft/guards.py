@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lightning_sft.tuner import check_tuner
-from lightning_sft.types import IGNORE, Batch, InputError, LogLikelihood
+from lightning_sft.types import Batch, InputError, LogLikelihood
 
 _NAMED = 10  # samples in the message
 
@@ -30,7 +30,7 @@ def not_finite(
     suspects: dict[str, bool] = {}
     for batch, likelihood in seen:
         bad = ~likelihood.log_probs.isfinite()
-        for number in batch.documents()[batch.labels != IGNORE][bad].unique().tolist():
+        for number in batch.at_targets(batch.documents())[bad].unique().tolist():
             name = batch.provenance[number] if batch.provenance else f"document {number} of its micro-batch"
             with torch.no_grad():
                 suspects[name] = not recompute(batch.document(number)).total.isfinite()

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sft.types import IGNORE, Batch, LogLikelihood
+from lightning_sft.types import IGNORE, Batch, LogLikelihood, on_device
+
+NUM_SUMS = 5
+"""How many numbers :func:`sums` gives."""
 
 _TURNS = 10  # the last of them is that of all later ones too
 _POSITIONS = (1, 10, 100, 1000)  # the last token of each stretch of an answer; one more is without end
@@ -56,12 +59,12 @@ def places(batch: Batch) -> tuple[Tensor, Tensor]:
     """
     is_target = (batch.labels != IGNORE).flatten()
     begins = is_target & ~torch.nn.functional.pad(is_target[:-1], (1, 0))
-    number, document = begins.cumsum(0), batch.documents().flatten()[is_target]
-    before = (number - begins.long())[(batch.position_ids == 0).flatten()]  # answers before each document
+    number, document = batch.at_targets(begins.cumsum(0)), batch.at_targets(batch.documents())
+    before = (begins.cumsum(0) - begins.long())[(batch.position_ids == 0).flatten()]  # answers before each document
     if batch.answers_before:
-        before = before - before.new_tensor(batch.answers_before)
-    first = begins.nonzero().squeeze(1)[number[is_target] - 1]
-    return number[is_target] - before[document], is_target.nonzero().squeeze(1) - first + 1
+        before = before - batch.of_documents(batch.answers_before)
+    first = begins.nonzero().squeeze(1)[number - 1]
+    return number - before[document], batch.targets - first + 1
 
 
 class CorpusLikelihood(Metric):
@@ -118,7 +121,7 @@ class CorpusLikelihood(Metric):
             total, nll = sums(likelihood), -likelihood.log_probs.sum()
             self.totals[0] += torch.stack([*total, nll.to(total), torch.zeros_like(total[0])]).to(self.totals)
             return
-        targets = batch.labels[batch.labels != IGNORE]
+        targets = batch.at_targets(batch.labels)
         size = torch.zeros_like(targets) if self.token_bytes is None else self.token_bytes[targets]
         log_probs = likelihood.log_probs.to(self.totals)
         columns = [_of_targets(likelihood, batch).to(self.totals), -log_probs[:, None], size[:, None].to(self.totals)]
@@ -128,7 +131,7 @@ class CorpusLikelihood(Metric):
         groups = [
             first,
             1 + num_parts + turns.clamp(max=_TURNS) - 1,
-            1 + num_parts + _TURNS + torch.bucketize(positions, positions.new_tensor(_POSITIONS)),
+            1 + num_parts + _TURNS + torch.bucketize(positions, on_device(torch.tensor(_POSITIONS, device="cpu"), positions.device)),
         ]
         if num_parts:
             groups.append(1 + batch.target_parts())
@@ -147,7 +150,7 @@ class CorpusLikelihood(Metric):
 
 def _of_targets(likelihood: LogLikelihood, batch: Batch) -> Tensor:
     """The summands of :func:`sums`, ``[T, 5]``."""
-    weights = batch.target_weights[batch.labels != IGNORE]
+    weights = batch.at_targets(batch.target_weights)
     of_targets = (likelihood.log_probs, likelihood.correct, likelihood.entropy)
     log_probs, correct, entropy = (values.to(weights) for values in of_targets)
     return torch.stack([-weights * log_probs, weights, correct, torch.ones_like(weights), entropy], dim=1)

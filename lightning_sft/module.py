@@ -21,21 +21,22 @@ from lightning_sft.evaluation import Evaluation
 from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import Sampling, answers
 from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
-from lightning_sft.metrics import figures_by_part, sums_by_part
+from lightning_sft.host_copy import HostCopy
+from lightning_sft.metrics import NUM_SUMS, figures_by_part, sums_by_part
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.plain import plain
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import Sharding, clip_gradients, layers
-from lightning_sft.step_figures import SEEN, StepFigures
+from lightning_sft.step_figures import NUM_COUNTS, SEEN, StepFigures
 from lightning_sft.strategies import layout
-from lightning_sft.trainer_facts import data_parallel, divisors, sum_over_ranks, total_steps
+from lightning_sft.trainer_facts import data_parallel, divisors, is_between_steps, sum_over_ranks, total_steps
 from lightning_sft.tuning.adapters import Lora
 from lightning_sft.tuning.neftune import add_noise
 from lightning_sft.tuning.quantized import Bits, keep_out_of_broadcasts
 from lightning_sft.tuning.tuning import Tuning
-from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
+from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize, on_device
 from lightning_sft.zero import gathered, loading_config
 
 
@@ -113,6 +114,7 @@ class SFTModule(LightningModule):
         self._seed: int | None = None  # of dropout; that of the checkpoint, where there is one
         self._asked: list[dict[str, Any]] | None = None  # the optimiser's settings, before a checkpoint brings its own
         self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
+        self._sums: HostCopy | None = None  # theirs, over all ranks, once the last of them is there
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
@@ -147,7 +149,7 @@ class SFTModule(LightningModule):
     def on_train_start(self) -> None:
         """Refuse epochs that the strategy would not end; settings given now win over those of a checkpoint."""
         check_epoch(self.trainer)
-        self._window = []  # an earlier fit may have been interrupted inside a step
+        self._window, self._sums = [], None  # an earlier fit may have been interrupted inside a step
         self._step_figures.begin(self.trainer, self.model)
         if self._asked is not None:
             retune(self.trainer, self._asked)
@@ -184,6 +186,8 @@ class SFTModule(LightningModule):
         batch = Batch.of(batch)
         likelihood: LogLikelihood = self(batch)
         self._window.append((batch, replace(likelihood, total=likelihood.total.detach())))
+        if is_between_steps(self.trainer):  # when this micro-batch is done
+            self._sums = self._summed()
         accumulate, num_ranks = divisors(self.trainer)
         if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
             if self.normalize != "token":
@@ -194,17 +198,19 @@ class SFTModule(LightningModule):
         return -likelihood.total * (accumulate * num_ranks / batch.normalizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Close the step: one reduction over ranks, stop at a loss that is no number, normalise late if need be."""
+        """Close the step: stop at a non-finite loss, normalize late if need be, log the figures.
+
+        The host waits for the sums of the forward pass alone; the device meanwhile works on the backward pass.
+        """
         accumulates_by_itself = self.trainer.strategy.handles_gradient_accumulation  # it is called every micro-batch
         if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
             return
         window, self._window = self._window, []
         if not window:  # the training_step of a subclass, which normalises and logs by itself
             return
-        local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in window]).sum(0)
-        counts = self._step_figures.counts([batch for batch, _ in window], local)
-        summed = sum_over_ranks(self.trainer, torch.cat([local.flatten(), counts]))
-        totals, counts = summed[: local.numel()].view_as(local), summed[local.numel() :]
+        assert self._sums is not None, "the step's last micro-batch has not been seen"
+        summed, self._sums = self._sums.wait(), None
+        counts, totals = summed[:NUM_COUNTS], summed[NUM_COUNTS:].view(-1, NUM_SUMS)
         if not torch.isfinite(totals[0, 0]):
             raise not_finite(window, self)
         weight = totals[0, 1].item()
@@ -217,7 +223,14 @@ class SFTModule(LightningModule):
                     parameter.grad.mul_(num_ranks / weight)
         figures = figures_by_part(totals, window[0][0].part_names)
         self._log_figures("train", figures | self._step_figures.close(self.trainer, counts, totals[0, 3]))
-        self.log("lr", optimizer.param_groups[0]["lr"], batch_size=1)
+        self.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), device="cpu"), batch_size=1)
+
+    def _summed(self) -> HostCopy:
+        """Counts and sums of the step's micro-batches over all ranks, on their way to the host: one reduction."""
+        local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self._window]).sum(0)
+        counts = self._step_figures.counts([batch for batch, _ in self._window])
+        both = torch.cat([on_device(counts, local.device).to(local), local.flatten()])
+        return HostCopy(sum_over_ranks(self.trainer, both))
 
     def clip_gradients(
         self,

@@ -48,8 +48,9 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Findi
         InputError: When tokens see later tokens, or the model's logits are not a scaled, soft-capped head.
     """
     weight = next(head.parameters())  # [V, H]
-    generator = torch.Generator().manual_seed(0)
-    first, second, other = torch.randint(weight.shape[0], (3, 1, _DOCUMENT), generator=generator).to(weight.device)
+    generator = torch.Generator().manual_seed(0)  # of the CPU, where a device context would have the tokens drawn
+    tokens = torch.randint(weight.shape[0], (3, 1, _DOCUMENT), generator=generator, device="cpu")
+    first, second, other = tokens.to(weight.device)
     with _evaluation(model):
         alone, changed = states(backbone, first), states(backbone, torch.cat([first[:, :-1], second[:, :1]], 1))
         if not _close(alone[:, :-1], changed[:, :-1]):

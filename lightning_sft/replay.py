@@ -27,7 +27,7 @@ from lightning_sft.module import SFTModule
 from lightning_sft.resume import seed_micro_batch
 from lightning_sft.run_folder import folders_of
 from lightning_sft.trainer_facts import trainer_on_paper
-from lightning_sft.types import IGNORE, Batch, InputError
+from lightning_sft.types import Batch, InputError
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,7 @@ def _losses(
             with torch.autocast(device, dtype, enabled=precision.endswith("-mixed")):
                 likelihood = module(batch)
             totals.append(sums(likelihood).cpu())
-            is_target = batch.labels != IGNORE
-            documents, w = batch.documents()[is_target].cpu(), batch.target_weights[is_target].double().cpu()
+            documents, w = (batch.at_targets(x).cpu() for x in (batch.documents(), batch.target_weights.double()))
             count = len(batch.provenance)
             negative = torch.bincount(documents, -w * likelihood.log_probs.double().cpu(), count).tolist()
             weight, targets = torch.bincount(documents, w, count).tolist(), torch.bincount(documents, minlength=count)

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sft.flops import flops
+from lightning_sft.flops import Flops, flops
 from lightning_sft.peak_rates import peak_rate
 from lightning_sft.types import Batch
 
 SEEN = "lightning_sft_seen"
 """Under which key a checkpoint has the numbers of tokens and targets that the run has seen."""
+
+NUM_COUNTS = 4
+"""How many numbers :meth:`StepFigures.counts` gives."""
 
 _STEPS = 10  # that speeds are a mean of
 
@@ -25,14 +28,17 @@ class StepFigures:
     """Counts what optimiser steps compute, and measures their time.
 
     Nothing here waits for the device: counts are known from the shapes of batches, and are summed over ranks in the one
-    reduction that a step has anyway; what :meth:`close` is given of it is on the host. Times are those between the ends of steps, reading data included; validations, and
-    what follows them until the next micro-batch, are not.
+    reduction that a step has anyway; what :meth:`close` is given of it is on the host. Times are those between the ends
+    of steps, reading data included; validations, and what follows them until the next micro-batch, are not.
     """
 
     def __init__(self) -> None:
         self.restored: Sequence[float] | None = None  # the state of a checkpoint
         self._before: Sequence[float] = (0.0, 0.0)
-        self._done = torch.zeros(3, dtype=torch.float64)  # tokens, targets and operations of attention since begin
+        self._done = _nothing()  # tokens, targets and operations of attention since begin
+        self._peak: float | None = None
+        self._flops: Flops | None = None
+        self._capacity: int | None = None
         self._marks: deque[tuple[float, Tensor]] = deque(maxlen=_STEPS + 1)
         self._paused = 0.0
         self._pause: float | None = None
@@ -45,7 +51,7 @@ class StepFigures:
             model: Of transformers.
         """
         self._before, self.restored = self.restored or (0.0, 0.0), None
-        self._done = torch.zeros(3, dtype=torch.float64)
+        self._done = _nothing()
         self._peak = peak_rate(trainer)
         self._flops = flops(model) if self._peak else None
         self._capacity = getattr(trainer.datamodule, "positions_per_batch", None)
@@ -62,12 +68,11 @@ class StepFigures:
         if self._pause is not None:
             self._paused, self._pause = self._paused + time.perf_counter() - self._pause, None
 
-    def counts(self, window: Sequence[Batch], like: Tensor) -> Tensor:
+    def counts(self, window: Sequence[Batch]) -> Tensor:
         """``[tokens, operations of attention, micro-batches that are not empty, positions]`` of a rank's step.
 
         Args:
             window: Its micro-batches.
-            like: A tensor of the device and dtype that is wanted.
         """
         tokens = filled = positions = 0
         attention = 0.0
@@ -76,7 +81,7 @@ class StepFigures:
             lengths = batch.lengths or (width,) * rows
             tokens, filled, positions = tokens + sum(lengths), filled + (sum(lengths) > 0), positions + rows * width
             attention += self._flops.of_pairs(lengths) if self._flops else 0.0
-        return like.new_tensor([tokens, attention, filled, positions])
+        return torch.tensor([tokens, attention, filled, positions], dtype=torch.float64, device="cpu")
 
     def close(self, trainer: Any, counts: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The figures at the end of a step.
@@ -122,3 +127,7 @@ def peak_memory(device: torch.device) -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def _nothing() -> Tensor:
+    return torch.zeros(3, dtype=torch.float64, device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -21,6 +22,12 @@ def data_parallel(trainer: Any) -> tuple[int, int]:
     """
     shares = None if trainer is None else trainer.distributed_sampler_kwargs
     return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
+
+
+def on_cuda(trainer: Any) -> bool:
+    """Whether a trainer, which may be one on paper, trains on CUDA devices; without a trainer, none does."""
+    strategy = getattr(trainer, "strategy", None)
+    return strategy is not None and bool(strategy.root_device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,40 @@ def is_between_steps(trainer: Any) -> bool:
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+class Agreement:
+    """A yes or no of several processes, asked between optimizer steps about once a second.
+
+    Each time, processes wait for each other, and for their devices: steps of a tenth of a second ask after every tenth.
+
+    Args:
+        seconds: About how often processes ask each other.
+    """
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self.seconds = seconds
+        self._steps_left, self._between, self._begin = 0, 0, 0.0
+
+    def one_says(self, trainer: Any, yes: bool) -> bool:
+        """Whether a process has said yes; every process calls it after the same steps."""
+        if trainer.world_size == 1:
+            return yes
+        self._steps_left -= 1
+        if self._steps_left > 0:
+            return False
+        now = time.monotonic()
+        pace = (now - self._begin) / self._between if self._between else self.seconds  # seconds a step
+        wanted = max(1, min(_MOST_STEPS, int(self.seconds / max(pace, 1e-9))))
+        own = [float(yes), float(wanted) if trainer.is_global_zero else 0.0]
+        asked = torch.tensor(own, device=trainer.strategy.root_device)
+        said, steps = trainer.strategy.reduce(asked, reduce_op="sum").tolist()
+        self._steps_left = self._between = int(steps)
+        self._begin = time.monotonic()
+        return bool(said)
+
+
+_MOST_STEPS = 10  # between two times that processes ask each other
+
+
 def gather(trainer: Any, value: Any) -> list[Any]:
     """The values of all data-parallel ranks, in order of the ranks, from that of each; every process has to call it."""
     rank, num_ranks = data_parallel(trainer)
@@ -140,9 +181,14 @@ def trainer_on_paper(module: Any, settings: Any) -> SimpleNamespace:
         num_devices=_num_devices(settings),
         current_epoch=0,
         overfit_batches=settings.overfit_batches,
+        strategy=SimpleNamespace(root_device=torch.device("cuda" if _is_on_cuda(settings) else "cpu")),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=done)),
         distributed_sampler_kwargs={"rank": 0, "num_replicas": _num_devices(settings) * int(settings.num_nodes)},
     )
+
+
+def _is_on_cuda(settings: Any) -> bool:
+    return settings.accelerator in ("cuda", "gpu") or (settings.accelerator == "auto" and torch.cuda.is_available())
 
 
 def _num_devices(settings: Any) -> int:

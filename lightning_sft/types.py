@@ -98,8 +98,12 @@ class Batch:
         provenance: ``file:line`` of each document, in order.
         parts: Number of the data set that each document comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.
-        lengths: Tokens of each document; empty where nobody has counted them.
+        lengths: Tokens of each document, 0 for one of padding; empty where nobody has counted them.
         answers_before: Of each document, how many trained answers of its conversation stand in earlier sequences.
+        spans: Positions of each document in order, padding included: they add up to B · N. Empty where nobody has
+            counted them. It is known on the host, so that attention need not ask the device where documents begin.
+        targets: Flat index ``[T]`` of each position that has a label. By default, it is looked up when first asked for,
+            and that waits for the device.
     """
 
     tensors = ("input_ids", "labels", "position_ids", "target_weights")
@@ -116,6 +120,8 @@ class Batch:
         part_names: Sequence[str] = (),
         lengths: Sequence[int] = (),
         answers_before: Sequence[int] = (),
+        spans: Sequence[int] = (),
+        targets: Tensor | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.labels = labels
@@ -124,7 +130,8 @@ class Batch:
         self.normalizer = normalizer
         self.provenance = tuple(provenance)
         self.parts, self.part_names = tuple(parts), tuple(part_names)
-        self.lengths, self.answers_before = tuple(lengths), tuple(answers_before)
+        self.lengths, self.answers_before, self.spans = tuple(lengths), tuple(answers_before), tuple(spans)
+        self._targets, self._targets_of = targets, (labels, _version(labels))
 
     @classmethod
     def of(cls, batch: Batch | Mapping[str, Any]) -> Batch:
@@ -160,22 +167,52 @@ class Batch:
         labels[:, :-1][positions[:, 1:] == 0] = IGNORE  # a document's first token is nobody's target
         return cls(ids, labels, positions, (labels != IGNORE).double())
 
+    @property
+    def targets(self) -> Tensor:
+        """Flat index of each position that has a label, ``[T]``, in order; looked up anew when the labels change."""
+        found = self._known_targets
+        if found is None:
+            found = (self.labels != IGNORE).flatten().nonzero().squeeze(1)
+            self._targets, self._targets_of = found, (self.labels, _version(self.labels))
+        return found
+
+    @property
+    def _known_targets(self) -> Tensor | None:
+        labels, version = self._targets_of
+        return self._targets if labels is self.labels and version == _version(labels) else None
+
+    def at_targets(self, values: Tensor) -> Tensor:
+        """Of values ``[B, N]``, those where a target is, ``[T]``."""
+        return values.flatten().index_select(0, self.targets)
+
     def target_parts(self) -> Tensor:
         """Number of the data set that each target comes from, ``[T]``; 0 where there is no mixture."""
-        documents = self.documents()[self.labels != IGNORE]
-        return documents.new_tensor(self.parts)[documents] if self.parts else documents * 0
+        documents = self.at_targets(self.documents())
+        return self.of_documents(self.parts).index_select(0, documents) if self.parts else documents * 0
+
+    def of_documents(self, numbers: Sequence[int]) -> Tensor:
+        """A number for each document, ``[D]``, on the batch's device; the copy does not wait for the device."""
+        return on_device(torch.tensor(numbers, device="cpu"), self.input_ids.device)
 
     @property
     def _others(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in self.tensors}
+        return {name: value for name, value in vars(self).items() if name not in self.tensors and name[0] != "_"}
 
     def _map(self, change: Any) -> Batch:
         tensors = {name: change(getattr(self, name)) for name in self.tensors}
-        return Batch(**tensors, **self._others)
+        targets = self._known_targets
+        return Batch(**tensors, **self._others, targets=None if targets is None else change(targets))
 
-    def to(self, device: Any, non_blocking: bool = False) -> Batch:
-        """The same batch on another device; Lightning calls it."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(self, device: Any, non_blocking: bool | None = None) -> Batch:
+        """The same batch on another device; Lightning calls it.
+
+        Args:
+            device: Where to.
+            non_blocking: As in torch; by default, copies of page-locked memory do not wait for the device.
+        """
+        return self._map(
+            lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned() if non_blocking is None else non_blocking)
+        )
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the data loader calls it."""
@@ -189,13 +226,25 @@ class Batch:
         """One of its documents as a batch of its own."""
         here = self.documents() == number
         tensors = {name: getattr(self, name)[here][None] for name in self.tensors}
-        of_documents = ("provenance", "parts", "lengths", "answers_before")
+        of_documents = ("provenance", "parts", "lengths", "answers_before", "spans")
         return Batch(**tensors, **self._others | {n: getattr(self, n)[number : number + 1] for n in of_documents})
 
     @property
     def is_packed(self) -> bool:
         """Whether a row holds more than one document."""
         return bool((self.position_ids[:, 1:] == 0).any())
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on a device, without waiting for what the device has been given to do before."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place; torch does not count in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True)

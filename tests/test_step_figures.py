@@ -77,11 +77,10 @@ def test_speeds_are_means_over_ten_steps_without_the_time_of_validations(monkeyp
     figures = StepFigures()
     figures.begin(trainer, None)
     batch = Batch.of({"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2, 4, dtype=torch.long)})
-    like = torch.zeros(1, dtype=torch.float64)
     for step in range(30):
         seconds = 1.0 if step < 15 else 2.0
         now[0] += seconds
-        found = figures.close(trainer, figures.counts([batch, batch], like), torch.tensor(12.0))
+        found = figures.close(trainer, figures.counts([batch, batch]), torch.tensor(12.0))
         figures.pause()
         now[0] += 50
         figures.pause()

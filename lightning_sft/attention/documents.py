@@ -74,7 +74,7 @@ class Documents:
         facts = torch.cat([begins.flatten(), holds[None]]).cpu()  # the one time that a device is waited for
         if not facts[-1]:
             return None
-        bounds = torch.cat([facts[:-1].nonzero()[:, 0], torch.tensor([positions.numel()])])
+        bounds = torch.cat([facts[:-1].nonzero()[:, 0], torch.tensor([positions.numel()], device="cpu")])
         return cls(bounds.diff().tolist(), window, positions.device, dtype)
 
     @cached_property

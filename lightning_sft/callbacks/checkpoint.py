@@ -21,7 +21,7 @@ from lightning_sft.run_folder import (
     remove,
     sweep,
 )
-from lightning_sft.trainer_facts import is_between_steps
+from lightning_sft.trainer_facts import Agreement, is_between_steps
 from lightning_sft.types import InputError
 
 _NAME = "resume-{epoch}-{step}"
@@ -56,7 +56,7 @@ class SafeCheckpoint(ModelCheckpoint):
             )
         super().__init__(dirpath, _NAME, save_top_k=1, enable_version_counter=False)
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_train_steps, every_n_minutes, keep_last
-        self._last_time = 0.0
+        self._last_time, self._agreement = 0.0, Agreement()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the folder, and remove from it what a killed process has left half written."""
@@ -67,7 +67,7 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse a folder that holds another run, and a disk without room for a checkpoint."""
-        self._last_time, folder = time.monotonic(), self._folder
+        self._last_time, self._agreement, folder = time.monotonic(), Agreement(), self._folder
         self._last_global_step_saved = trainer.global_step  # what a run was resumed from need not be written again
         others = sorted(folder.glob(_PATTERN))
         if others and (trainer.ckpt_path is None or Path(trainer.ckpt_path).resolve().parent != folder.resolve()):
@@ -111,8 +111,10 @@ class SafeCheckpoint(ModelCheckpoint):
     def _is_due(self, trainer: Any) -> bool:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             return True
-        is_late = self.every_n_minutes is not None and time.monotonic() - self._last_time >= 60 * self.every_n_minutes
-        return bool(trainer.strategy.broadcast(is_late)) if self.every_n_minutes is not None else False
+        if self.every_n_minutes is None:
+            return False
+        is_late = time.monotonic() - self._last_time >= 60 * self.every_n_minutes
+        return self._agreement.one_says(trainer, is_late and trainer.is_global_zero)
 
     def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
         save_whole(trainer, filepath)

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole, write_whole
 from lightning_sft.data.loader import EpochLoader
-from lightning_sft.trainer_facts import is_between_steps
+from lightning_sft.trainer_facts import Agreement, is_between_steps
 from lightning_sft.types import InputError
 
 EX_TEMPFAIL = 75
@@ -45,12 +45,12 @@ class Preempt(Callback):
         if unknown := [name for name in signals if name not in known]:
             raise InputError(f"There is no signal {', '.join(unknown)}. Expected names such as SIGTERM or SIGUSR1.")
         self.signals = [known[name] for name in signals]
-        self.is_told = False
+        self.is_told, self._agreement = False, Agreement()
         self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take the signals over from Lightning, which gives them back when the fit ends."""
-        self.is_told = False
+        self.is_told, self._agreement = False, Agreement()
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._take_note) for number in self.signals}
 
@@ -62,7 +62,7 @@ class Preempt(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """End here, between two optimiser steps, if a process has been told to."""
-        if is_between_steps(trainer) and self._one_is_told(trainer):
+        if is_between_steps(trainer) and self._agreement.one_says(trainer, self.is_told):
             self._end(trainer)
 
     def on_validation_batch_end(
@@ -70,14 +70,12 @@ class Preempt(Callback):
     ) -> None:
         """The same in a validation, where all processes are known to have equally many batches."""
         known = trainer.world_size == 1 or isinstance(trainer.val_dataloaders, EpochLoader)
-        if known and trainer.state.fn == "fit" and not trainer.sanity_checking and self._one_is_told(trainer):
-            self._end(trainer)
+        if known and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            if self._agreement.one_says(trainer, self.is_told):
+                self._end(trainer)
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
         self.is_told = True
-
-    def _one_is_told(self, trainer: Any) -> bool:
-        return bool(trainer.strategy.reduce_boolean_decision(self.is_told, all=False))
 
     def _end(self, trainer: Any) -> None:
         path = self._save(trainer)

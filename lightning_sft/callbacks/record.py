@@ -35,7 +35,7 @@ class RunRecord(Callback):
 
     def __init__(self, dirpath: str | None = None, every_n_steps: int = 1, flush_every: int = 20) -> None:
         self.dirpath, self.every_n_steps, self.flush_every = dirpath, every_n_steps, flush_every
-        self._lines: list[tuple[dict[str, float], list[str], Tensor]] = []
+        self._lines: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._untrained: dict[str, Tensor] = {}  # figures of the pretrained model
         self._validated: int | None = None  # a step whose validation, which a resumed run does again, is on the disk
 
@@ -108,7 +108,7 @@ class RunRecord(Callback):
         if not chosen:
             return
         at = {"step": trainer.global_step, "epoch": trainer.current_epoch, "seconds": time.time() - self._begin}
-        self._lines.append((at, list(chosen), torch.stack([value.detach().float() for value in chosen.values()])))
+        self._lines.append((at, {name: value.detach().float() for name, value in chosen.items()}))
         if len(self._lines) >= self.flush_every:
             self._write()
 
@@ -117,8 +117,8 @@ class RunRecord(Callback):
         if not lines:
             return
         with (self._folder / METRICS).open("a", encoding="utf-8") as file:
-            for at, names, values in lines:
-                row = {**at, **dict(zip(names, values.tolist(), strict=True))}
+            for at, values in lines:
+                row = {**at, **{name: value.item() for name, value in values.items()}}
                 file.write(json.dumps({n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in row.items()}))
                 file.write("\n")
 

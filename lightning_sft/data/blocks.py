@@ -66,10 +66,18 @@ class Block:
         place: Epoch, number of the block, and rank: seeds of the order.
         part_names: The data sets of the mixture.
         pad_id: Token id of padding.
+        full: Whether packed rows are filled up to the capacity.
     """
 
     def __init__(
-        self, chunks: Sequence[Chunk], shape: Shape, place: tuple[int, int, int], part_names: Sequence[str], pad_id: int
+        self,
+        chunks: Sequence[Chunk],
+        shape: Shape,
+        place: tuple[int, int, int],
+        part_names: Sequence[str],
+        pad_id: int,
+        *,
+        full: bool = False,
     ) -> None:
         self.examples, self.is_over, self.account = Examples([chunk.batch for chunk in chunks]), not chunks, Account()
         self.parts = [chunk.part for chunk in chunks for _ in range(len(chunk.batch))]
@@ -81,7 +89,8 @@ class Block:
         packs = PARTITIONS[shape.packing](lengths[order].tolist(), capacity)
         self.packs: list[list[int]] = [order[packs[i]].tolist() for i in random.permutation(len(packs))]
         self._num_parts = max(1, len(part_names))
-        self._collate = partial(collate, packed=shape.packing == "packed", pad_id=pad_id, part_names=part_names)
+        is_packed, fill = shape.packing == "packed", capacity if full else 0
+        self._collate = partial(collate, packed=is_packed, fill=fill, pad_id=pad_id, part_names=part_names)
 
     def share(self, error: str | None) -> Share:
         """What the other ranks have to know of it."""

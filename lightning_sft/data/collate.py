@@ -9,12 +9,15 @@ import torch
 
 from lightning_sft.types import IGNORE, Batch, Example
 
+_PADDING = 64  # tokens of a document of padding where there is no example to go by
+
 
 def collate(
     examples: Sequence[Example],
     normalizer: float | None = None,
     *,
     packed: bool = True,
+    fill: int = 0,
     pad_id: int = 0,
     parts: Sequence[int] = (),
     part_names: Sequence[str] = (),
@@ -25,6 +28,8 @@ def collate(
         examples: May be empty: the batch then is one padding token and no target, so that a rank can keep in step.
         normalizer: Z of the optimiser step.
         packed: All in one row without padding (``True``), or one example a row, padded on the right.
+        fill: Positions that a packed row has at least: it is filled up with documents of padding, none of them longer
+            than the longest example. Where all rows are of one size, kernels are compiled once.
         pad_id: Token id of padding; it is never a target, whatever it is.
         parts: Number of the data set that each example comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.
@@ -35,7 +40,7 @@ def collate(
     >>> batch.labels.tolist(), batch.target_weights.tolist()
     ([[-100, 7, -100, 9, -100]], [[0.0, 2.0, 0.0, 1.0, 0.0]])
     """
-    documents = examples or [Example([pad_id], [0.0], "padding")]
+    documents = [*examples, *_padding([len(example) for example in examples], fill if packed else 0, pad_id)]
     lengths = [len(document) for document in documents]
     shape = (1, sum(lengths)) if packed else (len(documents), max(lengths))
     ids = np.full(shape, pad_id, dtype=np.int64)
@@ -53,6 +58,7 @@ def collate(
         weights[row, before] = next_weights
         labels[row, before] = np.where(next_weights > 0, ids[row, begin + 1 : begin + length], IGNORE)
         begin += length if packed else 0
+    num_padding = len(documents) - len(examples)
     return Batch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
@@ -60,8 +66,17 @@ def collate(
         target_weights=torch.from_numpy(weights),
         normalizer=normalizer,
         provenance=[document.provenance for document in documents],
-        parts=[*parts, 0][: len(documents)] if part_names else (),
+        parts=[*parts, *[0] * num_padding] if part_names else (),
         part_names=part_names,
-        lengths=lengths if examples else [0],
+        lengths=lengths[: len(examples)] + [0] * num_padding,
         answers_before=[document.answers_before for document in documents],
+        spans=lengths if packed else [shape[1]] * shape[0],
+        targets=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
     )
+
+
+def _padding(lengths: Sequence[int], fill: int, pad_id: int) -> list[Example]:
+    """Documents of padding that fill a row up; without an example there is at least one."""
+    missing, most = max(fill - sum(lengths), 0 if lengths else 1), max(lengths, default=_PADDING)
+    sizes = [most] * (missing // most) + ([missing % most] if missing % most else [])
+    return [Example([pad_id] * size, [0.0] * size, "padding") for size in sizes]

@@ -31,6 +31,7 @@ class EpochLoader:
         plan: The plan of all epochs.
         rank: Data-parallel rank.
         packed: Lay examples end to end, or pad them.
+        fill: Positions that a packed row is filled up to, see :func:`~lightning_sft.data.collate.collate`.
         pad_id: Token id of padding.
         parts: Number of the data set that each example comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.
@@ -45,6 +46,7 @@ class EpochLoader:
         rank: int = 0,
         *,
         packed: bool = True,
+        fill: int = 0,
         pad_id: int = 0,
         parts: Sequence[int] | NDArray[np.int64] = (),
         part_names: Sequence[str] = (),
@@ -53,7 +55,7 @@ class EpochLoader:
     ) -> None:
         self.examples, self.plan, self.rank, self.num_workers, self.place = examples, plan, rank, num_workers, place
         self.parts = parts if part_names else ()
-        self._collate = partial(collate, packed=packed, pad_id=pad_id, part_names=part_names)
+        self._collate = partial(collate, packed=packed, fill=fill, pad_id=pad_id, part_names=part_names)
 
     def __len__(self) -> int:
         return self.plan.num_micro_batches

@@ -41,6 +41,7 @@ class StreamLoader:
         limit: Micro-batches of a rank that an epoch will use. The Z of a step that it cuts is that of what is left.
         is_strict: Whether a row that cannot be used is an error.
         pad_id: Token id of padding.
+        full: Whether packed rows are filled up to the capacity, so that they are of one shape.
         num_workers: Worker processes that encode ahead; 0 encodes in the training process.
         place: Gives the epoch, and how many micro-batches of it are done.
         finished: Is told by :meth:`report`, at the end of an epoch or of the training, what became of the rows of all
@@ -58,6 +59,7 @@ class StreamLoader:
         limit: int | float = 1.0,
         is_strict: bool = True,
         pad_id: int = 0,
+        full: bool = False,
         num_workers: int = 0,
         place: Callable[[], tuple[int, int]] = lambda: (0, 0),
         finished: Callable[[Account, dict[str, int]], None] = lambda account, targets: None,
@@ -66,7 +68,7 @@ class StreamLoader:
         self.recipes = [recipe.of(part) for part in mixture.of_name.values()]
         self.limit = limit if isinstance(limit, int) else math.inf
         self.is_strict, self.num_workers, self.finished = is_strict, num_workers, finished
-        self.pad_id = pad_id
+        self.pad_id, self.full = pad_id, full
         self._blocks: deque[tuple[int, int, int]] = deque(maxlen=4)  # epoch, number and first micro-batch of the last
         self._resumed: dict[str, Any] = {}
         self._unreported: tuple[Account, NDArray[Any]] | None = None
@@ -77,7 +79,8 @@ class StreamLoader:
         chunks, account, targets = self._chunks(epoch, block), Account(), np.zeros(len(self.recipes), int)
         while True:
             own, error = self._take(chunks)
-            encoded = Block(own, self.shape, (epoch, block, self.rank), self.mixture.names, self.pad_id)
+            where = epoch, block, self.rank
+            encoded = Block(own, self.shape, where, self.mixture.names, self.pad_id, full=self.full)
             shares = self.gather(encoded.share(error))
             for share in shares:
                 account.add(share.account)

@@ -53,5 +53,6 @@ def lengths(batch: Batch) -> Tensor:
     """
     documents = batch.documents()
     ends = torch.where(batch.labels != IGNORE, batch.position_ids + 2, 1)  # a label is the token after its position
-    longest = ends.new_ones(int(documents.max()) + 1).scatter_reduce(0, documents.flatten(), ends.flatten(), "amax")
+    count = len(batch.spans) or int(documents.max()) + 1  # the latter waits for the device
+    longest = ends.new_ones(count).scatter_reduce(0, documents.flatten(), ends.flatten(), "amax")
     return longest[documents]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_sft.data.collate import collate
 from lightning_sft.module import SFTModule
-from lightning_sft.types import IGNORE, Batch
+from lightning_sft.types import Batch
 from lightning_sft.verify.reference import log_probs_alone
 from lightning_sft.verify.subject import Subject
 from lightning_sft.verify.verdict import Case, Outcome
@@ -64,7 +64,7 @@ def _at(subject: Subject) -> float:
 def _of_documents(module: SFTModule, batch: Batch) -> list[Tensor]:
     """Log Pr of the targets of each document under the module, in order."""
     log_probs = module(batch).log_probs.double().cpu()
-    of_target = batch.documents()[batch.labels != IGNORE].cpu()
+    of_target = batch.at_targets(batch.documents()).cpu()
     return [log_probs[of_target == number] for number in range(len(batch.provenance))]
 
 
