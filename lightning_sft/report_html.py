@@ -60,7 +60,7 @@ def _cards(run: Run) -> Iterator[str]:
         ("train/loss", "training loss", ""),
         ("train/targets_seen", "targets seen", ""),
         ("train/tokens_per_second", "tokens a second", ""),
-        ("train/share_of_peak", "share of the peak rate", "%"),
+        ("train/mfu", "MFU", "%"),
         ("train/fill", "fill of micro-batches", "%"),
         ("train/peak_memory_gib", "GiB of memory at most", ""),
         ("drift/all", "moved from the pretrained weights", "%"),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import _plugin_to_compute_dtype, get_available_flops
 from torch import Tensor
 
+from lightning_sft.flops import Flops, flops
+from lightning_sft.peak_rates import peak_rate
 from lightning_sft.types import Batch
 
 SEEN = "lightning_sft_seen"
@@ -28,14 +28,17 @@ class StepFigures:
     """Counts what optimiser steps compute, and measures their time.
 
     Nothing here waits for the device: counts are known from the shapes of batches, and are summed over ranks in the one
-    reduction that a step has anyway. Times are those between the ends of steps, reading data included; validations, and
-    what follows them until the next micro-batch, are not.
+    reduction that a step has anyway; what :meth:`close` is given of it is on the host. Times are those between the ends
+    of steps, reading data included; validations, and what follows them until the next micro-batch, are not.
     """
 
     def __init__(self) -> None:
         self.restored: Sequence[float] | None = None  # the state of a checkpoint
         self._before: Sequence[float] = (0.0, 0.0)
-        self._done = torch.zeros(3, dtype=torch.float64, device="cpu")  # tokens, targets and pairs of this process
+        self._done = _nothing()  # tokens, targets and operations of attention since begin
+        self._peak: float | None = None
+        self._flops: Flops | None = None
+        self._capacity: int | None = None
         self._marks: deque[tuple[float, Tensor]] = deque(maxlen=_STEPS + 1)
         self._paused = 0.0
         self._pause: float | None = None
@@ -48,7 +51,7 @@ class StepFigures:
             model: Of transformers.
         """
         self._before, self.restored = self.restored or (0.0, 0.0), None
-        self._done = torch.zeros(3, dtype=torch.float64, device="cpu")
+        self._done = _nothing()
         self._peak = peak_rate(trainer)
         self._flops = flops(model) if self._peak else None
         self._capacity = getattr(trainer.datamodule, "positions_per_batch", None)
@@ -66,33 +69,35 @@ class StepFigures:
             self._paused, self._pause = self._paused + time.perf_counter() - self._pause, None
 
     def counts(self, window: Sequence[Batch]) -> Tensor:
-        """``[tokens, pairs of tokens that attend, micro-batches that are not empty, positions]`` of a rank's step.
+        """``[tokens, operations of attention, micro-batches that are not empty, positions]`` of a rank's step.
 
         Args:
             window: Its micro-batches.
         """
-        tokens = pairs = filled = positions = 0
+        tokens = filled = positions = 0
+        attention = 0.0
         for batch in window:
             rows, width = batch.input_ids.shape
             lengths = batch.lengths or (width,) * rows
-            tokens, pairs = tokens + sum(lengths), pairs + sum(n * (n + 1) // 2 for n in lengths)
-            filled, positions = filled + (sum(lengths) > 0), positions + rows * width
-        return torch.tensor([tokens, pairs, filled, positions], dtype=torch.float64, device="cpu")
+            tokens, filled, positions = tokens + sum(lengths), filled + (sum(lengths) > 0), positions + rows * width
+            attention += self._flops.of_pairs(lengths) if self._flops else 0.0
+        return torch.tensor([tokens, attention, filled, positions], dtype=torch.float64, device="cpu")
 
     def close(self, trainer: Any, counts: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The figures at the end of a step.
 
         Args:
             trainer: That of Lightning.
-            counts: Those of :meth:`counts`, summed over ranks.
-            targets: Target tokens of all ranks.
+            counts: Those of :meth:`counts`, summed over ranks, float64 on the host.
+            targets: Target tokens of all ranks, a scalar likewise.
         """
-        tokens, pairs, filled, positions = counts.unbind()
-        self._done = self._done.to(counts) + torch.stack([tokens, targets, pairs])
+        counts, targets = counts.to(self._done), targets.to(self._done)
+        tokens, attention, filled, positions = counts.unbind()
+        self._done = self._done + torch.stack([tokens, targets, attention])
         now = time.perf_counter() - self._paused
         then, before = self._marks[0]
         self._marks.append((now, self._done))
-        tokens_now, targets_now, pairs_now = (self._done - before.to(counts)).unbind()
+        tokens_now, targets_now, attention_now = (self._done - before).unbind()
         seconds = now - then
         found = {
             "tokens_per_second": tokens_now / seconds,
@@ -103,46 +108,13 @@ class StepFigures:
             "peak_memory_gib": counts.new_tensor(peak_memory(trainer.strategy.root_device) / 2**30),
         }
         if self._flops is not None and self._peak:
-            per_token, per_target, per_pair = self._flops
-            computed = tokens_now * per_token + targets_now * per_target + pairs_now * per_pair
-            found["share_of_peak"] = computed / (seconds * self._peak * trainer.world_size)
+            computed = tokens_now * self._flops.per_token + targets_now * self._flops.per_target + attention_now
+            found["mfu"] = computed / (seconds * self._peak * trainer.world_size)
         return found
 
     def state(self) -> list[float]:
         """Tokens and targets seen, for a checkpoint."""
         return [before + done for before, done in zip(self._before, self._done[:2].tolist(), strict=True)]
-
-
-def flops(model: Any) -> tuple[float, float, float] | None:
-    """Floating-point operations of a training step for a token, for a target, and for a pair of tokens that attend.
-
-    A matrix of n numbers takes 2n in the forward pass, 2n for the gradient of its input, and, where it is trained, 2n
-    for its own. The head is applied to targets alone. A pair takes 12 times the width of all heads in each layer. What
-    is computed once more for gradient checkpointing does not count. ``None`` where experts take turns.
-
-    Args:
-        model: Of transformers.
-    """
-    config = model.config.get_text_config()
-    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
-        return None
-    ends = {id(p) for end in (model.get_input_embeddings(), model.get_output_embeddings()) for p in end.parameters()}
-    head = list(model.get_output_embeddings().parameters())
-    inner = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in ends]
-    per_token, per_target = (
-        float(sum(_numel(p) * (6 if p.requires_grad else 4) for p in own)) for own in (inner, head)
-    )
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return per_token, per_target, 12.0 * config.num_hidden_layers * config.num_attention_heads * width
-
-
-def peak_rate(trainer: Any) -> float | None:
-    """Floating-point operations that a device can do in a second at the trainer's precision, where Lightning knows."""
-    name = getattr(trainer.strategy, "compute_dtype", None)  # that of fsdp2
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of chips that Lightning does not know: there is no figure then
-        dtype = getattr(torch, name) if name else _plugin_to_compute_dtype(trainer.precision_plugin)
-        return get_available_flops(trainer.strategy.root_device, dtype)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -157,5 +129,5 @@ def peak_memory(device: torch.device) -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _numel(parameter: Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def _nothing() -> Tensor:
+    return torch.zeros(3, dtype=torch.float64, device="cpu")
