@@ -24,6 +24,7 @@ from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if
 from lightning_sft.metrics import figures_by_part, sums_by_part
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.plain import plain
+from lightning_sft.precision import follow_autocast
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
@@ -141,6 +142,7 @@ class SFTModule(LightningModule):
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
             add_noise(self.scorer, model, self.neftune_alpha)
+        follow_autocast(model)
         if self.device_mesh is not None:
             Sharding(self.device_mesh, *layout(self.trainer.strategy)).apply(self.scorer, model)
 
