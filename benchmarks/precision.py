@@ -89,8 +89,8 @@ def run(given: argparse.Namespace, model: str, rows: list[Any], precision: str, 
 def table(found: Curves) -> str:
     """Of each data set: losses in both precisions, their difference at the same seed, and the spread over seeds."""
     lines = [
-        "| data | loss on held-out rows, float32 | bf16-mixed | difference at the same seed, largest | spread over seeds "
-        "(standard deviation) |",
+        "| data | loss on held-out rows, float32 | bf16-mixed | largest difference at the same seed "
+        "| standard deviation over seeds |",
         "|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(name for name, _, _ in found):

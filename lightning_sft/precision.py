@@ -1,14 +1,13 @@
 """Mixed precision: under autocast, what it does not cover is computed in 16 bits too.
 
-Autocast rounds the inputs of matmuls. What lies between them follows the parameters, which are float32: embeddings, so
-the residual stream; the outputs of norms, which matmuls then round again, each for itself; and the experts of a mixture,
-whose ``grouped_mm`` autocast does not know. Here all of it is what transformers computes when it loads the model in
+Autocast rounds the inputs of matmuls. What lies between them follows the parameters, which are float32: embeddings,
+hence the residual stream; outputs of norms, which each matmul then rounds for itself; and experts of mixtures, whose
+``grouped_mm`` autocast does not know. Here all of it is what transformers computes when it loads the model in
 bfloat16, while parameters, their gradients and the optimizer's state stay float32. Without autocast nothing changes.
 """
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from typing import Any
 

@@ -143,7 +143,7 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
 
 
 def names_kept_in_float32(model: PreTrainedModel) -> re.Pattern[str] | None:
-    """What transformers leaves in float32 when it loads a model in bfloat16: a pattern found in names of its tensors."""
+    """What transformers leaves in float32 when it loads a model in bfloat16: a pattern to search tensors' names for."""
     names = getattr(model, "_keep_in_fp32_modules_strict", None)
     return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(names))) if names else None
 

@@ -82,7 +82,7 @@ class Scorer(nn.Module):
             if buffer is not None
             and (name in module._non_persistent_buffers_set or (kept and kept.search(f"{prefix}.{name}")))
         ]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
         for module, name, buffer in before:
             after = module._buffers[name]
             if after is not None and torch.promote_types(after.dtype, buffer.dtype) != after.dtype:

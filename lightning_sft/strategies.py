@@ -72,8 +72,8 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: parameters
 def layout(strategy: Any) -> tuple[DtypeName | None, bool]:
     """Dtype of computation and CPU offload of a strategy that shards by FSDP2; others have neither.
 
-    Under ``bf16-mixed`` parameters are gathered in bfloat16, so that autocast has none to cast: it would keep its copies
-    of all of them until the backward pass.
+    Under ``bf16-mixed`` parameters are gathered in bfloat16, so that autocast has none to cast: it would keep copies of
+    all of them until the backward pass.
     """
     if not isinstance(strategy, ModelParallelStrategy):
         return None, False
