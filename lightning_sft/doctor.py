@@ -194,18 +194,20 @@ def _fast_paths() -> Iterator[Fact]:
     yield Fact(section, "allocator", ", ".join(given) or "torch's default")
 
 
-def _compiler(on_gpu: bool) -> Fact:
+def compiler_missing(on_gpu: bool) -> str | None:
+    """What ``torch.compile`` lacks on this machine, or ``None``."""
+    if on_gpu and not _version("triton"):
+        return "it needs triton: pip install triton"
     name = os.environ.get("CXX") or "g++"
-    path, triton = shutil.which(name), _version("triton")
-    if on_gpu and not triton:
-        return Fact(
-            "fast paths", "torch.compile", "off", "off", "model.compile_layers needs triton: pip install triton"
-        )
-    if not path:
-        return Fact(
-            "fast paths", "torch.compile", "off", "off", f"model.compile_layers needs a C++ compiler: no {name}."
-        )
-    return Fact("fast paths", "torch.compile", path, "good", "Off unless model.compile_layers=true.")
+    return None if shutil.which(name) else f"it needs a C++ compiler: no {name}"
+
+
+def _compiler(on_gpu: bool) -> Fact:
+    if missing := compiler_missing(on_gpu):
+        return Fact("fast paths", "torch.compile", "off", "off", f"For model.kernels=compiled {missing}.")
+    path = shutil.which(os.environ.get("CXX") or "g++")
+    remark = "With model.kernels=compiled; auto compiles long runs on GPUs."
+    return Fact("fast paths", "torch.compile", path or "", "good", remark)
 
 
 def _limits() -> Iterator[Fact]:

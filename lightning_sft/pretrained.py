@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -139,6 +140,12 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     if backbone is model or not isinstance(head, nn.Module):
         raise InputError(f"{type(model).__name__} has no separate backbone and output head; it cannot be trained here.")
     return backbone, head
+
+
+def names_kept_in_float32(model: PreTrainedModel) -> re.Pattern[str] | None:
+    """What transformers leaves in float32 when it loads a model in bfloat16: a pattern to search tensors' names for."""
+    names = getattr(model, "_keep_in_fp32_modules_strict", None)
+    return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(names))) if names else None
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:

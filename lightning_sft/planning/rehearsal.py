@@ -17,6 +17,7 @@ from lightning_sft.modes import default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.planning.layout import Layout, Model
 from lightning_sft.planning.meter import Meter
+from lightning_sft.precision import follow_autocast
 from lightning_sft.pretrained import backbone_and_head, load_architecture, model_from_config, new_token_ids
 from lightning_sft.probes import Findings
 from lightning_sft.scorer import Scorer
@@ -151,6 +152,7 @@ def _scorer(module: Any, model: Any, chunk_size: int) -> Scorer:
     scorer = Scorer(model, findings, chunk_size)
     if module.neftune_alpha:
         add_noise(scorer, model, module.neftune_alpha)
+    follow_autocast(model)
     return scorer
 
 
