@@ -22,6 +22,7 @@ from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import Sampling, answers
 from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.metrics import figures_by_part, sums_by_part
+from lightning_sft.modes import in_default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.plain import plain
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
@@ -130,7 +131,7 @@ class SFTModule(LightningModule):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
-        with gathered(model.parameters()):
+        with gathered(model.parameters()), in_default_dtype(model):
             self.attention, findings = probed(model, backbone, head, self.attn_implementation)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
