@@ -26,6 +26,7 @@ from lightning_sft.modes import in_default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.plain import plain
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
+from lightning_sft.run_folder import write_whole
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import Sharding, clip_gradients, layers
@@ -118,6 +119,7 @@ class SFTModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
         check_trainer(self.trainer, stage)
+        write_whole(self.trainer)
         self._seed, self._asked = None, None
 
     def configure_model(self) -> None:
