@@ -26,10 +26,12 @@ from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if
 from lightning_sft.host_copy import HostCopy
 from lightning_sft.kernels import KERNELS, KernelName, Kernels
 from lightning_sft.metrics import NUM_SUMS, figures_by_part, sums_by_part
+from lightning_sft.modes import in_default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.plain import plain
 from lightning_sft.precision import follow_autocast
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
+from lightning_sft.run_folder import write_whole
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import Sharding, clip_gradients
@@ -132,6 +134,7 @@ class SFTModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
         check_trainer(self.trainer, stage)
+        write_whole(self.trainer)
         self._seed, self._asked = None, None
 
     def configure_model(self) -> None:
@@ -147,7 +150,7 @@ class SFTModule(LightningModule):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
-        with gathered(model.parameters()):
+        with gathered(model.parameters()), in_default_dtype(model):
             self.attention, findings = probed(model, backbone, head, self.attn_implementation, device, autocast)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()

@@ -13,8 +13,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole, write_whole
+from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole
 from lightning_sft.data.loader import EpochLoader
+from lightning_sft.run_folder import write_whole
 from lightning_sft.trainer_facts import Agreement, is_between_steps
 from lightning_sft.types import InputError
 

@@ -22,7 +22,7 @@ from lightning_sft.pretrained import backbone_and_head, load_architecture, model
 from lightning_sft.probes import Findings
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import layers
-from lightning_sft.tuning.adapters import inject, is_adapter
+from lightning_sft.tuning.adapters import inject, is_adapter, widen
 from lightning_sft.tuning.freezing import choose
 from lightning_sft.tuning.neftune import add_noise
 from lightning_sft.types import Batch
@@ -104,7 +104,10 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1, mem
 def _blank(module: Any, layout: Layout) -> Any:
     """The model that ``configure_model`` would make, of whatever values."""
     tuning = module.tuning
-    model = model_from_config(module.hf_config or load_architecture(module.pretrained), module.attn_implementation)
+    config = module.hf_config or load_architecture(module.pretrained)
+    says_bfloat16 = config.get("dtype") == "bfloat16"  # no weights are read here, nor their headers
+    with default_dtype(tuning.base_dtype(layout.autocast, lambda: says_bfloat16)):
+        model = model_from_config(config, module.attn_implementation)
     if tuning.new_tokens:
         ids, _ = new_token_ids(module.pretrained, tuning.new_tokens)
         embeddings: Any = model.get_input_embeddings()
@@ -115,6 +118,8 @@ def _blank(module: Any, layout: Layout) -> Any:
     if tuning.lora is not None:
         inject(model, tuning.lora)
     choose(model, tuning.frozen, tuning.trained)
+    if tuning.lora is not None:
+        widen(parameter for parameter in model.parameters() if parameter.requires_grad)
     return model
 
 
