@@ -1,4 +1,4 @@
-"""FlexAttention beside the eager attention of the architecture, document by document. Uncompiled, since it runs on a CPU."""
+"""FlexAttention beside the eager attention of the architecture, document by document; uncompiled, since on a CPU."""
 
 from __future__ import annotations
 
