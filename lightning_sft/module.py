@@ -25,6 +25,7 @@ from lightning_sft.metrics import figures_by_part, sums_by_part
 from lightning_sft.modes import in_default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.plain import plain
+from lightning_sft.recompute import Checkpointing, check_checkpointing, checkpoint_layers
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
 from lightning_sft.run_folder import write_whole
 from lightning_sft.schedules import Schedule, learning_rate_factor
@@ -50,7 +51,8 @@ class SFTModule(LightningModule):
         optimizer: Makes the optimiser from parameter groups; norms and biases are not decayed.
         schedule: How the learning rate goes down after the warm-up.
         warmup: Steps of linear warm-up, as a share of all.
-        gradient_checkpointing: Recompute each layer's activations in the backward pass, to save memory.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory: of each layer (``true``), of
+            every n-th (a number), or of each with its input kept in host memory (``offload``).
         compile_layers: Compile each layer with torch.compile: the first steps are slow, the others faster.
         attn_implementation: Attention of transformers, as ``sdpa``; by default ours where exact, see docs/attention.
         chunk_size: Targets whose logits are in memory at a time.
@@ -81,7 +83,7 @@ class SFTModule(LightningModule):
         optimizer: OptimizerCallable = lambda groups: AdamW(groups, lr=2e-5, weight_decay=0.01, fused=True),
         schedule: Schedule = "cosine",
         warmup: float = 0.03,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         compile_layers: bool = False,
         attn_implementation: str | None = None,
         chunk_size: int = 512,
@@ -97,6 +99,7 @@ class SFTModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["optimizer", "hf_config"])
+        check_checkpointing(gradient_checkpointing)
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
@@ -135,8 +138,8 @@ class SFTModule(LightningModule):
         backbone, head = loading.backbone_and_head(model)
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, findings = probed(model, backbone, head, self.attn_implementation)
-        if self.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+        device = model.device if trainer is None else trainer.strategy.root_device
+        checkpoint_layers(model, self.gradient_checkpointing, device.type)
         if self.compile_layers:
             for layer in layers(model):
                 layer.compile(dynamic=True)
