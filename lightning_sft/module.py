@@ -236,7 +236,7 @@ class SFTModule(LightningModule):
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
-            self._log_figures("train", {} if norm is None else {"gradient_norm": norm})
+            self._log_figures("train", {} if norm is None else {"gradient_norm": norm.to(self.device)})
 
     def on_validation_start(self) -> None:
         """Begin the validation figures."""

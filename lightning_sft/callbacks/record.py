@@ -108,7 +108,9 @@ class RunRecord(Callback):
         if not chosen:
             return
         at = {"step": trainer.global_step, "epoch": trainer.current_epoch, "seconds": time.time() - self._begin}
-        self._lines.append((at, list(chosen), torch.stack([value.detach().float() for value in chosen.values()])))
+        device = next(iter(chosen.values())).device  # what a user logs may be on another
+        figures = [value.detach().to(device, torch.float32) for value in chosen.values()]
+        self._lines.append((at, list(chosen), torch.stack(figures)))
         if len(self._lines) >= self.flush_every:
             self._write()
 
