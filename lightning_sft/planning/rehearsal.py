@@ -20,6 +20,7 @@ from lightning_sft.planning.meter import Meter
 from lightning_sft.precision import follow_autocast
 from lightning_sft.pretrained import backbone_and_head, load_architecture, model_from_config, new_token_ids
 from lightning_sft.probes import Findings
+from lightning_sft.recompute import checkpoint_layers
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import layers
 from lightning_sft.tuning.adapters import inject, is_adapter, widen
@@ -152,8 +153,8 @@ def _scorer(module: Any, model: Any, chunk_size: int) -> Scorer:
     if asked in (None, *NAMES.values()) and takes_positions and model._can_set_attn_implementation():
         model.set_attn_implementation(NAMES[stock])  # as the module would, where it measures that it is exact
     findings = Findings(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
-    if module.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+    own = module.gradient_checkpointing  # inputs in host memory are counted all the same
+    checkpoint_layers(model, True if own == "offload" else own, "meta")
     scorer = Scorer(model, findings, chunk_size)
     if module.neftune_alpha:
         add_noise(scorer, model, module.neftune_alpha)
