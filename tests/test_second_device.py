@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 from torch.optim import SGD
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.demos import tiny_pretrained
 from tests.gradients import QUIET
-from tests.second_device import Held, counted_waits, on_second, second_device
+from tests.second_device import counted_waits, on_second, second_device
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {i + i}, I think."} for i in range(24)]
 

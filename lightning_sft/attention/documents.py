@@ -168,7 +168,7 @@ def lengths_from(begins: Tensor) -> list[int]:
 
 
 def without_waiting(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on a device: to CUDA it is copied from page-locked memory, which the host does not wait for."""
+    """A tensor of the CPU on a device; to CUDA from page-locked memory, so that the host does not wait for the copy."""
     is_real = type(tensor) is Tensor and torch.cuda.is_available()  # shapes alone have no memory
     if is_real and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
