@@ -209,7 +209,7 @@ def _compiler(on_gpu: bool) -> Fact:
     if missing := compiler_missing(on_gpu):
         return Fact("fast paths", "torch.compile", "off", "off", f"For model.kernels=compiled {missing}.")
     path = shutil.which(os.environ.get("CXX") or "g++")
-    remark = "With model.kernels=compiled; auto compiles long runs on GPUs."
+    remark = "For long runs, see model.kernels." if on_gpu else "Off unless model.kernels=compiled."
     return Fact("fast paths", "torch.compile", path or "", "good", remark)
 
 
