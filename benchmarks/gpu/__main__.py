@@ -76,7 +76,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Run the parts, and write and return their results."""
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = write_tokenizer(out / "tokenizer", given.tokenizer)
+    tokenizer = write_tokenizer(out / "tokenizer", given.tokenizer, given.quick)
     rows = write_rows(out / "rows", tokenizer, given.data, given.prompt, given.completion, given.quick)
     common = {"device": given.device, "quick": given.quick, "seed": given.seed, "tokenizer": tokenizer, "rows": rows}
     common |= {"models": str(out / "models"), "cache": str(out / "cache")}
@@ -103,8 +103,15 @@ def write(run: dict[str, Any], out: Path) -> None:
 
 
 def merged(paths: list[str]) -> dict[str, Any]:
-    """Several runs as one: of a case that is in more than one, the last counts; the facts are those of the last."""
+    """Several runs as one: of a case that is in more than one, the last counts; the facts are those of the last.
+
+    Raises:
+        SystemExit: When they are not of the same card and commit, and so have nothing to do with each other.
+    """
     runs = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths]
+    different = {(run["facts"]["card"], run["facts"]["commit"]) for run in runs}
+    if len(different) != 1:
+        raise SystemExit(f"Runs of one card and one commit can be one table, got {sorted(different)}.")
     results = {(result["part"], result["case"]): result for run in runs for result in run["results"]}
     return {**runs[-1], "results": list(results.values())}
 

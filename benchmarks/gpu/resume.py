@@ -20,6 +20,8 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from benchmarks.environments import ROOT
+from transformers import AutoTokenizer
+
 from benchmarks.gpu.shapes import architecture, write_model
 from benchmarks.gpu.throughput import quiet
 from benchmarks.record import Record
@@ -106,7 +108,7 @@ def check(given: SimpleNamespace) -> None:
     """
     here = Path(given.folder)
     config = architecture("llama", given.quick)
-    model = write_model(here / "model", config, given.tokenizer, "cpu", given.seed)
+    model = write_model(here / "model", config, AutoTokenizer.from_pretrained(given.tokenizer), "cpu", given.seed)
     for name, killed_in in (("whole", [0]), ("again", [0]), ("resumed", [KILLED_IN, 0])):
         (here / name).mkdir(parents=True)
         for kill in killed_in:

@@ -85,10 +85,16 @@ def write_rows(
     return paths
 
 
-def write_tokenizer(folder: Path, given: Path | None) -> str:
-    """The folder of the tokenizer: the one given, the demo model's where it has been fetched, else one of bytes."""
+def write_tokenizer(folder: Path, given: Path | None, quick: bool = False) -> str:
+    """The folder of the tokenizer: the one given, the demo model's where it has been fetched, else one of bytes.
+
+    Args:
+        folder: Where to write the one of bytes.
+        given: What was asked for.
+        quick: Whether models are tiny; the demo model's tokens are too many for these.
+    """
     demo = Path("~/.cache/lightning-sft/SmolLM2-135M-Instruct").expanduser()
-    for candidate in (given, demo):
+    for candidate in (given, None if quick else demo):
         if candidate is not None and (candidate / "tokenizer.json").exists():
             return str(candidate.resolve())
     tiny_tokenizer().save_pretrained(folder)

@@ -96,25 +96,25 @@ def architecture(name: str, quick: bool) -> dict[str, Any]:
 
 
 def built_config(config: Mapping[str, Any], tokenizer: Any) -> Any:
-    """A configuration of transformers whose special tokens are those of the tokenizer."""
+    """A configuration of transformers for the tokenizer: with its special tokens, and with room for all of its tokens."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-    return AutoConfig.for_model(**{**special, "max_position_embeddings": 32768, **config})
+    size = max(config["vocab_size"], -(-len(tokenizer) // 8) * 8)
+    return AutoConfig.for_model(**{**special, "max_position_embeddings": 32768, **config, "vocab_size": size})
 
 
-def write_model(folder: Path, config: Mapping[str, Any], tokenizer: str, device: str | None = None, seed: int = 0) -> str:
+def write_model(folder: Path, config: Mapping[str, Any], tokenizer: Any, device: str | None = None, seed: int = 0) -> str:
     """Write a Hugging Face folder, unless it exists, and return its path.
 
     Args:
         folder: Where to write it.
         config: The model's configuration.
-        tokenizer: Folder of its tokenizer.
+        tokenizer: Its tokenizer.
         device: Where random weights are drawn, in bfloat16, to be saved as such; ``None`` writes no weights.
         seed: Seed of the weights.
     """
     if (folder / "tokenizer_config.json").exists():
         return str(folder)
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
-    built = built_config(config, loaded)
+    built = built_config(config, tokenizer)
     if device is None:
         built.save_pretrained(folder)
     else:
@@ -122,7 +122,7 @@ def write_model(folder: Path, config: Mapping[str, Any], tokenizer: str, device:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(built, dtype=torch.bfloat16)
         model.save_pretrained(folder)
-    loaded.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -138,4 +138,5 @@ def prepared(name: str, models: str, tokenizer: str, device: str, quick: bool) -
     """
     shape = SHAPES[name].tiny() if quick else SHAPES[name]
     folder = Path(models) / (shape.slug + ("-tiny" if quick else ""))
-    return shape, write_model(folder, shape.config, tokenizer, device if shape.lora else None)
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    return shape, write_model(folder, shape.config, loaded, device if shape.lora else None)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+from transformers import AutoTokenizer
+
 from benchmarks.gpu.shapes import architecture, write_model
 from benchmarks.record import Record
 
@@ -121,7 +123,7 @@ def check(given: SimpleNamespace) -> None:
         given: ``name``, and what all cases get.
     """
     runs = Path(given.folder)
-    model = write_model(runs / "model", architecture("llama", given.quick), given.tokenizer, "cpu", given.seed)
+    model = write_model(runs / "model", architecture("llama", given.quick), AutoTokenizer.from_pretrained(given.tokenizer), "cpu", given.seed)
     for command in command_lines(model, given.rows, runs, given.device, 256 if given.quick else 4096)[given.name]:
         print("$", *command, flush=True)
         code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
