@@ -40,13 +40,17 @@ def parsed(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("benchmarks.gpu", description=description, epilog=epilog, formatter_class=form)
     parser.add_argument("parts", nargs="*", help="parts to run; all by default")
     parser.add_argument("--list", action="store_true", help="name all parts and their cases, and run nothing")
-    parser.add_argument("--only", nargs="+", default=[""], help="only cases whose names have one of these texts in them")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="only cases whose names have one of these texts in them"
+    )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the command itself")
     parser.add_argument("--data", type=Path, help="JSONL; by default rows of random words with the lengths of GSM8K's")
     parser.add_argument("--prompt", default="prompt", help="the data's column for the prompt")
     parser.add_argument("--completion", default="completion", help="the data's column for the answer")
-    parser.add_argument("--tokenizer", type=Path, help="Hugging Face folder; that of the demo model if fetched, or of bytes")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="Hugging Face folder; that of the demo model if fetched, or of bytes"
+    )
     parser.add_argument("--seconds", type=float, default=235.0, help="for each part")
     parser.add_argument("--threads", type=int, default=min(8, len(os.sched_getaffinity(0))))
     parser.add_argument("--seed", type=int, default=0)

@@ -1,7 +1,7 @@
 """One step of a fit over a pack, against plain transformers in float32, eager, document by document.
 
-The reference is none of ours: the model's own logits and ``cross_entropy``. What a precision costs by itself is measured
-by the same reference in that precision, so ours fails where it is further from float32 than rounding explains.
+The reference is none of ours: the model's own logits and ``cross_entropy``. What a precision costs by itself is
+measured by the same reference in that precision, so ours fails where it is further from float32 than rounding explains.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def reference(folder: str, examples: list[Example], device: str, precision: str 
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         loss = (weights * F.cross_entropy(logits.float(), ids[0, 1:], reduction="none")).sum() / weight
         (loss * scale).backward()
-        total += float(loss)
+        total += loss.item()
     named = model.named_parameters()
     return total, {n: p.grad.detach().float().cpu() / scale for n, p in named if p.grad is not None}
 

@@ -1,11 +1,11 @@
-"""Kernels and bytes of a training step, counted without a GPU: per layer and token, in the likelihood, in the optimizer.
+"""Kernels and bytes of a training step, counted without a GPU: in a layer, in the likelihood, in the optimizer.
 
     python -m benchmarks.gpu count --out now.json
-    PYTHONPATH=/path/to/older/checkout python -m benchmarks.gpu count --out before.json
+    PYTHONPATH=/path/to/older/checkout:. python -P -m benchmarks.gpu count --out before.json
     python -m benchmarks.gpu count --compare before.json now.json
 
-What `lightning_sft` on `PYTHONPATH` does is counted, as it would run on a GPU in bf16-mixed: a layer is what a step with
-two layers has more than one with one. Bytes are those of every operator's arguments and results: what stays in the
+What `lightning_sft` on `PYTHONPATH` does is counted, as it would run on a GPU in bf16-mixed: a layer is what a step
+with two layers has more than one with one. Bytes are those of every operator's arguments and results: what stays in the
 caches of a device counts too, so they are an upper bound. Compiled layers are counted in inductor's scheduled graphs.
 """
 
@@ -17,9 +17,12 @@ import json
 import struct
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -29,7 +32,7 @@ from transformers import AutoModelForCausalLM
 import lightning_sft
 from benchmarks.gpu import kinds
 from benchmarks.gpu.correctness import Batches
-from benchmarks.gpu.counting import Counting, Counts, added, difference, inductor_graphs
+from benchmarks.gpu.counting import LARGE, Counting, Counts, added, difference, inductor_graphs
 from benchmarks.gpu.facts import commit
 from benchmarks.gpu.shapes import SHAPES, Shape, built_config
 from benchmarks.gpu.throughput import quiet
@@ -112,13 +115,22 @@ def write_zeros(folder: Path, config: Any) -> None:
         file.truncate(file.tell() + end)
 
 
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """The likelihood takes a chunk's logits at once, in one kernel where it has one, not in blocks of rows."""
+    with (
+        patch.object(objective, "fuses", lambda raw: raw.numel() >= LARGE, create=True),
+        patch.object(objective, "_BLOCK", 2**62, create=True),  # as it was called up to 5560a4a
+    ):
+        yield
+
+
 def step(shape: Shape, layers: int, chunk_size: int | None) -> Counting:
     """Count a step of eager layers."""
     counting = Counting()
     counting.targets = round(batch(shape.length).normalizer)
-    with tempfile.TemporaryDirectory() as folder, counting, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, counting, _as_on_a_gpu(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        objective._BLOCK = 2**62  # CPUs take the softmax in blocks of rows, GPUs a chunk at a time
         _fit(module_for(shape, layers, Path(folder), False, chunk_size), shape.length, 2, _Phases(counting))
     return counting
 
@@ -179,7 +191,10 @@ def _of_shape(shape: str, found: list[tuple[str, dict[str, Any]]]) -> list[str]:
         if "compiled layer" in counts
     ]
     columns += [(f"outside of layers, {name}", counts["outside"], counts["targets"]) for name, counts in found]
-    head = ["kind", *(f"{name}: kernels | bytes a {'target' if 'outside' in name else 'token'}" for name, _, _ in columns)]
+    head = [
+        "kind",
+        *(f"{name}: kernels | bytes a {'target' if 'outside' in name else 'token'}" for name, _, _ in columns),
+    ]
     lines += [f"| {' | '.join(head)} |", "|---" * (1 + 2 * len(columns)) + "|"]
     for kind in [*kinds.KINDS, "all", "all but matmul and attention"]:
         cells = []
@@ -191,8 +206,10 @@ def _of_shape(shape: str, found: list[tuple[str, dict[str, Any]]]) -> list[str]:
         number = _sum(counts["layer"], "all")[0] * counts["layers"] + _sum(counts["outside"], "all")[0]
         moved = _sum(counts["layer"], "all but matmul and attention")[1] * counts["layers"]
         moved += _sum(counts["outside"], "all but matmul and attention")[1]
-        text = f"{name}: {number:,} kernels forward and backward with eager layers, {moved / 2**30:,.0f} GiB moved by those "
-        lines += ["", text + "that are neither matmul nor attention."]
+        text = (
+            f"{name}: {number:,} kernels forward and backward with eager layers; {moved / 2**30:,.0f} GiB are moved by "
+        )
+        lines += ["", text + "those that are neither matmul nor attention."]
         if "compiled error" in counts:
             lines.append(f"Compiled layers were not counted: {counts['compiled error']}")
     return [*lines, ""]

@@ -21,7 +21,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.gpu import kinds
 
-_LARGE = 100_000  # elements: more than the tokens of a pack, fewer than their hidden states
+LARGE = 100_000
+"""Elements of a tensor that is not computed: more than the tokens of a pack, fewer than their hidden states."""
+
 _WRITES_ALONE = re.compile("copy_|fill_|zero_|normal_|uniform_|random_|trunc_normal_|new_.*|.*_like")
 
 Counts = dict[str, tuple[int, int]]
@@ -54,8 +56,8 @@ class Counting(TorchDispatchMode):
     Attributes:
         targets: Of the step that is counted.
         phase: Under which name operators are counted now; ``None`` for not at all.
-        value: Of what is small and comes from what is large: differences of 0 satisfy the probes before the first step; a
-            sum of 1 has a finite logarithm in a step.
+        value: Of what is small and comes from what is large: differences of 0 satisfy the probes before the first
+            step; a sum of 1 has a finite logarithm in a step.
         counts: Kernels and bytes by phase and kind.
         operators: Kernels and bytes by phase and name of the operator.
     """
@@ -75,7 +77,9 @@ class Counting(TorchDispatchMode):
         kind = kinds.of_operator(name)
         if kind == kinds.VIEW and not _is_factory(args, kwargs):
             return func(*args, **kwargs)
-        out = func(*args, **kwargs) if self._is_small(func, args, kwargs) else _pretended(func, args, kwargs, self.value)
+        out = (
+            func(*args, **kwargs) if self._is_small(func, args, kwargs) else _pretended(func, args, kwargs, self.value)
+        )
         if self.phase is not None and kind != kinds.VIEW:
             moved = _bytes_moved(func, name, args, kwargs, out)
             for found, key in ((self.counts[self.phase], kind), (self.operators[self.phase], name)):
@@ -89,7 +93,7 @@ class Counting(TorchDispatchMode):
             return False
         if _is_factory(args, kwargs):
             size = next((x for x in args if isinstance(x, (list, tuple, torch.Size))), ())
-            return torch.Size(size).numel() < _LARGE if all(isinstance(n, int) for n in size) else True
+            return torch.Size(size).numel() < LARGE if all(isinstance(n, int) for n in size) else True
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if not any(x.is_floating_point() for x in inputs) or func._schema.is_mutable:
             return True
@@ -97,7 +101,7 @@ class Counting(TorchDispatchMode):
 
 
 def _is_large(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() >= _LARGE
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() >= LARGE
 
 
 def _is_factory(args: Any, kwargs: Any) -> bool:
@@ -133,16 +137,20 @@ def _places(index: Tensor | None) -> list[Tensor | None]:
 
 def _unfilled(like: Tensor, value: float) -> Tensor:
     """Memory that is never touched where there is much of it; where there is little, it has a value."""
-    if like.numel() < _LARGE:
+    if like.numel() < LARGE:
         return torch.full(like.shape, value, dtype=like.dtype)
     return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
 
 
 def _bytes_moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
-    """What an operator reads and writes: its arguments, its results, and what it changes in place."""
-    if re.fullmatch(_WRITES_ALONE, name):
-        args = args[1:]
-    return sum(_bytes(x) for x in (*tree_leaves((args, kwargs)), *tree_leaves(out)) if isinstance(x, Tensor))
+    """What an operator reads and writes: its arguments, and its results or, without these, what it changes in place."""
+    written = tree_leaves(out)
+    if not func._schema.returns:
+        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+        changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        written = tree_leaves([given.get(name) for name in changed])
+    read = tree_leaves((args[1:] if re.fullmatch(_WRITES_ALONE, name) else args, kwargs))
+    return sum(_bytes(x) for x in (*read, *written) if isinstance(x, Tensor))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -20,9 +20,18 @@ _KERNELS = [  # the first that is found in a kernel's name; the order decides wh
     (ELEMENTWISE, "elementwise|vectorized|norm|index|gather|scatter|embedding|sort|scan|arange|where"),
 ]
 _OPERATORS = [  # the first that the whole name of an operator matches
-    (VIEW, r"(_unsafe_)?view.*|t|transpose.*|permute|slice|select|as_strided|expand|(un)?squeeze|detach.*|alias|split.*"),
-    (VIEW, r"unbind|unfold|(sym_)?(size|stride|numel)|is_.*|narrow|diagonal|_reshape_alias|empty.*|new_empty.*|lift_.*"),
-    (VIEW, r"_local_scalar_dense|item|set_|resize_.*|chunk|reshape|contiguous|to|result_type|record_stream|pin_memory|_record_function.*|promote_types|_has_.*"),
+    (
+        VIEW,
+        r"(_unsafe_)?view.*|t|transpose.*|permute|slice|select|as_strided|expand|(un)?squeeze|detach.*|alias|split.*",
+    ),
+    (
+        VIEW,
+        r"unbind|unfold|(sym_)?(size|stride|numel)|is_.*|narrow|diagonal|_reshape_alias|empty.*|new_empty.*|lift_.*",
+    ),
+    (
+        VIEW,
+        r"_local_scalar_dense|item|set_|resize_.*|chunk|reshape|contiguous|to|result_type|record_stream|pin_memory|_record_function.*|promote_types|_has_.*",
+    ),
     (OPTIMIZER, r"_fused_.*|_foreach_.*|_amp_.*"),
     (ATTENTION, r".*attention.*|.*varlen.*|.*flash.*"),
     (MATMUL, r"(add|ba)?(b?mm|mv)|linear.*|matmul|einsum|dot|_?grouped_mm|baddbmm|.*scaled_mm.*"),
@@ -35,7 +44,7 @@ _OPERATORS = [  # the first that the whole name of an operator matches
 def of_kernel(name: str) -> str:
     """The kind of a kernel of a GPU by its name.
 
-    >>> of_kernel("sm90_xmma_gemm_bf16f32_bf16f32_f32_tn_n"), of_kernel("void flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel")
+    >>> of_kernel("sm90_xmma_gemm_bf16f32_bf16f32_f32_tn_n"), of_kernel("void flash_bwd_dq_dk_dv_loop_seqk")
     ('matmul', 'attention')
     >>> of_kernel("triton_red_fused__to_copy_add_mean_mul_pow_rsqrt_0"), of_kernel("bfloat16_copy_kernel_cuda")
     ('elementwise', 'copies and casts')

@@ -72,7 +72,7 @@ class Meter:
         return self.done >= self.total_steps
 
     def begin(self) -> None:
-        """Training begins: memory is watched from here, the optimizer's state and the first step's compiling included."""
+        """Training begins: memory is watched from here, the optimizer's state and compiling included."""
         self.began = time.perf_counter()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()

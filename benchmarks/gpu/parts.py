@@ -72,7 +72,9 @@ def parts(device: str, quick: bool) -> dict[str, Part]:
         found.append(Part(f"trl-{slug}", _trl(slug, "short", f"trl-{slug}", size, on_gpu)))
     for slug in ("qwen2.5-0.5b", "llama-3.2-1b"):
         name = f"{LONG}-{slug}"
-        found.append(Part(name, [_ours(slug, DEFAULT, "long", name, size), *_trl(slug, "long", name, size, on_gpu)[:1]]))
+        found.append(
+            Part(name, [_ours(slug, DEFAULT, "long", name, size), *_trl(slug, "long", name, size, on_gpu)[:1]])
+        )
     return {part.name: part for part in found}
 
 
@@ -123,7 +125,13 @@ def _path(*others: Path) -> str:
 
 
 def run_part(
-    part: Part, common: Mapping[str, Any], folder: Path, *, seconds: float, threads: int, done: Callable[[dict[str, Any]], None]
+    part: Part,
+    common: Mapping[str, Any],
+    folder: Path,
+    *,
+    seconds: float,
+    threads: int,
+    done: Callable[[dict[str, Any]], None],
 ) -> None:
     """Run the cases of a part; one that fails, or has no time left, is a result too.
 
@@ -140,7 +148,12 @@ def run_part(
     def one(case: Case) -> dict[str, Any]:
         left = until - time.time()
         where = folder / case.slug
-        variables = {"PYTHONPATH": _path(), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **case.environment}
+        variables = {
+            "PYTHONPATH": _path(),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            **case.environment,
+        }
         found = Run(time.time(), 0.0, 0, error="It was not started: the part had no time left.")
         if left > 0:
             settings = {**common, **case.settings}

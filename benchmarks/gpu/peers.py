@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +50,7 @@ class Counting:
         batch = self.collator(examples)
         positions = batch["position_ids"].flatten()
         bounds = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
-        lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+        lengths = [end - begin for begin, end in pairwise(bounds)]
         targets = int((batch["labels"] != -100).sum())
         self.counts.append((sum(lengths), targets, sum(n * (n + 1) // 2 for n in lengths)))
         return batch

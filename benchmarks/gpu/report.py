@@ -63,7 +63,9 @@ def _detail(line: Mapping[str, Any]) -> str:
 
 
 def _flags(line: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}: {'yes' if value is True else 'no'}" for name, value in line.items() if value in (True, False))
+    return ", ".join(
+        f"{name}: {'yes' if value is True else 'no'}" for name, value in line.items() if value in (True, False)
+    )
 
 
 def _last_line(error: str) -> str:
@@ -157,7 +159,10 @@ def _failures(results: Sequence[Result]) -> list[str]:
     failed = [result for result in results if result["error"]]
     lines = ["", "## Cases that ended with an error", ""] if failed else []
     for result in failed:
-        end = "\n".join(result["error"].strip().splitlines()[-12:])
+        text = result["error"].strip().splitlines()
+        end = "\n".join(
+            text if len(text) <= 12 else [*text[:1], *text[-11:]] if text[0].startswith("It was") else text[-12:]
+        )
         lines += [f"{result['part']}, {result['case']}, after {result['seconds']:.0f} s:", "", "```", end, "```", ""]
     return lines
 

@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-
-from benchmarks.environments import ROOT
 from transformers import AutoTokenizer
 
+from benchmarks.environments import ROOT
 from benchmarks.gpu.shapes import architecture, write_model
 from benchmarks.gpu.throughput import quiet
 from benchmarks.record import Record

@@ -13,10 +13,10 @@ from transformers import AutoTokenizer
 from lightning_sft.demos import tiny_tokenizer
 
 _WORDS = (
-    "each every total number half twice three apples boxes hours dollars cents miles minutes days week bought sold gave "
-    "left spent earned shares equal more fewer than how many much does she he they have and the of in to for so then is "
-    "are 2 4 6 8 10 12 20 25 36 48 60 100 + - * / = per rate cost price time left over sum"
-).split()
+    "each every total number half twice three apples boxes hours dollars cents miles minutes days week bought sold "
+    "gave left spent earned shares equal more fewer than how many much does she he they have and the of in to for so "
+    "then is are 2 4 6 8 10 12 20 25 36 48 60 100 + - * / = per rate cost price time over sum"
+)
 _SHORT = ((60, 0.35), (100, 0.5))  # tokens of a prompt and of an answer: mean, standard deviation of the logarithm
 _LONG = ((120, 0.35), (1850, 0.15))
 _ROWS_OF_A_LONG_ONE = 12  # rows of a file that one long document is made of
@@ -33,15 +33,15 @@ def generated(tokenizer: Any, num_rows: int, lengths: tuple[tuple[float, float],
         lengths: Of prompts and of completions: mean in tokens, and standard deviation of the logarithm.
         seed: Seed of the rows.
     """
-    random = Random(seed)
-    costs = {word: len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) for word in _WORDS}
+    random, known = Random(seed), _WORDS.split()
+    costs = {word: len(tokenizer(f" {word}", add_special_tokens=False)["input_ids"]) for word in known}
     for _ in range(num_rows):
         texts = []
         for mean, deviation in lengths:
-            wanted, words = mean * random.lognormvariate(-(deviation**2) / 2, deviation), [random.choice(_WORDS)]
+            wanted, words = mean * random.lognormvariate(-(deviation**2) / 2, deviation), [random.choice(known)]
             tokens = costs[words[0]]
             while tokens < wanted:
-                words.append(random.choice(_WORDS))
+                words.append(random.choice(known))
                 tokens += costs[words[-1]]
             texts.append(" ".join(words))
         yield {"prompt": texts[0], "completion": texts[1]}

@@ -96,13 +96,15 @@ def architecture(name: str, quick: bool) -> dict[str, Any]:
 
 
 def built_config(config: Mapping[str, Any], tokenizer: Any) -> Any:
-    """A configuration of transformers for the tokenizer: with its special tokens, and with room for all of its tokens."""
+    """A configuration of transformers with a tokenizer's special tokens, and with room for all of its tokens."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     size = max(config["vocab_size"], -(-len(tokenizer) // 8) * 8)
     return AutoConfig.for_model(**{**special, "max_position_embeddings": 32768, **config, "vocab_size": size})
 
 
-def write_model(folder: Path, config: Mapping[str, Any], tokenizer: Any, device: str | None = None, seed: int = 0) -> str:
+def write_model(
+    folder: Path, config: Mapping[str, Any], tokenizer: Any, device: str | None = None, seed: int = 0
+) -> str:
     """Write a Hugging Face folder, unless it exists, and return its path.
 
     Args:

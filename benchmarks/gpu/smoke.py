@@ -85,7 +85,9 @@ def command_lines(model: str, rows: Mapping[str, str], runs: Path, device: str, 
     callbacks = f"{_CALLBACK}SampleGenerations", f"{_CALLBACK}DriftMonitor"
     validated = {"data.val": rows["val"], "trainer.val_check_interval": "2", "model.max_new_tokens": "16", **_BF16}
     question = f"printf 'What is 2+2?\\n' | {sys.executable} -m lightning_sft chat --model {model} --max_new_tokens 8"
-    replayed = f"{sys.executable} -m lightning_sft replay --config \"$(find '{runs / 'replay'}' -name config.yaml | head -1)\""
+    replayed = (
+        f"{sys.executable} -m lightning_sft replay --config \"$(find '{runs / 'replay'}' -name config.yaml | head -1)\""
+    )
     return {
         "doctor": [[*_VERB, "doctor"]],
         "fit, export, validate, predict, report": [
@@ -123,7 +125,13 @@ def check(given: SimpleNamespace) -> None:
         given: ``name``, and what all cases get.
     """
     runs = Path(given.folder)
-    model = write_model(runs / "model", architecture("llama", given.quick), AutoTokenizer.from_pretrained(given.tokenizer), "cpu", given.seed)
+    model = write_model(
+        runs / "model",
+        architecture("llama", given.quick),
+        AutoTokenizer.from_pretrained(given.tokenizer),
+        "cpu",
+        given.seed,
+    )
     for command in command_lines(model, given.rows, runs, given.device, 256 if given.quick else 4096)[given.name]:
         print("$", *command, flush=True)
         code = subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode

@@ -3,8 +3,8 @@
     python -m benchmarks.gpu stage FOLDER [--python 3.12] [--data rows.jsonl]
     bash FOLDER/run.sh                      there; it takes the arguments of `python -m benchmarks.gpu`
 
-It has the files of this checkout, the wheels that such a machine lacks, and the demo model's tokenizer where it has been
-fetched (`lightning-sft fetch-demo-model`).
+It has the files of this checkout, the wheels that such a machine lacks, and the demo model's tokenizer where it has
+been fetched (`lightning-sft fetch-demo-model`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from benchmarks.environments import ROOT
 from benchmarks.gpu.facts import COMMIT, commit
 from benchmarks.gpu.rows import write_tokenizer
 
-_PINNED = (  # to the versions of our constraints
-    "accelerate datasets jsonargparse lightning peft tokenizers torchao torchmetrics transformers trl".split()
-)
-_OTHERS = (
-    "dill docstring-parser huggingface-hub importlib-resources lightning-utilities multiprocess psutil safetensors "
-    "typeshed-client xxhash liger-kernel==0.8.5"
-).split()
+_PINNED = {  # to the versions of our constraints
+    *("accelerate", "datasets", "jsonargparse", "lightning", "peft", "tokenizers", "torchao", "torchmetrics"),
+    *("transformers", "trl"),
+}
+_OTHERS = {
+    *("dill", "docstring-parser", "huggingface-hub", "importlib-resources", "lightning-utilities", "multiprocess"),
+    *("psutil", "safetensors", "typeshed-client", "xxhash", "liger-kernel==0.8.5"),
+}
 _BITSANDBYTES = "bitsandbytes"  # of its wheel, which has the kernels for every CUDA, only those for one are taken
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 _RUN = """#!/usr/bin/env bash
@@ -76,7 +77,7 @@ def download(folder: Path, python: str, cuda: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     pins = constraints()
-    wanted = [f"{name}=={pins[name]}" for name in _PINNED] + list(_OTHERS)
+    wanted = sorted({f"{name}=={pins[name]}" for name in _PINNED} | _OTHERS)
     _pip_download(folder, python, *wanted)
     if not list(folder.glob("bitsandbytes-*")):
         with tempfile.TemporaryDirectory() as scratch:

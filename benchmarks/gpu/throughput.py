@@ -50,7 +50,9 @@ class Steps(Callback):
             self._window = [0, 0, 0]
             if self._seen == self.meter.warmup + self.meter.steps:
                 found = trainer.callback_metrics
-                self.logged = {name: float(found[f"train/{name}"]) for name in ("loss", "mfu") if f"train/{name}" in found}
+                self.logged = {
+                    name: float(found[f"train/{name}"]) for name in ("loss", "mfu") if f"train/{name}" in found
+                }
             trainer.should_stop = self.meter.is_done
 
 
