@@ -33,7 +33,7 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 _LENGTHS = (37, 5, 300, 129, 64, 201, 16, 272)
 _DTYPES = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16-true": torch.bfloat16}
 _EXACT = {"loss": 1e-5, "gradient": 1e-4}  # relative errors that float32 may have
-_ROUNDED = {"loss": 2e-3, "gradient": 3e-2}  # and that 16 bits may have in any case
+_ROUNDED = {"loss": 5e-4, "gradient": 3e-2}  # and that 16 bits may have in any case
 _TIMES_STOCK = 2.0  # or as many times the error of the reference in the same precision
 
 Gradients = dict[str, Tensor]

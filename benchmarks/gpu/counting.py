@@ -186,17 +186,17 @@ def inductor_graphs() -> Iterator[list[Counts]]:
 
 def _scheduled(nodes: Any) -> Counts:
     """Kernels and bytes of a scheduled graph by kind; what is fused is elementwise, reductions within it too."""
+    from torch._inductor.ir import MultiOutput
     from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
 
     found: Counts = {}
     for node in nodes:
-        if isinstance(node, NopKernelSchedulerNode):
-            continue
+        if isinstance(node, NopKernelSchedulerNode) or isinstance(getattr(node, "node", None), MultiOutput):
+            continue  # no kernels
         kind = kinds.ELEMENTWISE
         if isinstance(node, ExternKernelSchedulerNode):
             overload = getattr(node.node, "op_overload", None)
-            name = str(overload) if overload is not None else str(getattr(node.node, "python_kernel_name", ""))
-            kind = kinds.of_operator(re.sub(r"^(aten|extern_kernels|mkldnn|onednn)\.|\.default$", "", name))
+            kind = kinds.OTHER if overload is None else kinds.of_operator(overload._schema.name.partition("::")[2])
         number, size = found.get(kind, (0, 0))
         found[kind] = (number + 1, size + int(node.get_read_write_buffers_sizes()))
     return found
