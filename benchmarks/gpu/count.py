@@ -218,8 +218,8 @@ def _of_shape(shape: str, found: list[tuple[str, dict[str, Any]]]) -> list[str]:
             if layer in counts:
                 number = _sum(counts[layer], "all")[0] * counts["layers"] + _sum(counts["outside"], "all")[0]
                 moved = _sum(counts[layer], _MEMORY)[1] * counts["layers"] + _sum(counts["outside"], _MEMORY)[1]
-                text = f"{name}, {how} layers, forward and backward: {number:,} kernels; {moved / 2**30:,.0f} GiB are moved"
-                lines += ["", f"{text} by those that are neither matmul nor attention."]
+                text = f"{name}, {how} layers, forward and backward: {number:,} kernels; those that are neither matmul "
+                lines += ["", f"{text}nor attention move {moved / 2**30:,.0f} GiB."]
         if "compiled error" in counts:
             lines += ["", f"{name}: compiled layers were not counted: {counts['compiled error']}"]
     return [*lines, ""]
