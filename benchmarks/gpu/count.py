@@ -45,6 +45,8 @@ from lightning_sft.types import Example
 _TARGETS = 0.58  # of the tokens, as in GSM8K
 _GPU_CHUNK = 4096  # targets whose logits are there at a time on a GPU with room for them
 
+_MEMORY = "all but matmul and attention"
+
 BEFORE_UPDATE, UPDATE = "forward and backward", "update"
 
 
@@ -205,27 +207,26 @@ def _of_shape(shape: str, found: list[tuple[str, dict[str, Any]]]) -> list[str]:
         *(f"{name}: kernels | bytes a {'target' if 'outside' in name else 'token'}" for name, _, _ in columns),
     ]
     lines += [f"| {' | '.join(head)} |", "|---" * (1 + 2 * len(columns)) + "|"]
-    for kind in [*kinds.KINDS, "all", "all but matmul and attention"]:
+    for kind in [*kinds.KINDS, "all", _MEMORY]:
         cells = []
         for _, counts, size in columns:
             number, moved = _sum(counts, kind)
             cells += [f"{number:,}", f"{moved / size:,.0f}"]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
     for name, counts in found:
-        number = _sum(counts["layer"], "all")[0] * counts["layers"] + _sum(counts["outside"], "all")[0]
-        moved = _sum(counts["layer"], "all but matmul and attention")[1] * counts["layers"]
-        moved += _sum(counts["outside"], "all but matmul and attention")[1]
-        text = (
-            f"{name}: {number:,} kernels forward and backward with eager layers; {moved / 2**30:,.0f} GiB are moved by "
-        )
-        lines += ["", text + "those that are neither matmul nor attention."]
+        for layer, how in (("layer", "eager"), ("compiled layer", "compiled")):
+            if layer in counts:
+                number = _sum(counts[layer], "all")[0] * counts["layers"] + _sum(counts["outside"], "all")[0]
+                moved = _sum(counts[layer], _MEMORY)[1] * counts["layers"] + _sum(counts["outside"], _MEMORY)[1]
+                text = f"{name}, {how} layers, forward and backward: {number:,} kernels; those that are neither matmul "
+                lines += ["", f"{text}nor attention move {moved / 2**30:,.0f} GiB."]
         if "compiled error" in counts:
-            lines.append(f"Compiled layers were not counted: {counts['compiled error']}")
+            lines += ["", f"{name}: compiled layers were not counted: {counts['compiled error']}"]
     return [*lines, ""]
 
 
 def _sum(counts: Any, kind: str) -> tuple[int, int]:
-    left_out = {"all": (), "all but matmul and attention": (kinds.MATMUL, kinds.ATTENTION)}.get(kind)
+    left_out = {"all": (), _MEMORY: (kinds.MATMUL, kinds.ATTENTION)}.get(kind)
     chosen = [v for k, v in counts.items() if (k == kind if left_out is None else k not in left_out)]
     return sum(number for number, _ in chosen), sum(moved for _, moved in chosen)
 
