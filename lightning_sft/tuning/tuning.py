@@ -113,7 +113,8 @@ class Tuning:
             self._base = None if self.lora is None else adapter_checkpoints.samples(model)
             if autocast is None and own is torch.bfloat16:
                 widen(model.parameters())  # rounded; without autocast, a product takes no two dtypes
-            if autocast is not None and own is torch.float32 and self.lora and not self.quantize:
+            is_unasked = self.lora is not None and self.lora.base_dtype is None and self.quantize is None
+            if is_unasked and in_bfloat16 and own is torch.float32:
                 rank_zero_info(_HINT)
             self._prepare(model, pretrained)
         choose(model, self.frozen, self.trained)

@@ -77,7 +77,7 @@ def test_other_precisions_keep_their_own(quiet_trainer: Make, base: str, precisi
 
 
 def test_what_is_not_stored_in_bfloat16_is_rounded_only_when_asked(
-    tmp_path: Path, quiet_trainer: Make, base: str, capsys: Any, caplog: Any
+    tmp_path: Path, quiet_trainer: Make, base: str, caplog: Any
 ) -> None:
     mixed = AutoModelForCausalLM.from_pretrained(base)
     mixed.model.norm.float()
@@ -88,15 +88,18 @@ def test_what_is_not_stored_in_bfloat16_is_rounded_only_when_asked(
         caplog.clear()
         with caplog.at_level("INFO"):
             module = configured(quiet_trainer, pretrained)
+        assert "model.lora.base_dtype=bfloat16 rounds it, and halves its memory" in caplog.text
         assert dtypes(module) == ({torch.float32}, {torch.float32})
         plain = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).model.layers[0].mlp.up_proj.weight
         assert torch.equal(module.model.model.layers[0].mlp.up_proj.base_layer.weight, plain)
+        caplog.clear()
         asked = configured(quiet_trainer, pretrained, lora=Lora(r=4, base_dtype="bfloat16"))
+        assert "halves its memory" not in caplog.text
         assert dtypes(asked) == ({torch.bfloat16}, {torch.float32})
-    assert dtypes(configured(quiet_trainer, base, lora=Lora(base_dtype="float32"))) == (
-        {torch.float32},
-        {torch.float32},
-    )
+    with caplog.at_level("INFO"):
+        asked = configured(quiet_trainer, base, lora=Lora(base_dtype="float32"))
+    assert dtypes(asked) == ({torch.float32}, {torch.float32})
+    assert "halves its memory" not in caplog.text
 
 
 def test_shards_are_looked_into_too(tmp_path: Path, quiet_trainer: Make) -> None:
