@@ -94,6 +94,7 @@ def test_layers_that_cannot_be_compiled_run_as_written(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 def test_layers_compiled_by_inductor_train_as_eager_ones_do(
     pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]]
