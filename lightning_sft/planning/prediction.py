@@ -79,7 +79,8 @@ def predict(module: Any, batch: Batch, layout: Layout, device: Device, accumulat
         device: What it runs on.
         accumulate: Micro-batches in a step.
     """
-    done = rehearse(module, batch, layout, accumulate)
+    memory = (device.capacity or 0.0) if device.name == "GPU" else None
+    done = rehearse(module, batch, layout, accumulate, memory)
     meter, extra = done.meter, layout.extra(done.sizes)
     moments = {LOADING: _loading(module, done, layout, device)}
     for name, live in meter.peaks.items():

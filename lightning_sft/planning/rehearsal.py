@@ -14,6 +14,8 @@ from lightning_sft.attention import halves
 from lightning_sft.attention.implementation import NAMES
 from lightning_sft.modes import default_dtype
 from lightning_sft.optimizers import parameter_groups
+from lightning_sft.planning import flash
+from lightning_sft.planning.compiled import compile_on_paper
 from lightning_sft.planning.layout import Layout, Model
 from lightning_sft.planning.meter import Meter
 from lightning_sft.pretrained import backbone_and_head, load_architecture, model_from_config, new_token_ids
@@ -55,7 +57,7 @@ class Rehearsal:
     unpacked: float
 
 
-def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> Rehearsal:
+def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1, memory: float | None = None) -> Rehearsal:
     """Two optimiser steps in Lightning's order, the second with two micro-batches where gradients are accumulated.
 
     Args:
@@ -63,6 +65,7 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
         batch: The largest micro-batch.
         layout: Strategy and precision.
         accumulate: Micro-batches in a step.
+        memory: Bytes that a GPU has in all; ``None`` on a CPU.
 
     Raises:
         InputError: When the architecture cannot be run on shapes.
@@ -72,7 +75,7 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1) -> 
     with torch.device("meta"), default_dtype(layout.computes_in):
         model = _blank(module, layout)
     meter.made("weights", lambda: _materialize(model))
-    scorer = _scorer(module, model)
+    scorer = _scorer(module, model, on_gpu=memory is not None)
     optimizer = module.optimizer(parameter_groups(model.parameters()))
     meter.follow_gradients(model)
     if layout.in_backward:
@@ -126,15 +129,18 @@ def _materialize(model: nn.Module) -> None:
                     cast(dict[str, Any], owned)[name] = made[id(tensor)]
 
 
-def _scorer(module: Any, model: Any) -> Scorer:
+def _scorer(module: Any, model: Any, on_gpu: bool) -> Scorer:
     config = model.config.get_text_config()
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
     asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
     if asked in (None, *NAMES.values()) and takes_positions and model._can_set_attn_implementation():
-        model.set_attn_implementation(NAMES[stock])  # as the module would, where it measures that it is exact
+        # as the module would, where it measures that it is exact
+        model.set_attn_implementation(flash.NAME if on_gpu else NAMES[stock])
     findings = Findings(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
     if module.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    if on_gpu and module.compile_layers:
+        compile_on_paper(model)
     scorer = Scorer(model, findings, module.chunk_size)
     if module.neftune_alpha:
         add_noise(scorer, model, module.neftune_alpha)
