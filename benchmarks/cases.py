@@ -88,7 +88,7 @@ def cases(length: int, rows_per_step: int) -> list[Case]:
         Case("TRL, packed", "trl", SHIPPED, {"config": shipped}),
         Case("LitGPT", "litgpt", SHIPPED, {"train": {}, "optimizer": "AdamW"}, share=0.5),
         Case("lightning_sft", "ours", EQUAL, {"flags": ours}),
-        Case("lightning_sft, layers compiled", "ours", EQUAL, {"flags": ours | {"--model.compile_layers": "true"}}),
+        Case("lightning_sft, layers compiled", "ours", EQUAL, {"flags": ours | {"--model.kernels": "compiled"}}),
         Case("TRL, packed", "trl", EQUAL, {"config": packed}),
         Case("TRL, packed, with our allocator settings", "trl", EQUAL, {"config": packed}, ALLOCATOR),
         Case("TRL, padded", "trl", EQUAL, {"config": padded}),

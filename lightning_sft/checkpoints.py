@@ -11,9 +11,11 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import is_dataclass
 from enum import Enum
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ Kind = Literal["file", "distributed", "deepspeed"]
 
 _META = "meta.pt"  # Lightning's name for what is no tensor in a distributed checkpoint
 _PREFIX = "state_dict."
+_OPTIMIZERS = "torchao.optim"
 
 
 def kind_of(path: str | Path) -> Kind:
@@ -151,6 +154,7 @@ def _of_deepspeed(path: Path) -> list[Path]:
 
 
 def _load(path: Path, device: str) -> dict[str, Any]:
+    know_optimizer_states(path)
     try:
         found: dict[str, Any] = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -161,6 +165,26 @@ def _load(path: Path, device: str) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError) as error:
         raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(error)}") from error
     return found
+
+
+def know_optimizer_states(path: str | Path) -> None:
+    """Let torch load the quantized states of torchao's optimizers, where a file has such: as tensors, run nothing.
+
+    torchao itself tells torch which of its classes are tensors, when it is imported; nothing else is let through.
+
+    Args:
+        path: A file that torch.save wrote, or any other.
+
+    Raises:
+        InputError: When it has such states, and torchao is not installed.
+    """
+    names: list[str] = []
+    with suppress(ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # loading says what is wrong
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if any(name.startswith(f"{_OPTIMIZERS}.") for name in names):
+        if find_spec("torchao") is None:
+            raise InputError(f"{path} has states of an optimizer of torchao: pip install torchao, which reads them.")
+        import_module(_OPTIMIZERS)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_sft import __version__
-from lightning_sft.attention import varlen
+from lightning_sft.attention import gpu
 
 State = Literal["good", "off", "bad", "plain"]
 _MARKS = {"good": "[green]✓[/green]", "off": "[dim]-[/dim]", "bad": "[bold red]![/bold red]", "plain": ""}
@@ -170,11 +170,15 @@ def _devices() -> Iterator[Fact]:
 def _fast_paths() -> Iterator[Fact]:
     section, on_gpu = "fast paths", torch.cuda.is_available()
     yield Fact(section, "attention", "by document", "good", "Packed without padding; fit says which path a model gets.")
-    for name, (reason, kernel, _) in varlen.installed().items():
-        is_on = on_gpu and kernel is not None
-        why = "" if is_on else f": {reason or 'it needs a GPU'}"
+    is_taken = False
+    for name, (reason, kernel) in gpu.kernels(torch.device("cuda", 0) if on_gpu else torch.device("cpu")).items():
+        state: State = "off" if kernel is None or is_taken else "good"
+        why = f": {reason}" if kernel is None else ": an earlier one is taken" if is_taken else ""
+        is_taken = is_taken or kernel is not None
         remark = f"All documents in one call, in 16 bits{why}."
-        yield Fact(section, f"  {name}", "on" if is_on else "off", "good" if is_on else "off", remark)
+        yield Fact(section, f"  {name}", "on" if state == "good" else "off", state, remark)
+    why = "Soft-caps and sinks on a GPU" + ("" if on_gpu else ": it needs a GPU that torch sees")
+    yield Fact(section, "  FlexAttention", "on" if on_gpu else "off", "good" if on_gpu else "off", f"{why}.")
     yield Fact(section, "chunked likelihood", "on", "good", "Logits are never held whole: model.chunk_size")
     yield Fact(section, "fused AdamW", "on", "good", "The default of model.optimizer.")
     yield _compiler(on_gpu)
@@ -190,18 +194,20 @@ def _fast_paths() -> Iterator[Fact]:
     yield Fact(section, "allocator", ", ".join(given) or "torch's default")
 
 
-def _compiler(on_gpu: bool) -> Fact:
+def compiler_missing(on_gpu: bool) -> str | None:
+    """What ``torch.compile`` lacks on this machine, or ``None``."""
+    if on_gpu and not _version("triton"):
+        return "it needs triton: pip install triton"
     name = os.environ.get("CXX") or "g++"
-    path, triton = shutil.which(name), _version("triton")
-    if on_gpu and not triton:
-        return Fact(
-            "fast paths", "torch.compile", "off", "off", "model.compile_layers needs triton: pip install triton"
-        )
-    if not path:
-        return Fact(
-            "fast paths", "torch.compile", "off", "off", f"model.compile_layers needs a C++ compiler: no {name}."
-        )
-    return Fact("fast paths", "torch.compile", path, "good", "Off unless model.compile_layers=true.")
+    return None if shutil.which(name) else f"it needs a C++ compiler: no {name}"
+
+
+def _compiler(on_gpu: bool) -> Fact:
+    if missing := compiler_missing(on_gpu):
+        return Fact("fast paths", "torch.compile", "off", "off", f"For model.kernels=compiled {missing}.")
+    path = shutil.which(os.environ.get("CXX") or "g++")
+    remark = "With model.kernels=compiled; auto compiles long runs on GPUs."
+    return Fact("fast paths", "torch.compile", path or "", "good", remark)
 
 
 def _limits() -> Iterator[Fact]:

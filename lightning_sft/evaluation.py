@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sft.data.token_bytes import token_bytes
 from lightning_sft.guards import not_finite
 from lightning_sft.metrics import CorpusLikelihood
-from lightning_sft.types import Batch, LogLikelihood
+from lightning_sft.types import Batch, LogLikelihood, widest
 
 
 class Evaluation:
@@ -32,18 +32,21 @@ class Evaluation:
         tokenizer = getattr(module.trainer.datamodule, "tokenizer", None)
         if tokenizer is not self._tokenizer:  # going through a vocabulary takes a second
             self._tokenizer, self._token_bytes = tokenizer, token_bytes(tokenizer)
-        self._metric = CorpusLikelihood(token_bytes=self._token_bytes).to(module.device)
+        self._metric = self._new_metric(module.device)
         self._not_finite = []
 
     def add(self, module: Any, batch: Batch | Mapping[str, Any]) -> None:
         """Compute the likelihood of a batch, and add it."""
         batch = Batch.of(batch)
         if batch.part_names != self._metric.part_names:  # the first batch of a mixture
-            self._metric = CorpusLikelihood(batch.part_names, self._metric.token_bytes).to(module.device)
+            self._metric = self._new_metric(module.device, batch.part_names)
         likelihood: LogLikelihood = module(batch)
         self._metric.update(likelihood, batch)
         if not torch.isfinite(likelihood.total):
             self._not_finite.append((batch, likelihood))
+
+    def _new_metric(self, device: torch.device, part_names: Sequence[str] = ()) -> CorpusLikelihood:
+        return CorpusLikelihood(part_names, self._token_bytes, widest(device)).to(device)
 
     def close(self, module: Any) -> dict[str, Tensor]:
         """The figures, the same on all ranks.

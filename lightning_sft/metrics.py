@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sft.types import IGNORE, Batch, LogLikelihood, on_device
+from lightning_sft.types import IGNORE, Batch, LogLikelihood, on_device, widest
 
 NUM_SUMS = 5
 """How many numbers :func:`sums` gives."""
@@ -19,7 +19,7 @@ _POSITIONS = (1, 10, 100, 1000)  # the last token of each stretch of an answer; 
 
 def sums(likelihood: LogLikelihood) -> Tensor:
     """``[Σ −w·log Pr, Σ w, correct targets, targets, Σ entropy]`` of a batch, ``[5]`` float64 (float32 on MPS)."""
-    dtype = torch.float32 if likelihood.total.device.type == "mps" else torch.float64
+    dtype = widest(likelihood.total.device)
     correct = likelihood.correct.sum()
     targets = torch.full_like(correct, likelihood.correct.numel())
     entropy = likelihood.entropy.to(dtype).sum()
@@ -87,6 +87,7 @@ class CorpusLikelihood(Metric):
     Args:
         part_names: The data sets of the corpus, where it is a mixture.
         token_bytes: UTF-8 bytes of each token of the vocabulary, ``[V]``; without them there are no bits per byte.
+        dtype: Of the sums: float64, but for devices that have none.
 
     >>> import lightning_sft
     >>> metric = CorpusLikelihood()
@@ -100,7 +101,12 @@ class CorpusLikelihood(Metric):
     totals: Tensor
     token_bytes: Tensor | None
 
-    def __init__(self, part_names: Sequence[str] = (), token_bytes: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        part_names: Sequence[str] = (),
+        token_bytes: Tensor | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
         super().__init__()
         self.part_names = tuple(part_names)
         positions = zip((1, *(p + 1 for p in _POSITIONS)), _POSITIONS, strict=False)
@@ -113,7 +119,7 @@ class CorpusLikelihood(Metric):
             f"loss_position/{_POSITIONS[-1] + 1}_and_later",
         ]
         self.register_buffer("token_bytes", token_bytes, persistent=False)
-        self.add_state("totals", torch.zeros(1 + len(self.names), 7, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("totals", torch.zeros(1 + len(self.names), 7, dtype=dtype), dist_reduce_fx="sum")
 
     def update(self, likelihood: LogLikelihood, batch: Batch | None = None) -> None:
         """Add one batch; where its targets stand, and what they are, only the batch knows."""
@@ -131,7 +137,10 @@ class CorpusLikelihood(Metric):
         groups = [
             first,
             1 + num_parts + turns.clamp(max=_TURNS) - 1,
-            1 + num_parts + _TURNS + torch.bucketize(positions, on_device(torch.tensor(_POSITIONS, device="cpu"), positions.device)),
+            1
+            + num_parts
+            + _TURNS
+            + torch.bucketize(positions, on_device(torch.tensor(_POSITIONS, device="cpu"), positions.device)),
         ]
         if num_parts:
             groups.append(1 + batch.target_parts())

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -27,6 +29,52 @@ def evaluating(module: Any) -> Iterator[None]:
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+@contextmanager
+def in_default_dtype(model: Any) -> Iterator[None]:
+    """A model of transformers computes in torch's default dtype, whatever its parameters are held in.
+
+    Those held in fewer bits, as a bfloat16 base under float32 adapters, are cast while their layer runs, so that one
+    layer at a time is there in both. Not for a forward pass that a backward pass follows.
+
+    Args:
+        model: With or without such parameters.
+    """
+    affected, stored = narrow(model), dict[nn.Parameter, Tensor]()
+
+    def widen(_: nn.Module, __: Any, own: list[nn.Parameter]) -> None:
+        for parameter in own:
+            stored[parameter], parameter.data = parameter.data, parameter.data.to(torch.get_default_dtype())
+
+    def restore(_: nn.Module, __: Any, ___: Any, own: list[nn.Parameter]) -> None:
+        for parameter in own:
+            parameter.data = stored.pop(parameter, parameter.data)
+
+    hooks, claimed = [], set[nn.Parameter]()
+    for module, recurse in [*((block, True) for block in blocks(model)), *((m, False) for m in model.modules())]:
+        own = [p for p in module.parameters(recurse) if p in affected and p not in claimed]
+        claimed |= set(own) if recurse else set()  # tied parameters are those of two modules
+        if own:
+            hooks.append(module.register_forward_pre_hook(partial(widen, own=own)))
+            hooks.append(module.register_forward_hook(partial(restore, own=own), always_call=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def blocks(model: Any) -> list[nn.Module]:
+    """The decoder layers of a transformers model, of which it says that they must not be split; it may not say so."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def narrow(model: nn.Module) -> set[nn.Parameter]:
+    """The plain parameters held in fewer bits than torch's default dtype."""
+    plain = (p for p in model.parameters() if type(p.data) is Tensor and p.is_floating_point())
+    return {parameter for parameter in plain if parameter.element_size() < torch.get_default_dtype().itemsize}
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW
@@ -16,22 +17,35 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
-from lightning_sft.attention.choice import Attention, probed
+from lightning_sft.attention.choice import Attention, check_asked, probed
+from lightning_sft.chunked_head import check_chunk_size
 from lightning_sft.evaluation import Evaluation
 from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import Sampling, answers
 from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.host_copy import HostCopy
+from lightning_sft.kernels import KERNELS, KernelName, Kernels
 from lightning_sft.metrics import NUM_SUMS, figures_by_part, sums_by_part
+from lightning_sft.modes import in_default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.plain import plain
+from lightning_sft.precision import follow_autocast
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
+from lightning_sft.run_folder import write_whole
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
-from lightning_sft.sharding import Sharding, clip_gradients, layers
+from lightning_sft.sharding import Sharding, clip_gradients
 from lightning_sft.step_figures import NUM_COUNTS, SEEN, StepFigures
 from lightning_sft.strategies import layout
-from lightning_sft.trainer_facts import data_parallel, divisors, is_between_steps, sum_over_ranks, total_steps
+from lightning_sft.trainer_facts import (
+    autocast_dtype,
+    data_parallel,
+    divisors,
+    is_between_steps,
+    root_device,
+    sum_over_ranks,
+    total_steps,
+)
 from lightning_sft.tuning.adapters import Lora
 from lightning_sft.tuning.neftune import add_noise
 from lightning_sft.tuning.quantized import Bits, keep_out_of_broadcasts
@@ -50,9 +64,9 @@ class SFTModule(LightningModule):
         schedule: How the learning rate goes down after the warm-up.
         warmup: Steps of linear warm-up, as a share of all.
         gradient_checkpointing: Recompute each layer's activations in the backward pass, to save memory.
-        compile_layers: Compile each layer with torch.compile: the first steps are slow, the others faster.
+        kernels: Of the layers: ``compiled``, ``liger``, ``none``, or ``auto`` (by device and length of the run).
         attn_implementation: Attention of transformers, as ``sdpa``; by default ours where exact, see docs/attention.
-        chunk_size: Targets whose logits are in memory at a time.
+        chunk_size: Targets whose logits are in memory at a time; by default 512 on CPUs, and what fits on GPUs.
         max_new_tokens: Most tokens that are generated for a prompt.
         sampling: How they are chosen; the likeliest by default, see :class:`~lightning_sft.generation.Sampling`.
         lora: Adapters to train instead of the model, see :class:`~lightning_sft.tuning.adapters.Lora`.
@@ -81,9 +95,9 @@ class SFTModule(LightningModule):
         schedule: Schedule = "cosine",
         warmup: float = 0.03,
         gradient_checkpointing: bool = False,
-        compile_layers: bool = False,
+        kernels: KernelName = "auto",
         attn_implementation: str | None = None,
-        chunk_size: int = 512,
+        chunk_size: int | None = None,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
         lora: Lora | None = None,
@@ -95,12 +109,13 @@ class SFTModule(LightningModule):
         hf_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_chunk_size(chunk_size)
         self.save_hyperparameters(ignore=["optimizer", "hf_config"])
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
-        self.compile_layers, self.hf_config = compile_layers, hf_config
+        self.kernels, self.hf_config = Kernels(kernels), hf_config
         self.new_tokens, self.neftune_alpha = new_tokens or [], neftune_alpha
         self.tuning = Tuning(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
         self.sampling = Sampling.of(sampling)
@@ -119,6 +134,7 @@ class SFTModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
         check_trainer(self.trainer, stage)
+        write_whole(self.trainer)
         self._seed, self._asked = None, None
 
     def configure_model(self) -> None:
@@ -127,22 +143,23 @@ class SFTModule(LightningModule):
             return
         trainer = self._trainer  # None where a checkpoint is loaded without one
         self._zero3 = loading_config(None if trainer is None else trainer.strategy)
+        device, autocast = root_device(trainer), autocast_dtype(trainer)
+        check_asked(self.attn_implementation, device, autocast or torch.get_default_dtype())
         model = self.tuning.load(self.pretrained, self.hf_config, self.attn_implementation, trainer)
         if trainer is not None and model.device.type == "cpu" and "bf16" in str(trainer.precision):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
-        with gathered(model.parameters()):
-            self.attention, findings = probed(model, backbone, head, self.attn_implementation)
+        with gathered(model.parameters()), in_default_dtype(model):
+            self.attention, findings = probed(model, backbone, head, self.attn_implementation, device, autocast)
         if self.gradient_checkpointing:
             model.activation_checkpointing_enable()
-        if self.compile_layers:
-            for layer in layers(model):
-                layer.compile(dynamic=True)
         self.scorer = Scorer(model, findings, self.chunk_size)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
             add_noise(self.scorer, model, self.neftune_alpha)
+        if (reason := follow_autocast(model)) and trainer is not None and trainer.precision == "bf16-mixed":
+            rank_zero_info(f"The residual stream stays in float32 under bf16-mixed: {reason}.")
         if self.device_mesh is not None:
             Sharding(self.device_mesh, *layout(self.trainer.strategy)).apply(self.scorer, model)
 
@@ -150,6 +167,7 @@ class SFTModule(LightningModule):
         """Refuse epochs that the strategy would not end; settings given now win over those of a checkpoint."""
         check_epoch(self.trainer)
         self._window, self._sums = [], None  # an earlier fit may have been interrupted inside a step
+        self.kernels.begin(self)
         self._step_figures.begin(self.trainer, self.model)
         if self._asked is not None:
             retune(self.trainer, self._asked)
@@ -279,7 +297,7 @@ class SFTModule(LightningModule):
         """Note where the run is, and what a model card says of it; of a model with adapters, keep these alone."""
         self.tuning.shrink(checkpoint, self)
         checkpoint[FACTS] = run_facts(self.trainer)
-        checkpoint[SEEN] = self._step_figures.state()
+        checkpoint[SEEN], checkpoint[KERNELS] = self._step_figures.state(), self.kernels.name
         checkpoint[PLACE] = note(self.trainer, seed_of(self.trainer) if self._seed is None else self._seed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -287,7 +305,7 @@ class SFTModule(LightningModule):
         self.tuning.complete(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
             self._seed = restore(self.trainer, checkpoint)
-            self._step_figures.restored = checkpoint.get(SEEN)
+            self._step_figures.restored, self.kernels.restored = checkpoint.get(SEEN), checkpoint.get(KERNELS)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser, with norms and biases undecayed, and the schedule over all planned steps."""

@@ -13,24 +13,28 @@ This file computes Σ_t w_t · log Pr(t) and Σ_t w_t; the division happens once
 that a user gives (per message, per row) multiply w_t.
 
 The logits are never held: [T, V] is worked through in chunks of targets, and each chunk's gradient is taken while its
-logits are there. Of a chunk, what the head gives and its gradient are held in the head's own precision; the softmax is
-taken in float32, in blocks of rows that a processor's cache holds. Only positions with a target reach the head.
+logits are there, in closed form. Only positions with a target reach the head. What is in which dtype:
+
+    logits, their gradient          the head's own, or autocast's
+    softmax, entropy, all sums      float32
+    gradients of head and states    summed in float32, multiplied by the gradient of the total (1 / Z), then rounded
+
+With states in float64, all of it is float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from lightning_sft.types import IGNORE, LogLikelihood
+from lightning_sft.chunked_head import Head, automatic_chunk_size, check_chunk_size, on_chunks, scaled, slices
+from lightning_sft.fused_softmax import fused_softmax, fuses
+from lightning_sft.types import IGNORE, InputError, LogLikelihood
 
-Head = nn.Module | Tensor
-
-_BLOCK = 2**18  # logits that a CPU takes the softmax of at a time: 1 MB in float32
+_CACHED = 2**18  # logits that a CPU takes the softmax of at a time: 1 MB in float32
+_UNFUSED = 2**26  # that another device does where no kernel fuses it: 256 MB
 
 
 def log_likelihood(
@@ -41,7 +45,8 @@ def log_likelihood(
     *,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_size: int = 512,
+    chunk_size: int | None = None,
+    indices: Tensor | None = None,
 ) -> LogLikelihood:
     """Weighted log-likelihood of the targets, ``Σ_t w_t · log softmax(z_t)[label_t]``, and ``Σ_t w_t``.
 
@@ -52,14 +57,17 @@ def log_likelihood(
         weights: Weight of each target, ``[...]``; ``None`` means 1.
         scale: The logits are multiplied by this (Cohere, Granite).
         softcap: The scaled logits become ``softcap · tanh(z / softcap)`` (Gemma).
-        chunk_size: How many targets have their logits in memory at a time; the result does not depend on it.
+        chunk_size: How many targets have their logits in memory at a time; the result does not depend on it. ``None``
+            means 512 on a CPU, and elsewhere what fits the device.
+        indices: Where the targets are in the flattened ``labels``, ``[T]``, if that is known. Finding out waits for the
+            device.
 
     Returns:
         Sum and weight in float32, or float64 where the hidden states are, with each target's log-probability and
         the entropy of the prediction there.
 
     Raises:
-        ValueError: When the shapes do not fit, or ``chunk_size`` is not positive.
+        InputError: When the shapes do not fit, or ``chunk_size`` is not positive.
 
     >>> hidden, head = torch.zeros(1, 3, 8), torch.zeros(4, 8)  # all tokens equally likely
     >>> total, weight = log_likelihood(hidden, head, labels=torch.tensor([[1, -100, 3]]))
@@ -68,19 +76,21 @@ def log_likelihood(
     """
     if hidden.shape[:-1] != labels.shape or (weights is not None and weights.shape != labels.shape):
         shapes = f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}"
-        raise ValueError(f"hidden must be labels' shape and one more dimension, weights like labels; got {shapes}.")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-    is_target = labels != IGNORE
-    targets = labels[is_target]  # [T]
+        raise InputError(f"hidden must be labels' shape and one more dimension, weights like labels; got {shapes}.")
+    check_chunk_size(chunk_size)
+    at = (labels.flatten() != IGNORE).nonzero().squeeze(1) if indices is None else indices
+    targets = labels.flatten().index_select(0, at)  # [T]
+    states = hidden.flatten(0, -2).index_select(0, at)  # [T, H]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    w = torch.ones_like(targets, dtype=dtype) if weights is None else weights[is_target].to(dtype)
+    w = torch.ones_like(targets, dtype=dtype)
+    if weights is not None:
+        w = weights.flatten().index_select(0, at).to(dtype)
 
     parameters = [head] if isinstance(head, Tensor) else list(head.parameters())
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
-    states = hidden[is_target] if torch.is_grad_enabled() else hidden[is_target].detach()  # [T, H]
+    size = chunk_size or automatic_chunk_size(head, states)
     chunked_sum: Any = _ChunkedSum  # torch gives autograd functions no types
-    total, *of_targets = chunked_sum.apply(head, (scale, softcap), chunk_size, targets, w, states, *trained)
+    total, *of_targets = chunked_sum.apply(head, (scale, softcap), size, targets, w, states, *trained)
     return LogLikelihood(total, w.sum(), *of_targets)
 
 
@@ -104,36 +114,46 @@ class _ChunkedSum(torch.autograd.Function):
         states: Tensor,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        of_states = torch.zeros_like(states) if states.requires_grad else None
-        of_trained = [] if len(targets) else [torch.zeros_like(t) for t in trained]
         log_probs, entropy = torch.empty_like(weights), torch.empty_like(weights)
         correct = torch.empty_like(targets, dtype=torch.bool)
-        for chunk in _even(len(targets), chunk_size):
-            some = states[chunk].detach().requires_grad_(states.requires_grad)  # [chunk, H]
-            inputs = [*([some] if states.requires_grad else []), *trained]
-            with torch.set_grad_enabled(bool(inputs)):
-                raw = F.linear(some, head) if isinstance(head, Tensor) else head(some)  # [chunk, V]
-            gradient = torch.empty_like(raw) if inputs else None
-            parts = [x[chunk] for x in (targets, weights, log_probs, correct, entropy)]
-            for rows in _even(len(raw), max(1, _BLOCK // raw.shape[1]) if raw.device.type == "cpu" else len(raw)):
-                here = None if gradient is None else gradient[rows]
-                _softmax(raw.detach()[rows], transformation, here, *(x[rows] for x in parts))
-            if inputs:
-                new = list(torch.autograd.grad(raw, inputs, gradient))
-                if of_states is not None:
-                    of_states[chunk] = new.pop(0)
-                of_trained = [old.add_(more) for old, more in zip(of_trained, new, strict=True)] if of_trained else new
-        ctx.save_for_backward(of_states, *of_trained)
+        chunked = on_chunks(head, states, trained)
+        for chunk in slices(len(targets), chunk_size, even=states.is_cpu):  # elsewhere kernels are chosen by shape
+            raw, gradient = chunked.forward(chunk)  # [chunk, V] each
+            of_targets = (x[chunk] for x in (targets, weights, log_probs, correct, entropy))
+            _softmax(raw, transformation, gradient, *of_targets)
+            if gradient is not None:
+                chunked.backward(chunk, gradient)
+            del raw, gradient  # before the next
+        ctx.save_for_backward(chunked.of_states, *chunked.of_trained)
+        ctx.dtypes = [tensor.dtype for tensor in (states, *trained)]
         ctx.mark_non_differentiable(log_probs, correct, entropy)
-        return weights @ log_probs, log_probs, correct, entropy
+        return (weights * log_probs).sum(), log_probs, correct, entropy  # as a matmul, autocast would round it
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        scaled = (None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors)
-        return (None, None, None, None, None, *scaled)
+        if torch.is_grad_enabled():  # once_differentiable of torch would let a gradient pass that is constant
+            raise RuntimeError(
+                "log_likelihood has no second derivatives: its gradient was computed with its value. Call backward "
+                "without create_graph=True."
+            )
+        gradients = map(scaled, ctx.saved_tensors, ctx.dtypes, [grad_total] * len(ctx.dtypes))
+        return (None, None, None, None, None, *gradients)
 
 
 def _softmax(
+    raw: Tensor, transformation: tuple[float, float | None], gradient: Tensor | None, *of_targets: Tensor
+) -> None:
+    """Fill in the figures of a chunk, and its gradient: in one kernel, or in blocks of rows that a cache holds."""
+    if fuses(raw):
+        fused_softmax(raw, gradient, *of_targets, *transformation)
+        return
+    block = _CACHED if raw.is_cpu else _UNFUSED
+    for rows in slices(len(raw), max(1, block // raw.shape[1]), even=True):
+        here = None if gradient is None else gradient[rows]
+        _softmax_of_rows(raw[rows], transformation, here, *(x[rows] for x in of_targets))
+
+
+def _softmax_of_rows(
     raw: Tensor,
     transformation: tuple[float, float | None],
     gradient: Tensor | None,
@@ -158,10 +178,3 @@ def _softmax(
         if softcap is not None:
             of_z.mul_(1 - (z / softcap) ** 2)  # tanh' = 1 − tanh²
         gradient.copy_(of_z if scale == 1 else of_z.mul_(scale))
-
-
-def _even(total: int, most: int) -> Iterator[slice]:
-    """Slices of at most ``most``, as even as can be, that make up ``range(total)``."""
-    num = -(-total // most)
-    for i in range(num):
-        yield slice(-(-total * i // num), -(-total * (i + 1) // num))

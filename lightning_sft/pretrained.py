@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +23,13 @@ from transformers import (
 from lightning_sft.types import InputError
 
 
-def load_model(pretrained: str, attn_implementation: str | None = None, quantization: Any = None) -> PreTrainedModel:
-    """The pretrained causal language model, in training mode, in torch's default dtype.
+def load_model(
+    pretrained: str,
+    attn_implementation: str | None = None,
+    quantization: Any = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """The pretrained causal language model, in training mode, in torch's default dtype unless another is given.
 
     The default dtype is float32, or what Lightning's ``precision`` makes it while it calls ``configure_model``
     (``bf16-true``, ``64-true``): master weights are never rounded because a checkpoint is stored in bfloat16.
@@ -32,13 +38,15 @@ def load_model(pretrained: str, attn_implementation: str | None = None, quantiza
         pretrained: A hub name, a folder, or a GGUF file (which is dequantised).
         attn_implementation: As in transformers; ``None`` lets it choose.
         quantization: How to quantise it, see :mod:`lightning_sft.tuning.quantized`.
+        dtype: Of its parameters, as for a base that is not trained.
 
     Raises:
         InputError: When there is no such model, or it is not a causal language model.
     """
     given = {"attn_implementation": attn_implementation, "quantization_config": quantization}
-    kwargs = {name: value for name, value in given.items() if value is not None}
-    model = _load(AutoModelForCausalLM, pretrained, "causal language model", dtype=torch.get_default_dtype(), **kwargs)
+    kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    kwargs["dtype"] = dtype or torch.get_default_dtype()
+    model = _load(AutoModelForCausalLM, pretrained, "causal language model", **kwargs)
     if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the mark would forbid saving them
         del model.hf_quantizer, model.config.quantization_config
     return _prepare(model)
@@ -139,6 +147,12 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     if backbone is model or not isinstance(head, nn.Module):
         raise InputError(f"{type(model).__name__} has no separate backbone and output head; it cannot be trained here.")
     return backbone, head
+
+
+def names_kept_in_float32(model: PreTrainedModel) -> re.Pattern[str] | None:
+    """What transformers leaves in float32 when it loads a model in bfloat16: a pattern to search tensors' names for."""
+    names = getattr(model, "_keep_in_fp32_modules_strict", None)
+    return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(names))) if names else None
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:

@@ -185,8 +185,8 @@ def plan_of(trainer: Any) -> str | None:
 
 
 def settings_of(optimizer: Any) -> list[dict[str, Any]]:
-    """What was asked of each parameter group, as the learning rate."""
-    return [{name: value for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
+    """What was asked of each parameter group, as the learning rate; schedules change one that is a tensor in place."""
+    return [{name: deepcopy(value) for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
 
 
 def retune(trainer: Any, asked: Sequence[Mapping[str, Any]]) -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints import facts, is_checkpoint
+from lightning_sft.checkpoints import facts, is_checkpoint, know_optimizer_states
 from lightning_sft.disk import sync
 from lightning_sft.types import InputError
 
@@ -41,7 +41,10 @@ def publish(path: str | Path) -> None:
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Writes checkpoints whole. Lightning's own way goes by the folder for temporary files, often of another disk."""
+    """Writes checkpoints whole, and reads quantized states of optimizers.
+
+    Lightning's own way goes by the folder for temporary files, often of another disk.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write it under another name, to the disk, and rename it."""
@@ -58,6 +61,20 @@ class AtomicIO(TorchCheckpointIO):
             raise InputError(
                 f"The checkpoint {path} cannot be written: {error}. Those before it are intact."
             ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Load it on the CPU: of states that are tensors of a class of their own, torch refuses a callable location."""
+        if "://" not in str(path):
+            know_optimizer_states(path)
+        found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        return found
+
+
+def write_whole(trainer: Any) -> None:
+    """Have all checkpoint files of a trainer written and read our way, also those of Lightning's ModelCheckpoint."""
+    strategy = trainer.strategy
+    if type(strategy.checkpoint_io) is TorchCheckpointIO:
+        strategy.checkpoint_io = AtomicIO()
 
 
 def newest(folders: Iterable[str | Path]) -> Path | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_sft.modes import blocks
 from lightning_sft.types import InputError
 
 DtypeName = Literal["bfloat16", "float32"]  # float16 would need its loss scaled
@@ -63,8 +64,7 @@ def layers(model: Any) -> list[nn.Module]:
     Raises:
         InputError: When it does not say so.
     """
-    names = set(model._no_split_modules or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
+    found = blocks(model)
     if not found:
         raise InputError(
             f"{type(model).__name__} does not say which modules are its layers; they cannot be told apart."

@@ -123,8 +123,8 @@ def as_yaml(
     lines += [
         f"  max_length: {context or 'null'} # most tokens in a sequence; the model was made for so many",
         "  overflow: drop # longer ones are left out and counted; or: error, truncate, split",
-        "  tokens_per_batch: null # most tokens in a micro-batch; null: 2,048, or the longest sequence if longer "
-        f"(of the first rows: {longest:,})",
+        "  tokens_per_batch: null # tokens in a micro-batch at most; null: 2,048 (16,384 on a GPU), or the longest "
+        f"sequence if longer (of the first rows: {longest:,})",
         "  packing: packed # sequences end to end without padding; or: padded",
         "  invalid_rows: error # stop at a row that cannot be used; skip leaves it out and counts it",
     ]

@@ -19,7 +19,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         data_parallel_size: Devices that see different data. All of them by default, divided by the next.
         tensor_parallel_size: Devices that share each matrix.
         compute_dtype: Dtype of the forward and backward pass; shards, optimiser and sums over ranks stay in that of
-            ``trainer.precision``.
+            ``trainer.precision``. With ``trainer.precision=bf16-mixed`` it is bfloat16 unless it says otherwise.
         cpu_offload: Keep shards and optimiser in the host's memory.
         save_distributed_checkpoint: Whether each rank writes its own shard, into a folder, or rank 0 one whole file.
         kwargs: As in Lightning.
@@ -70,5 +70,13 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: parameters
 
 
 def layout(strategy: Any) -> tuple[DtypeName | None, bool]:
-    """Dtype of computation and CPU offload that a strategy asks for; Lightning's own ModelParallelStrategy has none."""
-    return (strategy.compute_dtype, strategy.cpu_offload) if isinstance(strategy, FSDP2Strategy) else (None, False)
+    """Dtype of computation and CPU offload of a strategy that shards by FSDP2; others have neither.
+
+    Under ``bf16-mixed`` parameters are gathered in bfloat16, so that autocast has none to cast: it would keep copies of
+    all of them until the backward pass.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None, False
+    mixed: DtypeName | None = "bfloat16" if strategy.precision_plugin.precision == "bf16-mixed" else None
+    own = strategy if isinstance(strategy, FSDP2Strategy) else None
+    return (own and own.compute_dtype) or mixed, bool(own and own.cpu_offload)

@@ -57,6 +57,24 @@ class Division:
         return cls(*data_parallel(trainer), *of_trainer)
 
 
+def autocast_dtype(trainer: Any) -> torch.dtype | None:
+    """Dtype that layers compute in under the trainer's autocast, or ``None`` where there is no autocast.
+
+    Args:
+        trainer: The Lightning trainer, or ``None``.
+    """
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return None if trainer is None else dtypes.get(str(trainer.precision))
+
+
+def root_device(trainer: Any) -> torch.device:
+    """The device that the trainer trains on; without a trainer the first GPU, or the CPU where there is none."""
+    if trainer is not None:
+        device: torch.device = trainer.strategy.root_device
+        return device
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def divisors(trainer: Any) -> tuple[int, int]:
     """What the gradient of a micro-batch is divided by before the optimiser gets it: accumulation, and ranks.
 

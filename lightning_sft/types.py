@@ -210,9 +210,12 @@ class Batch:
             device: Where to.
             non_blocking: As in torch; by default, copies of page-locked memory do not wait for the device.
         """
-        return self._map(
-            lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned() if non_blocking is None else non_blocking)
-        )
+
+        def moved(tensor: Tensor) -> Tensor:
+            own = tensor.to(widest(device)) if tensor.dtype == torch.float64 else tensor
+            return own.to(device, non_blocking=own.is_pinned() if non_blocking is None else non_blocking)
+
+        return self._map(moved)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; the data loader calls it."""
@@ -233,6 +236,11 @@ class Batch:
     def is_packed(self) -> bool:
         """Whether a row holds more than one document."""
         return bool((self.position_ids[:, 1:] == 0).any())
+
+
+def widest(device: torch.device | str) -> torch.dtype:
+    """The widest floating-point dtype of a device: float64, but float32 on Apple's MPS."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -53,6 +53,14 @@ class Held(Tensor):
     def __repr__(self) -> str:
         return f"Held({self.held})"
 
+    def tolist(self) -> Any:  # which torch refuses for subclasses
+        _wait("tolist")
+        return self.held.tolist()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # in a checkpoint, it is one of the CPU with a note where it was
+        facts = self.dtype, str(self.device), self.requires_grad
+        return torch._utils._rebuild_device_tensor_from_cpu_tensor, (self.held.clone(), *facts)
+
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(function, args, kwargs or {})
@@ -123,6 +131,8 @@ def on_second(precision: str = "32-true") -> dict[str, Any]:
 
 
 def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if (composed := function.decompose(*args, **kwargs)) is not NotImplemented:  # as autograd would have done
+        return composed
     name = function.overloadpacket._qualified_op_name.removeprefix("aten::")
     if name in ("copy_", "_copy_from"):
         source, target = (args[1], args[0]) if name == "copy_" else args[:2]
@@ -142,7 +152,9 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = function(*args, **kwargs)
     known = {id(x.held): x for x in leaves if isinstance(x, Held)}
     assert all(x.shape == x.held.shape for x in known.values()), f"{function} has resized its output"
-    return pytree.tree_map(lambda x: known[id(x)] if id(x) in known else Held(x) if isinstance(x, Tensor) else x, result)
+    return pytree.tree_map(
+        lambda x: known[id(x)] if id(x) in known else Held(x) if isinstance(x, Tensor) else x, result
+    )
 
 
 def _is_boolean(indices: Any) -> bool:

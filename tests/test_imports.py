@@ -28,7 +28,7 @@ FLOORS = [named(files) for files in re.findall(r"^\| \d+ \| (.+) \|$", PAGE, re.
 TRANSFORMERS = named(of_transformers)
 PACKAGES = {"lightning_sft"} | {f"lightning_sft.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}
 LIGHTNING_FROM = 4  # the lowest floor that may import lightning
-LAZY = {"peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
+LAZY = {"triton", "peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
@@ -69,7 +69,7 @@ def test_a_file_imports_only_from_lower_floors(name: str) -> None:
 
 def test_files_are_short() -> None:
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
-    assert max(lengths.values()) <= 300
+    assert max(lengths.values()) <= 400
     assert sorted(lengths.values())[len(lengths) // 2] <= 120
 
 

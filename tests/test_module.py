@@ -335,24 +335,3 @@ def test_greedy_answers_come_in_the_order_of_the_rows(pretrained: str, quiet_tra
         )
         alone = module.model.generate(**ids, max_new_tokens=3, do_sample=False, use_cache=True, pad_token_id=258)
         assert answer["prediction"] == tokenizer.decode(alone[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-# dynamo looks at the .grad of whatever it traces
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-def test_compiled_layers_give_the_same_losses(
-    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[str] = []
-
-    def compile_eagerly(layer: Any, **settings: Any) -> None:  # traced as by a user; inductor's C++ takes minutes
-        compiled.append(type(layer).__name__)
-        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="eager", **settings)
-
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    losses = []
-    for compile_layers in (False, True):
-        trainer = quiet_trainer(max_epochs=2)
-        trainer.fit(SFTModule(pretrained, compile_layers=compile_layers), SFTDataModule(train=rows))
-        losses.append(trainer.callback_metrics["train/loss"].item())
-    assert compiled == ["LlamaDecoderLayer"] * 2
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_sft.chunked_head import automatic_chunk_size, fitting_chunk_size, slices
 from lightning_sft.objective import log_likelihood
-from lightning_sft.types import IGNORE
+from lightning_sft.types import IGNORE, InputError
+from tests.likelihoods import Operations
 
 
 def case(targets: int = 9, dtype: torch.dtype = torch.float32) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
@@ -148,10 +150,13 @@ def test_bfloat16_logits_are_summed_in_float32() -> None:
     assert total.dtype == weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("wrong", [{"labels": torch.zeros(2, 7)}, {"weights": torch.ones(2, 7)}, {"chunk_size": 0}])
+WRONG = [{"labels": torch.zeros(2, 7)}, {"weights": torch.ones(2, 7)}, {"chunk_size": 0}, {"chunk_size": 2.5}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_wrong_shapes_and_sizes_are_refused(wrong: dict[str, object]) -> None:
     hidden, head, labels, _ = case()
-    with pytest.raises(ValueError, match="must be"):
+    with pytest.raises(InputError, match="must be"):
         log_likelihood(**{"hidden": hidden, "head": head, "labels": labels, **wrong})
 
 
@@ -175,3 +180,49 @@ def test_logits_too_large_for_their_exponentials_are_no_problem() -> None:
     total.backward()
     assert hidden.grad is not None
     assert hidden.grad.flatten().tolist() == [0, 0, 0, -0.5, 0, 0.5]
+
+
+def test_with_indices_nothing_looks_for_the_targets_and_the_result_is_the_same() -> None:
+    """Looking for them, the host waits for the device."""
+    hidden, head, labels, weights = case()
+    indices = (labels.flatten() != IGNORE).nonzero().squeeze(1)
+    wanted = log_likelihood(hidden, head, labels, weights)
+    with Operations(()) as operations:
+        got = log_likelihood(hidden, head, labels, weights, indices=indices)
+        gradients = torch.autograd.grad(got.total, [hidden, head.weight])
+    waits = [torch.ops.aten.nonzero, torch.ops.aten.index, torch.ops.aten._local_scalar_dense, torch.ops.aten.equal]
+    assert not {func.overloadpacket for func in operations.seen} & set(waits)
+    assert torch.equal(got.total, wanted.total)
+    assert torch.equal(got.weight, wanted.weight)
+    for gradient, reference in zip(gradients, torch.autograd.grad(wanted.total, [hidden, head.weight]), strict=True):
+        assert torch.equal(gradient, reference)
+
+
+@pytest.mark.parametrize("total", [0, 1, 8, 9, 63, 64])
+@pytest.mark.parametrize("even", [True, False])
+def test_chunks_cover_all_targets_once_even_ones_or_full_ones(total: int, even: bool) -> None:
+    found = list(slices(total, 8, even))
+    assert [i for chunk in found for i in range(total)[chunk]] == list(range(total))
+    sizes = [chunk.stop - chunk.start for chunk in found]
+    assert max(sizes, default=0) <= 8
+    assert len(sizes) == -(-total // 8)
+    if even:
+        assert max(sizes, default=0) - min(sizes, default=0) <= 1
+    else:
+        assert set(sizes[:-1]) <= {8}
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 151_936, 262_144])
+@pytest.mark.parametrize("gib", [0, 8, 24, 80, 180])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_chunk_of_logits_takes_at_most_a_64th_of_the_devices_memory(vocabulary: int, gib: int, itemsize: int) -> None:
+    size = fitting_chunk_size(gib * 2**30, vocabulary, itemsize)
+    assert size.bit_count() == 1
+    assert 512 <= size <= 8192
+    assert size == 512 or size * vocabulary * itemsize <= gib * 2**30 / 64
+    assert size == 8192 or 2 * size * vocabulary * itemsize > gib * 2**30 / 64
+
+
+def test_a_cpu_takes_512_targets_at_a_time_by_default() -> None:
+    hidden, head, _, _ = case()
+    assert automatic_chunk_size(head, hidden) == 512

@@ -56,3 +56,14 @@ def test_moving_keeps_everything() -> None:
     moved = batch.to("meta")
     assert moved.input_ids.device.type == moved.target_weights.device.type == "meta"
     assert (moved.normalizer, moved.provenance) == (2.0, ("f:1",))
+
+
+def test_targets_follow_labels_that_are_changed() -> None:
+    batch = collate([Example([5, 6, 7], [0, 1.0, 1.0])])
+    assert batch.targets.tolist() == [0, 1]
+    batch.labels[0, 0] = IGNORE  # in place
+    assert batch.targets.tolist() == [1]
+    batch.labels = torch.tensor([[6, IGNORE, IGNORE]])
+    assert batch.targets.tolist() == batch.to("cpu").targets.tolist() == [0]
+    with torch.inference_mode():
+        assert Batch.of({"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 2)}).targets.tolist() == [0]

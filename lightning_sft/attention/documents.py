@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _LEAST_QUERIES = 128  # at a time under a sliding window: fewer cost more in calls than they save
+
+
+@dataclass(frozen=True)
+class OneCall:
+    """What the operator for packed attention takes on a device, see :mod:`lightning_sft.attention.operator`.
+
+    Plain values, so that compiled layers can read them without a graph break.
+
+    Args:
+        dtypes: Of queries, keys and values.
+        largest_head: Largest head size; a multiple of 8 is needed as well. ``None`` where any size will do.
+        drops_out: Whether attention weights can be dropped out.
+        small_memory: Whether the GPU's shared memory is too small for some backward passes of heads above 192.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    largest_head: int | None = None
+    drops_out: bool = False
+    small_memory: bool = False
+
+    def takes(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
+        """Whether the operator computes this; the last dimension of the tensors is the head size."""
+        size = query.shape[-1]
+        if not size == key.shape[-1] == value.shape[-1] or computed_in(query) not in self.dtypes:
+            return False
+        if dropout and not self.drops_out:
+            return False
+        if self.small_memory and size > 192 and (dropout or size <= 224):
+            return False
+        return self.largest_head is None or (size <= self.largest_head and size % 8 == 0)
 
 
 class Documents:
@@ -24,21 +56,25 @@ class Documents:
         device: Where the tokens are.
         dtype: Of masks that are added to scores, or ``None`` for masks that are true where a token is seen.
 
+    Attributes:
+        one_call: What the operator takes on this device, or ``None`` where it has no kernel.
+        blocks: FlexAttention's block mask, or ``None`` where FlexAttention is not used.
+
     >>> documents = Documents([2, 3])
-    >>> documents.bounds.tolist(), documents.longest
+    >>> documents.bounds.tolist(), documents.longest.item()
     ([0, 2, 5], 3)
     """
 
     def __init__(
         self,
-        lengths: list[int],
+        lengths: Sequence[int],
         window: int | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.lengths, self.longest = lengths, max(lengths)
-        self.window = window if window is not None and window < self.longest else None
-        self.device, self.dtype = device, dtype
+        self.lengths, self.window, self.device, self.dtype = list(lengths), window, device, dtype
+        self.one_call: OneCall | None = None
+        self.blocks: Any = None
 
     @classmethod
     def found(
@@ -48,7 +84,7 @@ class Documents:
 
         A mask is asked at four places a token: for the token itself, the one after it, the one before it, and the
         furthest one that it should see. Where it is not to see the one before it a document begins, or a chunk of
-        chunked attention, which is the same.
+        chunked attention, which is the same. The answer is waited for.
 
         Args:
             sees: A mask function of transformers, of row, head, query and key.
@@ -72,15 +108,31 @@ class Documents:
             in_same = here[:-window] >= begin[:, window:]
             holds = holds & ~(ask(here[window:], here[:-window]) & in_same).any()
         facts = torch.cat([begins.flatten(), holds[None]]).cpu()  # the one time that a device is waited for
-        if not facts[-1]:
-            return None
-        bounds = torch.cat([facts[:-1].nonzero()[:, 0], torch.tensor([positions.numel()], device="cpu")])
-        return cls(bounds.diff().tolist(), window, positions.device, dtype)
+        return cls(lengths_from(facts[:-1]), window, positions.device, dtype) if facts[-1] else None
 
     @cached_property
     def bounds(self) -> Tensor:
-        """Where each document begins, and the last one ends, ``[D + 1]``, as kernels for uneven lengths want it."""
-        return torch.tensor([0, *self.lengths], device=self.device).cumsum(0, dtype=torch.int32)
+        """Where each document begins, and the last one ends, ``[D + 1]`` of int32 on the device."""
+        bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
+        if torch.device(self.device).type == "cuda" and torch.cuda.is_available():
+            bounds = bounds.pin_memory()  # so that the copy is not waited for
+        bounds = bounds.to(self.device, non_blocking=True)
+        torch._dynamo.maybe_mark_dynamic(bounds, 0)  # else the second batch has all layers compiled once more
+        return bounds
+
+    @cached_property
+    def longest(self) -> Tensor:
+        """Tokens of the longest document, a scalar on the CPU: with an integer, layers are compiled for each value."""
+        return torch.tensor(max(self.lengths), device="cpu")
+
+    def prepare(self) -> None:
+        """Make what layers read, so that none of it is made inside a compiled layer."""
+        _ = self.bounds, self.longest
+
+    @property
+    def widest(self) -> int | None:
+        """The window, or ``None`` where no document is longer than it."""
+        return None if self.window is None or self.window >= max(self.lengths) else self.window
 
     def pieces(self, length: int) -> Iterator[tuple[int, int, int]]:
         """Where to cut a document: queries from and to, and the first key that they see; a window needs few keys."""
@@ -100,14 +152,21 @@ class Documents:
     @cached_property
     def _band(self) -> Tensor:
         """The mask of the largest piece: those of all others are parts of it."""
-        size = max(end - first for length in {self.longest, *self.lengths} for _, end, first in self.pieces(length))
+        size = max(end - first for length in set(self.lengths) for _, end, first in self.pieces(length))
         seen = torch.ones(1, 1, size, size, dtype=torch.bool, device=self.device).tril()
-        if self.window is not None:
-            seen = seen.triu(1 - self.window)
+        if self.widest is not None:
+            seen = seen.triu(1 - self.widest)
         if self.dtype is None:
             return seen
         none: Any = torch.finfo(self.dtype).min
         return torch.where(seen, torch.zeros((), dtype=self.dtype, device=self.device), none)
+
+
+def lengths_from(begins: Tensor) -> list[int]:
+    """Lengths of documents from where they begin, a boolean tensor ``[T]`` on the CPU."""
+    ends = torch.tensor([begins.numel()], device="cpu")
+    lengths: list[int] = torch.cat([begins.nonzero()[:, 0], ends]).diff().tolist()
+    return lengths
 
 
 def computed_in(query: Tensor) -> torch.dtype:

@@ -8,10 +8,8 @@ from typing import Any
 from weakref import proxy
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_sft.run_folder import (
-    AtomicIO,
     bytes_of_checkpoint,
     check_disk,
     folders_of,
@@ -20,6 +18,7 @@ from lightning_sft.run_folder import (
     publish,
     remove,
     sweep,
+    write_whole,
 )
 from lightning_sft.trainer_facts import Agreement, is_between_steps
 from lightning_sft.types import InputError
@@ -129,13 +128,6 @@ class SafeCheckpoint(ModelCheckpoint):
     def _find_last_checkpoints(self, trainer: Any) -> set[str]:
         found = newest([str(self.dirpath)] if self.dirpath else folders_of(trainer.default_root_dir))
         return set() if found is None else {str(found)}
-
-
-def write_whole(trainer: Any) -> None:
-    """Have all checkpoint files of a trainer written whole, also those of Lightning's ModelCheckpoint."""
-    strategy = trainer.strategy
-    if type(strategy.checkpoint_io) is TorchCheckpointIO:
-        strategy.checkpoint_io = AtomicIO()
 
 
 def save_whole(trainer: Any, path: str | Path) -> None:

@@ -1,7 +1,10 @@
-"""The optimiser's step of a parameter as soon as its gradient is complete: there are never all gradients at a time."""
+"""The optimizer's step of a parameter as soon as its gradient is ready: the full set of gradients never exists."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +17,15 @@ from lightning_sft.types import Batch, InputError
 
 
 class OptimizerInBackward(Callback):
-    """Updates a parameter in the backward pass, and lets go of its gradient: that saves the memory of the gradients.
+    """Updates a parameter in the backward pass and frees its gradient: that saves the memory of the gradients.
 
-    The weights are, to the bit, those of the ordinary step: the optimiser treats each parameter by itself, and nothing
-    in the backward pass looks at a parameter after its gradient is complete. So there can be nothing between the
-    gradients and the step that needs them all: no clipping by their norm, no accumulation, no sum over processes, no
-    scaling of float16, no normaliser that is known only at the end. ``train/gradient_norm`` is not logged.
+    The weights are bit for bit those of the ordinary step: the optimizer treats each parameter by itself, and nothing
+    in the backward pass looks at a parameter after its gradient is ready. So there can be nothing between the gradients
+    and the step that needs them all: no clipping by their norm, no accumulation, no sum over processes, no scaling of
+    float16, no normalizer that is known only at the end. ``train/gradient_norm`` is not logged.
+
+    On a GPU each backward pass begins with a wait for the loss, which has to be known to be finite before anything is
+    updated; the ordinary step has no such wait.
     """
 
     def __init__(self) -> None:
@@ -43,7 +49,7 @@ class OptimizerInBackward(Callback):
         for reason, holds in reasons.items():
             if holds:
                 raise InputError(
-                    f"OptimizerInBackward lets go of each gradient at once, but this trainer {reason}, or leave the "
+                    f"OptimizerInBackward frees each gradient at once, but this trainer {reason}, or leave the "
                     "callback out."
                 )
 
@@ -51,34 +57,40 @@ class OptimizerInBackward(Callback):
         """Begin to step in the backward pass.
 
         Raises:
-            InputError: When the optimiser does not treat each parameter by itself.
+            InputError: When the optimizer does not treat each parameter by itself.
         """
         [optimizer] = trainer.optimizers
         kind = type(optimizer)
         if not f"{kind.__module__}.".startswith("torch.optim.") or isinstance(optimizer, torch.optim.LBFGS):
             raise InputError(
-                f"OptimizerInBackward needs an optimiser that treats each parameter by itself, and knows that of those "
+                f"OptimizerInBackward needs an optimizer that treats each parameter by itself, and knows that of those "
                 f"of torch but LBFGS; {kind.__name__} is another. Use torch.optim.AdamW, or leave the callback out."
             )
 
-        def step(_: Tensor) -> None:
+        def step(parameter: Tensor, group: int) -> None:
             if self._is_sound:
-                optimizer.step()  # of all parameters, this one alone has a gradient
-                optimizer.zero_grad()
+                with only(optimizer, parameter, group):
+                    optimizer.step()
+                    optimizer.zero_grad()
 
-        self._hooks = [hook_of(parameter, step) for parameter in pl_module.parameters() if parameter.requires_grad]
+        self._hooks = [
+            hook_of(parameter, partial(step, group=number))
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Refuse a batch whose step would have to be normalised when all its gradients are there.
+        """Refuse a batch whose step would have to be normalized when all its gradients are there.
 
         Raises:
             InputError: When nobody has planned ahead.
         """
         if Batch.of(batch).normalizer is None:
-            raise InputError("OptimizerInBackward needs batches of SFTDataModule: it cannot normalise gradients late.")
+            raise InputError("OptimizerInBackward needs batches of SFTDataModule: it cannot normalize gradients late.")
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """With a loss that is no number nothing is updated; the module stops at it when the backward pass is done."""
+        """A non-finite loss updates nothing; the module stops at it when the backward pass is done."""
         self._is_sound = bool(torch.isfinite(loss))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -88,7 +100,28 @@ class OptimizerInBackward(Callback):
         self._hooks = []
 
 
+@contextmanager
+def only(optimizer: torch.optim.Optimizer, parameter: Tensor, group: int) -> Iterator[None]:
+    """Let an optimizer see one parameter, with the settings of its group at this moment.
+
+    Its steps would otherwise walk over all n parameters to find the one that has a gradient, n times in a backward
+    pass: 110 ms for 1.6 ms of updates were measured. Its state, and the groups that it and its schedule keep, stay as
+    they are.
+
+    Args:
+        optimizer: One that only reads its groups in a step, as those of torch do.
+        parameter: The one.
+        group: Number of its group.
+    """
+    groups = optimizer.param_groups
+    optimizer.param_groups = [{**groups[group], "params": [parameter]}]
+    try:
+        yield
+    finally:
+        optimizer.param_groups = groups
+
+
 def hook_of(parameter: nn.Parameter, function: Any) -> RemovableHandle:
-    """Call a function whenever the gradient of a parameter is complete."""
+    """Call a function whenever the gradient of a parameter is ready."""
     handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(function)
     return handle

@@ -13,8 +13,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole, write_whole
+from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole
 from lightning_sft.data.loader import EpochLoader
+from lightning_sft.run_folder import write_whole
 from lightning_sft.trainer_facts import Agreement, is_between_steps
 from lightning_sft.types import InputError
 
@@ -70,9 +71,9 @@ class Preempt(Callback):
     ) -> None:
         """The same in a validation, where all processes are known to have equally many batches."""
         known = trainer.world_size == 1 or isinstance(trainer.val_dataloaders, EpochLoader)
-        if known and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            if self._agreement.one_says(trainer, self.is_told):
-                self._end(trainer)
+        may_end = known and trainer.state.fn == "fit" and not trainer.sanity_checking
+        if may_end and self._agreement.one_says(trainer, self.is_told):
+            self._end(trainer)
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
         self.is_told = True

@@ -22,7 +22,8 @@ def restored(checkpoint: Mapping[str, Any]) -> PreTrainedModel:
         InputError: When the checkpoint is not of :class:`SFTModule`, or its weights are of another architecture.
     """
     known = inspect.signature(SFTModule.__init__).parameters
-    module = SFTModule(**{name: value for name, value in settings_of(checkpoint).items() if name in known})
+    given = {name: value for name, value in settings_of(checkpoint).items() if name in known}
+    module = SFTModule(**given | {"attn_implementation": None})  # that of training may need a GPU; weights know of none
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     try:

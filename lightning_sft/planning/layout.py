@@ -93,7 +93,8 @@ class Layout:
             data = num_devices // tensor
             plain |= {"data_parallel": data, "tensor_parallel": tensor, "stage": 3}
             compute = own.get("compute_dtype")
-            plain |= {"compute": getattr(torch, compute)} if compute else {}
+            mixed = autocast if autocast == torch.bfloat16 else None
+            plain |= {"compute": getattr(torch, compute) if compute else mixed}
             mesh = f"FSDP2 over {data}" + (f", tensor-parallel over {tensor}" if tensor > 1 else "")
             return cls(mesh, **plain, offloads="all" if own.get("cpu_offload") else "")
         if name.startswith("ddp"):

@@ -69,7 +69,9 @@ class Prediction:
         }
 
 
-def predict(module: Any, batch: Batch, layout: Layout, device: Device, accumulate: int = 1) -> Prediction:
+def predict(
+    module: Any, batch: Batch, layout: Layout, device: Device, accumulate: int = 1, compiles: bool = False
+) -> Prediction:
     """Rehearse two steps, and say what they take.
 
     Args:
@@ -78,9 +80,10 @@ def predict(module: Any, batch: Batch, layout: Layout, device: Device, accumulat
         layout: Strategy and precision.
         device: What it runs on.
         accumulate: Micro-batches in a step.
+        compiles: Whether layers are compiled.
     """
     memory = (device.capacity or 0.0) if device.name == "GPU" else None
-    done = rehearse(module, batch, layout, accumulate, memory)
+    done = rehearse(module, batch, layout, accumulate, memory, compiles)
     meter, extra = done.meter, layout.extra(done.sizes)
     moments = {LOADING: _loading(module, done, layout, device)}
     for name, live in meter.peaks.items():

@@ -10,19 +10,21 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lightning_sft.attention import halves
+from lightning_sft.attention import cpu
 from lightning_sft.attention.implementation import NAMES
+from lightning_sft.chunked_head import ON_CPU, fitting_chunk_size
 from lightning_sft.modes import default_dtype
 from lightning_sft.optimizers import parameter_groups
-from lightning_sft.planning import flash
+from lightning_sft.planning import gpu_kernels
 from lightning_sft.planning.compiled import compile_on_paper
 from lightning_sft.planning.layout import Layout, Model
 from lightning_sft.planning.meter import Meter
+from lightning_sft.precision import follow_autocast
 from lightning_sft.pretrained import backbone_and_head, load_architecture, model_from_config, new_token_ids
 from lightning_sft.probes import Findings
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import layers
-from lightning_sft.tuning.adapters import inject, is_adapter
+from lightning_sft.tuning.adapters import inject, is_adapter, widen
 from lightning_sft.tuning.freezing import choose
 from lightning_sft.tuning.neftune import add_noise
 from lightning_sft.types import Batch
@@ -42,6 +44,7 @@ class Rehearsal:
         num_parameters: All of them.
         num_adapters: Those of adapters.
         num_quantized: Those that are quantised.
+        chunk_size: Targets whose logits are in memory at a time.
         logits: Bytes of the logits of one chunk of targets, in float32.
         saved: Bytes that quantisation saves.
         unpacked: Bytes of the largest quantised matrix while it is used.
@@ -52,12 +55,20 @@ class Rehearsal:
     num_parameters: int
     num_adapters: int
     num_quantized: int
+    chunk_size: int
     logits: int
     saved: float
     unpacked: float
 
 
-def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1, memory: float | None = None) -> Rehearsal:
+def rehearse(
+    module: Any,
+    batch: Batch,
+    layout: Layout,
+    accumulate: int = 1,
+    memory: float | None = None,
+    compiles: bool = False,
+) -> Rehearsal:
     """Two optimiser steps in Lightning's order, the second with two micro-batches where gradients are accumulated.
 
     Args:
@@ -66,23 +77,26 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1, mem
         layout: Strategy and precision.
         accumulate: Micro-batches in a step.
         memory: Bytes that a GPU has in all; ``None`` on a CPU.
+        compiles: Whether layers are compiled.
 
     Raises:
         InputError: When the architecture cannot be run on shapes.
     """
-    halves.works()  # it computes something to find out, which shapes alone cannot
+    cpu.works()  # it computes something to find out, which shapes alone cannot
     meter = Meter(layout.shares)
     with torch.device("meta"), default_dtype(layout.computes_in):
         model = _blank(module, layout)
     meter.made("weights", lambda: _materialize(model))
-    scorer = _scorer(module, model, on_gpu=memory is not None)
+    chunk_size = _chunk_size(module, model, layout, memory)
+    scorer = _scorer(module, model, chunk_size, memory is not None, compiles)
     optimizer = module.optimizer(parameter_groups(model.parameters()))
     meter.follow_gradients(model)
     if layout.in_backward:
         _step_in_backward(model, optimizer, meter)
     backbone, head = backbone_and_head(model)
     backbone.register_forward_hook(lambda *_: meter.moment(LOSS))
-    with meter, default_dtype(layout.computes_in):
+    kernels = nullcontext() if memory is None else gpu_kernels.likelihood_on_paper()
+    with meter, default_dtype(layout.computes_in), kernels:
         for micro_batches in (1, min(accumulate, 2)):
             for _ in range(micro_batches):
                 meter.moment(FORWARD)
@@ -95,13 +109,16 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1, mem
             optimizer.step()
             optimizer.zero_grad()
     meter.moment("")
-    return _facts(meter, module, model, head)
+    return _facts(meter, module, model, head, chunk_size)
 
 
 def _blank(module: Any, layout: Layout) -> Any:
     """The model that ``configure_model`` would make, of whatever values."""
     tuning = module.tuning
-    model = model_from_config(module.hf_config or load_architecture(module.pretrained), module.attn_implementation)
+    config = module.hf_config or load_architecture(module.pretrained)
+    says_bfloat16 = config.get("dtype") == "bfloat16"  # no weights are read here, nor their headers
+    with default_dtype(tuning.base_dtype(layout.autocast, lambda: says_bfloat16)):
+        model = model_from_config(config, module.attn_implementation)
     if tuning.new_tokens:
         ids, _ = new_token_ids(module.pretrained, tuning.new_tokens)
         embeddings: Any = model.get_input_embeddings()
@@ -112,6 +129,8 @@ def _blank(module: Any, layout: Layout) -> Any:
     if tuning.lora is not None:
         inject(model, tuning.lora)
     choose(model, tuning.frozen, tuning.trained)
+    if tuning.lora is not None:
+        widen(parameter for parameter in model.parameters() if parameter.requires_grad)
     return model
 
 
@@ -129,21 +148,30 @@ def _materialize(model: nn.Module) -> None:
                     cast(dict[str, Any], owned)[name] = made[id(tensor)]
 
 
-def _scorer(module: Any, model: Any, on_gpu: bool) -> Scorer:
+def _chunk_size(module: Any, model: Any, layout: Layout, memory: float | None) -> int:
+    """The module's, or what the likelihood would take on such a device."""
+    if module.chunk_size is not None or memory is None:
+        return cast(int, module.chunk_size or ON_CPU)
+    itemsize = (layout.autocast or layout.computes_in).itemsize
+    return fitting_chunk_size(memory, model.get_output_embeddings().weight.shape[0], itemsize)
+
+
+def _scorer(module: Any, model: Any, chunk_size: int, on_gpu: bool, compiles: bool) -> Scorer:
     config = model.config.get_text_config()
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
     asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
     if asked in (None, *NAMES.values()) and takes_positions and model._can_set_attn_implementation():
         # as the module would, where it measures that it is exact
-        model.set_attn_implementation(flash.NAME if on_gpu else NAMES[stock])
+        model.set_attn_implementation(gpu_kernels.ATTENTION if on_gpu else NAMES[stock])
     findings = Findings(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
+    if compiles:  # first: what is computed again is then the compiled layer
+        compile_on_paper(model)
     if module.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    if on_gpu and module.compile_layers:
-        compile_on_paper(model)
-    scorer = Scorer(model, findings, module.chunk_size)
+    scorer = Scorer(model, findings, chunk_size)
     if module.neftune_alpha:
         add_noise(scorer, model, module.neftune_alpha)
+    follow_autocast(model)
     return scorer
 
 
@@ -183,7 +211,7 @@ def _autocast(layout: Layout) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=layout.autocast, cache_enabled=False)
 
 
-def _facts(meter: Meter, module: Any, model: Any, head: nn.Module) -> Rehearsal:
+def _facts(meter: Meter, module: Any, model: Any, head: nn.Module, chunk_size: int) -> Rehearsal:
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     of_layers = [(_count(layer), _count(layer, only_trained=True)) for layer in layers(model)]
     sizes = Model(
@@ -203,7 +231,8 @@ def _facts(meter: Meter, module: Any, model: Any, head: nn.Module) -> Rehearsal:
         num_parameters=sum(counts.values()),
         num_adapters=sum(count for name, count in counts.items() if is_adapter(name)),
         num_quantized=quantized,
-        logits=4 * module.chunk_size * next(head.parameters()).shape[0],
+        chunk_size=chunk_size,
+        logits=4 * chunk_size * next(head.parameters()).shape[0],
         saved=quantized * (width - _BYTES[bits]) if bits else 0.0,
         unpacked=max((weight.numel() * width for weight in matrices), default=0),
     )

@@ -83,7 +83,8 @@ def _changes(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Bat
         yield draft.changed("model.gradient_checkpointing=true", gradient_checkpointing=True)
     in_loss = prediction.moments[LOSS].get("activations", 0.0)
     sums = {name: sum(parts.values()) for name, parts in prediction.moments.items() if name != LOADING}
-    if module.chunk_size > 64 and sums[LOSS] == max(sums.values()) and prediction.rehearsal.logits > _LARGE * in_loss:
+    done = prediction.rehearsal
+    if done.chunk_size > 64 and sums[LOSS] == max(sums.values()) and done.logits > _LARGE * in_loss:
         yield draft.changed("model.chunk_size=64", chunk_size=64)
     capacity = max(least, draft.batch.input_ids.numel() // 2)
     if capacity < draft.batch.input_ids.numel() and in_loss > _LARGE * prediction.peak:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_sft.types import InputError
 
@@ -21,7 +22,8 @@ def samples(model: nn.Module, count: int = 8) -> Tensor:
         model: Before anything is put into it.
         count: Entries of a parameter.
     """
-    plain = [p.detach().flatten() for p in model.parameters() if type(p.data) is Tensor and p.is_floating_point()]
+    floating = [p.detach() for p in model.parameters() if p.is_floating_point()]
+    plain = [p.flatten() for p in floating if not is_traceable_wrapper_subclass(p)]
     return torch.cat([p[:: max(1, len(p) // count)][:count].cpu() for p in plain])
 
 

@@ -6,14 +6,18 @@ They are injected in place, so the model stays the PreTrainedModel that everythi
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.modes import narrow
 from lightning_sft.tuning import new_tokens, quantized
+from lightning_sft.tuning.base_dtype import BaseDtype
 from lightning_sft.types import InputError
 
 NAME = "default"
@@ -32,6 +36,8 @@ class Lora:
         dora: Train the lengths of the columns apart from their directions (Liu et al. 2024, DoRA).
         rslora: Scale by ``alpha / √r`` instead (Kalajdzievski 2023, rsLoRA).
         init: How A begins; B begins with zeros, so that the first step starts at the pretrained model.
+        base_dtype: Dtype that the frozen base is rounded to, and held in under ``bf16-mixed``; by default bfloat16
+            there if it is stored in bfloat16, else float32. What is trained is float32 in either case.
     """
 
     r: int = 16
@@ -42,6 +48,7 @@ class Lora:
     dora: bool = False
     rslora: bool = False
     init: Literal["kaiming", "gaussian"] = "kaiming"
+    base_dtype: BaseDtype | None = None
 
     @classmethod
     def of(cls, given: Lora | Mapping[str, Any] | None) -> Lora | None:
@@ -72,11 +79,26 @@ def inject(model: PreTrainedModel, lora: Lora) -> None:
             init_lora_weights=True if lora.init == "kaiming" else lora.init,
             task_type="CAUSAL_LM",
         )
-        with warnings.catch_warnings():  # where experts are fused, those of two matrices share the rank of one
+        with (
+            _as_if_wide(model),
+            warnings.catch_warnings(),
+        ):  # where experts are fused, those of two matrices share the rank of one
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
             inject_adapter_in_model(config, model, NAME)
     except ValueError as error:
         raise InputError(f"model.lora cannot be put into {type(model).__name__}: {error}") from error
+    for layer in _layers(model).values():
+        if lora.dora:  # its lengths are those of the matrices; it casts these to the dtype of its input, so that stays
+            layer.lora_variant[NAME].init(layer, NAME)
+        else:
+            layer._cast_input_dtype = _unless_autocast
+
+
+def widen(parameters: Iterable[nn.Parameter]) -> None:
+    """Cast parameters to torch's default dtype, in place."""
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.get_default_dtype())
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -133,10 +155,39 @@ def _check_names(model: PreTrainedModel, lora: Lora) -> None:
             )
 
 
-def _unload(model: PreTrainedModel, merged: bool) -> None:
+@contextmanager
+def _as_if_wide(model: nn.Module) -> Iterator[None]:
+    """Parameters held in fewer bits than torch's default have values of that dtype, all 0, which take no memory.
+
+    peft makes adapters in the dtype of their matrix. Their first values then do not depend on what the base is held in.
+    """
+    held = {parameter: parameter.data for parameter in narrow(model)}
+    for parameter in held:
+        parameter.data = torch.zeros((), device=parameter.device).expand(parameter.shape)
+    try:
+        yield
+    finally:
+        for parameter, values in held.items():
+            parameter.data = values
+
+
+def _unless_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The input of an adapter, in the dtype of its weights; autocast would only cast it back, each time to a new copy.
+
+    So the adapters of query, key and value keep one tensor for their backward pass, and not three.
+    """
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that peft has put around modules, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _unload(model: PreTrainedModel, merged: bool) -> None:
+    layers = _layers(model)
     for name, layer in layers.items():
         if name.removesuffix(".base_layer") in layers.keys() - {name}:
             continue  # fused experts have an adapter around another: the outer one takes both out

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from lightning_sft.types import InputError
@@ -30,10 +31,9 @@ def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
     Raises:
         InputError: When the package for it is not installed.
     """
-    missing = [package for package in (_NEEDS[bits], "accelerate") if find_spec(package) is None]
-    if missing:
+    if find_spec(_NEEDS[bits]) is None:
         raise InputError(
-            f"model.quantize={bits} needs {' and '.join(missing)}, which this machine does not have: "
+            f"model.quantize={bits} needs {_NEEDS[bits]}, which this machine does not have: "
             "pip install 'lightning-sft[quant]', or leave it out."
         )
     if bits == "8bit":
@@ -93,7 +93,7 @@ def dequantize(model: PreTrainedModel) -> None:
 
 def is_packed(weight: Tensor) -> bool:
     """Whether it is a quantised matrix."""
-    return hasattr(weight, "quant_state") or type(weight.data) is not Tensor
+    return hasattr(weight, "quant_state") or is_traceable_wrapper_subclass(weight.data)
 
 
 def _values(weight: Any) -> Tensor:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
 from lightning_sft.pretrained import load_model, model_from_config, new_token_ids
 from lightning_sft.tuning import adapter_checkpoints, new_tokens
-from lightning_sft.tuning.adapters import Lora, inject
+from lightning_sft.tuning.adapters import Lora, inject, widen
+from lightning_sft.tuning.base_dtype import BaseDtype, base_dtype, is_stored_in_bfloat16
 from lightning_sft.tuning.freezing import choose
 from lightning_sft.tuning.quantized import Bits, keep_differentiable, quantization
 from lightning_sft.types import InputError
@@ -55,6 +57,21 @@ class Tuning:
                 "Set model.lora.r=16, or leave model.quantize out."
             )
         strategy = None if trainer is None else trainer.strategy
+        asked = None if self.lora is None else self.lora.base_dtype
+        if asked is not None and asked not in get_args(BaseDtype):
+            raise InputError(
+                f"model.lora.base_dtype is {asked!r}; expected bfloat16, float32, or null for the default."
+            )
+        if asked is not None and self.quantize is not None:
+            raise InputError(
+                f"model.quantize={self.quantize} says how the base is stored, and so does "
+                f"model.lora.base_dtype={asked}. Leave one of the two out."
+            )
+        if asked == "float32" and trainer is not None and str(trainer.precision) in ("bf16-true", "16-true"):
+            raise InputError(
+                f"trainer.precision={trainer.precision} casts the whole model, so model.lora.base_dtype=float32 has no "
+                "effect. Use trainer.precision=bf16-mixed, or leave base_dtype out."
+            )
         if self.quantize is not None and (_mesh(strategy) or getattr(strategy, "config", None)):
             raise InputError(
                 f"model.quantize={self.quantize} works on single devices and with trainer.strategy=ddp: packed weights "
@@ -89,12 +106,26 @@ class Tuning:
         else:
             in_bfloat16 = trainer is not None and "bf16" in str(trainer.precision)
             dtype = torch.bfloat16 if in_bfloat16 else torch.get_default_dtype()
-            model = load_model(pretrained, attention, self.quantize and quantization(self.quantize, dtype))
+            autocast = torch.bfloat16 if in_bfloat16 else None
+            own = self.base_dtype(autocast, lambda: is_stored_in_bfloat16(pretrained))
+            model = load_model(pretrained, attention, self.quantize and quantization(self.quantize, dtype), own)
             keep_differentiable(model)
             self._base = None if self.lora is None else adapter_checkpoints.samples(model)
+            if autocast is None and own is torch.bfloat16:
+                widen(model.parameters())  # rounded; without autocast, a product takes no two dtypes
+            if autocast is not None and own is torch.float32 and self.lora and not self.quantize:
+                rank_zero_info(_HINT)
             self._prepare(model, pretrained)
         choose(model, self.frozen, self.trained)
+        if self.lora is not None:
+            widen(parameter for parameter in model.parameters() if parameter.requires_grad)
         return model
+
+    def base_dtype(self, autocast: torch.dtype | None, is_stored_in_bfloat16: Callable[[], bool]) -> torch.dtype:
+        """Dtype to load the pretrained weights in; see :func:`~lightning_sft.tuning.base_dtype.base_dtype`."""
+        if self.lora is None or self.quantize is not None:
+            return torch.get_default_dtype()
+        return base_dtype(self.lora.base_dtype, autocast, is_stored_in_bfloat16)
 
     def shrink(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
         """Of a model with adapters, keep only what is trained, where the strategy can load that."""
@@ -117,6 +148,12 @@ class Tuning:
                 inject(model, self.lora)
                 if ids:
                     new_tokens.train_rows(model, ids)
+
+
+_HINT = (
+    "The base under the adapters is not stored in bfloat16, so it is held in float32, which rounds nothing. "
+    "model.lora.base_dtype=bfloat16 rounds it, and halves its memory."
+)
 
 
 def _keeps_only_adapters(strategy: Any) -> bool:

@@ -9,12 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lightning_sft.attention import implementation, varlen
-from lightning_sft.attention.documents import Documents
+from lightning_sft.attention import implementation
 from lightning_sft.attention.implementation import NAMES
+from lightning_sft.attention.operator import packed_attention
 from lightning_sft.data.collate import collate
 from lightning_sft.demos import tiny_model
 from lightning_sft.pretrained import backbone_and_head, config_dict
@@ -84,7 +83,20 @@ def test_the_measure_would_see_documents_that_see_each_other() -> None:
     assert furthest(computed(model, [[joined]]), alone) > 0.01
 
 
-def test_a_layer_is_given_lengths_and_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_the_operator_gets_all_documents_of_a_layer_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[int], int]] = []
+
+    def spy(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: Tensor, *others: Any) -> Any:
+        calls.append((bounds.tolist(), int(longest)))
+        return packed_attention(query, key, value, bounds, longest, *others)
+
+    monkeypatch.setattr(implementation, "packed_attention", spy)
+    computed(model_of(name, "per_document"), [examples([5, 1, 8])])
+    assert calls == [([0, 5, 6, 14], 8)] * 2  # two layers
+
+
+def test_document_by_document_a_layer_is_given_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int, Any]] = []
     stock = implementation.sdpa_attention_forward
 
@@ -92,6 +104,7 @@ def test_a_layer_is_given_lengths_and_no_matrix(monkeypatch: pytest.MonkeyPatch)
         seen.append((query.shape[2], key.shape[2], mask))
         return stock(module, query, key, value, mask, **more)
 
+    monkeypatch.setattr(implementation, "one_call", lambda device: None)
     monkeypatch.setattr(implementation, "sdpa_attention_forward", spy)
     computed(model_of("llama", "per_document"), [examples([5, 1, 8])])
     assert seen == [(5, 5, None), (1, 1, None), (8, 8, None)] * 2  # two layers
@@ -130,32 +143,3 @@ def test_what_is_saved_does_not_name_our_attention(tmp_path: Any) -> None:
     model.save_pretrained(tmp_path)
     assert not any("per_document" in path.read_text() for path in tmp_path.glob("*.json"))
     assert "per_document" not in str(config_dict(model))
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_a_kernel_for_uneven_lengths_gets_all_documents_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, documents: Documents, scale: float, dropout: float) -> Tensor:
-        """A loop over documents with dense masks, in the kernel's place."""
-        calls.append(documents.bounds.tolist())
-        outputs = []
-        for begin, end in zip(documents.bounds.tolist(), documents.bounds.tolist()[1:], strict=False):
-            seen = torch.ones(end - begin, end - begin, dtype=torch.bool).tril()
-            seen = seen if documents.window is None else seen.triu(1 - documents.window)
-            one = (x[begin:end].transpose(0, 1)[None] for x in (q, k, v))
-            outputs.append(F.scaled_dot_product_attention(*one, seen, scale=scale, enable_gqa=True)[0].transpose(0, 1))
-        return torch.cat(outputs)
-
-    rows = [examples([5, 9, 2])]
-    wanted = computed(model_of(name, "per_document"), rows)
-    monkeypatch.setattr(varlen, "why_not", lambda *_: None)
-    monkeypatch.setattr(varlen, "usable", lambda *_: (None, kernel))
-    monkeypatch.setattr(varlen, "computed_in", lambda query: query.dtype)
-    assert furthest(computed(model_of(name, "per_document"), rows), wanted) <= 1e-10
-    assert [bounds[:4] for bounds in calls] == [[0, 5, 14, 16]] * 2
-
-
-def test_no_kernel_is_called_where_it_cannot_be() -> None:
-    query = torch.zeros(1, 2, 3, 8)
-    assert varlen.why_not(query, query, query, 0.0) == "they need a GPU, and this is a cpu"

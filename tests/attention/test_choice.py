@@ -71,7 +71,7 @@ def test_ours_can_be_asked_for_and_is_refused_where_it_cannot_be_had(pretrained:
     assert module.attention is not None
     assert module.attention.name == "per_document"
     biogpt = tiny_pretrained(tmp_path / "biogpt", "biogpt")
-    with pytest.raises(InputError, match=r"attn_implementation=per_document cannot be had for BioGpt.* Leave it out"):
+    with pytest.raises(InputError, match=r"attn_implementation=per_document is not available for BioGpt.* Leave it out"):
         SFTModule(biogpt, attn_implementation="per_document").configure_model()
 
 

@@ -60,7 +60,7 @@ def test_documents_are_found_whether_the_mask_knows_them_or_not(
     found = Documents.found(sees, positions_of(lengths), window, None)
     assert found is not None
     assert found.lengths == lengths
-    assert found.window == (window if window and window < max(lengths) else None)
+    assert found.widest == (window if window and window < max(lengths) else None)
 
 
 def test_each_row_begins_a_document() -> None:
@@ -74,7 +74,7 @@ def test_chunks_are_documents() -> None:
     sees = chunked_causal_mask_function(3, torch.zeros(1, dtype=torch.int))
     found = Documents.found(sees, torch.arange(8)[None], 3, None)
     assert found is not None
-    assert (found.lengths, found.window) == ([3, 3, 2], None)
+    assert (found.lengths, found.widest) == ([3, 3, 2], None)
 
 
 @pytest.mark.parametrize("window", [None, 3])

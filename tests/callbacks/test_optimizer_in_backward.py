@@ -1,4 +1,4 @@
-"""The optimiser in the backward pass: the same weights to the bit, without the gradients."""
+"""The optimizer in the backward pass: bit for bit the same weights, without the gradients."""
 
 from __future__ import annotations
 
@@ -59,11 +59,12 @@ def tied(tmp_path: Path) -> str:
         {},
         {"gradient_checkpointing": True},
         {"optimizer": partial(torch.optim.AdamW, lr=1e-2, foreach=True)},
+        {"optimizer": partial(torch.optim.NAdam, lr=1e-2)},
         {"optimizer": partial(torch.optim.SGD, lr=0.1, momentum=0.9)},
         {"optimizer": partial(torch.optim.Adafactor, lr=1e-2)},
         {"neftune_alpha": 5.0},
     ],
-    ids=["fused", "checkpointing", "foreach", "sgd", "adafactor", "noise"],
+    ids=["fused", "checkpointing", "foreach", "nadam", "sgd", "adafactor", "noise"],
 )
 def test_weights_are_those_of_the_ordinary_step_to_the_bit(
     tied: str, rows: list[dict[str, str]], settings: dict[str, Any]
@@ -76,6 +77,29 @@ def test_weights_are_those_of_the_ordinary_step_to_the_bit(
     assert min(usual.seen) > 0
     assert "train/gradient_norm" not in inside.callback_metrics
     assert inside.callback_metrics["train/loss"] == outside.callback_metrics["train/loss"]
+
+
+def test_a_backward_pass_visits_each_parameter_a_constant_number_of_times(
+    tied: str, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visited = {"step": 0, "zero_grad": 0}
+    of_group, of_all = torch.optim.AdamW._init_group, torch.optim.Optimizer.zero_grad
+
+    def init_group(self: Any, group: Any, *rest: Any, **more: Any) -> Any:
+        visited["step"] += len(group["params"])
+        return of_group(self, group, *rest, **more)
+
+    def zero_grad(self: Any, *rest: Any, **more: Any) -> None:
+        visited["zero_grad"] += sum(len(group["params"]) for group in self.param_groups)
+        of_all(self, *rest, **more)
+
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", init_group)
+    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", zero_grad)
+    trainer = fit(tied, rows, OptimizerInBackward(), max_steps=3)
+    num_parameters = len(list(trainer.lightning_module.parameters()))
+    assert num_parameters > 10
+    assert 3 * num_parameters <= visited["step"] <= 2 * 3 * num_parameters  # in the backward pass, and Lightning's own
+    assert visited["zero_grad"] <= 4 * 3 * num_parameters + num_parameters
 
 
 def test_a_checkpoint_goes_on_with_it_or_without(tied: str, rows: list[dict[str, str]], tmp_path: Path) -> None:

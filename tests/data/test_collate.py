@@ -3,6 +3,11 @@ from __future__ import annotations
 import torch
 
 from lightning_sft.data.collate import collate
+from lightning_sft.data.unpack import documents
+from lightning_sft.demos import tiny_model
+from lightning_sft.pretrained import backbone_and_head
+from lightning_sft.probes import probe
+from lightning_sft.scorer import Scorer
 from lightning_sft.types import IGNORE, Example
 
 EXAMPLES = [Example([5, 6, 7], [0, 1.0, 0.5], "f:1"), Example([8, 9], [0, 2.0], "f:2"), Example([3], [0], "f:3")]
@@ -47,3 +52,36 @@ def test_documents_and_provenance_tell_where_a_token_comes_from() -> None:
     assert batch.documents().tolist() == [[0, 0, 0, 1, 1, 2]]
     assert batch.provenance == ("f:1", "f:2", "f:3")
     assert torch.equal(collate(EXAMPLES, packed=False).documents()[:, 0], torch.arange(3))
+
+
+def test_targets_and_spans_are_known_on_the_host() -> None:
+    for packed in (True, False):
+        batch = collate(EXAMPLES, packed=packed, fill=8 if packed else 0)
+        assert sum(batch.spans) == batch.input_ids.numel()
+        assert len(batch.spans) == len(batch.provenance) == batch.documents().max() + 1
+        assert torch.equal(batch.targets, (batch.labels != IGNORE).flatten().nonzero()[:, 0])
+
+
+def test_a_row_is_filled_up_with_documents_no_longer_than_the_longest() -> None:
+    batch = collate(EXAMPLES, fill=14, pad_id=4, parts=[0, 1, 1], part_names=["a", "b"])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 3] + [4] * 8]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 0, 1, 2, 0, 1, 2, 0, 1]]
+    assert batch.spans == (3, 2, 1, 3, 3, 2)
+    assert batch.lengths == (3, 2, 1, 0, 0, 0)
+    assert batch.provenance[3:] == ("padding",) * 3
+    assert batch.target_parts().tolist() == [0, 0, 1]
+    assert [len(document) for document in documents(batch, pad_id=4)] == [3, 2, 1]
+    assert collate([], fill=70).spans == (64, 6)
+    assert collate(EXAMPLES, fill=5).input_ids.shape == (1, 6)  # it is full already
+
+
+def test_a_row_that_is_filled_up_has_the_same_likelihood() -> None:
+    model = tiny_model()
+    scorer = Scorer(model, probe(model, *backbone_and_head(model)))
+    for batch in (plain := collate(EXAMPLES)), (filled := collate(EXAMPLES, fill=20)):
+        model.zero_grad()
+        total, *_ = scorer(batch)
+        total.backward()
+        batch.total, batch.gradients = total.detach(), [p.grad.clone() for p in model.parameters()]
+    torch.testing.assert_close(filled.total, plain.total)
+    torch.testing.assert_close(filled.gradients, plain.gradients)

@@ -120,7 +120,7 @@ def test_sizes_are_those_of_the_model(model: str, batch: Batch) -> None:
     assert done.num_parameters == sum(counts.values())
     assert done.num_adapters == done.sizes.trained == adapters
     assert done.sizes.layer * 2 + done.sizes.others == done.num_parameters
-    assert done.logits == 4 * module.chunk_size * 4000
+    assert done.logits == 4 * done.chunk_size * 4000
 
 
 def test_a_tensor_parallel_rank_has_a_part_of_each_matrix(model: str, batch: Batch) -> None:

@@ -1,15 +1,33 @@
-"""What FlashAttention's kernels keep and allocate, without the kernels: they need a GPU, and planning does not."""
+"""What the kernels of a GPU keep and allocate, without the kernels: FlashAttention's and those of the likelihood."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-NAME = "kernel_on_paper"
-"""As transformers knows it; its layers get no mask."""
+from lightning_sft import chunked_head, objective
+
+ATTENTION = "kernel_on_paper"
+"""Name of the attention in transformers; its layers get no mask."""
+
+
+@contextmanager
+def likelihood_on_paper() -> Iterator[None]:
+    """While it lasts, the likelihood does as on a GPU: the softmax in one kernel, sums in float32 by the matmul."""
+    ours = {(objective, "fuses"): lambda raw: True, (chunked_head, "_multiply"): lambda total, a, b, beta: None}
+    before = {(module, name): getattr(module, name) for module, name in ours}
+    try:
+        for (module, name), function in ours.items():
+            setattr(module, name, function)
+        yield
+    finally:
+        for (module, name), function in before.items():
+            setattr(module, name, function)
 
 
 @torch.library.custom_op("lightning_sft_planning::flash", mutates_args=())
@@ -64,5 +82,5 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

@@ -1,0 +1,69 @@
+"""The dtype that a frozen base is held in under adapters: bfloat16 where that rounds nothing, or where it is asked for.
+
+Under ``bf16-mixed`` every matmul reads its matrix in bfloat16. A float32 base that is not trained gains nothing from
+its other 16 bits, but takes twice the memory, and autocast keeps a bfloat16 copy for the backward pass as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+BaseDtype = Literal["bfloat16", "float32"]
+
+
+def base_dtype(
+    asked: BaseDtype | None, autocast: torch.dtype | None, is_stored_in_bfloat16: Callable[[], bool]
+) -> torch.dtype:
+    """Which dtype to load a base in.
+
+    Without a wish it is bfloat16 where products are computed in bfloat16 and all weights are stored in it, so that the
+    values are the same in either dtype: a checkpoint of the run can be resumed and exported in both.
+
+    Args:
+        asked: The user's choice.
+        autocast: Dtype that matmuls are cast to, or ``None``.
+        is_stored_in_bfloat16: Called only where it matters.
+
+    >>> base_dtype("bfloat16", None, bool), base_dtype(None, torch.bfloat16, bool)
+    (torch.bfloat16, torch.float32)
+    """
+    if asked is not None:
+        return torch.bfloat16 if asked == "bfloat16" else torch.float32
+    fits = autocast is torch.bfloat16 and is_stored_in_bfloat16()
+    return torch.bfloat16 if fits else torch.get_default_dtype()
+
+
+def is_stored_in_bfloat16(pretrained: str) -> bool:
+    """Whether every floating-point tensor of its safetensors files is bfloat16, by their headers.
+
+    Args:
+        pretrained: A hub name, whose files are downloaded if they are not here, a folder, or a GGUF file.
+    """
+    found: set[str] = set()
+    for path in _files(pretrained):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, it is no mapping
+    return {dtype for dtype in found if dtype.startswith(("F", "BF"))} == {"BF16"}
+
+
+def _files(pretrained: str) -> list[str]:
+    """Those that transformers loads, in its order: one file, or the shards of an index."""
+    source = str(Path(pretrained).expanduser()) if pretrained.startswith("~") else pretrained
+    for name in () if source.endswith(".gguf") else (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        try:
+            path = str(cached_file(source, name))
+            if name == SAFE_WEIGHTS_NAME:
+                return [path]
+            shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
+            return [str(cached_file(source, shard)) for shard in sorted(set(shards))]
+        except OSError:  # no such file, or no such model: loading says so
+            continue
+    return []

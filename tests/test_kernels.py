@@ -1,0 +1,219 @@
+"""Kernels of layers: what is chosen when, that they compute the same, and that other models are left alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers.models.llama import modeling_llama
+
+from lightning_sft import SFTDataModule, SFTModule, kernels
+from lightning_sft.demos import tiny_model
+from lightning_sft.kernels import COMPILES_FROM, KERNELS, Kernels
+from lightning_sft.types import InputError
+
+Make = Callable[..., Trainer]
+
+
+def losses(trainer: Trainer, pretrained: str, rows: Any, asked: Any, **settings: Any) -> tuple[SFTModule, float]:
+    module = SFTModule(pretrained, kernels=asked)
+    trainer.fit(module, SFTDataModule(train=rows, tokens_per_batch=100), **settings)
+    return module, trainer.callback_metrics["train/loss"].item()
+
+
+# dynamo looks at the .grad of whatever it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_compiled_layers_train_as_eager_ones_do(
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    compiled: list[str] = []
+
+    def compile_by_aot(layer: Any, **settings: Any) -> None:  # inductor's C++ takes minutes: the slow test has it
+        compiled.append(type(layer).__name__)
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend="aot_eager", **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_by_aot)
+    monkeypatch.setattr(kernels, "compiler_missing", lambda on_gpu: None)
+    _, eager = losses(quiet_trainer(max_epochs=2, precision=precision), pretrained, rows, "none")
+    assert not compiled
+    module, as_compiled = losses(quiet_trainer(max_epochs=2, precision=precision), pretrained, rows, "compiled")
+    assert compiled == ["LlamaDecoderLayer"] * 2
+    assert module.kernels.name == "compiled"
+    assert as_compiled == pytest.approx(eager, rel=1e-6 if precision == "32-true" else 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+def test_layers_compiled_by_inductor_train_as_eager_ones_do(
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]]
+) -> None:
+    _, eager = losses(quiet_trainer(max_epochs=2), pretrained, rows, "none")
+    _, compiled = losses(quiet_trainer(max_epochs=2), pretrained, rows, "compiled")
+    assert compiled == pytest.approx(eager, rel=1e-5)
+
+
+def faked(device: str = "cuda", steps: int = 1000, done: int = 0, **strategy: Any) -> Any:
+    """A module at the start of its training, on a device that need not be here."""
+    trainer = SimpleNamespace(
+        max_steps=steps,
+        datamodule=None,
+        estimated_stepping_batches=float("inf"),
+        global_step=done,
+        accumulate_grad_batches=2,
+        strategy=SimpleNamespace(**strategy),
+    )
+    return SimpleNamespace(device=torch.device(device), trainer=trainer)
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, module: Any, asked: Any = "auto", restored: Any = None, missing: Any = ()
+) -> Kernels:
+    monkeypatch.setattr(kernels, "_why_not", lambda name, _: "it is missing" if name in missing else None)
+    found = Kernels(asked)
+    found.restored = restored
+    found.begin(module)
+    return found
+
+
+def test_auto_compiles_long_runs_on_gpus_and_nothing_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    enough = COMPILES_FROM // 2  # steps of two micro-batches
+    assert chosen(monkeypatch, faked("cpu")).name == "none"
+    assert chosen(monkeypatch, faked(steps=enough)).name == "compiled"
+    assert chosen(monkeypatch, faked(steps=enough - 1)).name == "liger"
+    assert chosen(monkeypatch, faked(steps=-1)).name == "compiled"  # nobody knows its end
+    assert chosen(monkeypatch, faked(steps=enough, zero_stage_3=True)).name == "none"
+
+
+def test_auto_takes_the_next_where_one_is_missing_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(monkeypatch, faked(), missing={"compiled"}).name == "liger"
+    found = chosen(monkeypatch, faked(), missing={"compiled", "liger"})
+    assert found.name == "none"
+    assert found.why.endswith("not compiled, because it is missing; not liger, because it is missing")
+
+
+def test_what_was_asked_for_and_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        InputError, match=r"model.kernels=liger is not available: it is missing. Set model.kernels=auto"
+    ):
+        chosen(monkeypatch, faked(), asked="liger", missing={"liger"})
+    with pytest.raises(InputError, match=r"model.kernels='triton' is none of auto, compiled, liger, none"):
+        SFTModule("anything", kernels="triton")  # type: ignore[arg-type]
+
+
+def test_a_resumed_run_has_the_kernels_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = faked(steps=1000, done=990)
+    assert chosen(monkeypatch, short).name == "liger"
+    assert chosen(monkeypatch, short, restored="compiled").name == "compiled"
+    with pytest.warns(UserWarning, match="kernels compiled and continues with none .* not bit for bit"):
+        assert chosen(monkeypatch, short, restored="compiled", missing={"compiled"}).name == "none"
+    with pytest.warns(UserWarning, match="kernels compiled and continues with none"):
+        assert chosen(monkeypatch, short, asked="none", restored="compiled").name == "none"
+
+
+def test_a_checkpoint_keeps_the_kernels(pretrained: str, quiet_trainer: Make, rows: Any, tmp_path: Any) -> None:
+    def saving() -> Any:
+        saver = ModelCheckpoint(tmp_path, filename="first", every_n_train_steps=1)
+        return {"callbacks": [saver], "enable_checkpointing": True}
+
+    losses(quiet_trainer(max_steps=1, **saving()), pretrained, rows, "auto")
+    path = tmp_path / "first.ckpt"
+    assert torch.load(path)[KERNELS] == "none"
+    saved = torch.load(path)
+    torch.save(saved | {KERNELS: "liger"}, path)
+    with pytest.warns(UserWarning, match="kernels liger and continues with none"):
+        losses(quiet_trainer(max_steps=2, **saving()), pretrained, rows, "auto", ckpt_path=path)
+
+
+@pytest.mark.skipif("liger_kernel" in sys.modules, reason="the stand-in would hide the real one")
+def test_without_liger_it_says_what_to_install(pretrained: str, quiet_trainer: Make, rows: Any) -> None:
+    with pytest.raises(InputError, match=r"liger is not available: it needs liger-kernel and triton: pip install"):
+        losses(quiet_trainer(max_steps=1), pretrained, rows, "liger")
+
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A package that changes models as liger-kernel does, with kernels in plain torch, which count their calls."""
+    stock_rope, calls = modeling_llama.apply_rotary_pos_emb, SimpleNamespace(norm=0, rope=0, factor=1.0)
+
+    class LigerRMSNorm(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            calls.norm += 1
+            wide = x.float()
+            normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+            return (self.weight * normed * calls.factor).to(x.dtype)
+
+    def rope(*args: Any, **kwargs: Any) -> Any:
+        calls.rope += 1
+        return stock_rope(*args, **kwargs)
+
+    def apply(model: Any, **wanted: bool) -> None:
+        assert wanted.pop("cross_entropy") is wanted.pop("fused_linear_cross_entropy") is False
+        assert wanted == {"rope": True, "rms_norm": True, "swiglu": True}
+        modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm = rope, LigerRMSNorm
+        for part in model.modules():
+            if type(part).__name__ == "LlamaRMSNorm":
+                part.__dict__["forward"] = MethodType(LigerRMSNorm.forward, part)
+
+    for name in ("triton", "liger_kernel", "liger_kernel.transformers", "liger_kernel.transformers.monkey_patch"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}  # type: ignore[attr-defined]
+    module._apply_liger_kernel_to_instance = apply  # type: ignore[attr-defined]
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", stock_rope)  # undone after the test
+    monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", modeling_llama.LlamaRMSNorm)
+    return calls
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_model_with_liger_trains_the_same_and_other_models_stay_as_they_are(
+    pretrained: str, quiet_trainer: Make, rows: Any, liger: SimpleNamespace, precision: Any
+) -> None:
+    other, ids = tiny_model(), torch.arange(9)[None]
+    before = other(input_ids=ids).logits
+    _, eager = losses(quiet_trainer(max_steps=2, precision=precision), pretrained, rows, "none")
+    assert liger.norm == liger.rope == 0
+    module, fused = losses(quiet_trainer(max_steps=2, precision=precision), pretrained, rows, "liger")
+    assert module.kernels.name == "liger"
+    assert fused == pytest.approx(eager, rel=1e-5 if precision == "32-true" else 1e-2)
+    assert min(liger.norm, liger.rope) > 0
+    liger.norm = liger.rope = 0
+    assert torch.equal(other(input_ids=ids).logits, before)
+    assert torch.equal(tiny_model()(input_ids=ids).logits, before)
+    assert liger.norm == liger.rope == 0
+
+
+def test_kernels_that_compute_something_else_are_refused_and_taken_out(
+    pretrained: str, quiet_trainer: Make, rows: Any, liger: SimpleNamespace
+) -> None:
+    liger.factor = 1.1
+    with pytest.raises(InputError, match="hidden states differ from the model's own by more than rounding"):
+        losses(quiet_trainer(max_steps=1), pretrained, rows, "liger")
+    module = SFTModule(pretrained, kernels="liger")
+    module.configure_model()
+    assert module.model is not None
+    ids = torch.arange(9)[None]
+    before = module.model(input_ids=ids).logits
+    with pytest.raises(InputError, match="hidden states differ"):
+        quiet_trainer(max_steps=1).fit(module, SFTDataModule(train=rows))
+    liger.norm = liger.rope = 0
+    assert torch.equal(module.model(input_ids=ids).logits, before)
+    assert liger.norm == liger.rope == 0
+
+
+def test_an_architecture_that_liger_does_not_know_keeps_its_layers(
+    tmp_path: Any, quiet_trainer: Make, rows: Any, liger: SimpleNamespace
+) -> None:
+    from lightning_sft.demos import tiny_pretrained
+
+    phi = tiny_pretrained(tmp_path / "phi", "phi", num_key_value_heads=2)
+    with pytest.raises(InputError, match="liger is not available: it has no kernels for phi"):
+        losses(quiet_trainer(max_steps=1), phi, rows, "liger")

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_sft import trainer_facts
+from lightning_sft.data.planned import default_tokens_per_batch
+from lightning_sft.trainer_facts import Agreement, on_cuda, trainer_on_paper
+
+
+def trainer(said: list[float], world_size: int = 2) -> Any:
+    """One whose other process says yes at the times that are listed, and whose collectives are counted."""
+    asked: list[torch.Tensor] = []
+
+    def reduce(value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        asked.append(value)
+        return value + torch.tensor([said.pop(0) if said else 0.0, 0.0])
+
+    strategy = SimpleNamespace(reduce=reduce, root_device=torch.device("cpu"))
+    return SimpleNamespace(strategy=strategy, world_size=world_size, is_global_zero=True, asked=asked)
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(0.01, 5), (0.25, 11), (3.0, 38)])
+def test_processes_ask_each_other_about_once_a_second(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, times: int
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(trainer_facts.time, "monotonic", lambda: now[0])
+    own, agreement = trainer([]), Agreement()
+    for _ in range(38):
+        now[0] += seconds
+        assert not agreement.one_says(own, False)
+    assert len(own.asked) == times
+
+
+def test_one_process_is_enough_and_a_single_one_asks_nobody() -> None:
+    assert Agreement().one_says(trainer([1.0]), False)
+    assert Agreement().one_says(trainer([]), True)
+    alone = trainer([], world_size=1)
+    assert [Agreement().one_says(alone, yes) for yes in (True, False)] == [True, False]
+    assert not alone.asked
+
+
+@pytest.mark.parametrize(("accelerator", "tokens"), [("cpu", 2048), ("gpu", 16_384), ("cuda", 16_384)])
+def test_a_micro_batch_has_more_tokens_on_a_gpu(accelerator: str, tokens: int) -> None:
+    names = ("limit_train_batches", "overfit_batches", "fast_dev_run")
+    settings = SimpleNamespace(
+        accelerator=accelerator, devices=1, num_nodes=1, accumulate_grad_batches=1, **dict.fromkeys(names, 0)
+    )
+    paper = trainer_on_paper(None, settings)
+    assert on_cuda(paper) == (accelerator != "cpu")
+    assert default_tokens_per_batch(paper) == tokens
+    assert default_tokens_per_batch(None) == 2048
