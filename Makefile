@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 QUICKSTART := build/quickstart
 
-.PHONY: help quickstart test test-all lint docs bench bench-growth clean
+.PHONY: help quickstart test test-all lint docs bench bench-growth gpu clean
 
 help:
 	@echo "make quickstart   fine-tune a real model on example data and see what it gained (under 10 minutes on 2 cores)"
@@ -14,6 +14,7 @@ help:
 	@echo "make docs         these pages and the API as HTML, in build/docs"
 	@echo "make bench        ours, TRL and LitGPT side by side (BENCH='--data rows.jsonl ...'; BENCH=--help has all settings)"
 	@echo "make bench-growth how cost grows (BENCH=--quick for minutes)"
+	@echo "make gpu          check and measure on a GPU, also without a network (GPU='correctness smoke'; GPU=--help)"
 	@echo "make clean        remove the environment and what was built"
 
 $(BIN)/lightning-sft: pyproject.toml $(CONSTRAINTS)
@@ -50,6 +51,9 @@ docs: $(VENV)/docs
 bench bench-growth:
 	$(PYTHON) -m benchmarks.environments ours trl
 	build/bench/ours/bin/python -m benchmarks$(if $(findstring growth,$@),.growth) $(BENCH)
+
+gpu: # in the environment of the shell: such a machine has a torch of its own
+	python3 -m benchmarks.gpu $(GPU)
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .pytest_cache .ruff_cache

@@ -37,8 +37,14 @@ class Work:
     per_pair: float
 
     @classmethod
-    def of(cls, pretrained: str) -> Work:
-        """That of a Hugging Face folder; no weight is read."""
+    def of(cls, pretrained: str, lora: int | None = None) -> Work:
+        """That of a Hugging Face folder; no weight is read.
+
+        Args:
+            pretrained: The folder.
+            lora: Rank of adapters on all matrices but the head: these alone are trained, so the model's own matrices,
+                the head too, take 4 operations a parameter, and the adapters' 6.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(pretrained)
@@ -47,9 +53,11 @@ class Work:
         head = model.get_output_embeddings()
         inner = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        each = 6 if lora is None else 4
+        adapters = 0 if lora is None else 6 * lora * sum(m.in_features + m.out_features for m in inner)
         return cls(
-            6 * sum(linear.weight.numel() for linear in inner),
-            6 * head.weight.numel(),
+            each * sum(linear.weight.numel() for linear in inner) + adapters,
+            each * head.weight.numel(),
             12 * config.num_hidden_layers * config.num_attention_heads * head_size,
         )
 

@@ -19,6 +19,7 @@ from benchmarks.environments import ROOT
 
 _SCRIPTS = {name: ROOT / "benchmarks" / f"run_{name}.py" for name in ("ours", "trl", "litgpt")}
 _SCRIPTS["limits"] = ROOT / "benchmarks" / "limits.py"
+_SCRIPTS["gpu"] = ROOT / "benchmarks" / "gpu" / "case.py"
 _EVERY, _EVERY_CHILD = 0.05, 1.0  # seconds between looks at a process, and at those that it has started
 
 
@@ -55,7 +56,7 @@ def run(
 
     Args:
         python: The interpreter of the environment.
-        script: ``ours``, ``trl``, ``litgpt`` or ``limits``.
+        script: ``ours``, ``trl``, ``litgpt``, ``limits`` or ``gpu``.
         settings: What the script gets, besides the files for its record and its own output.
         folder: For these files; it is made.
         threads: Threads of the process's arithmetic.

@@ -65,7 +65,7 @@ def run(given: argparse.Namespace, model: str, rows: list[Any], precision: str, 
     seed_everything(seed, verbose=False)
     losses = Losses()
     module = SFTModule(model, optimizer=partial(AdamW, lr=1e-4, weight_decay=0.01, fused=True))
-    data = SFTDataModule(train=rows[:-100], val=rows[-100:], tokens_per_batch=given.tokens)
+    data = SFTDataModule(train=rows[:-100], val=rows[-100:], tokens_per_batch=given.tokens, seed=seed)
     trainer = Trainer(
         accelerator=given.accelerator,
         devices=1,

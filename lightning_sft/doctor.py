@@ -180,6 +180,9 @@ def _fast_paths() -> Iterator[Fact]:
     why = "Soft-caps and sinks on a GPU" + ("" if on_gpu else ": it needs a GPU that torch sees")
     yield Fact(section, "  FlexAttention", "on" if on_gpu else "off", "good" if on_gpu else "off", f"{why}.")
     yield Fact(section, "chunked likelihood", "on", "good", "Logits are never held whole: model.chunk_size")
+    fuses, why = on_gpu and bool(_version("triton")), "pip install triton" if on_gpu else "it needs a GPU"
+    remark = "Softmax, figures and gradient of a chunk in one kernel" + ("." if fuses else f": {why}")
+    yield Fact(section, "  fused softmax", "on" if fuses else "off", "good" if fuses else "off", remark)
     yield Fact(section, "fused AdamW", "on", "good", "The default of model.optimizer.")
     yield _compiler(on_gpu)
     rust = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
@@ -206,7 +209,7 @@ def _compiler(on_gpu: bool) -> Fact:
     if missing := compiler_missing(on_gpu):
         return Fact("fast paths", "torch.compile", "off", "off", f"For model.kernels=compiled {missing}.")
     path = shutil.which(os.environ.get("CXX") or "g++")
-    remark = "With model.kernels=compiled; auto compiles long runs on GPUs."
+    remark = "For long runs, see model.kernels." if on_gpu else "Off unless model.kernels=compiled."
     return Fact("fast paths", "torch.compile", path or "", "good", remark)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from lightning_sft.chat import chat
 from lightning_sft.checkpoints import hyper_parameters
 from lightning_sft.completion import completion
 from lightning_sft.config_cli import ConfigCLI
+from lightning_sft.cuda_segments import expand_segments
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
 from lightning_sft.doctor import run_doctor
@@ -171,6 +173,8 @@ def console() -> None:
     """``main`` for the shell: what the user can put right is one message, not a traceback."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    if sys.argv[1:2] == ["fit"]:
+        expand_segments(os.environ)
     try:
         result = main()
     except (InputError, FloatingPointError, MisconfigurationException, yaml.YAMLError) as error:

@@ -30,6 +30,7 @@ from lightning_sft.modes import in_default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.plain import plain
 from lightning_sft.precision import follow_autocast
+from lightning_sft.recompute import Checkpointing, check_checkpointing, checkpoint_layers
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
 from lightning_sft.run_folder import write_whole
 from lightning_sft.schedules import Schedule, learning_rate_factor
@@ -63,7 +64,8 @@ class SFTModule(LightningModule):
         optimizer: Makes the optimiser from parameter groups; norms and biases are not decayed.
         schedule: How the learning rate goes down after the warm-up.
         warmup: Steps of linear warm-up, as a share of all.
-        gradient_checkpointing: Recompute each layer's activations in the backward pass, to save memory.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory: of each layer (``true``), of
+            every n-th (a number), or of each with its input kept in host memory (``offload``).
         kernels: Of the layers: ``compiled``, ``liger``, ``none``, or ``auto`` (by device and length of the run).
         attn_implementation: Attention of transformers, as ``sdpa``; by default ours where exact, see docs/attention.
         chunk_size: Targets whose logits are in memory at a time; by default 512 on CPUs, and what fits on GPUs.
@@ -94,7 +96,7 @@ class SFTModule(LightningModule):
         optimizer: OptimizerCallable = lambda groups: AdamW(groups, lr=2e-5, weight_decay=0.01, fused=True),
         schedule: Schedule = "cosine",
         warmup: float = 0.03,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         kernels: KernelName = "auto",
         attn_implementation: str | None = None,
         chunk_size: int | None = None,
@@ -111,6 +113,7 @@ class SFTModule(LightningModule):
         super().__init__()
         check_chunk_size(chunk_size)
         self.save_hyperparameters(ignore=["optimizer", "hf_config"])
+        check_checkpointing(gradient_checkpointing)
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
@@ -152,8 +155,7 @@ class SFTModule(LightningModule):
         backbone, head = loading.backbone_and_head(model)
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, findings = probed(model, backbone, head, self.attn_implementation, device, autocast)
-        if self.gradient_checkpointing:
-            model.activation_checkpointing_enable()
+        checkpoint_layers(model, self.gradient_checkpointing, device.type)
         self.scorer = Scorer(model, findings, self.chunk_size)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
@@ -261,7 +263,7 @@ class SFTModule(LightningModule):
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
-            self._log_figures("train", {} if norm is None else {"gradient_norm": norm})
+            self._log_figures("train", {} if norm is None else {"gradient_norm": norm.to(self.device)})
 
     def on_validation_start(self) -> None:
         """Begin the validation figures."""

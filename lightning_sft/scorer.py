@@ -72,8 +72,8 @@ class Scorer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the model, but round no buffer that transformers keeps in float32 in a model of 16 bits.
 
-        Those are RoPE's frequencies and others that are computed when a model is made, and biases of routers. Lightning
-        (``bf16-true``) and DeepSpeed cast all that floats.
+        Those are RoPE's frequencies and others that are computed when a model is made, and biases of routers. Under
+        ``bf16-true`` and ``16-true`` Lightning casts all that floats.
         """
         kept = names_kept_in_float32(self.model)
         before = [

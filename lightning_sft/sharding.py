@@ -75,7 +75,7 @@ def layers(model: Any) -> list[nn.Module]:
 def clip_gradients(
     parameters: Iterable[nn.Parameter], most: float | None, algorithm: str | None = "norm"
 ) -> Tensor | None:
-    """Clip gradients, also where they lie on different meshes, as with tensor parallelism.
+    """Clip gradients, also where they lie on different meshes, as with tensor parallelism, or in the host's memory.
 
     torch computes the norm of tensors of one mesh; the whole norm is the root of the sum of their squares.
 
@@ -92,7 +92,7 @@ def clip_gradients(
     norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
     if not norms:
         return None
-    total: Tensor = torch.stack(norms).norm()
+    total: Tensor = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
     for group in groups:
         if not most:
             break

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 from lightning_sft.checkpoints import check_index, tensors_alone
@@ -64,6 +65,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         for child in self.model.children():
             if not any(isinstance(parameter, DTensor) for parameter in child.parameters()):
                 child.to(self.root_device)
+        _update_properties(self.model, device=self.root_device)  # where batches go, and what is logged
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: parameters and optimiser sharded over devices")

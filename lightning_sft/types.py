@@ -194,6 +194,12 @@ class Batch:
         """A number for each document, ``[D]``, on the batch's device; the copy does not wait for the device."""
         return on_device(torch.tensor(numbers, device="cpu"), self.input_ids.device)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_targets": self._known_targets, "_targets_of": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _targets_of=(state["labels"], _version(state["labels"])))
+
     @property
     def _others(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in self.tensors and name[0] != "_"}

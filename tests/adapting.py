@@ -15,12 +15,16 @@ from tests.parallel import Case, Curve, steps
 from tests.processes import torchrun
 
 LORA = {"lora": Lora(r=4, alpha=64), "new_tokens": ["<|a|>"], "trained": ["*norm*"]}
+BFLOAT16 = {**LORA, "lora": Lora(r=4, alpha=64, base_dtype="bfloat16")}  # held so under bf16-mixed alone
 CASES = {
     "single": Case("single device", 1, 4, 30, model=LORA),
     "ddp": Case("`ddp`", model=LORA),
     "distributed": Case("`fsdp2`", model=LORA),
     "one_file": Case("`fsdp2`", layout={"save_distributed_checkpoint": False}, model=LORA),
     "deepspeed": Case("`deepspeed_stage_2`", limit=14, stage=2, model=LORA),
+    "single_bfloat16": Case("single device", 1, 4, 30, model=BFLOAT16),
+    "ddp_bfloat16": Case("`ddp`", model=BFLOAT16),
+    "distributed_bfloat16": Case("`fsdp2`", model=BFLOAT16),
     **{f"ddp_{bits}": Case("`ddp`", model={**LORA, "quantize": bits}) for bits in ("4bit", "8bit")},
     **{
         f"single_{bits}": Case("single device", 1, 4, 30, model={**LORA, "quantize": bits}) for bits in ("4bit", "8bit")
@@ -34,6 +38,8 @@ def run(pretrained: str, name: str, out: Path) -> None:
 
     def fit(**more: Any) -> Curve:
         saver = ModelCheckpoint(ckpt.parent, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+        if case.model is BFLOAT16:
+            more |= {"precision": "bf16-mixed"}
         return steps(pretrained, case, callbacks=[saver], enable_checkpointing=True, max_steps=6, **more)
 
     done, resumed = fit(), fit(ckpt_path=ckpt)

@@ -86,14 +86,14 @@ def likelihoods() -> dict[str, list[Tensor]]:
 
 
 def far_apart(folder: Path) -> Case:
-    """Two rows 2³¹ logits apart, in a file with a hole."""
+    """Three rows of 2³⁰ logits, of which the first 16 are looked at, in a file with holes."""
     path = folder / "logits"
     with path.open("wb") as file:
         file.truncate(2 * (2**31 + 64))
     logits = torch.from_file(str(path), shared=True, size=2**31 + 64, dtype=torch.float16)
-    raw = logits.as_strided((2, 16), (2**31, 1))
-    raw.copy_(torch.arange(32).view(2, 16))
-    return Case(raw, torch.tensor([3, 4]), torch.ones(2))
+    raw = logits.as_strided((3, 16), (2**30, 1))
+    raw.copy_(torch.arange(48).view(3, 16) % 31)
+    return Case(raw, torch.tensor([3, 4, 5]), torch.ones(3))
 
 
 def compiled() -> dict[str, int]:
@@ -128,7 +128,7 @@ if __name__ == "__main__":
     results: dict[str, Any] = {name: case.computed(fused_softmax) for name, case in cases().items()}
     results["apart"] = next(iter(cases().values())).computed(fused_softmax, in_place=False)
     with_gradient = far_apart(out.parent)
-    figures = torch.zeros(2), torch.zeros(2).bool(), torch.zeros(2)
+    figures = torch.zeros(3), torch.zeros(3).bool(), torch.zeros(3)
     fused_softmax(with_gradient.raw, None, with_gradient.targets, with_gradient.weights, *figures, 1.0, None)
     results["far apart"] = dict(zip(("log_probs", "correct", "entropy"), figures, strict=True))
     objective.fuses = lambda raw: True

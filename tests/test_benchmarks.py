@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+from benchmarks import precision
 from benchmarks.__main__ import main
 from benchmarks.cases import EQUAL, SAME, SHIPPED
 from benchmarks.growth import main as growth_main
@@ -169,3 +170,20 @@ def test_growth_on_a_tiny_model(tmp_path: Path) -> None:
     curves = growth_main([*here, "--quick", "--only", "ranks", "rows", "--steps", "3"])
     assert len(curves) == 2
     assert all(y for curve in curves.values() for _, y in curve["systems"]["ours"])
+
+
+def test_precisions_are_compared_at_the_same_seed(
+    pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # restored after the test
+    given = ["--model", pretrained, "--seeds", "2", "--steps", "2", "--accelerator", "cpu", "--out", str(tmp_path)]
+    precision.main(given)
+    lines = (tmp_path / "precision.md").read_text(encoding="utf-8").splitlines()
+    assert lines[2].startswith("| quickstart, 2 seeds | ")
+    assert (tmp_path / "precision.png").stat().st_size > 1000
+    runs: precision.Curves = {
+        ("rows", kind, seed): {"train": [], "val": val}
+        for kind, losses in (("32-true", (1.0, 1.2)), ("bf16-mixed", (1.01, 1.19)))
+        for seed, val in enumerate(losses)
+    }
+    assert precision.table(runs).splitlines()[2] == "| rows, 2 seeds | 1.1000 | 1.1000 | +0.0100 | 0.1414 |"

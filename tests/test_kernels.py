@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch._dynamo.utils import counters
 from transformers.models.llama import modeling_llama
 
 from lightning_sft import SFTDataModule, SFTModule, kernels
@@ -20,6 +21,14 @@ from lightning_sft.kernels import COMPILES_FROM, KERNELS, Kernels
 from lightning_sft.types import InputError
 
 Make = Callable[..., Trainer]
+
+
+@pytest.fixture(autouse=True)
+def dynamo() -> Iterator[None]:
+    """Settings of torch.compile are what they were after a test."""
+    with torch._dynamo.config.patch(suppress_errors=False):
+        yield
+    torch.compiler.reset()
 
 
 def losses(trainer: Trainer, pretrained: str, rows: Any, asked: Any, **settings: Any) -> tuple[SFTModule, float]:
@@ -32,7 +41,12 @@ def losses(trainer: Trainer, pretrained: str, rows: Any, asked: Any, **settings:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_compiled_layers_train_as_eager_ones_do(
-    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch, precision: str
+    pretrained: str,
+    quiet_trainer: Make,
+    rows: list[dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
 ) -> None:
     compiled: list[str] = []
 
@@ -42,12 +56,41 @@ def test_compiled_layers_train_as_eager_ones_do(
 
     monkeypatch.setattr(torch.nn.Module, "compile", compile_by_aot)
     monkeypatch.setattr(kernels, "compiler_missing", lambda on_gpu: None)
+    counters.clear()
     _, eager = losses(quiet_trainer(max_epochs=2, precision=precision), pretrained, rows, "none")
     assert not compiled
     module, as_compiled = losses(quiet_trainer(max_epochs=2, precision=precision), pretrained, rows, "compiled")
     assert compiled == ["LlamaDecoderLayer"] * 2
     assert module.kernels.name == "compiled"
+    assert counters["aot_autograd"]["ok"] > 0
+    assert "WON'T CONVERT" not in caplog.text  # what torch logs of a frame that it leaves as it is
     assert as_compiled == pytest.approx(eager, rel=1e-6 if precision == "32-true" else 1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+def test_layers_that_cannot_be_compiled_run_as_written(
+    pretrained: str,
+    quiet_trainer: Make,
+    rows: list[dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tried: list[str] = []
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        tried.append("compiled")
+        raise RuntimeError("no compiler works here")
+
+    def compile_by_broken(layer: Any, **settings: Any) -> None:
+        layer._compiled_call_impl = torch.compile(layer._call_impl, backend=broken, **settings)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_by_broken)
+    monkeypatch.setattr(kernels, "compiler_missing", lambda on_gpu: None)
+    _, eager = losses(quiet_trainer(max_steps=2), pretrained, rows, "none")
+    _, fallen_back = losses(quiet_trainer(max_steps=2), pretrained, rows, "compiled")
+    assert tried
+    assert "WON'T CONVERT" in caplog.text
+    assert fallen_back == pytest.approx(eager, rel=1e-6)
 
 
 @pytest.mark.slow

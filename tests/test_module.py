@@ -258,6 +258,12 @@ def test_batches_of_a_user_cannot_be_normalised_by_sequence(pretrained: str, qui
         )
 
 
+@pytest.mark.parametrize("chunk_size", [0, -1, 1.5, "many"])
+def test_a_chunk_size_that_is_none_is_refused_before_a_model_is_looked_for(chunk_size: Any) -> None:
+    with pytest.raises(InputError, match=r"chunk_size=.* must be a positive integer"):
+        SFTModule("nowhere", chunk_size=chunk_size)
+
+
 def test_a_schedule_without_an_end_is_refused(pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]]) -> None:
     with pytest.raises(InputError, match=r"needs an end"):
         quiet_trainer(max_epochs=-1).fit(SFTModule(pretrained), SFTDataModule(train=rows))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.attention import halves
 from lightning_sft.demos import tiny_model
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.precision import follow_autocast
@@ -185,6 +186,24 @@ def test_routers_that_transformers_keeps_in_float32_compute_in_it() -> None:
     assert gradients["model.layers.0.mlp.gate.weight"].dtype == torch.float32
     step(copied, mixed())  # of weight averaging: the copy trains its own routers
     assert copied.base_model.layers[0].mlp.gate.weight.grad is not None
+
+
+def test_adapters_noise_and_checkpointing_train_in_bfloat16_as_in_float32(
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]]
+) -> None:
+    settings: dict[str, Any] = {"lora": {"r": 4}, "neftune_alpha": 5.0, "gradient_checkpointing": True}
+    halves.works.cache_clear()  # what is tried in the first forward pass is not part of a checkpointed layer
+    losses, seen = [], set()
+    for precision in ("32-true", "bf16-mixed"):
+        module, trainer = SFTModule(pretrained, **settings), quiet_trainer(max_epochs=2, precision=precision)
+        module.configure_model()
+        assert module.model is not None
+        module.model.base_model.norm.register_forward_hook(lambda norm, args, output: seen.add(output.dtype))
+        trainer.fit(module, SFTDataModule(train=rows))
+        losses.append(trainer.callback_metrics["train/loss"].item())
+        assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
+    assert seen == {torch.float32, BF16}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
 
 
 def frequencies(module: SFTModule) -> Tensor:

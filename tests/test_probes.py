@@ -100,3 +100,23 @@ def test_probing_leaves_the_mode_as_it_was() -> None:
     model = tiny_model().train()
     examine(model)
     assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_feature_a_thousand_times_as_large_hides_no_leak(dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    backbone, _ = backbone_and_head(model)
+    with torch.no_grad():
+        backbone.norm.weight[3] = 1000.0  # an outlier dimension, as trained models have
+    assert examine(model).isolates_documents
+
+    def leaky(module: Any, given: Any, output: Any) -> Any:
+        hidden = output.last_hidden_state
+        others = torch.ones_like(hidden)
+        others[..., 3] = 0
+        leak = 0.05 * hidden[:, :1].roll(1, -1).clamp(-1, 1) * others  # of the row's first token, whatever its document
+        output.last_hidden_state = hidden + leak if hidden.shape[1] > 12 else hidden
+        return output
+
+    backbone.register_forward_hook(leaky)
+    assert not examine(model).isolates_documents

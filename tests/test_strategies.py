@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch import Trainer
+import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch import LightningModule, Trainer
 
+from lightning_sft.callbacks import RunRecord
+from lightning_sft.sharding import clip_gradients
 from lightning_sft.strategies import FSDP2Strategy, layout
 from lightning_sft.types import InputError
 from tests.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
@@ -43,6 +48,39 @@ def test_the_strategy_is_known_by_its_name() -> None:
     trainer = Trainer(strategy="fsdp2", accelerator="cpu", devices=2, logger=False, enable_checkpointing=False)
     assert isinstance(trainer.strategy, FSDP2Strategy)
     assert layout(trainer.strategy) == (None, False)
+
+
+OTHER = torch.device("meta")  # stands for a GPU; FakeTensorMode lets 0-dimensional tensors of two devices be stacked
+
+
+def test_the_norm_of_gradients_on_the_host_and_on_a_gpu_is_joint() -> None:
+    on_gpu, on_host = (torch.nn.Parameter(torch.ones(3, device=device)) for device in (OTHER, "cpu"))
+    on_host.device_mesh = "that of sharded parameters which are offloaded"
+    for parameter in (on_gpu, on_host):
+        parameter.grad = torch.ones_like(parameter)
+    norm = clip_gradients([on_gpu, on_host], None)
+    assert norm is not None
+    assert norm.device == OTHER
+
+
+def test_figures_on_the_host_and_on_a_gpu_are_recorded_together() -> None:
+    record = RunRecord()
+    record._begin, trainer = 0.0, SimpleNamespace(global_step=1, current_epoch=0)
+    figures = {"train/loss": torch.ones((), device=OTHER), "train/gradient_norm": torch.ones(())}
+    record._add(trainer, figures)
+    [(_, names, values)] = record._lines
+    assert names == list(figures)
+    assert values.device == OTHER
+
+
+def test_a_sharded_module_says_which_device_it_computes_on() -> None:
+    """Its shards are left where they are; batches of callbacks, and what is logged, go where the module says."""
+    strategy = FSDP2Strategy()
+    strategy.parallel_devices = [OTHER]
+    strategy.model = LightningModule()
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.model_to_device()
+    assert strategy.model.device == OTHER
 
 
 def test_an_index_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
@@ -59,7 +61,8 @@ def test_moving_keeps_everything() -> None:
 
 
 def test_targets_follow_labels_that_are_changed() -> None:
-    batch = collate([Example([5, 6, 7], [0, 1.0, 1.0])])
+    batch = pickle.loads(pickle.dumps(collate([Example([5, 6, 7], [0, 1.0, 1.0])])))  # as from a worker process
+    assert batch._known_targets is not None
     assert batch.targets.tolist() == [0, 1]
     batch.labels[0, 0] = IGNORE  # in place
     assert batch.targets.tolist() == [1]

@@ -114,9 +114,7 @@ class Documents:
     def bounds(self) -> Tensor:
         """Where each document begins, and the last one ends, ``[D + 1]`` of int32 on the device."""
         bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
-        if torch.device(self.device).type == "cuda" and torch.cuda.is_available():
-            bounds = bounds.pin_memory()  # so that the copy is not waited for
-        bounds = bounds.to(self.device, non_blocking=True)
+        bounds = without_waiting(bounds, self.device)
         torch._dynamo.maybe_mark_dynamic(bounds, 0)  # else the second batch has all layers compiled once more
         return bounds
 
@@ -167,6 +165,14 @@ def lengths_from(begins: Tensor) -> list[int]:
     ends = torch.tensor([begins.numel()], device="cpu")
     lengths: list[int] = torch.cat([begins.nonzero()[:, 0], ends]).diff().tolist()
     return lengths
+
+
+def without_waiting(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device; to CUDA from page-locked memory, so that the host does not wait for the copy."""
+    is_real = type(tensor) is Tensor and torch.cuda.is_available()  # shapes alone have no memory
+    if is_real and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def computed_in(query: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from lightning_sft.attention.documents import Documents
+from lightning_sft.attention.documents import Documents, without_waiting
 
 _plain: Callable[..., Any] = flex_attention
 _BLOCK = 128  # tokens of a block, in queries and in keys
@@ -31,22 +31,25 @@ def usable(device: torch.device) -> bool:
 
 
 def block_mask(documents: Documents) -> BlockMask:
-    """Which blocks of keys each block of queries sees; made on the device of the documents, without waiting for it."""
-    device, num_tokens = documents.device, sum(documents.lengths)
-    here = torch.arange(num_tokens, device=device, dtype=torch.int32)
-    begin = documents.bounds[torch.searchsorted(documents.bounds, here, right=True) - 1]  # of its document, [T]
-    first = begin if documents.window is None else torch.maximum(begin, here - (documents.window - 1))
+    """Which blocks of keys each block of queries sees; counted on the CPU, so that the device is not waited for."""
+    lengths = torch.tensor(documents.lengths, device="cpu", dtype=torch.int32)
+    here = torch.arange(sum(documents.lengths), device="cpu", dtype=torch.int32)
+    begins = lengths.cumsum(0, dtype=torch.int32) - lengths
+    first = torch.repeat_interleave(begins, lengths, output_size=len(here))  # of each token's document, [T]
+    if documents.window is not None:
+        first = torch.maximum(first, here - (documents.window - 1))
+    blocks = torch.arange(-(-len(here) // _BLOCK), device="cpu", dtype=torch.int32)
+    first_block = first[::_BLOCK] // _BLOCK  # the first query of a block sees furthest back
+    count = blocks - first_block + 1
+    indices = (first_block[:, None] + blocks).clamp(max=len(blocks) - 1)  # the first `count` of each row are read
+    count, indices, seen_from = (without_waiting(x, documents.device) for x in (count, indices, first))
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key >= first[query])
+        return (key <= query) & (key >= seen_from[query])
 
-    blocks = torch.arange(-(-num_tokens // _BLOCK), device=device, dtype=torch.int32)
-    first_block = first[::_BLOCK] // _BLOCK  # the first query of a block sees furthest back
-    count = (blocks - first_block + 1).int()
-    indices = (first_block[:, None] + blocks).clamp(max=len(blocks) - 1).int()  # the first `count` of a row are read
-    return BlockMask.from_kv_blocks(
-        count[None, None], indices[None, None], BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(num_tokens, num_tokens)
-    )
+    given = count.unsqueeze(0).unsqueeze(0), indices.unsqueeze(0).unsqueeze(0)
+    size = len(here), len(here)
+    return BlockMask.from_kv_blocks(*given, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=size)
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> bool:

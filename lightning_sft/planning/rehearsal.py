@@ -22,6 +22,7 @@ from lightning_sft.planning.meter import Meter
 from lightning_sft.precision import follow_autocast
 from lightning_sft.pretrained import backbone_and_head, load_architecture, model_from_config, new_token_ids
 from lightning_sft.probes import Findings
+from lightning_sft.recompute import checkpoint_layers
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import layers
 from lightning_sft.tuning.adapters import inject, is_adapter, widen
@@ -164,10 +165,10 @@ def _scorer(module: Any, model: Any, chunk_size: int, on_gpu: bool, compiles: bo
         # as the module would, where it measures that it is exact
         model.set_attn_implementation(gpu_kernels.ATTENTION if on_gpu else NAMES[stock])
     findings = Findings(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
-    if compiles:  # first: what is computed again is then the compiled layer
+    if compiles:
         compile_on_paper(model)
-    if module.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+    own = module.gradient_checkpointing  # inputs in host memory are counted all the same
+    checkpoint_layers(model, True if own == "offload" else own, "meta")
     scorer = Scorer(model, findings, chunk_size)
     if module.neftune_alpha:
         add_noise(scorer, model, module.neftune_alpha)

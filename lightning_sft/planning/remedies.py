@@ -79,7 +79,7 @@ def _changes(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Bat
     """Those that are left, the one that costs least first."""
     module, layout = draft.module, draft.layout
     activations = max(parts.get("activations", 0.0) for parts in prediction.moments.values())
-    if not module.gradient_checkpointing and activations > _LARGE * prediction.peak:
+    if module.gradient_checkpointing not in (True, "offload") and activations > _LARGE * prediction.peak:
         yield draft.changed("model.gradient_checkpointing=true", gradient_checkpointing=True)
     in_loss = prediction.moments[LOSS].get("activations", 0.0)
     sums = {name: sum(parts.values()) for name, parts in prediction.moments.items() if name != LOADING}

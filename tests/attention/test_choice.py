@@ -1,20 +1,27 @@
 from __future__ import annotations
 
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from lightning.pytorch import Trainer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from lightning_sft import SFTModule
-from lightning_sft.attention.choice import Attention, probed
+from lightning_sft.attention import gpu, implementation
+from lightning_sft.attention.choice import Attention, check_asked, probed
+from lightning_sft.attention.documents import Documents
 from lightning_sft.attention.implementation import NAMES
 from lightning_sft.demos import tiny_model, tiny_pretrained
 from lightning_sft.pretrained import backbone_and_head, config_dict
 from lightning_sft.probes import Findings
 from lightning_sft.types import InputError
+from tests.gradients import QUIET
 
 
 def choose(model: PreTrainedModel, asked: str | None = None) -> tuple[Attention, Findings]:
@@ -56,6 +63,68 @@ def test_an_architecture_that_looks_into_its_mask_keeps_stock_attention(monkeypa
     assert findings.isolates_documents
 
 
+def test_an_error_of_ours_is_raised_and_not_answered_by_stock_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(implementation, "packed_attention", operator.neg)  # which takes one argument
+    with pytest.raises(TypeError, match="takes exactly one argument"):
+        choose(tiny_model())
+
+
+def test_a_kernel_of_ours_that_gives_torch_the_wrong_tensors_is_an_error_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Documents, "bounds", torch.tensor([0, 24, 30], dtype=torch.int32))  # beyond the last token
+    with pytest.raises(RuntimeError, match="exceeds dimension size"):
+        choose(tiny_model())
+
+
+@pytest.mark.parametrize("asked", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_on_a_cpu_is_one_message_before_anything_is_loaded(asked: str) -> None:
+    module = SFTModule("no/such-model", attn_implementation=asked)
+    Trainer(**QUIET | {"accelerator": "cpu", "precision": "bf16-mixed"}).strategy.connect(module)
+    with pytest.raises(InputError, match=rf"{asked} runs on NVIDIA GPUs only, and this run is on cpu\. Leave it out"):
+        module.configure_model()
+
+
+def test_flash_attention_in_32_bits_is_refused_and_in_16_bits_is_not() -> None:
+    gpu = torch.device("cuda", 0)
+    with pytest.raises(InputError, match=r"computes in 16 bits, .* Set trainer.precision=bf16-mixed"):
+        check_asked("flash_attention_2", gpu, torch.float32)
+    for dtype in (torch.bfloat16, torch.float16):
+        check_asked("flash_attention_2", gpu, dtype)
+    check_asked("sdpa", torch.device("cpu"), torch.float32)
+
+
+def test_what_computes_in_16_bits_is_probed_under_the_autocast_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock attention that refuses 32 bits, as FlashAttention does, in its place: there is no GPU here."""
+    seen: list[torch.dtype] = []
+
+    def in_halves(module: Any, query: Any, key: Any, value: Any, mask: Any, **settings: Any) -> Any:
+        seen.append(query.dtype)
+        assert query.dtype == torch.bfloat16, "FlashAttention only supports fp16 and bf16"
+        return sdpa_attention_forward(module, query, key, value, mask, **settings)
+
+    AttentionInterface.register("flash_for_tests", in_halves)
+    AttentionMaskInterface.register("flash_for_tests", sdpa_mask)
+    model = tiny_model()
+    model.config._attn_implementation = "flash_for_tests"
+    backbone, head = backbone_and_head(model)
+    attention, findings = probed(model, backbone, head, "flash_for_tests", torch.device("cpu"), torch.bfloat16)
+    assert attention.name == "flash_for_tests"
+    assert findings.isolates_documents
+    assert seen
+
+
+def test_the_reason_names_the_kernel_and_why_no_better_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = gpu.Kernel("torch's flash attention", *[lambda *_: None] * 2)
+    found = {"flash_attn 3": ("it needs compute capability 9.0", None), kernel.name: (None, kernel)}
+    monkeypatch.setattr(gpu, "kernels", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    model = tiny_model()
+    chosen, _ = probed(model, *backbone_and_head(model), device=torch.device("cuda", 0))
+    assert "one call of torch's flash attention in 16 bits" in chosen.why
+    assert "flash_attn 3: it needs compute capability 9.0" in chosen.why
+
+
 @pytest.mark.parametrize("asked", ["sdpa", "eager"])
 def test_what_is_asked_for_is_used(pretrained: str, asked: str) -> None:
     module = SFTModule(pretrained, attn_implementation=asked)
@@ -71,7 +140,7 @@ def test_ours_can_be_asked_for_and_is_refused_where_it_cannot_be_had(pretrained:
     assert module.attention is not None
     assert module.attention.name == "per_document"
     biogpt = tiny_pretrained(tmp_path / "biogpt", "biogpt")
-    with pytest.raises(InputError, match=r"attn_implementation=per_document is not available for BioGpt.* Leave it out"):
+    with pytest.raises(InputError, match=r"=per_document is not available for BioGpt.* Leave it out"):
         SFTModule(biogpt, attn_implementation="per_document").configure_model()
 
 

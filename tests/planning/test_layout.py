@@ -40,8 +40,9 @@ def test_what_a_device_keeps(strategy: Any, weights: float, gradients: float, op
     assert layout(strategy).shares == {"weights": weights, "gradients": gradients, "optimiser": optimiser}
 
 
-def test_shards_are_wider_than_what_is_computed_with() -> None:
-    in_bfloat16 = layout(fsdp2(compute_dtype="bfloat16"))
+@pytest.mark.parametrize(("settings", "precision"), [({"compute_dtype": "bfloat16"}, "32-true"), ({}, "bf16-mixed")])
+def test_shards_are_wider_than_what_is_computed_with(settings: Any, precision: str) -> None:
+    in_bfloat16 = layout(fsdp2(**settings), precision)
     assert in_bfloat16.computes_in == torch.bfloat16
     assert in_bfloat16.shares["weights"] == 2 / 4  # counted in bfloat16, kept in float32 by four
     assert in_bfloat16.extra(MODEL)["gathered parameters"] == 2 * (2 * 1000 + 5000)

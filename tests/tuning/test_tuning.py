@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,9 @@ from lightning_sft.types import InputError
 from tests.adapting import launch, run
 
 BITS = [bits for bits, package in (("4bit", "bitsandbytes"), ("8bit", "torchao")) if importlib.util.find_spec(package)]
-NAMES = ["ddp", "distributed", "one_file", *(f"ddp_{bits}" for bits in BITS)]
-ALONE = ["single", *(f"single_{bits}" for bits in BITS)]
-WHOLE = ["distributed", "deepspeed"]  # keep the base in their checkpoints
+NAMES = ["ddp", "distributed", "one_file", "ddp_bfloat16", "distributed_bfloat16", *(f"ddp_{bits}" for bits in BITS)]
+ALONE = ["single", "single_bfloat16", *(f"single_{bits}" for bits in BITS)]
+WHOLE = ["distributed", "distributed_bfloat16", "deepspeed"]  # keep the base in their checkpoints
 if importlib.util.find_spec("deepspeed"):
     NAMES.append("deepspeed")
 
@@ -40,10 +41,11 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", [*ALONE, *NAMES])
 def test_steps_are_those_of_one_device_and_a_resumed_run_repeats_them(out: Path, name: str) -> None:
     losses, norms, resumed, size = json.loads((out / f"{name}.json").read_text())
-    alone = "single" if name.startswith(("distributed", "one_file", "deepspeed")) else name.replace("ddp", "single")
+    alone = re.sub("^(ddp|distributed|one_file|deepspeed)", "single", name)
     true_losses, true_norms, _, least = json.loads((out / f"{alone}.json").read_text())
-    assert losses == pytest.approx(true_losses, rel=1e-5)
-    assert norms == pytest.approx(true_norms, rel=1e-5)
+    tolerance = {"bfloat16": 2e-2}.get(name.rpartition("_")[2], 1e-5)  # a product that is rounded the other way
+    assert losses == pytest.approx(true_losses, rel=tolerance)
+    assert norms == pytest.approx(true_norms, rel=5 * tolerance)
     assert resumed == losses[3:]
     assert losses[-1] < losses[0] - 0.2
     assert (size > 3 * least) == (name in WHOLE)

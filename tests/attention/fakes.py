@@ -1,0 +1,45 @@
+"""Models and tensors of ``cuda:0`` on a machine without a GPU: only shapes, devices and dtypes are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+
+class WithoutCuda(TorchFunctionMode):
+    """Stands in for what asks for a CUDA that this build of torch has not: indexing, and scaled dot products."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.__getitem__ and args[0].device.type == "cuda":
+            here = tree_map(lambda x: x.to("cpu") if isinstance(x, torch.Tensor) else x, args)
+            return function(*here).to("cuda:0")
+        if function is F.scaled_dot_product_attention:
+            query, key, value = args
+            assert query.device == key.device == value.device
+            return torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype, device=query.device)
+        return function(*args, **kwargs or {})
+
+
+@contextmanager
+def fake_cuda() -> Iterator[FakeTensorMode]:
+    """While it lasts, mixed devices are an error, and so is a value that the host would need."""
+    with FakeTensorMode() as mode, WithoutCuda(), torch.no_grad():
+        yield mode
+
+
+def to_cuda(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Give a module parameters and buffers of ``cuda:0``, in place."""
+    for owner in module.modules():
+        for name, value in [*owner._parameters.items(), *owner._buffers.items()]:
+            if value is not None:
+                faked = mode.from_tensor(value).to("cuda:0")
+                is_parameter = name in owner._parameters
+                setattr(owner, name, nn.Parameter(faked, requires_grad=False) if is_parameter else faked)
