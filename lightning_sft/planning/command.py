@@ -17,6 +17,7 @@ from lightning_sft.data.collate import collate
 from lightning_sft.data.loader import pad_token_id
 from lightning_sft.data.planned import Planned
 from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.kernels import COMPILES_FROM
 from lightning_sft.module import SFTModule
 from lightning_sft.planning.device import Device
 from lightning_sft.planning.layout import Layout
@@ -71,8 +72,10 @@ def plan(
     data.streaming = False  # what has been read of a stream stands for the rest
     device = Device.of(str(trainer.accelerator), paper.num_devices, memory)
 
+    compiles = device.name == "GPU" and _compiles(module, steps["steps in all"] * paper.accumulate_grad_batches)
+
     def try_out(module: Any, batch: Batch, layout: Layout) -> Prediction:
-        return predict(module, batch, layout, device, paper.accumulate_grad_batches)
+        return predict(module, batch, layout, device, paper.accumulate_grad_batches, compiles)
 
     planned = data.planned("train")
     batch = largest(planned, data)
@@ -152,6 +155,12 @@ def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any) -> dict[str, 
         "tokens a step": round(tokens / plan.num_full_steps),
         "steps an epoch": plan.num_steps,
     } | of_all
+
+
+def _compiles(module: SFTModule, passes: int) -> bool:
+    """Whether a run of so many micro-batches has its layers compiled on a GPU; one without an end has."""
+    is_long = passes >= COMPILES_FROM or module.schedule == "constant"
+    return module.kernels.asked == "compiled" or (module.kernels.asked == "auto" and is_long)
 
 
 def _replanned(data: SFTDataModule, capacity: int) -> Planned:

@@ -11,7 +11,7 @@ from lightning_sft.planning.allocator import footprint
 from lightning_sft.planning.device import Device
 from lightning_sft.planning.layout import Layout
 from lightning_sft.planning.meter import KINDS
-from lightning_sft.planning.rehearsal import Rehearsal, rehearse
+from lightning_sft.planning.rehearsal import FORWARD, Rehearsal, rehearse
 from lightning_sft.pretrained import load_architecture
 from lightning_sft.types import Batch
 
@@ -69,7 +69,9 @@ class Prediction:
         }
 
 
-def predict(module: Any, batch: Batch, layout: Layout, device: Device, accumulate: int = 1) -> Prediction:
+def predict(
+    module: Any, batch: Batch, layout: Layout, device: Device, accumulate: int = 1, compiles: bool = False
+) -> Prediction:
     """Rehearse two steps, and say what they take.
 
     Args:
@@ -78,9 +80,10 @@ def predict(module: Any, batch: Batch, layout: Layout, device: Device, accumulat
         layout: Strategy and precision.
         device: What it runs on.
         accumulate: Micro-batches in a step.
+        compiles: Whether layers are compiled.
     """
     memory = (device.capacity or 0.0) if device.name == "GPU" else None
-    done = rehearse(module, batch, layout, accumulate, memory)
+    done = rehearse(module, batch, layout, accumulate, memory, compiles)
     meter, extra = done.meter, layout.extra(done.sizes)
     moments = {LOADING: _loading(module, done, layout, device)}
     for name, live in meter.peaks.items():
@@ -99,9 +102,10 @@ def _loading(module: Any, done: Rehearsal, layout: Layout, device: Device) -> di
 
     With GPUs, sharded weights are whole in the host's memory only.
     """
-    whole = done.num_parameters * layout.dtype.itemsize - done.saved
+    counted = done.meter.peaks[FORWARD]["weights"]  # a frozen base may be in another dtype than what is trained
     if device.name == "GPU":
-        return {"weights": layout.shares["weights"] * done.num_parameters * layout.computes_in.itemsize - done.saved}
+        return {"weights": layout.shares["weights"] * counted - done.saved}
+    whole = counted * layout.dtype.itemsize / layout.computes_in.itemsize - done.saved
     stored = getattr(torch, str((module.hf_config or load_architecture(module.pretrained)).get("dtype")), None)
     if module.hf_config is not None or stored in (None, layout.dtype):
         return {"weights": whole}

@@ -15,6 +15,8 @@ from lightning_sft.attention.implementation import NAMES
 from lightning_sft.chunked_head import ON_CPU, fitting_chunk_size
 from lightning_sft.modes import default_dtype
 from lightning_sft.optimizers import parameter_groups
+from lightning_sft.planning import gpu_kernels
+from lightning_sft.planning.compiled import compile_on_paper
 from lightning_sft.planning.layout import Layout, Model
 from lightning_sft.planning.meter import Meter
 from lightning_sft.precision import follow_autocast
@@ -60,7 +62,14 @@ class Rehearsal:
     unpacked: float
 
 
-def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1, memory: float | None = None) -> Rehearsal:
+def rehearse(
+    module: Any,
+    batch: Batch,
+    layout: Layout,
+    accumulate: int = 1,
+    memory: float | None = None,
+    compiles: bool = False,
+) -> Rehearsal:
     """Two optimiser steps in Lightning's order, the second with two micro-batches where gradients are accumulated.
 
     Args:
@@ -69,6 +78,7 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1, mem
         layout: Strategy and precision.
         accumulate: Micro-batches in a step.
         memory: Bytes that a GPU has in all; ``None`` on a CPU.
+        compiles: Whether layers are compiled.
 
     Raises:
         InputError: When the architecture cannot be run on shapes.
@@ -79,14 +89,15 @@ def rehearse(module: Any, batch: Batch, layout: Layout, accumulate: int = 1, mem
         model = _blank(module, layout)
     meter.made("weights", lambda: _materialize(model))
     chunk_size = _chunk_size(module, model, layout, memory)
-    scorer = _scorer(module, model, chunk_size)
+    scorer = _scorer(module, model, chunk_size, memory is not None, compiles)
     optimizer = module.optimizer(parameter_groups(model.parameters()))
     meter.follow_gradients(model)
     if layout.in_backward:
         _step_in_backward(model, optimizer, meter)
     backbone, head = backbone_and_head(model)
     backbone.register_forward_hook(lambda *_: meter.moment(LOSS))
-    with meter, default_dtype(layout.computes_in):
+    kernels = nullcontext() if memory is None else gpu_kernels.likelihood_on_paper()
+    with meter, default_dtype(layout.computes_in), kernels:
         for micro_batches in (1, min(accumulate, 2)):
             for _ in range(micro_batches):
                 meter.moment(FORWARD)
@@ -146,13 +157,16 @@ def _chunk_size(module: Any, model: Any, layout: Layout, memory: float | None) -
     return fitting_chunk_size(memory, model.get_output_embeddings().weight.shape[0], itemsize)
 
 
-def _scorer(module: Any, model: Any, chunk_size: int) -> Scorer:
+def _scorer(module: Any, model: Any, chunk_size: int, on_gpu: bool, compiles: bool) -> Scorer:
     config = model.config.get_text_config()
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
     asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
     if asked in (None, *NAMES.values()) and takes_positions and model._can_set_attn_implementation():
-        model.set_attn_implementation(NAMES[stock])  # as the module would, where it measures that it is exact
+        # as the module would, where it measures that it is exact
+        model.set_attn_implementation(gpu_kernels.ATTENTION if on_gpu else NAMES[stock])
     findings = Findings(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
+    if compiles:
+        compile_on_paper(model)
     own = module.gradient_checkpointing  # inputs in host memory are counted all the same
     checkpoint_layers(model, True if own == "offload" else own, "meta")
     scorer = Scorer(model, findings, chunk_size)

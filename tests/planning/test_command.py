@@ -74,6 +74,31 @@ def test_devices_that_are_not_here_can_be_planned_for(plan: Any, config: dict[st
     assert json.loads(plan("--json"))["steps"]["micro-batches a step"] == 4 * 2
 
 
+def test_a_base_in_16_bits_is_loaded_as_such(plan: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    config["trainer"] |= {"accelerator": "gpu", "precision": "bf16-mixed"}
+    config["model"]["lora"] = {"r": 1}
+
+    def loaded(dtype: str) -> float:
+        config["model"]["pretrained"] = tiny_pretrained(tmp_path / dtype, hidden_size=256, dtype=dtype)
+        return float(json.loads(plan("--json"))["bytes"]["moments"]["loading"]["weights"])
+
+    assert loaded("bfloat16") < 0.6 * loaded("float32")
+
+
+def test_layers_of_long_runs_on_gpus_are_planned_as_compiled(plan: Any, config: dict[str, Any]) -> None:
+    def activations(kernels: str, max_steps: int) -> float:
+        config["model"]["kernels"] = kernels
+        config["trainer"] |= {"accelerator": "gpu", "max_steps": max_steps, "max_epochs": -1, "precision": "bf16-mixed"}
+        moments = json.loads(plan("--json"))["bytes"]["moments"]
+        return float(max(parts.get("activations", 0) for parts in moments.values()))
+
+    config["data"]["tokens_per_batch"] = 256
+    compiled, plain = activations("compiled", 3), activations("none", 3)
+    assert compiled < plain
+    assert activations("auto", 5000) == compiled
+    assert activations("auto", 3) == plain
+
+
 def test_what_does_not_fit_exits_with_1_and_says_what_to_change(
     plan: Any, config: dict[str, Any], tmp_path: Path
 ) -> None:
