@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.attention import halves
+from lightning_sft.attention import cpu
 from lightning_sft.demos import tiny_model
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.precision import follow_autocast
@@ -192,7 +192,7 @@ def test_adapters_noise_and_checkpointing_train_in_bfloat16_as_in_float32(
     pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]]
 ) -> None:
     settings: dict[str, Any] = {"lora": {"r": 4}, "neftune_alpha": 5.0, "gradient_checkpointing": True}
-    halves.works.cache_clear()  # what is tried in the first forward pass is not part of a checkpointed layer
+    cpu.works.cache_clear()  # what is tried in the first forward pass is not part of a checkpointed layer
     losses, seen = [], set()
     for precision in ("32-true", "bf16-mixed"):
         module, trainer = SFTModule(pretrained, **settings), quiet_trainer(max_epochs=2, precision=precision)
