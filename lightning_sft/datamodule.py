@@ -266,7 +266,7 @@ class SFTDataModule(LightningDataModule):
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:
         assert self.tokenizer is not None, "setup has not been called"
         rank, _ = data_parallel(self.trainer)
-        full = name == "train" and on_cuda(self.trainer)  # kernels are compiled for one shape, and memory is used again
+        full = on_cuda(self.trainer)  # kernels are compiled for one shape, and memory is used again as it was
         return self.planned(name).loader(rank, pad_token_id(self.tokenizer), self.num_workers or 0, place, full=full)
 
     def _stream(self) -> StreamLoader:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.doctor import compiler_missing
-from lightning_sft.modes import evaluating
+from lightning_sft.modes import KEEP_LESS, evaluating
 from lightning_sft.pretrained import backbone_and_head
 from lightning_sft.probes import _close, states
 from lightning_sft.sharding import layers
@@ -126,6 +126,9 @@ def _compile(module: Any) -> str | None:
         found = layers(module.model)
     except InputError as error:
         return str(error)
+    if on_gpu:  # on a CPU time is dearer than memory
+        for setting, value in KEEP_LESS.items():
+            setattr(torch._functorch.config, setting, value)
     torch._dynamo.config.suppress_errors = True  # a layer that cannot be compiled runs as written, with a warning
     for layer in found:
         layer.compile(dynamic=None if on_gpu else True)  # on GPUs packs have one size; a second one makes it dynamic

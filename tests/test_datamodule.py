@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 
-from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft import SFTDataModule, SFTModule, datamodule
 from lightning_sft.demos import CHATML, tiny_pretrained, tiny_tokenizer
 
 Make = Callable[..., Trainer]
@@ -74,3 +75,26 @@ def test_a_stream_says_what_it_left_out_also_when_the_training_ends_first(
     assert said.count("Read of the stream") == 1
     assert f"Read of the stream: {num_rows} rows" in said
     assert f"of {num_rows} rows cannot be used" in said
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_packs_that_are_filled_up_as_on_a_gpu_give_the_same_figures(
+    pretrained: str,
+    monkeypatch: pytest.MonkeyPatch,
+    quiet_trainer: Make,
+    rows: list[dict[str, str]],
+    streaming: bool,
+) -> None:
+    figures, shapes = [], set()
+    for full in (False, True):
+        monkeypatch.setattr(datamodule, "on_cuda", lambda trainer, full=full: full)
+        data = SFTDataModule(train=rows, val=rows, tokens_per_batch=100, streaming=streaming)
+        trainer = quiet_trainer(max_steps=3, val_check_interval=1)
+        trainer.fit(SFTModule(pretrained), data)
+        figures.append(trainer.callback_metrics)
+        if full:
+            batches = [*trainer.train_dataloader, *trainer.val_dataloaders]
+            shapes = {batch.input_ids.shape for batch in batches}
+    assert shapes == {(1, 100)}
+    for name in ("train/loss", "train/tokens_seen", "train/targets_seen", "val/loss", "val/loss_position/1"):
+        torch.testing.assert_close(figures[1][name], figures[0][name], rtol=1e-5, atol=1e-6)

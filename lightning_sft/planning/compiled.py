@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lightning_sft.modes import KEEP_LESS
 from lightning_sft.sharding import layers
 
 
@@ -65,7 +66,7 @@ class _Compiled:
             decompositions=select_decomp_table(),
         )
         try:
-            with _disable_current_modes(), torch.enable_grad():
+            with _disable_current_modes(), torch.enable_grad(), torch._functorch.config.patch(KEEP_LESS):
                 function(named, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             return None
