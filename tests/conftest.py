@@ -11,10 +11,12 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft.demos import tiny_pretrained
+from tests import second_device
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where it is installed, says so on standard output
 os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that tests start
 huggingface_hub.constants.HF_HUB_OFFLINE = True  # nor do tests ask the hub: without a network it is tried for a minute
+second_device.register()  # before the first backward pass of the process, which counts the devices that there are
 
 
 @pytest.fixture(scope="session")

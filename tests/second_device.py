@@ -70,7 +70,6 @@ class Held(Tensor):
 def second_device() -> Iterator[torch.device]:
     """While it lasts there is a second device; afterwards torch again says that it has no accelerator."""
     global _is_on
-    _register()
     _is_on = True
     try:
         yield torch.device(NAME, 0)
@@ -215,7 +214,8 @@ class _Hook(registration._DummyPrivateUse1Hook):
 _libraries: list[torch.library.Library] = []  # their kernels are there as long as they are
 
 
-def _register() -> None:
+def register() -> None:
+    """Tell torch of the device; before the first backward pass of the process, which counts the devices there are."""
     if _libraries:
         return
     registration._setup_privateuseone_for_python_backend(NAME, _Backend(), _Hook())

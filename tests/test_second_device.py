@@ -12,11 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.attention.choice import probed
@@ -36,6 +32,7 @@ from lightning_sft.demos import tiny_model, tiny_pretrained
 from lightning_sft.pretrained import backbone_and_head
 from lightning_sft.scorer import Scorer
 from lightning_sft.types import Example
+from tests.fake_cuda import fake_cuda, to_cuda
 from tests.gradients import QUIET
 from tests.second_device import counted_waits, on_second, second_device
 
@@ -215,21 +212,6 @@ def test_answers_and_test_figures_are_had_there(pretrained: str) -> None:
     assert len(answers) == 6
 
 
-class WithoutCuda(TorchFunctionMode):
-    """Some methods of a tensor on ``cuda:0`` ask for a CUDA that a build for CPUs lacks: they go another way."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cuda":
-            if function is torch.Tensor.__getitem__:
-                here = tree_map(lambda x: x.to("cpu") if isinstance(x, torch.Tensor) else x, args)
-                return function(*here).to("cuda:0")
-            if function is torch.Tensor.__setitem__:
-                return torch.ops.aten.index_put_(args[0], [args[1]], args[2])
-            if function is torch.Tensor.contiguous:
-                return args[0].clone(memory_format=torch.contiguous_format)
-        return function(*args, **kwargs or {})
-
-
 FAKE = {
     "llama": {},
     "qwen3": {},
@@ -253,14 +235,9 @@ def test_a_likelihood_on_a_gpu_mixes_no_devices_and_waits_for_nothing(
     scorer = Scorer(model, findings).bfloat16().requires_grad_(False)
     examples = [Example(range(5, 5 + n), [0.0, *[1.0] * (n - 1)]) for n in (7, 3, 9)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))  # transformers asks
-    with FakeTensorMode() as mode, WithoutCuda(), torch.no_grad():
+    with fake_cuda() as mode:
         batch = collate(examples, fill=24)._map(mode.from_tensor).to("cuda:0")
-        for module in scorer.modules():
-            for name, value in [*module._parameters.items(), *module._buffers.items()]:
-                if value is not None:
-                    faked = mode.from_tensor(value).to("cuda:0")
-                    is_parameter = name in module._parameters
-                    setattr(module, name, nn.Parameter(faked, requires_grad=False) if is_parameter else faked)
+        to_cuda(scorer, mode)
         total, weight, log_probs, correct, entropy = scorer(batch)
     assert {x.device for x in (total, weight, log_probs, correct, entropy)} == {torch.device("cuda:0")}
     assert log_probs.shape == (16,)

@@ -24,7 +24,7 @@ from lightning_sft.demos import tiny_model
 from lightning_sft.pretrained import backbone_and_head
 from lightning_sft.probes import states
 from lightning_sft.types import InputError
-from tests.attention.fakes import fake_cuda, to_cuda
+from tests.fake_cuda import fake_cuda, to_cuda
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -14,12 +14,17 @@ from torch.utils._pytree import tree_map
 
 
 class WithoutCuda(TorchFunctionMode):
-    """Stands in for what asks for a CUDA that this build of torch has not: indexing."""
+    """Some methods of a tensor on ``cuda:0`` ask for a CUDA that a build for CPUs lacks: they go another way."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.__getitem__ and args[0].device.type == "cuda":
-            here = tree_map(lambda x: x.to("cpu") if isinstance(x, torch.Tensor) else x, args)
-            return function(*here).to("cuda:0")
+        if args and isinstance(args[0], torch.Tensor) and args[0].device.type == "cuda":
+            if function is torch.Tensor.__getitem__:
+                here = tree_map(lambda x: x.to("cpu") if isinstance(x, torch.Tensor) else x, args)
+                return function(*here).to("cuda:0")
+            if function is torch.Tensor.__setitem__:
+                return torch.ops.aten.index_put_(args[0], [args[1]], args[2])
+            if function is torch.Tensor.contiguous:
+                return args[0].clone(memory_format=torch.contiguous_format)
         return function(*args, **kwargs or {})
 
 
