@@ -59,7 +59,8 @@ class LinearHead:
         if self._of_weight is not None:
             _multiply(self._of_weight, gradient.T, self._cast(self._states[chunk]), beta)
         if self._of_bias is not None:
-            self._of_bias.mul_(beta).add_(gradient.sum(0, dtype=self._of_bias.dtype))
+            total = gradient.sum(0, dtype=self._of_bias.dtype)
+            self._of_bias.add_(total) if beta else self._of_bias.copy_(total)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor if self._autocast is None else tensor.to(self._autocast)

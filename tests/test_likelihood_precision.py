@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -111,6 +112,15 @@ def test_tied_16_bit_embeddings_get_both_gradients_each_rounded_once() -> None:
     assert errors[1] <= 1.25 * errors[0]
 
 
+@pytest.fixture
+def nan_where_uninitialized() -> Iterator[None]:
+    """With deterministic algorithms, torch fills what it does not initialize with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("nan_where_uninitialized")
 def test_a_bias_is_trained_as_the_formula_has_it() -> None:
     hidden, _, labels = large_case(targets=40, dtype=torch.float64)
     head = nn.Linear(32, 48, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from lightning_sft.strategies import FSDP2Strategy, layout
 from lightning_sft.types import InputError
 from tests.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
 from tests.payload import Payload
+from tests.second_device import second_device
 
 WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 NAMES = [name for names in LAUNCHES for name in names if WITH_DEEPSPEED or not CASES[name].stage]
@@ -63,14 +65,15 @@ def test_the_norm_of_gradients_on_the_host_and_on_a_gpu_is_joint() -> None:
     assert norm.device == OTHER
 
 
-def test_figures_on_the_host_and_on_a_gpu_are_recorded_together() -> None:
+def test_figures_on_the_host_and_on_a_gpu_are_recorded_together(tmp_path: Path) -> None:
     record = RunRecord()
-    record._begin, trainer = 0.0, SimpleNamespace(global_step=1, current_epoch=0)
-    figures = {"train/loss": torch.ones((), device=OTHER), "train/gradient_norm": torch.ones(())}
-    record._add(trainer, figures)
-    [(_, names, values)] = record._lines
-    assert names == list(figures)
-    assert values.device == OTHER
+    record._begin, record._folder = 0.0, tmp_path
+    with second_device() as device:
+        figures = {"train/loss": torch.ones(()), "train/gradient_norm": torch.full((), 2.0, device=device)}
+        record._add(SimpleNamespace(global_step=1, current_epoch=0), figures)
+        record._write()
+    [line] = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (line["train/loss"], line["train/gradient_norm"]) == (1, 2)
 
 
 def test_a_sharded_module_says_which_device_it_computes_on() -> None:

@@ -133,7 +133,10 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 def _multiply_into(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: int) -> None:
-    torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
+    if max(x.numel() for x in (total, a, b)) >= LARGE:  # counted, and not computed
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
 
 
 def step(shape: Shape, layers: int, chunk_size: int | None) -> Counting:
