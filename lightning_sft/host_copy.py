@@ -1,4 +1,4 @@
-"""Figures on their way from the device to the host, without a wait for what the device has been given to do since."""
+"""Copies between the host and a device that do not wait for what the device has been given to do besides."""
 
 from __future__ import annotations
 
@@ -36,3 +36,11 @@ class HostCopy:
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._value
+
+
+def without_waiting(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on a device; to CUDA from page-locked memory, so that the host does not wait for the copy."""
+    is_real = type(tensor) is Tensor and torch.cuda.is_available()  # shapes alone have no memory
+    if is_real and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

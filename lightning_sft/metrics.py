@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_sft.types import IGNORE, Batch, LogLikelihood, on_device, widest
+from lightning_sft.host_copy import without_waiting
+from lightning_sft.types import IGNORE, Batch, LogLikelihood, widest
 
 NUM_SUMS = 5
 """How many numbers :func:`sums` gives."""
@@ -140,7 +141,7 @@ class CorpusLikelihood(Metric):
             1
             + num_parts
             + _TURNS
-            + torch.bucketize(positions, on_device(torch.tensor(_POSITIONS, device="cpu"), positions.device)),
+            + torch.bucketize(positions, without_waiting(torch.tensor(_POSITIONS, device="cpu"), positions.device)),
         ]
         if num_parts:
             groups.append(1 + batch.target_parts())

@@ -23,7 +23,7 @@ from lightning_sft.evaluation import Evaluation
 from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import Sampling, answers
 from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
-from lightning_sft.host_copy import HostCopy
+from lightning_sft.host_copy import HostCopy, without_waiting
 from lightning_sft.kernels import KERNELS, KernelName, Kernels
 from lightning_sft.metrics import NUM_SUMS, figures_by_part, sums_by_part
 from lightning_sft.modes import in_default_dtype
@@ -51,7 +51,7 @@ from lightning_sft.tuning.adapters import Lora
 from lightning_sft.tuning.neftune import add_noise
 from lightning_sft.tuning.quantized import Bits, keep_out_of_broadcasts
 from lightning_sft.tuning.tuning import Tuning
-from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize, on_device
+from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 from lightning_sft.zero import gathered, loading_config
 
 
@@ -249,7 +249,7 @@ class SFTModule(LightningModule):
         """Counts and sums of the step's micro-batches over all ranks, on their way to the host: one reduction."""
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self._window]).sum(0)
         counts = self._step_figures.counts([batch for batch, _ in self._window])
-        both = torch.cat([on_device(counts, local.device).to(local), local.flatten()])
+        both = torch.cat([without_waiting(counts, local.device).to(local), local.flatten()])
         return HostCopy(sum_over_ranks(self.trainer, both))
 
     def clip_gradients(

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_sft.host_copy import without_waiting
+
 IGNORE = -100
 """Label of a position that has no target, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -192,7 +194,7 @@ class Batch:
 
     def of_documents(self, numbers: Sequence[int]) -> Tensor:
         """A number for each document, ``[D]``, on the batch's device; the copy does not wait for the device."""
-        return on_device(torch.tensor(numbers, device="cpu"), self.input_ids.device)
+        return without_waiting(torch.tensor(numbers, device="cpu"), self.input_ids.device)
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_targets": self._known_targets, "_targets_of": None}
@@ -247,13 +249,6 @@ class Batch:
 def widest(device: torch.device | str) -> torch.dtype:
     """The widest floating-point dtype of a device: float64, but float32 on Apple's MPS."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the host on a device, without waiting for what the device has been given to do before."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _version(tensor: Tensor) -> int:

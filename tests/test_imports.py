@@ -27,7 +27,7 @@ FLOORS = [named(files) for files in re.findall(r"^\| \d+ \| (.+) \|$", PAGE, re.
 [of_transformers] = re.findall(r"^`transformers` is imported (.+?)\n\n", PAGE, re.MULTILINE | re.DOTALL)
 TRANSFORMERS = named(of_transformers)
 PACKAGES = {"lightning_sft"} | {f"lightning_sft.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}
-LIGHTNING_FROM = 4  # the lowest floor that may import lightning
+LIGHTNING_FROM = 5  # the lowest floor that may import lightning
 LAZY = {"triton", "peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

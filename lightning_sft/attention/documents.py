@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_sft.host_copy import without_waiting
+
 _LEAST_QUERIES = 128  # at a time under a sliding window: fewer cost more in calls than they save
 
 
@@ -165,14 +167,6 @@ def lengths_from(begins: Tensor) -> list[int]:
     ends = torch.tensor([begins.numel()], device="cpu")
     lengths: list[int] = torch.cat([begins.nonzero()[:, 0], ends]).diff().tolist()
     return lengths
-
-
-def without_waiting(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on a device; to CUDA from page-locked memory, so that the host does not wait for the copy."""
-    is_real = type(tensor) is Tensor and torch.cuda.is_available()  # shapes alone have no memory
-    if is_real and torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def computed_in(query: Tensor) -> torch.dtype:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from lightning_sft.attention.documents import Documents, without_waiting
+from lightning_sft.attention.documents import Documents
+from lightning_sft.host_copy import without_waiting
 
 _plain: Callable[..., Any] = flex_attention
 _BLOCK = 128  # tokens of a block, in queries and in keys
