@@ -24,7 +24,7 @@ def packed_attention(
     """Causal attention within each document.
 
     Args:
-        query: ``[T, heads, head size]``, the tokens of all documents end to end.
+        query: ``[T, heads, head size]``, the tokens of all documents end to end; contiguous, as are keys and values.
         key: ``[T, groups, head size]``; heads are a multiple of groups.
         value: As keys.
         bounds: Where each document begins, and the last one ends, ``[D + 1]`` of int32.

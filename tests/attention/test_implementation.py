@@ -13,8 +13,10 @@ from transformers import AttentionInterface, DynamicCache, LlamaConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from lightning_sft.attention import implementation
 from lightning_sft.attention.documents import Documents
 from lightning_sft.attention.implementation import NAMES, rows_of_documents
+from lightning_sft.attention.operator import packed_attention
 from lightning_sft.data.collate import collate
 from lightning_sft.demos import tiny_model
 from lightning_sft.pretrained import backbone_and_head
@@ -221,3 +223,20 @@ def test_a_pack_has_the_states_and_gradients_that_stock_attention_gives_each_doc
     packed = states(backbone, batch.input_ids, batch.position_ids)
     assert (packed - alone).abs().max() <= 1e-5 * alone.abs().max()
     assert (gradients_of(model, packed) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+def test_the_operator_is_given_tensors_whose_strides_a_fake_has_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phi-3 cuts queries, keys and values out of one tensor; compiled layers stop at strides other than the fake's."""
+    seen: list[Tensor] = []
+
+    def record(*args: Any) -> Any:
+        seen.extend(args[:3])
+        return packed_attention(*args)
+
+    monkeypatch.setattr(implementation, "packed_attention", record)
+    model = tiny_model("phi3")
+    model.set_attn_implementation("per_document")
+    positions = torch.cat([torch.arange(5), torch.arange(3)])[None]
+    states(model.base_model, torch.arange(8)[None], positions, (5, 3))
+    assert seen
+    assert all(x.is_contiguous() for x in seen)
