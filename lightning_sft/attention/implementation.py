@@ -93,7 +93,7 @@ def attend(
     takes = documents.one_call is not None and documents.one_call.takes(query, key, value, dropout)
     if stock == "sdpa" and takes and settings.get("position_bias") is None:
         dtype, window = computed_in(query), documents.window or 0
-        # [B · N, heads, head size]; kernels return the strides they are given, and compiled layers expect those of fakes
+        # [B · N, heads, head size]; kernels return the strides they are given, and compiled layers want those of fakes
         tokens = (x.transpose(1, 2).flatten(0, 1).to(dtype).contiguous() for x in (query, key, value))
         out = packed_attention(*tokens, documents.bounds, documents.longest, window, scale, dropout)[0]
         return out.view(query.shape[0], -1, *out.shape[1:]), None
