@@ -119,16 +119,24 @@ def _on_meta(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _pretended(func: Any, args: Any, kwargs: Any, value: float) -> Any:
-    """The result of an operator, uncomputed; what it writes to stays as it is."""
+    """The result of an operator, uncomputed; of what it writes to, what is small has a value."""
     returns = func._schema.returns
+    for tensor in _written(func, args, kwargs):
+        if tensor.numel() < LARGE and tensor.is_floating_point():
+            tensor.fill_(value)
     if not returns:
         return None
     if all(r.alias_info is not None and r.alias_info.is_write for r in returns):
-        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-        written = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        values = [given[name] for name in written[: len(returns)]]  # they are returned in their order
+        values = _written(func, args, kwargs)[: len(returns)]  # they are returned in their order
         return values[0] if len(values) == 1 else tuple(values)
     return tree_map(lambda x: _unfilled(x, value) if isinstance(x, Tensor) else x, _on_meta(func, args, kwargs))
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The arguments that an operator writes to."""
+    given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
+    names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [x for x in tree_leaves([given.get(name) for name in names]) if isinstance(x, Tensor)]
 
 
 def _places(index: Tensor | None) -> list[Tensor | None]:
@@ -146,9 +154,7 @@ def _bytes_moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
     """What an operator reads and writes: its arguments, and its results or, without these, what it changes in place."""
     written = tree_leaves(out)
     if not func._schema.returns:
-        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-        changed = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        written = tree_leaves([given.get(name) for name in changed])
+        written = _written(func, args, kwargs)
     read = tree_leaves((args[1:] if re.fullmatch(_WRITES_ALONE, name) else args, kwargs))
     return sum(_bytes(x) for x in (*read, *written) if isinstance(x, Tensor))
 
