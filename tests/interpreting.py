@@ -47,14 +47,14 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """By name: vocabularies below, at and beyond the kernel's block, ties, infinities, and what is no number."""
+    """By name: vocabularies below, at and beyond the kernel's block, ties, infinities, and NaN."""
     generator = torch.Generator().manual_seed(0)
     made = {}
     for dtype in DTYPES:
         for transformation in TRANSFORMATIONS:
             for vocabulary in (11, 4096, 9001):
                 raw = 4 * torch.randn(6, vocabulary, generator=generator)
-                raw[1, 3:7] = raw[1].max() + 1  # four likeliest tokens; the first of them counts as the answer
+                raw[1, 3:7] = raw[1].max() + 1  # four most likely tokens; the first of them counts as the answer
                 raw[2, 5::3] = -torch.inf
                 raw[3, :8] = -torch.inf
                 raw[3, vocabulary // 2 :] = -torch.inf if vocabulary > 20 else 0.0  # blocks with nothing in them

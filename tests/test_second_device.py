@@ -202,7 +202,7 @@ def test_a_non_finite_loss_names_its_row_there(pretrained: str) -> None:
         fit(pretrained, on_second() | {"callbacks": [Poison()]}, data={"train": rows})
 
 
-def test_answers_and_test_figures_are_had_there(pretrained: str) -> None:
+def test_predict_and_test_work_there(pretrained: str) -> None:
     with second_device():
         module = SFTModule(pretrained, max_new_tokens=3, sampling={"temperature": 1.0})
         data = SFTDataModule(test=ROWS[:6], predict=ROWS[:6], cache=None)
