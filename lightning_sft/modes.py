@@ -73,9 +73,12 @@ def in_default_dtype(model: Any) -> Iterator[None]:
 
 
 def blocks(model: Any) -> list[nn.Module]:
-    """The decoder layers of a transformers model, of which it says that they must not be split; it may not say so."""
+    """The decoder layers of a transformers model, of which it says that they must not be split; it may not say so.
+
+    FSDP2 gives what it has sharded a class derived from its own.
+    """
     names = set(model._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    return [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
 
 
 def narrow(model: nn.Module) -> set[nn.Parameter]:

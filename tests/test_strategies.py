@@ -14,7 +14,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sft.callbacks import RunRecord
-from lightning_sft.sharding import clip_gradients
+from lightning_sft.demos import tiny_model
+from lightning_sft.sharding import clip_gradients, layers
 from lightning_sft.strategies import FSDP2Strategy, layout
 from lightning_sft.types import InputError
 from tests.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
@@ -91,3 +92,11 @@ def test_an_index_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="could run code"):
         FSDP2Strategy().load_checkpoint(tmp_path)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_layers_are_found_again_when_fsdp2_has_given_them_a_class_of_its_own() -> None:
+    llama = tiny_model()
+    found = layers(llama)
+    for layer in found:
+        layer.__class__ = type("FSDP" + type(layer).__name__, (type(layer),), {})
+    assert layers(llama) == found
