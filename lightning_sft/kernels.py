@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from lightning_sft.doctor import compiler_missing
 from lightning_sft.modes import KEEP_LESS, evaluating
 from lightning_sft.pretrained import backbone_and_head
-from lightning_sft.probes import _close, states
+from lightning_sft.probes import is_close, states
 from lightning_sft.sharding import layers
 from lightning_sft.trainer_facts import total_steps
 from lightning_sft.types import InputError
@@ -125,7 +125,7 @@ def _compile(module: Any) -> str | None:
     try:
         found = layers(module.model)
     except InputError as error:
-        return str(error)
+        return str(error).rstrip(".")
     if on_gpu:  # on a CPU time is dearer than memory
         for setting, value in KEEP_LESS.items():
             setattr(torch._functorch.config, setting, value)
@@ -144,7 +144,7 @@ def _try_liger(module: Any) -> str | None:
     try:
         wanted = _hidden(module, ids.to(module.device))
         reason = apply_liger(module.model)
-        if reason is None and not _close(_hidden(module, ids.to(module.device)), wanted):
+        if reason is None and not is_close(_hidden(module, ids.to(module.device)), wanted):
             reason = "with it hidden states differ from the model's own by more than rounding"
     except Exception as error:  # whatever a kernel does on a device that it was not written for
         reason = f"it fails on this device ({type(error).__name__}: {error})"

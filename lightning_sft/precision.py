@@ -43,7 +43,7 @@ def follow_autocast(model: PreTrainedModel) -> str | None:
     try:
         decoder_layers = layers(model)
     except InputError as error:
-        return str(error)
+        return str(error).rstrip(".")
     model.get_input_embeddings().register_forward_hook(_rounded_output)
     for layer in decoder_layers:
         layer.register_forward_pre_hook(_with_rounded_states, with_kwargs=True)

@@ -102,7 +102,7 @@ def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> 
     # what the config names comes first: where logits are tiny, a soft-cap cannot be told from none
     for scale, cap in [(1.0, c) for c in caps] + [(f, None) for s in scales for f in (s, 1 / s)] + [(1.0, None)]:
         logits = transformed(raw, scale, cap)
-        if logits.shape == wanted.shape and _close(logits, wanted):
+        if logits.shape == wanted.shape and is_close(logits, wanted):
             return scale, cap
     raise InputError(
         f"The logits of {type(model).__name__} are not its head's output, scaled or soft-capped in a known way, so the "
@@ -110,7 +110,7 @@ def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> 
     )
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def is_close(a: Tensor, b: Tensor) -> bool:
     """Equal up to the rounding of their dtype, of the largest entry."""
     return bool((a - b).abs().max() <= _rounding(b) * b.abs().max())
 
