@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning_sft.types import InputError
 
 Checkpointing = bool | Literal["offload"] | int
+"""Which layers are computed again in the backward pass, and whether their inputs are kept in host memory."""
 
 
 def check_checkpointing(setting: Any) -> None:
