@@ -69,7 +69,7 @@ def run(given: argparse.Namespace, model: str, rows: list[Any], precision: str, 
     trainer = Trainer(
         accelerator=given.accelerator,
         devices=1,
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]  # one of the literals that Lightning lists
         max_steps=given.steps,
         max_epochs=-1,
         gradient_clip_val=1.0,

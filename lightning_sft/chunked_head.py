@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_sft.modes import autocast_dtype
 from lightning_sft.types import InputError
 
 Head = nn.Module | Tensor
@@ -195,7 +196,7 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     kind = tensor.device.type
     if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return autocast_dtype(tensor.device)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

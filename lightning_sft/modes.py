@@ -18,6 +18,21 @@ count, that saves a fifth of the memory of a step of Qwen2.5-0.5B and takes thre
 """
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast rounds to on a device, or ``None`` while it is off.
+
+    >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+    ...     autocast_dtype(torch.device("cpu"))
+    torch.bfloat16
+    """
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def computed_in(tensor: Tensor) -> torch.dtype:
+    """Dtype that a matmul or attention of a tensor is computed in: that of autocast where it is on."""
+    return autocast_dtype(tensor.device) or tensor.dtype
+
+
 @contextmanager
 def evaluating(module: Any) -> Iterator[None]:
     """Evaluation mode without gradients, at the precision of the trainer; afterwards all modes are what they were.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lightning_sft.modes import autocast_dtype
 from lightning_sft.pretrained import names_kept_in_float32
 from lightning_sft.sharding import layers
 from lightning_sft.types import InputError
@@ -51,16 +52,6 @@ def follow_autocast(model: PreTrainedModel) -> str | None:
         if "Norm" in type(module).__name__:
             module.register_forward_hook(_in_dtype_of_input)
     return None
-
-
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype that autocast rounds to on a device, or ``None`` while it is off.
-
-    >>> with torch.autocast("cpu", dtype=torch.bfloat16):
-    ...     autocast_dtype(torch.device("cpu"))
-    torch.bfloat16
-    """
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _rounded(value: Any) -> Any:

@@ -124,7 +124,7 @@ if __name__ == "__main__":
         torch.save(compiled(), out)
         sys.exit()
     os.environ["TRITON_INTERPRET"] = "1"
-    warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, about −∞ and what is no number
+    warnings.simplefilter("ignore", RuntimeWarning)  # of numpy, about −∞ and NaN
     results: dict[str, Any] = {name: case.computed(fused_softmax) for name, case in cases().items()}
     results["apart"] = next(iter(cases().values())).computed(fused_softmax, in_place=False)
     with_gradient = far_apart(out.parent)

@@ -125,7 +125,7 @@ def on_second(precision: str = "32-true") -> dict[str, Any]:
     """Arguments that have a trainer train on the second device."""
     settings: dict[str, Any] = {"strategy": SingleDeviceStrategy(f"{NAME}:0", SecondAccelerator())}
     if precision.endswith("mixed"):
-        return settings | {"plugins": [MixedPrecision(precision, NAME)]}  # type: ignore[arg-type]
+        return settings | {"plugins": [MixedPrecision(precision, NAME)]}  # type: ignore[arg-type]  # a literal, as above
     return settings | {"precision": precision}
 
 

@@ -158,7 +158,7 @@ def test_architectures_whose_attention_is_not_known_have_no_count() -> None:
 
 def test_a_window_and_a_chunk_bound_the_pairs() -> None:
     for kind in ("sliding", "chunked"):
-        cost = Flops(0.0, 0.0, {(kind, 4): 1.0})  # type: ignore[dict-item]
+        cost = Flops(0.0, 0.0, {(kind, 4): 1.0})  # type: ignore[dict-item]  # kind is one of the literals
         for length in range(20):
             first = (lambda i: max(0, i - 3)) if kind == "sliding" else (lambda i: i // 4 * 4)
             assert cost.of_pairs([length]) == sum(i - first(i) + 1 for i in range(length))

@@ -149,7 +149,7 @@ def test_what_was_asked_for_and_is_missing_is_an_error(monkeypatch: pytest.Monke
     ):
         chosen(monkeypatch, faked(), asked="liger", missing={"liger"})
     with pytest.raises(InputError, match=r"model.kernels='triton' is none of auto, compiled, liger, none"):
-        SFTModule("anything", kernels="triton")  # type: ignore[arg-type]
+        SFTModule("anything", kernels="triton")  # type: ignore[arg-type]  # that is what is tested
 
 
 def test_a_resumed_run_has_the_kernels_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,8 +210,8 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}  # type: ignore[attr-defined]
-    module._apply_liger_kernel_to_instance = apply  # type: ignore[attr-defined]
+    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply}  # type: ignore[attr-defined]  # of a stand-in module
+    module._apply_liger_kernel_to_instance = apply  # type: ignore[attr-defined]  # of a stand-in module
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", stock_rope)  # undone after the test
     monkeypatch.setattr(modeling_llama, "LlamaRMSNorm", modeling_llama.LlamaRMSNorm)
     return calls

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_sft.host_copy import without_waiting
+from lightning_sft.modes import computed_in
 
 _LEAST_QUERIES = 128  # at a time under a sliding window: fewer cost more in calls than they save
 
@@ -167,9 +168,3 @@ def lengths_from(begins: Tensor) -> list[int]:
     ends = torch.tensor([begins.numel()], device="cpu")
     lengths: list[int] = torch.cat([begins.nonzero()[:, 0], ends]).diff().tolist()
     return lengths
-
-
-def computed_in(query: Tensor) -> torch.dtype:
-    """Dtype of a layer's attention: that of autocast where it is on."""
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype

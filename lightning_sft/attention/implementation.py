@@ -20,9 +20,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import and_masks, eager_mask, packed_sequence_mask_function, sdpa_mask
 
 from lightning_sft.attention import cpu, flex, gpu, masks
-from lightning_sft.attention.documents import Documents, OneCall, computed_in
+from lightning_sft.attention.documents import Documents, OneCall
 from lightning_sft.attention.masks import rows_of_documents as rows_of_documents
 from lightning_sft.attention.operator import packed_attention
+from lightning_sft.modes import computed_in
 
 NAMES = {"sdpa": "per_document", "eager": "per_document_eager"}
 """Names of ours in transformers, by the stock attention that documents go through."""
@@ -48,8 +49,7 @@ def mask(stock: str, **of_transformers: Any) -> Documents | Tensor | None:
     sees = of_transformers["mask_function"]
     documents = rows.documents(sees, of_transformers.get("local_size"), dtype)
     if documents is None:  # something else than documents in a row; they are kept apart all the same
-        numbers = (rows.positions.diff(dim=1, prepend=rows.positions[:, :1] - 1) != 1).cumsum(1)
-        apart = and_masks(sees, packed_sequence_mask_function(numbers))
+        apart = and_masks(sees, packed_sequence_mask_function(rows.counted()))
         return make(**of_transformers | {"mask_function": apart, "allow_is_causal_skip": False})
     if documents.lengths == [length] * shape[0] and documents.widest is None:
         return make(**of_transformers)  # one a row

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,11 +38,8 @@ class Rows:
     def __init__(self, positions: Tensor, spans: tuple[int, ...] = ()) -> None:
         self.positions, self._given = positions, spans
         self._made: dict[tuple[Any, ...], Documents] = {}
-        ends = {0}
-        for span in spans:
-            ends.add(max(ends) + span)
         num_rows, length = positions.shape
-        if spans and not (max(ends) == num_rows * length and ends >= {row * length for row in range(num_rows)}):
+        if spans and not (sum(spans) == num_rows * length and set(accumulate(spans)) >= set(_ends(num_rows, length))):
             raise InputError(
                 f"Documents of {list(spans)} tokens do not fill {num_rows} rows of {length}. Give Batch.spans the "
                 "lengths of all documents row by row, padding included, or leave it out."
@@ -63,8 +61,10 @@ class Rows:
     @cached_property
     def numbers(self) -> Tensor | None:
         """Number of each token's document in its row, ``[B, N]``, or ``None`` where each row is one document."""
-        if self.are_documents:
-            return None
+        return None if self.are_documents else self.counted()
+
+    def counted(self) -> Tensor:
+        """Number of each token's document in its row, ``[B, N]``, counted on the device."""
         return (self.positions.diff(dim=1, prepend=self.positions[:, :1] - 1) != 1).cumsum(1)
 
     @property
@@ -96,6 +96,11 @@ class Rows:
         same = _free(others[0])["packed_sequence_mask"] is self.numbers
         function: Callable[..., Tensor] = _free(inner)["mask_function"]
         return function if same else None
+
+
+def _ends(num_rows: int, length: int) -> range:
+    """Where each row ends, in row-major order."""
+    return range(length, num_rows * length + 1, length)
 
 
 _rows: ContextVar[Rows | None] = ContextVar("rows", default=None)

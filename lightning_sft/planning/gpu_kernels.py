@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lightning_sft import chunked_head, objective
+from lightning_sft.modes import computed_in
 
 ATTENTION = "kernel_on_paper"
 """Name of the attention in transformers; its layers get no mask."""
@@ -72,9 +73,7 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
 ) -> tuple[Tensor, None]:
     """Attention of a layer, ``[B, heads, N, head size]`` to ``[B, N, heads, head size]``, in the dtype of autocast."""
-    kind = query.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
-    out, _ = _flash(query.to(dtype), key.to(dtype), value.to(dtype))
+    out, _ = _flash(*(x.to(computed_in(query)) for x in (query, key, value)))
     return out, None
 
 
