@@ -15,12 +15,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft import __version__
 from lightning_sft.callbacks import PredictionWriter
+from lightning_sft.callbacks.ending import ending
 from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
-from lightning_sft.checkpoints import hyper_parameters
+from lightning_sft.checkpoints import facts, hyper_parameters
 from lightning_sft.completion import completion
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.cuda_segments import expand_segments
@@ -78,6 +80,13 @@ class SFTCLI(LightningCLI):
     @property
     def _own_config(self) -> Namespace:
         return cast(Namespace, self.config[self.subcommand] if self.subcommand else self.config)
+
+    def after_fit(self) -> None:
+        """Say why the fit ended, where its checkpoints are, and what to do next."""
+        trainer = cast(Any, self.trainer)
+        if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
+            resumed_at = facts(trainer.ckpt_path).get("global_step", 0) if trainer.ckpt_path else 0
+            rank_zero_info(ending(trainer, resumed_at))
 
     def before_predict(self) -> None:
         """Predictions go to ``predictions.jsonl`` beside the run, unless the user has a writer of their own."""

@@ -17,7 +17,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from lightning_sft.callbacks.ledger import NAME, line_of
 from lightning_sft.checkpoints import facts, weights
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.stream import StreamLoader
@@ -25,6 +24,7 @@ from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.metrics import figures, sums
 from lightning_sft.module import SFTModule
 from lightning_sft.resume import seed_micro_batch
+from lightning_sft.run_files import LEDGER, line_of
 from lightning_sft.run_folder import folders_of
 from lightning_sft.trainer_facts import trainer_on_paper
 from lightning_sft.types import Batch, InputError
@@ -119,9 +119,9 @@ class ReplayCLI(ConfigCLI):
 
 
 def _newest_ledger(root: Path) -> Path:
-    found = [*root.glob(NAME), *root.glob(f"*/*/{NAME}")]
+    found = [*root.glob(LEDGER), *root.glob(f"*/*/{LEDGER}")]
     if not found:
-        raise InputError(f"There is no {NAME} below {root}. Name the run's with --ledger.")
+        raise InputError(f"There is no {LEDGER} below {root}. Name the run's with --ledger.")
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 

@@ -28,9 +28,10 @@ from torch.optim import AdamW
 
 from lightning_sft import Mixture, Part, SFTDataModule, SFTModule
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
-from lightning_sft.callbacks.ledger import SampleLedger, lines_of
+from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import EX_TEMPFAIL, Preempt
 from lightning_sft.demos import tiny_pretrained
+from lightning_sft.run_files import lines_of
 from lightning_sft.run_folder import newest
 from tests.gradients import QUIET, ROWS
 

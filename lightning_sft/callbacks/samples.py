@@ -15,6 +15,7 @@ from rich.text import Text
 from lightning_sft.callbacks.record import folder_of
 from lightning_sft.data.dataset import load_prompts
 from lightning_sft.data.pieces import visible
+from lightning_sft.disk import rows_of, write
 from lightning_sft.generation import Sampling, answer_all
 from lightning_sft.guards import check_data, check_module
 from lightning_sft.plain import plain
@@ -68,8 +69,7 @@ class SampleGenerations(Callback):
         if trainer.global_step == 0:
             self._ask(trainer, pl_module)
         elif first.is_file():
-            rows = map(json.loads, first.read_text(encoding="utf-8").splitlines())
-            self._before = {row["source"]: row["prediction"] for row in rows}
+            self._before = {row["source"]: row["prediction"] for row, _ in rows_of(first)}
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Ask what the model has become."""
@@ -87,9 +87,8 @@ class SampleGenerations(Callback):
             for question, row in zip(self._questions, rows, strict=True)
         ]
         self._before = self._before or {row["source"]: row["prediction"] for row in rows}
-        self._folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self._folder / f"step={step:08d}.jsonl").write_text(text, encoding="utf-8")
+        write(self._folder / f"step={step:08d}.jsonl", text)
         for logger in trainer.loggers:
             _log(logger, rows, step)
         if self.console:

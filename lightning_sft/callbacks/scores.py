@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.answer_scores import extracted, scores
+from lightning_sft.disk import write
 from lightning_sft.generation import answer_all
 from lightning_sft.guards import check_data, check_module
 from lightning_sft.types import InputError
@@ -67,9 +68,8 @@ class ScoreAnswers(Callback):
         rows = answer_all(pl_module, prompts, data.tokenizer, self.batch_size or data.predict_batch_size)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / self.filename).write_text(text, encoding="utf-8")
+            write(folder / self.filename, text)
         rank_zero_info(f"{len(rows)} answers: {folder / self.filename}")
         pairs = [row["prediction"] for row in rows], [row["reference"] for row in rows]
         found = scores(*pairs, self.extract, self.rouge, self.bleu)

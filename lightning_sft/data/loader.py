@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.collate import collate
 from lightning_sft.data.plan import MicroBatch, Plan
 from lightning_sft.data.template import ChatTemplate
-from lightning_sft.data.workers import iterate
+from lightning_sft.data.workers import iterate, leave_signals
 from lightning_sft.types import Batch, Example, Prompt
 
 
@@ -68,6 +68,7 @@ class EpochLoader:
             batch_size=None,
             collate_fn=cast(Any, self._batch),
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals,
             pin_memory=torch.cuda.is_available(),
         )
         yield from iterate(loader)

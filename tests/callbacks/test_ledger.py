@@ -9,7 +9,8 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.callbacks.ledger import SampleLedger, cut_off, line_of, lines_of
+from lightning_sft.callbacks.ledger import SampleLedger
+from lightning_sft.run_files import cut_off, line_of, lines_of
 from lightning_sft.types import InputError
 
 
