@@ -89,8 +89,8 @@ def refuse_finished(folder: Path, places: Iterable[str | Path]) -> None:
     else:
         remedy = "No checkpoint of it that can be read is left to resume from"
     raise InputError(
-        f"{folder} is the folder of a run that has finished {steps:,} steps, and this one would begin at step 0 and "
-        f"replace its record. {remedy}; give a new run a folder of its own (trainer.default_root_dir)."
+        f"The run in {folder} has finished step {steps:,}, and this one would begin at step 0 and replace its record. "
+        f"{remedy}; give a new run a folder of its own (trainer.default_root_dir)."
     )
 
 

@@ -103,11 +103,9 @@ class Preempt(Callback):
                 os.write(2, _INTERRUPTED)  # print must not be called in a handler
 
     def _end(self, trainer: Any) -> None:
-        path, reason = self._save(trainer), f"received {self.told or 'a signal on another rank'}"
-        rank_zero_info(
-            f"{reason.capitalize()}; saved step {trainer.global_step} to {path}. Resume with --ckpt_path last."
-        )
-        raise Preempted(reason)
+        path, told = self._save(trainer), self.told or "a signal on another rank"
+        rank_zero_info(f"Received {told}; saved step {trainer.global_step} to {path}. Resume with --ckpt_path last.")
+        raise Preempted(f"received {told}")
 
     def _save(self, trainer: Any) -> Path:
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
