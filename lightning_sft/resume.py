@@ -132,6 +132,11 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
     Raises:
         InputError: When the run could not go on there exactly.
     """
+    if "callbacks" not in checkpoint:
+        raise InputError(
+            f"{trainer.ckpt_path} has the weights alone (save_weights_only), from which no run can resume. Export them "
+            "(lightning-sft export) and set model.pretrained to that folder, or resume from a whole checkpoint."
+        )
     if PLACE not in checkpoint:
         return None
     saved = Place(**checkpoint[PLACE])

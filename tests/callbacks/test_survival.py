@@ -138,6 +138,17 @@ def test_checkpoints_of_the_weights_alone_serve_all_but_resuming(
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
 
 
+def test_resuming_from_weights_alone_is_one_message(
+    arguments: list[str], best_alone: list[str], tmp_path: Path
+) -> None:
+    main(["fit", *best_alone, *arguments])
+    [path] = (tmp_path / "run").rglob("best.ckpt")
+    with pytest.raises(
+        InputError, match=r"ckpt has the weights alone \(save_weights_only\), from which no run can resume"
+    ):
+        main(["fit", *arguments, "--ckpt_path", str(path), "--trainer.default_root_dir", str(tmp_path / "other")])
+
+
 @pytest.mark.parametrize("command", [["--ckpt_path", "last"], []])
 def test_nothing_begins_over_a_run_whose_checkpoints_are_gone(
     arguments: list[str], tmp_path: Path, command: list[str]
