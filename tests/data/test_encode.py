@@ -85,13 +85,17 @@ def test_a_message_with_weight_0_is_context() -> None:
     assert targets(example, tokenizer) == "d<|im_end|>"
 
 
-def test_weights_are_those_of_the_messages_and_sequence_divides_them_by_the_answers_length() -> None:
+def test_weights_are_those_of_the_messages_divided_by_the_answers_length_or_its_root() -> None:
     tokenizer = tiny_tokenizer()
     conv = conversation("a", "bb", "c", "d", weights=[0, 2.0, 0, 0.5])
     [example] = encode(conv, tokenizer)
     assert [w for w in example.target_weights if w] == [2.0] * 3 + [0.5] * 2
     [example] = encode(conv, tokenizer, "sequence")
     assert [w for w in example.target_weights if w] == [2 / 3] * 3 + [0.25] * 2
+    [example] = encode(conv, tokenizer, "sqrt")
+    assert [w for w in example.target_weights if w] == pytest.approx([2 / 3**0.5] * 3 + [0.5 / 2**0.5] * 2)
+    [example] = encode(conv, tokenizer, "dataset")
+    assert [w for w in example.target_weights if w] == [2.0] * 3 + [0.5] * 2
 
 
 def test_the_newline_after_the_stop_token_is_not_trained_but_seen_by_the_next_turn() -> None:
