@@ -3,9 +3,9 @@
     pip install cosmic-ray
     python -m tests.mutants [objective schedules ...]
 
-The mutations are cosmic-ray's, which would start Python for each of them; here torch and transformers are imported once, and
-each mutation runs in a fork. Prints those that no test noticed: where, which, and the line before and after. Some may: a
-mutant that computes the same, and a constant of speed or memory.
+The mutations are cosmic-ray's, which would start Python for each of them; here torch and transformers are imported
+once, and each mutation runs in a fork. Prints those that no test noticed: where, which, and the line before and after.
+Some may survive: mutants that compute the same, and constants of speed or memory.
 """
 
 from __future__ import annotations
