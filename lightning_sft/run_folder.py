@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints import facts, is_checkpoint, know_optimizer_states
+from lightning_sft.checkpoints import facts, is_checkpoint, know_optimizer_states, weights
 from lightning_sft.disk import sync
 from lightning_sft.types import InputError
 
@@ -40,6 +40,10 @@ def publish(path: str | Path) -> None:
     sync([path.parent])
 
 
+SHARDED = "lightning_sft_sharded"
+"""Which key a loaded checkpoint has where only the weights of a sharded one were read."""
+
+
 class AtomicIO(TorchCheckpointIO):
     """Writes checkpoints whole, and reads quantized states of optimizers.
 
@@ -63,10 +67,21 @@ class AtomicIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Load it on the CPU: of states that are tensors of a class of their own, torch refuses a callable location."""
+        """Load it on the CPU: of states that are tensors of a class of their own, torch refuses a callable location.
+
+        Of a folder that a strategy which shards the model has written, the weights and the facts.
+
+        Raises:
+            InputError: When it is no checkpoint of Lightning.
+        """
         if "://" not in str(path):
+            if Path(path).is_dir():
+                return facts(path) | {"state_dict": weights(path), SHARDED: True}
             know_optimizer_states(path)
-        found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        found: Any = super().load_checkpoint(path, map_location, weights_only)
+        if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
+            what = f"a dictionary of {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else "no dictionary"
+            raise InputError(f"{path} is no checkpoint of Lightning, but {what}. Expected what a fit has saved.")
         return found
 
 
@@ -84,7 +99,7 @@ def newest(folders: Iterable[str | Path]) -> Path | None:
         folders: Where to look; they need not exist.
     """
     found = [path for folder in folders for path in Path(folder).glob("*.ckpt")]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in sorted(found, key=lambda path: path.lstat().st_mtime_ns, reverse=True):
         try:
             saved = facts(path)
         except InputError as error:

@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration as registration
 
+from lightning_sft import types
+
 NAME = "second"
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 
@@ -34,6 +36,7 @@ _FACTORIES = ("arange", "arange.start", "arange.start_step", "linspace", "eye", 
 _IN_16_BITS = ("linear", "mm", "matmul", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention", "_grouped_mm")
 
 _is_on = False
+_refuses_float64 = False
 _waits: Counter[str] | None = None
 
 
@@ -45,6 +48,8 @@ class Held(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Held:
+        if _refuses_float64 and held.dtype == torch.float64:
+            raise TypeError(f"Cannot convert a tensor to float64 on {NAME}, which has none, like Apple's MPS")
         facts = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
         made = torch.Tensor._make_wrapper_subclass(cls, held.shape, **facts, device=torch.device(NAME, 0))
         made.held = held
@@ -75,6 +80,19 @@ def second_device() -> Iterator[torch.device]:
         yield torch.device(NAME, 0)
     finally:
         _is_on = False
+
+
+@contextmanager
+def without_float64() -> Iterator[None]:
+    """While it lasts, the second device has no float64, as Apple's MPS has none, and the library knows that of both."""
+    global _refuses_float64
+    _refuses_float64 = True
+    types._WITHOUT_FLOAT64.add(NAME)
+    try:
+        yield
+    finally:
+        _refuses_float64 = False
+        types._WITHOUT_FLOAT64.discard(NAME)
 
 
 @contextmanager
