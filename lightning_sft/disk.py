@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-
 _ON_WINDOWS = os.name == "nt"
 
 

@@ -141,7 +141,7 @@ class SFTModule(LightningModule):
         return {name: value for name, value in state.items() if value is not _default_optimizer()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"optimizer": _default_optimizer()} | state)
+        cast(Any, super()).__setstate__({"optimizer": _default_optimizer()} | state)
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
@@ -351,7 +351,8 @@ class SFTModule(LightningModule):
     def _log_figures(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
         # with sync_dist, they are the same on all ranks: else Lightning would warn
         for key, value in values.items():
-            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", batch_size=1, sync_dist=sync_dist)
+            settings: dict[str, Any] = {"batch_size": 1, "sync_dist": sync_dist, "add_dataloader_idx": False}
+            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", **settings)
 
 
 def _default_optimizer() -> OptimizerCallable:

@@ -74,9 +74,12 @@ def unexpected(error: Exception) -> str:
         error: Any.
     """
     text, where = f"{type(error).__name__}: {error}".strip().rstrip(".:"), "add --debug to see it"
-    with suppress(OSError), tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", prefix="lightning-sft-", suffix=".txt", delete=False
-    ) as file:  # the disk may be full
+    with (
+        suppress(OSError),
+        tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="lightning-sft-", suffix=".txt", delete=False
+        ) as file,
+    ):  # the disk may be full
         traceback.print_exception(error, file=file)
         where = f"it is in {file.name}, or {where}"
     return f"{text}.\nFor the traceback: {where}."

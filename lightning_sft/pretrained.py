@@ -175,7 +175,9 @@ def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(**source, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the loader trips over is in the files: transformers checks few of their values
+    except (
+        Exception
+    ) as error:  # whatever the loader trips over is in the files: transformers checks few of their values
         where = "The folder is there" if Path(pretrained).exists() else "There is no such folder or file here"
         said = " ".join(str(error).split())
         if isinstance(error, pickle.UnpicklingError):  # torch's words advise to run what is in the file

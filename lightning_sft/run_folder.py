@@ -80,7 +80,11 @@ class AtomicIO(TorchCheckpointIO):
             know_optimizer_states(path)
         found: Any = super().load_checkpoint(path, map_location, weights_only)
         if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
-            what = f"a dictionary of {', '.join(map(str, list(found)[:5]))}" if isinstance(found, dict) else "no dictionary"
+            what = (
+                f"a dictionary of {', '.join(map(str, list(found)[:5]))}"
+                if isinstance(found, dict)
+                else "no dictionary"
+            )
             raise InputError(f"{path} is no checkpoint of Lightning, but {what}. Expected what a fit has saved.")
         return found
 

@@ -21,7 +21,7 @@ def test_a_nan_on_one_rank_names_its_row_on_all_of_them(
 ) -> None:
     torchrun("tests.failing", pretrained_for_two, str(tmp_path), *names, timeout=200)
     told = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
-    verbs = [(name, verb) for name in names for verb in ("fit", "validate") if (name, verb) != ("deepspeed3", "validate")]
+    verbs = [(name, verb) for name in names for verb in ("fit", "validate") if name != "deepspeed3" or verb == "fit"]
     assert told.keys() == {f"{name}-{verb}-{rank}" for name, verb in verbs for rank in (0, 1)}
     for text in told.values():
         assert f"Samples: {POISON}." in text

@@ -37,7 +37,7 @@ def test_the_samples_whose_loss_is_not_finite_are_named_once_they_are_computed_a
 
 
 def test_a_row_of_several_sequences_is_named_also_where_its_last_one_is_sound() -> None:
-    batch = collate([Example([3, 4, 5], [0, 1, 1], "f:1"), Example([1, 2], [0, 1], "f:1"), Example([1, 2], [0, 1], "f:2")])
+    batch = collate([Example([3, 4, 5], [0, 1, 1], "f:1"), *(Example([1, 2], [0, 1], f"f:{n}") for n in (1, 2))])
     all_share_a_nan = LogLikelihood(*torch.tensor([0.0, 4.0]), *torch.full((3, 4), torch.nan))
     text = str(guards.not_finite([(batch, all_share_a_nan)], module_on_one_rank(lambda own: 3 not in own.input_ids)))
     assert "Samples: f:1." in text
