@@ -1,4 +1,4 @@
-"""Prints a constraints file of the lowest release that pyproject.toml allows of each package; see `make test-lowest`."""
+"""Prints, as constraints, the lowest release that pyproject.toml allows of each package; see `make test-lowest`."""
 
 from __future__ import annotations
 

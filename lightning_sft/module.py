@@ -317,8 +317,8 @@ class SFTModule(LightningModule):
         if self._trainer is not None and self.trainer.training:
             if SHARDED in checkpoint:
                 raise InputError(
-                    "The checkpoint is a folder that a strategy which shards the model has written. Resume it with that "
-                    "strategy (fsdp2, deepspeed_stage_*); to begin from its weights, export it and take that as "
+                    "The checkpoint is a folder that a strategy which shards the model has written. Resume it with "
+                    "that strategy (fsdp2, deepspeed_stage_*); to begin from its weights, export it and take that as "
                     "model.pretrained."
                 )
             self._seed = restore(self.trainer, checkpoint)

@@ -17,7 +17,7 @@ _NAME = re.compile(r"""(?:--|(?:[Oo]ption|[Kk]ey) ['"])(\w[\w.-]*)""")  # of an 
 
 
 class OneLine:
-    """For parsers of jsonargparse: instead of their usage, which has a page of options, the option that may be meant."""
+    """For parsers of jsonargparse: instead of a page of options, the one that may be meant."""
 
     prog: str
     exit_on_error: bool
