@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,8 @@ def answer_lines(session: Session, lines: Any, write: Callable[[str], None]) -> 
 
 def _talk(session: Session, console: Console) -> None:
     """Read questions and commands from the terminal until the end."""
-    import readline  # noqa: F401 - lines can then be edited, and earlier ones found again
+    with suppress(ImportError):  # of Windows, whose terminal does it by itself
+        import readline  # noqa: F401 - lines can then be edited, and earlier ones found again
 
     names = " and ".join(talk.speaker.name for talk in session.talks)
     console.print(f"Talking to {names}. /help lists commands.", style="dim", markup=False)

@@ -8,6 +8,12 @@ from typing import Any, ClassVar
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_sft.one_line import OneLine
+
+
+class ConfigParser(OneLine, LightningArgumentParser):
+    """Of verbs that take the configuration of ``fit``, and of ``fit`` itself."""
+
 
 class ConfigCLI(LightningCLI):
     """The command line of ``fit`` with the arguments of a verb; no trainer is made, and no weights are loaded."""

@@ -15,11 +15,18 @@ from lightning_sft.types import InputError
 PARTIAL = ".partial"
 """How the name of a file ends that is not complete yet."""
 
+_ON_WINDOWS = os.name == "nt"
+
 
 def sync(paths: Iterable[Path]) -> None:
-    """Wait until files, and the entries of folders, are on the disk: what is renamed after that is whole there."""
+    """Wait until files, and the entries of folders, are on the disk: what is renamed after that is whole there.
+
+    Windows opens no folders, and syncs no file that is open for reading alone.
+    """
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
+        if _ON_WINDOWS and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if _ON_WINDOWS else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

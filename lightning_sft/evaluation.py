@@ -52,7 +52,7 @@ class Evaluation:
         """The figures, the same on all ranks.
 
         Raises:
-            FloatingPointError: When the loss is no number; with the samples of this rank that it comes from.
+            FloatingPointError: When the loss is NaN or infinite; with the samples of all ranks that it comes from.
         """
         values, bad, self._not_finite = self._metric.compute(), self._not_finite, []
         if not torch.isfinite(values["loss"]):

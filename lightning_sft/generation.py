@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_sft.data.loader import PromptBatch, PromptLoader
 from lightning_sft.modes import evaluating
 from lightning_sft.trainer_facts import data_parallel, gather
-from lightning_sft.types import InputError, Prompt
+from lightning_sft.types import InputError, Prompt, widest
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
     Args:
         logits: ``[B, V]``.
-        uniform: ``[B]``, float64.
+        uniform: ``[B]``, float64, or float32 where the device has no other.
         sampling: With a positive temperature.
 
     >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
@@ -62,7 +62,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     >>> draw(logits, torch.tensor([0.99]).double(), Sampling(1.0, top_p=0.5)).item()
     1
     """
-    scaled = logits.double() / sampling.temperature
+    scaled = logits.to(widest(logits.device)) / sampling.temperature
     if sampling.top_k:
         kept = scaled.topk(min(sampling.top_k, scaled.shape[1])).values[:, -1:]
         scaled = scaled.masked_fill(scaled < kept, -torch.inf)
@@ -85,7 +85,7 @@ class _Drawing:
         self.uniform, self.begin, self.sampling = torch.from_numpy(np.stack(uniform)), begin, sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        uniform = self.uniform[:, input_ids.shape[1] - self.begin].to(scores.device)
+        uniform = self.uniform[:, input_ids.shape[1] - self.begin].to(scores.device, widest(scores.device))
         chosen = draw(scores, uniform, self.sampling)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen[:, None], 0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
 from lightning_sft.checkpoints import facts, hyper_parameters
 from lightning_sft.completion import completion
-from lightning_sft.config_cli import ConfigCLI
+from lightning_sft.config_cli import ConfigCLI, ConfigParser
 from lightning_sft.cuda_segments import expand_segments
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
@@ -32,6 +33,7 @@ from lightning_sft.doctor import run_doctor
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.guards import check_precision
 from lightning_sft.module import SFTModule
+from lightning_sft.one_line import VerbParser, did_you_mean, unexpected
 from lightning_sft.planning.command import PlanCLI
 from lightning_sft.replay import ReplayCLI
 from lightning_sft.report_html import write_report
@@ -67,7 +69,12 @@ class SFTCLI(LightningCLI):
             root, own = config.get("trainer.default_root_dir"), config.get("trainer.callbacks")
             path = find_last(root, own, model, self.subcommand == "fit")
         self._found = path
-        if path and Path(path).exists():
+        if path == "best":
+            raise InputError(
+                "ckpt_path=best is the best checkpoint of a fit in the same process, and this one has none. Give its "
+                "file, which ModelCheckpoint has named, or last."
+            )
+        if path and path != "hpc" and "://" not in path and not path.startswith("registry"):  # which Lightning finds
             self._checkpoint_config = hyper_parameters(path).get("hf_config")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -121,16 +128,20 @@ def main(args: ArgsType = None) -> Any:
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list):
         given = given or ["--help"]
-        if given[0] == "--version":
+        verb = given[0]
+        if verb == "--version":
             return __version__
-        if given[0] == "doctor":
+        if verb == "doctor":
             return run_doctor(given[1:])
-        if given[0] == "completion":
-            return completion(main, [*SFTCLI.subcommands(), *CONFIG_VERBS, *VERBS, "report", "doctor"])
-        if given[0] == "report":
-            return auto_cli(write_report, args=given[1:])
-        if given[0] in VERBS:
-            return auto_cli(VERBS[given[0]], args=given[1:], as_positional=False)
+        if verb == "completion":
+            return completion(main, ALL_VERBS)
+        if verb in VERBS:
+            settings: dict[str, Any] = {"parser_class": VerbParser, "prog": f"lightning-sft {verb}"}
+            return auto_cli(VERBS[verb], args=given[1:], as_positional=verb == "report", **settings)
+        if not verb.startswith("-") and verb not in ALL_VERBS:
+            raise InputError(
+                f"There is no verb {verb!r}.{did_you_mean([verb], ALL_VERBS)} Expected {', '.join(ALL_VERBS)}."
+            )
     own_model, own_data = _names_a_class("model", given), _names_a_class("data", given)
     arguments: dict[str, Any] = {
         "model_class": LightningModule if own_model else SFTModule,
@@ -140,13 +151,15 @@ def main(args: ArgsType = None) -> Any:
         "seed_everything_default": 0,
         "trainer_defaults": {"max_epochs": 1},
         "auto_configure_optimizers": False,
+        "parser_class": ConfigParser,
     }
     if isinstance(given, list) and given[0] in CONFIG_VERBS:
+        arguments["parser_kwargs"] = {"prog": f"lightning-sft {given[0]}"}
         cli = CONFIG_VERBS[given[0]](**arguments, args=given[1:], run=False)
         if not cli.passes:
             sys.exit(1)
         return cli
-    arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": {"description": _DESCRIPTION}}
+    arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": _PARSER}
     return SFTCLI(**arguments, args=given)
 
 
@@ -154,6 +167,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "init": init,
     "chat": chat,
     "export": export_checkpoint,
+    "report": write_report,
     "fetch-demo-model": fetch_demo_model,
 }
 CONFIG_VERBS: dict[str, type[ConfigCLI]] = {
@@ -162,6 +176,7 @@ CONFIG_VERBS: dict[str, type[ConfigCLI]] = {
     "replay": ReplayCLI,
     "verify": VerifyCLI,
 }
+ALL_VERBS = [*SFTCLI.subcommands(), *CONFIG_VERBS, *VERBS, "doctor"]
 _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
     "show (what fit would train on, token by token), plan (the memory that fit would take), "
@@ -170,6 +185,7 @@ _DESCRIPTION = (
     "(a commented YAML to begin with), chat (talk to a model), doctor (versions, devices, fast paths); each has a "
     "--help of its own. completion prints a script for bash."
 )
+_PARSER = {"prog": "lightning-sft", "description": _DESCRIPTION}
 
 
 _NOISE = (  # of other packages, about which users can do nothing
@@ -179,17 +195,30 @@ _NOISE = (  # of other packages, about which users can do nothing
 
 
 def console() -> None:
-    """``main`` for the shell: what the user can put right is one message, not a traceback."""
+    """``main`` for the shell: errors are one message, not a traceback, which ``--debug`` shows."""
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     if sys.argv[1:2] == ["fit"]:
         expand_segments(os.environ)
     try:
         result = main()
-    except (InputError, FloatingPointError, MisconfigurationException, yaml.YAMLError) as error:
-        sys.exit(f"lightning-sft: {error}")
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(f"lightning-sft: {str(error).strip() if _is_foreseen(error) else unexpected(error)}")
     if isinstance(result, (str, Path)):
         print(result)
+
+
+def _is_foreseen(error: Exception) -> bool:
+    """Whether an error says by itself what was wrong: ours, the system's, or one that Lightning raises on purpose."""
+    if isinstance(error, (InputError, FloatingPointError, MisconfigurationException, OSError, yaml.YAMLError)):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return isinstance(error, (ValueError, RuntimeError)) and package in ("lightning", "jsonargparse")
 
 
 def _names_a_class(key: str, args: Any) -> bool:

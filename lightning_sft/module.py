@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -32,7 +33,7 @@ from lightning_sft.plain import plain
 from lightning_sft.precision import follow_autocast
 from lightning_sft.recompute import Checkpointing, check_checkpointing, checkpoint_layers
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
-from lightning_sft.run_folder import write_whole
+from lightning_sft.run_folder import SHARDED, write_whole
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
 from lightning_sft.sharding import Sharding, clip_gradients
@@ -128,11 +129,19 @@ class SFTModule(LightningModule):
         self.learning_rate: float | None = None  # that Lightning's tuner has found; it wins over the optimiser's own
         self.scorer: Scorer | None = None
         self.attention: Attention | None = None  # which one it is and why, once the model is loaded
-        self._evaluation, self._step_figures = Evaluation(), StepFigures()
+        self._evaluations, self._step_figures = [Evaluation()], StepFigures()
         self._seed: int | None = None  # of dropout; that of the checkpoint, where there is one
         self._asked: list[dict[str, Any]] | None = None  # the optimiser's settings, before a checkpoint brings its own
         self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
         self._sums: HostCopy | None = None  # theirs, over all ranks, once the last of them is there
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the default optimizer, a lambda for jsonargparse, which is not pickled: ``ddp_spawn`` pickles all."""
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if value is not _default_optimizer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__({"optimizer": _default_optimizer()} | state)
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
@@ -249,7 +258,7 @@ class SFTModule(LightningModule):
         """Counts and sums of the step's micro-batches over all ranks, on their way to the host: one reduction."""
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self._window]).sum(0)
         counts = self._step_figures.counts([batch for batch, _ in self._window])
-        both = torch.cat([without_waiting(counts, local.device).to(local), local.flatten()])
+        both = torch.cat([without_waiting(counts.to(local.dtype), local.device), local.flatten()])
         return HostCopy(sum_over_ranks(self.trainer, both))
 
     def clip_gradients(
@@ -268,27 +277,27 @@ class SFTModule(LightningModule):
     def on_validation_start(self) -> None:
         """Begin the validation figures."""
         self._step_figures.pause()
-        self._evaluation.begin(self)
+        self._begin_evaluation(len(self.trainer.num_val_batches))
 
-    def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the validation figures."""
-        self._evaluation.add(self, batch)
+    def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the validation figures, of its loader where a user has several."""
+        self._evaluations[dataloader_idx].add(self, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the whole validation set."""
-        self._log_figures("val", self._evaluation.close(self), sync_dist=True)
+        self._log_evaluation("val")
 
     def on_test_start(self) -> None:
         """Begin the test figures."""
-        self._evaluation.begin(self)
+        self._begin_evaluation(len(self.trainer.num_test_batches))
 
-    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the test figures."""
-        self._evaluation.add(self, batch)
+    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the test figures, of its loader where a user has several."""
+        self._evaluations[dataloader_idx].add(self, batch)
 
     def on_test_epoch_end(self) -> None:
         """Log the figures of the whole test set."""
-        self._log_figures("test", self._evaluation.close(self), sync_dist=True)
+        self._log_evaluation("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Answers to a :class:`~lightning_sft.data.loader.PromptBatch`, see :mod:`lightning_sft.generation`."""
@@ -306,6 +315,12 @@ class SFTModule(LightningModule):
         """Go on between two steps, wherever the run was when it was saved; refuse what is of another model."""
         self.tuning.complete(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
+            if SHARDED in checkpoint:
+                raise InputError(
+                    "The checkpoint is a folder that a strategy which shards the model has written. Resume it with "
+                    "that strategy (fsdp2, deepspeed_stage_*); to begin from its weights, export it and take that as "
+                    "model.pretrained."
+                )
             self._seed = restore(self.trainer, checkpoint)
             self._step_figures.restored, self.kernels.restored = checkpoint.get(SEEN), checkpoint.get(KERNELS)
 
@@ -321,7 +336,25 @@ class SFTModule(LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _begin_evaluation(self, num_loaders: int) -> None:
+        self._evaluations = [*self._evaluations, *(Evaluation() for _ in range(num_loaders))][:num_loaders]
+        for evaluation in self._evaluations:
+            evaluation.begin(self)
+
+    def _log_evaluation(self, name: str) -> None:
+        """Log the figures; of several loaders with the suffix that Lightning gives to what it logs itself."""
+        for number, evaluation in enumerate(self._evaluations):
+            suffix = f"/dataloader_idx_{number}" if len(self._evaluations) > 1 else ""
+            figures = {f"{key}{suffix}": value for key, value in evaluation.close(self).items()}
+            self._log_figures(name, figures, sync_dist=True)
+
     def _log_figures(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
         # with sync_dist, they are the same on all ranks: else Lightning would warn
         for key, value in values.items():
-            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", batch_size=1, sync_dist=sync_dist)
+            settings: dict[str, Any] = {"batch_size": 1, "sync_dist": sync_dist, "add_dataloader_idx": False}
+            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", **settings)
+
+
+def _default_optimizer() -> OptimizerCallable:
+    default: OptimizerCallable = signature(SFTModule).parameters["optimizer"].default
+    return default

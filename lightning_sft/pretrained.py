@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,10 +173,17 @@ def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
     kwargs["trust_remote_code"] = False  # not said, transformers would ask on a terminal whether to run it
     try:
         return auto_class.from_pretrained(**source, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever the loader trips over is in the files: transformers checks few of their values
         where = "The folder is there" if Path(pretrained).exists() else "There is no such folder or file here"
-        reason = str(error).strip().splitlines()
+        said = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError):  # torch's words advise to run what is in the file
+            said = "a .bin file holds more than tensors, so loading it could run code; ask for safetensors"
+        reason = said if isinstance(error, OSError) else f"{type(error).__name__}: {said}"
         raise InputError(
             f"No {what} can be loaded from {pretrained!r}. {where}; expected a hub name, a folder that "
-            f"save_pretrained wrote, or a .gguf file. The loader said: {reason[0] if reason else type(error).__name__}"
+            f"save_pretrained wrote, or a .gguf file. The loader said: {reason[:500]}"
         ) from error

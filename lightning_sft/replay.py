@@ -228,9 +228,10 @@ def _losses(
             with torch.autocast(device, dtype, enabled=precision.endswith("-mixed")):
                 likelihood = module(batch)
             totals.append(sums(likelihood).cpu())
-            documents, w = (batch.at_targets(x).cpu() for x in (batch.documents(), batch.target_weights.double()))
+            documents, w = (batch.at_targets(x).cpu() for x in (batch.documents(), batch.target_weights))
+            w = w.double()
             count = len(batch.provenance)
-            negative = torch.bincount(documents, -w * likelihood.log_probs.double().cpu(), count).tolist()
+            negative = torch.bincount(documents, -w * likelihood.log_probs.cpu().double(), count).tolist()
             weight, targets = torch.bincount(documents, w, count).tolist(), torch.bincount(documents, minlength=count)
             for document, name in enumerate(batch.provenance):
                 if weight[document]:

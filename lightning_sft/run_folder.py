@@ -14,10 +14,13 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints import facts, is_checkpoint, know_optimizer_states
+from lightning_sft.checkpoints import facts, is_checkpoint, know_optimizer_states, weights
 from lightning_sft.disk import PARTIAL, hidden, publish, remove
 from lightning_sft.resume import PLACE
 from lightning_sft.types import InputError
+
+SHARDED = "lightning_sft_sharded"
+"""Which key a loaded checkpoint has where only the weights of a sharded one were read."""
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -43,10 +46,25 @@ class AtomicIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Load it on the CPU: of states that are tensors of a class of their own, torch refuses a callable location."""
+        """Load it on the CPU: of states that are tensors of a class of their own, torch refuses a callable location.
+
+        Of a folder that a strategy which shards the model has written, the weights and the facts.
+
+        Raises:
+            InputError: When it is no checkpoint of Lightning.
+        """
         if "://" not in str(path):
+            if Path(path).is_dir():
+                return facts(path) | {"state_dict": weights(path), SHARDED: True}
             know_optimizer_states(path)
-        found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        found: Any = super().load_checkpoint(path, map_location, weights_only)
+        if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
+            what = (
+                f"a dictionary of {', '.join(map(str, list(found)[:5]))}"
+                if isinstance(found, dict)
+                else "no dictionary"
+            )
+            raise InputError(f"{path} is no checkpoint of Lightning, but {what}. Expected what a fit has saved.")
         return found
 
 

@@ -21,7 +21,7 @@ from lightning_sft.modes import evaluating
 from lightning_sft.pretrained_weights import PretrainedWeights
 from lightning_sft.sharding import whole
 from lightning_sft.tuning.adapters import NAME
-from lightning_sft.types import Batch, InputError
+from lightning_sft.types import Batch, InputError, widest
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 _ELEMENTS = 1 << 24  # of a parameter that are compared at a time
@@ -133,7 +133,8 @@ class DriftMonitor(Callback):
         for given, layer in _adapted(model):
             name = f"{_plain(given)}.weight"
             factors = (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
-            a, b = (whole(weight.detach()).double() for weight in factors)
+            a, b = (whole(weight.detach()) for weight in factors)
+            a, b = (factor.to(widest(factor.device)) for factor in (a, b))
             if self._weights is not None and name in self._weights:
                 if name not in self._squares:
                     self._squares[name] = self._difference(name, None)[1]
@@ -151,7 +152,8 @@ class DriftMonitor(Callback):
             was += before.square().sum().item()
             if now is not None:
                 own = now[begin : begin + len(before)]
-                moved += (own.double() - before.to(own.device)).square().sum().item()
+                dtype = widest(own.device)
+                moved += (own.to(dtype) - before.to(own.device, dtype)).square().sum().item()
         return moved, was
 
 

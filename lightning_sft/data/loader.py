@@ -66,7 +66,7 @@ class EpochLoader:
         loader: DataLoader[Any] = DataLoader(
             cast(Dataset[MicroBatch], micro_batches),
             batch_size=None,
-            collate_fn=cast(Any, self._batch),
+            collate_fn=cast(Any, partial(_batch, self.examples, self.parts, self._collate)),
             num_workers=self.num_workers,
             worker_init_fn=leave_signals,
             pin_memory=torch.cuda.is_available(),
@@ -80,10 +80,17 @@ class EpochLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load, see :meth:`state_dict`."""
 
-    def _batch(self, micro_batch: MicroBatch) -> Batch:
-        own = micro_batch.examples
-        parts = [int(self.parts[i]) for i in own] if len(self.parts) else []
-        return self._collate([self.examples[i] for i in own], micro_batch.normalizer, parts=parts)
+
+def _batch(
+    examples: Sequence[Example],
+    parts: Sequence[int] | NDArray[np.int64],
+    collate: Callable[..., Batch],
+    micro_batch: MicroBatch,
+) -> Batch:
+    """What a micro-batch of the plan consists of; workers under spawn and forkserver are sent what it needs alone."""
+    own = micro_batch.examples
+    of_parts = [int(parts[i]) for i in own] if len(parts) else []
+    return collate([examples[i] for i in own], micro_batch.normalizer, parts=of_parts)
 
 
 class PromptLoader:

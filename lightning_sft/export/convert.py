@@ -217,7 +217,7 @@ def _in_float32(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
 def _mean_difference(trained: Tensor, live: Live) -> float:
     targets = [t for e in live.examples for t, w in zip(e.input_ids[1:], e.target_weights[1:], strict=True) if w > 0]
     own = trained.gather(1, torch.tensor(targets)[:, None]).squeeze(1)
-    return float((own.double() - live.log_probs.double()).abs().mean())
+    return float((own.double() - live.log_probs.cpu().double()).abs().mean())
 
 
 def _failed(folder: Path, out: Path, report: parity.Report) -> InputError:

@@ -136,6 +136,15 @@ class Tuning:
     def complete(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
         """Refuse the checkpoint of other adapters, or of another base; add the base to one that has adapters alone."""
         adapter_checkpoints.check(checkpoint, module, self._base)
+        saved = checkpoint.get("hyper_parameters", {})
+        given = {name: (saved.get(name) or [], getattr(self, name)) for name in ("frozen", "trained")}
+        changes = [f"model.{name}={then}, now {now}" for name, (then, now) in given.items() if list(then) != list(now)]
+        if changes and module._trainer is not None and module.trainer.training:
+            raise InputError(
+                f"The checkpoint is of a run with {'; '.join(changes)}: the state of its optimizer is of other "
+                "parameters. Set the same to resume; to change it, export the checkpoint and take that as "
+                "model.pretrained."
+            )
         adapter_checkpoints.complete(checkpoint, module)
 
     def _prepare(self, model: PreTrainedModel, pretrained: str) -> None:
