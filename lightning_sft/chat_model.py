@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lightning_sft import checkpoints
+from lightning_sft.arguments import check_arguments
 from lightning_sft.data.encode import encode_prompt
 from lightning_sft.data.loader import PromptBatch
 from lightning_sft.data.pieces import visible
@@ -32,8 +33,9 @@ class Speaker:
         device: Where it answers; the GPU by default, where there is one.
     """
 
-    def __init__(self, name: str, chat_template: str | None = None, device: str | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str | Path, chat_template: str | Path | None = None, device: str | None = None) -> None:
+        check_arguments(Speaker, locals())
+        self.name = str(name)
         where = torch.device(device or _best_device())
         self.model, self.tokenizer = _load(checkpoint_of(name), chat_template)
         if (
@@ -120,7 +122,7 @@ class _Streaming:
         return self.model.generate(**settings, streamer=self.streamer)
 
 
-def _load(name: str, chat_template: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, chat_template: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not checkpoints.is_checkpoint(name):
         model = load_model(name) if name.endswith(".gguf") else load_exported(name)
         return model, load_tokenizer(name, chat_template)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.arguments import Count, Index, Range, check_arguments
 from lightning_sft.callbacks.predictions import PredictionWriter
 from lightning_sft.data.blocks import Shape
 from lightning_sft.data.chunks import Recipe
@@ -32,6 +33,9 @@ from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.trainer_facts import Division, data_parallel, gather, on_cuda, place
 from lightning_sft.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
+
+Tokens = Annotated[int, Range(ge=2)]
+"""Of a sequence with a target: the first token has no context."""
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
@@ -73,32 +77,34 @@ class SFTDataModule(LightningDataModule):
         predict: Source | None = None,
         format: FormatName | None = None,
         columns: dict[str, str] | None = None,
-        tokenizer: str | None = None,
-        chat_template: str | None = None,
-        max_length: int | None = None,
+        tokenizer: str | Path | None = None,
+        chat_template: str | Path | None = None,
+        max_length: Tokens | None = None,
         overflow: Overflow = "drop",
-        tokens_per_batch: int | None = None,
+        tokens_per_batch: Tokens | None = None,
         packing: Packing = "packed",
         invalid_rows: Literal["error", "skip"] = "error",
-        predict_batch_size: int = 16,
-        num_workers: int | None = None,
+        predict_batch_size: Count = 16,
+        num_workers: Index | None = None,
         streaming: bool = False,
-        buffer_rows: int = 4096,
-        cache: str | None = "~/.cache/lightning-sft/data",
-        seed: int = 0,
+        buffer_rows: Count = 4096,
+        cache: str | Path | None = "~/.cache/lightning-sft/data",
+        seed: Index = 0,
     ) -> None:
         super().__init__()
+        check_arguments(SFTDataModule, locals(), "data")
         given = {"train": train, "val": val, "test": test, "predict": predict}
         self.sources: dict[str, Mixture | Source | None] = {name: plain(source) for name, source in given.items()}
         self.format, self.columns = format, plain(columns)
-        self.tokenizer_name, self.chat_template = tokenizer, chat_template
+        self.tokenizer_name: str | None = plain(tokenizer)
+        self.chat_template: str | None = plain(chat_template)
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
         self.overflow: Overflow = overflow
         self.invalid_rows, self.predict_batch_size = invalid_rows, predict_batch_size
         self.num_workers, self.cache, self.seed = num_workers, cache, seed
         self.streaming, self.buffer_rows = streaming, buffer_rows
         self.sample_rows = 100  # of a stream: they are read before the training begins, since most mistakes show there
-        self._asked: dict[str, Any] = {"tokenizer": tokenizer, "packing": packing, "max_length": max_length}
+        self._asked: dict[str, Any] = {"tokenizer": plain(tokenizer), "packing": packing, "max_length": max_length}
         self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalisation of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sft.arguments import Index, NonNegative, Range, check_arguments, made
 from lightning_sft.data.loader import PromptBatch, PromptLoader
 from lightning_sft.modes import evaluating
 from lightning_sft.trainer_facts import data_parallel, gather
@@ -28,22 +29,19 @@ class Sampling:
             the batch that a row is in nor the number of devices has a say.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    temperature: NonNegative = 0.0
+    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
+    top_k: Index = 0
+    seed: Index = 0
 
     def __post_init__(self) -> None:
-        if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
-            raise InputError(
-                f"Sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, got temperature={self.temperature}, "
-                f"top_p={self.top_p}, top_k={self.top_k}."
-            )
+        check_arguments(Sampling, vars(self))
 
     @classmethod
     def of(cls, given: Sampling | Mapping[str, Any] | None) -> Sampling:
         """The same from the plain dictionary that a checkpoint has of it."""
-        return cls(**given) if isinstance(given, Mapping) else given or cls()
+        found: Sampling = made(cls, {} if given is None else given)
+        return found
 
 
 def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

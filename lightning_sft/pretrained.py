@@ -24,7 +24,7 @@ from lightning_sft.types import InputError
 
 
 def load_model(
-    pretrained: str,
+    pretrained: str | Path,
     attn_implementation: str | None = None,
     quantization: Any = None,
     dtype: torch.dtype | None = None,
@@ -43,6 +43,7 @@ def load_model(
     Raises:
         InputError: When there is no such model, or it is not a causal language model.
     """
+    pretrained = str(pretrained)
     given = {"attn_implementation": attn_implementation, "quantization_config": quantization}
     kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     kwargs["dtype"] = dtype or torch.get_default_dtype()
@@ -73,7 +74,7 @@ def load_architecture(pretrained: str) -> dict[str, Any]:
 
 
 def load_tokenizer(
-    pretrained: str, chat_template: str | None = None, new_tokens: Sequence[str] = ()
+    pretrained: str | Path, chat_template: str | Path | None = None, new_tokens: Sequence[str] = ()
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a pretrained model, with a chat template.
 
@@ -90,20 +91,20 @@ def load_tokenizer(
         path = Path(chat_template)
         if not path.is_file():
             raise InputError(
-                f"There is no chat template file {chat_template!r}. data.chat_template takes a Jinja file."
+                f"There is no chat template file {str(chat_template)!r}. data.chat_template takes a Jinja file."
             )
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise InputError(
-            f"The tokenizer of {pretrained!r} has no chat template, so it is not known how it marks turns. "
+            f"The tokenizer of {str(pretrained)!r} has no chat template, so it is not known how it marks turns. "
             "Give one with data.chat_template=FILE.jinja, or start from an instruction-tuned model."
         )
     return tokenizer
 
 
-def plain_tokenizer(pretrained: str, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+def plain_tokenizer(pretrained: str | Path, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The same as :func:`load_tokenizer`, whether there is a chat template or not."""
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, pretrained, "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, str(pretrained), "tokenizer")
     if new_tokens:
         added = [AddedToken(token, special=True, normalized=False) for token in new_tokens]
         tokenizer.add_tokens(added, special_tokens=True)

@@ -14,9 +14,11 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.callbacks.ledger import cut_off, lines_of
 from lightning_sft.data.report import figures, histogram, targets_in_words
 from lightning_sft.export.run_facts import run_facts
+from lightning_sft.plain import plain
 from lightning_sft.trainer_facts import is_between_steps
 
 RECORD, METRICS = "run.json", "metrics.jsonl"
@@ -33,8 +35,9 @@ class RunRecord(Callback):
         flush_every: Steps whose figures stay on the device before they are written together.
     """
 
-    def __init__(self, dirpath: str | None = None, every_n_steps: int = 1, flush_every: int = 20) -> None:
-        self.dirpath, self.every_n_steps, self.flush_every = dirpath, every_n_steps, flush_every
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: Count = 1, flush_every: Count = 20) -> None:
+        check_arguments(RunRecord, locals())
+        self.dirpath, self.every_n_steps, self.flush_every = plain(dirpath), every_n_steps, flush_every
         self._lines: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._untrained: dict[str, Tensor] = {}  # figures of the pretrained model
         self._validated: int | None = None  # a step whose validation, which a resumed run does again, is on the disk

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_sft.arguments import Count, check_arguments, made
 from lightning_sft.callbacks.record import folder_of
 from lightning_sft.data.dataset import load_prompts
 from lightning_sft.data.pieces import visible
@@ -41,16 +42,16 @@ class SampleGenerations(Callback):
 
     def __init__(
         self,
-        prompts: int | list[str] = 4,
-        max_new_tokens: int | None = 128,
+        prompts: Count | list[str] = 4,
+        max_new_tokens: Count | None = 128,
         sampling: Sampling | None = None,
-        batch_size: int = 16,
+        batch_size: Count = 16,
         console: bool = True,
     ) -> None:
-        if not prompts or (isinstance(prompts, int) and prompts < 0):
-            raise InputError(f"SampleGenerations needs a positive number of prompts or some texts, got {prompts!r}.")
-        prompts = plain(prompts)
-        self.prompts, self.max_new_tokens, self.sampling = prompts, max_new_tokens, sampling
+        check_arguments(SampleGenerations, locals())
+        if not prompts:
+            raise InputError("SampleGenerations.prompts is an empty list; give a number of rows, or some texts.")
+        self.prompts, self.max_new_tokens, self.sampling = plain(prompts), max_new_tokens, made(Sampling, sampling)
         self.batch_size, self.console = batch_size, console
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

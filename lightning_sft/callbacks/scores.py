@@ -10,6 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.answer_scores import extracted, scores
+from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.generation import answer_all
 from lightning_sft.guards import check_data, check_module
 from lightning_sft.types import InputError
@@ -36,10 +37,11 @@ class ScoreAnswers(Callback):
         extract: str = "",
         rouge: bool = False,
         bleu: bool = False,
-        first: int | None = None,
-        batch_size: int | None = None,
+        first: Count | None = None,
+        batch_size: Count | None = None,
         filename: str = "answers.jsonl",
     ) -> None:
+        check_arguments(ScoreAnswers, locals())
         if extract:
             extracted("", extract)  # refuses what is no expression before anything is computed
         self.extract, self.rouge, self.bleu = extract or None, rouge, bleu

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lightning_sft.pretrained import load_model, model_from_config, new_token_ids
 from lightning_sft.tuning import adapter_checkpoints, new_tokens
 from lightning_sft.tuning.adapters import Lora, inject, widen
-from lightning_sft.tuning.base_dtype import BaseDtype, base_dtype, is_stored_in_bfloat16
+from lightning_sft.tuning.base_dtype import base_dtype, is_stored_in_bfloat16
 from lightning_sft.tuning.freezing import choose
 from lightning_sft.tuning.quantized import Bits, keep_differentiable, quantization
 from lightning_sft.types import InputError
@@ -58,10 +58,6 @@ class Tuning:
             )
         strategy = None if trainer is None else trainer.strategy
         asked = None if self.lora is None else self.lora.base_dtype
-        if asked is not None and asked not in get_args(BaseDtype):
-            raise InputError(
-                f"model.lora.base_dtype is {asked!r}; expected bfloat16, float32, or null for the default."
-            )
         if asked is not None and self.quantize is not None:
             raise InputError(
                 f"model.quantize={self.quantize} says how the base is stored, and so does "
