@@ -8,6 +8,7 @@ function does, for every public constructor: choices are those of ``Literal``, r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -56,7 +57,7 @@ Count = Annotated[int, Range(ge=1)]
 """A number of things of which there is at least one."""
 
 Index = Annotated[int, Range(ge=0)]
-"""A whole number from 0, as a seed."""
+"""An integer from 0, as a seed."""
 
 NonNegative = Annotated[float, Range(ge=0)]
 """A number that is 0 or more."""
@@ -111,6 +112,20 @@ def made(of: Callable[..., _T], given: Any) -> Any:
     return of(**given)
 
 
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """A refusal inside that jsonargparse has put among the reasons of a union's other types comes out by itself."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is None or cause is error:
+            raise
+        raise cause from None
+
+
 @lru_cache
 def _hints(of: Any) -> dict[str, Any]:
     function: Any = vars(of)["__init__"] if isinstance(of, type) else of
@@ -139,10 +154,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 _WORDS = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
     bool: "true or false",
-    str: "a text",
+    str: "a string",
     Path: "a path",
     NoneType: "null",
     dict: "a dictionary",
@@ -161,7 +176,7 @@ def _described(hint: Any) -> Iterator[str]:
     elif origin is Literal:
         yield from map(str, inner)
     elif origin in (list, Sequence):
-        yield f"a list of {'texts' if inner == (str,) else 'values'}"
+        yield f"a list of {'strings' if inner == (str,) else 'values'}"
     else:
         kind = origin or hint
         yield _WORDS.get(kind) or f"{getattr(kind, '__name__', kind)}"

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_sft import __version__
+from lightning_sft.arguments import unwrapped
 from lightning_sft.callbacks import PredictionWriter
 from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
@@ -133,12 +134,14 @@ def main(args: ArgsType = None) -> Any:
         "auto_configure_optimizers": False,
     }
     if isinstance(given, list) and given[0] in CONFIG_VERBS:
-        cli = CONFIG_VERBS[given[0]](**arguments, args=given[1:], run=False)
+        with unwrapped():
+            cli = CONFIG_VERBS[given[0]](**arguments, args=given[1:], run=False)
         if not cli.passes:
             sys.exit(1)
         return cli
     arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": {"description": _DESCRIPTION}}
-    return SFTCLI(**arguments, args=given)
+    with unwrapped():
+        return SFTCLI(**arguments, args=given)
 
 
 VERBS: dict[str, Callable[..., Any]] = {

@@ -81,9 +81,9 @@ def test_what_the_model_was_published_with_does_not_change_how_tokens_are_chosen
 
 
 def test_a_temperature_that_is_no_temperature_is_refused() -> None:
-    with pytest.raises(InputError, match="temperature=-1"):
+    with pytest.raises(InputError, match=r"Sampling.temperature is -1; expected a number >= 0"):
         Sampling(-1)
-    with pytest.raises(InputError, match="top_p=0"):
+    with pytest.raises(InputError, match=r"Sampling.top_p is 0; expected a number > 0 and <= 1"):
         Sampling(1.0, top_p=0)
 
 

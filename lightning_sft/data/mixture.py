@@ -61,7 +61,7 @@ class Mixture:
     lightning_sft.types.InputError: Either all parts of a mixture have a share or none: 'chat' has none.
     """
 
-    parts: dict[str, str | Path | Part]
+    parts: dict[str, Part | str | Path]
     by: Literal["rows", "targets"] = "rows"
     temperature: Positive | None = None
 

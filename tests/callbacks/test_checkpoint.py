@@ -93,7 +93,7 @@ def test_a_users_own_checkpoints_are_written_whole_too(fit: Callable[..., Traine
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
-    with pytest.raises(InputError, match=r"keep_last must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"SafeCheckpoint.keep_last is 0; expected an integer >= 1"):
         SafeCheckpoint(keep_last=0)
     with pytest.raises(InputError, match=r"writes to a disk, got dirpath='s3://b'. Use Lightning's ModelCheckpoint"):
         SafeCheckpoint("s3://b")
