@@ -123,12 +123,15 @@ def main(args: ArgsType = None) -> Any:
             return auto_cli(write_report, args=given[1:])
         if given[0] in VERBS:
             return auto_cli(VERBS[given[0]], args=given[1:], as_positional=False)
-    own_model, own_data = _names_a_class("model", given), _names_a_class("data", given)
+    own_model, own_data = _own_class("model", given), _own_class("data", given)
+    if isinstance(given, list) and not given[0].startswith("-"):  # a config's section is then read as that of the class
+        own = {"--model": own_model, "--data": own_data}
+        given = [given[0], *(f"{flag}={name}" for flag, name in own.items() if name), *given[1:]]
     arguments: dict[str, Any] = {
         "model_class": LightningModule if own_model else SFTModule,
         "datamodule_class": LightningDataModule if own_data else SFTDataModule,
-        "subclass_mode_model": own_model,
-        "subclass_mode_data": own_data,
+        "subclass_mode_model": own_model is not None,
+        "subclass_mode_data": own_data is not None,
         "seed_everything_default": 0,
         "trainer_defaults": {"max_epochs": 1},
         "auto_configure_optimizers": False,
@@ -173,9 +176,14 @@ _NOISE = (  # of other packages, about which users can do nothing
 
 
 def console() -> None:
-    """``main`` for the shell: what the user can put right is one message, not a traceback."""
+    """``main`` for the shell: what the user can put right is one message, not a traceback.
+
+    Classes of the current folder can be named, as with ``python -m``, unless Python runs with ``-P``.
+    """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed package
     if sys.argv[1:2] == ["fit"]:
         expand_segments(os.environ)
     try:
@@ -186,19 +194,22 @@ def console() -> None:
         print(result)
 
 
-def _names_a_class(key: str, args: Any) -> bool:
-    """Whether the user brings a class of their own for ``model`` or ``data``; if not, the help is flat."""
-    if isinstance(args, Mapping):
-        return any("class_path" in (config.get(key) or {}) for config in args.values() if isinstance(config, Mapping))
-    for flag, value in _flags(args):
+def _own_class(key: str, args: Any) -> str | None:
+    """The class that the user brings for ``model`` or ``data``, the last that is named; if none, the help is flat."""
+    found = None
+    for section in args.values() if isinstance(args, Mapping) else ():
+        found = _class_path(section, key) or found
+    for flag, value in _flags(args) if isinstance(args, list) else ():
         if flag == f"--{key}.class_path" or (flag == f"--{key}" and not value.endswith((".yaml", ".yml"))):
-            return True
+            found = value
         if flag in ("--config", "-c") and Path(value).is_file():
-            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            section = config.get(key) if isinstance(config, Mapping) else None
-            if isinstance(section, Mapping) and "class_path" in section:
-                return True
-    return False
+            found = _class_path(yaml.safe_load(Path(value).read_text(encoding="utf-8")), key) or found
+    return found
+
+
+def _class_path(config: Any, key: str) -> str | None:
+    section = config.get(key) if isinstance(config, Mapping) else None
+    return section.get("class_path") if isinstance(section, Mapping) else None
 
 
 def _flags(args: Sequence[str]) -> list[tuple[str, str]]:
