@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
@@ -82,9 +81,9 @@ class Speaker:
             pieces.append(text)
             say(printable(text))
 
-        streaming = _Streaming(self.model, _Pieces(self.tokenizer, take))
+        batch = PromptBatch([prompt], self.tokenizer).to(self.model.device)
         try:
-            [row] = answers(streaming, PromptBatch([prompt], self.tokenizer).to(self.model.device), room, sampling)
+            [row] = answers(self.model, batch, room, sampling, streamer=_Pieces(self.tokenizer, take))
         except KeyboardInterrupt:
             return "".join(pieces)
         return str(row["prediction"])
@@ -110,16 +109,6 @@ class _Pieces(TextStreamer):
         """Hand it on."""
         if text:
             self.take(text)
-
-
-class _Streaming:
-    """A model whose ``generate`` streams."""
-
-    def __init__(self, model: Any, streamer: TextStreamer) -> None:
-        self.model, self.streamer, self.generation_config = model, streamer, model.generation_config
-
-    def generate(self, **settings: Any) -> Any:
-        return self.model.generate(**settings, streamer=self.streamer)
 
 
 def _load(name: str, chat_template: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -197,6 +197,11 @@ class SFTModule(LightningModule):
         """How many token ids the model knows; ``None`` before it is loaded."""
         return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings
 
+    @property
+    def num_positions(self) -> int | None:
+        """Size of the model's table of positions; ``None`` where there is none, or before the model is loaded."""
+        return None if self.model is None else loading.num_positions(self.model)
+
     def forward(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model."""
         assert self.scorer is not None, "configure_model has not been called"

@@ -138,6 +138,14 @@ def context_length(pretrained: str) -> int | None:
     return int(length) if length else None
 
 
+def num_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has a table of, learned or not; ``None`` where they are computed, and have no end."""
+    size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    shapes = (getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors if re.search("wpe|pos", name))
+    return size if size and any(len(shape) > 1 and shape[0] >= size for shape in shapes) else None
+
+
 def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The model without its head, and the head from H to V.
 

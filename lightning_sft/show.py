@@ -15,7 +15,7 @@ from lightning_sft.arguments import Index, check_arguments
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.audit import Finding, Thresholds, audit
 from lightning_sft.data.dataset import Split
-from lightning_sft.data.loader import EpochLoader, pad_token_id
+from lightning_sft.data.loader import EpochLoader
 from lightning_sft.data.pieces import PieceReader
 from lightning_sft.data.planned import Planned
 from lightning_sft.data.report import show_details, show_figures
@@ -64,7 +64,7 @@ def show(
     check_arguments(show, locals())
     is_stream, fit_stops = data.streaming, _set_up(data, module, trainer)
     assert data.tokenizer is not None
-    console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), pad_token_id(data.tokenizer)
+    console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), data.pad_id
     train = Walk(cast(EpochLoader, data.train_dataloader()), pad_id)
     val: Iterable[Placed] = Walk(data.val_dataloader(), pad_id) if "val" in data.splits else ()
 

@@ -17,7 +17,7 @@ from lightning_sft.callbacks.record import folder_of
 from lightning_sft.data.dataset import load_prompts
 from lightning_sft.data.pieces import visible
 from lightning_sft.generation import Sampling, answer_all
-from lightning_sft.guards import check_data, check_module
+from lightning_sft.guards import check_data, check_module, check_prompts
 from lightning_sft.plain import plain
 from lightning_sft.types import InputError, Prompt
 
@@ -58,11 +58,12 @@ class SampleGenerations(Callback):
         """Find the prompts, and ask the pretrained model.
 
         Raises:
-            InputError: With a module or data of another kind.
+            InputError: With a module or data of another kind, or a prompt that leaves no position for an answer.
         """
         check_module(self, pl_module)
         check_data(self, trainer.datamodule)
         self._chosen = _prompts(trainer.datamodule, self.prompts)
+        check_prompts(self._chosen, getattr(pl_module, "num_positions", None))
         self._questions = [_question(trainer.datamodule.tokenizer, prompt) for prompt in self._chosen]
         self._folder, self._before = folder_of(trainer) / FOLDER, {}
         first = self._folder / "step=00000000.jsonl"

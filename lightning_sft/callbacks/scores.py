@@ -51,22 +51,20 @@ class ScoreAnswers(Callback):
         """Refuse what it cannot ask.
 
         Raises:
-            InputError: With a module or data of another kind.
+            InputError: With a module or data of another kind, when no row has an answer to compare with, or a prompt
+                leaves the model no position for an answer.
         """
         check_module(self, pl_module)
         check_data(self, trainer.datamodule)
+        prompts = trainer.datamodule.prompts_of("test", self.first)
+        self._prompts = [prompt for prompt in prompts if prompt.reference is not None]
+        if not self._prompts:
+            raise InputError("ScoreAnswers needs rows with answers: data.test has none.")
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Generate, write and score.
-
-        Raises:
-            InputError: When no row has an answer to compare with.
-        """
+        """Generate, write and score."""
         data = trainer.datamodule
-        prompts = [prompt for prompt in data.prompts_of("test", self.first) if prompt.reference is not None]
-        if not prompts:
-            raise InputError("ScoreAnswers needs rows with answers: data.test has none.")
-        rows = answer_all(pl_module, prompts, data.tokenizer, self.batch_size or data.predict_batch_size)
+        rows = answer_all(pl_module, self._prompts, data.tokenizer, self.batch_size or data.predict_batch_size)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,6 @@ from rich.console import Console
 from lightning_sft.arguments import NonNegative, check_arguments
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.collate import collate
-from lightning_sft.data.loader import pad_token_id
 from lightning_sft.data.planned import Planned
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.kernels import COMPILES_FROM
@@ -129,7 +128,7 @@ def largest(planned: Planned, data: SFTDataModule) -> Batch:
         return int(positions), int(examples.num_targets[list(indices)].sum())
 
     chosen = max((micro.examples for micro in micro_batches), key=size)
-    return collate([examples[i] for i in chosen], 1.0, packed=packed, pad_id=pad_token_id(data.tokenizer))
+    return collate([examples[i] for i in chosen], 1.0, packed=packed, pad_id=data.pad_id)
 
 
 def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any) -> dict[str, Any]:
