@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
@@ -20,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lightning_sft.tuning.base_dtype import weight_files
 from lightning_sft.types import InputError
 
 
@@ -41,13 +44,14 @@ def load_model(
         dtype: Of its parameters, as for a base that is not trained.
 
     Raises:
-        InputError: When there is no such model, or it is not a causal language model.
+        InputError: When there is no such model, it is not a causal language model, or not all of it would be loaded.
     """
     pretrained = str(pretrained)
     given = {"attn_implementation": attn_implementation, "quantization_config": quantization}
     kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     kwargs["dtype"] = dtype or torch.get_default_dtype()
-    model = _load(AutoModelForCausalLM, pretrained, "causal language model", **kwargs)
+    model, info = _load(AutoModelForCausalLM, pretrained, "causal language model", output_loading_info=True, **kwargs)
+    _check_whole(model, pretrained, info)
     if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the mark would forbid saving them
         del model.hf_quantizer, model.config.quantization_config
     return _prepare(model)
@@ -162,6 +166,49 @@ def names_kept_in_float32(model: PreTrainedModel) -> re.Pattern[str] | None:
     """What transformers leaves in float32 when it loads a model in bfloat16: a pattern to search tensors' names for."""
     names = getattr(model, "_keep_in_fp32_modules_strict", None)
     return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(names))) if names else None
+
+
+_COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|(inv_freq|causal_mask|position_ids|version)$")
+"""Tensors in files of older versions that are computed today."""
+
+
+def _check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint with parts that were not loaded, which an export would lack, or without some of the model's.
+
+    transformers does not speak of parts that an architecture passes over on purpose, as the vision tower of a model
+    whose text is loaded alone; those are found by their names in the files.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if missing := sorted(parameters & set(info["missing_keys"])):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{pretrained!r} has no weights for {missing[0]}{more}: they would be random. Give a complete "
+            "checkpoint of a causal language model."
+        )
+    names = [name.split(".") for name in model.state_dict()]
+    left, passed_over = set(info["unexpected_keys"]), getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    if passed_over:
+        ends = {".".join(parts[begin:]) for parts in names for begin in range(len(parts))}  # a backbone has no prefix
+        ignored = re.compile("|".join(passed_over))
+        for path in weight_files(pretrained):
+            with safe_open(path, framework="pt") as file:
+                left |= {name for name in file.keys() if ignored.search(name) and name not in ends}  # noqa: SIM118
+    modules = {".".join(parts[:end]) for parts in names for end in range(len(parts))}
+    found = Counter(_part(name, modules) for name in left if not _COMPUTED.search(name))
+    if found:
+        listed = ", ".join(f"{part} ({count} tensors)" for part, count in found.most_common(5))
+        raise InputError(
+            f"{pretrained!r} has parts that {type(model).__name__} does not load, so what is exported would be without "
+            f"them: {listed}. To train without them, save what is loaded by itself: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER), and the tokenizer likewise."
+        )
+
+
+def _part(name: str, modules: set[str]) -> str:
+    """The outermost module of a tensor that is none of the model's."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if prefix not in modules), name)
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
