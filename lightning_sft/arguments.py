@@ -7,9 +7,10 @@ function does, for every public constructor: choices are those of ``Literal``, r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from numbers import Integral, Real
@@ -21,7 +22,6 @@ from lightning_sft.plain import plain
 from lightning_sft.types import InputError
 
 
-@dataclass(frozen=True, repr=False)
 class Range:
     """The numbers that an argument may be, written into its annotation; NaN is in none.
 
@@ -35,10 +35,10 @@ class Range:
     (>= 0 and < 1, True, False)
     """
 
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
+    def __init__(
+        self, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None
+    ) -> None:
+        self.ge, self.gt, self.le, self.lt = ge, gt, le, lt
 
     def __contains__(self, value: Any) -> bool:
         return (
@@ -64,6 +64,18 @@ NonNegative = Annotated[float, Range(ge=0)]
 
 Fraction = Annotated[float, Range(ge=0, le=1)]
 """A part of a whole."""
+
+Positive = Annotated[float, Range(gt=0, lt=math.inf)]
+"""A finite number greater than 0."""
+
+BelowOne = Annotated[float, Range(ge=0, lt=1)]
+"""A part that is not the whole."""
+
+AboveZero = Annotated[float, Range(gt=0, le=1)]
+"""A part that is not nothing."""
+
+Tokens = Annotated[int, Range(ge=2)]
+"""Tokens of a sequence with a target: the first has no context."""
 
 _T = TypeVar("_T")
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.arguments import Count, Index, Range, check_arguments
+from lightning_sft.arguments import Count, Index, Tokens, check_arguments
 from lightning_sft.callbacks.predictions import PredictionWriter
 from lightning_sft.data.blocks import Shape
 from lightning_sft.data.chunks import Recipe
@@ -34,9 +34,6 @@ from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.trainer_facts import Division, data_parallel, gather, on_cuda, place
 from lightning_sft.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
-
-Tokens = Annotated[int, Range(ge=2)]
-"""Of a sequence with a target: the first token has no context."""
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from lightning_sft.arguments import Index, NonNegative, Range, check_arguments, made
+from lightning_sft.arguments import AboveZero, Index, NonNegative, check_arguments, made
 from lightning_sft.data.loader import PAD_ID, PromptBatch, PromptLoader
 from lightning_sft.guards import check_prompts
 from lightning_sft.modes import evaluating
@@ -36,7 +36,7 @@ class Sampling:
     """
 
     temperature: NonNegative = 0.0
-    top_p: Annotated[float, Range(gt=0, le=1)] = 1.0
+    top_p: AboveZero = 1.0
     top_k: Index = 0
     seed: Index = 0
 

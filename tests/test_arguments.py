@@ -14,6 +14,7 @@ import pytest
 
 import lightning_sft
 from lightning_sft import Batch, Mixture, Part, SFTDataModule, SFTModule, __version__, callbacks, log_likelihood
+from lightning_sft.arguments import Range
 from lightning_sft.attention.choice import Attention
 from lightning_sft.chat import chat
 from lightning_sft.data.audit import Thresholds
@@ -50,7 +51,7 @@ def documented() -> Iterator[Any]:
 def public() -> list[Any]:
     own = {getattr(lightning_sft, name) for name in lightning_sft.__all__} - {Batch, log_likelihood, __version__}
     own |= {getattr(callbacks, name) for name in callbacks.__all__}
-    return sorted({*own, *documented(), *NOT_IN_API} - {Attention, Kernels}, key=lambda one: str(one.__name__))
+    return sorted({*own, *documented(), *NOT_IN_API} - {Attention, Kernels, Range}, key=lambda one: str(one.__name__))
 
 
 def hints(of: Any) -> dict[str, Any]:

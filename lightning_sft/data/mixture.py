@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from lightning_sft.arguments import Range, check_arguments, made
+from lightning_sft.arguments import Positive, check_arguments, made
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.sources import Source
 from lightning_sft.plain import plain
 from lightning_sft.types import InputError
-
-Positive = Annotated[float, Range(gt=0, lt=math.inf)]
 
 
 @dataclass

@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_sft.arguments import Count, Range, check_arguments, made
+from lightning_sft.arguments import BelowOne, Count, check_arguments, made
 from lightning_sft.modes import narrow
 from lightning_sft.tuning import new_tokens, quantized
 from lightning_sft.tuning.base_dtype import BaseDtype
@@ -43,7 +43,7 @@ class Lora:
 
     r: Count = 16
     alpha: Count = 32
-    dropout: Annotated[float, Range(ge=0, lt=1)] = 0.0
+    dropout: BelowOne = 0.0
     targets: Literal["all-linear"] | list[str] = "all-linear"
     exclude: list[str] = field(default_factory=list)
     dora: bool = False
