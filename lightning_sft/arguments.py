@@ -75,7 +75,7 @@ AboveZero = Annotated[float, Range(gt=0, le=1)]
 """A part that is not nothing."""
 
 Tokens = Annotated[int, Range(ge=2)]
-"""Tokens of a sequence with a target: the first has no context."""
+"""A number of tokens of which one can be a target, since the first has no context."""
 
 _T = TypeVar("_T")
 

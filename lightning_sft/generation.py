@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from lightning_sft.arguments import AboveZero, Index, NonNegative, check_arguments, made
 from lightning_sft.data.loader import PAD_ID, PromptBatch, PromptLoader
@@ -100,7 +99,7 @@ def answers(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     in_step: bool = False,
-    streamer: BaseStreamer | None = None,
+    streamer: Any = None,
 ) -> list[dict[str, Any]]:
     """Answers of a transformers model: one row a prompt.
 
@@ -113,7 +112,7 @@ def answers(
         max_new_tokens: Maximum number of tokens of an answer.
         sampling: How tokens are chosen; the likeliest by default.
         in_step: Whether all ranks have to take equally many steps, since they share the model.
-        streamer: Gets the tokens of a single prompt as they come.
+        streamer: Of transformers; gets the tokens of a single prompt as they come.
 
     Returns:
         Rows of ``source`` (``file:line``), ``prediction`` and ``reference`` (``None`` where the data has none).
