@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from inspect import signature
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,8 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
+from lightning_sft.arguments import Count, Fraction, NonNegative, check_arguments
 from lightning_sft.attention.choice import Attention, check_asked, probed
-from lightning_sft.chunked_head import check_chunk_size
 from lightning_sft.evaluation import Evaluation
 from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import Sampling, answers
@@ -31,7 +32,7 @@ from lightning_sft.modes import in_default_dtype
 from lightning_sft.optimizers import parameter_groups
 from lightning_sft.plain import plain
 from lightning_sft.precision import follow_autocast
-from lightning_sft.recompute import Checkpointing, check_checkpointing, checkpoint_layers
+from lightning_sft.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
 from lightning_sft.run_folder import SHARDED, write_whole
 from lightning_sft.schedules import Schedule, learning_rate_factor
@@ -92,29 +93,29 @@ class SFTModule(LightningModule):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | Path,
         normalize: Normalize = "token",
         optimizer: OptimizerCallable = lambda groups: AdamW(groups, lr=2e-5, weight_decay=0.01, fused=True),
         schedule: Schedule = "cosine",
-        warmup: float = 0.03,
+        warmup: Fraction = 0.03,
         gradient_checkpointing: Checkpointing = False,
         kernels: KernelName = "auto",
         attn_implementation: str | None = None,
-        chunk_size: int | None = None,
-        max_new_tokens: int = 256,
+        chunk_size: Count | None = None,
+        max_new_tokens: Count = 256,
         sampling: Sampling | None = None,
         lora: Lora | None = None,
         quantize: Bits | None = None,
         new_tokens: list[str] | None = None,
         frozen: list[str] | None = None,
         trained: list[str] | None = None,
-        neftune_alpha: float | None = None,
+        neftune_alpha: NonNegative | None = None,
         hf_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_chunk_size(chunk_size)
+        check_arguments(SFTModule, locals(), "model")
+        pretrained = str(pretrained)
         self.save_hyperparameters(ignore=["optimizer", "hf_config"])
-        check_checkpointing(gradient_checkpointing)
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
@@ -204,6 +205,11 @@ class SFTModule(LightningModule):
     def num_embeddings(self) -> int | None:
         """How many token ids the model knows; ``None`` before it is loaded."""
         return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings
+
+    @property
+    def num_positions(self) -> int | None:
+        """Size of the model's table of positions; ``None`` where there is none, or before the model is loaded."""
+        return None if self.model is None else loading.num_positions(self.model)
 
     def forward(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model."""

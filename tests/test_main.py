@@ -122,6 +122,48 @@ def test_a_user_brings_their_own_classes_by_path_or_in_yaml(
     assert type(cli.model).__name__ == "MyModule"
 
 
+@pytest.mark.parametrize("verb", ["fit", "show"])
+@pytest.mark.parametrize("place", ["before", "after", "in another config"])
+def test_a_class_may_be_named_before_and_after_a_config_of_ours(
+    arguments: list[str], tmp_path: Path, verb: str, place: str
+) -> None:
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.25}}
+    ours, own = tmp_path / "ours.yaml", tmp_path / "own.yaml"
+    ours.write_text(yaml.safe_dump({"model": {"pretrained": arguments[1], "optimizer": adam, "warmup": 0.5}}))
+    own.write_text(yaml.safe_dump({"model": {"class_path": f"{__name__}.MyModule", "init_args": {"chunk_size": 7}}}))
+    config, named = ["--config", str(ours)], ["--model", f"{__name__}.MyModule", "--model.chunk_size", "7"]
+    flags = {
+        "before": [*named, *config],
+        "after": [*config, *named],
+        "in another config": [*config, "--config", str(own)],
+    }[place]
+    cli = main([verb, *flags, *arguments[2:], *(["--trainer.max_steps", "1"] if verb == "fit" else [])])
+    assert isinstance(cli.model, MyModule)
+    assert (cli.model.warmup, cli.model.chunk_size) == (0.5, 7)
+    assert type(cli.model.optimizer([torch.nn.Parameter(torch.ones(2))])) is torch.optim.Adam
+
+
+@pytest.mark.parametrize("settings", [{}, {"PYTHONSAFEPATH": "1"}])
+def test_the_console_script_finds_classes_of_the_current_folder_but_nothing_there_hides_a_package(
+    arguments: list[str], tmp_path: Path, settings: dict[str, str]
+) -> None:
+    (tmp_path / "losses.py").write_text("from lightning_sft import SFTModule\n\n\nclass Mine(SFTModule): ...\n")
+    (tmp_path / "yaml.py").write_text("raise SystemExit('not the package')")
+    script = tmp_path / "elsewhere" / "lightning-sft"
+    script.parent.mkdir()
+    script.write_text("from lightning_sft.main import console\nconsole()\n")
+    where = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(script), "fit", "--model", "losses.Mine", *arguments, "--print_config"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, **where, **settings}
+    )
+    if settings:
+        assert "losses" in done.stderr
+        assert done.returncode != 0
+    else:
+        assert "class_path: losses.Mine" in done.stdout
+
+
 def test_columns_of_other_names_are_mapped_in_yaml(arguments: list[str], tmp_path: Path, jsonl: Any) -> None:
     path = jsonl([{"question": f"What is {i}?", "answer": f"{i} it is"} for i in range(4)], "questions.jsonl")
     data = {"train": path, "columns": {"prompt": "question", "completion": "answer"}}
