@@ -30,7 +30,7 @@ from lightning_sft.kernels import KERNELS, KernelName, Kernels
 from lightning_sft.metrics import NUM_SUMS, figures_by_part, sums_by_part
 from lightning_sft.modes import in_default_dtype
 from lightning_sft.optimizer_modes import TRAINED, Modes, check_strategy
-from lightning_sft.optimizers import OptimizerPart, make_optimizer
+from lightning_sft.optimizers import OptimizerPart, described, make_optimizer
 from lightning_sft.plain import plain
 from lightning_sft.precision import follow_autocast
 from lightning_sft.recompute import Checkpointing, check_checkpointing, checkpoint_layers
@@ -354,6 +354,8 @@ class SFTModule(LightningModule):
         named = ((name.removeprefix("scorer.model."), parameter) for name, parameter in self.named_parameters())
         optimizer = make_optimizer(self.optimizer, named, self.learning_rate)
         check_strategy(optimizer, self.trainer.strategy)
+        if type(optimizer) is not AdamW:
+            rank_zero_info(f"Optimizer: {described(optimizer)}.")
         # Lightning refuses to clip where a fused optimiser would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         if not self.trainer.strategy.handles_gradient_accumulation:  # else DeepSpeed lets go of them

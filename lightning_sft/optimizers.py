@@ -107,6 +107,16 @@ def parts_of(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "parts", [optimizer]))
 
 
+def described(optimizer: Optimizer) -> str:
+    """The classes of an optimizer, and their learning rates.
+
+    >>> described(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.5))
+    'SGD with a learning rate of 0.5'
+    """
+    rates = [(type(part).__name__, part.param_groups[0]["lr"]) for part in parts_of(optimizer)]
+    return ", ".join(f"{name} with a learning rate of {float(rate):g}" for name, rate in rates)
+
+
 class Chained(Optimizer):
     """Several optimizers of different parameters as one: a step is a step of each, a schedule is that of all.
 
@@ -133,7 +143,7 @@ class Chained(Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})
         self._join()
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Compute the gradients once, then update the parameters of each part."""
         loss = None
         if closure is not None:
@@ -188,7 +198,7 @@ def _load_states_as_saved(optimizer: Optimizer) -> None:
 
     def after(loaded: Optimizer) -> None:
         for number, parameter in zip(order, _parameters(loaded), strict=True):
-            own = loaded.state[parameter] if parameter in loaded.state else {}
+            own = loaded.state.get(parameter, {})
             for name, value in saved.get(number, {}).items():
                 if type(value) is Tensor and own[name].dtype != value.dtype:
                     own[name] = value.to(own[name].device, copy=True)
