@@ -236,8 +236,8 @@ def retune(trainer: Any, asked: Asked, saved: Asked | None, own: Any) -> None:
         trainer: Its optimizer has the groups of a checkpoint, if there is one.
         asked: Of the optimizer that was made now.
         saved: Of that of the checkpoint.
-        own: The module's own ``LambdaLR``. Another one, as of a subclass or of Lightning's learning-rate finder, is left
-            as it is.
+        own: The module's own ``LambdaLR``. Another one, as of a subclass or of Lightning's learning-rate finder, is
+            left as it is.
     """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if len(groups) != len(asked.groups):  # of a subclass that makes its optimizer otherwise

@@ -6,6 +6,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,27 @@ def test_an_epoch_that_max_steps_has_cut_goes_on_when_it_is_raised(
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), uninterrupted.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("data", [{}, {"streaming": True, "buffer_rows": 12}], ids=["planned", "stream"])
+@pytest.mark.parametrize("limit", [4, 5])
+def test_an_epoch_that_a_limit_has_cut_has_no_further_step_when_it_is_resumed_at_its_end(
+    dropping: str, tmp_path: Path, limit: int, data: dict[str, Any]
+) -> None:
+    settings = {"limit_train_batches": limit, "check_val_every_n_epoch": 3, **({"max_steps": 9} if data else {})}
+    run = Run({"val": None, **data}, settings, every_n_train_steps=1)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run.fit(dropping, whole)
+    run.fit(dropping, stopped, max_epochs=1)
+    [last] = (stopped / "checkpoints").glob(f"*step={-(-limit // 2)}.ckpt")
+    checkpoint = torch.load(last, weights_only=True)
+    inside = Place(**checkpoint[PLACE])
+    at_end = {"epoch": 0, "steps": -(-limit // 2), "micro_batches": limit, "is_last": True, "is_validated": True}
+    torch.save({**checkpoint, PLACE: {**asdict(inside), **at_end}}, last)  # as saved before the epoch's last hooks
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.fit(dropping, stopped)
+    assert_equal(whole, stopped)
+
+
 def test_settings_given_on_resuming_win_over_those_of_the_checkpoint(
     pretrained: str, quiet_trainer: Make, tmp_path: Path
 ) -> None:
@@ -257,6 +279,27 @@ def test_runs_that_are_killed_and_told_to_end_go_on_to_the_bit_and_with_other_ra
     assert set(elastic["ranks"]) == {1, 2}
     assert elastic["same_samples"]
     assert elastic["furthest"] < 1e-5
+
+
+def fuzz(folder: Path, first_seed: int, resumes: int, timeout: float) -> dict[str, Any]:
+    """What tests.fuzzing has found, in a process of its own."""
+    command = [sys.executable, "-m", "tests.fuzzing", str(folder), str(first_seed), str(resumes)]
+    found: dict[str, Any] = json.loads(run(command, timeout=timeout, without=["PL_GLOBAL_SEED"]).splitlines()[-1])
+    return found
+
+
+def test_runs_of_drawn_settings_are_the_same_when_they_are_interrupted(tmp_path: Path) -> None:
+    found = fuzz(tmp_path, 0, 4, 500)
+    assert found["resumes"] >= 4
+    assert not found["differ"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_two_hundred_resumes_of_drawn_settings_change_nothing(tmp_path: Path) -> None:
+    found = fuzz(tmp_path, 0, 200, 7000)
+    assert found["resumes"] >= 200
+    assert not found["differ"]
 
 
 @pytest.mark.slow

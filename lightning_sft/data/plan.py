@@ -94,7 +94,7 @@ class Plan:
         )
 
     def micro_batches(self, epoch: int, rank: int) -> list[MicroBatch]:
-        """The micro-batches that one rank uses in one epoch, in order: none beyond the limit, also of a resumed epoch."""
+        """The micro-batches that one rank uses in one epoch, in order: a resumed epoch ends at the limit, too."""
         random = None if self.seed is None else np.random.default_rng([self.seed, epoch])
         drawn = self.draw.epoch(epoch)
         ties = np.arange(len(drawn)) if random is None else random.permutation(len(drawn))
