@@ -6,7 +6,6 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,20 +141,19 @@ def test_an_epoch_that_max_steps_has_cut_goes_on_when_it_is_raised(
 def test_an_epoch_that_a_limit_has_cut_has_no_further_step_when_it_is_resumed_at_its_end(
     dropping: str, tmp_path: Path, limit: int, data: dict[str, Any]
 ) -> None:
+    class StopAtEnd(Callback):
+        """Interrupts when the checkpoint of the epoch's last step is there, and that of the epoch's end is not."""
+
+        def on_train_epoch_end(self, *args: Any) -> None:
+            raise InterruptionError
+
     settings = {"limit_train_batches": limit, "check_val_every_n_epoch": 3, **({"max_steps": 9} if data else {})}
     run = Run({"val": None, **data}, settings, every_n_train_steps=1)
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run.fit(dropping, whole)
-    run.fit(dropping, stopped, max_epochs=1)
-    [last] = (stopped / "checkpoints").glob(f"*step={-(-limit // 2)}.ckpt")
-    checkpoint = torch.load(last, weights_only=True)
-    inside = Place(**checkpoint[PLACE])
-    at_end = {"epoch": 0, "steps": -(-limit // 2), "micro_batches": limit, "is_last": True, "is_validated": True}
-    torch.save({**checkpoint, PLACE: {**asdict(inside), **at_end}}, last)  # as saved before the epoch's last hooks
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run.fit(dropping, stopped)
-    assert_equal(whole, stopped)
+    run.fit(dropping, tmp_path / "whole")
+    with pytest.raises(InterruptionError):
+        run.fit(dropping, tmp_path / "stopped", StopAtEnd())
+    run.fit(dropping, tmp_path / "stopped")
+    assert_equal(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_settings_given_on_resuming_win_over_those_of_the_checkpoint(
