@@ -177,9 +177,9 @@ def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr
     except ValueError as error:
         odd = [name for name, parameter in named if _num_dimensions(parameter) != 2]
         names = f" Not matrices are {', '.join(odd[:3])}{', …' if len(odd) > 3 else ''}." if odd else ""
+        hint = f"{names} An optimizer of matrices alone is one of model.optimizers, with patterns of what it takes."
         raise InputError(
-            f"The optimizer does not take its parameters or settings: {error}.{names} An optimizer of matrices alone, "
-            "as Muon, is one of model.optimizers, with patterns of the names that it takes."
+            f"The optimizer does not take its parameters or settings: {error}.{hint if '2D' in str(error) else ''}"
         ) from error
 
 

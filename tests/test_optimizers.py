@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,9 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import OptimizerInBackward
 from lightning_sft.optimizers import Chained, OptimizerPart, make_optimizer, parameter_groups
 from lightning_sft.types import InputError
+from tests import optimizing
 from tests.gradients import ROWS
+from tests.processes import torchrun
 from tests.test_optimizer_states import Rates
 
 Make = Callable[..., Trainer]
@@ -274,7 +277,7 @@ def test_parts_that_do_not_fit_the_parameters_are_refused_by_name(
 
 
 def test_muon_for_all_parameters_is_one_message(quiet_trainer: Make, pretrained: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is one of model\.optimizers"):
+    with pytest.raises(InputError, match=r"matrices alone is one of model\.optimizers"):
         fit(quiet_trainer, pretrained, tmp_path, optimizer=Muon)
 
 
@@ -298,3 +301,14 @@ def test_states_keep_the_dtype_that_they_were_saved_in() -> None:
 def test_groups_have_names_of_their_own() -> None:
     layer = nn.Linear(2, 2)
     assert [group["name"] for group in parameter_groups(layer.parameters())] == ["decay", "no_decay"]
+
+
+def test_parts_take_the_same_steps_under_ddp_and_fsdp2_and_resume_bit_for_bit(
+    pretrained_for_two: str, tmp_path: Path
+) -> None:
+    optimizing.run(pretrained_for_two, "single", tmp_path)
+    torchrun("tests.optimizing", pretrained_for_two, str(tmp_path), "ddp", "fsdp2")
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in optimizing.CASES}
+    for losses, resumed in found.values():
+        assert resumed == losses[3:]
+        assert losses == pytest.approx(found["single"][0], rel=1e-4)
