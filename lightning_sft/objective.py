@@ -94,7 +94,7 @@ def log_likelihood(
     return LogLikelihood(total, w.sum(), *of_targets)
 
 
-def transformed(raw: Tensor, scale: float = 1.0, softcap: float | None = None) -> Tensor:
+def transformed(raw: Tensor, scale: float, softcap: float | None) -> Tensor:
     """What a head gives as logits: scaled, then soft-capped."""
     logits = raw if scale == 1 else raw * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

@@ -31,6 +31,7 @@ def whole(before: Scorer, now: Scorer) -> torch.Tensor:
 def test_with_the_whole_vocabulary_it_is_the_divergence_and_with_less_a_lower_bound(softcap: float | None) -> None:
     config = {} if softcap is None else {"model_type": "gemma2", "final_logit_softcapping": softcap}
     before, now = scorer(0, **config), scorer(1, **config)
+    assert before.findings.softcap == now.findings.softcap == softcap
     for head in (before, now):
         backbone_and_head(head.model)[1].weight.mul_(20)
     wanted = whole(before, now)

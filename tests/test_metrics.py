@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_sft.data.collate import collate
-from lightning_sft.metrics import CorpusLikelihood, places
+from lightning_sft.metrics import NUM_SUMS, CorpusLikelihood, figures_by_part, places, sums_by_part
 from lightning_sft.objective import log_likelihood
 from lightning_sft.types import Batch, Example
 
@@ -39,7 +39,14 @@ def documents() -> list[Example]:
     """Of two data sets: answers of several lengths, weighted ones, and answers that stand in another sequence."""
     torch.manual_seed(1)
     made = []
-    for number, answers in enumerate([[(2, 1.0), (13, 1.0)], [(1, 0.5)], [(120, 1.0)], [(3, 2.0), (4, 0.0), (5, 1.0)]]):
+    of_documents = [
+        [(2, 1.0), (13, 1.0)],
+        [(1, 0.5)],
+        [(1003, 1.0)],
+        [(3, 2.0), (4, 0.0), (5, 1.0)],
+        [(1, 1.0 + turn) for turn in range(12)],
+    ]
+    for number, answers in enumerate(of_documents):
         ids, weights = [3], [0.0]
         for length, weight in answers:
             ids += [4, *torch.randint(11, (length,)).tolist()]
@@ -58,23 +65,25 @@ def expected(examples: list[Example], log_probs: dict[tuple[str, int], float]) -
                 position = 0
                 continue
             turn, position = turn + (position == 0), position + 1
-            stretch = next(s for s in ((1, 1), (2, 10), (11, 100), (101, 1000)) if position <= s[1])
-            at = "1" if stretch == (1, 1) else f"{stretch[0]}-{stretch[1]}"
-            for name in ("loss", f"loss_turn/{turn}", f"loss_position/{at}", f"loss/{'ab'[number % 2]}"):
+            names = {1: "1", 10: "2-10", 100: "11-100", 1000: "101-1000", math.inf: "1001_and_later"}
+            at = next(name for last, name in names.items() if position <= last)
+            answer = str(turn) if turn < 10 else "10_and_later"
+            for name in ("loss", f"loss_turn/{answer}", f"loss_position/{at}", f"loss/{'ab'[number % 2]}"):
                 sums[name][0] -= weight * log_probs[example.provenance, i]
                 sums[name][1] += weight
     return {name: total / weight for name, (total, weight) in sums.items()}
 
 
-def entropy(examples: list[Example], hidden: dict[str, torch.Tensor], head: torch.Tensor) -> float:
-    """Of the predictions, over the targets of all documents, by a loop over them."""
-    found = []
+def of_predictions(examples: list[Example], hidden: dict[str, torch.Tensor], head: torch.Tensor) -> tuple[float, float]:
+    """Mean entropy of the predictions, and the share of targets that are the likeliest, by a loop over the targets."""
+    entropies, correct = [], []
     for example in examples:
         for i, weight in enumerate(example.target_weights):
             if weight > 0:
                 probabilities = (hidden[example.provenance][i - 1] @ head.T).double().softmax(-1)
-                found.append(-(probabilities * probabilities.log()).sum().item())
-    return math.fsum(found) / len(found)
+                entropies.append(-(probabilities * probabilities.log()).sum().item())
+                correct.append(int(probabilities.argmax()) == example.input_ids[i])
+    return math.fsum(entropies) / len(entropies), sum(correct) / len(correct)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -88,7 +97,7 @@ def test_losses_of_data_sets_turns_and_positions_are_those_of_a_loop_over_tokens
             by_token[example.provenance, i] = log_probs[i - 1, example.input_ids[i]].item()
     token_bytes = torch.arange(11)
     metric = CorpusLikelihood(("a", "b"), token_bytes)
-    for chosen in ([0, 1, 3], [2]):
+    for chosen in ([0, 1, 3], [2, 4]):
         batch = collate(
             [examples[i] for i in chosen], packed=packed, parts=[i % 2 for i in chosen], part_names=("a", "b")
         )
@@ -105,10 +114,11 @@ def test_losses_of_data_sets_turns_and_positions_are_those_of_a_loop_over_tokens
     nll = -sum(by_token[e.provenance, i] for e, i in trained)
     wanted["perplexity"] = math.exp(nll / len(trained))
     wanted["bits_per_byte"] = nll / math.log(2) / sum(int(token_bytes[e.input_ids[i]]) for e, i in trained)
-    assert found.pop("token_accuracy") > 0
-    assert found.pop("entropy") == pytest.approx(entropy(examples, hidden, head), rel=1e-6)
+    entropy, accuracy = of_predictions(examples, hidden, head)
+    assert found.pop("token_accuracy") == pytest.approx(accuracy, rel=1e-12)
+    assert found.pop("entropy") == pytest.approx(entropy, rel=1e-6)
     assert found == pytest.approx(wanted, rel=1e-6)
-    assert {"loss_turn/4", "loss_position/101-1000"} <= wanted.keys()
+    assert {"loss_turn/4", "loss_turn/10_and_later", "loss_position/1001_and_later"} <= wanted.keys()
 
 
 def test_turns_are_left_out_where_every_conversation_has_one_answer() -> None:
@@ -124,3 +134,25 @@ def test_a_text_that_is_a_target_from_its_second_token_on_is_one_answer() -> Non
     assert [place.tolist() for place in places(texts)] == [[1, 1, 1], [1, 2, 1]]
     empty = Batch.of({"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[-100, -100]])})
     assert [place.tolist() for place in places(empty)] == [[], []]
+
+
+def test_the_sums_of_a_batch_are_those_of_its_data_sets() -> None:
+    torch.manual_seed(0)
+    examples = [Example([1, 2, 3], [0.0, 1.0, 2.0]), Example([4, 5], [0.0, 0.5]), Example([6, 7, 8], [0.0, 0.0, 3.0])]
+    hidden, head = torch.randn(1, 8, 4), torch.randn(9, 4)
+    batch = collate(examples, parts=[1, 0, 1], part_names=("a", "b", "none"))
+    likelihood = log_likelihood(hidden, head, batch.labels, batch.target_weights)
+    everything, *of_parts = sums_by_part(likelihood, batch)
+    log_probs, entropies = likelihood.log_probs.tolist(), likelihood.entropy.tolist()
+    correct = likelihood.correct.tolist()
+    for found, targets in ((everything, [0, 1, 2, 3]), (of_parts[0], [2]), (of_parts[1], [0, 1, 3]), (of_parts[2], [])):
+        weights = [[1.0, 2.0, 0.5, 3.0][t] for t in targets]
+        loss = -sum(w * log_probs[t] for w, t in zip(weights, targets, strict=True))
+        rest = [sum(correct[t] for t in targets), len(targets), sum(entropies[t] for t in targets)]
+        assert found.tolist() == pytest.approx([loss, sum(weights), *rest], rel=1e-6)
+    for alone in (collate(examples), None):
+        assert sums_by_part(likelihood, alone).shape == (1, NUM_SUMS)
+        assert torch.allclose(sums_by_part(likelihood, alone)[0], everything)
+    assert figures_by_part(sums_by_part(likelihood, batch), batch.part_names).keys() == {
+        *("loss", "token_accuracy", "entropy", "loss/a", "loss/b")
+    }

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_sft import objective
 from lightning_sft.chunked_head import automatic_chunk_size, fitting_chunk_size, slices
 from lightning_sft.objective import log_likelihood
 from lightning_sft.types import IGNORE, InputError
@@ -226,3 +228,23 @@ def test_a_chunk_of_logits_takes_at_most_a_64th_of_the_devices_memory(vocabulary
 def test_a_cpu_takes_512_targets_at_a_time_by_default() -> None:
     hidden, head, _, _ = case()
     assert automatic_chunk_size(head, hidden) == 512
+
+
+@pytest.mark.parametrize(("cached", "rows"), [(1, 1), (22, 2), (33, 3), (44, 3), (10_000, 9)])
+def test_the_softmax_is_taken_of_even_blocks_that_a_cache_holds(
+    cached: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden, head, labels, weights = case()
+    seen = []
+
+    def record(raw: Tensor, *rest: Any) -> None:
+        seen.append(len(raw))
+        of_rows(raw, *rest)
+
+    of_rows = objective._softmax_of_rows
+    whole = log_likelihood(hidden, head, labels, weights, chunk_size=9)
+    monkeypatch.setattr(objective, "_softmax_of_rows", record)
+    monkeypatch.setattr(objective, "_CACHED", cached)  # logits, of 11 tokens
+    parts = log_likelihood(hidden, head, labels, weights, chunk_size=9)
+    assert (max(seen), sum(seen)) == (rows, 9)
+    assert torch.equal(parts.log_probs, whole.log_probs)

@@ -27,7 +27,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "phi3": {},
     "mistral": {"sliding_window": 4},
-    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 3.0},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 0.5, "initializer_range": 0.3},
     "gemma3_text": {"sliding_window": 4},
     "cohere2": {"sliding_window": 3},
 }
@@ -58,6 +58,15 @@ def computed(model: PreTrainedModel, rows: list[list[Example]]) -> tuple[Tensor,
     weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     return hidden.detach(), list(torch.autograd.grad((hidden * weights).sum(), parameters))
+
+
+def test_the_soft_cap_changes_what_is_computed() -> None:
+    rows = [examples([9, 14])]
+    capped, free = (
+        computed(tiny_model("gemma2", **ARCHITECTURES["gemma2"] | cap).double(), rows)[0]
+        for cap in ({"attn_implementation": "eager"}, {"attn_implementation": "eager", "attn_logit_softcapping": None})
+    )
+    assert (capped - free).abs().max() > 0.01 * free.abs().max()
 
 
 def furthest(got: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor]]) -> float:

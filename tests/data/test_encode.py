@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
 
 from lightning_sft.data.encode import encode, encode_many, encode_prompt
 from lightning_sft.demos import CHATML, tiny_tokenizer
@@ -85,13 +87,17 @@ def test_a_message_with_weight_0_is_context() -> None:
     assert targets(example, tokenizer) == "d<|im_end|>"
 
 
-def test_weights_are_those_of_the_messages_and_sequence_divides_them_by_the_answers_length() -> None:
+def test_weights_are_those_of_the_messages_divided_by_the_answers_length_or_its_root() -> None:
     tokenizer = tiny_tokenizer()
     conv = conversation("a", "bb", "c", "d", weights=[0, 2.0, 0, 0.5])
     [example] = encode(conv, tokenizer)
     assert [w for w in example.target_weights if w] == [2.0] * 3 + [0.5] * 2
     [example] = encode(conv, tokenizer, "sequence")
     assert [w for w in example.target_weights if w] == [2 / 3] * 3 + [0.25] * 2
+    [example] = encode(conv, tokenizer, "sqrt")
+    assert [w for w in example.target_weights if w] == pytest.approx([2 / 3**0.5] * 3 + [0.5 / 2**0.5] * 2)
+    [example] = encode(conv, tokenizer, "dataset")
+    assert [w for w in example.target_weights if w] == [2.0] * 3 + [0.5] * 2
 
 
 def test_the_newline_after_the_stop_token_is_not_trained_but_seen_by_the_next_turn() -> None:
@@ -142,6 +148,62 @@ def test_a_row_whose_answers_all_have_the_weight_0_is_refused_and_says_so() -> N
     silent = replace(conversation("a", "b"), weights=[0.0, 0.0])
     with pytest.raises(InputError, match=r"f:7: all its answers have the weight 0, so nothing would be trained"):
         encode(silent, tiny_tokenizer())
+
+
+def test_only_an_assistant_can_be_trained() -> None:
+    with pytest.raises(InputError, match=r"f:7: turn 1: a user turn has the weight 2.0; only an assistant's"):
+        encode(conversation("a", "b", weights=[2.0, 1.0]), tiny_tokenizer())
+
+
+def test_a_text_with_the_weight_0_is_refused() -> None:
+    text = Conversation([{"role": "text", "content": "Once."}], weights=[0.0], provenance="f:7")
+    with pytest.raises(InputError, match=r"f:7: all its answers have the weight 0"):
+        encode(text, tiny_tokenizer())
+
+
+def merging_tokenizer() -> Any:
+    """One that makes one token of the end of the prompt, ``a``, and the beginning of an answer, ``b``."""
+    tokenizer = tiny_tokenizer(
+        "{% for m in messages %}{{ m['role'] + ' a' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant a' }}{% endif %}"
+    )
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["vocab"]["ab"] = 300
+    backend["model"]["merges"] = [["a", "b"]]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    assert tokenizer.tokenize("cab") == ["c", "ab"]
+    return tokenizer
+
+
+def test_an_answer_that_would_merge_with_its_prompt_is_tokenised_apart_as_it_is_generated() -> None:
+    tokenizer = merging_tokenizer()
+    conv = conversation("x", "bc", "y", "d")
+    for turn, example, answer in zip((1, 3), encode(conv, tokenizer), ("bc", "d"), strict=True):  # merged in the past
+        messages = conv.messages[:turn]
+        context = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert list(example.input_ids[: len(context)]) == context
+        trained = [*answer, "<|im_end|>"]
+        assert tokenizer.convert_ids_to_tokens(example.input_ids[len(context) :]) == trained
+        assert list(example.target_weights) == [0.0] * len(context) + [1.0] * len(trained)
+
+
+def test_an_answer_that_cannot_be_tokenised_apart_from_its_prompt_is_refused() -> None:
+    tokenizer = merging_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # before every text, as vocabularies of Llama 2
+    with pytest.raises(InputError, match=r"f:7: turn 2: the tokenizer cannot tokenise the answer apart"):
+        encode(conversation("x", "bc"), tokenizer)
+
+
+def test_a_prompt_is_what_the_template_gives_for_generation() -> None:
+    tokenizer, conv = tiny_tokenizer(), conversation("a", "b", "c")
+    ids = tokenizer.apply_chat_template(conv.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert list(encode_prompt(conv, tokenizer).input_ids) == ids
+
+
+def test_a_plain_text_has_no_prompt() -> None:
+    text = Conversation([{"role": "text", "content": "Once."}], provenance="f:7")
+    with pytest.raises(InputError, match=r"f:7: a plain text has no prompt to answer"):
+        encode_prompt(text, tiny_tokenizer())
 
 
 def test_a_prompt_is_the_context_of_the_last_answer() -> None:

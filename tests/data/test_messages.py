@@ -222,6 +222,16 @@ def test_a_list_may_mix_formats() -> None:
 
 
 def test_a_named_format_is_not_mixed() -> None:
-    convert = Converter(format="chat")
-    convert({"messages": [USER, ANSWER], "prompt": "Hi", "completion": "Yo"}, "a.jsonl:1")
-    convert({"messages": [USER, ANSWER]}, "a.jsonl:2")
+    rows = [
+        {"messages": [USER, ANSWER], "prompt": "Hey"},
+        {"prompt": "Hey", "completion": "Ho", "messages": [USER, ANSWER]},
+    ]
+    told = Converter()  # by its keys, the second row is of two formats at once
+    assert told(rows[0], "a.jsonl:1").messages == [USER, ANSWER]
+    with pytest.raises(InputError, match=r"a.jsonl:2: the keys .* are of several formats at once"):
+        told(rows[1], "a.jsonl:2")
+    for order in (rows, rows[::-1]):
+        named = Converter(format="chat")
+        assert [named(row, f"a.jsonl:{n}").messages for n, row in enumerate(order, 1)] == [[USER, ANSWER]] * 2
+    with pytest.raises(InputError, match=r"a.jsonl:3: the keys \['completion', 'prompt'\] are not those of chat"):
+        named({"prompt": "Hey", "completion": "Ho"}, "a.jsonl:3")

@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lightning_sft.data.packing import group, pack
@@ -29,6 +29,36 @@ def test_packing_is_hardly_ever_worse_than_first_fit_decreasing(lengths: list[in
         else:
             room.append(capacity - length)
     assert len(pack(lengths, capacity)) <= len(room) + 1
+
+
+def by_definition(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Lengths of each pack: the longest that fits, or of the pair that fits best the longer, while it fits better."""
+    left, packs = sorted(lengths, reverse=True), []
+    while left:
+        pack_of, room = [left.pop(0)], capacity
+        while True:
+            room -= pack_of[-1]
+            fitting = [length for length in left if length <= room]
+            if not fitting:
+                break
+            best = fitting[0]
+            pairs = [(a, b) for i, a in enumerate(fitting) for b in fitting[i + 1 :] if a + b <= room]
+            a, b = max(pairs, key=lambda pair: (sum(pair), pair[0]), default=(0, 0))
+            if a + b > best:
+                best = a
+            left.remove(best)
+            pack_of.append(best)
+        packs.append(pack_of)
+    return packs
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(50, 200))
+@example([40, 30, 20, 15, 15], 70)  # 30 would fill the room best of all, two of 15 as well
+@example([40, 20, 15, 15], 70)  # two of 15 fill the room, 20 does not
+@example([40, 16, 15, 9, 6], 70)  # only one 15 is there
+def test_the_last_sequences_of_a_pack_are_chosen_in_pairs(lengths: list[int], capacity: int) -> None:
+    packs = [[lengths[i] for i in pack_of] for pack_of in pack(lengths, capacity)]
+    assert packs == by_definition(lengths, capacity)
 
 
 @given(LENGTHS, st.integers(50, 200))

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_sft.data.draw import Draw
 from lightning_sft.data.packing import pack
 from lightning_sft.data.plan import MicroBatch, Plan
 
@@ -99,3 +100,33 @@ def test_a_share_limits_as_that_number_of_micro_batches_does() -> None:
 
 def test_a_constant_normaliser_is_the_mean_weight_of_a_step() -> None:
     assert {m.normalizer for m in make([60] * 7, accumulate=2, constant=True).micro_batches(0, 0)} == {7 * 30 / 4}
+
+
+def test_a_constant_normaliser_counts_examples_as_often_as_an_epoch_of_a_mixture_uses_them() -> None:
+    draw = Draw([60] * 8, sizes=[4, 4], repeats=[0.5, 2.0], seed=0)
+    plan = make([60] * 8, accumulate=2, constant=True, draw=draw)
+    assert {m.normalizer for m in plan.micro_batches(0, 0)} == {30 * (2 + 8) / 5}
+
+
+def test_the_fingerprint_changes_with_all_that_changes_a_step_and_not_with_how_ranks_share_it() -> None:
+    lengths = [60] * 8
+    one = make(lengths, accumulate=4).fingerprint
+    assert "8 sequences" in one
+    assert "in 8 micro-batches, 8 of 8 used, data.seed=0" in one
+    assert make(lengths, num_ranks=2, accumulate=2).fingerprint == make(lengths, num_ranks=4).fingerprint == one
+    assert "4 of 8 used" in make(lengths, num_ranks=2, accumulate=2, limit=2).fingerprint
+    others = [
+        make([60] * 7 + [61], accumulate=4),
+        make([60] * 4 + [64, 60, 60, 60], accumulate=4),
+        make(lengths, accumulate=4, seed=1),
+        make(lengths, accumulate=4, limit=4),
+        make(lengths, accumulate=4, draw=Draw(lengths, [4, 4], [2.0, 0.5], 0)),
+        make(lengths, accumulate=4, draw=Draw(lengths, [4, 4], [0.5, 2.0], 0)),
+    ]
+    assert len({one, *(plan.fingerprint for plan in others)}) == 7
+
+
+def test_the_defaults_are_one_rank_all_micro_batches_and_the_seed_0() -> None:
+    lengths = [60, 50, 40, 30]
+    plan = Plan(lengths, [1.0] * 4, partial(pack, capacity=64))
+    assert plan.fingerprint == make(lengths, 1, limit=4, seed=0).fingerprint
