@@ -26,7 +26,7 @@ from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
 from lightning_sft.checkpoints import facts, hyper_parameters
 from lightning_sft.completion import completion
-from lightning_sft.config_cli import ConfigCLI, ConfigParser
+from lightning_sft.config_cli import ConfigCLI, ConfigParser, with_own_defaults
 from lightning_sft.cuda_segments import expand_segments
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
@@ -49,7 +49,8 @@ class SFTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without Lightning's warning to whoever calls ``main`` with arguments from a program that has some too."""
-        self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+        parse: Any = parser.parse_object if isinstance(args, (dict, Namespace)) else parser.parse_args
+        self.config = with_own_defaults(parser, lambda: parse(args), getattr(self, "_subcommand_parsers", {}))
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """With checkpoints that are loaded without running what may be in them, unless asked to."""

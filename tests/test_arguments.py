@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 
 import lightning_sft
 from lightning_sft import Batch, Mixture, Part, SFTDataModule, SFTModule, __version__, callbacks, log_likelihood
@@ -35,6 +36,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "chat": {"model": "m"},
     "export_checkpoint": {"ckpt": "c", "out": "o"},
     "Speaker": {"name": "m"},
+    "OptimizerPart": {"optimizer": torch.optim.SGD},
 }
 NOT_IN_API = [Sampling, Thresholds, Settings, FSDP2Strategy, chat, export_checkpoint, init]
 

@@ -94,7 +94,8 @@ class DriftMonitor(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """The same where there is no validation."""
         if not sum(trainer.num_val_batches):
-            self._measure(trainer, pl_module)
+            with pl_module.evaluated():
+                self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Any, pl_module: Any) -> None:
         found = trainer.strategy.broadcast(self._norms(pl_module.model))

@@ -144,8 +144,9 @@ class HFExport(Callback):
         if found is None:
             return error
         rows, examples = found
-        live = _live(trainer, module, examples)
-        state = whole_state(module, keep=first.is_here)
+        with module.evaluated():
+            live = _live(trainer, module, examples)
+            state = whole_state(module, keep=first.is_here)
         whole = {"hyper_parameters": dict(module.hparams), "state_dict": state, FACTS: run_facts(trainer)}
 
         def write() -> None:
