@@ -118,6 +118,8 @@ def _compile(module: Any) -> str | None:
     on_gpu = module.device.type == "cuda"
     if missing := compiler_missing(on_gpu):
         return missing
+    if on_gpu and module.gradient_checkpointing == "offload":  # a graph break in all that a layer is: nothing is compiled
+        return "model.gradient_checkpointing=offload moves tensors inside layers, which torch.compile does not trace"
     try:
         found = layers(module.model)
     except InputError as error:

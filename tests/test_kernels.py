@@ -152,6 +152,20 @@ def test_what_was_asked_for_and_is_missing_is_an_error(monkeypatch: pytest.Monke
         SFTModule("anything", kernels="triton")  # type: ignore[arg-type]  # that is what is tested
 
 
+def test_layers_whose_inputs_are_offloaded_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "compiler_missing", lambda on_gpu: None)
+    monkeypatch.setattr(kernels, "_try_liger", lambda module: "it is missing")
+    module = faked()
+    module.model, module.gradient_checkpointing = tiny_model(), "offload"
+    found = Kernels()
+    found.begin(module)
+    assert found.name == "none"
+    assert "not compiled, because model.gradient_checkpointing=offload" in found.why
+    with pytest.raises(InputError, match="model.kernels=compiled is not available: model.gradient_checkpointing=off"):
+        Kernels("compiled").begin(module)
+    assert all(part._compiled_call_impl is None for part in module.model.modules())
+
+
 def test_a_resumed_run_has_the_kernels_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
     short = faked(steps=1000, done=990)
     assert chosen(monkeypatch, short).name == "liger"

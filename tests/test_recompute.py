@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from lightning_sft import SFTModule
 from lightning_sft.data.collate import collate
@@ -26,7 +27,7 @@ def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_pretrained(tmp_path_factory.mktemp("deep"), num_hidden_layers=LAYERS)
 
 
-def gradients(pretrained: str, setting: Any, **settings: Any) -> tuple[list[Tensor], list[int]]:
+def gradients(pretrained: str, setting: Any, compiled: bool = False, **settings: Any) -> tuple[list[Tensor], list[int]]:
     """Of what is trained, and how often each layer was computed."""
     module = SFTModule(pretrained, gradient_checkpointing=setting, **settings)
     module.configure_model()
@@ -35,8 +36,12 @@ def gradients(pretrained: str, setting: Any, **settings: Any) -> tuple[list[Tens
             if "lora_B" in name:
                 torch.nn.init.constant_(parameter, 0.01)
     times = Counter[int]()
+    if compiled:  # and not counted, which would be a side effect in what is computed again
+        for layer in module.model.model.layers:
+            layer.compile(backend="aot_eager", fullgraph=True)
     for number, layer in enumerate(module.model.model.layers):
-        layer.mlp.register_forward_pre_hook(lambda *_, number=number: times.update([number]))
+        if not compiled:
+            layer.mlp.register_forward_pre_hook(lambda *_, number=number: times.update([number]))
     module(collate(encoded(pretrained))).total.neg().backward()
     return [p.grad for p in module.parameters() if p.requires_grad], [times[n] for n in range(LAYERS)]
 
@@ -85,6 +90,19 @@ def test_inputs_of_layers_that_are_offloaded_come_back_bit_for_bit(
     assert all(map(torch.equal, found, usual))
     tokens = sum(len(example.input_ids) for example in encoded(deep))
     assert as_if_on_a_gpu.count(torch.Size([1, tokens, 16])) == LAYERS  # one input a layer, and no activation
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+@pytest.mark.parametrize("settings", [{}, {"lora": Lora(r=4)}], ids=["whole", "lora"])
+@pytest.mark.parametrize("setting", [True, 2])
+def test_layers_that_are_compiled_and_computed_again_are_one_graph_with_the_same_gradients(
+    deep: str, setting: Any, settings: dict[str, Any]
+) -> None:
+    torch._dynamo.reset()
+    found, _ = gradients(deep, setting, compiled=True, **settings)
+    usual, _ = gradients(deep, False, **settings)
+    assert counters["aot_autograd"]["ok"] > 0
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, usual, strict=True))
 
 
 def test_offloading_on_a_cpu_is_said_to_have_no_effect(deep: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("lightning_sft::packed_attention", mutates_args=())
+# tagged, so that a compiled layer that is computed again drops the same weights: its compiler restores the random numbers
+@torch.library.custom_op("lightning_sft::packed_attention", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def packed_attention(
     query: Tensor,
     key: Tensor,
