@@ -118,7 +118,7 @@ def _compile(module: Any) -> str | None:
     on_gpu = module.device.type == "cuda"
     if missing := compiler_missing(on_gpu):
         return missing
-    if on_gpu and module.gradient_checkpointing == "offload":  # a graph break in all that a layer is: nothing is compiled
+    if on_gpu and module.gradient_checkpointing == "offload":  # graphs break at its hooks, all of a layer
         return "model.gradient_checkpointing=offload moves tensors inside layers, which torch.compile does not trace"
     try:
         found = layers(module.model)

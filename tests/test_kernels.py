@@ -161,7 +161,7 @@ def test_layers_whose_inputs_are_offloaded_are_not_compiled(monkeypatch: pytest.
     found.begin(module)
     assert found.name == "none"
     assert "not compiled, because model.gradient_checkpointing=offload" in found.why
-    with pytest.raises(InputError, match="model.kernels=compiled is not available: model.gradient_checkpointing=off"):
+    with pytest.raises(InputError, match=r"model.kernels=compiled is not available: model.gradient_checkpointing=off"):
         Kernels("compiled").begin(module)
     assert all(part._compiled_call_impl is None for part in module.model.modules())
 

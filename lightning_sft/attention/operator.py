@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-# tagged, so that a compiled layer that is computed again drops the same weights: its compiler restores the random numbers
+# tagged as random, so that a compiled layer that is computed again in the backward pass drops the same weights
 @torch.library.custom_op("lightning_sft::packed_attention", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def packed_attention(
     query: Tensor,
