@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from lightning_sft import SFTModule
+from lightning_sft.attention.operator import packed_attention, packed_attention_backward
 from lightning_sft.data.collate import collate
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
@@ -103,6 +105,42 @@ def test_layers_that_are_compiled_and_computed_again_are_one_graph_with_the_same
     usual, _ = gradients(deep, False, **settings)
     assert counters["aot_autograd"]["ok"] > 0
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, usual, strict=True))
+
+
+@pytest.fixture
+def dropping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator for packed attention is dropout of queries while it lasts: its kernels for CPUs have none."""
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+        kept = (torch.rand(query.shape[:2]) >= settings[-1]).T.float().contiguous()
+        return query * kept.T[..., None], kept, torch.zeros(2, dtype=torch.uint64)
+
+    def backward(grad_out: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+        _, key, value, _, kept, *_ = saved
+        return grad_out * kept.T[..., None], torch.zeros_like(key), torch.zeros_like(value)
+
+    for operator, kernel in ((packed_attention, forward), (packed_attention_backward, backward)):
+        monkeypatch.setitem(operator._backend_fns, "cpu", kernel)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_attention_that_is_computed_again_drops_the_same_weights(dropping: None, compiled: bool) -> None:
+    bounds, longest = torch.tensor([0, 40], dtype=torch.int32), torch.tensor(40)
+
+    def layer(x: Tensor) -> Tensor:
+        return packed_attention(x.sin(), x, x, bounds, longest, 0, 1.0, 0.5)[0].exp()
+
+    def computed_again(x: Tensor) -> Any:
+        return checkpoint(layer, x, use_reentrant=False)
+
+    torch._dynamo.reset()
+    states = torch.linspace(0.1, 1, 640).view(40, 2, 8).requires_grad_()
+    run = torch.compile(computed_again, backend="aot_eager", fullgraph=True) if compiled else computed_again
+    out = run(states)
+    out.sum().backward()
+    was_dropped = (out == 1).all(-1, keepdim=True)
+    assert 0 < was_dropped.sum() < was_dropped.numel()
+    assert torch.allclose(states.grad, torch.where(was_dropped, 0, out * states.cos()))
 
 
 def test_offloading_on_a_cpu_is_said_to_have_no_effect(deep: str) -> None:
