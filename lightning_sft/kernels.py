@@ -35,6 +35,7 @@ KERNELS = "lightning_sft_kernels"
 COMPILES_FROM = 500
 """Micro-batches from which on ``auto`` compiles: compiling takes about a minute, and a pass some tenths of a second."""
 
+_GRAPHS = 64  # of layers, which share a limit: kinds of layers, times checkpointed or not, training or not, sizes
 _TOKENS = 24  # that Liger's kernels are tried with
 _MARK = "_lightning_sft_liger"  # attribute of the cosines of a model whose RoPE is Liger's
 
@@ -127,7 +128,11 @@ def _compile(module: Any) -> str | None:
     if on_gpu:  # on a CPU time is dearer than memory
         for setting, value in KEEP_LESS.items():
             setattr(torch._functorch.config, setting, value)
-    torch._dynamo.config.suppress_errors = True  # a layer that cannot be compiled runs as written, with a warning
+    # else random numbers of layers that are computed again come from a generator of their own, which no seed resets
+    torch._functorch.config.graphsafe_rng_functionalization = False
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
+    dynamo.suppress_errors = True  # a layer that cannot be compiled runs as written, with a warning
     for layer in found:
         layer.compile(dynamic=None if on_gpu else True)  # on GPUs packs have one size; a second one makes it dynamic
     return None

@@ -18,6 +18,8 @@ from transformers.models.llama import modeling_llama
 from lightning_sft import SFTDataModule, SFTModule, kernels
 from lightning_sft.demos import tiny_model
 from lightning_sft.kernels import COMPILES_FROM, KERNELS, Kernels
+from lightning_sft.probes import states
+from lightning_sft.recompute import checkpoint_layers
 from lightning_sft.types import InputError
 
 Make = Callable[..., Trainer]
@@ -26,7 +28,8 @@ Make = Callable[..., Trainer]
 @pytest.fixture(autouse=True)
 def dynamo() -> Iterator[None]:
     """Settings of torch.compile are what they were after a test."""
-    with torch._dynamo.config.patch(suppress_errors=False):
+    of_functorch = torch._functorch.config.patch(graphsafe_rng_functionalization=True)
+    with torch._dynamo.config.patch(suppress_errors=False, recompile_limit=8), of_functorch:
         yield
     torch.compiler.reset()
 
@@ -91,6 +94,38 @@ def test_layers_that_cannot_be_compiled_run_as_written(
     assert tried
     assert "WON'T CONVERT" in caplog.text
     assert fallen_back == pytest.approx(eager, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+def test_layers_of_two_kinds_in_training_and_validation_all_have_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: stock(layer, backend="eager", **how))
+    monkeypatch.setattr(kernels, "compiler_missing", lambda on_gpu: None)
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
+    module = faked("cpu")
+    module.model = tiny_model("gemma3_text", num_hidden_layers=4, sliding_window=4, layer_types=kinds)
+    module.model.set_attn_implementation("per_document")
+    checkpoint_layers(module.model, 2, "cpu")
+    Kernels("compiled").begin(module)
+    torch._dynamo.reset()
+    counters.clear()
+    for is_training in (True, False):
+        module.model.train(is_training)
+        for lengths in ([9, 9], [18], [9, 9, 18]):
+            positions = torch.cat([torch.arange(n) for n in lengths])[None]
+            with torch.set_grad_enabled(is_training):
+                states(module.model.model, positions, positions, tuple(lengths))
+    assert counters["frames"]["total"] == counters["frames"]["ok"] > 8
+
+
+def test_random_numbers_of_compiled_layers_follow_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the setting of torch, a GPU's have generators of their own, seeded once a process."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda layer, **how: None)
+    monkeypatch.setattr(kernels, "compiler_missing", lambda on_gpu: None)
+    module = faked("cpu")
+    module.model = tiny_model()
+    Kernels("compiled").begin(module)
+    assert not torch._functorch.config.graphsafe_rng_functionalization
 
 
 @pytest.mark.slow
