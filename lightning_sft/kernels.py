@@ -190,7 +190,9 @@ def apply_liger(model: PreTrainedModel) -> str | None:
         return f"it has no kernels for {model.config.model_type}"
     modeling = sys.modules[type(model).__module__]
     before = dict(vars(modeling))
-    wanted = {"rope": True, "rms_norm": True, "swiglu": not model._can_set_experts_implementation()}
+    wanted = (
+        {} if not model._can_set_experts_implementation() else {"swiglu": False}
+    )  # Liger's defaults: some lack RoPE
     try:
         _apply_liger_kernel_to_instance(model, **wanted, cross_entropy=False, fused_linear_cross_entropy=False)
     finally:

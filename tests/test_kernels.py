@@ -234,7 +234,7 @@ def test_without_liger_it_says_what_to_install(pretrained: str, quiet_trainer: M
 @pytest.fixture
 def liger(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A package that changes models as liger-kernel does, with kernels in plain torch, which count their calls."""
-    stock_rope, calls = modeling_llama.apply_rotary_pos_emb, SimpleNamespace(norm=0, rope=0, factor=1.0)
+    stock_rope, calls = modeling_llama.apply_rotary_pos_emb, SimpleNamespace(norm=0, rope=0, factor=1.0, has_rope=True)
 
     class LigerRMSNorm(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -249,8 +249,12 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     def apply(model: Any, **wanted: bool) -> None:
         assert wanted.pop("cross_entropy") is wanted.pop("fused_linear_cross_entropy") is False
-        assert wanted == {"rope": True, "rms_norm": True, "swiglu": True}
-        modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm = rope, LigerRMSNorm
+        if wanted.pop("rope", calls.has_rope):  # its default differs between architectures
+            if not calls.has_rope:
+                raise NotImplementedError("liger_rotary_pos_emb is not available for these models.")
+            modeling_llama.apply_rotary_pos_emb = rope
+        assert not wanted
+        modeling_llama.LlamaRMSNorm = LigerRMSNorm
         for part in model.modules():
             if type(part).__name__ == "LlamaRMSNorm":
                 part.__dict__["forward"] = MethodType(LigerRMSNorm.forward, part)
@@ -282,6 +286,15 @@ def test_a_model_with_liger_trains_the_same_and_other_models_stay_as_they_are(
     assert torch.equal(other(input_ids=ids).logits, before)
     assert torch.equal(tiny_model()(input_ids=ids).logits, before)
     assert liger.norm == liger.rope == 0
+
+
+def test_an_architecture_without_rope_of_liger_has_its_other_kernels(
+    pretrained: str, quiet_trainer: Make, rows: Any, liger: SimpleNamespace
+) -> None:
+    liger.has_rope = False
+    module, _ = losses(quiet_trainer(max_steps=1), pretrained, rows, "liger")
+    assert module.kernels.name == "liger"
+    assert (liger.norm > 0, liger.rope) == (True, 0)
 
 
 def test_kernels_that_compute_something_else_are_refused_and_taken_out(
