@@ -91,9 +91,19 @@ def sum_over_ranks(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
 
     The reduction is over all processes, so it is divided by the copies: exact, since each adds the same to the sum.
     """
-    total: torch.Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
     copies: int = trainer.world_size // data_parallel(trainer)[1]
-    return total / copies
+    return _summed(trainer, tensor) / copies
+
+
+def _summed(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, queued on the device.
+
+    Lightning's ``strategy.reduce`` calls ``barrier`` first, and that of nccl lets the host wait for the device.
+    """
+    total = tensor.clone()
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return total
 
 
 def place(trainer: Any) -> tuple[int, int]:
@@ -137,7 +147,7 @@ class Agreement:
         wanted = max(1, min(_MOST_STEPS, int(self.seconds / max(pace, 1e-9))))
         own = [float(yes), float(wanted) if trainer.is_global_zero else 0.0]
         asked = torch.tensor(own, device=trainer.strategy.root_device)
-        said, steps = trainer.strategy.reduce(asked, reduce_op="sum").tolist()
+        said, steps = _summed(trainer, asked).tolist()
         self._steps_left = self._between = int(steps)
         self._begin = time.monotonic()
         return bool(said)
