@@ -122,6 +122,8 @@ def _compile(module: Any) -> str | None:
     on_gpu = module.device.type == "cuda"
     if missing := compiler_missing(on_gpu):
         return missing
+    if on_gpu and module.gradient_checkpointing == "offload":  # torch traces neither its hooks nor what is under them
+        return "torch does not compile layers whose inputs are offloaded (model.gradient_checkpointing=offload)"
     try:
         found = layers(module.model)
     except InputError as error:

@@ -53,9 +53,7 @@ def test_sums_over_processes_have_no_barrier_since_that_of_nccl_waits_for_the_de
     monkeypatch.setattr(torch.distributed, "barrier", lambda *args, **kwargs: barriers.append(kwargs))
     strategy = SimpleNamespace(reduce=DDPStrategy().reduce, root_device=torch.device("cpu"))
     ranks = {"rank": 0, "num_replicas": 2}
-    one_of_two = SimpleNamespace(
-        strategy=strategy, world_size=2, is_global_zero=True, distributed_sampler_kwargs=ranks
-    )
+    one_of_two = SimpleNamespace(strategy=strategy, world_size=2, is_global_zero=True, distributed_sampler_kwargs=ranks)
     given = torch.tensor([1.0, 2.0])
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
