@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.chat_model import Speaker
 from lightning_sft.generation import Sampling
 from lightning_sft.types import InputError, Message
@@ -29,11 +30,11 @@ _HELP = """/reset          forget the conversation
 
 
 def chat(
-    model: str,
-    compare: str | None = None,
+    model: str | Path,
+    compare: str | Path | None = None,
     system: str | None = None,
-    chat_template: str | None = None,
-    max_new_tokens: int = 512,
+    chat_template: str | Path | None = None,
+    max_new_tokens: Count = 512,
     sampling: Sampling = _GREEDY,
     device: str | None = None,
 ) -> None:
@@ -52,6 +53,7 @@ def chat(
     Raises:
         InputError: When a model cannot be loaded.
     """
+    check_arguments(chat, locals())
     screen = Console(stderr=True)
     talks = []
     for name in [model, *([compare] if compare else [])]:

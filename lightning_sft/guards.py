@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from lightning_sft.trainer_facts import gather
 from lightning_sft.tuner import check_tuner
-from lightning_sft.types import Batch, InputError, LogLikelihood
+from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
 _NAMED = 10  # samples in the message
 _TRIED = 200  # suspects of each rank that are computed alone: all of a large step would take minutes
@@ -117,6 +117,25 @@ def check_data(callback: Any, data: Any) -> None:
         raise InputError(
             f"{type(callback).__name__} takes prompts and the tokenizer from SFTDataModule. Use it, or leave the "
             "callback out."
+        )
+
+
+def check_prompts(prompts: Sequence[Prompt], positions: int | None) -> None:
+    """Refuse prompts after which a model with a table of positions has none left for an answer.
+
+    Args:
+        prompts: To be answered.
+        positions: Size of the table; ``None`` where there is none.
+
+    Raises:
+        InputError: When there are such prompts; the first is named.
+    """
+    too_long = [prompt for prompt in prompts if positions is not None and len(prompt.input_ids) >= positions]
+    if too_long:
+        more = f", as have {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
+        raise InputError(
+            f"{too_long[0].provenance}: the prompt has {len(too_long[0].input_ids):,} tokens{more}, but the model has "
+            f"{positions:,} positions, and an answer needs one at least. Shorten it, or leave it out."
         )
 
 

@@ -19,13 +19,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft import __version__
+from lightning_sft.arguments import unwrapped
 from lightning_sft.callbacks import PredictionWriter
 from lightning_sft.callbacks.ending import ending
 from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
 from lightning_sft.checkpoints import facts, hyper_parameters
 from lightning_sft.completion import completion
-from lightning_sft.config_cli import ConfigCLI, ConfigParser
+from lightning_sft.config_cli import ConfigCLI, ConfigParser, with_own_defaults
 from lightning_sft.cuda_segments import expand_segments
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
@@ -48,7 +49,8 @@ class SFTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without Lightning's warning to whoever calls ``main`` with arguments from a program that has some too."""
-        self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+        parse: Any = parser.parse_object if isinstance(args, (dict, Namespace)) else parser.parse_args
+        self.config = with_own_defaults(parser, lambda: parse(args), getattr(self, "_subcommand_parsers", {}))
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """With checkpoints that are loaded without running what may be in them, unless asked to."""
@@ -142,12 +144,15 @@ def main(args: ArgsType = None) -> Any:
             raise InputError(
                 f"There is no verb {verb!r}.{did_you_mean([verb], ALL_VERBS)} Expected {', '.join(ALL_VERBS)}."
             )
-    own_model, own_data = _names_a_class("model", given), _names_a_class("data", given)
+    own_model, own_data = _own_class("model", given), _own_class("data", given)
+    if isinstance(given, list) and not given[0].startswith("-"):  # a config's section is then read as that of the class
+        own = {"--model": own_model, "--data": own_data}
+        given = [given[0], *(f"{flag}={name}" for flag, name in own.items() if name), *given[1:]]
     arguments: dict[str, Any] = {
         "model_class": LightningModule if own_model else SFTModule,
         "datamodule_class": LightningDataModule if own_data else SFTDataModule,
-        "subclass_mode_model": own_model,
-        "subclass_mode_data": own_data,
+        "subclass_mode_model": own_model is not None,
+        "subclass_mode_data": own_data is not None,
         "seed_everything_default": 0,
         "trainer_defaults": {"max_epochs": 1},
         "auto_configure_optimizers": False,
@@ -155,12 +160,14 @@ def main(args: ArgsType = None) -> Any:
     }
     if isinstance(given, list) and given[0] in CONFIG_VERBS:
         arguments["parser_kwargs"] = {"prog": f"lightning-sft {given[0]}"}
-        cli = CONFIG_VERBS[given[0]](**arguments, args=given[1:], run=False)
+        with unwrapped():
+            cli = CONFIG_VERBS[given[0]](**arguments, args=given[1:], run=False)
         if not cli.passes:
             sys.exit(1)
         return cli
     arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": _PARSER}
-    return SFTCLI(**arguments, args=given)
+    with unwrapped():
+        return SFTCLI(**arguments, args=given)
 
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -195,11 +202,16 @@ _NOISE = (  # of other packages, about which users can do nothing
 
 
 def console() -> None:
-    """``main`` for the shell: errors are one message, not a traceback, which ``--debug`` shows."""
+    """``main`` for the shell: errors are one message, not a traceback, which ``--debug`` shows.
+
+    Classes of the current folder can be named, as with ``python -m``, unless Python runs with ``-P``.
+    """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed package
     if sys.argv[1:2] == ["fit"]:
         expand_segments(os.environ)
     try:
@@ -221,19 +233,22 @@ def _is_foreseen(error: Exception) -> bool:
     return isinstance(error, (ValueError, RuntimeError)) and package in ("lightning", "jsonargparse")
 
 
-def _names_a_class(key: str, args: Any) -> bool:
-    """Whether the user brings a class of their own for ``model`` or ``data``; if not, the help is flat."""
-    if isinstance(args, Mapping):
-        return any("class_path" in (config.get(key) or {}) for config in args.values() if isinstance(config, Mapping))
-    for flag, value in _flags(args):
+def _own_class(key: str, args: Any) -> str | None:
+    """The class that the user brings for ``model`` or ``data``, the last that is named; if none, the help is flat."""
+    found = None
+    for section in args.values() if isinstance(args, Mapping) else ():
+        found = _class_path(section, key) or found
+    for flag, value in _flags(args) if isinstance(args, list) else ():
         if flag == f"--{key}.class_path" or (flag == f"--{key}" and not value.endswith((".yaml", ".yml"))):
-            return True
+            found = value
         if flag in ("--config", "-c") and Path(value).is_file():
-            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            section = config.get(key) if isinstance(config, Mapping) else None
-            if isinstance(section, Mapping) and "class_path" in section:
-                return True
-    return False
+            found = _class_path(yaml.safe_load(Path(value).read_text(encoding="utf-8")), key) or found
+    return found
+
+
+def _class_path(config: Any, key: str) -> str | None:
+    section = config.get(key) if isinstance(config, Mapping) else None
+    return section.get("class_path") if isinstance(section, Mapping) else None
 
 
 def _flags(args: Sequence[str]) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from lightning_sft.arguments import Count, Index, check_arguments
 from lightning_sft.checkpoints import facts, weights
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.stream import StreamLoader
@@ -76,10 +77,10 @@ def replay(
     data: LightningDataModule,
     module: LightningModule,
     trainer: Any,
-    step: int,
-    ledger: str | None = None,
-    weights_of: str | None = None,
-    rows: int = 20,
+    step: Count,
+    ledger: str | Path | None = None,
+    weights_of: str | Path | None = None,
+    rows: Index = 20,
 ) -> Replay:
     """Rebuild the batch of an optimiser step from the ledger, and its loss from a checkpoint.
 
@@ -97,6 +98,7 @@ def replay(
     """
     if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
         raise InputError("replay needs an SFTModule and an SFTDataModule, or classes made from them.")
+    check_arguments(replay, locals())
     root = Path(trainer.default_root_dir or ".")
     path = Path(ledger) if ledger else _newest_ledger(root)
     line = line_of(path, step)

@@ -17,7 +17,7 @@ _TEMPLATE, _STYLE = (Path(__file__).with_name(name) for name in ("report.html", 
 _ANSWERED = 24  # rows of samples on the page
 
 
-def write_report(run: str, out: str | None = None) -> Path:
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run: curves, drift, samples before and after, data, settings, and how to reproduce it.
 
     Args:

@@ -16,11 +16,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.checkpoints import facts, is_checkpoint, know_optimizer_states, weights
 from lightning_sft.disk import PARTIAL, hidden, publish, remove
-from lightning_sft.resume import PLACE
+from lightning_sft.resume import PLACE, SHARDED
 from lightning_sft.types import InputError
-
-SHARDED = "lightning_sft_sharded"
-"""Which key a loaded checkpoint has where only the weights of a sharded one were read."""
 
 
 class AtomicIO(TorchCheckpointIO):

@@ -9,7 +9,9 @@ from weakref import proxy
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_sft.arguments import Count, NonNegative, check_arguments
 from lightning_sft.disk import hidden, publish, remove
+from lightning_sft.plain import plain
 from lightning_sft.run_folder import (
     bytes_of_checkpoint,
     check_disk,
@@ -42,18 +44,17 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def __init__(
         self,
-        dirpath: str | None = None,
-        every_n_train_steps: int | None = None,
-        every_n_minutes: float | None = 30.0,
-        keep_last: int = 2,
+        dirpath: str | Path | None = None,
+        every_n_train_steps: Count | None = None,
+        every_n_minutes: NonNegative | None = 30.0,
+        keep_last: Count = 2,
     ) -> None:
-        if keep_last < 1:
-            raise InputError(f"keep_last must be at least 1, got {keep_last}.")
-        if dirpath is not None and "://" in dirpath:
+        check_arguments(SafeCheckpoint, locals())
+        if "://" in str(dirpath):
             raise InputError(
                 f"SafeCheckpoint writes to a disk, got dirpath={dirpath!r}. Use Lightning's ModelCheckpoint."
             )
-        super().__init__(dirpath, _NAME, save_top_k=1, enable_version_counter=False)
+        super().__init__(plain(dirpath), _NAME, save_top_k=1, enable_version_counter=False)
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_train_steps, every_n_minutes, keep_last
         self._last_time, self._agreement, self._lock = 0.0, Agreement(), FolderLock()
 

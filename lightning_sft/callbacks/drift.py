@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_sft.arguments import Count, Index, check_arguments
 from lightning_sft.data.collate import collate
 from lightning_sft.divergence import divergence, likeliest
 from lightning_sft.guards import check_module
@@ -45,9 +46,8 @@ class DriftMonitor(Callback):
         likeliest: Tokens of p_θ̂ that are kept apart at each target; each takes 8 bytes.
     """
 
-    def __init__(self, sequences: int = 8, likeliest: int = 128) -> None:
-        if sequences < 0 or likeliest < 1:
-            raise InputError(f"DriftMonitor needs sequences >= 0 and likeliest >= 1, got {sequences} and {likeliest}.")
+    def __init__(self, sequences: Index = 8, likeliest: Count = 128) -> None:
+        check_arguments(DriftMonitor, locals())
         self.sequences, self.likeliest = sequences, likeliest
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._squares: dict[str, float] = {}  # ‖W‖² of matrices that have adapters
@@ -94,7 +94,8 @@ class DriftMonitor(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """The same where there is no validation."""
         if not sum(trainer.num_val_batches):
-            self._measure(trainer, pl_module)
+            with pl_module.evaluated():
+                self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Any, pl_module: Any) -> None:
         found = trainer.strategy.broadcast(self._norms(pl_module.model))

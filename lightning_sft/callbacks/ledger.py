@@ -10,7 +10,9 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.disk import append
+from lightning_sft.plain import plain
 from lightning_sft.run_files import LEDGER, cut_off, refuse_anew
 from lightning_sft.run_lock import FolderLock
 from lightning_sft.trainer_facts import first_rank_does, gather, is_between_steps
@@ -28,8 +30,9 @@ class SampleLedger(Callback):
         every_n_steps: Steps that ranks keep to themselves before they put them together.
     """
 
-    def __init__(self, dirpath: str | None = None, every_n_steps: int = 10) -> None:
-        self.dirpath, self.every_n_steps = dirpath, every_n_steps
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: Count = 10) -> None:
+        check_arguments(SampleLedger, locals())
+        self.dirpath, self.every_n_steps = plain(dirpath), every_n_steps
         self._lock = FolderLock()
         self._lines: list[dict[str, Any]] = []  # of steps that are not written yet; without the other ranks' samples
         self._samples: list[list[list[str]]] = []  # this rank's, of each of these steps and its micro-batches

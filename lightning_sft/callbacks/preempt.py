@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_sft.arguments import check_arguments
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole
 from lightning_sft.data.loader import EpochLoader
 from lightning_sft.run_folder import write_whole
@@ -54,6 +55,7 @@ class Preempt(Callback):
     """
 
     def __init__(self, signals: Sequence[str] = SIGNALS) -> None:
+        check_arguments(Preempt, locals())
         known = signal.Signals.__members__
         if unknown := [name for name in signals if name not in known]:
             raise InputError(f"There is no signal {', '.join(unknown)}. Expected names such as SIGTERM or SIGUSR1.")

@@ -15,11 +15,13 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
+from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.callbacks.ending import why_ended
 from lightning_sft.callbacks.preempt import Preempted
 from lightning_sft.data.report import figures, histogram, targets_in_words
 from lightning_sft.disk import append, write
 from lightning_sft.export.run_facts import run_facts
+from lightning_sft.plain import plain
 from lightning_sft.run_files import METRICS, RECORD, cut_off, lines_of, record_of, refuse_anew
 from lightning_sft.run_lock import FolderLock
 from lightning_sft.trainer_facts import first_rank_does, is_between_steps
@@ -37,8 +39,9 @@ class RunRecord(Callback):
         flush_every: Steps whose figures stay on the device before they are written together.
     """
 
-    def __init__(self, dirpath: str | None = None, every_n_steps: int = 1, flush_every: int = 20) -> None:
-        self.dirpath, self.every_n_steps, self.flush_every = dirpath, every_n_steps, flush_every
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: Count = 1, flush_every: Count = 20) -> None:
+        check_arguments(RunRecord, locals())
+        self.dirpath, self.every_n_steps, self.flush_every = plain(dirpath), every_n_steps, flush_every
         self._lines: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._untrained: dict[str, Tensor] = {}  # figures of the pretrained model
         self._lock, self._record = FolderLock(), dict[str, Any]()

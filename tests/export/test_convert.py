@@ -92,7 +92,7 @@ def test_an_export_that_does_not_pass_is_kept_under_another_name_and_is_an_error
 
 
 def test_a_threshold_below_zero_is_refused(ckpt: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="max_kl must be 0 or more"):
+    with pytest.raises(InputError, match=r"export.max_kl is -1.0; expected a number >= 0"):
         export_checkpoint(ckpt, str(tmp_path / "out"), max_kl=-1.0)
 
 

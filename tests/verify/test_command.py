@@ -91,5 +91,5 @@ def test_classes_that_are_not_ours_and_figures_that_make_no_sense_are_refused(tm
 
     with pytest.raises(InputError, match="needs an SFTModule"):
         verify(None, None, settings(tmp_path))
-    with pytest.raises(InputError, match="samples must be at least 1"):
+    with pytest.raises(InputError, match=r"verify.samples is 0; expected an integer >= 1"):
         verify(SFTDataModule([]), SFTModule(pretrained), settings(tmp_path), samples=0)
