@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from functools import cached_property, lru_cache
+from string import ascii_letters
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -39,7 +40,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.text = re.sub(r"strftime_now\((['\"])(.*?)\1\)", _frozen, str(tokenizer.chat_template))
+        self.text = _frozen(str(tokenizer.chat_template))
         self.has_marks = has_marks(self.text)
         longest_first = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
@@ -190,9 +191,24 @@ def texts_in(value: Any) -> Iterator[str]:
         yield value
 
 
-def _frozen(call: re.Match[str]) -> str:
-    """Today's date in a template, as a literal of another day."""
-    return repr(FROZEN_DATE.strftime(call.group(2)))
+def _frozen(template: str) -> str:
+    """The template with a ``strftime_now`` of its own, which knows no day but :data:`FROZEN_DATE`.
+
+    A macro at the beginning hides the function of transformers however it is called or renamed, and is part of the text
+    that names a cache's entry. The newline after it is trimmed, so what a template renders is otherwise the same.
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = [flag + letter for flag in ("", *"-_0^#") for letter in ascii_letters]
+    texts = {code: FROZEN_DATE.strftime(f"%{code}") for code in codes}
+    known = json.dumps({code: text for code, text in texts.items() if text != f"%{code}"})
+    return (
+        f"{{% macro strftime_now(format) %}}{{% set known = {known} %}}{{% for part in format.split('%%') %}}"
+        "{{ '' if loop.first else '%' }}{% for piece in part.split('%') %}"
+        "{% if loop.first %}{{ piece }}{% elif piece[:2] in known %}{{ known[piece[:2]] }}{{ piece[2:] }}"
+        "{% elif piece[:1] in known %}{{ known[piece[:1]] }}{{ piece[1:] }}{% else %}%{{ piece }}{% endif %}"
+        f"{{% endfor %}}{{% endfor %}}{{% endmacro %}}\n{template}"
+    )
 
 
 def _arguments(call: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from lightning_sft.data.encode import encode_many
 from lightning_sft.data.messages import Converter
 from lightning_sft.data.mixture import Mixture
 from lightning_sft.data.sources import Source, leaves, parsed
+from lightning_sft.data.template import ChatTemplate
 from lightning_sft.types import Conversation, Example, InputError
 
 _LONGEST = 1024  # tokens of a sequence that are looked at
@@ -214,7 +215,7 @@ def unequal_ids(
 
 def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Of each row what training makes of it, and what ``apply_chat_template`` does at inference."""
-    found = []
+    found, template = [], ChatTemplate.of(tokenizer).text  # with its date frozen: two renders are at two times
     for row, encoded in zip(conversations, encode_many(conversations, tokenizer), strict=True):
         trained: Any = str(encoded)  # of a refusal
         if not isinstance(encoded, InputError):
@@ -222,7 +223,8 @@ def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBa
         tools: Any = row.tools
         asked = [message for message in row.messages if message["role"] != "text"][:-1]
         try:
-            prompt = asked and tokenizer.apply_chat_template(asked, tools=tools, add_generation_prompt=True)
+            settings: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True}
+            prompt = asked and tokenizer.apply_chat_template(asked, tools=tools, **settings)
         except Exception as error:  # whatever a template raises, the other has to raise too
             prompt = str(error)
         found.append((trained, str(prompt)))

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,11 @@ def test_our_own_code_and_the_frozen_date_are_in_the_key(path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(caching, "__file__", str(path))  # another folder, without code
         assert key_of(str(path), RECIPE) != first
-    template = "{{ strftime_now('%Y') }}" + CHATML
-    dated = Recipe(tiny_tokenizer(template))
-    assert key_of(str(path), dated) != key_of(str(path), Recipe(tiny_tokenizer(template.replace("%Y", "%m"))))
+    dated = "{% set now = strftime_now %}{{ now('%Y') }}" + CHATML
+    first = key_of(str(path), Recipe(tiny_tokenizer(dated)))
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_sft.data.template.FROZEN_DATE", date(2025, 1, 1))
+        assert key_of(str(path), Recipe(tiny_tokenizer(dated))) != first
 
 
 def test_rows_in_memory_and_small_files_have_no_entry(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
