@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,29 @@ def test_code_beside_a_model_is_not_run_and_nobody_is_asked(tmp_path: Path, monk
     for load in (load_model, context_length):
         with pytest.raises(InputError, match=r"contains custom code"):
             load(str(tmp_path))
+    assert not asked
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["of its own", "known but no language model", "a part of a known one"])
+def test_code_that_a_checkpoint_names_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    own = {name: f"{tmp_path}--own.Model" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
+    foreign: dict[str, Any] = {"auto_map": own, "_name_or_path": str(tmp_path)}
+    config = {
+        "of its own": foreign | {"model_type": "own"},
+        "known but no language model": foreign | {"model_type": "t5"},
+        "a part of a known one": {"model_type": "gemma3", "vision_config": foreign | {"model_type": "shieldgemma2"}},
+    }[kind]
+    with pytest.raises(InputError, match=r"\(hf_config\) describes no causal language model of transformers"):
+        model_from_config(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError):
+        load_model(str(tmp_path))
     assert not asked
     assert not (tmp_path / "run").exists()
 
