@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_sft import checkpoints
 from lightning_sft.data.mixture import as_mixture
 from lightning_sft.export import parity
-from lightning_sft.export.folder import check_is_free, whole_folder, widest_dtype, write
+from lightning_sft.export.folder import check_is_free, set_aside, whole_folder, widest_dtype, write
 from lightning_sft.export.gguf_file import GGUFType, write_gguf
 from lightning_sft.export.model_card import model_card
 from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
@@ -97,7 +96,8 @@ def export_checkpoint(
         gguf_type: How the GGUF file stores weights.
 
     Raises:
-        InputError: When the checkpoint cannot be read, or the folder does not pass; it then is kept as ``OUT.failed``.
+        InputError: When the checkpoint cannot be read, or the folder does not pass; it then is kept as
+            ``OUT.failed``, or under the next free name.
     """
     ckpt = checkpoint_of(ckpt)
     checkpoints.kind_of(ckpt)
@@ -221,9 +221,7 @@ def _mean_difference(trained: Tensor, live: Live) -> float:
 
 
 def _failed(folder: Path, out: Path, report: parity.Report) -> InputError:
-    kept = out.with_name(f"{out.name}.failed")
-    shutil.rmtree(kept, ignore_errors=True)
-    folder.rename(kept)
+    kept = set_aside(folder, out)
     return InputError(
         f"The exported model is not the one that was trained: {'; '.join(report.failures)}. It is in {kept}, "
         "with what was measured in parity.json. Where weights were rounded, another dtype may do, or a higher max_kl."

@@ -84,11 +84,27 @@ def test_rounding_is_measured_and_said(ckpt: str, tmp_path: Path, capsys: pytest
 
 
 def test_an_export_that_does_not_pass_is_kept_under_another_name_and_is_an_error(ckpt: str, tmp_path: Path) -> None:
-    for _ in range(2):  # the second takes the place of the first
-        with pytest.raises(InputError, match=r"is not the one that was trained: KL.* is in .*out\.failed"):
+    names = ["out.failed", "out.failed-2"]
+    for count, name in enumerate(names, 1):
+        with pytest.raises(InputError, match=rf"is not the one that was trained: KL.* is in .*{name},"):
             export_checkpoint(ckpt, str(tmp_path / "out"), dtype="bfloat16", max_kl=1e-12)
-        assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
-    assert not parity_of(tmp_path / "out.failed")["passed"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == names[:count]
+        assert not parity_of(tmp_path / name)["passed"]
+
+
+def test_an_export_that_does_not_pass_touches_no_folder_of_the_user(ckpt: str, tmp_path: Path) -> None:
+    own = [tmp_path / name / "precious" for name in ("out.failed", ".out.unfinished", ".out.old")]
+    for path in own:
+        path.parent.mkdir()
+        path.write_text("mine")
+    with pytest.raises(InputError, match=r"out\.failed-2"):
+        export_checkpoint(ckpt, str(tmp_path / "out"), dtype="bfloat16", max_kl=1e-12)
+    assert [path.read_text() for path in own] == ["mine"] * 3
+    export_checkpoint(ckpt, str(tmp_path / "out"))
+    assert [path.read_text() for path in own] == ["mine"] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["out", "out.failed-2", *(path.parent.name for path in own)]
+    )
 
 
 def test_a_threshold_below_zero_is_refused(ckpt: str, tmp_path: Path) -> None:
