@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from lightning_sft.callbacks.ledger import NAME, line_of
@@ -26,6 +25,7 @@ from lightning_sft.metrics import figures, sums
 from lightning_sft.module import SFTModule
 from lightning_sft.resume import seed_micro_batch
 from lightning_sft.run_folder import folders_of
+from lightning_sft.terminal import Console
 from lightning_sft.trainer_facts import trainer_on_paper
 from lightning_sft.types import Batch, InputError
 

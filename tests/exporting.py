@@ -31,7 +31,11 @@ def trained(
     callbacks = [*settings.pop("callbacks", ()), *([] if export is None else [export])]
     defaults = {"accelerator": "cpu", "max_steps": 3, "max_epochs": -1, "callbacks": callbacks}
     trainer = Trainer(**QUIET | defaults | settings)
-    trainer.fit(module, SFTDataModule(**{"train": ROWS, "val": ROWS, "tokens_per_batch": 100} | (data or {})), ckpt_path=ckpt_path)
+    trainer.fit(
+        module,
+        SFTDataModule(**{"train": ROWS, "val": ROWS, "tokens_per_batch": 100} | (data or {})),
+        ckpt_path=ckpt_path,
+    )
     return trainer
 
 

@@ -79,7 +79,7 @@ def test_code_that_a_checkpoint_names_is_not_run_and_nobody_is_asked(
     asked: list[str] = []
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
     (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
-    own = {name: f"{tmp_path}--own.Model" for name in ("AutoConfig", "AutoModel", "AutoModelForCausalLM")}
+    own = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), f"{tmp_path}--own.Model")
     foreign: dict[str, Any] = {"auto_map": own, "_name_or_path": str(tmp_path)}
     config = {
         "of its own": foreign | {"model_type": "own"},

@@ -115,7 +115,7 @@ class HFExport(Callback):
             is_missing = self._first_rank(lambda: not (self._root / "final").exists())
             if self.at_end and is_missing and not trainer.fast_dev_run:
                 if _averages(trainer.callbacks):
-                    rank_zero_warn(f"{self._root / 'final'} is missing: lightning-sft export writes the averaged weights.")
+                    rank_zero_warn("The last folder is missing: lightning-sft export writes the averaged weights.")
                 else:
                     self._error = self._export(trainer, pl_module, "final")
         if self._error is not None:

@@ -14,8 +14,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +24,7 @@ from lightning_sft.data.messages import Converter
 from lightning_sft.data.mixture import Mixture
 from lightning_sft.data.sources import Source, leaves, parsed
 from lightning_sft.data.template import ChatTemplate
+from lightning_sft.terminal import Console
 from lightning_sft.types import Conversation, Example, InputError
 
 _LONGEST = 1024  # tokens of a sequence that are looked at
@@ -111,7 +112,7 @@ class Report:
         if self.rounded_from is not None:
             console.print(f"The weights were rounded from {self.rounded_from} to {self.dtype}.")
         for failure in self.failures:
-            console.print(f"[red]✗[/red] {failure}", highlight=False)
+            console.print(Text.assemble(("✗", "red"), f" {failure}"))
 
 
 def held_out(mixture: Mixture, format: Any = None, columns: Any = None, most: int = 8) -> list[Conversation]:
