@@ -16,7 +16,7 @@ from lightning_sft.data.messages import Converter
 from lightning_sft.data.sources import read
 from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.start_yaml import Machine, Method, as_yaml
-from lightning_sft.terminal import Console
+from lightning_sft.terminal import Console, printable
 from lightning_sft.types import Conversation, InputError
 
 _LOOKED_AT = 200  # rows
@@ -142,7 +142,7 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
             if not ask.is_possible:
                 raise
             Console(stderr=True).print(f"{data}: {error}", highlight=False)
-            names = ", ".join(keys)
+            names = printable(", ".join(keys))
             question = ask(f"Which column is the question ({names})", "--columns '{prompt: …, completion: …}'")
             answer = ask(f"Which column is the answer ({names})", "--columns '{prompt: …, completion: …}'")
             columns = {"prompt": question, "completion": answer}
