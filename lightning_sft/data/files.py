@@ -2,8 +2,8 @@
 
 JSON is read by the json module and never through Arrow, which gives all rows one schema: there, a key that one row has
 becomes a null in every other. In Parquet and Arrow that has already happened, so keys without a value are left out.
-Whatever a file holds, it is read in bounded memory: a row has at most :data:`MAX_ROW` bytes, and a packed file unpacks to
-at most :data:`MAX_EXPANSION` times its size.
+Whatever a file holds, it is read in bounded memory: a row has at most :data:`MAX_ROW` bytes, and a packed file unpacks
+to at most :data:`MAX_EXPANSION` times its size.
 """
 
 from __future__ import annotations
@@ -184,16 +184,17 @@ def _read_arrow(path: Path) -> Iterator[tuple[Any, str]]:
 def _rows_of(path: Path, schema: Any, batches: Any) -> Iterator[tuple[Any, str]]:
     if len(set(schema.names)) < len(schema.names):
         raise InputError(f"{path}: two columns have the same name: {schema.names}.")
-    number, unpacked, most = 0, 0, _most_unpacked(path)
+    before, unpacked, most = 0, 0, _most_unpacked(path)
     few = (batch.slice(begin, _AT_A_TIME) for batch in batches for begin in range(0, len(batch), _AT_A_TIME))
     for batch in map(_without_dictionaries, few):
         if batch.nbytes > MAX_ROW and any(batch.slice(i, 1).nbytes > MAX_ROW for i in range(len(batch))):
-            raise _too_long(f"{path}: after row {number}")
+            raise _too_long(f"{path}: after row {before}")
         unpacked += batch.nbytes
         if unpacked > most:
             raise _expands(path)
-        for number, row in enumerate(batch.to_pylist(), number + 1):
+        for number, row in enumerate(batch.to_pylist(), before + 1):
             yield without_nulls(row), f"row {number}"
+        before += len(batch)
 
 
 def _without_dictionaries(batch: Any) -> Any:

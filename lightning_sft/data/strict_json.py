@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 MAX_DEPTH = 100
@@ -54,9 +55,8 @@ def _check_depth(value: Any, text: str) -> None:
         depth += 1
         if depth > MAX_DEPTH:
             raise ValueError(_TOO_DEEP)
-        level = _containers(
-            inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
-        )
+        inside = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = _containers(chain.from_iterable(inside))
 
 
 def _containers(values: Iterable[Any]) -> list[Any]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from functools import cached_property, lru_cache
 from string import ascii_letters
+from threading import current_thread, main_thread
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -25,6 +28,32 @@ from lightning_sft.types import InputError, Message
 
 FROZEN_DATE = date(2024, 7, 26)
 """What a template that writes today's date is given: training must not depend on the day it runs."""
+
+
+MAX_SECONDS = 60.0
+"""Of rendering one conversation; a template is a program that somebody else has written."""
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Stop what renders a conversation after :data:`MAX_SECONDS`, where the system has timers for it.
+
+    It needs the main thread and a system with ``SIGALRM``, and leaves a timer of somebody else's alone.
+
+    Raises:
+        TimeoutError: When it has not ended by then. It is no refusal of a row: those must not depend on a clock.
+    """
+    has_timers = hasattr(signal, "setitimer") and current_thread() is main_thread()
+    if not has_timers or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _too_late)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class ChatTemplate:
@@ -156,6 +185,10 @@ class ChatTemplate:
 @lru_cache(maxsize=8)
 def _chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatTemplate:
     return ChatTemplate(tokenizer)
+
+
+def _too_late(number: int, frame: Any) -> None:
+    raise TimeoutError(f"the chat template has not rendered it after {MAX_SECONDS:g} s: look for a loop in it")
 
 
 def _trailing(special: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 
+from lightning_sft.data import template as templates
 from lightning_sft.data.encode import encode, encode_many, encode_prompt
 from lightning_sft.data.template import ChatTemplate
 from lightning_sft.demos import CHATML, tiny_tokenizer
@@ -273,3 +276,29 @@ def test_freezing_the_date_changes_nothing_else_of_what_a_template_renders() -> 
         tokenizer, messages = tiny_tokenizer(marked), conversation("a", "b").messages
         plain = tokenizer.apply_chat_template(list(messages), tokenize=False)
         assert ChatTemplate.of(tokenizer).render(messages, None, generation=False) == plain
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + CHATML
+
+
+def test_a_template_that_does_not_end_is_one_error_and_no_refusal_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # of pytest-timeout
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(InputError, match=r"^#7: the chat template has not rendered it after 0\.2 s"):
+        encode_many([replace(conversation("a", "b"), provenance="#7")], tiny_tokenizer(LOOP))
+    with pytest.raises(InputError, match=r"the chat template has not rendered it after 0\.2 s"):
+        encode_prompt(conversation("a", "b"), tiny_tokenizer(LOOP))
+    assert signal.getsignal(signal.SIGALRM) == handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_timer_of_the_caller_is_left_alone_and_other_threads_render_too() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 500)
+    try:
+        expected = encode(conversation("a", "b"), tiny_tokenizer())
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 400
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(encode, conversation("a", "b"), tiny_tokenizer()).result() == expected

@@ -74,7 +74,7 @@ BAD: list[tuple[str, Any, str]] = [
     (
         "a.jsonl",
         '{"a": ' + "[" * 100 + "]" * 100 + "}",
-        r"a\.jsonl:1: not valid JSON: it is nested too deeply, more than 100",
+        r"a\.jsonl:1: .* it is nested too deeply, more than 100",
     ),
     ("a.json", '[1, {"a": ' + "[" * 100 + "]" * 100 + "}]", r"a\.json:1: not valid JSON: it is nested too deeply"),
     ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: not valid JSON: it is nested too deeply"),
