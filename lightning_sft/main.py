@@ -22,7 +22,7 @@ from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
 from lightning_sft.checkpoints import hyper_parameters
 from lightning_sft.completion import completion
-from lightning_sft.config_cli import ConfigCLI
+from lightning_sft.config_cli import ConfigCLI, check_config
 from lightning_sft.cuda_segments import expand_segments
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
@@ -112,6 +112,9 @@ def main(args: ArgsType = None) -> Any:
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list):
         given = given or ["--help"]
+        for _, value in _flags(given):
+            if value.endswith((".yaml", ".yml")) and Path(value).is_file():
+                check_config(value)
         if given[0] == "--version":
             return __version__
         if given[0] == "doctor":

@@ -190,8 +190,8 @@ def rows_to_compare(facts: Mapping[str, Any], rows: str | None = None) -> tuple[
     if rows is not None:
         found = parity.held_out(as_mixture(rows))
         return f"{len(found)} rows of {rows}", found
-    mixture = validation_data(facts)
     try:
+        mixture = validation_data(facts)
         if mixture is not None:
             found = parity.held_out(mixture)
             return f"{len(found)} rows of the run's validation data", found

@@ -28,6 +28,7 @@ from lightning_sft.terminal import Console
 from lightning_sft.types import Conversation, Example, InputError
 
 _LONGEST = 1024  # tokens of a sequence that are looked at
+_LOOKED_AT = 10_000  # rows of each part, among which are some that can be used
 _TARGETS = 512  # of all rows together: logits of each are kept
 _BUILT_IN = (
     ("What is 17 * 23?", "17 * 23 = 391."),
@@ -233,6 +234,6 @@ def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBa
 
 
 def _usable(source: Source, convert: Converter) -> Iterator[Conversation]:
-    for row, where in (row for leaf in leaves(source) for row in leaf()):
+    for row, where in islice((row for leaf in leaves(source) for row in leaf()), _LOOKED_AT):
         with suppress(InputError):  # a run may leave such rows out; here they would only be in the way
             yield convert(parsed(row, where), where)

@@ -73,6 +73,29 @@ def test_other_rows_can_be_given_and_without_any_there_are_built_in_ones(
     assert found["rows"].startswith("a few built-in rows (the run had no validation data in files")
 
 
+@pytest.mark.parametrize("named", [{"source": "{}/**/*.jsonl"}, {"source": "{}"}, {"files": ["{}/*.jsonl"]}])
+def test_a_checkpoint_has_no_folder_searched_for_its_validation_data(
+    ckpt: str, tmp_path: Path, named: dict[str, Any]
+) -> None:
+    (tmp_path / "private.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    evil = torch.load(ckpt, weights_only=True)
+    [part] = evil["lightning_sft"]["data"]["val"]["parts"]
+    del part["files"]
+    part |= json.loads(json.dumps(named).replace("{}", str(tmp_path)))
+    torch.save(evil, tmp_path / "evil.ckpt")
+    found = parity_of(export_checkpoint(str(tmp_path / "evil.ckpt"), str(tmp_path / "out")))
+    assert found["rows"].startswith("a few built-in rows (the run's validation data cannot be read: there is no file")
+
+
+def test_a_pattern_that_a_run_was_given_is_known_by_its_files(pretrained: str, tmp_path: Path) -> None:
+    for name in ("val-1", "val-2"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = trained(pretrained, data={"val": str(tmp_path / "val-*.jsonl")})
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    found = parity_of(export_checkpoint(str(tmp_path / "run.ckpt"), str(tmp_path / "out")))
+    assert found["rows"] == "8 rows of the run's validation data"
+
+
 def test_rounding_is_measured_and_said(ckpt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = export_checkpoint(ckpt, str(tmp_path / "out"), dtype="bfloat16")
     found = parity_of(out)
