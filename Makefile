@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 QUICKSTART := build/quickstart
 
-.PHONY: help quickstart test test-all lint docs bench bench-growth gpu clean
+.PHONY: help quickstart test test-all test-lowest test-newest lint docs bench bench-growth gpu clean
 
 help:
 	@echo "make quickstart   fine-tune a real model on example data and see what it gained (under 10 minutes on 2 cores)"
 	@echo "make test         lint, types and tests"
 	@echo "make test-all     the same with the slow tests"
+	@echo "make test-lowest  the tests with the lowest release of each package that pyproject.toml allows (gigabytes of wheels)"
+	@echo "make test-newest  the tests with the newest release of each package"
 	@echo "make docs         these pages and the API as HTML, in build/docs"
 	@echo "make bench        ours, TRL and LitGPT side by side (BENCH='--data rows.jsonl ...'; BENCH=--help has all settings)"
 	@echo "make bench-growth how cost grows (BENCH=--quick for minutes)"
@@ -40,6 +42,20 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+# Warnings of other releases are no errors there. trl asks for newer packages than ours do, and only its templates are read.
+build/lowest/bin/pytest: pyproject.toml
+	$(PYTHON) -m venv --clear build/lowest
+	$(PYTHON) .ci/lowest.py > build/lowest/constraints.txt
+	build/lowest/bin/python -m pip install --quiet --constraint build/lowest/constraints.txt --editable '.[test]'
+	build/lowest/bin/python -m pip install --quiet --constraint build/lowest/constraints.txt --no-deps trl
+
+build/newest/bin/pytest: pyproject.toml
+	$(PYTHON) -m venv --clear build/newest
+	build/newest/bin/python -m pip install --quiet --editable '.[dev]'
+
+test-lowest test-newest: test-%: build/%/bin/pytest
+	build/$*/bin/python -m pytest -m "not slow" --override-ini filterwarnings=default
 
 $(VENV)/docs: $(BIN)/lightning-sft
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[docs]'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.chat_model import Speaker
 from lightning_sft.generation import Sampling
 from lightning_sft.terminal import Console
@@ -28,11 +30,11 @@ _HELP = """/reset          forget the conversation
 
 
 def chat(
-    model: str,
-    compare: str | None = None,
+    model: str | Path,
+    compare: str | Path | None = None,
     system: str | None = None,
-    chat_template: str | None = None,
-    max_new_tokens: int = 512,
+    chat_template: str | Path | None = None,
+    max_new_tokens: Count = 512,
     sampling: Sampling = _GREEDY,
     device: str | None = None,
 ) -> None:
@@ -51,6 +53,7 @@ def chat(
     Raises:
         InputError: When a model cannot be loaded.
     """
+    check_arguments(chat, locals())
     screen = Console(stderr=True)
     talks = []
     for name in [model, *([compare] if compare else [])]:
@@ -201,7 +204,8 @@ def answer_lines(session: Session, lines: Any, write: Callable[[str], None]) -> 
 
 def _talk(session: Session, console: Console) -> None:
     """Read questions and commands from the terminal until the end."""
-    import readline  # noqa: F401 - lines can then be edited, and earlier ones found again
+    with suppress(ImportError):  # of Windows, whose terminal does it by itself
+        import readline  # noqa: F401 - lines can then be edited, and earlier ones found again
 
     names = " and ".join(talk.speaker.name for talk in session.talks)
     console.print(f"Talking to {names}. /help lists commands.", style="dim")

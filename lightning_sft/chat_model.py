@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from lightning_sft import checkpoints
+from lightning_sft.arguments import check_arguments
 from lightning_sft.data.encode import encode_prompt
 from lightning_sft.data.loader import PromptBatch
 from lightning_sft.export.restore import restored, tokenizer_of
@@ -32,8 +32,9 @@ class Speaker:
         device: Where it answers; the GPU by default, where there is one.
     """
 
-    def __init__(self, name: str, chat_template: str | None = None, device: str | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str | Path, chat_template: str | Path | None = None, device: str | None = None) -> None:
+        check_arguments(Speaker, locals())
+        self.name = str(name)
         where = torch.device(device or _best_device())
         self.model, self.tokenizer = _load(checkpoint_of(name), chat_template)
         if (
@@ -80,9 +81,9 @@ class Speaker:
             pieces.append(text)
             say(printable(text))
 
-        streaming = _Streaming(self.model, _Pieces(self.tokenizer, take))
+        batch = PromptBatch([prompt], self.tokenizer).to(self.model.device)
         try:
-            [row] = answers(streaming, PromptBatch([prompt], self.tokenizer).to(self.model.device), room, sampling)
+            [row] = answers(self.model, batch, room, sampling, streamer=_Pieces(self.tokenizer, take))
         except KeyboardInterrupt:
             return "".join(pieces)
         return str(row["prediction"])
@@ -101,17 +102,7 @@ class _Pieces(TextStreamer):
             self.take(text)
 
 
-class _Streaming:
-    """A model whose ``generate`` streams."""
-
-    def __init__(self, model: Any, streamer: TextStreamer) -> None:
-        self.model, self.streamer, self.generation_config = model, streamer, model.generation_config
-
-    def generate(self, **settings: Any) -> Any:
-        return self.model.generate(**settings, streamer=self.streamer)
-
-
-def _load(name: str, chat_template: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(name: str, chat_template: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not checkpoints.is_checkpoint(name):
         model = load_model(name) if name.endswith(".gguf") else load_exported(name)
         return model, load_tokenizer(name, chat_template)

@@ -76,7 +76,9 @@ def facts(path: str | Path) -> dict[str, Any]:
 
 def hyper_parameters(path: str | Path) -> dict[str, Any]:
     """The hyperparameters of the module that a checkpoint is of."""
-    found: dict[str, Any] = facts(path).get("hyper_parameters", {})
+    found = facts(path).get("hyper_parameters", {})
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no checkpoint of Lightning: its 'hyper_parameters' are no dictionary.")
     return found
 
 
@@ -156,7 +158,7 @@ def _of_deepspeed(path: Path) -> list[Path]:
 def _load(path: Path, device: str) -> dict[str, Any]:
     know_optimizer_states(path)
     try:
-        found: dict[str, Any] = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        found: Any = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors and plain values, so loading it could run code; it was not loaded. "
@@ -164,7 +166,10 @@ def _load(path: Path, device: str) -> dict[str, Any]:
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
         raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(error)}") from error
-    return found
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no checkpoint of Lightning: it holds a {type(found).__name__}, not a dictionary.")
+    whole: dict[str, Any] = found
+    return whole
 
 
 def know_optimizer_states(path: str | Path) -> None:
@@ -204,7 +209,9 @@ class _Index(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What an index may consist of: records of torch, dtypes, sizes and paths."""
-        if module in ("pathlib", "torch", "torch.serialization") or module.startswith("torch.distributed.checkpoint."):
+        if module in ("pathlib", "pathlib._local", "torch", "torch.serialization") or module.startswith(
+            "torch.distributed.checkpoint."
+        ):
             found: Any = super().find_class(module, name)
             if isinstance(found, torch.dtype) or found in (torch.Size, torch.serialization._get_layout):
                 return found

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_sft.one_line import OneLine
 from lightning_sft.types import InputError
 
 MAX_VALUES = 100_000
@@ -47,6 +50,49 @@ def _size(node: Any, known: dict[int, int]) -> int:
     return known[id(node)]
 
 
+class ConfigParser(OneLine, LightningArgumentParser):
+    """Of verbs that take the configuration of ``fit``, and of ``fit`` itself."""
+
+
+def with_own_defaults(
+    parser: LightningArgumentParser,
+    parse: Callable[[], Namespace],
+    subcommands: Mapping[str, LightningArgumentParser] | None = None,
+) -> Namespace:
+    """Parse arguments so that an optimizer of another class than the module's default takes its own settings.
+
+    jsonargparse hands those of the default on to whatever class takes arguments of the same names. So the arguments are
+    parsed again, with that class as the default.
+
+    Args:
+        parser: Of the arguments.
+        parse: Parses them with it.
+        subcommands: The parsers of its subcommands.
+    """
+    config = parse()
+    name = config.get("subcommand")
+    own, found = (subcommands or {}).get(name, parser), config if name is None else config[name]
+    model = found.get("model.class_path")  # where the user brings a class of their own
+    key = "model.optimizer" if model is None else "model.init_args.optimizer"
+    asked: Any = found.get(f"{key}.class_path")
+    if asked in (None, _default_optimizer(own, model)):
+        return config
+    optimizer: dict[str, Any] = {"class_path": asked}
+    if model is None:
+        own.set_defaults({"model.optimizer": optimizer})
+    else:
+        own.set_defaults({"model": {"class_path": model, "init_args": {"optimizer": optimizer}}})
+    return parse()
+
+
+def _default_optimizer(parser: ArgumentParser, model: str | None) -> Any:
+    if model is not None:
+        parser = ArgumentParser()
+        module, _, name = model.rpartition(".")
+        parser.add_class_arguments(getattr(import_module(module), name), "model")
+    return parser.get_defaults().get("model.optimizer.class_path")
+
+
 class ConfigCLI(LightningCLI):
     """The command line of ``fit`` with the arguments of a verb; no trainer is made, and no weights are loaded."""
 
@@ -67,9 +113,9 @@ class ConfigCLI(LightningCLI):
         self._own = parser.add_function_arguments(self.verb, skip={"data", "module", "trainer"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As they are."""
+        """Parse them; another optimizer than the default takes its own defaults."""
         assert isinstance(args, list)
-        self.config = parser.parse_args(args)
+        self.config = with_own_defaults(parser, lambda: parser.parse_args(args))
 
     def instantiate_classes(self) -> None:
         """The module and the data module. The trainer's section stays as it is: its devices need not be here."""

@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.arguments import Count, Index, Tokens, check_arguments
 from lightning_sft.callbacks.predictions import PredictionWriter
 from lightning_sft.data.blocks import Shape
 from lightning_sft.data.chunks import Recipe
@@ -26,7 +27,8 @@ from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
 from lightning_sft.data.stream import StreamLoader, check_stream
 from lightning_sft.data.workers import num_cores
-from lightning_sft.module_facts import check_ids, keeps_documents_apart
+from lightning_sft.guards import check_prompts
+from lightning_sft.module_facts import check_ids, check_lengths, keeps_documents_apart
 from lightning_sft.plain import plain
 from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.trainer_facts import Division, data_parallel, gather, on_cuda, place
@@ -73,32 +75,34 @@ class SFTDataModule(LightningDataModule):
         predict: Source | None = None,
         format: FormatName | None = None,
         columns: dict[str, str] | None = None,
-        tokenizer: str | None = None,
-        chat_template: str | None = None,
-        max_length: int | None = None,
+        tokenizer: str | Path | None = None,
+        chat_template: str | Path | None = None,
+        max_length: Tokens | None = None,
         overflow: Overflow = "drop",
-        tokens_per_batch: int | None = None,
+        tokens_per_batch: Tokens | None = None,
         packing: Packing = "packed",
         invalid_rows: Literal["error", "skip"] = "error",
-        predict_batch_size: int = 16,
-        num_workers: int | None = None,
+        predict_batch_size: Count = 16,
+        num_workers: Index | None = None,
         streaming: bool = False,
-        buffer_rows: int = 4096,
-        cache: str | None = "~/.cache/lightning-sft/data",
-        seed: int = 0,
+        buffer_rows: Count = 4096,
+        cache: str | Path | None = "~/.cache/lightning-sft/data",
+        seed: Index = 0,
     ) -> None:
         super().__init__()
+        check_arguments(SFTDataModule, locals(), "data")
         given = {"train": train, "val": val, "test": test, "predict": predict}
         self.sources: dict[str, Mixture | Source | None] = {name: plain(source) for name, source in given.items()}
         self.format, self.columns = format, plain(columns)
-        self.tokenizer_name, self.chat_template = tokenizer, chat_template
+        self.tokenizer_name: str | None = plain(tokenizer)
+        self.chat_template: str | None = plain(chat_template)
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
         self.overflow: Overflow = overflow
         self.invalid_rows, self.predict_batch_size = invalid_rows, predict_batch_size
         self.num_workers, self.cache, self.seed = num_workers, cache, seed
         self.streaming, self.buffer_rows = streaming, buffer_rows
         self.sample_rows = 100  # of a stream: they are read before the training begins, since most mistakes show there
-        self._asked: dict[str, Any] = {"tokenizer": tokenizer, "packing": packing, "max_length": max_length}
+        self._asked: dict[str, Any] = {"tokenizer": plain(tokenizer), "packing": packing, "max_length": max_length}
         self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalisation of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
@@ -137,6 +141,12 @@ class SFTDataModule(LightningDataModule):
         if self.streaming:
             return self.tokens_per_batch or default_tokens_per_batch(self.trainer)
         return self.planned("train").capacity
+
+    @property
+    def pad_id(self) -> int:
+        """Token id of padding."""
+        assert self.tokenizer is not None, "setup has not been called"
+        return pad_token_id(self.tokenizer, getattr(self._module, "num_embeddings", None))
 
     def planned(self, name: str) -> Planned:
         """A split with its plan, made when first asked for: by then the model has been probed."""
@@ -192,14 +202,18 @@ class SFTDataModule(LightningDataModule):
         """The prompts of a split, or the first of each of its data sets, for generation.
 
         Raises:
-            InputError: When there are none, or a row cannot be used.
+            InputError: When there are none, a row cannot be used, or the model has no room for its answer.
         """
         source = self.sources.get(name)
         if source is None:
             raise InputError(f"There are no prompts: set data.{name} to a JSONL or JSON file.")
         skips: Literal["error", "skip"] = "error" if name == "predict" else self.invalid_rows
         settings: dict[str, Any] = {"format": self.format, "columns": self.columns, "invalid_rows": skips}
-        return load_prompts(source, cast(Any, self.tokenizer), **settings, first=first)
+        prompts = load_prompts(source, cast(Any, self.tokenizer), **settings, first=first)
+        largest = max((max(prompt.input_ids) for prompt in prompts), default=0)
+        check_ids(self._module, name, largest, self.tokenizer_name)
+        check_prompts(prompts, getattr(self._module, "num_positions", None))
+        return prompts
 
     def state_dict(self) -> dict[str, Any]:
         """What an export needs to give the model its tokenizer back: plain strings."""
@@ -267,7 +281,7 @@ class SFTDataModule(LightningDataModule):
         assert self.tokenizer is not None, "setup has not been called"
         rank, _ = data_parallel(self.trainer)
         full = on_cuda(self.trainer)  # kernels are compiled for one shape, and memory is used again as it was
-        return self.planned(name).loader(rank, pad_token_id(self.tokenizer), self.num_workers or 0, place, full=full)
+        return self.planned(name).loader(rank, self.pad_id, self.num_workers or 0, place, full=full)
 
     def _stream(self) -> StreamLoader:
         assert self.tokenizer is not None, "setup has not been called"
@@ -281,7 +295,7 @@ class SFTDataModule(LightningDataModule):
             gather=partial(gather, self.trainer),
             limit=work.limit,
             is_strict=self.invalid_rows == "error",
-            pad_id=pad_token_id(self.tokenizer),
+            pad_id=self.pad_id,
             full=on_cuda(self.trainer),
             num_workers=num_cores(work.num_local) if self.num_workers is None else self.num_workers,
             place=partial(place, self.trainer),
@@ -291,5 +305,7 @@ class SFTDataModule(LightningDataModule):
     def _ask_model(self, name: str) -> None:
         """What only the model knows: whether it has an embedding for each token, and keeps packed documents apart."""
         check_ids(self._module, name, self.splits[name].examples.largest_id, self.tokenizer_name)
+        longest = self._recipe.max_length if self.streaming and name == "train" else self.splits[name].lengths.max()
+        check_lengths(self._module, name, int(longest or 0))
         if self.packing == "packed" and not keeps_documents_apart(self._module):
             self.packing = "padded"

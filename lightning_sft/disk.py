@@ -1,17 +1,135 @@
-"""What is on the disk, and not only in the memory that the system keeps for it."""
+"""Files that are whole or not there: written under a hidden name, brought to the disk, and renamed."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterable
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from lightning_sft.types import InputError
+
+PARTIAL = ".partial"
+"""How the name of a file ends that is not complete yet."""
+
+_ON_WINDOWS = os.name == "nt"
 
 
 def sync(paths: Iterable[Path]) -> None:
-    """Wait until files, and the entries of folders, are on the disk: what is renamed after that is whole there."""
+    """Wait until files, and the entries of folders, are on the disk: what is renamed after that is whole there.
+
+    Windows opens no folders, and syncs no file that is open for reading alone.
+    """
     for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
+        if _ON_WINDOWS and path.is_dir():
+            continue
+        descriptor = os.open(path, os.O_RDWR if _ON_WINDOWS else os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def hidden(path: str | Path) -> Path:
+    """The name beside ``path`` under which it is written, before :func:`publish`."""
+    return Path(path).with_name(f".{Path(path).name}{PARTIAL}")
+
+
+def publish(path: str | Path) -> None:
+    """Move what was written to :func:`hidden` to its own name in one go, when all of it is on the disk.
+
+    A process that is killed, or a disk that is full, leaves nothing under ``path``, or what was there before.
+
+    Args:
+        path: A file or a folder.
+    """
+    path, partial = Path(path), hidden(path)
+    sync([*(partial.rglob("*") if partial.is_dir() else ()), partial])
+    if path.is_dir():  # a folder cannot take the place of another
+        remove(path)
+    partial.replace(path)
+    sync([path.parent])
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; a folder that is removed only half is under a hidden name by then."""
+    if path.is_dir() and not path.is_symlink():
+        gone = path if path.name.endswith(PARTIAL) else path.rename(path.with_name(f".{path.name}.removed{PARTIAL}"))
+        shutil.rmtree(gone)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write(path: str | Path, text: str) -> None:
+    """Write a text file whole, or leave what was there before.
+
+    Args:
+        path: The file; its folder is made if need be.
+        text: All of it.
+
+    Raises:
+        InputError: When it cannot be written, as on a full disk.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        hidden(path).write_text(text, encoding="utf-8")
+        publish(path)
+    except OSError as error:
+        if path.parent.is_dir():
+            hidden(path).unlink(missing_ok=True)
+        raise _unwritten(path, error) from error
+
+
+def append(path: str | Path, text: str) -> None:
+    """Add lines to a file and bring them to the disk: all of them, or none where the disk is full.
+
+    Args:
+        path: The file; it need not exist.
+        text: Whole lines.
+
+    Raises:
+        InputError: When they cannot be written.
+    """
+    left = memoryview(text.encode())
+    try:
+        with Path(path).open("ab", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def rows_of(path: str | Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """The objects of a JSONL file, each with the position in bytes where its line ends.
+
+    A last line without its end was cut short, and is left out; any other that is no JSON object is skipped with a
+    warning that names it.
+    """
+    end = 0
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            end += len(line)
+            try:
+                row = json.loads(line)
+            except ValueError:  # neither JSON nor UTF-8
+                row = None
+            if isinstance(row, dict):
+                yield row, end
+            else:
+                warnings.warn(f"Skipping line {number} of {path}: it is damaged, no JSON object.", stacklevel=2)
+
+
+def _unwritten(path: str | Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be written: {error.strerror or error}. What was there before is intact.")

@@ -51,7 +51,7 @@ def divergence(scorer: Any, batch: Batch, ids: Tensor, log_probs: Tensor) -> Ten
         found, begin = [], 0
         for chunk in _log_probs(scorer, own):
             at = slice(begin, begin + len(chunk))
-            chosen = chunk.gather(1, ids[at].long().to(chunk.device)).double().cpu()
+            chosen = chunk.gather(1, ids[at].long().to(chunk.device)).cpu().double()
             found.append(_coarse(log_probs[at].double(), chosen))
             begin += len(chunk)
         return found

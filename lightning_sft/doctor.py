@@ -6,22 +6,22 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from lightning_sft import __version__
 from lightning_sft.attention import gpu
+from lightning_sft.one_line import VerbParser
 from lightning_sft.terminal import Console
 
 State = Literal["good", "off", "bad", "plain"]
@@ -72,7 +72,7 @@ def run_doctor(args: Sequence[str] | None = None) -> list[Fact]:
     Args:
         args: Of the command line.
     """
-    parser = ArgumentParser(prog="lightning-sft doctor", description=__doc__)
+    parser = VerbParser(prog="lightning-sft doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
     as_json = parser.parse_args(args).json
     found = facts()
@@ -221,9 +221,12 @@ def _limits() -> Iterator[Fact]:
         is_small = free < 1 << 30
         remark = "Worker processes and NCCL need some: in Docker, --shm-size=8g." if is_small else ""
         yield Fact("limits", "shared memory", f"{_size(free)} free", "bad" if is_small else "good", remark)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    is_few = soft < 1024
-    yield Fact("limits", "open files", f"{soft:,}", "bad" if is_few else "good", f"ulimit -n {hard}" if is_few else "")
+    with suppress(ImportError):  # of Windows
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        is_few, remark = soft < 1024, f"ulimit -n {hard}"
+        yield Fact("limits", "open files", f"{soft:,}", "bad" if is_few else "good", remark if is_few else "")
     free = shutil.disk_usage(".").free
     yield Fact("limits", "disk here", f"{_size(free)} free")
 

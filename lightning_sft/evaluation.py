@@ -1,4 +1,4 @@
-"""The figures of a validation or a test while it goes on."""
+"""The metrics of a validation or a test while it runs."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from lightning_sft.types import Batch, LogLikelihood, widest
 
 
 class Evaluation:
-    """Adds up what batches say of the whole data set; used again for the next time."""
+    """Adds up what batches say of the whole data set, of each loader; used again for the next time."""
 
     def __init__(self) -> None:
-        self._metric = CorpusLikelihood()
+        self._metrics: list[CorpusLikelihood] = []  # one a loader
         self._tokenizer: Any = None
         self._token_bytes: Tensor | None = None  # of its vocabulary
-        self._not_finite: list[tuple[Batch, LogLikelihood]] = []  # of the batches, those whose loss is no number
+        self._not_finite: list[tuple[Batch, LogLikelihood]] = []  # batches whose loss is non-finite
 
-    def begin(self, module: Any) -> None:
+    def begin(self, module: Any, num_loaders: int) -> None:
         """Forget an evaluation that was interrupted, and see what the tokens stand for.
 
         Args:
             module: The Lightning module.
+            num_loaders: How many loaders the trainer goes through.
         """
         tokenizer = getattr(module.trainer.datamodule, "tokenizer", None)
         if tokenizer is not self._tokenizer:  # going through a vocabulary takes a second
             self._tokenizer, self._token_bytes = tokenizer, token_bytes(tokenizer)
-        self._metric = self._new_metric(module.device)
+        self._metrics = [self._new_metric(module.device) for _ in range(num_loaders)]
         self._not_finite = []
 
-    def add(self, module: Any, batch: Batch | Mapping[str, Any]) -> None:
-        """Compute the likelihood of a batch, and add it."""
+    def add(self, module: Any, batch: Batch | Mapping[str, Any], loader: int = 0) -> None:
+        """Compute the likelihood of a batch, and add it to the metrics of its loader."""
         batch = Batch.of(batch)
-        if batch.part_names != self._metric.part_names:  # the first batch of a mixture
-            self._metric = self._new_metric(module.device, batch.part_names)
+        if batch.part_names != self._metrics[loader].part_names:  # the first batch of a mixture
+            self._metrics[loader] = self._new_metric(module.device, batch.part_names)
         likelihood: LogLikelihood = module(batch)
-        self._metric.update(likelihood, batch)
+        self._metrics[loader].update(likelihood, batch)
         if not torch.isfinite(likelihood.total):
             self._not_finite.append((batch, likelihood))
 
@@ -49,12 +50,17 @@ class Evaluation:
         return CorpusLikelihood(part_names, self._token_bytes, widest(device)).to(device)
 
     def close(self, module: Any) -> dict[str, Tensor]:
-        """The figures, the same on all ranks.
+        """The metrics, the same on all ranks; of several loaders with the suffix that Lightning gives to its own.
 
         Raises:
-            FloatingPointError: When the loss is no number; with the samples of this rank that it comes from.
+            FloatingPointError: When the loss is NaN or infinite; with the samples of all ranks that it comes from.
         """
-        values, bad, self._not_finite = self._metric.compute(), self._not_finite, []
-        if not torch.isfinite(values["loss"]):
-            raise not_finite(bad, module)
+        bad, self._not_finite = self._not_finite, []
+        values: dict[str, Tensor] = {}
+        for number, metric in enumerate(self._metrics):
+            suffix = f"/dataloader_idx_{number}" if len(self._metrics) > 1 else ""
+            found = metric.compute()
+            if not torch.isfinite(found["loss"]):
+                raise not_finite(bad, module)
+            values |= {f"{name}{suffix}": value for name, value in found.items()}
         return values

@@ -5,39 +5,48 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from lightning_sft.trainer_facts import gather
 from lightning_sft.tuner import check_tuner
-from lightning_sft.types import Batch, InputError, LogLikelihood
+from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
 _NAMED = 10  # samples in the message
+_TRIED = 200  # suspects of each rank that are computed alone: all of a large step would take minutes
 
 
-def not_finite(
-    seen: Iterable[tuple[Batch, LogLikelihood]], recompute: Callable[[Batch], LogLikelihood]
-) -> FloatingPointError:
-    """The error for a loss that is NaN or infinite, with the samples that it comes from.
+def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: Any) -> FloatingPointError:
+    """The error for a loss that is NaN or infinite, with the samples of all ranks that it comes from.
 
-    Documents packed together share a NaN (0 · NaN is NaN in attention), so each suspect is computed alone once more.
+    Documents packed together can share a NaN (0 · NaN is NaN in attention), so each suspect is computed alone once
+    more. Under strategies that shard the model every rank has to take part in each of these forward passes: a rank
+    without a suspect left computes a document of two tokens.
 
     Args:
-        seen: The micro-batches among which this process looks for the cause.
-        recompute: The likelihood of a batch.
+        seen: The micro-batches of this rank among which the cause is looked for.
+        module: The Lightning module, which computes likelihoods. Every rank calls this.
     """
-    suspects: dict[str, bool] = {}
-    for batch, likelihood in seen:
-        bad = ~likelihood.log_probs.isfinite()
-        for number in batch.at_targets(batch.documents())[bad].unique().tolist():
-            name = batch.provenance[number] if batch.provenance else f"document {number} of its micro-batch"
-            with torch.no_grad():
-                suspects[name] = not recompute(batch.document(number)).total.isfinite()
-    named = sorted(name for name, guilty in suspects.items() if guilty) or sorted(suspects)
+    suspects = [
+        (batch.provenance[number] if batch.provenance else f"document {number} of its micro-batch", batch, number)
+        for batch, likelihood in seen
+        for number in batch.at_targets(batch.documents())[~likelihood.log_probs.isfinite()].unique().tolist()
+    ]
+    filler = Batch.of(dict.fromkeys(("input_ids", "labels"), torch.zeros(1, 2, dtype=torch.long, device=module.device)))
+    guilty = set[str]()
+    for i in range(min(_TRIED, max(gather(module.trainer, len(suspects))))):
+        name, batch, number = suspects[i] if i < len(suspects) else ("", filler, 0)
+        with torch.no_grad():
+            is_sound = bool(module(batch.document(number)).total.isfinite())
+        if name and not is_sound:
+            guilty.add(name)
+    of_ranks = gather(module.trainer, (guilty, {name for name, _, _ in suspects}))
+    named = sorted(set().union(*(own for own, _ in of_ranks)) or set().union(*(own for _, own in of_ranks)))
     where = ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
     return FloatingPointError(
-        f"The loss is NaN or infinite. Samples: {where or 'on another rank'}. Nothing was updated with it. Look at "
+        f"The loss is NaN or infinite. Samples: {where or 'none by itself'}. Nothing was updated with it. Look at "
         "these samples; if they are sound, lower the learning rate (model.optimizer.lr), clip gradients "
         "(trainer.gradient_clip_val=1) or use trainer.precision=bf16-mixed instead of 16-mixed."
     )
@@ -108,6 +117,25 @@ def check_data(callback: Any, data: Any) -> None:
         raise InputError(
             f"{type(callback).__name__} takes prompts and the tokenizer from SFTDataModule. Use it, or leave the "
             "callback out."
+        )
+
+
+def check_prompts(prompts: Sequence[Prompt], positions: int | None) -> None:
+    """Refuse prompts after which a model with a table of positions has none left for an answer.
+
+    Args:
+        prompts: To be answered.
+        positions: Size of the table; ``None`` where there is none.
+
+    Raises:
+        InputError: When there are such prompts; the first is named.
+    """
+    too_long = [prompt for prompt in prompts if positions is not None and len(prompt.input_ids) >= positions]
+    if too_long:
+        more = f", as have {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
+        raise InputError(
+            f"{too_long[0].provenance}: the prompt has {len(too_long[0].input_ids):,} tokens{more}, but the model has "
+            f"{positions:,} positions, and an answer needs one at least. Shorten it, or leave it out."
         )
 
 

@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it does so now. It is left alone where it is not glibc's, or the user's environment has set it.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or is_set():
         return False
     return all(mallopt(parameter, value) == 1 for parameter, value in KEEPS.items())

@@ -12,7 +12,7 @@ import sys
 import warnings
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -51,10 +51,6 @@ class Kernels:
     restored: str | None = field(default=None, init=False)  # those of the checkpoint
     name: str | None = field(default=None, init=False)  # those in use; None before training
     why: str = field(default="", init=False)
-
-    def __post_init__(self) -> None:
-        if self.asked not in get_args(KernelName):
-            raise InputError(f"model.kernels={self.asked!r} is none of {', '.join(get_args(KernelName))}.")
 
     def begin(self, module: Any) -> None:
         """Choose kernels and put them into the model, once; the same on all ranks.

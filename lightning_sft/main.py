@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,14 +16,17 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft import __version__
+from lightning_sft.arguments import unwrapped
 from lightning_sft.callbacks import PredictionWriter
+from lightning_sft.callbacks.ending import ending
 from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
-from lightning_sft.checkpoints import hyper_parameters
+from lightning_sft.checkpoints import facts, hyper_parameters
 from lightning_sft.completion import completion
-from lightning_sft.config_cli import ConfigCLI, check_config
+from lightning_sft.config_cli import ConfigCLI, ConfigParser, check_config, with_own_defaults
 from lightning_sft.cuda_segments import expand_segments
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
@@ -30,11 +34,13 @@ from lightning_sft.doctor import run_doctor
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.guards import check_precision
 from lightning_sft.module import SFTModule
+from lightning_sft.one_line import VerbParser, did_you_mean, unexpected
 from lightning_sft.planning.command import PlanCLI
 from lightning_sft.replay import ReplayCLI
 from lightning_sft.report_html import write_report
 from lightning_sft.show import ShowCLI
 from lightning_sft.start import init
+from lightning_sft.terminal import printable
 from lightning_sft.types import InputError
 from lightning_sft.verify.command import VerifyCLI
 
@@ -44,7 +50,8 @@ class SFTCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without Lightning's warning to whoever calls ``main`` with arguments from a program that has some too."""
-        self.config = parser.parse_object(args) if isinstance(args, (dict, Namespace)) else parser.parse_args(args)
+        parse: Any = parser.parse_object if isinstance(args, (dict, Namespace)) else parser.parse_args
+        self.config = with_own_defaults(parser, lambda: parse(args), getattr(self, "_subcommand_parsers", {}))
 
     def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """With checkpoints that are loaded without running what may be in them, unless asked to."""
@@ -65,7 +72,12 @@ class SFTCLI(LightningCLI):
             root, own = config.get("trainer.default_root_dir"), config.get("trainer.callbacks")
             path = find_last(root, own, model, self.subcommand == "fit")
         self._found = path
-        if path and Path(path).exists():
+        if path == "best":
+            raise InputError(
+                "ckpt_path=best is the best checkpoint of a fit in the same process, and this one has none. Give its "
+                "file, which ModelCheckpoint has named, or last."
+            )
+        if path and path != "hpc" and "://" not in path and not path.startswith("registry"):  # which Lightning finds
             self._checkpoint_config = hyper_parameters(path).get("hf_config")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -78,6 +90,13 @@ class SFTCLI(LightningCLI):
     @property
     def _own_config(self) -> Namespace:
         return cast(Namespace, self.config[self.subcommand] if self.subcommand else self.config)
+
+    def after_fit(self) -> None:
+        """Say why the fit ended, where its checkpoints are, and what to do next."""
+        trainer = cast(Any, self.trainer)
+        if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
+            resumed_at = facts(trainer.ckpt_path).get("global_step", 0) if trainer.ckpt_path else 0
+            rank_zero_info(ending(trainer, resumed_at))
 
     def before_predict(self) -> None:
         """Predictions go to ``predictions.jsonl`` beside the run, unless the user has a writer of their own."""
@@ -115,39 +134,51 @@ def main(args: ArgsType = None) -> Any:
         for _, value in _flags(given):
             if value.endswith((".yaml", ".yml")) and Path(value).is_file():
                 check_config(value)
-        if given[0] == "--version":
+        verb = given[0]
+        if verb == "--version":
             return __version__
-        if given[0] == "doctor":
+        if verb == "doctor":
             return run_doctor(given[1:])
-        if given[0] == "completion":
-            return completion(main, [*SFTCLI.subcommands(), *CONFIG_VERBS, *VERBS, "report", "doctor"])
-        if given[0] == "report":
-            return auto_cli(write_report, args=given[1:])
-        if given[0] in VERBS:
-            return auto_cli(VERBS[given[0]], args=given[1:], as_positional=False)
-    own_model, own_data = _names_a_class("model", given), _names_a_class("data", given)
+        if verb == "completion":
+            return completion(main, ALL_VERBS)
+        if verb in VERBS:
+            settings: dict[str, Any] = {"parser_class": VerbParser, "prog": f"lightning-sft {verb}"}
+            return auto_cli(VERBS[verb], args=given[1:], as_positional=verb == "report", **settings)
+        if not verb.startswith("-") and verb not in ALL_VERBS:
+            raise InputError(
+                f"There is no verb {verb!r}.{did_you_mean([verb], ALL_VERBS)} Expected {', '.join(ALL_VERBS)}."
+            )
+    own_model, own_data = _own_class("model", given), _own_class("data", given)
+    if isinstance(given, list) and not given[0].startswith("-"):  # a config's section is then read as that of the class
+        own = {"--model": own_model, "--data": own_data}
+        given = [given[0], *(f"{flag}={name}" for flag, name in own.items() if name), *given[1:]]
     arguments: dict[str, Any] = {
         "model_class": LightningModule if own_model else SFTModule,
         "datamodule_class": LightningDataModule if own_data else SFTDataModule,
-        "subclass_mode_model": own_model,
-        "subclass_mode_data": own_data,
+        "subclass_mode_model": own_model is not None,
+        "subclass_mode_data": own_data is not None,
         "seed_everything_default": 0,
         "trainer_defaults": {"max_epochs": 1},
         "auto_configure_optimizers": False,
+        "parser_class": ConfigParser,
     }
     if isinstance(given, list) and given[0] in CONFIG_VERBS:
-        cli = CONFIG_VERBS[given[0]](**arguments, args=given[1:], run=False)
+        arguments["parser_kwargs"] = {"prog": f"lightning-sft {given[0]}"}
+        with unwrapped():
+            cli = CONFIG_VERBS[given[0]](**arguments, args=given[1:], run=False)
         if not cli.passes:
             sys.exit(1)
         return cli
-    arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": {"description": _DESCRIPTION}}
-    return SFTCLI(**arguments, args=given)
+    arguments |= {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": _PARSER}
+    with unwrapped():
+        return SFTCLI(**arguments, args=given)
 
 
 VERBS: dict[str, Callable[..., Any]] = {
     "init": init,
     "chat": chat,
     "export": export_checkpoint,
+    "report": write_report,
     "fetch-demo-model": fetch_demo_model,
 }
 CONFIG_VERBS: dict[str, type[ConfigCLI]] = {
@@ -156,6 +187,7 @@ CONFIG_VERBS: dict[str, type[ConfigCLI]] = {
     "replay": ReplayCLI,
     "verify": VerifyCLI,
 }
+ALL_VERBS = [*SFTCLI.subcommands(), *CONFIG_VERBS, *VERBS, "doctor"]
 _DESCRIPTION = (
     "Supervised fine-tuning of language models with PyTorch Lightning. Besides the verbs of Lightning's Trainer below: "
     "show (what fit would train on, token by token), plan (the memory that fit would take), "
@@ -164,6 +196,7 @@ _DESCRIPTION = (
     "(a commented YAML to begin with), chat (talk to a model), doctor (versions, devices, fast paths); each has a "
     "--help of its own. completion prints a script for bash."
 )
+_PARSER = {"prog": "lightning-sft", "description": _DESCRIPTION}
 
 
 _NOISE = (  # of other packages, about which users can do nothing
@@ -173,32 +206,54 @@ _NOISE = (  # of other packages, about which users can do nothing
 
 
 def console() -> None:
-    """``main`` for the shell: what the user can put right is one message, not a traceback."""
+    """``main`` for the shell: errors are one message, not a traceback, which ``--debug`` shows.
+
+    Classes of the current folder can be named, as with ``python -m``, unless Python runs with ``-P``.
+    """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    if not sys.flags.safe_path and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed package
     if sys.argv[1:2] == ["fit"]:
         expand_segments(os.environ)
     try:
         result = main()
-    except (InputError, FloatingPointError, MisconfigurationException, yaml.YAMLError) as error:
-        sys.exit(f"lightning-sft: {error}")
+    except Exception as error:
+        if debug:
+            raise
+        said = str(error).strip() if _is_foreseen(error) else unexpected(error)
+        sys.exit(f"lightning-sft: {printable(said)}")
     if isinstance(result, (str, Path)):
         print(result)
 
 
-def _names_a_class(key: str, args: Any) -> bool:
-    """Whether the user brings a class of their own for ``model`` or ``data``; if not, the help is flat."""
-    if isinstance(args, Mapping):
-        return any("class_path" in (config.get(key) or {}) for config in args.values() if isinstance(config, Mapping))
-    for flag, value in _flags(args):
+def _is_foreseen(error: Exception) -> bool:
+    """Whether an error says by itself what was wrong: ours, the system's, or one that Lightning raises on purpose."""
+    if isinstance(error, (InputError, FloatingPointError, MisconfigurationException, OSError, yaml.YAMLError)):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return isinstance(error, (ValueError, RuntimeError)) and package in ("lightning", "jsonargparse")
+
+
+def _own_class(key: str, args: Any) -> str | None:
+    """The class that the user brings for ``model`` or ``data``, the last that is named; if none, the help is flat."""
+    found = None
+    for section in args.values() if isinstance(args, Mapping) else ():
+        found = _class_path(section, key) or found
+    for flag, value in _flags(args) if isinstance(args, list) else ():
         if flag == f"--{key}.class_path" or (flag == f"--{key}" and not value.endswith((".yaml", ".yml"))):
-            return True
+            found = value
         if flag in ("--config", "-c") and Path(value).is_file():
-            config = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            section = config.get(key) if isinstance(config, Mapping) else None
-            if isinstance(section, Mapping) and "class_path" in section:
-                return True
-    return False
+            found = _class_path(yaml.safe_load(Path(value).read_text(encoding="utf-8")), key) or found
+    return found
+
+
+def _class_path(config: Any, key: str) -> str | None:
+    section = config.get(key) if isinstance(config, Mapping) else None
+    return section.get("class_path") if isinstance(section, Mapping) else None
 
 
 def _flags(args: Sequence[str]) -> list[tuple[str, str]]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import asdict, replace
+from inspect import signature
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,13 +16,13 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft import pretrained as loading
+from lightning_sft.arguments import Count, Fraction, NonNegative, check_arguments
 from lightning_sft.attention.choice import Attention, check_asked, probed
-from lightning_sft.chunked_head import check_chunk_size
 from lightning_sft.evaluation import Evaluation
 from lightning_sft.export.run_facts import FACTS, run_facts
 from lightning_sft.generation import Sampling, answers
@@ -27,11 +31,12 @@ from lightning_sft.host_copy import HostCopy, without_waiting
 from lightning_sft.kernels import KERNELS, KernelName, Kernels
 from lightning_sft.metrics import NUM_SUMS, figures_by_part, sums_by_part
 from lightning_sft.modes import in_default_dtype
-from lightning_sft.optimizers import parameter_groups
+from lightning_sft.optimizer_modes import TRAINED, Modes, check_strategy
+from lightning_sft.optimizers import OptimizerPart, described, make_optimizer
 from lightning_sft.plain import plain
 from lightning_sft.precision import follow_autocast
-from lightning_sft.recompute import Checkpointing, check_checkpointing, checkpoint_layers
-from lightning_sft.resume import PLACE, note, restore, retune, seed_micro_batch, seed_of, settings_of
+from lightning_sft.recompute import Checkpointing, checkpoint_layers
+from lightning_sft.resume import ASKED, PLACE, Asked, note, restore, retune, seed_micro_batch, seed_of
 from lightning_sft.run_folder import write_whole
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
@@ -62,6 +67,8 @@ class SFTModule(LightningModule):
         pretrained: A hub name, a folder, or a GGUF file.
         normalize: What an optimiser step divides its weighted sum by, see :mod:`lightning_sft.objective`.
         optimizer: Makes the optimiser from parameter groups; norms and biases are not decayed.
+        optimizers: Several instead, each for the parameters that its patterns name, as Muon for matrices and AdamW for
+            the rest, see :class:`~lightning_sft.optimizers.OptimizerPart`.
         schedule: How the learning rate goes down after the warm-up.
         warmup: Steps of linear warm-up, as a share of all.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory: of each layer (``true``), of
@@ -91,31 +98,32 @@ class SFTModule(LightningModule):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | Path,
         normalize: Normalize = "token",
         optimizer: OptimizerCallable = lambda groups: AdamW(groups, lr=2e-5, weight_decay=0.01, fused=True),
+        optimizers: list[OptimizerPart] | None = None,
         schedule: Schedule = "cosine",
-        warmup: float = 0.03,
+        warmup: Fraction = 0.03,
         gradient_checkpointing: Checkpointing = False,
         kernels: KernelName = "auto",
         attn_implementation: str | None = None,
-        chunk_size: int | None = None,
-        max_new_tokens: int = 256,
+        chunk_size: Count | None = None,
+        max_new_tokens: Count = 256,
         sampling: Sampling | None = None,
         lora: Lora | None = None,
         quantize: Bits | None = None,
         new_tokens: list[str] | None = None,
         frozen: list[str] | None = None,
         trained: list[str] | None = None,
-        neftune_alpha: float | None = None,
+        neftune_alpha: NonNegative | None = None,
         hf_config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_chunk_size(chunk_size)
-        self.save_hyperparameters(ignore=["optimizer", "hf_config"])
-        check_checkpointing(gradient_checkpointing)
+        check_arguments(SFTModule, locals(), "model")
+        pretrained = str(pretrained)
+        self.save_hyperparameters(ignore=["optimizer", "optimizers", "hf_config"])
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
-        self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizer
+        self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizers or optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.kernels, self.hf_config = Kernels(kernels), hf_config
@@ -130,15 +138,28 @@ class SFTModule(LightningModule):
         self.attention: Attention | None = None  # which one it is and why, once the model is loaded
         self._evaluation, self._step_figures = Evaluation(), StepFigures()
         self._seed: int | None = None  # of dropout; that of the checkpoint, where there is one
-        self._asked: list[dict[str, Any]] | None = None  # the optimiser's settings, before a checkpoint brings its own
+        self._asked: Asked | None = None  # of the optimizer now, and of that of the checkpoint
+        self._saved: Asked | None = None
+        self._own_schedule: LambdaLR | None = None
+        self._modes = Modes(self)
+        self._restored: Mapping[str, Tensor] | None = None  # weights to train of a checkpoint, if they differ
         self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
         self._sums: HostCopy | None = None  # theirs, over all ranks, once the last of them is there
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the default optimizer, a lambda for jsonargparse, which is not pickled: ``ddp_spawn`` pickles all."""
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if value is not _default_optimizer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__({"optimizer": _default_optimizer()} | state)
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
         check_trainer(self.trainer, stage)
         write_whole(self.trainer)
-        self._seed, self._asked = None, None
+        self._seed, self._asked, self._saved, self._restored = None, None, None, None
+        self._modes = Modes(self)
 
     def configure_model(self) -> None:
         """Load the model once, and measure on it what differs between architectures."""
@@ -172,7 +193,9 @@ class SFTModule(LightningModule):
         self.kernels.begin(self)
         self._step_figures.begin(self.trainer, self.model)
         if self._asked is not None:
-            retune(self.trainer, self._asked)
+            retune(self.trainer, self._asked, self._saved, self._own_schedule)
+        self._modes.begin(self._restored)
+        self._own_schedule, self._restored = None, None  # else copies of the module would have an optimizer
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make what the micro-batch draws, as dropout does, a function of its place: a resumed run draws the same."""
@@ -195,6 +218,11 @@ class SFTModule(LightningModule):
     def num_embeddings(self) -> int | None:
         """How many token ids the model knows; ``None`` before it is loaded."""
         return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings
+
+    @property
+    def num_positions(self) -> int | None:
+        """Size of the model's table of positions; ``None`` where there is none, or before the model is loaded."""
+        return None if self.model is None else loading.num_positions(self.model)
 
     def forward(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model."""
@@ -249,7 +277,7 @@ class SFTModule(LightningModule):
         """Counts and sums of the step's micro-batches over all ranks, on their way to the host: one reduction."""
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self._window]).sum(0)
         counts = self._step_figures.counts([batch for batch, _ in self._window])
-        both = torch.cat([without_waiting(counts, local.device).to(local), local.flatten()])
+        both = torch.cat([without_waiting(counts.to(local.dtype), local.device), local.flatten()])
         return HostCopy(sum_over_ranks(self.trainer, both))
 
     def clip_gradients(
@@ -268,11 +296,11 @@ class SFTModule(LightningModule):
     def on_validation_start(self) -> None:
         """Begin the validation figures."""
         self._step_figures.pause()
-        self._evaluation.begin(self)
+        self._evaluation.begin(self, len(self.trainer.num_val_batches))
 
-    def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the validation figures."""
-        self._evaluation.add(self, batch)
+    def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the validation figures, of its loader where a user has several."""
+        self._evaluation.add(self, batch, dataloader_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the whole validation set."""
@@ -280,11 +308,11 @@ class SFTModule(LightningModule):
 
     def on_test_start(self) -> None:
         """Begin the test figures."""
-        self._evaluation.begin(self)
+        self._evaluation.begin(self, len(self.trainer.num_test_batches))
 
-    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> None:
-        """Add a batch to the test figures."""
-        self._evaluation.add(self, batch)
+    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the test figures, of its loader where a user has several."""
+        self._evaluation.add(self, batch, dataloader_idx)
 
     def on_test_epoch_end(self) -> None:
         """Log the figures of the whole test set."""
@@ -298,6 +326,9 @@ class SFTModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note where the run is, and what a model card says of it; of a model with adapters, keep these alone."""
         self.tuning.shrink(checkpoint, self)
+        self._modes.save(checkpoint)
+        if self._asked is not None:
+            checkpoint[ASKED] = asdict(self._asked)
         checkpoint[FACTS] = run_facts(self.trainer)
         checkpoint[SEEN], checkpoint[KERNELS] = self._step_figures.state(), self.kernels.name
         checkpoint[PLACE] = note(self.trainer, seed_of(self.trainer) if self._seed is None else self._seed)
@@ -307,21 +338,63 @@ class SFTModule(LightningModule):
         self.tuning.complete(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
             self._seed = restore(self.trainer, checkpoint)
+            self._saved = Asked(**checkpoint[ASKED]) if ASKED in checkpoint else None
+            self._restored = checkpoint.get(TRAINED)
+            if self._asked is not None:  # strategies differ in whether they make the optimizer before they load
+                self._asked.check(self._saved)
             self._step_figures.restored, self.kernels.restored = checkpoint.get(SEEN), checkpoint.get(KERNELS)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimiser, with norms and biases undecayed, and the schedule over all planned steps."""
-        optimizer = self.optimizer(parameter_groups(self.parameters(), self.learning_rate))
+    def on_validation_model_eval(self) -> None:
+        """Evaluate the weights that the optimizer says, if it has a mode for it."""
+        super().on_validation_model_eval()
+        if self.trainer.state.fn == "fit":
+            self._modes.evaluate()
+
+    def on_validation_model_train(self) -> None:
+        """Train on."""
+        super().on_validation_model_train()
+        if self.trainer.state.fn == "fit":
+            self._modes.train()
+
+    def on_train_end(self) -> None:
+        """Leave the weights that are to be evaluated."""
+        self._modes.evaluate()
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """The weights to evaluate, as long as the context lasts: with schedule-free optimizers they are others."""
+        return self._modes.evaluated()
+
+    def make_optimizer(self) -> Optimizer:
+        """The optimizer without a schedule, norms and biases undecayed: for ``configure_optimizers`` of a subclass."""
+        named = ((name.removeprefix("scorer.model."), parameter) for name, parameter in self.named_parameters())
+        optimizer = make_optimizer(self.optimizer, named, self.learning_rate)
+        check_strategy(optimizer, self.trainer.strategy)
+        if type(optimizer) is not AdamW:
+            rank_zero_info(f"Optimizer: {described(optimizer)}.")
         # Lightning refuses to clip where a fused optimiser would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         if not self.trainer.strategy.handles_gradient_accumulation:  # else DeepSpeed lets go of them
             optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # not only after the next forward pass
+        self._asked = Asked.of(optimizer)
+        self._asked.check(self._saved)
+        return optimizer
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and the schedule over all planned steps, whose first factor is set when training starts."""
+        optimizer = self.make_optimizer()
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
-        self._asked = settings_of(optimizer)
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))
+        for group in optimizer.param_groups:  # another schedule would take the first factor for a part of it
+            group["lr"] = deepcopy(group["initial_lr"])
+        self._own_schedule = scheduler
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _log_figures(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
         # with sync_dist, they are the same on all ranks: else Lightning would warn
         for key, value in values.items():
-            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", batch_size=1, sync_dist=sync_dist)
+            settings: dict[str, Any] = {"batch_size": 1, "sync_dist": sync_dist, "add_dataloader_idx": False}
+            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", **settings)
+
+
+def _default_optimizer() -> OptimizerCallable:
+    return cast(OptimizerCallable, signature(SFTModule).parameters["optimizer"].default)

@@ -29,6 +29,25 @@ def check_ids(module: Any, name: str, largest: int, tokenizer: Any) -> None:
         )
 
 
+def check_lengths(module: Any, name: str, longest: int) -> None:
+    """Refuse sequences that are longer than the table of positions of the model.
+
+    Args:
+        module: The Lightning module, or ``None``; it may say ``num_positions``.
+        name: Of the split.
+        longest: Tokens of the longest sequence, or that one may have.
+
+    Raises:
+        InputError: When one is longer.
+    """
+    positions = getattr(module, "num_positions", None)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"data.{name} has sequences of {longest:,} tokens, but the model has {positions:,} positions. Set "
+            f"data.max_length={positions}, and data.overflow to what becomes of longer ones."
+        )
+
+
 def keeps_documents_apart(module: Any) -> bool:
     """Whether documents may be packed into a row, as ``module.isolates_documents`` says; warns where not, or unsaid.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import safe_open
 from tokenizers import AddedToken
 from torch import nn
 from transformers import (
@@ -23,11 +26,12 @@ from transformers import (
     dynamic_module_utils,
 )
 
+from lightning_sft.tuning.base_dtype import weight_files
 from lightning_sft.types import InputError
 
 
 def load_model(
-    pretrained: str,
+    pretrained: str | Path,
     attn_implementation: str | None = None,
     quantization: Any = None,
     dtype: torch.dtype | None = None,
@@ -44,12 +48,14 @@ def load_model(
         dtype: Of its parameters, as for a base that is not trained.
 
     Raises:
-        InputError: When there is no such model, or it is not a causal language model.
+        InputError: When there is no such model, it is not a causal language model, or not all of it would be loaded.
     """
+    pretrained = str(pretrained)
     given = {"attn_implementation": attn_implementation, "quantization_config": quantization}
     kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     kwargs["dtype"] = dtype or torch.get_default_dtype()
-    model = _load(AutoModelForCausalLM, pretrained, "causal language model", **kwargs)
+    model, info = _load(AutoModelForCausalLM, pretrained, "causal language model", output_loading_info=True, **kwargs)
+    _check_whole(model, pretrained, info)
     if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the mark would forbid saving them
         del model.hf_quantizer, model.config.quantization_config
     return _prepare(model)
@@ -91,7 +97,7 @@ def load_architecture(pretrained: str) -> dict[str, Any]:
 
 
 def load_tokenizer(
-    pretrained: str, chat_template: str | None = None, new_tokens: Sequence[str] = ()
+    pretrained: str | Path, chat_template: str | Path | None = None, new_tokens: Sequence[str] = ()
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a pretrained model, with a chat template.
 
@@ -108,20 +114,20 @@ def load_tokenizer(
         path = Path(chat_template)
         if not path.is_file():
             raise InputError(
-                f"There is no chat template file {chat_template!r}. data.chat_template takes a Jinja file."
+                f"There is no chat template file {str(chat_template)!r}. data.chat_template takes a Jinja file."
             )
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise InputError(
-            f"The tokenizer of {pretrained!r} has no chat template, so it is not known how it marks turns. "
+            f"The tokenizer of {str(pretrained)!r} has no chat template, so it is not known how it marks turns. "
             "Give one with data.chat_template=FILE.jinja, or start from an instruction-tuned model."
         )
     return tokenizer
 
 
-def plain_tokenizer(pretrained: str, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+def plain_tokenizer(pretrained: str | Path, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
     """The same as :func:`load_tokenizer`, whether there is a chat template or not."""
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, pretrained, "tokenizer")
+    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, str(pretrained), "tokenizer")
     if new_tokens:
         added = [AddedToken(token, special=True, normalized=False) for token in new_tokens]
         tokenizer.add_tokens(added, special_tokens=True)
@@ -155,6 +161,14 @@ def context_length(pretrained: str) -> int | None:
     return int(length) if length else None
 
 
+def num_positions(model: PreTrainedModel) -> int | None:
+    """How many positions a model has a table of, learned or not; ``None`` where they are computed, and have no end."""
+    size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    shapes = (getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors if re.search("wpe|pos", name))
+    return size if size and any(len(shape) > 1 and shape[0] >= size for shape in shapes) else None
+
+
 def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     """The model without its head, and the head from H to V.
 
@@ -171,6 +185,49 @@ def names_kept_in_float32(model: PreTrainedModel) -> re.Pattern[str] | None:
     """What transformers leaves in float32 when it loads a model in bfloat16: a pattern to search tensors' names for."""
     names = getattr(model, "_keep_in_fp32_modules_strict", None)
     return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(names))) if names else None
+
+
+_COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|(inv_freq|causal_mask|position_ids|version)$")
+"""Tensors in files of older versions that are computed today."""
+
+
+def _check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint with parts that were not loaded, which an export would lack, or without some of the model's.
+
+    transformers does not speak of parts that an architecture passes over on purpose, as the vision tower of a model
+    whose text is loaded alone; those are found by their names in the files.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if missing := sorted(parameters & set(info["missing_keys"])):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{pretrained!r} has no weights for {missing[0]}{more}: they would be random. Give a complete "
+            "checkpoint of a causal language model."
+        )
+    names = [name.split(".") for name in model.state_dict()]
+    left, passed_over = set(info["unexpected_keys"]), getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    if passed_over:
+        ends = {".".join(parts[begin:]) for parts in names for begin in range(len(parts))}  # a backbone has no prefix
+        ignored = re.compile("|".join(passed_over))
+        for path in weight_files(pretrained):
+            with safe_open(path, framework="pt") as file:
+                left |= {name for name in file.keys() if ignored.search(name) and name not in ends}  # noqa: SIM118
+    modules = {".".join(parts[:end]) for parts in names for end in range(len(parts))}
+    found = Counter(_part(name, modules) for name in left if not _COMPUTED.search(name))
+    if found:
+        listed = ", ".join(f"{part} ({count} tensors)" for part, count in found.most_common(5))
+        raise InputError(
+            f"{pretrained!r} has parts that {type(model).__name__} does not load, so what is exported would be without "
+            f"them: {listed}. To train without them, save what is loaded by itself: "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER), and the tokenizer likewise."
+        )
+
+
+def _part(name: str, modules: set[str]) -> str:
+    """The outermost module of a tensor that is none of the model's."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return next((prefix for prefix in prefixes if prefix not in modules), name)
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
@@ -205,10 +262,17 @@ def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
     try:
         with _no_foreign_code():
             return auto_class.from_pretrained(**source, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever the loader trips over is in the files: transformers checks few of their values
         where = "The folder is there" if Path(pretrained).exists() else "There is no such folder or file here"
-        reason = str(error).strip().splitlines()
+        said = " ".join(str(error).split())
+        if isinstance(error, pickle.UnpicklingError):  # torch's words advise to run what is in the file
+            said = "a .bin file holds more than tensors, so loading it could run code; ask for safetensors"
+        reason = said if isinstance(error, OSError) else f"{type(error).__name__}: {said}"
         raise InputError(
             f"No {what} can be loaded from {pretrained!r}. {where}; expected a hub name, a folder that "
-            f"save_pretrained wrote, or a .gguf file. The loader said: {reason[0] if reason else type(error).__name__}"
+            f"save_pretrained wrote, or a .gguf file. The loader said: {reason[:500]}"
         ) from error

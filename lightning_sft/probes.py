@@ -121,7 +121,7 @@ def _error(a: Tensor, b: Tensor) -> float:
     Features are divided by their root mean square first, and the mean is over all of a token's features. So a feature a
     thousand times as large as the others, as trained models have, cannot hide that these differ.
     """
-    a, b = a.double(), b.double()
+    a, b = a.cpu().double(), b.cpu().double()
     scale = b.square().mean((0, 1)).sqrt()
     scale = scale.clamp(min=float(scale.median()) * 1e-3 or 1.0)  # features that are zero
     error, size = ((x / scale).square().mean(-1) for x in (a - b, b))

@@ -5,26 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any, Literal
 
-from lightning_sft.types import InputError
+from lightning_sft.arguments import Index
 
-Checkpointing = bool | Literal["offload"] | int
-"""Which layers are computed again in the backward pass, and whether their inputs are kept in host memory."""
-
-
-def check_checkpointing(setting: Any) -> None:
-    """Refuse what is none of the choices.
-
-    Args:
-        setting: ``model.gradient_checkpointing``.
-
-    Raises:
-        InputError: When it is none.
-    """
-    if setting != "offload" and (not isinstance(setting, int) or setting < 0):
-        raise InputError(
-            f"model.gradient_checkpointing is {setting!r}; expected false, true (every layer), offload (every layer, "
-            "whose input is kept in host memory), or a number n: every n-th layer."
-        )
+Checkpointing = bool | Literal["offload"] | Index
+"""All layers are computed again in the backward pass; all, with inputs in host memory; or every n-th. Else none is."""
 
 
 def checkpoint_layers(model: Any, setting: Checkpointing, device_type: str) -> None:
@@ -32,7 +16,7 @@ def checkpoint_layers(model: Any, setting: Checkpointing, device_type: str) -> N
 
     Args:
         model: Of transformers.
-        setting: Checked by :func:`check_checkpointing`.
+        setting: ``model.gradient_checkpointing``.
         device_type: Where it is trained, as ``cuda``.
     """
     if not setting:

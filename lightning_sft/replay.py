@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lightning_sft.callbacks.ledger import NAME, line_of
+from lightning_sft.arguments import Count, Index, check_arguments
 from lightning_sft.checkpoints import facts, weights
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.stream import StreamLoader
@@ -24,6 +24,7 @@ from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.metrics import figures, sums
 from lightning_sft.module import SFTModule
 from lightning_sft.resume import seed_micro_batch
+from lightning_sft.run_files import LEDGER, line_of
 from lightning_sft.run_folder import folders_of
 from lightning_sft.terminal import Console
 from lightning_sft.trainer_facts import trainer_on_paper
@@ -76,10 +77,10 @@ def replay(
     data: LightningDataModule,
     module: LightningModule,
     trainer: Any,
-    step: int,
-    ledger: str | None = None,
-    weights_of: str | None = None,
-    rows: int = 20,
+    step: Count,
+    ledger: str | Path | None = None,
+    weights_of: str | Path | None = None,
+    rows: Index = 20,
 ) -> Replay:
     """Rebuild the batch of an optimiser step from the ledger, and its loss from a checkpoint.
 
@@ -97,6 +98,7 @@ def replay(
     """
     if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
         raise InputError("replay needs an SFTModule and an SFTDataModule, or classes made from them.")
+    check_arguments(replay, locals())
     root = Path(trainer.default_root_dir or ".")
     path = Path(ledger) if ledger else _newest_ledger(root)
     line = line_of(path, step)
@@ -119,9 +121,9 @@ class ReplayCLI(ConfigCLI):
 
 
 def _newest_ledger(root: Path) -> Path:
-    found = [*root.glob(NAME), *root.glob(f"*/*/{NAME}")]
+    found = [*root.glob(LEDGER), *root.glob(f"*/*/{LEDGER}")]
     if not found:
-        raise InputError(f"There is no {NAME} below {root}. Name the run's with --ledger.")
+        raise InputError(f"There is no {LEDGER} below {root}. Name the run's with --ledger.")
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
@@ -228,9 +230,10 @@ def _losses(
             with torch.autocast(device, dtype, enabled=precision.endswith("-mixed")):
                 likelihood = module(batch)
             totals.append(sums(likelihood).cpu())
-            documents, w = (batch.at_targets(x).cpu() for x in (batch.documents(), batch.target_weights.double()))
+            documents, w = (batch.at_targets(x).cpu() for x in (batch.documents(), batch.target_weights))
+            w = w.double()
             count = len(batch.provenance)
-            negative = torch.bincount(documents, -w * likelihood.log_probs.double().cpu(), count).tolist()
+            negative = torch.bincount(documents, -w * likelihood.log_probs.cpu().double(), count).tolist()
             weight, targets = torch.bincount(documents, w, count).tolist(), torch.bincount(documents, minlength=count)
             for document, name in enumerate(batch.provenance):
                 if weight[document]:

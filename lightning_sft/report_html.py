@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from lightning_sft.disk import write
 from lightning_sft.report_charts import Series, bar_chart, line_chart, short
 from lightning_sft.report_run import Run
 
@@ -16,7 +17,7 @@ _TEMPLATE, _STYLE = (Path(__file__).with_name(name) for name in ("report.html", 
 _ANSWERED = 24  # rows of samples on the page
 
 
-def write_report(run: str, out: str | None = None) -> Path:
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run: curves, drift, samples before and after, data, settings, and how to reproduce it.
 
     Args:
@@ -33,7 +34,7 @@ def write_report(run: str, out: str | None = None) -> Path:
     body = "\n".join([*parts, _settings(found.record), _reproduce(found.record)])
     path = Path(out) if out else found.folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page.replace("{{ title }}", escape(title)).replace("{{ body }}", body), encoding="utf-8")
+    write(path, page.replace("{{ title }}", escape(title)).replace("{{ body }}", body))
     return path
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.callbacks.ledger import lines_of
-from lightning_sft.callbacks.record import METRICS, RECORD
 from lightning_sft.callbacks.samples import FOLDER
+from lightning_sft.disk import rows_of
+from lightning_sft.run_files import METRICS, RECORD, lines_of, record_of
 from lightning_sft.types import InputError
 
 
@@ -47,19 +46,20 @@ class Run:
                 "folder like lightning_logs/version_0. In Python, the callback RunRecord writes it."
             )
         folder = records[0].parent if records[0] == root / RECORD else records[-1].parent
+        record = record_of(folder)
+        if not record:
+            raise InputError(
+                f"{folder / RECORD} is damaged, so it is not known what the run was. The run writes it anew when it "
+                "resumes (--ckpt_path last)."
+            )
         lines = [line for line, _ in lines_of(folder / METRICS)] if (folder / METRICS).is_file() else []
         metrics: dict[str, dict[float, float]] = {}
         for line in lines:
             for name, value in line.items():
                 if name not in ("step", "epoch", "seconds"):
                     metrics.setdefault(name, {})[line["step"]] = value
-        samples = [
-            json.loads(row)
-            for file in sorted((folder / FOLDER).glob("step=*.jsonl"))
-            for row in file.read_text(encoding="utf-8").splitlines()
-        ]
+        samples = [row for file in sorted((folder / FOLDER).glob("step=*.jsonl")) for row, _ in rows_of(file)]
         curves = {name: sorted(points.items()) for name, points in metrics.items()}
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         return cls(folder, record, curves, _seconds(lines), samples)
 
     def last(self, name: str) -> float | None:

@@ -18,13 +18,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sft.trainer_facts import data_parallel
 from lightning_sft.types import InputError
 
 PLACE = "lightning_sft_place"
 """Under which key a checkpoint has the place of its run."""
+
+SHARDED = "lightning_sft_sharded"
+"""Under which key a loaded checkpoint says that it is the weights and facts of a sharded one."""
+
+ASKED = "lightning_sft_optimizer"
+"""Under which key it has what was asked of its optimizer."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,17 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
     Raises:
         InputError: When the run could not go on there exactly.
     """
+    if SHARDED in checkpoint:
+        raise InputError(
+            f"{trainer.ckpt_path} is a folder that a strategy which shards the model has written. Resume it with that "
+            "strategy (fsdp2, deepspeed_stage_*); to begin from its weights, export it (lightning-sft export) and set "
+            "model.pretrained to that folder."
+        )
+    if "callbacks" not in checkpoint:
+        raise InputError(
+            f"{trainer.ckpt_path} has the weights alone (save_weights_only), from which no run can resume. Export them "
+            "(lightning-sft export) and set model.pretrained to that folder, or resume from a whole checkpoint."
+        )
     if PLACE not in checkpoint:
         return None
     saved = Place(**checkpoint[PLACE])
@@ -184,31 +200,89 @@ def plan_of(trainer: Any) -> str | None:
     return str(data.planned("train").plan.fingerprint)
 
 
-def settings_of(optimizer: Any) -> list[dict[str, Any]]:
-    """What was asked of each parameter group, as the learning rate; schedules change one that is a tensor in place."""
-    return [{name: deepcopy(value) for name, value in g.items() if name != "params"} for g in optimizer.param_groups]
-
-
-def retune(trainer: Any, asked: Sequence[Mapping[str, Any]]) -> None:
-    """Let what was asked for win over what a checkpoint had: the learning rate, its schedule, weight decay.
-
-    Where nothing was changed, nothing changes. The schedule is that of the new number of steps from here on. One that
-    is none of ours, as of a subclass, or of Lightning's learning-rate finder, is left as it is.
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of an optimizer, apart from what it has made of it since: some keep state in their groups.
 
     Args:
-        trainer: Its optimiser has the groups of a checkpoint; its ``LambdaLR``, the number of steps.
-        asked: :func:`settings_of` the optimiser before it was restored.
+        classes: Names of its class, or of those of its parts.
+        sizes: How many parameters each group has.
+        groups: The settings of each group, as made.
     """
-    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-    if len(schedulers) != 1 or not isinstance(schedulers[0], LambdaLR):
+
+    classes: list[str]
+    sizes: list[int]
+    groups: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, optimizer: Any) -> Asked:
+        """That of an optimizer that has just been made."""
+        parts = getattr(optimizer, "parts", [optimizer])
+        groups = [{n: deepcopy(v) for n, v in g.items() if n not in _NO_SETTINGS} for g in optimizer.param_groups]
+        return cls([type(part).__name__ for part in parts], [len(g["params"]) for g in optimizer.param_groups], groups)
+
+    def check(self, saved: Asked | None) -> None:
+        """Refuse the states of another optimizer, if a checkpoint has any.
+
+        Raises:
+            InputError: When it has another class, or other parameters.
+        """
+        if saved is None:
+            return
+        own, other = " and ".join(self.classes), " and ".join(saved.classes)
+        if own != other:
+            raise InputError(
+                f"The checkpoint has the state of {other}, but model.optimizer is {own}. Resume with the optimizer "
+                "that it had, or begin a new run from its weights (lightning-sft export)."
+            )
+        if self.sizes != saved.sizes:
+            raise InputError(
+                f"The checkpoint has states of {saved.sizes} parameters in the groups of its optimizer, now they are "
+                f"{self.sizes}. Resume with the model.frozen, trained, lora and optimizers that it had."
+            )
+
+
+def retune(trainer: Any, asked: Asked, saved: Asked | None, own: Any) -> None:
+    """Let settings that have been changed win over those of a checkpoint, and set the schedule's learning rate.
+
+    Where nothing was changed, nothing changes, so state that an optimizer keeps among its settings is kept. The
+    schedule is that of the new number of steps from here on.
+
+    Args:
+        trainer: Its optimizer has the groups of a checkpoint, if there is one.
+        asked: Of the optimizer that was made now.
+        saved: Of that of the checkpoint.
+        own: The module's own ``LambdaLR``. Another one, as of a subclass or of Lightning's learning-rate finder, is
+            left as it is.
+    """
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if len(groups) != len(asked.groups):  # of a subclass that makes its optimizer otherwise
         return
-    [optimizer], [scheduler] = trainer.optimizers, schedulers
-    for number, (group, own) in enumerate(zip(optimizer.param_groups, asked, strict=True)):
-        base = own.get("initial_lr", own["lr"])
-        factor = scheduler.lr_lambdas[number](scheduler.last_epoch)
-        group.update({**own, "initial_lr": base, "lr": base * factor})
-        scheduler.base_lrs[number] = base
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    is_own = [config.scheduler for config in trainer.lr_scheduler_configs] == [own]
+    for number, (group, now) in enumerate(zip(groups, asked.groups, strict=True)):
+        before = now if saved is None else saved.groups[number]
+        changed = {name: value for name, value in now.items() if name not in before or not _same(value, before[name])}
+        if "lr" in changed and not is_own:
+            warnings.warn(
+                f"The optimizer's lr={now['lr']} has no effect: the schedule of the checkpoint has that of "
+                f"{before.get('lr')}.",
+                stacklevel=2,
+            )
+        group.update({name: value for name, value in changed.items() if name != "lr"})
+        if is_own:
+            group["initial_lr"] = own.base_lrs[number] = now["lr"]
+            group["lr"] = now["lr"] * own.lr_lambdas[number](own.last_epoch)
+    if is_own:
+        own._last_lr = [group["lr"] for group in groups]
+
+
+_NO_SETTINGS = ("params", "param_names", "name")  # of a parameter group
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return bool((torch.as_tensor(one) == torch.as_tensor(other)).all())
+    return bool(one == other)
 
 
 def _split(trainer: Any) -> tuple[int, int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 import warnings
 from collections.abc import Iterable
@@ -12,32 +14,10 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints import facts, is_checkpoint, know_optimizer_states
-from lightning_sft.disk import sync
+from lightning_sft.checkpoints import facts, is_checkpoint, know_optimizer_states, weights
+from lightning_sft.disk import PARTIAL, hidden, publish, remove
+from lightning_sft.resume import PLACE, SHARDED
 from lightning_sft.types import InputError
-
-_PARTIAL = ".partial"
-
-
-def hidden(path: str | Path) -> Path:
-    """The name beside ``path`` under which it is written, before :func:`publish`."""
-    return Path(path).with_name(f".{Path(path).name}{_PARTIAL}")
-
-
-def publish(path: str | Path) -> None:
-    """Move what was written to :func:`hidden` to its own name in one go, when all of it is on the disk.
-
-    A process that is killed, or a disk that is full, leaves nothing under ``path``, or what was there before.
-
-    Args:
-        path: A file or a folder.
-    """
-    path, partial = Path(path), hidden(path)
-    sync([*(partial.rglob("*") if partial.is_dir() else ()), partial])
-    if path.is_dir():  # a folder cannot take the place of another
-        remove(path)
-    partial.replace(path)
-    sync([path.parent])
 
 
 class AtomicIO(TorchCheckpointIO):
@@ -63,10 +43,25 @@ class AtomicIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Load it on the CPU: of states that are tensors of a class of their own, torch refuses a callable location."""
+        """Load it on the CPU: of states that are tensors of a class of their own, torch refuses a callable location.
+
+        Of a folder that a strategy which shards the model has written, the weights and the facts.
+
+        Raises:
+            InputError: When it is no checkpoint of Lightning.
+        """
         if "://" not in str(path):
+            if Path(path).is_dir():
+                return facts(path) | {"state_dict": weights(path), SHARDED: True}
             know_optimizer_states(path)
-        found: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)
+        found: Any = super().load_checkpoint(path, map_location, weights_only)
+        if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
+            what = (
+                f"a dictionary of {', '.join(map(str, list(found)[:5]))}"
+                if isinstance(found, dict)
+                else "no dictionary"
+            )
+            raise InputError(f"{path} is no checkpoint of Lightning, but {what}. Expected what a fit has saved.")
         return found
 
 
@@ -77,22 +72,44 @@ def write_whole(trainer: Any) -> None:
         strategy.checkpoint_io = AtomicIO()
 
 
-def newest(folders: Iterable[str | Path]) -> Path | None:
-    """The newest checkpoint from which a run can go on; those that were cut short are passed over with a warning.
+def newest(folders: Iterable[str | Path], *, resumable: bool = True) -> Path | None:
+    """The checkpoint of the latest step; those that cannot be read are skipped with a warning.
+
+    The step is read in the checkpoints; the clock, which may have been set back, is not asked. Folders that a logger
+    has numbered (``version_3``) are of runs of their own: they come after all others, and the highest number first.
 
     Args:
         folders: Where to look; they need not exist.
+        resumable: Leave out checkpoints of the weights alone, from which no run can resume.
     """
-    found = [path for folder in folders for path in Path(folder).glob("*.ckpt")]
-    for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        try:
-            saved = facts(path)
-        except InputError as error:
-            warnings.warn(f"{path} is passed over: {error}", stacklevel=2)
-            continue
-        if "callbacks" in saved:  # else it is of the weights alone
-            return path
+    runs: dict[float, list[Path]] = {}
+    for folder in dict.fromkeys(map(Path, folders)):
+        runs.setdefault(_number_of(folder), []).extend(sorted(folder.glob("*.ckpt")))
+    for _, paths in sorted(runs.items(), reverse=True):
+        places: dict[Path, tuple[int, int, bool]] = {}
+        for path in paths:
+            try:
+                saved = facts(path)
+            except InputError as error:
+                warnings.warn(f"Skipping {path}: {error}", stacklevel=2)
+                continue
+            if "callbacks" in saved or not resumable:  # without, it is of the weights alone
+                places[path] = _place_of(saved)
+        if places:
+            return max(places, key=places.__getitem__)
     return None
+
+
+def _number_of(folder: Path) -> float:
+    """The number that a logger has given to the run of a folder of checkpoints; infinite where none has."""
+    found = re.fullmatch(r"version_(\d+)", folder.parent.name)
+    return math.inf if found is None else int(found[1])
+
+
+def _place_of(saved: dict[str, Any]) -> tuple[int, int, bool]:
+    """How far the run of a checkpoint was: of two at the same step, one may be from before a validation."""
+    place = saved.get(PLACE, {})
+    return saved.get("global_step", -1), place.get("epoch", -1), place.get("is_validated", False)
 
 
 def checkpoint_of(path: str | Path) -> str:
@@ -101,7 +118,8 @@ def checkpoint_of(path: str | Path) -> str:
     Args:
         path: ``trainer.default_root_dir`` of a run, a checkpoint, or whatever else may be in place of one.
     """
-    found = newest(folders_of(path)) if Path(path).is_dir() and not is_checkpoint(path) else None
+    is_run = Path(path).is_dir() and not is_checkpoint(path)
+    found = newest(folders_of(path), resumable=False) if is_run else None
     if found is not None:
         rank_zero_info(f"The newest checkpoint of {path}: {found}")
     return str(found or path)
@@ -113,18 +131,19 @@ def folders_of(root: str | Path) -> list[Path]:
     return [root / "checkpoints", *sorted(root.glob("*/*/checkpoints"))]
 
 
-def remove(path: Path) -> None:
-    """Remove a file or a folder; a folder that is removed only half is under a hidden name by then."""
-    if path.is_dir() and not path.is_symlink():
-        gone = path if path.name.endswith(_PARTIAL) else path.rename(path.with_name(f".{path.name}.removed{_PARTIAL}"))
-        shutil.rmtree(gone)
-    else:
-        path.unlink(missing_ok=True)
+def step_of(path: Path) -> int | None:
+    """The step in the name of a checkpoint of ours; ``None`` for a file with any other name.
+
+    >>> step_of(Path("resume-epoch=1-step=250.ckpt")), step_of(Path("best.ckpt"))
+    (250, None)
+    """
+    found = re.fullmatch(r"resume-(?:epoch=\d+-)?step=(\d+)\.ckpt", path.name)
+    return None if found is None else int(found[1])
 
 
 def sweep(folder: Path, pattern: str) -> None:
     """Remove what a process that was killed has left half written."""
-    for path in folder.glob(f".{pattern}{_PARTIAL}"):
+    for path in folder.glob(f".{pattern}{PARTIAL}"):
         remove(path)
 
 

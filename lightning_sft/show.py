@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
+from lightning_sft.arguments import Index, check_arguments
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.audit import Finding, Thresholds, audit
 from lightning_sft.data.dataset import Split
-from lightning_sft.data.loader import EpochLoader, pad_token_id
+from lightning_sft.data.loader import EpochLoader
 from lightning_sft.data.pieces import PieceReader
 from lightning_sft.data.planned import Planned
 from lightning_sft.data.report import show_details, show_figures
@@ -29,10 +31,10 @@ def show(
     data: LightningDataModule,
     module: LightningModule | None,
     trainer: Any,
-    rows: int = 3,
+    rows: Index = 3,
     row: str | None = None,
-    html: str | None = None,
-    html_rows: int = 1000,
+    html: str | Path | None = None,
+    html_rows: Index = 1000,
     check: Thresholds | None = None,
 ) -> list[Finding]:
     """Show what will be trained on, token by token, and a report.
@@ -59,9 +61,10 @@ def show(
     """
     if not isinstance(data, SFTDataModule):
         raise InputError(f"show needs an SFTDataModule, or a class made from it, got {type(data).__name__}.")
+    check_arguments(show, locals())
     is_stream, fit_stops = data.streaming, _set_up(data, module, trainer)
     assert data.tokenizer is not None
-    console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), pad_token_id(data.tokenizer)
+    console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), data.pad_id
     train = Walk(cast(EpochLoader, data.train_dataloader()), pad_id)
     val: Iterable[Placed] = Walk(data.val_dataloader(), pad_id) if "val" in data.splits else ()
 

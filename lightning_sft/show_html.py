@@ -19,7 +19,7 @@ _LISTED = 200  # rows named for a reason
 
 
 def write_page(
-    path: str,
+    path: str | Path,
     documents: Iterable[tuple[str, str, Sequence[Piece]]],
     splits: Mapping[str, Split],
     train: Planned,

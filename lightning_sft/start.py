@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.prompt import Prompt
 
+from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.data.encode import encode_many
 from lightning_sft.data.formats import find_format
 from lightning_sft.data.messages import Converter
 from lightning_sft.data.sources import read
+from lightning_sft.plain import plain
 from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.start_yaml import Machine, Method, as_yaml
 from lightning_sft.terminal import Console, printable
@@ -25,14 +27,14 @@ _ANSWERS = ("answer", "response", "output", "reply", "target", "label")
 
 
 def init(
-    model: str | None = None,
-    data: str | None = None,
-    val: str | None = None,
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    val: str | Path | None = None,
     method: Method | None = None,
-    devices: int | None = None,
+    devices: Count | None = None,
     columns: dict[str, str] | None = None,
-    chat_template: str | None = None,
-    out: str = "config.yaml",
+    chat_template: str | Path | None = None,
+    out: str | Path = "config.yaml",
     overwrite: bool = False,
 ) -> Path:
     """Write a complete, commented YAML for ``lightning-sft fit --config``. On a terminal, asks for what is not given.
@@ -51,12 +53,14 @@ def init(
     Raises:
         InputError: When the model or the data cannot be used, or the file is there.
     """
+    check_arguments(init, locals())
+    val, chat_template, out = plain(val), plain(chat_template), str(out)
     path, ask = Path(out), _Asker(sys.stdin.isatty())
     if path.exists() and not overwrite:
         raise InputError(f"{out} is there already. Give another file (--out), or --overwrite true.")
-    model = model or ask("Pretrained model (a hub name, a folder, or a GGUF file)", "--model")
+    model = str(model or ask("Pretrained model (a hub name, a folder, or a GGUF file)", "--model"))
     tokenizer, context = load_tokenizer(model, chat_template), context_length(model)
-    data = data or ask("Training data (a file, a folder, a glob, or hf:owner/name:split)", "--data")
+    data = str(data or ask("Training data (a file, a folder, a glob, or hf:owner/name:split)", "--data"))
     seen = look_at(data, columns, ask)
     console = Console(stderr=True, soft_wrap=True)
     console.print(f"Data: format {seen.format}; columns {', '.join(seen.keys)}.", highlight=False)
@@ -70,7 +74,7 @@ def init(
     if val is None and ask.is_possible:
         val = ask("Validation data (empty for none)", "--val", "") or None
     if val is not None:
-        look_at(val, seen.columns, ask)
+        look_at(str(val), seen.columns, ask)
     method = method or ask("Train the whole model or adapters", "--method", "full", ["full", "lora"])
     machine = Machine.here(devices)
     kind = f"{seen.format} rows with {', '.join(seen.keys)}"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
+from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.checkpoints import check_index, tensors_alone
 from lightning_sft.sharding import DtypeName
 
@@ -28,13 +29,14 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(
         self,
-        data_parallel_size: int | Literal["auto"] = "auto",
-        tensor_parallel_size: int = 1,
+        data_parallel_size: Count | Literal["auto"] = "auto",
+        tensor_parallel_size: Count = 1,
         compute_dtype: DtypeName | None = None,
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
         **kwargs: Any,
     ) -> None:
+        check_arguments(FSDP2Strategy, locals())
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
         self.compute_dtype, self.cpu_offload = compute_dtype, cpu_offload
 

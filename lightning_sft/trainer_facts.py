@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +154,22 @@ def gather(trainer: Any, value: Any) -> list[Any]:
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (rank, value))
     return [of_rank for _, of_rank in sorted(dict(found).items())]
+
+
+def first_rank_does(trainer: Any, work: Callable[[], object]) -> None:
+    """Have rank 0 do what touches the disk; every rank calls it, and gets its error.
+
+    Raises:
+        InputError: On every rank, where the work raised it.
+    """
+    message = None
+    if trainer.is_global_zero:
+        try:
+            work()
+        except InputError as error:
+            message = str(error)
+    if (message := trainer.strategy.broadcast(message)) is not None:
+        raise InputError(message)
 
 
 def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:

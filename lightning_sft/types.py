@@ -175,7 +175,7 @@ class Batch:
         labels = torch.full_like(ids, IGNORE)
         labels[:, :-1] = batch["labels"][:, 1:]
         labels[:, :-1][positions[:, 1:] == 0] = IGNORE  # a document's first token is nobody's target
-        return cls(ids, labels, positions, (labels != IGNORE).double())
+        return cls(ids, labels, positions, (labels != IGNORE).to(widest(ids.device)))
 
     @property
     def targets(self) -> Tensor:
@@ -256,7 +256,10 @@ class Batch:
 
 def widest(device: torch.device | str) -> torch.dtype:
     """The widest floating-point dtype of a device: float64, but float32 on Apple's MPS."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+    return torch.float32 if torch.device(device).type in _WITHOUT_FLOAT64 else torch.float64
+
+
+_WITHOUT_FLOAT64 = {"mps"}
 
 
 def _version(tensor: Tensor) -> int:

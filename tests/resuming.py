@@ -28,9 +28,10 @@ from torch.optim import AdamW
 
 from lightning_sft import Mixture, Part, SFTDataModule, SFTModule
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
-from lightning_sft.callbacks.ledger import SampleLedger, lines_of
+from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import EX_TEMPFAIL, Preempt
 from lightning_sft.demos import tiny_pretrained
+from lightning_sft.run_files import lines_of
 from lightning_sft.run_folder import newest
 from tests.gradients import QUIET, ROWS
 
@@ -45,6 +46,7 @@ class Run:
     trainer: dict[str, Any] = field(default_factory=dict)
     ranks: int = 1
     every_n_train_steps: int = 2
+    model: dict[str, Any] = field(default_factory=dict)
 
     def fit(self, pretrained: str, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
         """The same command, whether the run begins or goes on."""
@@ -66,7 +68,7 @@ class Run:
                 **settings,
             },
         )
-        module = SFTModule(pretrained, optimizer=partial(AdamW, lr=1e-2), warmup=0.1)
+        module = SFTModule(pretrained, **{"optimizer": partial(AdamW, lr=1e-2), "warmup": 0.1, **self.model})
         data = SFTDataModule(**{"train": TRAIN, "val": ROWS[:6], "tokens_per_batch": 150, "cache": None, **self.data})
         trainer.fit(module, data, ckpt_path=newest([folder / "checkpoints"]))
         weights = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in module.state_dict().items()}
@@ -244,9 +246,11 @@ def drawn(random_: random.Random, number: int, seconds: float) -> list[tuple[str
     return [(p, random_.uniform(0.1, seconds) if p == "after" else random_.randint(1, 6)) for p in places]
 
 
-def killed(name: str, pretrained: str, root: Path, plan: int | list[tuple[str, float]]) -> dict[str, Any]:
+def killed(
+    name: str, pretrained: str, root: Path, plan: int | list[tuple[str, float]], run: Run | None = None
+) -> dict[str, Any]:
     """A run as it is, and others that are killed until all kills have been; says where they differ."""
-    run, whole, begin = RUNS[name], root / name / "whole", time.monotonic()
+    run, whole, begin = run or RUNS[name], root / name / "whole", time.monotonic()
     assert attempt(run, pretrained, whole)
     seconds = time.monotonic() - begin
     left = plan if isinstance(plan, list) else drawn(random.Random(name), plan, seconds)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import MixedPrecision
@@ -25,6 +26,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils import backend_registration as registration
+
+from lightning_sft import types
 
 NAME = "second"
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
@@ -34,6 +37,7 @@ _FACTORIES = ("arange", "arange.start", "arange.start_step", "linspace", "eye", 
 _IN_16_BITS = ("linear", "mm", "matmul", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention", "_grouped_mm")
 
 _is_on = False
+_refuses_float64 = False
 _waits: Counter[str] | None = None
 
 
@@ -45,6 +49,8 @@ class Held(Tensor):
 
     @staticmethod
     def __new__(cls, held: Tensor) -> Held:
+        if _refuses_float64 and held.dtype == torch.float64:
+            raise TypeError(f"Cannot convert a tensor to float64 on {NAME}, which has none, like Apple's MPS")
         facts = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
         made = torch.Tensor._make_wrapper_subclass(cls, held.shape, **facts, device=torch.device(NAME, 0))
         made.held = held
@@ -70,11 +76,26 @@ class Held(Tensor):
 def second_device() -> Iterator[torch.device]:
     """While it lasts there is a second device; afterwards torch again says that it has no accelerator."""
     global _is_on
+    if not _libraries:
+        pytest.skip(f"torch {torch.__version__} knows no devices that are written in Python")
     _is_on = True
     try:
         yield torch.device(NAME, 0)
     finally:
         _is_on = False
+
+
+@contextmanager
+def without_float64() -> Iterator[None]:
+    """While it lasts, the second device has no float64, as Apple's MPS has none, and the library knows that of both."""
+    global _refuses_float64
+    _refuses_float64 = True
+    types._WITHOUT_FLOAT64.add(NAME)
+    try:
+        yield
+    finally:
+        _refuses_float64 = False
+        types._WITHOUT_FLOAT64.discard(NAME)
 
 
 @contextmanager
@@ -186,7 +207,7 @@ def _wait(name: str) -> None:
         _waits[f"{name} in {where}"] += 1
 
 
-class _Backend(registration._DummyBackendModule):
+class _Backend(getattr(registration, "_DummyBackendModule", object)):  # type: ignore[misc]
     def is_available(self) -> bool:
         return _is_on
 
@@ -206,7 +227,7 @@ class _Backend(registration._DummyBackendModule):
         torch.set_rng_state(state)
 
 
-class _Hook(registration._DummyPrivateUse1Hook):
+class _Hook(getattr(registration, "_DummyPrivateUse1Hook", object)):  # type: ignore[misc]
     def is_available(self) -> bool:
         return _is_on
 
@@ -216,7 +237,7 @@ _libraries: list[torch.library.Library] = []  # their kernels are there as long 
 
 def register() -> None:
     """Tell torch of the device; before the first backward pass of the process, which counts the devices there are."""
-    if _libraries:
+    if _libraries or not hasattr(registration, "_setup_privateuseone_for_python_backend"):
         return
     registration._setup_privateuseone_for_python_backend(NAME, _Backend(), _Hook())
     aten, any_namespace = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import pathlib
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lightning_sft import checkpoints
+from lightning_sft import SFTDataModule, SFTModule, checkpoints
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.main import SFTCLI, main
 from lightning_sft.strategies import FSDP2Strategy
@@ -52,6 +55,32 @@ def test_an_export_of_every_strategy_loads_with_the_logits_of_the_model_in_train
     exported = AutoModelForCausalLM.from_pretrained(export_checkpoint(str(out / f"{name}.ckpt"), str(tmp_path / "out")))
     in_training = AutoModelForCausalLM.from_pretrained(out / name / "final")
     assert torch.equal(exported(ids).logits, in_training(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["fsdp2", pytest.param("deepspeed2", marks=pytest.mark.slow)])
+def test_one_process_validates_a_checkpoint_of_shards_and_refuses_to_resume_it(
+    name: str,
+    exports_of: Callable[[str], Path],
+    tmp_path: Path,
+    quiet_trainer: Callable[..., Trainer],
+    rows: list[dict[str, str]],
+    pretrained_for_two: str,
+) -> None:
+    path = exports_of(name) / f"{name}.ckpt"
+    assert path.is_dir()
+    exported, data = export_checkpoint(str(path), str(tmp_path / "out")), SFTDataModule(train=rows, val=rows)
+    [found] = quiet_trainer().validate(SFTModule(pretrained_for_two), data, ckpt_path=path)
+    [wanted] = quiet_trainer().validate(SFTModule(str(exported)), data)
+    assert found["val/loss"] == wanted["val/loss"]
+    with pytest.raises(InputError, match="a strategy which shards the model has written"):
+        quiet_trainer(max_epochs=9).fit(SFTModule(pretrained_for_two), data, ckpt_path=path)
+
+
+def test_an_index_that_python_3_13_wrote_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, ``pathlib`` is a package, and paths say that they are of a module inside it."""
+    monkeypatch.setitem(sys.modules, "pathlib._local", pathlib)
+    (tmp_path / ".metadata").write_bytes(b"cpathlib._local\nPosixPath\n(S'part.distcp'\ntR.")
+    checkpoints.check_index(tmp_path)
 
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:

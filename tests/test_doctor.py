@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_malicious_wheels_and_narrow_limits_are_marked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "2.6.3")
-    monkeypatch.setattr(doctor.resource, "getrlimit", lambda which: (256, 4096))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, 4096))
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     assert named("lightning").state == "bad"
     assert (named("open files").state, named("open files").remark) == ("bad", "ulimit -n 4096")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -14,21 +15,36 @@ from lightning_sft import SFTModule, guards
 from lightning_sft.data.collate import collate
 from lightning_sft.data.loader import EpochLoader
 from lightning_sft.data.plan import Plan
-from lightning_sft.types import Example, InputError, LogLikelihood
+from lightning_sft.types import Batch, Example, InputError, LogLikelihood
 
 
-def test_the_samples_whose_loss_is_no_number_are_named() -> None:
+def module_on_one_rank(is_finite: Callable[[Batch], bool]) -> Any:
+    """A module whose likelihood is finite or not by what the batch is."""
+
+    def likelihood(batch: Batch) -> Any:
+        return SimpleNamespace(total=torch.tensor(0.0 if is_finite(batch) else torch.nan))
+
+    likelihood.trainer, likelihood.device = None, "cpu"  # type: ignore[attr-defined]
+    return likelihood
+
+
+def test_the_samples_whose_loss_is_not_finite_are_named_once_they_are_computed_alone() -> None:
     batch = collate([Example([1, 2], [0, 1], "f:1"), Example([3, 4, 5], [0, 1, 1], "f:2")])
-    likelihood = LogLikelihood(
-        torch.tensor(0.0), torch.tensor(3.0), torch.tensor([-1.0, -2.0, torch.nan]), torch.ones(3), torch.ones(3)
-    )
-    text = str(guards.not_finite([(batch, likelihood)], lambda _: likelihood))
+    both_share_a_nan = LogLikelihood(*torch.tensor([0.0, 3.0]), *torch.full((3, 3), torch.nan))
+    text = str(guards.not_finite([(batch, both_share_a_nan)], module_on_one_rank(lambda own: 3 not in own.input_ids)))
     assert "f:2" in text
     assert "f:1" not in text
 
 
-def test_where_no_sample_of_this_rank_is_to_blame_it_says_so() -> None:
-    assert "on another rank" in str(guards.not_finite([], lambda _: None))
+def test_a_row_of_several_sequences_is_named_also_where_its_last_one_is_sound() -> None:
+    batch = collate([Example([3, 4, 5], [0, 1, 1], "f:1"), *(Example([1, 2], [0, 1], f"f:{n}") for n in (1, 2))])
+    all_share_a_nan = LogLikelihood(*torch.tensor([0.0, 4.0]), *torch.full((3, 4), torch.nan))
+    text = str(guards.not_finite([(batch, all_share_a_nan)], module_on_one_rank(lambda own: 3 not in own.input_ids)))
+    assert "Samples: f:1." in text
+
+
+def test_where_no_sample_is_to_blame_it_says_so() -> None:
+    assert "Samples: none by itself" in str(guards.not_finite([], module_on_one_rank(lambda _: True)))
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_what_was_asked_for_and_is_missing_is_an_error(monkeypatch: pytest.Monke
         InputError, match=r"model.kernels=liger is not available: it is missing. Set model.kernels=auto"
     ):
         chosen(monkeypatch, faked(), asked="liger", missing={"liger"})
-    with pytest.raises(InputError, match=r"model.kernels='triton' is none of auto, compiled, liger, none"):
+    with pytest.raises(InputError, match=r"model.kernels is 'triton'; expected auto, compiled, liger or none"):
         SFTModule("anything", kernels="triton")  # type: ignore[arg-type]  # that is what is tested
 
 

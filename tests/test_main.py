@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import OptimizerCallable
+from torch.optim import SGD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -23,6 +25,13 @@ from tests.payload import Payload
 
 class MyModule(SFTModule):
     """A user's own module."""
+
+
+class MyFastModule(SFTModule):
+    """A user's own module with an optimizer of its own."""
+
+    def __init__(self, pretrained: str, optimizer: OptimizerCallable = lambda groups: SGD(groups, lr=0.7)) -> None:
+        super().__init__(pretrained, optimizer=optimizer)
 
 
 class MyData(SFTDataModule):
@@ -107,6 +116,50 @@ def test_one_part_of_the_optimizer_can_be_set_and_the_rest_keeps_its_default(arg
     assert isinstance(cli.trainer.optimizers[0], torch.optim.NAdam)
 
 
+@pytest.mark.parametrize("own_class", [False, True])
+def test_another_optimizer_takes_its_own_defaults_and_says_its_learning_rate(
+    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, own_class: bool
+) -> None:
+    model = ["--model", f"{__name__}.MyModule"] if own_class else []
+
+    def optimizer(*more: str) -> Any:
+        return main(["fit", *model, *arguments, *more]).trainer.optimizers[0]
+
+    found = optimizer("--model.optimizer", "NAdam").defaults
+    assert (found["lr"], found["weight_decay"]) == (2e-3, 0)
+    assert "NAdam with a learning rate of 0.002" in caplog.text
+    (tmp_path / "o.yaml").write_text("model: {optimizer: {class_path: torch.optim.Adafactor}}")
+    if not own_class:
+        found = optimizer("--config", str(tmp_path / "o.yaml"))
+        assert (type(found).__name__, found.defaults["lr"], found.defaults["eps"]) == ("Adafactor", 1e-2, (None, 1e-3))
+    found = optimizer("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5").defaults
+    assert (found["lr"], found["weight_decay"]) == (0.5, 0)
+    found = optimizer("--model.optimizer.weight_decay", "0.5").defaults
+    assert (found["lr"], found["weight_decay"], found["fused"]) == (2e-5, 0.5, True)
+
+
+def test_a_default_of_a_users_own_module_is_kept(arguments: list[str]) -> None:
+    at = arguments.index("--model.max_new_tokens")
+    rest = arguments[:at] + arguments[at + 2 :]
+    found = main(["fit", "--model", f"{__name__}.MyFastModule", *rest]).trainer.optimizers[0]
+    assert (type(found).__name__, found.defaults["lr"]) == ("SGD", 0.7)
+
+
+def test_optimizers_of_several_classes_are_a_list_in_yaml(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "o.yaml").write_text(
+        """
+model:
+  optimizers:
+    - optimizer: {class_path: torch.optim.Muon, init_args: {lr: 0.02}}
+      parameters: ["*_proj.weight"]
+    - optimizer: {class_path: torch.optim.AdamW, init_args: {lr: 3.0e-5}}
+"""
+    )
+    cli = main(["fit", "--config", str(tmp_path / "o.yaml"), *arguments])
+    assert [g["initial_lr"] for g in cli.trainer.optimizers[0].param_groups] == [0.02, 3e-5, 3e-5]
+    main(["plan", "--config", str(tmp_path / "o.yaml"), *[a for a in arguments if a != "fit"]])
+
+
 def test_a_user_brings_their_own_classes_by_path_or_in_yaml(
     arguments: list[str], tmp_path: Path, jsonl: Any, rows: list[dict[str, str]]
 ) -> None:
@@ -120,6 +173,48 @@ def test_a_user_brings_their_own_classes_by_path_or_in_yaml(
     cli = main(["fit", *flags, "--model", f"{__name__}.MyModule", *model, *trainer])
     assert cli.datamodule.k == 7
     assert type(cli.model).__name__ == "MyModule"
+
+
+@pytest.mark.parametrize("verb", ["fit", "show"])
+@pytest.mark.parametrize("place", ["before", "after", "in another config"])
+def test_a_class_may_be_named_before_and_after_a_config_of_ours(
+    arguments: list[str], tmp_path: Path, verb: str, place: str
+) -> None:
+    adam = {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.25}}
+    ours, own = tmp_path / "ours.yaml", tmp_path / "own.yaml"
+    ours.write_text(yaml.safe_dump({"model": {"pretrained": arguments[1], "optimizer": adam, "warmup": 0.5}}))
+    own.write_text(yaml.safe_dump({"model": {"class_path": f"{__name__}.MyModule", "init_args": {"chunk_size": 7}}}))
+    config, named = ["--config", str(ours)], ["--model", f"{__name__}.MyModule", "--model.chunk_size", "7"]
+    flags = {
+        "before": [*named, *config],
+        "after": [*config, *named],
+        "in another config": [*config, "--config", str(own)],
+    }[place]
+    cli = main([verb, *flags, *arguments[2:], *(["--trainer.max_steps", "1"] if verb == "fit" else [])])
+    assert isinstance(cli.model, MyModule)
+    assert (cli.model.warmup, cli.model.chunk_size) == (0.5, 7)
+    assert type(cli.model.optimizer([torch.nn.Parameter(torch.ones(2))])) is torch.optim.Adam
+
+
+@pytest.mark.parametrize("settings", [{}, {"PYTHONSAFEPATH": "1"}])
+def test_the_console_script_finds_classes_of_the_current_folder_but_nothing_there_hides_a_package(
+    arguments: list[str], tmp_path: Path, settings: dict[str, str]
+) -> None:
+    (tmp_path / "losses.py").write_text("from lightning_sft import SFTModule\n\n\nclass Mine(SFTModule): ...\n")
+    (tmp_path / "yaml.py").write_text("raise SystemExit('not the package')")
+    script = tmp_path / "elsewhere" / "lightning-sft"
+    script.parent.mkdir()
+    script.write_text("from lightning_sft.main import console\nconsole()\n")
+    where = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(script), "fit", "--model", "losses.Mine", *arguments, "--print_config"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, **where, **settings}
+    )
+    if settings:
+        assert "losses" in done.stderr
+        assert done.returncode != 0
+    else:
+        assert "class_path: losses.Mine" in done.stdout
 
 
 def test_columns_of_other_names_are_mapped_in_yaml(arguments: list[str], tmp_path: Path, jsonl: Any) -> None:

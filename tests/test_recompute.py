@@ -95,7 +95,7 @@ def test_offloading_on_a_cpu_is_said_to_have_no_effect(deep: str) -> None:
 
 @pytest.mark.parametrize("setting", ["of", -1, 1.5, None, "true"])
 def test_other_settings_are_refused_with_the_choices(deep: str, setting: Any) -> None:
-    with pytest.raises(InputError, match=r"expected false, true .* offload .* or a number n"):
+    with pytest.raises(InputError, match="expected true or false, offload or an integer >= 0"):
         SFTModule(deep, gradient_checkpointing=setting)
 
 

@@ -136,6 +136,26 @@ def test_an_epoch_that_max_steps_has_cut_goes_on_when_it_is_raised(
     assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), uninterrupted.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("data", [{}, {"streaming": True, "buffer_rows": 12}], ids=["planned", "stream"])
+@pytest.mark.parametrize("limit", [4, 5])
+def test_an_epoch_that_a_limit_has_cut_has_no_further_step_when_it_is_resumed_at_its_end(
+    dropping: str, tmp_path: Path, limit: int, data: dict[str, Any]
+) -> None:
+    class StopAtEnd(Callback):
+        """Interrupts when the checkpoint of the epoch's last step is there, and that of the epoch's end is not."""
+
+        def on_train_epoch_end(self, *args: Any) -> None:
+            raise InterruptionError
+
+    settings = {"limit_train_batches": limit, "check_val_every_n_epoch": 3, **({"max_steps": 9} if data else {})}
+    run = Run({"val": None, **data}, settings, every_n_train_steps=1)
+    run.fit(dropping, tmp_path / "whole")
+    with pytest.raises(InterruptionError):
+        run.fit(dropping, tmp_path / "stopped", StopAtEnd())
+    run.fit(dropping, tmp_path / "stopped")
+    assert_equal(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_settings_given_on_resuming_win_over_those_of_the_checkpoint(
     pretrained: str, quiet_trainer: Make, tmp_path: Path
 ) -> None:
@@ -257,6 +277,27 @@ def test_runs_that_are_killed_and_told_to_end_go_on_to_the_bit_and_with_other_ra
     assert set(elastic["ranks"]) == {1, 2}
     assert elastic["same_samples"]
     assert elastic["furthest"] < 1e-5
+
+
+def fuzz(folder: Path, first_seed: int, resumes: int, timeout: float) -> dict[str, Any]:
+    """What tests.fuzzing has found, in a process of its own."""
+    command = [sys.executable, "-m", "tests.fuzzing", str(folder), str(first_seed), str(resumes)]
+    found: dict[str, Any] = json.loads(run(command, timeout=timeout, without=["PL_GLOBAL_SEED"]).splitlines()[-1])
+    return found
+
+
+def test_runs_of_drawn_settings_are_the_same_when_they_are_interrupted(tmp_path: Path) -> None:
+    found = fuzz(tmp_path, 0, 4, 500)
+    assert found["resumes"] >= 4
+    assert not found["differ"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_two_hundred_resumes_of_drawn_settings_change_nothing(tmp_path: Path) -> None:
+    found = fuzz(tmp_path, 0, 200, 7000)
+    assert found["resumes"] >= 200
+    assert not found["differ"]
 
 
 @pytest.mark.slow

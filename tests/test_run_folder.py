@@ -10,18 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sft.run_folder import AtomicIO, check_disk, checkpoint_of, folders_of, hidden, newest, publish, sweep
+from lightning_sft.disk import hidden, publish
+from lightning_sft.run_folder import AtomicIO, check_disk, checkpoint_of, folders_of, newest, sweep
 from lightning_sft.types import InputError
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Write a checkpoint that is so many seconds old."""
+    """Write a checkpoint of a step; the clock goes backwards from one to the next."""
 
-    def make(name: str, age: int = 0, **more: Any) -> Path:
+    def make(name: str, step: int = 0, **more: Any) -> Path:
         path = tmp_path / name
-        AtomicIO().save_checkpoint({"callbacks": {}, "state_dict": {"w": torch.rand(1000)}, **more}, path)
-        os.utime(path, (1e9 - age, 1e9 - age))
+        saved = {"callbacks": {}, "state_dict": {"w": torch.rand(1000)}, "global_step": step, **more}
+        AtomicIO().save_checkpoint(saved, path)
+        os.utime(path, (1e9 - step, 1e9 - step))
         return path
 
     return make
@@ -30,28 +32,45 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 def test_the_newest_good_checkpoint_is_found_and_those_cut_short_are_said(
     write: Callable[..., Path], tmp_path: Path
 ) -> None:
-    write("a.ckpt", 30)
-    good = write("b.ckpt", 20)
-    cut = write("c.ckpt", 10)
+    write("a.ckpt", 9)
+    good = write("b.ckpt", 10)
+    cut = write("c.ckpt", 11)
     cut.write_bytes(cut.read_bytes()[:-100])
-    os.utime(cut, (1e9, 1e9))
     (tmp_path / "d.ckpt").touch()
     (tmp_path / "shards.ckpt").mkdir()  # of a distributed one whose index has not been written
-    with pytest.warns(UserWarning, match=r"is passed over") as warned:
+    with pytest.warns(UserWarning, match=r"Skipping") as warned:
         assert newest([tmp_path, tmp_path / "missing"]) == good
-    assert {Path(str(w.message).split()[0]).name for w in warned} == {"c.ckpt", "d.ckpt", "shards.ckpt"}
+    assert {Path(str(w.message).split()[1].rstrip(":")).name for w in warned} == {"c.ckpt", "d.ckpt", "shards.ckpt"}
 
 
 def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from(write: Callable[..., Path], tmp_path: Path) -> None:
-    torch.save({"state_dict": {}}, tmp_path / "weights.ckpt")
+    torch.save({"state_dict": {}, "global_step": 4}, tmp_path / "weights.ckpt")
     assert newest([tmp_path]) is None
+    assert newest([tmp_path], resumable=False) == tmp_path / "weights.ckpt"
+
+
+def test_of_runs_that_a_logger_has_numbered_the_last_is_taken_whatever_its_step(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name in ("version_9/checkpoints", "version_10/checkpoints"):
+        (tmp_path / "lightning_logs" / name).mkdir(parents=True)
+    write("lightning_logs/version_9/checkpoints/long.ckpt", 900)
+    later = write("lightning_logs/version_10/checkpoints/short.ckpt", 5)
+    assert newest(folders_of(tmp_path)) == later
+
+
+def test_of_two_at_a_step_the_one_after_its_validation_is_taken(write: Callable[..., Path], tmp_path: Path) -> None:
+    after = write("a.ckpt", 4, lightning_sft_place={"epoch": 1, "is_validated": True})
+    write("b.ckpt", 4, lightning_sft_place={"epoch": 1, "is_validated": False})
+    write("c.ckpt", 4, lightning_sft_place={"epoch": 0, "is_validated": True})
+    assert newest([tmp_path]) == after
 
 
 def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(write: Callable[..., Path], tmp_path: Path) -> None:
     (tmp_path / "run" / "lightning_logs" / "version_0" / "checkpoints").mkdir(parents=True)
     assert checkpoint_of(tmp_path / "run") == str(tmp_path / "run")  # it has none yet, as has a model's folder
-    write("run/lightning_logs/version_0/checkpoints/a.ckpt", 20)
-    newer = write("run/checkpoints/b.ckpt", 10)
+    write("run/lightning_logs/version_0/checkpoints/a.ckpt", 10)
+    newer = write("run/checkpoints/b.ckpt", 20)
     assert checkpoint_of(tmp_path / "run") == str(newer)
     assert checkpoint_of("owner/name") == "owner/name"
     (tmp_path / "run" / ".metadata").touch()  # a distributed checkpoint is one itself

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 from torch.optim import SGD
+from torch.utils.data import DataLoader
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.attention.choice import probed
@@ -34,7 +36,7 @@ from lightning_sft.scorer import Scorer
 from lightning_sft.types import Example
 from tests.fake_cuda import fake_cuda, to_cuda
 from tests.gradients import QUIET
-from tests.second_device import counted_waits, on_second, second_device
+from tests.second_device import counted_waits, on_second, second_device, without_float64
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {i + i}, I think."} for i in range(24)]
 
@@ -205,6 +207,29 @@ def test_a_non_finite_loss_names_its_row_there(pretrained: str) -> None:
 def test_predict_and_test_work_there(pretrained: str) -> None:
     with second_device():
         module = SFTModule(pretrained, max_new_tokens=3, sampling={"temperature": 1.0})
+        data = SFTDataModule(test=ROWS[:6], predict=ROWS[:6], cache=None)
+        [figures] = Trainer(**QUIET | on_second()).test(module, data)
+        [answers] = Trainer(**QUIET | on_second()).predict(module, data)
+    assert figures["test/loss"] > 0
+    assert len(answers) == 6
+
+
+def plain_batches() -> list[dict[str, Tensor]]:
+    """Batches of a collator of the user's."""
+    return [{"input_ids": torch.arange(2 * n).view(2, n), "labels": torch.arange(2 * n).view(2, n)} for n in (7, 9)]
+
+
+def test_a_device_without_float64_trains_evaluates_and_draws(pretrained: str) -> None:
+    """Apple's MPS is such a one."""
+    with second_device() as device, without_float64():
+        with pytest.raises(TypeError, match="float64"):
+            torch.ones(2, dtype=torch.float64, device=device)
+        callbacks = [DriftMonitor(4), SampleGenerations(2, 3, console=False)]
+        module, trainer, _ = fit(
+            pretrained, on_second() | {"callbacks": callbacks}, max_new_tokens=3, sampling={"temperature": 1.0}
+        )
+        assert {"drift/kl", "val/loss", "train/gradient_norm"} <= trainer.callback_metrics.keys()
+        Trainer(**QUIET | on_second() | {"max_steps": 2}).fit(module, DataLoader(plain_batches(), batch_size=None))
         data = SFTDataModule(test=ROWS[:6], predict=ROWS[:6], cache=None)
         [figures] = Trainer(**QUIET | on_second()).test(module, data)
         [answers] = Trainer(**QUIET | on_second()).predict(module, data)

@@ -1,4 +1,4 @@
-"""Checkpoints to go on from: whole or not there, the last few of a run."""
+"""Checkpoints to resume from: whole or not there, the last few of a run."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from weakref import proxy
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_sft.arguments import Count, NonNegative, check_arguments
+from lightning_sft.disk import hidden, publish, remove
+from lightning_sft.plain import plain
 from lightning_sft.run_folder import (
     bytes_of_checkpoint,
     check_disk,
     folders_of,
-    hidden,
     newest,
-    publish,
-    remove,
+    step_of,
     sweep,
     write_whole,
 )
-from lightning_sft.trainer_facts import Agreement, is_between_steps
+from lightning_sft.run_lock import FolderLock
+from lightning_sft.trainer_facts import Agreement, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 
 _NAME = "resume-{epoch}-{step}"
@@ -42,41 +44,64 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def __init__(
         self,
-        dirpath: str | None = None,
-        every_n_train_steps: int | None = None,
-        every_n_minutes: float | None = 30.0,
-        keep_last: int = 2,
+        dirpath: str | Path | None = None,
+        every_n_train_steps: Count | None = None,
+        every_n_minutes: NonNegative | None = 30.0,
+        keep_last: Count = 2,
     ) -> None:
-        if keep_last < 1:
-            raise InputError(f"keep_last must be at least 1, got {keep_last}.")
-        if dirpath is not None and "://" in dirpath:
+        check_arguments(SafeCheckpoint, locals())
+        if "://" in str(dirpath):
             raise InputError(
                 f"SafeCheckpoint writes to a disk, got dirpath={dirpath!r}. Use Lightning's ModelCheckpoint."
             )
-        super().__init__(dirpath, _NAME, save_top_k=1, enable_version_counter=False)
+        super().__init__(plain(dirpath), _NAME, save_top_k=1, enable_version_counter=False)
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_train_steps, every_n_minutes, keep_last
-        self._last_time, self._agreement = 0.0, Agreement()
+        self._last_time, self._agreement, self._lock = 0.0, Agreement(), FolderLock()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Find the folder, and remove from it what a killed process has left half written."""
         super().setup(trainer, pl_module, stage)
         write_whole(trainer)
-        if trainer.is_global_zero and stage == "fit":
-            sweep(self._folder, "*.ckpt*")
+        if stage == "fit":
+            self._lock.take(trainer, self._folder)
+            if trainer.is_global_zero:
+                sweep(self._folder, "*.ckpt*")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a folder that holds another run, and a disk without room for a checkpoint."""
-        self._last_time, self._agreement, folder = time.monotonic(), Agreement(), self._folder
+        """Refuse a folder that holds another run, and a disk without room for a checkpoint.
+
+        Raises:
+            InputError: In either case.
+        """
+        self._last_time, self._agreement = time.monotonic(), Agreement()
         self._last_global_step_saved = trainer.global_step  # what a run was resumed from need not be written again
-        others = sorted(folder.glob(_PATTERN))
-        if others and (trainer.ckpt_path is None or Path(trainer.ckpt_path).resolve().parent != folder.resolve()):
+        first_rank_does(trainer, lambda: self._check(trainer, pl_module))
+
+    def _check(self, trainer: Any, module: Any) -> None:
+        folder, resumed_from = self._folder, trainer.ckpt_path
+        others = [path for path in sorted(folder.glob(_PATTERN)) if step_of(path) is not None]
+        folders = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
+        own = {Path(found).resolve() for found in folders if found}
+        if others and resumed_from is None:
             raise InputError(
-                f"{folder} holds the checkpoints of another run, as {others[-1].name}. Go on with that run "
+                f"{folder} holds the checkpoints of another run, as {others[-1].name}. Resume that run "
                 "(--ckpt_path last), or give this one a folder of its own (trainer.default_root_dir)."
             )
-        if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
-            check_disk(folder, bytes_of_checkpoint(pl_module))
+        if others and Path(resumed_from).resolve().parent not in own:
+            raise InputError(
+                f"{folder} holds the checkpoints of another run, as {others[-1].name}; this one resumes from "
+                f"{resumed_from}. Give it a folder of its own (trainer.default_root_dir), or move the others away."
+            )
+        check_disk(folder, bytes_of_checkpoint(module))
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Let others have the folder."""
+        super().on_exception(trainer, pl_module, exception)
+        self._lock.release()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """The same."""
+        self._lock.release()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Save between two optimiser steps, when it is time."""
@@ -97,11 +122,21 @@ class SafeCheckpoint(ModelCheckpoint):
         self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_time = time.monotonic()
         if trainer.is_global_zero:
-            resumed_from = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
-            by_age = sorted(self._folder.glob(_PATTERN), key=lambda path: path.stat().st_mtime_ns)
-            for path in by_age[: -self.keep_last]:
-                if path.resolve() != resumed_from:
-                    remove(path)
+            self._remove_old(trainer)
+
+    def _remove_old(self, trainer: Any) -> None:
+        """Keep the last few, and what the run was resumed from.
+
+        Their order is that of their steps. Those of later steps than this one are of a run that has gone back to an
+        earlier checkpoint since: its steps are taken again, so they are the first to go.
+        """
+        now = trainer.global_step
+        resumed_from = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+        steps = {path: step for path in self._folder.glob(_PATTERN) if (step := step_of(path)) is not None}
+        by_age = sorted(steps, key=lambda path: (steps[path] <= now, steps[path], path.name))
+        for path in by_age[: -self.keep_last]:
+            if path.resolve() != resumed_from:
+                remove(path)
 
     @property
     def _folder(self) -> Path:
@@ -138,7 +173,7 @@ def save_whole(trainer: Any, path: str | Path) -> None:
         path: The file, or the folder where the strategy writes one.
     """
     path = Path(trainer.strategy.broadcast(str(path)))
-    trainer.save_checkpoint(hidden(path))
+    trainer.save_checkpoint(hidden(path), weights_only=False)
     if trainer.is_global_zero:
         publish(path)
     trainer.strategy.barrier("save_whole")

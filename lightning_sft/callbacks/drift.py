@@ -14,6 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lightning_sft.arguments import Count, Index, check_arguments
 from lightning_sft.data.collate import collate
 from lightning_sft.divergence import divergence, likeliest
 from lightning_sft.guards import check_module
@@ -21,7 +22,7 @@ from lightning_sft.modes import evaluating
 from lightning_sft.pretrained_weights import PretrainedWeights
 from lightning_sft.sharding import whole
 from lightning_sft.tuning.adapters import NAME
-from lightning_sft.types import Batch, InputError
+from lightning_sft.types import Batch, InputError, widest
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 _ELEMENTS = 1 << 24  # of a parameter that are compared at a time
@@ -45,9 +46,8 @@ class DriftMonitor(Callback):
         likeliest: Tokens of p_θ̂ that are kept apart at each target; each takes 8 bytes.
     """
 
-    def __init__(self, sequences: int = 8, likeliest: int = 128) -> None:
-        if sequences < 0 or likeliest < 1:
-            raise InputError(f"DriftMonitor needs sequences >= 0 and likeliest >= 1, got {sequences} and {likeliest}.")
+    def __init__(self, sequences: Index = 8, likeliest: Count = 128) -> None:
+        check_arguments(DriftMonitor, locals())
         self.sequences, self.likeliest = sequences, likeliest
         self._kept: list[tuple[Tensor, Tensor]] = []
         self._squares: dict[str, float] = {}  # ‖W‖² of matrices that have adapters
@@ -94,7 +94,8 @@ class DriftMonitor(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """The same where there is no validation."""
         if not sum(trainer.num_val_batches):
-            self._measure(trainer, pl_module)
+            with pl_module.evaluated():
+                self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Any, pl_module: Any) -> None:
         found = trainer.strategy.broadcast(self._norms(pl_module.model))
@@ -133,7 +134,8 @@ class DriftMonitor(Callback):
         for given, layer in _adapted(model):
             name = f"{_plain(given)}.weight"
             factors = (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
-            a, b = (whole(weight.detach()).double() for weight in factors)
+            a, b = (whole(weight.detach()) for weight in factors)
+            a, b = (factor.to(widest(factor.device)) for factor in (a, b))
             if self._weights is not None and name in self._weights:
                 if name not in self._squares:
                     self._squares[name] = self._difference(name, None)[1]
@@ -151,7 +153,8 @@ class DriftMonitor(Callback):
             was += before.square().sum().item()
             if now is not None:
                 own = now[begin : begin + len(before)]
-                moved += (own.double() - before.to(own.device)).square().sum().item()
+                dtype = widest(own.device)
+                moved += (own.to(dtype) - before.to(own.device, dtype)).square().sum().item()
         return moved, was
 
 

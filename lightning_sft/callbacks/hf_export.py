@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.arguments import Count, NonNegative, check_arguments
 from lightning_sft.data.collate import collate
 from lightning_sft.data.mixture import as_mixture
 from lightning_sft.export import parity
@@ -49,19 +50,18 @@ class HFExport(Callback):
 
     def __init__(
         self,
-        folder: str | None = None,
-        every_n_steps: int | None = None,
+        folder: str | Path | None = None,
+        every_n_steps: Count | None = None,
         at_end: bool = True,
         best: bool = False,
         dtype: Dtype | None = None,
         max_shard_size: str = "5GB",
-        rows: str | None = None,
-        max_kl: float | None = None,
-        gguf_converter: str | None = None,
+        rows: str | Path | None = None,
+        max_kl: NonNegative | None = None,
+        gguf_converter: str | Path | None = None,
         gguf_type: GGUFType = "f16",
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise InputError(f"every_n_steps must be at least 1, got {every_n_steps}. Leave it out for none.")
+        check_arguments(HFExport, locals())
         self.folder, self.every_n_steps, self.at_end, self.best, self.rows = folder, every_n_steps, at_end, best, rows
         self.settings = Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type)
         self._first: FirstRank | None = None
@@ -162,8 +162,9 @@ class HFExport(Callback):
         if found is None:
             return error
         rows, examples = found
-        live = _live(trainer, module, examples)
-        state = whole_state(module, keep=first.is_here)
+        with module.evaluated():
+            live = _live(trainer, module, examples)
+            state = whole_state(module, keep=first.is_here)
         whole = {"hyper_parameters": dict(module.hparams), "state_dict": state, FACTS: run_facts(trainer)}
 
         def write() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_sft.arguments import check_arguments
 from lightning_sft.heap import keep_freed_memory
 
 
@@ -21,6 +22,7 @@ class KeepMemory(Callback):
     """
 
     def __init__(self, enabled: bool = True) -> None:
+        check_arguments(KeepMemory, locals())
         self.enabled = enabled
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.trainer_facts import gather, is_between_steps
+from lightning_sft.arguments import Count, check_arguments
+from lightning_sft.disk import append
+from lightning_sft.plain import plain
+from lightning_sft.run_files import LEDGER, cut_off, refuse_anew
+from lightning_sft.run_lock import FolderLock
+from lightning_sft.trainer_facts import first_rank_does, gather, is_between_steps
 from lightning_sft.types import Batch, InputError
-
-NAME = "samples.jsonl"
 
 
 class SampleLedger(Callback):
@@ -28,19 +30,30 @@ class SampleLedger(Callback):
         every_n_steps: Steps that ranks keep to themselves before they put them together.
     """
 
-    def __init__(self, dirpath: str | None = None, every_n_steps: int = 10) -> None:
-        self.dirpath, self.every_n_steps = dirpath, every_n_steps
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: Count = 10) -> None:
+        check_arguments(SampleLedger, locals())
+        self.dirpath, self.every_n_steps = plain(dirpath), every_n_steps
+        self._lock = FolderLock()
         self._lines: list[dict[str, Any]] = []  # of steps that are not written yet; without the other ranks' samples
         self._samples: list[list[list[str]]] = []  # this rank's, of each of these steps and its micro-batches
         self._window: list[Batch] = []
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the folder, and keep it for this process."""
+        if stage == "fit":
+            folder = trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir)
+            self.path = Path(folder, LEDGER)
+            self._lock.take(trainer, self.path.parent)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the file, and cut off what is going to be done once more."""
+        """Cut off what is going to be done once more.
+
+        Raises:
+            InputError: When a run that begins would write over one that has finished steps.
+        """
         self._lines, self._samples, self._window = [], [], []
-        folder = trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-        self.path = Path(folder, NAME)
+        first_rank_does(trainer, lambda: refuse_anew(trainer, self.path.parent))
         if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             last = cut_off(self.path, trainer.global_step)
             if last < trainer.global_step:
                 rank_zero_info(f"{self.path} has no lines of steps {last + 1} to {trainer.global_step}.")
@@ -78,6 +91,17 @@ class SampleLedger(Callback):
         """Write what is left."""
         self._write(trainer)
 
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same where the fit ends with an error, unless the samples of other ranks are out of reach then."""
+        if trainer.world_size == 1:
+            with suppress(InputError):  # a full disk, which is what ended it
+                self._write(trainer)
+        self._lock.release()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let others have the folder."""
+        self._lock.release()
+
     def _write(self, trainer: Any) -> None:
         lines, samples, self._lines, self._samples = self._lines, self._samples, [], []
         if not lines:  # on any rank
@@ -88,57 +112,4 @@ class SampleLedger(Callback):
                 json.dumps({**line, "samples": of_step}, ensure_ascii=False) + "\n"
                 for line, of_step in zip(lines, of_steps, strict=True)
             )
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def lines_of(path: str | Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The lines of a ledger, each with the position in the file where it ends; a line that was cut short ends them."""
-    end = 0
-    with Path(path).open("rb") as file:
-        for text in file:
-            if not text.endswith(b"\n"):
-                return
-            end += len(text)
-            yield json.loads(text), end
-
-
-def cut_off(path: Path, step: int) -> int:
-    """Cut a ledger off after a step; one that has nothing of this run is put aside under another name.
-
-    Args:
-        path: The ledger; it need not exist.
-        step: The last that is kept.
-
-    Returns:
-        The last step that it has.
-    """
-    if not path.exists():
-        return 0
-    kept = [(line["step"], end) for line, end in lines_of(path) if line["step"] <= step]
-    if not kept:
-        free = next(
-            p for n in range(1, 1_000_000) if not (p := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists()
-        )
-        path.rename(free)
-        return 0
-    os.truncate(path, max(end for _, end in kept))
-    return int(kept[-1][0])
-
-
-def line_of(path: str | Path, step: int) -> dict[str, Any]:
-    """The line of a step.
-
-    Raises:
-        InputError: When there is no ledger, or no such step in it.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"There is no ledger {str(path)!r}: fit writes one, with the callback SampleLedger.")
-    steps = [line for line, _ in lines_of(path)]
-    for line in steps:
-        if line["step"] == step:
-            return line
-    have = f"{steps[0]['step']} to {steps[-1]['step']}" if steps else "none"
-    raise InputError(f"{path} has no step {step}. It has {have}.")
+            append(self.path, text)

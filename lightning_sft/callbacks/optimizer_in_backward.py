@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_sft.optimizers import parts_of
 from lightning_sft.types import Batch, InputError
 
 
@@ -59,22 +60,24 @@ class OptimizerInBackward(Callback):
         Raises:
             InputError: When the optimizer does not treat each parameter by itself.
         """
-        [optimizer] = trainer.optimizers
-        kind = type(optimizer)
-        if not f"{kind.__module__}.".startswith("torch.optim.") or isinstance(optimizer, torch.optim.LBFGS):
-            raise InputError(
-                f"OptimizerInBackward needs an optimizer that treats each parameter by itself, and knows that of those "
-                f"of torch but LBFGS; {kind.__name__} is another. Use torch.optim.AdamW, or leave the callback out."
-            )
+        [whole] = trainer.optimizers
+        for kind in map(type, parts_of(whole)):
+            if not f"{kind.__module__}.".startswith("torch.optim.") or issubclass(kind, torch.optim.LBFGS):
+                raise InputError(
+                    f"OptimizerInBackward needs an optimizer that treats each parameter by itself, and knows that of "
+                    f"those of torch but LBFGS; {kind.__name__} is another. Use torch.optim.AdamW, or leave the "
+                    "callback out."
+                )
 
-        def step(parameter: Tensor, group: int) -> None:
+        def step(parameter: Tensor, optimizer: torch.optim.Optimizer, group: int) -> None:
             if self._is_sound:
                 with only(optimizer, parameter, group):
                     optimizer.step()
                     optimizer.zero_grad()
 
         self._hooks = [
-            hook_of(parameter, partial(step, group=number))
+            hook_of(parameter, partial(step, optimizer=optimizer, group=number))
+            for optimizer in parts_of(whole)
             for number, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
             if parameter.requires_grad

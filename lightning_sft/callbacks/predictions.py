@@ -12,7 +12,8 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.run_folder import hidden, publish
+from lightning_sft.arguments import check_arguments
+from lightning_sft.disk import write
 from lightning_sft.trainer_facts import data_parallel, gather
 from lightning_sft.types import Prompt
 
@@ -27,7 +28,8 @@ class PredictionWriter(Callback):
         path: The file to write.
     """
 
-    def __init__(self, path: str = "predictions.jsonl") -> None:
+    def __init__(self, path: str | Path = "predictions.jsonl") -> None:
+        check_arguments(PredictionWriter, locals())
         self.path = Path(path)
         self._rows: dict[int, dict[str, Any]] = {}  # those that this rank knows, by number
         self._key = ""
@@ -77,8 +79,7 @@ class PredictionWriter(Callback):
         self._rows = {}
         if trainer.is_global_zero:
             text = "".join(json.dumps(rows[number], ensure_ascii=False) + "\n" for number in sorted(rows))
-            hidden(self.path).write_text(text, encoding="utf-8")
-            publish(self.path)
+            write(self.path, text)
             for part in self._parts():
                 part.unlink()
             print(f"{len(rows)} predictions: {self.path}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import RichProgressBar
 
+from lightning_sft.arguments import NonNegative, check_arguments
 from lightning_sft.trainer_facts import total_steps
 
 _SHOWN = {
@@ -30,8 +31,9 @@ class TrainingProgress(RichProgressBar):
         every_seconds: Least time between two readings.
     """
 
-    def __init__(self, every_seconds: float = 0.5) -> None:
+    def __init__(self, every_seconds: NonNegative = 0.5) -> None:
         super().__init__()
+        check_arguments(TrainingProgress, locals())
         self.every_seconds, self._read, self._shown = every_seconds, 0.0, dict[str, Any]()
         self._begin, self._first, self._total = 0.0, 0, 0
 

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_sft.callbacks.ledger import cut_off, lines_of
+from lightning_sft.arguments import Count, check_arguments
+from lightning_sft.callbacks.ending import why_ended
+from lightning_sft.callbacks.preempt import Preempted
 from lightning_sft.data.report import figures, histogram, targets_in_words
+from lightning_sft.disk import append, write
 from lightning_sft.export.run_facts import run_facts
-from lightning_sft.trainer_facts import is_between_steps
-
-RECORD, METRICS = "run.json", "metrics.jsonl"
+from lightning_sft.plain import plain
+from lightning_sft.run_files import METRICS, RECORD, cut_off, lines_of, record_of, refuse_anew
+from lightning_sft.run_lock import FolderLock
+from lightning_sft.trainer_facts import first_rank_does, is_between_steps
+from lightning_sft.types import InputError
 
 
 class RunRecord(Callback):
@@ -33,30 +39,42 @@ class RunRecord(Callback):
         flush_every: Steps whose figures stay on the device before they are written together.
     """
 
-    def __init__(self, dirpath: str | None = None, every_n_steps: int = 1, flush_every: int = 20) -> None:
-        self.dirpath, self.every_n_steps, self.flush_every = dirpath, every_n_steps, flush_every
+    def __init__(self, dirpath: str | Path | None = None, every_n_steps: Count = 1, flush_every: Count = 20) -> None:
+        check_arguments(RunRecord, locals())
+        self.dirpath, self.every_n_steps, self.flush_every = plain(dirpath), every_n_steps, flush_every
         self._lines: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._untrained: dict[str, Tensor] = {}  # figures of the pretrained model
+        self._lock, self._record = FolderLock(), dict[str, Any]()
+        self._is_saving = False
         self._validated: int | None = None  # a step whose validation, which a resumed run does again, is on the disk
 
     def folder(self, trainer: Any) -> Path:
         """Where the files are; every rank asks."""
         return Path(trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir))
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Find the folder, and keep it for this process."""
+        if stage == "fit":
+            self._folder = self.folder(trainer)
+            self._lock.take(trainer, self._folder)
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Write what the run is, and cut off what is going to be done once more."""
-        self._lines, self._begin, self._folder = [], time.time(), self.folder(trainer)
+        """Write what the run is, and cut off what is going to be done once more.
+
+        Raises:
+            InputError: When a run that begins would write over one that has finished steps.
+        """
+        self._lines, self._begin, self._record, self._is_saving = [], time.time(), {}, False
+        first_rank_does(trainer, lambda: refuse_anew(trainer, self._folder))
         facts, logged = run_facts(trainer), trainer.log_dir  # which ranks tell each other
         if not trainer.is_global_zero:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         metrics = self._folder / METRICS
         self._validated = None
         if cut_off(metrics, trainer.global_step) == trainer.global_step and metrics.exists():
             last = [line for line, _ in lines_of(metrics) if line["step"] == trainer.global_step]
             self._validated = trainer.global_step if any("train/loss" not in line for line in last) else None
-        path = self._folder / RECORD
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() and trainer.global_step else {}
+        before = record_of(self._folder) if trainer.global_step else {}
         config = Path(logged or ".", "config.yaml")
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -64,8 +82,9 @@ class RunRecord(Callback):
             "command": sys.argv,
             "device": _device(trainer),
         }
-        record = {
+        self._record = {
             "starts": [*before.get("starts", []), start],
+            "saved": bool(trainer.global_step),
             "pretrained": getattr(pl_module, "pretrained", None),
             "config": config.read_text(encoding="utf-8") if config.is_file() else None,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
@@ -73,10 +92,15 @@ class RunRecord(Callback):
             "facts": facts,
             "data": _data(trainer.datamodule),
         }
-        path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+        self._write_record()
         if not trainer.global_step:
             self._add(trainer, self._untrained)
         self._untrained = {}
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Note that the run has its first checkpoint: from now on, nothing else may begin in its folder."""
+        if self._is_saving:
+            self._has_saved()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Note a step that has been taken."""
@@ -94,12 +118,40 @@ class RunRecord(Callback):
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """What a checkpoint has seen is on the disk before it is."""
         self._write()
+        self._is_saving = bool(self._record) and not self._record["saved"]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write what is left."""
+        """Write what is left, and why the training ended."""
         if trainer.is_global_zero and not sum(trainer.num_val_batches):
             self._note(trainer, lambda name: name.startswith("drift/"))
         self._write()
+        self._end(trainer, why_ended(trainer), has_saved=self._is_saving)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """The same where the fit ends otherwise."""
+        with suppress(InputError):  # a full disk, which is what ended it
+            self._write()
+            has_saved = self._is_saving and isinstance(exception, Preempted)
+            self._end(trainer, f"{type(exception).__name__}: {exception}", has_saved)
+        self._lock.release()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let others have the folder."""
+        self._lock.release()
+
+    def _has_saved(self) -> None:
+        self._is_saving, self._record["saved"] = False, True
+        self._write_record()
+
+    def _end(self, trainer: Any, reason: str, has_saved: bool) -> None:
+        if self._record:
+            self._record["starts"][-1]["end"] = {"step": trainer.global_step, "reason": reason}
+            self._record["saved"] |= has_saved
+            self._write_record()
+            self._record = {}
+
+    def _write_record(self) -> None:
+        write(self._folder / RECORD, json.dumps(self._record, ensure_ascii=False, indent=1))
 
     def _note(self, trainer: Any, is_wanted: Any) -> None:
         self._add(trainer, {name: value for name, value in trainer.callback_metrics.items() if is_wanted(name)})
@@ -116,11 +168,9 @@ class RunRecord(Callback):
         lines, self._lines = self._lines, []
         if not lines:
             return
-        with (self._folder / METRICS).open("a", encoding="utf-8") as file:
-            for at, values in lines:
-                row = {**at, **{name: value.item() for name, value in values.items()}}
-                file.write(json.dumps({n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in row.items()}))
-                file.write("\n")
+        rows = [{**at, **{name: value.item() for name, value in values.items()}} for at, values in lines]
+        short = [{n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in row.items()} for row in rows]
+        append(self._folder / METRICS, "".join(json.dumps(row) + "\n" for row in short))
 
 
 def folder_of(trainer: Any) -> Path:

@@ -11,11 +11,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from lightning_sft.arguments import Count, check_arguments, made
 from lightning_sft.callbacks.record import folder_of
 from lightning_sft.data.dataset import load_prompts
 from lightning_sft.data.pieces import visible
+from lightning_sft.disk import rows_of, write
 from lightning_sft.generation import Sampling, answer_all
-from lightning_sft.guards import check_data, check_module
+from lightning_sft.guards import check_data, check_module, check_prompts
 from lightning_sft.plain import plain
 from lightning_sft.terminal import Console
 from lightning_sft.types import InputError, Prompt
@@ -41,35 +43,35 @@ class SampleGenerations(Callback):
 
     def __init__(
         self,
-        prompts: int | list[str] = 4,
-        max_new_tokens: int | None = 128,
+        prompts: Count | list[str] = 4,
+        max_new_tokens: Count | None = 128,
         sampling: Sampling | None = None,
-        batch_size: int = 16,
+        batch_size: Count = 16,
         console: bool = True,
     ) -> None:
-        if not prompts or (isinstance(prompts, int) and prompts < 0):
-            raise InputError(f"SampleGenerations needs a positive number of prompts or some texts, got {prompts!r}.")
-        prompts = plain(prompts)
-        self.prompts, self.max_new_tokens, self.sampling = prompts, max_new_tokens, sampling
+        check_arguments(SampleGenerations, locals())
+        if not prompts:
+            raise InputError("SampleGenerations.prompts is an empty list; give a number of rows, or some texts.")
+        self.prompts, self.max_new_tokens, self.sampling = plain(prompts), max_new_tokens, made(Sampling, sampling)
         self.batch_size, self.console = batch_size, console
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Find the prompts, and ask the pretrained model.
 
         Raises:
-            InputError: With a module or data of another kind.
+            InputError: With a module or data of another kind, or a prompt that leaves no position for an answer.
         """
         check_module(self, pl_module)
         check_data(self, trainer.datamodule)
         self._chosen = _prompts(trainer.datamodule, self.prompts)
+        check_prompts(self._chosen, getattr(pl_module, "num_positions", None))
         self._questions = [_question(trainer.datamodule.tokenizer, prompt) for prompt in self._chosen]
         self._folder, self._before = folder_of(trainer) / FOLDER, {}
         first = self._folder / "step=00000000.jsonl"
         if trainer.global_step == 0:
             self._ask(trainer, pl_module)
         elif first.is_file():
-            rows = map(json.loads, first.read_text(encoding="utf-8").splitlines())
-            self._before = {row["source"]: row["prediction"] for row in rows}
+            self._before = {row["source"]: row["prediction"] for row, _ in rows_of(first)}
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Ask what the model has become."""
@@ -87,9 +89,8 @@ class SampleGenerations(Callback):
             for question, row in zip(self._questions, rows, strict=True)
         ]
         self._before = self._before or {row["source"]: row["prediction"] for row in rows}
-        self._folder.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self._folder / f"step={step:08d}.jsonl").write_text(text, encoding="utf-8")
+        write(self._folder / f"step={step:08d}.jsonl", text)
         for logger in trainer.loggers:
             _log(logger, rows, step)
         if self.console:

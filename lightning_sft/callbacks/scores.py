@@ -10,6 +10,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.answer_scores import extracted, scores
+from lightning_sft.arguments import Count, check_arguments
+from lightning_sft.disk import write
 from lightning_sft.generation import answer_all
 from lightning_sft.guards import check_data, check_module
 from lightning_sft.types import InputError
@@ -36,10 +38,11 @@ class ScoreAnswers(Callback):
         extract: str = "",
         rouge: bool = False,
         bleu: bool = False,
-        first: int | None = None,
-        batch_size: int | None = None,
+        first: Count | None = None,
+        batch_size: Count | None = None,
         filename: str = "answers.jsonl",
     ) -> None:
+        check_arguments(ScoreAnswers, locals())
         if extract:
             extracted("", extract)  # refuses what is no expression before anything is computed
         self.extract, self.rouge, self.bleu = extract or None, rouge, bleu
@@ -49,27 +52,24 @@ class ScoreAnswers(Callback):
         """Refuse what it cannot ask.
 
         Raises:
-            InputError: With a module or data of another kind.
+            InputError: With a module or data of another kind, when no row has an answer to compare with, or a prompt
+                leaves the model no position for an answer.
         """
         check_module(self, pl_module)
         check_data(self, trainer.datamodule)
+        prompts = trainer.datamodule.prompts_of("test", self.first)
+        self._prompts = [prompt for prompt in prompts if prompt.reference is not None]
+        if not self._prompts:
+            raise InputError("ScoreAnswers needs rows with answers: data.test has none.")
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Generate, write and score.
-
-        Raises:
-            InputError: When no row has an answer to compare with.
-        """
+        """Generate, write and score."""
         data = trainer.datamodule
-        prompts = [prompt for prompt in data.prompts_of("test", self.first) if prompt.reference is not None]
-        if not prompts:
-            raise InputError("ScoreAnswers needs rows with answers: data.test has none.")
-        rows = answer_all(pl_module, prompts, data.tokenizer, self.batch_size or data.predict_batch_size)
+        rows = answer_all(pl_module, self._prompts, data.tokenizer, self.batch_size or data.predict_batch_size)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
-            folder.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / self.filename).write_text(text, encoding="utf-8")
+            write(folder / self.filename, text)
         rank_zero_info(f"{len(rows)} answers: {folder / self.filename}")
         pairs = [row["prediction"] for row in rows], [row["reference"] for row in rows]
         found = scores(*pairs, self.extract, self.rouge, self.bleu)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
@@ -17,6 +17,7 @@ from lightning_sft.callbacks.preempt import Preempt
 from lightning_sft.callbacks.progress import TrainingProgress
 from lightning_sft.callbacks.record import RunRecord
 from lightning_sft.checkpoints import hyper_parameters
+from lightning_sft.run_files import refuse_finished
 from lightning_sft.run_folder import folders_of, newest
 from lightning_sft.types import InputError
 
@@ -46,13 +47,20 @@ def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = 
             added.append(kind(str(root) if goes_on else None))
     if trainer.get("enable_progress_bar") is not False and not any(isinstance(own, ProgressBar) for own in given):
         added.append(TrainingProgress())
-    if not any(isinstance(callback, Checkpoint) for callback in given):
+    if not any(map(_saves_whole, given)):
         added.append(SafeCheckpoint(str(root / "checkpoints") if goes_on else None))
     return added
 
 
+def _saves_whole(callback: Callback) -> bool:
+    """Whether a run can resume from what a callback saves while it trains."""
+    if isinstance(callback, ModelCheckpoint):
+        return not callback.save_weights_only and (callback.save_top_k != 0 or bool(callback.save_last))
+    return isinstance(callback, Checkpoint) and not isinstance(callback, OnExceptionCheckpoint)
+
+
 def find_last(root: str | None, callbacks: Any, pretrained: str | None, is_fit: bool) -> str | None:
-    """The newest good checkpoint of a run; ``None`` where a fit has none yet.
+    """The newest good checkpoint of a run; ``None`` where a fit has none yet. A fit takes none of the weights alone.
 
     Args:
         root: The trainer's ``default_root_dir``.
@@ -61,14 +69,15 @@ def find_last(root: str | None, callbacks: Any, pretrained: str | None, is_fit: 
         is_fit: Whether a run may begin.
 
     Raises:
-        InputError: When there is none, or it is of another run.
+        InputError: When there is none, and none can be made; or it is of another run.
     """
     own = [_dirpath(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
     folders = [*(Path(path) for path in own if path), *folders_of(root or ".")]
-    path = newest(folders)
+    path = newest(folders, resumable=is_fit)
     if path is None:
         if not is_fit:
             raise InputError(f"ckpt_path=last: there is no checkpoint in {', '.join(map(str, folders))}.")
+        refuse_finished(Path(root or "."), folders)
         rank_zero_info(f"ckpt_path=last: there is no checkpoint below {root or '.'} yet, so the run begins.")
         return None
     of = hyper_parameters(path).get("pretrained")

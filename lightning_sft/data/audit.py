@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 
+from lightning_sft.arguments import Fraction, check_arguments
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.unpack import Document
-from lightning_sft.types import InputError
 
 
 @dataclass
@@ -28,19 +28,17 @@ class Thresholds:
         min_targets: Tokens that are trained, of all training tokens.
     """
 
-    max_refused: float = 0.0
-    max_left_out: float = 0.01
-    max_cut: float = 0.01
-    max_no_stop: float = 0.0
-    max_masked: float = 0.0
-    max_duplicated: float = 0.01
-    max_overlap: float = 0.0
-    min_targets: float = 0.01
+    max_refused: Fraction = 0.0
+    max_left_out: Fraction = 0.01
+    max_cut: Fraction = 0.01
+    max_no_stop: Fraction = 0.0
+    max_masked: Fraction = 0.0
+    max_duplicated: Fraction = 0.01
+    max_overlap: Fraction = 0.0
+    min_targets: Fraction = 0.01
 
     def __post_init__(self) -> None:
-        for key in fields(self):
-            if not 0 <= (value := getattr(self, key.name)) <= 1:
-                raise InputError(f"check.{key.name} is a share between 0 and 1, got {value}. 1 % is 0.01.")
+        check_arguments(Thresholds, vars(self), "check")
 
 
 @dataclass

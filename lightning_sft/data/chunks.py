@@ -24,7 +24,7 @@ from lightning_sft.data.messages import Converter
 from lightning_sft.data.mixture import Part
 from lightning_sft.data.overflow import Overflow, shorten
 from lightning_sft.data.sources import Leaf, parsed
-from lightning_sft.data.workers import iterate
+from lightning_sft.data.workers import iterate, leave_signals
 from lightning_sft.types import Conversation, Example, InputError, Normalize
 
 Rows = list[tuple[Any, str]]
@@ -122,7 +122,7 @@ class Chunks(IterableDataset[Chunk | InputError]):
         Raises:
             InputError: That of a source, or of a sequence that is too long where ``overflow`` is ``error``.
         """
-        settings: dict[str, Any] = {"prefetch_factor": ahead} if num_workers else {}
+        settings: dict[str, Any] = {"prefetch_factor": ahead, "worker_init_fn": leave_signals} if num_workers else {}
         loader = DataLoader(self, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, **settings)
         for chunk in iterate(loader):
             if isinstance(chunk, InputError):

@@ -45,6 +45,9 @@ class Examples(Sequence[Example]):
         self._begins = np.cumsum([0, *map(len, self.batches)])
         self._lists = [[_lists(batch.column(i)) for i in range(3)] for batch in self.batches]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Examples, (self.batches,)  # the columns are views of them
+
     @classmethod
     def open(cls, path: Path) -> Examples:
         """The examples of a file, mapped: the pages that nobody asks for stay on disk."""

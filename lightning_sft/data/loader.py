@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
@@ -16,8 +17,11 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.collate import collate
 from lightning_sft.data.plan import MicroBatch, Plan
 from lightning_sft.data.template import ChatTemplate
-from lightning_sft.data.workers import iterate
+from lightning_sft.data.workers import iterate, leave_signals
 from lightning_sft.types import Batch, Example, Prompt
+
+PAD_ID = 0
+"""Token id that prompts are padded with: it is masked, and every model has an embedding for it."""
 
 
 class EpochLoader:
@@ -66,8 +70,9 @@ class EpochLoader:
         loader: DataLoader[Any] = DataLoader(
             cast(Dataset[MicroBatch], micro_batches),
             batch_size=None,
-            collate_fn=cast(Any, self._batch),
+            collate_fn=cast(Any, partial(_batch, self.examples, self.parts, self._collate)),
             num_workers=self.num_workers,
+            worker_init_fn=leave_signals,
             pin_memory=torch.cuda.is_available(),
         )
         yield from iterate(loader)
@@ -79,10 +84,17 @@ class EpochLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to load, see :meth:`state_dict`."""
 
-    def _batch(self, micro_batch: MicroBatch) -> Batch:
-        own = micro_batch.examples
-        parts = [int(self.parts[i]) for i in own] if len(self.parts) else []
-        return self._collate([self.examples[i] for i in own], micro_batch.normalizer, parts=parts)
+
+def _batch(
+    examples: Sequence[Example],
+    parts: Sequence[int] | NDArray[np.int64],
+    collate: Callable[..., Batch],
+    micro_batch: MicroBatch,
+) -> Batch:
+    """What a micro-batch of the plan consists of; workers under spawn and forkserver are sent what it needs alone."""
+    own = micro_batch.examples
+    of_parts = [int(parts[i]) for i in own] if len(parts) else []
+    return collate([examples[i] for i in own], micro_batch.normalizer, parts=of_parts)
 
 
 class PromptLoader:
@@ -114,11 +126,11 @@ class PromptBatch:
     """
 
     def __init__(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
-        self.prompts, self.tokenizer, self.pad_id = prompts, tokenizer, pad_token_id(tokenizer)
+        self.prompts, self.tokenizer = prompts, tokenizer
         self.stop_id = ChatTemplate.of(tokenizer).stop_id
         longest = max(len(prompt.input_ids) for prompt in prompts)
         padding = [longest - len(prompt.input_ids) for prompt in prompts]
-        rows = [[self.pad_id] * n + list(prompt.input_ids) for n, prompt in zip(padding, prompts, strict=True)]
+        rows = [[PAD_ID] * n + list(prompt.input_ids) for n, prompt in zip(padding, prompts, strict=True)]
         self.input_ids: Tensor = torch.tensor(rows)  # [B, N]
         self.attention_mask: Tensor = (torch.arange(longest) >= torch.tensor(padding)[:, None]).long()  # [B, N]
 
@@ -129,7 +141,13 @@ class PromptBatch:
         return self
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id to pad with: it is masked wherever it stands, so any will do where the tokenizer names none."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(i for i in ids if i is not None))
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None) -> int:
+    """The id to pad with: the tokenizer's, or any that has an embedding, for it is masked wherever it stands.
+
+    Args:
+        tokenizer: Its id of padding may be beyond the embeddings, where it was added and they were not resized.
+        num_embeddings: How many ids the model knows, or ``None``.
+    """
+    size = math.inf if num_embeddings is None else num_embeddings
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, PAD_ID)
+    return int(next(i for i in ids if i is not None and i < size))

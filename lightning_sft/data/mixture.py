@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from lightning_sft.arguments import Positive, check_arguments, made
 from lightning_sft.data.formats import FormatName
 from lightning_sft.data.sources import Source
 from lightning_sft.plain import plain
@@ -27,16 +28,14 @@ class Part:
     """
 
     source: Source
-    share: float | None = None
-    weight: float = 1.0
+    share: Positive | None = None
+    weight: Positive = 1.0
     format: FormatName | None = None
     columns: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         self.source, self.columns = plain(self.source), plain(self.columns)
-        for name in ("share", "weight"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise InputError(f"The {name} of a part must be a positive number, got {value}. Leave the part out?")
+        check_arguments(Part, vars(self))
 
 
 @dataclass
@@ -59,12 +58,13 @@ class Mixture:
     lightning_sft.types.InputError: Either all parts of a mixture have a share or none: 'chat' has none.
     """
 
-    parts: dict[str, str | Part]
+    parts: dict[str, Part | str | Path]
     by: Literal["rows", "targets"] = "rows"
-    temperature: float | None = None
+    temperature: Positive | None = None
 
     def __post_init__(self) -> None:
         self.parts = plain(self.parts)
+        check_arguments(Mixture, vars(self))
         if not self.parts:
             raise InputError("A mixture has no parts. Give each data set a name: parts={'math': 'gsm8k.jsonl'}.")
         if unsafe := [name for name in self.parts if not name.isprintable()]:
@@ -74,8 +74,6 @@ class Mixture:
             raise InputError(f"Either all parts of a mixture have a share or none: {without[0]!r} has none.")
         if self.temperature is not None and not without:
             raise InputError("A mixture has shares or a temperature, not both: the temperature makes the shares.")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise InputError(f"The temperature of a mixture must be a positive number, got {self.temperature}.")
         if self.by != "rows" and not self.has_shares:
             warnings.warn(f"by={self.by} has no effect in a mixture without shares or temperature.", stacklevel=2)
 
@@ -112,14 +110,8 @@ class Mixture:
         return [sum(sizes) * share / sum(known) / size for share, size in zip(known, sizes, strict=True)]
 
 
-def _as_part(given: Any) -> Part:
-    if not isinstance(given, Mapping):
-        return given if isinstance(given, Part) else Part(given)
-    try:
-        return Part(**given)
-    except TypeError as error:
-        known = ", ".join(field.name for field in fields(Part))
-        raise InputError(f"A part of a mixture has a source, and may have {known}; got {sorted(given)}.") from error
+def _as_part(given: Any) -> Any:
+    return made(Part, given if isinstance(given, (Part, Mapping)) else {"source": given})
 
 
 def as_mixture(source: Source | Mixture) -> Mixture:

@@ -94,7 +94,7 @@ class Plan:
         )
 
     def micro_batches(self, epoch: int, rank: int) -> list[MicroBatch]:
-        """The micro-batches of one rank in one epoch, in order."""
+        """The micro-batches that one rank uses in one epoch, in order: a resumed epoch ends at the limit, too."""
         random = None if self.seed is None else np.random.default_rng([self.seed, epoch])
         drawn = self.draw.epoch(epoch)
         ties = np.arange(len(drawn)) if random is None else random.permutation(len(drawn))
@@ -102,12 +102,12 @@ class Plan:
         order = range(len(self.packs)) if random is None else random.permutation(len(self.packs)).tolist()
         packs = [tuple(int(examples[place]) for place in self.packs[i]) for i in order]
         mine: list[MicroBatch] = []
-        for step in range(self.num_full_steps):
+        for step in range(self.num_steps):
             begin, end = (len(packs) * s // self.num_full_steps for s in (step, step + 1))
             rows = [packs[i : min(i + self.num_ranks, end)] for i in range(begin, end, self.num_ranks)]  # one a turn
             rows += [[]] * (self.accumulate - len(rows))
-            counted = rows[: max(0, self._used - step * self.accumulate)] or rows
+            counted = rows[: self._used - step * self.accumulate]
             own_sum = math.fsum(self._weights[i] for row in counted for pack in row for i in pack)
             normalizer = self._constant or own_sum
             mine += [MicroBatch(row[rank] if rank < len(row) else (), normalizer) for row in rows]
-        return mine
+        return mine[: self._used]

@@ -77,7 +77,7 @@ class StreamLoader:
         epoch, done = self.place()
         block, begin = self._start(epoch, done)
         chunks, account, targets = self._chunks(epoch, block), Account(), np.zeros(len(self.recipes), int)
-        while True:
+        while max(done, begin) < self.limit:
             own, error = self._take(chunks)
             where = epoch, block, self.rank
             encoded = Block(own, self.shape, where, self.mixture.names, self.pad_id, full=self.full)
@@ -91,7 +91,8 @@ class StreamLoader:
                 break
             self._blocks.append((epoch, block, begin))
             dealt = deal([share.weights for share in shares], self.shape.accumulate, self.rank, self.limit - begin)
-            for number, normalizer in dealt[max(0, done - begin) :]:
+            left = len(dealt) if self.limit is math.inf else int(self.limit) - begin
+            for number, normalizer in dealt[max(0, done - begin) : left]:
                 yield encoded.batch(number, normalizer)
             begin, block = begin + len(dealt), block + 1
         self.report()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,20 @@ def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
     with _environment(_THREADS, "false"):
         items = iter(loader)
     yield from items
+
+
+def leave_signals(worker: int) -> None:
+    """Have a worker process ignore what tells a run to end: its training process is told too, and ends it in time.
+
+    Ctrl-C reaches all processes of a terminal, and SLURM signals all of a job. A worker that ended at once would take
+    the rest of an optimizer step with it.
+
+    Args:
+        worker: Its number, of which nothing depends.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):  # Windows lacks some
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft import checkpoints
+from lightning_sft.arguments import NonNegative, check_arguments
 from lightning_sft.data.mixture import as_mixture
 from lightning_sft.export import parity
 from lightning_sft.export.folder import check_is_free, set_aside, whole_folder, widest_dtype, write
@@ -44,13 +45,12 @@ class Settings:
 
     dtype: Dtype | None = None
     max_shard_size: str = "5GB"
-    max_kl: float | None = None
-    gguf_converter: str | None = None
+    max_kl: NonNegative | None = None
+    gguf_converter: str | Path | None = None
     gguf_type: GGUFType = "f16"
 
     def __post_init__(self) -> None:
-        if self.max_kl is not None and not self.max_kl >= 0:
-            raise InputError(f"max_kl must be 0 or more, got {self.max_kl}. Leave it out for its default.")
+        check_arguments(Settings, vars(self), "export")
 
     def most(self, in_16_bits: bool) -> float:
         """The largest mean KL that passes, where 16 bits come in or not."""
@@ -73,13 +73,13 @@ class Live:
 
 
 def export_checkpoint(
-    ckpt: str,
-    out: str,
+    ckpt: str | Path,
+    out: str | Path,
     dtype: Dtype | None = None,
     max_shard_size: str = "5GB",
-    rows: str | None = None,
-    max_kl: float | None = None,
-    gguf_converter: str | None = None,
+    rows: str | Path | None = None,
+    max_kl: NonNegative | None = None,
+    gguf_converter: str | Path | None = None,
     gguf_type: GGUFType = "f16",
 ) -> Path:
     """Write a checkpoint as a Hugging Face folder that plain transformers loads, and compare it with what was trained.
@@ -99,7 +99,8 @@ def export_checkpoint(
         InputError: When the checkpoint cannot be read, or the folder does not pass; it then is kept as
             ``OUT.failed``, or under the next free name.
     """
-    ckpt = checkpoint_of(ckpt)
+    check_arguments(export_checkpoint, locals(), "export")
+    ckpt = checkpoint_of(str(ckpt))
     checkpoints.kind_of(ckpt)
     check_is_free(Path(out))
     found = rows_to_compare(checkpoints.facts(ckpt).get(FACTS, {}), rows)
@@ -177,7 +178,7 @@ def convert(
     return out
 
 
-def rows_to_compare(facts: Mapping[str, Any], rows: str | None = None) -> tuple[str, Sequence[Conversation]]:
+def rows_to_compare(facts: Mapping[str, Any], rows: str | Path | None = None) -> tuple[str, Sequence[Conversation]]:
     """Rows on which models are compared, and what they are: those given, or of the run's validation data.
 
     Args:
@@ -217,7 +218,7 @@ def _in_float32(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
 def _mean_difference(trained: Tensor, live: Live) -> float:
     targets = [t for e in live.examples for t, w in zip(e.input_ids[1:], e.target_weights[1:], strict=True) if w > 0]
     own = trained.gather(1, torch.tensor(targets)[:, None]).squeeze(1)
-    return float((own.double() - live.log_probs.double()).abs().mean())
+    return float((own.double() - live.log_probs.cpu().double()).abs().mean())
 
 
 def _failed(folder: Path, out: Path, report: parity.Report) -> InputError:

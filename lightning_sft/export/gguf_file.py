@@ -12,7 +12,7 @@ from lightning_sft.types import InputError
 GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
-def write_gguf(folder: Path, converter: str, out_type: GGUFType) -> Path:
+def write_gguf(folder: Path, converter: str | Path, out_type: GGUFType) -> Path:
     """Write ``model-TYPE.gguf`` into a folder of a model.
 
     Args:
@@ -25,11 +25,11 @@ def write_gguf(folder: Path, converter: str, out_type: GGUFType) -> Path:
     """
     if not Path(converter).is_file():
         raise InputError(
-            f"There is no converter {converter!r}. Expected convert_hf_to_gguf.py in a checkout of llama.cpp "
+            f"There is no converter {str(converter)!r}. Expected convert_hf_to_gguf.py in a checkout of llama.cpp "
             "(git clone https://github.com/ggml-org/llama.cpp)."
         )
     out = folder / f"model-{out_type}.gguf"
-    command = [sys.executable, converter, str(folder), "--outfile", str(out), "--outtype", out_type]
+    command = [sys.executable, str(converter), str(folder), "--outfile", str(out), "--outtype", out_type]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
         said = "\n".join(done.stderr.strip().splitlines()[-5:])

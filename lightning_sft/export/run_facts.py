@@ -145,7 +145,8 @@ def _optimizer(trainer: Any) -> dict[str, Any]:
     settings = {name: first.get(name, value) for name, value in getattr(optimizer, "defaults", {}).items()}
     settings |= {"lr": first.get("initial_lr", first.get("lr"))}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
-    return {"class": type(optimizer).__name__} | {n: v for n, v in plain.items() if isinstance(v, (int, float, list))}
+    kinds = [type(part).__name__ for part in getattr(optimizer, "parts", [optimizer])]
+    return {"class": " and ".join(kinds)} | {n: v for n, v in plain.items() if isinstance(v, (int, float, list))}
 
 
 def _plain(of: Any, names: tuple[str, ...]) -> dict[str, Any]:

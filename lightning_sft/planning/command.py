@@ -11,9 +11,9 @@ from typing import Any, cast
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
+from lightning_sft.arguments import NonNegative, check_arguments
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.collate import collate
-from lightning_sft.data.loader import pad_token_id
 from lightning_sft.data.planned import Planned
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.kernels import COMPILES_FROM
@@ -37,7 +37,7 @@ def plan(
     data: LightningDataModule,
     module: LightningModule,
     trainer: Any,
-    memory: float | None = None,
+    memory: NonNegative | None = None,
     json: bool = False,
 ) -> Prediction:
     """Predict the memory that fit takes of each device, count its steps, and say what to change if it does not fit.
@@ -60,6 +60,7 @@ def plan(
     if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
         given = f"{type(module).__name__} and {type(data).__name__}"
         raise InputError(f"plan needs an SFTModule and an SFTDataModule, or classes made from them, got {given}.")
+    check_arguments(plan, locals())
     paper = trainer_on_paper(module, trainer)
     num_devices = data_parallel(paper)[1]
     layout = Layout.of(trainer, num_devices)
@@ -127,7 +128,7 @@ def largest(planned: Planned, data: SFTDataModule) -> Batch:
         return int(positions), int(examples.num_targets[list(indices)].sum())
 
     chosen = max((micro.examples for micro in micro_batches), key=size)
-    return collate([examples[i] for i in chosen], 1.0, packed=packed, pad_id=pad_token_id(data.tokenizer))
+    return collate([examples[i] for i in chosen], 1.0, packed=packed, pad_id=data.pad_id)
 
 
 def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
+from mmap import PAGESIZE
 from pathlib import Path
 
 import torch
@@ -44,27 +45,36 @@ class Device:
         if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
             own = resident()
             left = min(_available(), *_limits_of_container()) + own
-            return cls("CPU", (left if given is None else given) / num_local, own)
+            capacity = left if given is None else given
+            return cls("CPU", capacity / num_local if math.isfinite(capacity) else None, own)
         if given is None and torch.cuda.is_available():
             given = float(torch.cuda.get_device_properties(0).total_memory)
         return cls("GPU", given, _CUDA_CONTEXT)
 
 
 def resident() -> float:
-    """Bytes of memory that this process takes now; where the system does not say, the most that it has taken."""
+    """Bytes of memory that this process takes now; the most that it has taken on macOS, and 0 on Windows."""
     try:
-        return float(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        return float(int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE)
     except OSError:
-        return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        pass
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _available() -> float:
-    """What the machine could still give; where the system does not say, all that it has."""
+    """What the machine could still give; all that it has on macOS, and infinite on Windows, which says neither here."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
     except (OSError, StopIteration):
-        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        pass
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return float(os.sysconf("SC_PHYS_PAGES") * PAGESIZE)
 
 
 def _limits_of_container(root: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:

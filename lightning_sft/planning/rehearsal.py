@@ -14,7 +14,7 @@ from lightning_sft.attention import cpu
 from lightning_sft.attention.implementation import NAMES
 from lightning_sft.chunked_head import ON_CPU, fitting_chunk_size
 from lightning_sft.modes import default_dtype
-from lightning_sft.optimizers import parameter_groups
+from lightning_sft.optimizers import make_optimizer
 from lightning_sft.planning import gpu_kernels
 from lightning_sft.planning.compiled import compile_on_paper
 from lightning_sft.planning.layout import Layout, Model
@@ -90,7 +90,7 @@ def rehearse(
     meter.made("weights", lambda: _materialize(model))
     chunk_size = _chunk_size(module, model, layout, memory)
     scorer = _scorer(module, model, chunk_size, memory is not None, compiles)
-    optimizer = module.optimizer(parameter_groups(model.parameters()))
+    optimizer = make_optimizer(module.optimizer, model.named_parameters())
     meter.follow_gradients(model)
     if layout.in_backward:
         _step_in_backward(model, optimizer, meter)

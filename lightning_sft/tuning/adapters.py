@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.arguments import BelowOne, Count, check_arguments, made
 from lightning_sft.modes import narrow
 from lightning_sft.tuning import new_tokens, quantized
 from lightning_sft.tuning.base_dtype import BaseDtype
@@ -40,9 +41,9 @@ class Lora:
             there if it is stored in bfloat16, else float32. What is trained is float32 in either case.
     """
 
-    r: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
+    r: Count = 16
+    alpha: Count = 32
+    dropout: BelowOne = 0.0
     targets: Literal["all-linear"] | list[str] = "all-linear"
     exclude: list[str] = field(default_factory=list)
     dora: bool = False
@@ -50,10 +51,14 @@ class Lora:
     init: Literal["kaiming", "gaussian"] = "kaiming"
     base_dtype: BaseDtype | None = None
 
+    def __post_init__(self) -> None:
+        check_arguments(Lora, vars(self), "model.lora")
+
     @classmethod
     def of(cls, given: Lora | Mapping[str, Any] | None) -> Lora | None:
         """The same from the plain dictionary that a checkpoint has of it."""
-        return cls(**given) if isinstance(given, Mapping) else given
+        found: Lora | None = made(cls, given)
+        return found
 
 
 def inject(model: PreTrainedModel, lora: Lora) -> None:

@@ -48,14 +48,14 @@ def is_stored_in_bfloat16(pretrained: str) -> bool:
         pretrained: A hub name, whose files are downloaded if they are not here, a folder, or a GGUF file.
     """
     found: set[str] = set()
-    for path in _files(pretrained):
+    for path in weight_files(pretrained):
         with safe_open(path, framework="pt") as file:
             found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, it is no mapping
     return {dtype for dtype in found if dtype.startswith(("F", "BF"))} == {"BF16"}
 
 
-def _files(pretrained: str) -> list[str]:
-    """Those that transformers loads, in its order: one file, or the shards of an index."""
+def weight_files(pretrained: str) -> list[str]:
+    """The safetensors files that transformers loads, in its order: one file, or the shards of an index."""
     source = str(Path(pretrained).expanduser()) if pretrained.startswith("~") else pretrained
     for name in () if source.endswith(".gguf") else (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
         try:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_sft.tuning.quantized import is_packed
 from lightning_sft.types import InputError
 
 
-def choose(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]) -> None:
-    """Freeze by pattern, then unfreeze by pattern.
+def choose(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]) -> list[str]:
+    """Freeze what text does not go through, and by pattern; then unfreeze by pattern.
 
     Args:
         model: With adapters, or without.
         frozen: Patterns of parameters' names, as they are in the pretrained model.
         trained: The same; what both have is trained.
 
+    Returns:
+        Names of parameters that are not trained although nobody has said so: those that the architecture freezes, and
+        those that text does not go through.
+
     Raises:
         InputError: When a pattern has no effect, or nothing is left to train.
     """
     parameters = {_plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    left_out = _without_text(model, parameters)
+    for name in left_out:
+        parameters[name].requires_grad_(False)
     for setting, patterns, trains in (("frozen", frozen, False), ("trained", trained, True)):
         for pattern in patterns:
             found = [name for name in parameters if fnmatchcase(name, pattern)]
@@ -46,6 +55,18 @@ def choose(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]
             f"model.frozen={list(frozen)} leaves nothing to train. Freeze less, or say with model.trained "
             "what is trained all the same."
         )
+    own = left_out if hasattr(model, "peft_config") else parameters  # beside adapters, all the rest is frozen
+    untrained = (name for name in own if not parameters[name].requires_grad)
+    return [name for name in untrained if not any(fnmatchcase(name, pattern) for pattern in frozen)]
+
+
+def _without_text(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of parameters that text does not go through, as of a vision tower: DDP would wait for their gradients."""
+    if model.config.get_text_config() is model.config:
+        return []
+    ends: list[Any] = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    of_text = {parameter for module in ends for parameter in module.parameters()}
+    return [name for name, own in parameters.items() if own not in of_text and own.requires_grad]
 
 
 def _plain(name: str) -> str:

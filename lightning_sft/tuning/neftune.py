@@ -24,14 +24,14 @@ def add_noise(scorer: nn.Module, model: PreTrainedModel, alpha: float) -> None:
     """
     under_way: list[Tensor] = []
 
-    def begin(_: nn.Module, args: tuple[Batch]) -> None:
-        under_way[:] = [lengths(args[0])]
+    def begin(scorer: nn.Module, args: tuple[Any, ...]) -> None:
+        under_way[:] = [lengths(args[0])] if scorer.training and isinstance(args[0], Batch) else []  # no prompts
 
     def end(*_: Any) -> None:
         under_way.clear()
 
     def noisy(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not under_way or not module.training:
+        if not under_way:
             return None
         scale = alpha / (under_way[0] * output.shape[-1]).sqrt()  # [B, N]
         noise = torch.rand_like(output) * 2 - 1

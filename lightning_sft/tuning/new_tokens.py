@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_sft.types import InputError
+from lightning_sft.types import InputError, widest
 
 
 def resize(model: PreTrainedModel, ids: Sequence[int], num_known: int) -> None:
@@ -31,7 +31,7 @@ def resize(model: PreTrainedModel, ids: Sequence[int], num_known: int) -> None:
         for module in _matrices(model):
             for values in (module.weight, getattr(module, "bias", None)):
                 if values is not None:
-                    values[new] = values[:num_known].mean(0, dtype=torch.float64).to(values.dtype)
+                    values[new] = values[:num_known].mean(0, dtype=widest(values.device)).to(values.dtype)
 
 
 def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:

@@ -48,18 +48,52 @@ def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
     )
 
 
-def keep_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference, from which its products have no gradient.
+def prepare(model: nn.Module, compute_dtype: torch.dtype) -> None:
+    """Have 4-bit layers compute in a dtype, whatever they were saved with, and stay differentiable; in place.
 
-    It does so on CPUs with bfloat16 instructions at the first forward pass in evaluation mode, and for good: a fit
-    would then go on with products in bfloat16 whose inputs get no gradient (seen with 0.50).
+    bitsandbytes repacks 4-bit weights for inference, on CPUs with bfloat16 instructions, at the first forward pass in
+    evaluation mode, and for good: a fit would then continue with matmuls in bfloat16 whose inputs get no gradient (seen
+    with 0.50).
 
     Args:
-        model: It is changed in place.
+        model: Quantised or not.
+        compute_dtype: Dtype of the matmuls with 4-bit weights.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            cast(Any, module).support_avx512bf16_for_cpu = False
+            layer = cast(Any, module)
+            layer.support_avx512bf16_for_cpu = False
+            layer.compute_dtype, layer.compute_type_is_set = compute_dtype, True
+
+
+def check_stored(model: PreTrainedModel, pretrained: str, has_adapters: bool) -> None:
+    """Refuse weights that are quantised in their files, but for adapters on those of a kind that we can dequantize.
+
+    Args:
+        model: As it was loaded.
+        pretrained: Its name.
+        has_adapters: Whether adapters are trained, and not the model.
+
+    Raises:
+        InputError: When they cannot be trained on.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not quantizer.pre_quantized:
+        return
+    settings = quantizer.quantization_config
+    method = str(getattr(settings.quant_method, "value", settings.quant_method))
+    kind = type(getattr(settings, "quant_type", None)).__name__  # of torchao
+    if not has_adapters:
+        raise InputError(
+            f"The weights of {pretrained!r} are quantised ({method}), and rounded weights cannot be trained. Train "
+            "adapters on them (model.lora.r=16), or give the model as it was before it was quantised."
+        )
+    if not ((method == "bitsandbytes" and settings.load_in_4bit) or (method == "torchao" and "WeightOnly" in kind)):
+        raise InputError(
+            f"The weights of {pretrained!r} are quantised by {method}; adapters are trained on 4-bit weights of "
+            "bitsandbytes and on weight-only ones of torchao. Give the model as it was before it was quantised; "
+            "model.quantize rounds it while it is loaded."
+        )
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
@@ -86,8 +120,9 @@ def dequantize(model: PreTrainedModel) -> None:
             plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
             plain.weight.data, plain.bias = weight, module.bias
             model.set_submodule(name, plain)
-    del model.hf_quantizer, model.config.quantization_config  # the marks would forbid saving it
-    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method"):
+    quantizer: Any = model.hf_quantizer
+    quantizer.remove_quantization_config(model)  # the marks would forbid saving it
+    for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(mark, None)
 
 

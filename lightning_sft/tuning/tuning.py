@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel
 
-from lightning_sft.pretrained import load_model, model_from_config, new_token_ids
+from lightning_sft.pretrained import load_architecture, load_model, model_from_config, new_token_ids
 from lightning_sft.tuning import adapter_checkpoints, new_tokens
 from lightning_sft.tuning.adapters import Lora, inject, widen
-from lightning_sft.tuning.base_dtype import BaseDtype, base_dtype, is_stored_in_bfloat16
+from lightning_sft.tuning.base_dtype import base_dtype, is_stored_in_bfloat16
 from lightning_sft.tuning.freezing import choose
-from lightning_sft.tuning.quantized import Bits, keep_differentiable, quantization
+from lightning_sft.tuning.quantized import Bits, check_stored, is_quantized, prepare, quantization
 from lightning_sft.types import InputError
 
 
@@ -58,24 +58,12 @@ class Tuning:
             )
         strategy = None if trainer is None else trainer.strategy
         asked = None if self.lora is None else self.lora.base_dtype
-        if asked is not None and asked not in get_args(BaseDtype):
-            raise InputError(
-                f"model.lora.base_dtype is {asked!r}; expected bfloat16, float32, or null for the default."
-            )
-        if asked is not None and self.quantize is not None:
-            raise InputError(
-                f"model.quantize={self.quantize} says how the base is stored, and so does "
-                f"model.lora.base_dtype={asked}. Leave one of the two out."
-            )
+        if self.quantize is not None:
+            self._check_quantized(f"model.quantize={self.quantize}", trainer)
         if asked == "float32" and trainer is not None and str(trainer.precision) in ("bf16-true", "16-true"):
             raise InputError(
                 f"trainer.precision={trainer.precision} casts the whole model, so model.lora.base_dtype=float32 has no "
                 "effect. Use trainer.precision=bf16-mixed, or leave base_dtype out."
-            )
-        if self.quantize is not None and (_mesh(strategy) or getattr(strategy, "config", None)):
-            raise InputError(
-                f"model.quantize={self.quantize} works on single devices and with trainer.strategy=ddp: packed weights "
-                f"cannot be sharded by {type(strategy).__name__}. Leave one of the two out."
             )
         if (self.lora or self.new_tokens) and getattr(strategy, "zero_stage_3", False):
             raise InputError(
@@ -87,6 +75,21 @@ class Tuning:
             raise InputError(
                 "Adapters (model.lora) cannot be split over tensor-parallel ranks. Set "
                 "trainer.strategy.tensor_parallel_size=1, or leave model.lora out."
+            )
+
+    def _check_quantized(self, what: str, trainer: Any) -> None:
+        """Refuse what packed weights cannot be combined with."""
+        asked = None if self.lora is None else self.lora.base_dtype
+        if asked is not None:
+            raise InputError(
+                f"How the base is stored, {what} says, and so does model.lora.base_dtype={asked}. Leave one of the two "
+                "out."
+            )
+        strategy = None if trainer is None else trainer.strategy
+        if _mesh(strategy) or getattr(strategy, "config", None):
+            raise InputError(
+                f"Packed weights cannot be sharded by {type(strategy).__name__}, so {what} cannot be trained on "
+                "with it. Use a single device or trainer.strategy=ddp, or weights that are not quantised."
             )
 
     def load(
@@ -104,20 +107,32 @@ class Tuning:
         if hf_config is not None and self.lora is None:
             model = model_from_config(hf_config, attention)
         else:
+            if self.quantize is not None and load_architecture(pretrained).get("quantization_config"):
+                raise InputError(
+                    f"The weights of {pretrained!r} are quantised already, so model.quantize={self.quantize} has no "
+                    "effect. Leave it out."
+                )
             in_bfloat16 = trainer is not None and "bf16" in str(trainer.precision)
             dtype = torch.bfloat16 if in_bfloat16 else torch.get_default_dtype()
             autocast = torch.bfloat16 if in_bfloat16 else None
             own = self.base_dtype(autocast, lambda: is_stored_in_bfloat16(pretrained))
             model = load_model(pretrained, attention, self.quantize and quantization(self.quantize, dtype), own)
-            keep_differentiable(model)
+            check_stored(model, pretrained, self.lora is not None)
+            if is_quantized(model):
+                self._check_quantized("the quantised weights of model.pretrained", trainer)
+            prepare(model, dtype)
             self._base = None if self.lora is None else adapter_checkpoints.samples(model)
             if autocast is None and own is torch.bfloat16:
                 widen(model.parameters())  # rounded; without autocast, a product takes no two dtypes
-            is_unasked = self.lora is not None and self.lora.base_dtype is None and self.quantize is None
+            is_unasked = self.lora is not None and self.lora.base_dtype is None and not is_quantized(model)
             if is_unasked and in_bfloat16 and own is torch.float32:
                 rank_zero_info(_HINT)
             self._prepare(model, pretrained)
-        choose(model, self.frozen, self.trained)
+        if untrained := choose(model, self.frozen, self.trained):
+            rank_zero_info(
+                f"{len(untrained)} parameters are not trained, as {untrained[0]}: the architecture freezes them, or "
+                "text does not go through them."
+            )
         if self.lora is not None:
             widen(parameter for parameter in model.parameters() if parameter.requires_grad)
         return model
@@ -136,6 +151,15 @@ class Tuning:
     def complete(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
         """Refuse the checkpoint of other adapters, or of another base; add the base to one that has adapters alone."""
         adapter_checkpoints.check(checkpoint, module, self._base)
+        saved = checkpoint.get("hyper_parameters", {})
+        given = {name: (saved.get(name) or [], getattr(self, name)) for name in ("frozen", "trained")}
+        changes = [f"model.{name}={then}, now {now}" for name, (then, now) in given.items() if list(then) != list(now)]
+        if changes and module._trainer is not None and module.trainer.training:
+            raise InputError(
+                f"The checkpoint is of a run with {'; '.join(changes)}: the state of its optimizer is of other "
+                "parameters. Set the same to resume; to change it, export the checkpoint and take that as "
+                "model.pretrained."
+            )
         adapter_checkpoints.complete(checkpoint, module)
 
     def _prepare(self, model: PreTrainedModel, pretrained: str) -> None:

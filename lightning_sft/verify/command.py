@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_sft import __version__
+from lightning_sft.arguments import Count, Index, check_arguments
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.module import SFTModule
@@ -39,12 +41,12 @@ def verify(
     module: LightningModule,
     trainer: Any,
     checks: list[CheckName] | None = None,
-    samples: int = 8,
-    tokens: int = 1024,
-    rows: int = 10_000,
+    samples: Count = 8,
+    tokens: Count = 1024,
+    rows: Count = 10_000,
     in_float64: bool = False,
-    choice: int = 0,
-    out: str | None = None,
+    choice: Index = 0,
+    out: str | Path | None = None,
 ) -> Verdict:
     """Prove on this model, these data and this device what our tests prove on tiny ones.
 
@@ -66,9 +68,7 @@ def verify(
     """
     if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
         raise InputError("verify needs an SFTModule and an SFTDataModule, or classes made from them.")
-    for name, value in (("samples", samples), ("tokens", tokens), ("rows", rows)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}.")
+    check_arguments(verify, locals())
     with_flash = (module.attn_implementation or "").startswith("flash")  # which computes in 16 bits only
     precision = "64-true" if in_float64 else "bf16-true" if with_flash else "32-true"
     screen = Console(stderr=True)

@@ -63,7 +63,7 @@ def _at(subject: Subject) -> float:
 
 def _of_documents(module: SFTModule, batch: Batch) -> list[Tensor]:
     """Log Pr of the targets of each document under the module, in order."""
-    log_probs = module(batch).log_probs.double().cpu()
+    log_probs = module(batch).log_probs.cpu().double()
     of_target = batch.at_targets(batch.documents()).cpu()
     return [log_probs[of_target == number] for number in range(len(batch.provenance))]
 

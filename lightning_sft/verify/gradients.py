@@ -30,7 +30,7 @@ class Recorder(Optimizer):
         """Compute the gradients, and keep them by the names of the parameters."""
         loss = closure()
         own = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        self.steps.append({self.names[id(p)]: p.grad.double().cpu() for p in own})
+        self.steps.append({self.names[id(p)]: p.grad.cpu().double() for p in own})
         return loss
 
 

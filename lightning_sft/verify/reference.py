@@ -37,7 +37,7 @@ def gradients_alone(model: nn.Module, examples: Iterable[Example]) -> dict[str, 
         loss = -sum((w * p for w, p in zip(weights, log_probs, strict=True)), torch.zeros(()))
         loss.backward()
         total += float(weights.sum())
-    found = {name: p.grad.double().cpu() / total for name, p in model.named_parameters() if p.grad is not None}
+    found = {name: p.grad.cpu().double() / total for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 

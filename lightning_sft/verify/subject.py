@@ -139,7 +139,7 @@ class Subject:
         packing = packing or self.data.packing
         data = copy(self.data)
         data.num_workers, data.splits = 0, {"train": Split("train", self.samples)}
-        data.sources = {"train": self.data.sources["train"], "val": None, "test": None}
+        data.sources = {"train": (), "val": None, "test": None}  # the samples, of whatever part they are
         data._asked = {**self.data._asked, "packing": packing}
         data.tokens_per_batch = capacity_for(self.samples.lengths, num_micro_batches, packing)
         trainer = self._trainer(**settings)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
-from lightning_sft.run_folder import AtomicIO
+from lightning_sft.run_folder import AtomicIO, newest
 from lightning_sft.types import InputError
 
 Make = Callable[..., Trainer]
@@ -62,8 +63,8 @@ def test_a_folder_that_holds_another_run_is_refused(fit: Callable[..., Trainer],
     fit(SafeCheckpoint(str(tmp_path / "a")), max_epochs=1)
     fit(SafeCheckpoint(str(tmp_path / "b")), max_epochs=1)
     [of_b] = (tmp_path / "b").glob("*.ckpt")
-    for ckpt_path in (None, of_b):
-        with pytest.raises(InputError, match=r"a holds the checkpoints of another run.*--ckpt_path last"):
+    for ckpt_path, remedy in ((None, "--ckpt_path last"), (of_b, "resumes from .*b/.*move the others away")):
+        with pytest.raises(InputError, match=rf"a holds the checkpoints of another run.*{remedy}"):
             fit(SafeCheckpoint(str(tmp_path / "a")), ckpt_path=ckpt_path)
 
 
@@ -80,7 +81,7 @@ def test_last_passes_over_what_was_cut_short(fit: Callable[..., Trainer], tmp_pa
     last = fit(SafeCheckpoint(str(tmp_path), 1)).global_step
     newest = max(tmp_path.glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     newest.write_bytes(newest.read_bytes()[:5000])
-    with pytest.warns(UserWarning, match=r"is passed over"):
+    with pytest.warns(UserWarning, match=r"Skipping"):
         trainer = fit(SafeCheckpoint(str(tmp_path), 1), ckpt_path="last")
     assert trainer.global_step == last
     assert str(trainer.ckpt_path).endswith(f"step={last - 1}.ckpt")
@@ -92,8 +93,42 @@ def test_a_users_own_checkpoints_are_written_whole_too(fit: Callable[..., Traine
     assert len(list((tmp_path / "own").iterdir())) == len(list((tmp_path / "safe").iterdir())) == 1
 
 
+def test_a_clock_that_was_set_back_removes_no_new_checkpoint(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    last = fit(SafeCheckpoint(str(tmp_path), 1)).global_step
+    for path in tmp_path.glob("*.ckpt"):
+        os.utime(path, (4e9, 4e9))  # far ahead
+    trainer = fit(SafeCheckpoint(str(tmp_path), 1), ckpt_path="last", max_epochs=3)
+    assert steps(tmp_path) == [last, trainer.global_step - 1, trainer.global_step]  # the first was resumed from
+    assert str(newest([tmp_path])) == trainer.checkpoint_callbacks[0].best_model_path
+
+
+def test_a_run_that_goes_back_to_an_earlier_checkpoint_keeps_what_it_saves(
+    fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    fit(SafeCheckpoint(str(tmp_path), 1, keep_last=9))
+    (tmp_path / "resume-mine.ckpt").touch()  # a name of the user's own
+    [early] = tmp_path.glob("*-step=2.ckpt")
+    fit(SafeCheckpoint(str(tmp_path), 1, keep_last=1), ckpt_path=early, max_epochs=-1, max_steps=3)
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {
+        early.name,
+        "resume-epoch=0-step=3.ckpt",
+        "resume-mine.ckpt",
+    }
+
+
+def test_what_is_resumed_from_may_be_in_the_folder_of_another_callback(
+    fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    def callbacks() -> list[Any]:
+        return [ModelCheckpoint(tmp_path / "own", save_top_k=-1), SafeCheckpoint(str(tmp_path / "safe"))]
+
+    fit(*callbacks(), max_epochs=1)
+    [own] = (tmp_path / "own").glob("*.ckpt")
+    assert fit(*callbacks(), ckpt_path=own).current_epoch == 2
+
+
 def test_what_cannot_be_meant_is_refused() -> None:
-    with pytest.raises(InputError, match=r"keep_last must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"SafeCheckpoint.keep_last is 0; expected an integer >= 1"):
         SafeCheckpoint(keep_last=0)
     with pytest.raises(InputError, match=r"writes to a disk, got dirpath='s3://b'. Use Lightning's ModelCheckpoint"):
         SafeCheckpoint("s3://b")

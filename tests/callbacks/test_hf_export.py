@@ -105,7 +105,7 @@ def test_a_folder_that_is_in_use_is_refused_before_the_first_step(pretrained: st
     with pytest.raises(InputError, match="There is no data file"):
         trained(pretrained, HFExport(str(tmp_path / "new"), rows="nowhere.jsonl"))
     assert not steps
-    with pytest.raises(InputError, match="every_n_steps must be at least 1"):
+    with pytest.raises(InputError, match=r"HFExport.every_n_steps is 0; expected an integer >= 1"):
         HFExport(every_n_steps=0)
 
 

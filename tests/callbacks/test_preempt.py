@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
 from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import RunRecord, SafeCheckpoint, SampleLedger
 from lightning_sft.callbacks.preempt import Preempt, Preempted
 from lightning_sft.resume import PLACE
+from lightning_sft.run_files import lines_of
 from lightning_sft.types import InputError
+from tests.processes import ROOT
 
 Make = Callable[..., Trainer]
 
@@ -42,7 +48,7 @@ def fit(pretrained: str, trainer: Trainer, rows: list[dict[str, str]]) -> None:
     trainer.fit(SFTModule(pretrained, schedule="constant"), data)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_fit_after_the_step_with_a_checkpoint_and_code_75(
     pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], tmp_path: Path, number: int
 ) -> None:
@@ -73,3 +79,54 @@ def test_in_a_validation_it_does_not_wait_for_the_end_and_the_validation_is_stil
 def test_an_unknown_signal_is_refused() -> None:
     with pytest.raises(InputError, match=r"There is no signal TERM. Expected names such as SIGTERM"):
         Preempt(["TERM"])
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging")
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_step_that_it_ends_after_is_in_the_files_of_the_run_whatever_the_order_of_callbacks(
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], tmp_path: Path, is_first: bool
+) -> None:
+    averages = WeightAveraging(avg_fn=lambda averaged, current, _: (averaged + current) / 2)
+    others = [SampleLedger(str(tmp_path)), RunRecord(str(tmp_path)), averages]
+    preempt = Preempt()
+    callbacks = [preempt, *others] if is_first else [*others, preempt]
+    callbacks = [Tell(signal.SIGTERM), *callbacks, SafeCheckpoint(str(tmp_path))]
+    trainer = quiet_trainer(callbacks=callbacks, enable_checkpointing=True)
+    with pytest.raises(Preempted):
+        fit(pretrained, trainer, rows)
+    assert [line["step"] for line, _ in lines_of(tmp_path / "samples.jsonl")] == [1, 2]
+    assert [line["step"] for line, _ in lines_of(tmp_path / "metrics.jsonl")] == [1, 2]
+    [path] = tmp_path.glob("*.ckpt")
+    assert torch.load(path, weights_only=True)["averaging_state"]["n_averaged"] == 2
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["starts"][0]["end"] == {"step": 2, "reason": "Preempted: received SIGTERM"}
+    assert record["saved"]
+
+
+def interrupted(
+    pretrained: str, folder: Path, name: str, times: int, **settings: Any
+) -> subprocess.CompletedProcess[str]:
+    """A run whose processes are all sent a signal in its first step."""
+    own = [pretrained, str(folder), name, str(times), json.dumps(settings)]
+    command = [sys.executable, "-m", "tests.interrupting", *own]
+    return subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120, cwd=ROOT)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("SIGINT", {}), ("SIGTERM", {}), ("SIGTERM", {"streaming": True, "buffer_rows": 12})]
+)
+def test_a_signal_to_all_processes_leaves_data_workers_alone_so_that_the_step_can_be_taken(
+    pretrained: str, tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    process = interrupted(pretrained, tmp_path, name, times=1, num_workers=2, **settings)
+    assert process.returncode == 75, process.stderr
+    [path] = (tmp_path / "checkpoints").glob("*.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 1
+    told = "Interrupted: saving a checkpoint after this step. Press Ctrl-C again to end at once"
+    assert process.stderr.count(told) == (name == "SIGINT")
+    assert f"Received {name}; saved step 1 to {path}. Resume with --ckpt_path last." in process.stderr
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(pretrained: str, tmp_path: Path) -> None:
+    assert interrupted(pretrained, tmp_path, "SIGINT", times=2).returncode == -signal.SIGINT
+    assert not list((tmp_path / "checkpoints").glob("*.ckpt"))

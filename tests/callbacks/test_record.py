@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import DriftMonitor, RunRecord, SafeCheckpoint
+from lightning_sft.report_run import Run
+from lightning_sft.types import InputError
 
 
 def fit(quiet_trainer: Any, pretrained: str, folder: Path, ckpt_path: Any = None, **settings: Any) -> list[Any]:
@@ -54,3 +57,34 @@ def test_without_validation_drift_is_measured_after_each_epoch(
     assert [line["step"] for line in lines if "train/loss" in line] == list(range(1, 9))
     assert lines[-1]["step"] == 8
     assert lines[-1]["drift/all"] > 0
+
+
+def test_half_a_record_is_skipped_by_name_and_written_anew(pretrained: str, quiet_trainer: Any, tmp_path: Path) -> None:
+    fit(quiet_trainer, pretrained, tmp_path, max_steps=2)
+    path = tmp_path / "run.json"
+    path.write_text(path.read_text()[:100])
+    with (
+        pytest.warns(UserWarning, match=r"Skipping .*run.json: it is damaged"),
+        pytest.raises(InputError, match=r"run.json is damaged.*resumes"),
+    ):
+        Run.read(tmp_path)
+    with pytest.warns(UserWarning, match=r"Skipping .*run.json: it is damaged"):
+        fit(quiet_trainer, pretrained, tmp_path, "last")
+    assert [start["step"] for start in Run.read(tmp_path).record["starts"]] == [2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "reason"),
+    [
+        ({"max_steps": 3}, [], "trainer.max_steps=3 reached"),
+        ({}, [], "trainer.max_epochs=1 reached"),
+        ({"max_epochs": 9}, [EarlyStopping("val/loss", stopping_threshold=99.0)], "EarlyStopping: Stopping threshold"),
+        ({"max_epochs": 9}, [Timer({"milliseconds": 1})], "trainer.max_time is over"),
+    ],
+)
+def test_the_record_says_why_the_run_ended(
+    pretrained: str, quiet_trainer: Any, tmp_path: Path, settings: dict[str, Any], more: list[Any], reason: str
+) -> None:
+    fit(quiet_trainer, pretrained, tmp_path, more=more, **settings)
+    [start] = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert start["end"]["reason"].startswith(reason)

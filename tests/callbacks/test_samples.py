@@ -90,5 +90,5 @@ def test_questions_may_be_given_as_texts(
     fit(quiet_trainer, pretrained, rows, SampleGenerations(["Who?", "Why?"], 3, console=False), record, max_steps=2)
     first = (tmp_path / "run" / "samples" / "step=00000000.jsonl").read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in first] == ["user\nWho?\nassistant\n", "user\nWhy?\nassistant\n"]
-    with pytest.raises(InputError, match="positive number"):
+    with pytest.raises(InputError, match="prompts is 0; expected an integer >= 1 or a list of strings"):
         SampleGenerations(0)

@@ -73,5 +73,5 @@ def test_a_share_at_its_threshold_passes() -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 5])
 def test_a_threshold_is_a_share(value: float) -> None:
-    with pytest.raises(InputError, match=r"check.max_masked is a share between 0 and 1, got"):
+    with pytest.raises(InputError, match=r"check.max_masked is .*; expected a number >= 0 and <= 1"):
         Thresholds(max_masked=value)

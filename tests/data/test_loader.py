@@ -49,8 +49,7 @@ def test_ranks_share_the_examples_out() -> None:
 
 def test_prompts_are_padded_on_the_left_and_masked_there() -> None:
     batch = PromptBatch([Prompt([5, 6, 7]), Prompt([8])], tiny_tokenizer())
-    pad = tiny_tokenizer().pad_token_id
-    assert batch.input_ids.tolist() == [[5, 6, 7], [pad, pad, 8]]
+    assert batch.input_ids.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert batch.attention_mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert batch.to("cpu").input_ids.device == torch.device("cpu")
 

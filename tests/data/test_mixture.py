@@ -25,7 +25,7 @@ LONG = [{"prompt": "Hi", "completion": "Yo" * 30}] * 20
         ({}, {}, "has no parts"),
         ({"a": Part("a", share=1), "b": "b"}, {}, "'b' has none"),
         ({"a": Part("a", share=1)}, {"temperature": 2.0}, "not both"),
-        ({"a": "a"}, {"temperature": 0.0}, "temperature of a mixture must be a positive number, got 0.0"),
+        ({"a": "a"}, {"temperature": 0.0}, "Mixture.temperature is 0.0; expected a number > 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(parts: dict[str, Any], settings: dict[str, Any], message: str) -> None:
@@ -35,7 +35,7 @@ def test_what_makes_no_sense_is_refused(parts: dict[str, Any], settings: dict[st
 
 @pytest.mark.parametrize("settings", [{"share": 0.0}, {"weight": -1.0}, {"weight": float("inf")}])
 def test_shares_and_weights_are_positive_numbers(settings: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="must be a positive number"):
+    with pytest.raises(InputError, match="expected a number > 0 and < inf"):
         Part("a", **settings)
 
 

@@ -60,7 +60,7 @@ def test_a_mixture_of_dictionaries_is_one_of_parts() -> None:
     mixture = Mixture({"a": {"source": "a.jsonl", "share": 3}, "b": {"source": ["b.jsonl"], "share": 1.5}})
     assert [part.share for part in mixture.of_name.values()] == [3, 1.5]
     assert mixture.of_name["b"].source == ["b.jsonl"]
-    with pytest.raises(InputError, match=r"may have source, share, .*; got \['shares', 'source'\]"):
+    with pytest.raises(InputError, match=r"Part has no 'shares'; it has source, share, .* Did you mean share\?"):
         Mixture({"a": {"source": "a.jsonl", "shares": 3}})
 
 

@@ -131,7 +131,7 @@ def test_an_export_that_does_not_pass_touches_no_folder_of_the_user(ckpt: str, t
 
 
 def test_a_threshold_below_zero_is_refused(ckpt: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="max_kl must be 0 or more"):
+    with pytest.raises(InputError, match=r"export.max_kl is -1.0; expected a number >= 0"):
         export_checkpoint(ckpt, str(tmp_path / "out"), max_kl=-1.0)
 
 

@@ -233,7 +233,6 @@ def test_a_base_that_was_rounded_is_merged_as_it_was_trained_on(
 @pytest.mark.parametrize(
     ("precision", "settings", "message"),
     [
-        ("bf16-mixed", {"lora": Lora(base_dtype="int8")}, "'int8'; expected bfloat16, float32, or null"),
         ("bf16-mixed", {"lora": Lora(base_dtype="bfloat16"), "quantize": "4bit"}, "Leave one of the two out"),
         ("bf16-true", {"lora": Lora(base_dtype="float32")}, "casts the whole model, so model.lora.base_dtype=float32"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import RunRecord, SampleGenerations, ScoreAnswers
 from lightning_sft.data.collate import collate
 from lightning_sft.types import Example
 from tests.gradients import ROWS
@@ -84,6 +86,22 @@ def test_the_gradient_is_that_at_the_noisy_embeddings(module: Any, examples: lis
     module(batch).total.backward()
     hook.remove()
     assert torch.allclose(gradient, module.model.lm_head.weight.grad, atol=1e-6)
+
+
+def test_callbacks_that_ask_the_model_work_beside_it_and_get_no_noise(
+    pretrained: str, quiet_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    def answered(alpha: float | None, name: str) -> list[str]:
+        record, ask = RunRecord(tmp_path / name), SampleGenerations(2, 6, console=False)
+        trainer = quiet_trainer(max_steps=1, callbacks=[record, ask, ScoreAnswers()], default_root_dir=tmp_path)
+        data = SFTDataModule(train=ROWS, val=ROWS, test=ROWS[:2], tokens_per_batch=100)
+        module = SFTModule(pretrained, neftune_alpha=alpha, max_new_tokens=3)
+        trainer.fit(module, data)
+        trainer.test(module, data, verbose=False)
+        assert "test/exact_match" in trainer.callback_metrics
+        return (tmp_path / name / "samples" / "step=00000000.jsonl").read_text(encoding="utf-8").splitlines()
+
+    assert answered(50.0, "with") == answered(None, "without")
 
 
 def test_two_fits_draw_the_same_and_validation_none(pretrained: str, quiet_trainer: Callable[..., Trainer]) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lightning_sft import SFTModule
-from lightning_sft.demos import tiny_pretrained
+from lightning_sft.demos import tiny_pretrained, tiny_tokenizer
 from lightning_sft.main import main
 from lightning_sft.tuning import quantized
+from lightning_sft.tuning.adapter_folder import save_adapter
 from lightning_sft.tuning.adapters import Lora, merge
 from lightning_sft.types import InputError
 from tests.gradients import ROWS
@@ -101,6 +102,57 @@ def test_gradients_pass_through_the_base_after_an_evaluation(base: str, bits: An
         module.eval().model(ids)
     assert all(map(torch.equal, gradients(), before))
     assert all(gradient.any() for gradient in before[1::2])  # B of each adapter; of A, B = 0 lets nothing through
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, base: str) -> Callable[[str], str]:
+    """A folder of weights that are quantised in the file."""
+
+    def write(bits: str, kind: Any = None) -> str:
+        folder = tmp_path_factory.mktemp("stored")
+        settings = kind or quantized.quantization(bits, torch.bfloat16)  # type: ignore[arg-type]
+        AutoModelForCausalLM.from_pretrained(base, quantization_config=settings).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        return str(folder)
+
+    return write
+
+
+def test_adapters_on_weights_that_are_stored_quantised_are_trained_resumed_and_exported(
+    tmp_path: Path, stored: Any, bits: str, quiet_trainer: Callable[..., Trainer], ids: torch.Tensor, jsonl: Any
+) -> None:
+    folder = stored(bits)
+    run = partial(fit, quiet_trainer, folder, lora=Lora(r=4, dropout=0.2))
+    whole, ckpt = run(tmp_path / "one"), tmp_path / "one" / "step=3.ckpt"
+    resumed = run(tmp_path / "two", ckpt_path=ckpt)
+    trained = [name for name in whole if ".lora_" in name]
+    assert len(trained) == 2 * 14
+    assert all(torch.equal(whole[name], resumed[name]) for name in trained)
+    module = SFTModule.load_from_checkpoint(ckpt, weights_only=True).eval()
+    assert {getattr(layer, "compute_dtype", torch.float32) for layer in module.modules()} == {torch.float32}
+    out = main(["export", "--ckpt", str(ckpt), "--out", str(tmp_path / "out"), "--rows", jsonl(ROWS)])
+    exported = AutoModelForCausalLM.from_pretrained(out)
+    assert torch.allclose(exported(ids).logits, module.model(ids).logits, atol=1e-5)
+    save_adapter(module.model, tmp_path / "adapter", folder)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_weights_that_are_stored_quantised_are_not_trained_themselves(stored: Any, bits: Any) -> None:
+    folder = stored(bits)
+    with pytest.raises(
+        InputError, match=rf"are quantised \({NEEDS[bits]}\).*Train adapters on them \(model.lora.r=16\)"
+    ):
+        SFTModule(folder).configure_model()
+    with pytest.raises(InputError, match=f"so model.quantize={bits} has no effect"):
+        SFTModule(folder, lora=Lora(), quantize=bits).configure_model()
+    with pytest.raises(InputError, match=r"and so does model.lora.base_dtype=bfloat16"):
+        SFTModule(folder, lora=Lora(base_dtype="bfloat16")).configure_model()
+
+
+def test_adapters_are_not_trained_where_activations_are_rounded(stored: Any) -> None:
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(InputError, match="quantised by bitsandbytes; adapters are trained on 4-bit weights"):
+        SFTModule(stored("", BitsAndBytesConfig(load_in_8bit=True)), lora=Lora()).configure_model()
 
 
 def test_what_cannot_be_is_refused(base: str, bits: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_sft.data import template
+from lightning_sft.data.mixture import Mixture, Part
 from lightning_sft.main import main
 from lightning_sft.types import InputError
 from lightning_sft.verify.command import CHECKS, verify
@@ -57,6 +58,14 @@ def test_a_failure_is_exit_code_1_and_names_the_row(
     assert "train.jsonl:1: turn 2" in check["cases"][0]["failures"][0]
 
 
+def test_a_mixture_of_two_parts_is_verified(pretrained: str, jsonl: Any, rows: list[Any], tmp_path: Path) -> None:
+    parts = {name: Part(jsonl(rows[:count], f"{name}.jsonl")) for name, count in (("a", 8), ("b", 4))}
+    from lightning_sft import SFTDataModule, SFTModule
+
+    module, data = SFTModule(pretrained), SFTDataModule(train=Mixture(parts), cache=None)
+    assert verify(data, module, settings(tmp_path), tokens=80, samples=3, checks=["resume", "export"]).passed
+
+
 def test_a_checkpoint_is_said_to_have_no_effect(arguments: list[str]) -> None:
     with pytest.warns(UserWarning, match="ckpt_path has no effect in verify"):
         assert main([*arguments, "--checks", "[contexts]", "--ckpt_path", "a.ckpt"]).result.passed
@@ -82,5 +91,5 @@ def test_classes_that_are_not_ours_and_figures_that_make_no_sense_are_refused(tm
 
     with pytest.raises(InputError, match="needs an SFTModule"):
         verify(None, None, settings(tmp_path))
-    with pytest.raises(InputError, match="samples must be at least 1"):
+    with pytest.raises(InputError, match=r"verify.samples is 0; expected an integer >= 1"):
         verify(SFTDataModule([]), SFTModule(pretrained), settings(tmp_path), samples=0)

@@ -1,0 +1,50 @@
+"""Why a fit has ended, where its checkpoints are, and what to do next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+
+
+def why_ended(trainer: Any) -> str:
+    """Why a fit that has come to its end did so, in words."""
+    if trainer.should_stop:
+        for callback in trainer.callbacks:
+            if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+                return f"EarlyStopping: {callback.stopping_reason_message.rstrip('.')}"
+            if isinstance(callback, Timer) and (callback.time_remaining() or 0.0) <= 0.0:
+                return "trainer.max_time is over"
+        return "a callback or the module has set trainer.should_stop"
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return f"trainer.max_steps={trainer.max_steps} reached"
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
+        return f"trainer.max_epochs={trainer.max_epochs} reached"
+    return "the data came to their end"
+
+
+def ending(trainer: Any, resumed_at: int = 0) -> str:
+    """What to know of a fit that has ended: why, its checkpoints, and the commands that use them.
+
+    Args:
+        trainer: After the fit.
+        resumed_at: The step of the checkpoint that it was resumed from.
+    """
+    step = trainer.global_step
+    why = why_ended(trainer)
+    lines = [f"The fit ended after step {step:,}: {why}."]
+    if step == resumed_at and step:
+        lines = [f"Nothing was left to train after step {step:,}: {why}. Raise trainer.max_epochs or max_steps."]
+    savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
+    written = [path for saver in savers if (path := saver._last_checkpoint_saved) and Path(path).exists()]
+    last = next(reversed(written), str(trainer.ckpt_path or "") if step == resumed_at else "")
+    for saver in savers:
+        if saver.monitor and saver.best_model_path:
+            score = "" if saver.best_model_score is None else f" ({float(saver.best_model_score):.6g})"
+            lines.append(f"Best by {saver.monitor}{score}: {saver.best_model_path}")
+    if last:
+        lines.append(f"Last checkpoint: {last}")
+        lines.append(f"Talk to it: lightning-sft chat --model {last}")
+        lines.append(f"Export it: lightning-sft export --ckpt {last} --out FOLDER")
+    return "\n".join(lines)

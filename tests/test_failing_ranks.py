@@ -1,0 +1,27 @@
+"""What fails on one rank is told by all of them, and ends them all."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from tests.failing import POISON
+from tests.processes import torchrun
+
+LAUNCHES = [["ddp", "fsdp2", "fsdp2_lora", "tensor"]]
+if importlib.util.find_spec("deepspeed"):
+    LAUNCHES.append(["deepspeed1", "deepspeed2", "deepspeed3"])
+
+
+@pytest.mark.parametrize("names", LAUNCHES, ids="+".join)
+def test_a_nan_on_one_rank_names_its_row_on_all_of_them(
+    names: list[str], pretrained_for_two: str, tmp_path: Path
+) -> None:
+    torchrun("tests.failing", pretrained_for_two, str(tmp_path), *names, timeout=200)
+    told = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
+    verbs = [(name, verb) for name in names for verb in ("fit", "validate") if name != "deepspeed3" or verb == "fit"]
+    assert told.keys() == {f"{name}-{verb}-{rank}" for name, verb in verbs for rank in (0, 1)}
+    for text in told.values():
+        assert f"Samples: {POISON}." in text
