@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from rich.console import Console
 
 from lightning_sft.arguments import Index, check_arguments
 from lightning_sft.config_cli import ConfigCLI
@@ -23,6 +22,7 @@ from lightning_sft.data.walk import Placed, Walk
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.show_html import write_page
 from lightning_sft.show_text import show_audit, show_document, show_legend
+from lightning_sft.terminal import Console
 from lightning_sft.trainer_facts import Division, trainer_on_paper
 from lightning_sft.types import InputError
 

@@ -25,6 +25,7 @@ from lightning_sft.data.messages import Converter
 from lightning_sft.data.mixture import Mixture, as_mixture
 from lightning_sft.data.sources import Source, files_behind, leaves, read, size_of
 from lightning_sft.data.workers import num_cores
+from lightning_sft.terminal import Console
 from lightning_sft.types import InputError, Prompt
 
 _ROWS_AT_A_TIME = 1000  # so many go through the tokenizer together
@@ -179,8 +180,12 @@ def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str 
 
 def _shown(chunks: Chunks, num_workers: int, title: str | None) -> Iterator[Chunk]:
     """The chunks, with their progress on the screen where there is a title."""
-    columns = (SpinnerColumn(), TextColumn("Encoding {task.description}: {task.completed:,} rows"), TimeElapsedColumn())
-    with Progress(*columns, transient=True, disable=title is None) as progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("Encoding {task.description}: {task.completed:,} rows", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(), transient=True, disable=title is None) as progress:
         task = progress.add_task(title or "", total=None)
         for chunk in chunks.run(num_workers):
             yield chunk

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from rich.console import Console
 
 from lightning_sft.arguments import NonNegative, check_arguments
 from lightning_sft.config_cli import ConfigCLI
@@ -24,6 +23,7 @@ from lightning_sft.planning.layout import Layout
 from lightning_sft.planning.prediction import Prediction, predict
 from lightning_sft.planning.remedies import Remedy, remedies
 from lightning_sft.planning.table import show_prediction, show_remedies
+from lightning_sft.terminal import Console
 from lightning_sft.trainer_facts import Division, data_parallel, total_steps, trainer_on_paper
 from lightning_sft.types import Batch, InputError
 

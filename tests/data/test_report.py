@@ -7,7 +7,6 @@ from io import StringIO
 from itertools import pairwise
 
 import pytest
-from rich.console import Console
 
 from lightning_sft.data.account import Account
 from lightning_sft.data.dataset import Split
@@ -16,6 +15,7 @@ from lightning_sft.data.packing import pack
 from lightning_sft.data.plan import Plan
 from lightning_sft.data.planned import Planned
 from lightning_sft.data.report import by_reason, figures, histogram, show_details, show_report
+from lightning_sft.terminal import Console
 from lightning_sft.trainer_facts import Division
 from lightning_sft.types import Example
 
