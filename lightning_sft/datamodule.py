@@ -22,6 +22,7 @@ from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
 from lightning_sft.data.mixture import Mixture, as_mixture
 from lightning_sft.data.overflow import Overflow
 from lightning_sft.data.packing import Packing
+from lightning_sft.data.plan import Division
 from lightning_sft.data.planned import Planned, default_tokens_per_batch
 from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
@@ -31,7 +32,7 @@ from lightning_sft.guards import check_prompts
 from lightning_sft.module_facts import check_ids, check_lengths, keeps_documents_apart
 from lightning_sft.plain import plain
 from lightning_sft.pretrained import context_length, load_tokenizer
-from lightning_sft.trainer_facts import Division, data_parallel, gather, on_cuda, place
+from lightning_sft.trainer_facts import data_parallel, division_of, gather, on_cuda, place
 from lightning_sft.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
 
@@ -119,7 +120,7 @@ class SFTDataModule(LightningDataModule):
         self._begin_anew()
         self._tries_sizes = tries_sizes(self.trainer, self.streaming)
         if self._tries_sizes:
-            self.tokens_per_batch = self.tokens_per_batch or default_tokens_per_batch(self.trainer)  # it wants a number
+            self.tokens_per_batch = self.tokens_per_batch or self._default_tokens  # it wants a number
         if self.sources["val"] is None:  # and a loader, while it tries
             tried = partial(self._loader, "train") if self._tries_sizes else None
             self.val_dataloader = tried  # type: ignore[assignment,method-assign]  # as in __init__
@@ -139,7 +140,7 @@ class SFTDataModule(LightningDataModule):
     def positions_per_batch(self) -> int:
         """Most positions in a micro-batch of training data."""
         if self.streaming:
-            return self.tokens_per_batch or default_tokens_per_batch(self.trainer)
+            return self.tokens_per_batch or self._default_tokens
         return self.planned("train").capacity
 
     @property
@@ -153,11 +154,11 @@ class SFTDataModule(LightningDataModule):
         key = name, self.tokens_per_batch
         if key not in self._planned:
             self._ask_model(name)
-            work, seed = Division.of(self.trainer), self.seed if name == "train" else None
+            work, seed = division_of(self.trainer), self.seed if name == "train" else None
             if name != "train":
                 work = Division(work.rank, work.num_ranks)
             settings: dict[str, Any] = {"constant": self._normalize == "dataset", "seed": seed}
-            settings |= {"at_least_longest": self._tries_sizes, "default": default_tokens_per_batch(self.trainer)}
+            settings |= {"at_least_longest": self._tries_sizes, "default": self._default_tokens}
             split = self.splits[name]
             self._planned[key] = Planned.of(split, work, self.packing, self.tokens_per_batch, **settings)
             if name == "train" and self._is_shown and not self._tries_sizes:
@@ -230,6 +231,10 @@ class SFTDataModule(LightningDataModule):
         return normalize
 
     @property
+    def _default_tokens(self) -> int:
+        return default_tokens_per_batch(on_cuda(self.trainer))
+
+    @property
     def _is_shown(self) -> bool:
         return self.trainer is None or bool(self.trainer.is_global_zero)
 
@@ -286,7 +291,7 @@ class SFTDataModule(LightningDataModule):
     def _stream(self) -> StreamLoader:
         assert self.tokenizer is not None, "setup has not been called"
         self._ask_model("train")
-        work, capacity = Division.of(self.trainer), self.positions_per_batch
+        work, capacity = division_of(self.trainer), self.positions_per_batch
         return StreamLoader(
             self._mixture("train"),
             self._recipe,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -12,16 +11,15 @@ from lightning_sft.data.dataset import Split
 from lightning_sft.data.draw import Draw
 from lightning_sft.data.loader import EpochLoader
 from lightning_sft.data.packing import PARTITIONS, Packing
-from lightning_sft.data.plan import Plan
-from lightning_sft.trainer_facts import Division, on_cuda
+from lightning_sft.data.plan import Division, Plan
 from lightning_sft.types import InputError
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16_384}  # a GPU idles where kernels are small
 
 
-def default_tokens_per_batch(trainer: Any) -> int:
-    """Most positions in a micro-batch where nothing was asked for: 2,048, or 16,384 on CUDA devices."""
-    return _TOKENS_PER_BATCH["cuda" if on_cuda(trainer) else "cpu"]
+def default_tokens_per_batch(on_cuda: bool) -> int:
+    """Maximum number of positions in a micro-batch if none is given: 2,048, or 16,384 on CUDA devices."""
+    return _TOKENS_PER_BATCH["cuda" if on_cuda else "cpu"]
 
 
 def draw_of(split: Split, seed: int | None) -> Draw:
