@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.arguments import Count, Index, Tokens, check_arguments
-from lightning_sft.callbacks.predictions import PredictionWriter
 from lightning_sft.data.blocks import Shape
 from lightning_sft.data.chunks import Recipe
 from lightning_sft.data.dataset import Split, load_prompts, load_split
@@ -110,6 +109,7 @@ class SFTDataModule(LightningDataModule):
         self._planned: dict[tuple[str, int | None], Planned] = {}
         self._tries_sizes = False  # of micro-batches, as Lightning's tuner does
         self._streamed: StreamLoader | None = None
+        self._to_predict: list[Prompt] | None = None  # where not all of data.predict is
         if val is None:  # so Lightning sees that there is no validation, and does not warn of an empty loader
             self.val_dataloader = None  # type: ignore[assignment,method-assign]
 
@@ -118,6 +118,7 @@ class SFTDataModule(LightningDataModule):
         if stage == "fit" and self.sources["train"] is None:
             raise InputError("There is no training data: set data.train to a JSONL or JSON file.")
         self._begin_anew()
+        self._to_predict = None
         self._tries_sizes = tries_sizes(self.trainer, self.streaming)
         if self._tries_sizes:
             self.tokens_per_batch = self.tokens_per_batch or self._default_tokens  # it wants a number
@@ -188,16 +189,16 @@ class SFTDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
-        """Prompts for generation, each rank's own, without those that a writer has answers to."""
+        """Prompts for generation, each rank's own; those of :meth:`predict_only`, where it was called."""
         assert self.tokenizer is not None
         rank, num_ranks = data_parallel(self.trainer)
-        prompts = self.prompts_of("predict")
-        writers = [one for one in getattr(self.trainer, "callbacks", ()) if isinstance(one, PredictionWriter)]
-        answered = {number for writer in writers[:1] for number in writer.answered(self.trainer, prompts)}
-        left = [prompt for prompt in prompts if prompt.number not in answered]
-        if writers:  # which bring them back into their order
-            left.sort(key=lambda prompt: -len(prompt.input_ids))
-        return PromptLoader(left[rank::num_ranks], self.tokenizer, self.predict_batch_size)
+        prompts = self.prompts_of("predict") if self._to_predict is None else self._to_predict
+        self._check_prompts("predict", prompts)  # the model is known by now
+        return PromptLoader(prompts[rank::num_ranks], self.tokenizer, self.predict_batch_size)
+
+    def predict_only(self, prompts: Sequence[Prompt]) -> None:
+        """Predict these prompts in this order, and not all of ``data.predict``, until the next :meth:`setup`."""
+        self._to_predict = list(prompts)
 
     def prompts_of(self, name: str, first: int | None = None) -> list[Prompt]:
         """The prompts of a split, or the first of each of its data sets, for generation.
@@ -211,10 +212,13 @@ class SFTDataModule(LightningDataModule):
         skips: Literal["error", "skip"] = "error" if name == "predict" else self.invalid_rows
         settings: dict[str, Any] = {"format": self.format, "columns": self.columns, "invalid_rows": skips}
         prompts = load_prompts(source, cast(Any, self.tokenizer), **settings, first=first)
+        self._check_prompts(name, prompts)
+        return prompts
+
+    def _check_prompts(self, name: str, prompts: Sequence[Prompt]) -> None:
         largest = max((max(prompt.input_ids) for prompt in prompts), default=0)
         check_ids(self._module, name, largest, self.tokenizer_name)
         check_prompts(prompts, getattr(self._module, "num_positions", None))
-        return prompts
 
     def state_dict(self) -> dict[str, Any]:
         """What an export needs to give the model its tokenizer back: plain strings."""
