@@ -21,6 +21,7 @@ from rich.text import Text
 
 from lightning_sft import __version__
 from lightning_sft.attention import gpu
+from lightning_sft.compiler import compiler_missing
 from lightning_sft.one_line import VerbParser
 from lightning_sft.terminal import Console
 
@@ -196,14 +197,6 @@ def _fast_paths() -> Iterator[Fact]:
         if os.environ.get(key)
     ]
     yield Fact(section, "allocator", ", ".join(given) or "torch's default")
-
-
-def compiler_missing(on_gpu: bool) -> str | None:
-    """What ``torch.compile`` lacks on this machine, or ``None``."""
-    if on_gpu and not _version("triton"):
-        return "it needs triton: pip install triton"
-    name = os.environ.get("CXX") or "g++"
-    return None if shutil.which(name) else f"it needs a C++ compiler: no {name}"
 
 
 def _compiler(on_gpu: bool) -> Fact:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_sft.doctor import compiler_missing
+from lightning_sft.compiler import compiler_missing
 from lightning_sft.modes import KEEP_LESS, evaluating
 from lightning_sft.pretrained import backbone_and_head
 from lightning_sft.probes import is_close, states

@@ -16,6 +16,7 @@ from lightning_sft.data.audit import Finding, Thresholds, audit
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.loader import EpochLoader
 from lightning_sft.data.pieces import PieceReader
+from lightning_sft.data.plan import Division
 from lightning_sft.data.planned import Planned
 from lightning_sft.data.report import show_details, show_figures
 from lightning_sft.data.walk import Placed, Walk
@@ -23,7 +24,7 @@ from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.show_html import write_page
 from lightning_sft.show_text import show_audit, show_document, show_legend
 from lightning_sft.terminal import Console
-from lightning_sft.trainer_facts import Division, trainer_on_paper
+from lightning_sft.trainer_facts import trainer_on_paper
 from lightning_sft.types import InputError
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from lightning_sft.data.plan import Division
 from lightning_sft.types import InputError
 
 
@@ -30,31 +30,12 @@ def on_cuda(trainer: Any) -> bool:
     return strategy is not None and bool(strategy.root_device.type == "cuda")
 
 
-@dataclass(frozen=True)
-class Division:
-    """How Lightning divides the work of an epoch.
-
-    Args:
-        rank: Data-parallel rank.
-        num_ranks: Data-parallel size.
-        accumulate: Micro-batches of a rank in one optimiser step.
-        limit: Micro-batches of a rank that an epoch uses: an int, or the share of them, a float.
-        num_local: Processes on this machine.
-    """
-
-    rank: int = 0
-    num_ranks: int = 1
-    accumulate: int = 1
-    limit: int | float = 1.0
-    num_local: int = 1
-
-    @classmethod
-    def of(cls, trainer: Any) -> Division:
-        """That of a trainer's training, or of a single process where there is none."""
-        if trainer is None:
-            return cls()
-        of_trainer = trainer.accumulate_grad_batches, trainer.limit_train_batches, trainer.num_devices
-        return cls(*data_parallel(trainer), *of_trainer)
+def division_of(trainer: Any) -> Division:
+    """How a trainer divides the work of its training; that of a single process where there is none."""
+    if trainer is None:
+        return Division()
+    of_trainer = trainer.accumulate_grad_batches, trainer.limit_train_batches, trainer.num_devices
+    return Division(*data_parallel(trainer), *of_trainer)
 
 
 def autocast_dtype(trainer: Any) -> torch.dtype | None:

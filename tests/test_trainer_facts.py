@@ -72,5 +72,5 @@ def test_a_micro_batch_has_more_tokens_on_a_gpu(accelerator: str, tokens: int) -
     )
     paper = trainer_on_paper(None, settings)
     assert on_cuda(paper) == (accelerator != "cpu")
-    assert default_tokens_per_batch(paper) == tokens
-    assert default_tokens_per_batch(None) == 2048
+    assert default_tokens_per_batch(on_cuda(paper)) == tokens
+    assert default_tokens_per_batch(on_cuda(None)) == 2048

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.account import Account, some
 from lightning_sft.data.cache import cached, key_of
 from lightning_sft.data.chunks import Chunk, Chunks, Recipe, Rows, in_chunks
-from lightning_sft.data.draw import Draw
 from lightning_sft.data.encode import encode_prompt
 from lightning_sft.data.examples import Examples
 from lightning_sft.data.formats import FormatName
@@ -67,14 +66,6 @@ class Split:
     def parts(self) -> NDArray[np.int64]:
         """Number of the data set that each example comes from."""
         return np.repeat(np.arange(len(self.part_sizes)), self.part_sizes)
-
-    def draw(self, seed: int | None) -> Draw:
-        """What an epoch uses of each data set; without a seed, every example once."""
-        repeats = [1.0] * len(self.part_sizes)
-        if seed is not None and self.mixture.has_shares:
-            counted = self.examples.num_targets if self.mixture.by == "targets" else self.examples.shares_of_row
-            repeats = self.mixture.repeats(np.bincount(self.parts, counted, len(self.part_sizes)).tolist())
-        return Draw(self.lengths, self.part_sizes, repeats, seed)
 
 
 def load_split(
