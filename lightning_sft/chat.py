@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.columns import Columns
-from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
@@ -19,6 +18,7 @@ from rich.text import Text
 from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.chat_model import Speaker
 from lightning_sft.generation import Sampling
+from lightning_sft.terminal import Console
 from lightning_sft.types import InputError, Message
 
 _GREEDY = Sampling()
@@ -208,7 +208,7 @@ def _talk(session: Session, console: Console) -> None:
         import readline  # noqa: F401 - lines can then be edited, and earlier ones found again
 
     names = " and ".join(talk.speaker.name for talk in session.talks)
-    console.print(f"Talking to {names}. /help lists commands.", style="dim", markup=False)
+    console.print(f"Talking to {names}. /help lists commands.", style="dim")
     while True:
         try:
             line = input("> ").strip()
@@ -223,11 +223,11 @@ def _talk(session: Session, console: Console) -> None:
                 said = session.obey(line)
                 if said is None:
                     return
-                console.print(said, style="dim", markup=False)
+                console.print(said, style="dim")
             elif line:
                 _show_answer(session, line, console)
         except InputError as error:
-            console.print(str(error), style="red", markup=False)
+            console.print(str(error), style="red")
 
 
 def _show_answer(session: Session, question: str, console: Console) -> None:

@@ -13,12 +13,12 @@ from lightning_sft import checkpoints
 from lightning_sft.arguments import check_arguments
 from lightning_sft.data.encode import encode_prompt
 from lightning_sft.data.loader import PromptBatch
-from lightning_sft.data.pieces import visible
 from lightning_sft.export.restore import restored, tokenizer_of
 from lightning_sft.generation import Sampling, answers
 from lightning_sft.guards import bfloat16_is_slow
 from lightning_sft.pretrained import load_exported, load_model, load_tokenizer
 from lightning_sft.run_folder import checkpoint_of
+from lightning_sft.terminal import printable
 from lightning_sft.tuning.adapters import merge
 from lightning_sft.types import Conversation, InputError, Message
 
@@ -87,15 +87,6 @@ class Speaker:
         except KeyboardInterrupt:
             return "".join(pieces)
         return str(row["prediction"])
-
-
-def printable(text: str) -> str:
-    r"""The text without what would move the cursor or turn the direction of writing; lines and tabs stay.
-
-    >>> printable("a\n\tb\x1b[2J")
-    'a\n\tb<U+001B>[2J'
-    """
-    return "".join(character if character in "\n\t" else visible(character) for character in text)
 
 
 class _Pieces(TextStreamer):

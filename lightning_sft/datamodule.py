@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.arguments import Count, Index, Tokens, check_arguments
-from lightning_sft.callbacks.predictions import PredictionWriter
 from lightning_sft.data.blocks import Shape
 from lightning_sft.data.chunks import Recipe
 from lightning_sft.data.dataset import Split, load_prompts, load_split
@@ -22,16 +21,16 @@ from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
 from lightning_sft.data.mixture import Mixture, as_mixture
 from lightning_sft.data.overflow import Overflow
 from lightning_sft.data.packing import Packing
+from lightning_sft.data.plan import Division
 from lightning_sft.data.planned import Planned, default_tokens_per_batch
 from lightning_sft.data.report import show_report, show_stream_report
 from lightning_sft.data.sources import Source
 from lightning_sft.data.stream import StreamLoader, check_stream
 from lightning_sft.data.workers import num_cores
 from lightning_sft.guards import check_prompts
-from lightning_sft.module_facts import check_ids, check_lengths, keeps_documents_apart
 from lightning_sft.plain import plain
 from lightning_sft.pretrained import context_length, load_tokenizer
-from lightning_sft.trainer_facts import Division, data_parallel, gather, on_cuda, place
+from lightning_sft.trainer_facts import data_parallel, division_of, gather, on_cuda, place
 from lightning_sft.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
 
@@ -109,6 +108,7 @@ class SFTDataModule(LightningDataModule):
         self._planned: dict[tuple[str, int | None], Planned] = {}
         self._tries_sizes = False  # of micro-batches, as Lightning's tuner does
         self._streamed: StreamLoader | None = None
+        self._to_predict: list[Prompt] | None = None  # where not all of data.predict is
         if val is None:  # so Lightning sees that there is no validation, and does not warn of an empty loader
             self.val_dataloader = None  # type: ignore[assignment,method-assign]
 
@@ -117,9 +117,10 @@ class SFTDataModule(LightningDataModule):
         if stage == "fit" and self.sources["train"] is None:
             raise InputError("There is no training data: set data.train to a JSONL or JSON file.")
         self._begin_anew()
+        self._to_predict = None
         self._tries_sizes = tries_sizes(self.trainer, self.streaming)
         if self._tries_sizes:
-            self.tokens_per_batch = self.tokens_per_batch or default_tokens_per_batch(self.trainer)  # it wants a number
+            self.tokens_per_batch = self.tokens_per_batch or self._default_tokens  # it wants a number
         if self.sources["val"] is None:  # and a loader, while it tries
             tried = partial(self._loader, "train") if self._tries_sizes else None
             self.val_dataloader = tried  # type: ignore[assignment,method-assign]  # as in __init__
@@ -139,7 +140,7 @@ class SFTDataModule(LightningDataModule):
     def positions_per_batch(self) -> int:
         """Most positions in a micro-batch of training data."""
         if self.streaming:
-            return self.tokens_per_batch or default_tokens_per_batch(self.trainer)
+            return self.tokens_per_batch or self._default_tokens
         return self.planned("train").capacity
 
     @property
@@ -153,11 +154,11 @@ class SFTDataModule(LightningDataModule):
         key = name, self.tokens_per_batch
         if key not in self._planned:
             self._ask_model(name)
-            work, seed = Division.of(self.trainer), self.seed if name == "train" else None
+            work, seed = division_of(self.trainer), self.seed if name == "train" else None
             if name != "train":
                 work = Division(work.rank, work.num_ranks)
             settings: dict[str, Any] = {"constant": self._normalize == "dataset", "seed": seed}
-            settings |= {"at_least_longest": self._tries_sizes, "default": default_tokens_per_batch(self.trainer)}
+            settings |= {"at_least_longest": self._tries_sizes, "default": self._default_tokens}
             split = self.splits[name]
             self._planned[key] = Planned.of(split, work, self.packing, self.tokens_per_batch, **settings)
             if name == "train" and self._is_shown and not self._tries_sizes:
@@ -187,16 +188,16 @@ class SFTDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
-        """Prompts for generation, each rank's own, without those that a writer has answers to."""
+        """Prompts for generation, each rank's own; those of :meth:`predict_only`, where it was called."""
         assert self.tokenizer is not None
         rank, num_ranks = data_parallel(self.trainer)
-        prompts = self.prompts_of("predict")
-        writers = [one for one in getattr(self.trainer, "callbacks", ()) if isinstance(one, PredictionWriter)]
-        answered = {number for writer in writers[:1] for number in writer.answered(self.trainer, prompts)}
-        left = [prompt for prompt in prompts if prompt.number not in answered]
-        if writers:  # which bring them back into their order
-            left.sort(key=lambda prompt: -len(prompt.input_ids))
-        return PromptLoader(left[rank::num_ranks], self.tokenizer, self.predict_batch_size)
+        prompts = self.prompts_of("predict") if self._to_predict is None else self._to_predict
+        self._check_prompts("predict", prompts)  # the model is known by now
+        return PromptLoader(prompts[rank::num_ranks], self.tokenizer, self.predict_batch_size)
+
+    def predict_only(self, prompts: Sequence[Prompt]) -> None:
+        """Predict these prompts in this order, and not all of ``data.predict``, until the next :meth:`setup`."""
+        self._to_predict = list(prompts)
 
     def prompts_of(self, name: str, first: int | None = None) -> list[Prompt]:
         """The prompts of a split, or the first of each of its data sets, for generation.
@@ -210,10 +211,13 @@ class SFTDataModule(LightningDataModule):
         skips: Literal["error", "skip"] = "error" if name == "predict" else self.invalid_rows
         settings: dict[str, Any] = {"format": self.format, "columns": self.columns, "invalid_rows": skips}
         prompts = load_prompts(source, cast(Any, self.tokenizer), **settings, first=first)
+        self._check_prompts(name, prompts)
+        return prompts
+
+    def _check_prompts(self, name: str, prompts: Sequence[Prompt]) -> None:
         largest = max((max(prompt.input_ids) for prompt in prompts), default=0)
         check_ids(self._module, name, largest, self.tokenizer_name)
         check_prompts(prompts, getattr(self._module, "num_positions", None))
-        return prompts
 
     def state_dict(self) -> dict[str, Any]:
         """What an export needs to give the model its tokenizer back: plain strings."""
@@ -228,6 +232,10 @@ class SFTDataModule(LightningDataModule):
     def _normalize(self) -> Normalize:
         normalize: Normalize = getattr(self._module, "normalize", "token")
         return normalize
+
+    @property
+    def _default_tokens(self) -> int:
+        return default_tokens_per_batch(on_cuda(self.trainer))
 
     @property
     def _is_shown(self) -> bool:
@@ -286,7 +294,7 @@ class SFTDataModule(LightningDataModule):
     def _stream(self) -> StreamLoader:
         assert self.tokenizer is not None, "setup has not been called"
         self._ask_model("train")
-        work, capacity = Division.of(self.trainer), self.positions_per_batch
+        work, capacity = division_of(self.trainer), self.positions_per_batch
         return StreamLoader(
             self._mixture("train"),
             self._recipe,
@@ -309,3 +317,66 @@ class SFTDataModule(LightningDataModule):
         check_lengths(self._module, name, int(longest or 0))
         if self.packing == "packed" and not keeps_documents_apart(self._module):
             self.packing = "padded"
+
+
+def check_ids(module: Any, name: str, largest: int, tokenizer: Any) -> None:
+    """Refuse token ids that the model has no embeddings for.
+
+    Args:
+        module: The Lightning module, or ``None``; it may say ``num_embeddings``.
+        name: Of the split.
+        largest: Token id in it.
+        tokenizer: Name of the tokenizer.
+
+    Raises:
+        InputError: When there are some.
+    """
+    size = getattr(module, "num_embeddings", None)
+    if size is not None and largest >= size:
+        raise InputError(
+            f"data.{name} has the token id {largest:,}, but the model has embeddings for {size:,}: the tokenizer "
+            f"{tokenizer!r} is not its own. Leave data.tokenizer out, or take the model it goes with."
+        )
+
+
+def check_lengths(module: Any, name: str, longest: int) -> None:
+    """Refuse sequences that are longer than the table of positions of the model.
+
+    Args:
+        module: The Lightning module, or ``None``; it may say ``num_positions``.
+        name: Of the split.
+        longest: Tokens of the longest sequence, or that one may have.
+
+    Raises:
+        InputError: When one is longer.
+    """
+    positions = getattr(module, "num_positions", None)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"data.{name} has sequences of {longest:,} tokens, but the model has {positions:,} positions. Set "
+            f"data.max_length={positions}, and data.overflow to what becomes of longer ones."
+        )
+
+
+def keeps_documents_apart(module: Any) -> bool:
+    """Whether documents may be packed into a row, as ``module.isolates_documents`` says; warns where not, or unsaid.
+
+    Args:
+        module: The Lightning module, or ``None``.
+    """
+    if module is None:
+        return True
+    said = getattr(module, "isolates_documents", None)
+    if said is None:
+        rank_zero_warn(
+            f"data.packing=packed puts several documents into a row, and {type(module).__name__} does not say whether "
+            "its model keeps them apart by batch.position_ids. If it does, set isolates_documents = True on the class; "
+            "if not, use data.packing=padded."
+        )
+        return True
+    if not said:
+        rank_zero_warn(
+            "In this model, documents packed into one row see each other (measured on it just now). Each gets a "
+            "row of its own instead, as with data.packing=padded: exact, but slower."
+        )
+    return bool(said)

@@ -16,15 +16,17 @@ from typing import Literal
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_sft import __version__
 from lightning_sft.attention import gpu
+from lightning_sft.compiler import compiler_missing
 from lightning_sft.one_line import VerbParser
+from lightning_sft.terminal import Console
 
 State = Literal["good", "off", "bad", "plain"]
-_MARKS = {"good": "[green]✓[/green]", "off": "[dim]-[/dim]", "bad": "[bold red]![/bold red]", "plain": ""}
+_MARKS = {"good": ("✓", "green"), "off": ("-", "dim"), "bad": ("!", "bold red"), "plain": ("", "")}
 _NEEDED = (
     "torch",
     "lightning",
@@ -94,9 +96,9 @@ def show(found: Sequence[Fact], console: Console) -> None:
     for fact in found:
         if fact.section != section:
             section = fact.section
-            table.add_row("", f"[bold]{section}[/bold]", "")
-        remark = f"\n[dim]{fact.remark}[/dim]" if fact.remark else ""
-        table.add_row(_MARKS[fact.state], fact.name, fact.value + remark)
+            table.add_row("", section, "", style="bold")
+        value = Text.assemble(fact.value, (f"\n{fact.remark}" if fact.remark else "", "dim"))
+        table.add_row(Text.assemble(_MARKS[fact.state]), fact.name, value)
     console.print(table)
     bad = sum(fact.state == "bad" for fact in found)
     console.print(f"{bad} to look at, marked with !" if bad else "Nothing stands in the way.", highlight=False)
@@ -195,14 +197,6 @@ def _fast_paths() -> Iterator[Fact]:
         if os.environ.get(key)
     ]
     yield Fact(section, "allocator", ", ".join(given) or "torch's default")
-
-
-def compiler_missing(on_gpu: bool) -> str | None:
-    """What ``torch.compile`` lacks on this machine, or ``None``."""
-    if on_gpu and not _version("triton"):
-        return "it needs triton: pip install triton"
-    name = os.environ.get("CXX") or "g++"
-    return None if shutil.which(name) else f"it needs a C++ compiler: no {name}"
 
 
 def _compiler(on_gpu: bool) -> Fact:

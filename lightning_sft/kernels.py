@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_sft.doctor import compiler_missing
+from lightning_sft.compiler import compiler_missing
 from lightning_sft.modes import KEEP_LESS, evaluating
 from lightning_sft.pretrained import backbone_and_head
 from lightning_sft.probes import is_close, states
@@ -119,8 +119,8 @@ def _compile(module: Any) -> str | None:
     on_gpu = module.device.type == "cuda"
     if missing := compiler_missing(on_gpu):
         return missing
-    if on_gpu and module.gradient_checkpointing == "offload":  # graphs break at its hooks, all of a layer
-        return "model.gradient_checkpointing=offload moves tensors inside layers, which torch.compile does not trace"
+    if on_gpu and module.gradient_checkpointing == "offload":  # torch traces neither its hooks nor what is under them
+        return "torch does not compile layers whose inputs are offloaded (model.gradient_checkpointing=offload)"
     try:
         found = layers(module.model)
     except InputError as error:
@@ -190,9 +190,8 @@ def apply_liger(model: PreTrainedModel) -> str | None:
         return f"it has no kernels for {model.config.model_type}"
     modeling = sys.modules[type(model).__module__]
     before = dict(vars(modeling))
-    wanted = (
-        {} if not model._can_set_experts_implementation() else {"swiglu": False}
-    )  # Liger's defaults: some lack RoPE
+    # RoPE, norms and MLPs by Liger's defaults, since architectures lack some of these
+    wanted = {"swiglu": False} if model._can_set_experts_implementation() else {}
     try:
         _apply_liger_kernel_to_instance(model, **wanted, cross_entropy=False, fused_linear_cross_entropy=False)
     finally:

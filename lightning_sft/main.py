@@ -26,7 +26,7 @@ from lightning_sft.callbacks.survival import default_callbacks, find_last
 from lightning_sft.chat import chat
 from lightning_sft.checkpoints import facts, hyper_parameters
 from lightning_sft.completion import completion
-from lightning_sft.config_cli import ConfigCLI, ConfigParser, with_own_defaults
+from lightning_sft.config_cli import ConfigCLI, ConfigParser, check_config, with_own_defaults
 from lightning_sft.cuda_segments import expand_segments
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.demo_model import fetch_demo_model
@@ -40,6 +40,7 @@ from lightning_sft.replay import ReplayCLI
 from lightning_sft.report_html import write_report
 from lightning_sft.show import ShowCLI
 from lightning_sft.start import init
+from lightning_sft.terminal import printable
 from lightning_sft.types import InputError
 from lightning_sft.verify.command import VerifyCLI
 
@@ -130,6 +131,9 @@ def main(args: ArgsType = None) -> Any:
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list):
         given = given or ["--help"]
+        for _, value in _flags(given):
+            if value.endswith((".yaml", ".yml")) and Path(value).is_file():
+                check_config(value)
         verb = given[0]
         if verb == "--version":
             return __version__
@@ -219,7 +223,8 @@ def console() -> None:
     except Exception as error:
         if debug:
             raise
-        sys.exit(f"lightning-sft: {str(error).strip() if _is_foreseen(error) else unexpected(error)}")
+        said = str(error).strip() if _is_foreseen(error) else unexpected(error)
+        sys.exit(f"lightning-sft: {printable(said)}")
     if isinstance(result, (str, Path)):
         print(result)
 

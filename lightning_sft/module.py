@@ -32,7 +32,7 @@ from lightning_sft.kernels import KERNELS, KernelName, Kernels
 from lightning_sft.metrics import NUM_SUMS, figures_by_part, sums_by_part
 from lightning_sft.modes import in_default_dtype
 from lightning_sft.optimizer_modes import TRAINED, Modes, check_strategy
-from lightning_sft.optimizers import OptimizerPart, described, make_optimizer
+from lightning_sft.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
 from lightning_sft.plain import plain
 from lightning_sft.precision import follow_autocast
 from lightning_sft.recompute import Checkpointing, checkpoint_layers
@@ -40,7 +40,7 @@ from lightning_sft.resume import ASKED, PLACE, Asked, note, restore, retune, see
 from lightning_sft.run_folder import write_whole
 from lightning_sft.schedules import Schedule, learning_rate_factor
 from lightning_sft.scorer import Scorer
-from lightning_sft.sharding import Sharding, clip_gradients
+from lightning_sft.sharding import Sharding
 from lightning_sft.step_figures import NUM_COUNTS, SEEN, StepFigures
 from lightning_sft.strategies import layout
 from lightning_sft.trainer_facts import (

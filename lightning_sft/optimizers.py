@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sft.arguments import check_arguments
-from lightning_sft.sharding import by_mesh
 from lightning_sft.types import InputError
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -173,6 +172,51 @@ class Chained(Optimizer):
         for part in self.parts:
             self.state.update(part.state)
             part.state = self.state
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], most: float | None, algorithm: str | None = "norm"
+) -> Tensor | None:
+    """Clip gradients, also where they lie on different meshes, as with tensor parallelism, or in the host's memory.
+
+    torch computes the norm of tensors of one mesh; the whole norm is the root of the sum of their squares.
+
+    Args:
+        parameters: Whose gradients.
+        most: The largest joint L2 norm, or, with the algorithm ``value``, the largest entry; ``None`` clips nothing.
+        algorithm: ``norm`` (so is ``None``) or ``value``.
+
+    Returns:
+        The joint L2 norm before; ``None`` where there is no gradient.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    groups = list(by_mesh(with_gradient).values())
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
+    if not norms:
+        return None
+    total: Tensor = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+    for group in groups:
+        if not most:
+            break
+        if algorithm == "value":
+            nn.utils.clip_grad_value_(group, most)
+        else:
+            nn.utils.clip_grads_with_norm_(group, most, total)
+    return total
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> dict[Any, list[nn.Parameter]]:
+    """Parameters that lie on the same devices together; fused and foreach kernels take no mixture."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return groups
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The value of a sharded tensor, on every rank."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
 
 
 def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr: float | None) -> Optimizer:

@@ -6,11 +6,13 @@ import json
 import pickle
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from safetensors import safe_open
 from tokenizers import AddedToken
 from torch import nn
@@ -21,6 +23,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    dynamic_module_utils,
 )
 
 from lightning_sft.tuning.base_dtype import weight_files
@@ -59,10 +62,25 @@ def load_model(
 
 
 def model_from_config(config: dict[str, Any], attn_implementation: str | None = None) -> PreTrainedModel:
-    """The architecture that :func:`config_dict` describes, with random weights: a checkpoint fills them."""
+    """The architecture that :func:`config_dict` describes, with random weights: a checkpoint fills them.
+
+    Raises:
+        InputError: When transformers has no such architecture; code that the configuration names is not run.
+    """
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    built = AutoConfig.for_model(**config)
-    return _prepare(AutoModelForCausalLM.from_config(built, dtype=torch.get_default_dtype(), **kwargs))
+    dtype = torch.get_default_dtype()
+    try:
+        with _no_foreign_code():
+            built = AutoConfig.for_model(**config)
+            model = AutoModelForCausalLM.from_config(built, dtype=dtype, trust_remote_code=False, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a value trips over: transformers checks few of them
+        raise InputError(
+            f"The model's configuration (hf_config) describes no causal language model of transformers "
+            f"{transformers.__version__}: {' '.join(str(error).split())[:500]}"
+        ) from error
+    return _prepare(model)
 
 
 def config_dict(model: PreTrainedModel) -> dict[str, Any]:
@@ -218,6 +236,20 @@ def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@contextmanager
+def _no_foreign_code() -> Iterator[None]:
+    """Code beside a model is an error, where transformers would ask on standard input whether to run it.
+
+    ``trust_remote_code=False`` does not reach the parts of a model that it builds by itself, such as a vision tower.
+    """
+    waits = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds: with none, transformers raises at once
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = waits
+
+
 def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
     pretrained = str(Path(pretrained).expanduser()) if pretrained.startswith("~") else pretrained
     source = {"pretrained_model_name_or_path": pretrained}
@@ -226,9 +258,10 @@ def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
         if not path.is_file():
             raise InputError(f"There is no GGUF file {pretrained!r}.")
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    kwargs["trust_remote_code"] = False  # not said, transformers would ask on a terminal whether to run it
+    kwargs["trust_remote_code"] = False  # not said, transformers would ask whether to run it
     try:
-        return auto_class.from_pretrained(**source, **kwargs)
+        with _no_foreign_code():
+            return auto_class.from_pretrained(**source, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except (

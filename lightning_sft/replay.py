@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from lightning_sft.arguments import Count, Index, check_arguments
@@ -27,6 +26,7 @@ from lightning_sft.module import SFTModule
 from lightning_sft.resume import seed_micro_batch
 from lightning_sft.run_files import LEDGER, line_of
 from lightning_sft.run_folder import folders_of
+from lightning_sft.terminal import Console
 from lightning_sft.trainer_facts import trainer_on_paper
 from lightning_sft.types import Batch, InputError
 

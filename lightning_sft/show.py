@@ -9,7 +9,6 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from rich.console import Console
 
 from lightning_sft.arguments import Index, check_arguments
 from lightning_sft.config_cli import ConfigCLI
@@ -17,13 +16,15 @@ from lightning_sft.data.audit import Finding, Thresholds, audit
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.loader import EpochLoader
 from lightning_sft.data.pieces import PieceReader
+from lightning_sft.data.plan import Division
 from lightning_sft.data.planned import Planned
 from lightning_sft.data.report import show_details, show_figures
 from lightning_sft.data.walk import Placed, Walk
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.show_html import write_page
 from lightning_sft.show_text import show_audit, show_document, show_legend
-from lightning_sft.trainer_facts import Division, trainer_on_paper
+from lightning_sft.terminal import Console
+from lightning_sft.trainer_facts import trainer_on_paper
 from lightning_sft.types import InputError
 
 

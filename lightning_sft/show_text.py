@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from lightning_sft.data.audit import Finding
 from lightning_sft.data.pieces import Piece
+from lightning_sft.terminal import Console
 
 _TARGETS = ("#0c2b1a on #cdeed9", "#0c2b1a on #a5ddbb")  # in turn, so that one sees where a token ends
 _SPECIAL_TARGETS = ("bold #6d28d9 on #cdeed9", "bold #6d28d9 on #a5ddbb")
@@ -57,7 +57,7 @@ def show_audit(findings: Iterable[Finding], console: Console) -> None:
         if not finding.passes and finding.places:
             more = f"\n  ... and {finding.count - _LISTED:,} more" if finding.count > _LISTED else ""
             listed = "\n".join(f"  {place}" for place in finding.places[:_LISTED])
-            console.print(f"{finding.check}:\n{listed}{more}", style="yellow", markup=False, highlight=False)
+            console.print(f"{finding.check}:\n{listed}{more}", style="yellow", highlight=False)
 
 
 def weight_mark(weight: float) -> str:

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.prompt import Prompt
 
 from lightning_sft.arguments import Count, check_arguments
@@ -19,6 +18,7 @@ from lightning_sft.data.sources import read
 from lightning_sft.plain import plain
 from lightning_sft.pretrained import context_length, load_tokenizer
 from lightning_sft.start_yaml import Machine, Method, as_yaml
+from lightning_sft.terminal import Console, printable
 from lightning_sft.types import Conversation, InputError
 
 _LOOKED_AT = 200  # rows
@@ -63,16 +63,14 @@ def init(
     data = str(data or ask("Training data (a file, a folder, a glob, or hf:owner/name:split)", "--data"))
     seen = look_at(data, columns, ask)
     console = Console(stderr=True, soft_wrap=True)
-    console.print(f"Data: format {seen.format}; columns {', '.join(seen.keys)}.", highlight=False, markup=False)
+    console.print(f"Data: format {seen.format}; columns {', '.join(seen.keys)}.", highlight=False)
     encoded = [row for row in encode_many(seen.rows, tokenizer) if isinstance(row, list)]
     if not encoded:
         [problem, *_] = encode_many(seen.rows[:1], tokenizer)
         raise InputError(f"No row can be trained on with the chat template of {model}: {problem}")
     longest = max(len(example) for row in encoded for example in row)
     if seen.problem is not None:
-        console.print(
-            f"fit will stop at rows that cannot be used, as this: {seen.problem}", highlight=False, markup=False
-        )
+        console.print(f"fit will stop at rows that cannot be used, as this: {seen.problem}", highlight=False)
     if val is None and ask.is_possible:
         val = ask("Validation data (empty for none)", "--val", "") or None
     if val is not None:
@@ -147,8 +145,8 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
         if columns is None:
             if not ask.is_possible:
                 raise
-            Console(stderr=True).print(f"{data}: {error}", highlight=False, markup=False)
-            names = ", ".join(keys)
+            Console(stderr=True).print(f"{data}: {error}", highlight=False)
+            names = printable(", ".join(keys))
             question = ask(f"Which column is the question ({names})", "--columns '{prompt: …, completion: …}'")
             answer = ask(f"Which column is the answer ({names})", "--columns '{prompt: …, completion: …}'")
             columns = {"prompt": question, "completion": answer}

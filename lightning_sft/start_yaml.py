@@ -111,7 +111,7 @@ def as_yaml(
             "    alpha: 32 # scale, times r",
             "    dropout: 0.05 # on the input of each adapter",
         ]
-    lines += ["data:", f"  train: {_value(train)} # {kind}"]
+    lines += ["data:", f"  train: {_value(train)} # {_value(kind)[1:-1]}"]
     if val is None:
         lines.append("  # val: val.jsonl # validation data: held-out rows of the same kind")
     else:
@@ -132,4 +132,5 @@ def as_yaml(
 
 
 def _value(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else json.dumps(value)

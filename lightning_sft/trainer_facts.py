@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from lightning_sft.data.plan import Division
 from lightning_sft.types import InputError
 
 
@@ -30,31 +30,12 @@ def on_cuda(trainer: Any) -> bool:
     return strategy is not None and bool(strategy.root_device.type == "cuda")
 
 
-@dataclass(frozen=True)
-class Division:
-    """How Lightning divides the work of an epoch.
-
-    Args:
-        rank: Data-parallel rank.
-        num_ranks: Data-parallel size.
-        accumulate: Micro-batches of a rank in one optimiser step.
-        limit: Micro-batches of a rank that an epoch uses: an int, or the share of them, a float.
-        num_local: Processes on this machine.
-    """
-
-    rank: int = 0
-    num_ranks: int = 1
-    accumulate: int = 1
-    limit: int | float = 1.0
-    num_local: int = 1
-
-    @classmethod
-    def of(cls, trainer: Any) -> Division:
-        """That of a trainer's training, or of a single process where there is none."""
-        if trainer is None:
-            return cls()
-        of_trainer = trainer.accumulate_grad_batches, trainer.limit_train_batches, trainer.num_devices
-        return cls(*data_parallel(trainer), *of_trainer)
+def division_of(trainer: Any) -> Division:
+    """How a trainer divides the work of its training; that of a single process where there is none."""
+    if trainer is None:
+        return Division()
+    of_trainer = trainer.accumulate_grad_batches, trainer.limit_train_batches, trainer.num_devices
+    return Division(*data_parallel(trainer), *of_trainer)
 
 
 def autocast_dtype(trainer: Any) -> torch.dtype | None:
@@ -91,9 +72,19 @@ def sum_over_ranks(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
 
     The reduction is over all processes, so it is divided by the copies: exact, since each adds the same to the sum.
     """
-    total: torch.Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
     copies: int = trainer.world_size // data_parallel(trainer)[1]
-    return total / copies
+    return _summed(trainer, tensor) / copies
+
+
+def _summed(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, queued on the device.
+
+    Lightning's ``strategy.reduce`` calls ``barrier`` first, and that of nccl lets the host wait for the device.
+    """
+    total = tensor.clone()
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return total
 
 
 def place(trainer: Any) -> tuple[int, int]:
@@ -137,7 +128,7 @@ class Agreement:
         wanted = max(1, min(_MOST_STEPS, int(self.seconds / max(pace, 1e-9))))
         own = [float(yes), float(wanted) if trainer.is_global_zero else 0.0]
         asked = torch.tensor(own, device=trainer.strategy.root_device)
-        said, steps = trainer.strategy.reduce(asked, reduce_op="sum").tolist()
+        said, steps = _summed(trainer, asked).tolist()
         self._steps_left = self._between = int(steps)
         self._begin = time.monotonic()
         return bool(said)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_sft.host_copy import without_waiting
+from lightning_sft.terminal import printable
 
 IGNORE = -100
 """Label of a position that has no target, as in ``torch.nn.functional.cross_entropy``."""
@@ -27,7 +28,14 @@ Message = dict[str, Any]
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The text says what was given, what is expected and what to do."""
+    """Something the user gave cannot be used. The text says what was given, what is expected and what to do.
+
+    Args:
+        message: The text; what it quotes of data and file names is made safe to print.
+    """
+
+    def __init__(self, message: object) -> None:
+        super().__init__(printable(str(message)))
 
 
 @dataclass(frozen=True)

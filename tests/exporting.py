@@ -27,10 +27,15 @@ def trained(
     """A trainer that has made three steps of AdamW."""
     optimizer = partial(AdamW, lr=0.01)
     module = SFTModule(pretrained, optimizer=optimizer, schedule="constant", warmup=0.0, **(model or {}))
+    ckpt_path = settings.pop("ckpt_path", None)
     callbacks = [*settings.pop("callbacks", ()), *([] if export is None else [export])]
     defaults = {"accelerator": "cpu", "max_steps": 3, "max_epochs": -1, "callbacks": callbacks}
     trainer = Trainer(**QUIET | defaults | settings)
-    trainer.fit(module, SFTDataModule(**{"train": ROWS, "val": ROWS, "tokens_per_batch": 100} | (data or {})))
+    trainer.fit(
+        module,
+        SFTDataModule(**{"train": ROWS, "val": ROWS, "tokens_per_batch": 100} | (data or {})),
+        ckpt_path=ckpt_path,
+    )
     return trainer
 
 

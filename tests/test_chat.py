@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from lightning_sft import chat as chat_module
 from lightning_sft.chat import Session, Talk, answer_lines
@@ -19,6 +18,7 @@ from lightning_sft.data.messages import to_conversation
 from lightning_sft.data.sources import read
 from lightning_sft.generation import Sampling
 from lightning_sft.main import main
+from lightning_sft.terminal import Console
 from lightning_sft.types import InputError
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from lightning_sft import __version__, doctor
 from lightning_sft.doctor import Fact
 from lightning_sft.guards import bfloat16_is_slow
 from lightning_sft.main import main
+from lightning_sft.terminal import Console
 
 
 def named(name: str) -> Fact:

@@ -18,10 +18,12 @@ from transformers.models.llama import modeling_llama
 from lightning_sft import SFTDataModule, SFTModule, kernels
 from lightning_sft.demos import tiny_model
 from lightning_sft.kernels import COMPILES_FROM, KERNELS, Kernels
+from lightning_sft.pretrained import backbone_and_head
 from lightning_sft.probes import states
 from lightning_sft.recompute import checkpoint_layers
 from lightning_sft.types import InputError
 
+POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
 Make = Callable[..., Trainer]
 
 
@@ -128,6 +130,50 @@ def test_random_numbers_of_compiled_layers_follow_the_seed(monkeypatch: pytest.M
     assert not torch._functorch.config.graphsafe_rng_functionalization
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+@pytest.mark.parametrize(("checkpointing", "times"), [(False, 2), (True, 4), (2, 3)])
+def test_layers_are_compiled_and_computed_again_as_often_as_asked(
+    checkpointing: Any, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "compiler_missing", lambda on_gpu: None)
+    model = tiny_model("llama").train()  # of two layers
+    model.set_attn_implementation("per_document")
+    checkpoint_layers(model, checkpointing, "cpu")
+    module = SimpleNamespace(model=model, device=torch.device("cpu"), gradient_checkpointing=checkpointing)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.Module, "compile", by_aot)
+        assert kernels._compile(module) is None
+
+    def step() -> None:
+        states(backbone_and_head(model)[0], torch.ones(1, 9, dtype=torch.int64), POSITIONS, (5, 4)).sum().backward()
+
+    counters.clear()
+    step()  # compiles, which calls the operator for its shapes
+    with torch.profiler.profile() as profile:
+        step()
+    assert counters["aot_autograd"]["ok"] > 0
+    assert not counters["graph_break"]
+    assert sum(event.name == "lightning_sft::packed_attention" for event in profile.events()) == times
+
+
+def test_layers_whose_inputs_are_offloaded_are_not_said_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "compiler_missing", lambda on_gpu: None)
+    monkeypatch.setattr(kernels, "_try_liger", lambda module: None)
+    module = faked()
+    module.gradient_checkpointing = "offload"
+    own = Kernels("auto")
+    own.begin(module)
+    assert own.name == "liger"
+    assert "not compiled, because torch does not compile layers whose inputs are offloaded" in own.why
+    with pytest.raises(InputError, match=r"model\.gradient_checkpointing=offload"):
+        Kernels("compiled").begin(module)
+
+
+def by_aot(layer: Any, **settings: Any) -> None:
+    """As torch.nn.Module.compile, without inductor, whose C++ takes minutes."""
+    layer._compiled_call_impl = torch.compile(layer._call_impl, backend="aot_eager", **settings)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
@@ -185,20 +231,6 @@ def test_what_was_asked_for_and_is_missing_is_an_error(monkeypatch: pytest.Monke
         chosen(monkeypatch, faked(), asked="liger", missing={"liger"})
     with pytest.raises(InputError, match=r"model.kernels is 'triton'; expected auto, compiled, liger or none"):
         SFTModule("anything", kernels="triton")  # type: ignore[arg-type]  # that is what is tested
-
-
-def test_layers_whose_inputs_are_offloaded_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "compiler_missing", lambda on_gpu: None)
-    monkeypatch.setattr(kernels, "_try_liger", lambda module: "it is missing")
-    module = faked()
-    module.model, module.gradient_checkpointing = tiny_model(), "offload"
-    found = Kernels()
-    found.begin(module)
-    assert found.name == "none"
-    assert "not compiled, because model.gradient_checkpointing=offload" in found.why
-    with pytest.raises(InputError, match=r"model.kernels=compiled is not available: model.gradient_checkpointing=off"):
-        Kernels("compiled").begin(module)
-    assert all(part._compiled_call_impl is None for part in module.model.modules())
 
 
 def test_a_resumed_run_has_the_kernels_it_had(monkeypatch: pytest.MonkeyPatch) -> None:

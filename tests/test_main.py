@@ -279,6 +279,22 @@ def test_the_shell_gets_one_message_and_no_traceback(
         console()
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("data:\n  train: &a [*a]\n", "an alias stands for what it is in"),
+        ("data: &a\n  train: {x: *a}\n", "an alias stands for what it is in"),
+        ("a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)), "stand for"),
+        ("[" * 5000 + "]" * 5000, "nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["fit", "show"])
+def test_a_config_that_does_not_end_is_one_error(verb: str, config: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(config)
+    with pytest.raises(InputError, match=message):
+        main([verb, "--config", str(tmp_path / "a.yaml")])
+
+
 def test_an_unknown_key_is_refused_with_its_name(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", *arguments, "--data.tokens_per_bach", "5"])

@@ -75,6 +75,29 @@ def test_code_beside_a_model_is_not_run_and_nobody_is_asked(tmp_path: Path, monk
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("kind", ["of its own", "known but no language model", "a part of a known one"])
+def test_code_that_a_checkpoint_names_is_not_run_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    own = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), f"{tmp_path}--own.Model")
+    foreign: dict[str, Any] = {"auto_map": own, "_name_or_path": str(tmp_path)}
+    config = {
+        "of its own": foreign | {"model_type": "own"},
+        "known but no language model": foreign | {"model_type": "t5"},
+        "a part of a known one": {"model_type": "gemma3", "vision_config": foreign | {"model_type": "shieldgemma2"}},
+    }[kind]
+    with pytest.raises(InputError, match=r"\(hf_config\) describes no causal language model of transformers"):
+        model_from_config(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError):
+        load_model(str(tmp_path))
+    assert not asked
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_gguf_file_is_one_error() -> None:
     with pytest.raises(InputError, match=r"There is no GGUF file"):
         load_model("nowhere.gguf")

@@ -15,7 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sft.callbacks import RunRecord
 from lightning_sft.demos import tiny_model
-from lightning_sft.sharding import clip_gradients, layers
+from lightning_sft.optimizers import clip_gradients
+from lightning_sft.sharding import layers
 from lightning_sft.strategies import FSDP2Strategy, layout
 from lightning_sft.types import InputError
 from tests.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page

@@ -241,5 +241,7 @@ def _flash_attn_2(capability: tuple[int, int]) -> Kernel:
 def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError:
-        raise _UnusableError(f"package {name.partition('.')[0]} is not installed") from None
+    except ModuleNotFoundError as error:
+        raise _UnusableError(f"package {str(error.name).partition('.')[0]} is not installed") from None
+    except Exception as error:  # built for another torch or CUDA, it fails as it is loaded
+        raise _UnusableError(f"package {name.partition('.')[0]} cannot be imported ({error})") from error

@@ -19,8 +19,8 @@ from lightning_sft.data.collate import collate
 from lightning_sft.divergence import divergence, likeliest
 from lightning_sft.guards import check_module
 from lightning_sft.modes import evaluating
+from lightning_sft.optimizers import whole
 from lightning_sft.pretrained_weights import PretrainedWeights
-from lightning_sft.sharding import whole
 from lightning_sft.tuning.adapters import NAME
 from lightning_sft.types import Batch, InputError, widest
 

@@ -69,6 +69,10 @@ class HFExport(Callback):
         self._last_step = 0
         self._error: Exception | None = None
 
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing has been done in this fit; one whose checkpoint has made the last step trains no more."""
+        self._first, self._error = None, None
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Refuse to write over what another run has written.
 
@@ -77,17 +81,16 @@ class HFExport(Callback):
                 cannot be read; the module is of another kind; or weights would be averaged too late.
         """
         check_module(self, pl_module)
-        if any(isinstance(later, WeightAveraging) for later in trainer.callbacks[trainer.callbacks.index(self) :]):
+        if _averages(trainer.callbacks[trainer.callbacks.index(self) :]):
             raise InputError(
                 "HFExport stands before a WeightAveraging, which puts the averages into the model when the training "
                 "ends: the folder would be without them. Put HFExport after it in trainer.callbacks."
             )
-        self._root = Path(self.folder) if self.folder else Path(trainer.log_dir or ".") / "huggingface"
-        self._first, self._error, self._last_step = FirstRank(), None, trainer.global_step
+        self._begin(trainer)
         if trainer.fast_dev_run:
             rank_zero_info("HFExport writes nothing under trainer.fast_dev_run.")
         elif trainer.global_step == 0:
-            self._first(self._check)
+            self._first_rank(self._check)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Write a folder after every so many optimiser steps."""
@@ -102,11 +105,19 @@ class HFExport(Callback):
             self._error = self._export(trainer, pl_module, "final")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the folder of the best checkpoint.
+        """Write the folder of the best checkpoint; and that of the end, where it failed after the last step of a run.
 
         Raises:
-            InputError: When it does not pass, or the one of the end has not passed.
+            InputError: When one does not pass.
         """
+        if self._first is None:  # the run has been resumed after its last step: it may not have come to this
+            self._begin(trainer)
+            is_missing = self._first_rank(lambda: not (self._root / "final").exists())
+            if self.at_end and is_missing and not trainer.fast_dev_run:
+                if _averages(trainer.callbacks):
+                    rank_zero_warn("The last folder is missing: lightning-sft export writes the averaged weights.")
+                else:
+                    self._error = self._export(trainer, pl_module, "final")
         if self._error is not None:
             raise self._error
         if not self.best or trainer.fast_dev_run:
@@ -120,8 +131,16 @@ class HFExport(Callback):
             with _without_zero3(pl_module):
                 from_checkpoint(path, self._root / "best", self._rows(trainer), self.settings, replace=True)
 
+        self._first_rank(write)
+
+    def _begin(self, trainer: Any) -> None:
+        self._root = Path(self.folder) if self.folder else Path(trainer.log_dir or ".") / "huggingface"
+        self._first, self._error, self._last_step = FirstRank(), None, trainer.global_step
+
+    @property
+    def _first_rank(self) -> FirstRank:
         assert self._first is not None
-        self._first(write)
+        return self._first
 
     def _check(self) -> None:
         check_is_free(self._root)
@@ -130,8 +149,7 @@ class HFExport(Callback):
 
     def _export(self, trainer: Any, module: Any, name: str) -> Exception | None:
         """Write a folder, and give back what every rank knows to have gone wrong."""
-        first = self._first
-        assert first is not None
+        first = self._first_rank
         if trainer.fast_dev_run:
             return None
         tokenizer = _tokenizer(trainer, module)
@@ -164,6 +182,10 @@ class HFExport(Callback):
                 found = parity.held_out(as_mixture(source), data.format, data.columns)
                 return f"{len(found)} rows of the run's validation data", found
         return rows_to_compare({}, self.rows)
+
+
+def _averages(callbacks: Sequence[Callback]) -> bool:
+    return any(isinstance(callback, WeightAveraging) for callback in callbacks)
 
 
 def _live(trainer: Any, module: Any, examples: Sequence[Example]) -> Live:

@@ -34,15 +34,17 @@ class PredictionWriter(Callback):
         self._rows: dict[int, dict[str, Any]] = {}  # those that this rank knows, by number
         self._key = ""
 
-    def answered(self, trainer: Any, prompts: Sequence[Prompt]) -> set[int]:
-        """The numbers of the prompts that need not be answered again; every rank calls it.
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Have the data module leave out what has been answered, and hand out the longest prompts first."""
+        data = trainer.datamodule
+        if stage == "predict" and hasattr(data, "predict_only"):
+            prompts = data.prompts_of("predict")
+            answered = self._answered(trainer, prompts)
+            left = [prompt for prompt in prompts if prompt.number not in answered]
+            data.predict_only(sorted(left, key=lambda prompt: -len(prompt.input_ids)))
 
-        One is always left, so that there is something to do.
-
-        Args:
-            trainer: With the checkpoint that it predicts with.
-            prompts: All of them.
-        """
+    def _answered(self, trainer: Any, prompts: Sequence[Prompt]) -> set[int]:
+        """The numbers of the prompts that need not be answered again, but for one; every rank calls it."""
         self._key, self._rows = _key(trainer, prompts), {}
         for part in self._parts():
             lines = [line for line in part.read_text(encoding="utf-8").split("\n")[:-1] if line]  # the last may be cut

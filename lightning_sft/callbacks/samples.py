@@ -8,7 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from lightning_sft.disk import rows_of, write
 from lightning_sft.generation import Sampling, answer_all
 from lightning_sft.guards import check_data, check_module, check_prompts
 from lightning_sft.plain import plain
+from lightning_sft.terminal import Console
 from lightning_sft.types import InputError, Prompt
 
 FOLDER = "samples"

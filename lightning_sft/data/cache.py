@@ -3,7 +3,8 @@
 An entry's name is a digest of all that it depends on: the contents of the files, the tokenizer, the chat template with
 its frozen date, the settings, our own code, and the versions of the libraries that have a say. So no entry is ever out
 of date. It is written beside and renamed when it is complete, under a lock: of two processes one builds and the other
-waits, and what a killed one leaves behind is never read.
+waits, and what a killed one leaves behind is never read. Its size and the number of its examples are kept beside it; an
+entry that has others is built again.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sft.data.account import Account
 from lightning_sft.data.chunks import Chunk, Recipe
 from lightning_sft.data.examples import Examples, save
 from lightning_sft.data.sources import Files, size_of
 from lightning_sft.data.template import ChatTemplate
+from lightning_sft.disk import sync
+from lightning_sft.types import InputError
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _SMALL = _READ = 1 << 20  # bytes
@@ -43,11 +47,17 @@ def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tupl
     """
     data, account = folder / f"{key}.arrow", folder / f"{key}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    if not account.exists():  # it is renamed last
+    try:
+        return _opened(data, account)
+    except InputError:  # there is none, or it is damaged
         with FileLock(folder / f"{key}.lock"):
-            if not account.exists():
+            try:
+                return _opened(data, account)  # somebody else has built it in the meantime
+            except InputError as error:
+                if data.exists():
+                    rank_zero_warn(f"{data} is damaged ({error}), so the data are encoded again.")
                 _build(folder / f"{key}.building", data, account, build())
-    return Examples.open(data), Account.of_json(json.loads(account.read_text(encoding="utf-8")))
+    return _opened(data, account)
 
 
 def key_of(files: Files | None, recipe: Recipe) -> str | None:
@@ -72,21 +82,46 @@ def key_of(files: Files | None, recipe: Recipe) -> str | None:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
+def _opened(data: Path, account: Path) -> tuple[Examples, Account]:
+    """An entry, if it is all there.
+
+    Raises:
+        InputError: When one of its files is missing, cannot be read, or does not have the size that was written.
+    """
+    try:
+        found = json.loads(account.read_text(encoding="utf-8"))
+        size = data.stat().st_size
+        if size != found["bytes"]:
+            raise ValueError(f"{size:,} of {found['bytes']:,} bytes")
+        examples = Examples.open(data)
+        if len(examples) != found["examples"]:
+            raise ValueError(f"{len(examples):,} of {found['examples']:,} examples")
+        return examples, Account.of_json(found["account"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:  # Arrow has them all
+        raise InputError(str(error)) from error
+
+
 def _build(building: Path, data: Path, account: Path, chunks: Iterable[Chunk]) -> None:
-    total = Account()
+    total, count = Account(), 0
 
     def batches() -> Iterator[Any]:
+        nonlocal count
         for chunk in chunks:
             total.add(chunk.account)
+            count += len(chunk.batch)
             yield chunk.batch
 
     shutil.rmtree(building, ignore_errors=True)  # of a process that was killed: we have its lock
     building.mkdir()
     try:
-        save(batches(), building / data.name)
-        (building / account.name).write_text(json.dumps(total.as_json()), encoding="utf-8")
+        written = [building / path.name for path in (data, account)]
+        save(batches(), written[0])
+        entry = {"examples": count, "bytes": written[0].stat().st_size, "account": total.as_json()}
+        written[1].write_text(json.dumps(entry), encoding="utf-8")
+        sync(written)
         for path in (data, account):
             os.replace(building / path.name, path)
+        sync([data.parent])
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.account import Account, some
 from lightning_sft.data.cache import cached, key_of
 from lightning_sft.data.chunks import Chunk, Chunks, Recipe, Rows, in_chunks
-from lightning_sft.data.draw import Draw
 from lightning_sft.data.encode import encode_prompt
 from lightning_sft.data.examples import Examples
 from lightning_sft.data.formats import FormatName
@@ -25,6 +24,7 @@ from lightning_sft.data.messages import Converter
 from lightning_sft.data.mixture import Mixture, as_mixture
 from lightning_sft.data.sources import Source, files_behind, leaves, read, size_of
 from lightning_sft.data.workers import num_cores
+from lightning_sft.terminal import Console
 from lightning_sft.types import InputError, Prompt
 
 _ROWS_AT_A_TIME = 1000  # so many go through the tokenizer together
@@ -66,14 +66,6 @@ class Split:
     def parts(self) -> NDArray[np.int64]:
         """Number of the data set that each example comes from."""
         return np.repeat(np.arange(len(self.part_sizes)), self.part_sizes)
-
-    def draw(self, seed: int | None) -> Draw:
-        """What an epoch uses of each data set; without a seed, every example once."""
-        repeats = [1.0] * len(self.part_sizes)
-        if seed is not None and self.mixture.has_shares:
-            counted = self.examples.num_targets if self.mixture.by == "targets" else self.examples.shares_of_row
-            repeats = self.mixture.repeats(np.bincount(self.parts, counted, len(self.part_sizes)).tolist())
-        return Draw(self.lengths, self.part_sizes, repeats, seed)
 
 
 def load_split(
@@ -179,8 +171,12 @@ def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str 
 
 def _shown(chunks: Chunks, num_workers: int, title: str | None) -> Iterator[Chunk]:
     """The chunks, with their progress on the screen where there is a title."""
-    columns = (SpinnerColumn(), TextColumn("Encoding {task.description}: {task.completed:,} rows"), TimeElapsedColumn())
-    with Progress(*columns, transient=True, disable=title is None) as progress:
+    columns = (
+        SpinnerColumn(),
+        TextColumn("Encoding {task.description}: {task.completed:,} rows", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(), transient=True, disable=title is None) as progress:
         task = progress.add_task(title or "", total=None)
         for chunk in chunks.run(num_workers):
             yield chunk

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.template import ChatTemplate, texts_in
+from lightning_sft.data.template import ChatTemplate, in_time, texts_in
 from lightning_sft.types import Conversation, Example, InputError, Normalize, Prompt
 
 
@@ -29,7 +29,7 @@ def encode(
         normalize: ``sequence`` divides an answer's weight by its number of tokens, ``sqrt`` by the root of it.
 
     Raises:
-        InputError: When there is no answer, or parity cannot be had.
+        InputError: When there is no answer, parity cannot be had, or the template renders for too long.
 
     >>> from lightning_sft.demos import tiny_tokenizer
     >>> tokenizer = tiny_tokenizer()
@@ -49,7 +49,7 @@ def encode_many(
 ) -> list[list[Example] | InputError]:
     """The same for many at once, with one call of the tokenizer; a refusal stands in the place of its sequences."""
     template = ChatTemplate.of(tokenizer)
-    drafts = [_draft(conversation, template) for conversation in conversations]
+    drafts = [_drafted(conversation, template) for conversation in conversations]
     texts = [text for draft in drafts if isinstance(draft, list) for answer in draft for text in answer.texts]
     ids = iter(template.token_ids(texts))
     results: list[list[Example] | InputError] = []
@@ -78,8 +78,10 @@ def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase
         if messages and messages[-1]["role"] == "text":
             raise InputError("a plain text has no prompt to answer. Give rows with prompts.")
         _refuse_control_tokens(conversation, template)
-        [ids] = template.token_ids([template.render(messages, conversation.tools, generation=True)])
-    except InputError as error:
+        with in_time():
+            text = template.render(messages, conversation.tools, generation=True)
+        [ids] = template.token_ids([text])
+    except (InputError, TimeoutError) as error:
         raise InputError(f"{conversation.provenance}: {error}") from error
     return Prompt(ids, reference, conversation.provenance)
 
@@ -96,6 +98,19 @@ class _Answer:
     @property
     def texts(self) -> tuple[str, str]:
         return self.prompt, self.prompt + self.text
+
+
+def _drafted(conversation: Conversation, template: ChatTemplate) -> list[_Answer] | InputError:
+    """The same as :func:`_draft`; a template that takes too long stops everything.
+
+    Raises:
+        InputError: Then.
+    """
+    try:
+        with in_time():
+            return _draft(conversation, template)
+    except TimeoutError as error:
+        raise InputError(f"{conversation.provenance}: {error}.") from error
 
 
 def _draft(conversation: Conversation, template: ChatTemplate) -> list[_Answer] | InputError:

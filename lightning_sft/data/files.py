@@ -2,6 +2,8 @@
 
 JSON is read by the json module and never through Arrow, which gives all rows one schema: there, a key that one row has
 becomes a null in every other. In Parquet and Arrow that has already happened, so keys without a value are left out.
+Whatever a file holds, it is read in bounded memory: a row has at most :data:`MAX_ROW` bytes, and a packed file unpacks
+to at most :data:`MAX_EXPANSION` times its size.
 """
 
 from __future__ import annotations
@@ -11,15 +13,24 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from lightning_sft.data import strict_json
 from lightning_sft.types import InputError
 
+MAX_ROW = 64 << 20
+"""Bytes of a row, some 16 million tokens."""
+
+MAX_EXPANSION = 200
+"""How many times its size a packed file may unpack to; natural text has a factor of 3 to 20."""
+
+_FREE = 1 << 30  # bytes that any file may unpack to
+_AT_A_TIME = 64  # rows of a table: a dictionary may hold each of them once
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -115,6 +126,8 @@ def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
         line, counted = line + text.count("\n", counted, at), at
         try:
             row, at = strict_json.raw_decode(text, at)
+            if at - counted > MAX_ROW:
+                raise _too_long(f"{path}:{line}")
             at = _skip(text, at)
             if is_list:
                 at, closed = _skip(text, at + 1), text[at : at + 1]
@@ -126,7 +139,7 @@ def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[Any, int]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a text may be longer than the 128 KiB that are the default
+    csv.field_size_limit(MAX_ROW)  # characters of a cell; 128 KiB are the default
     lines = csv.reader(_lines(path), strict=True)
     header: list[str] = []
     place = 1
@@ -149,7 +162,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        yield from _rows_of(path, file.schema_arrow, file.iter_batches())
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > _most_unpacked(path):
+            raise _expands(path)
+        yield from _rows_of(path, file.schema_arrow, file.iter_batches(_AT_A_TIME))
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[Any, str]]:
@@ -168,15 +184,37 @@ def _read_arrow(path: Path) -> Iterator[tuple[Any, str]]:
 def _rows_of(path: Path, schema: Any, batches: Any) -> Iterator[tuple[Any, str]]:
     if len(set(schema.names)) < len(schema.names):
         raise InputError(f"{path}: two columns have the same name: {schema.names}.")
-    rows = (row for batch in batches for row in batch.to_pylist())
-    for number, row in enumerate(rows, 1):
-        yield without_nulls(row), f"row {number}"
+    before, unpacked, most = 0, 0, _most_unpacked(path)
+    few = (batch.slice(begin, _AT_A_TIME) for batch in batches for begin in range(0, len(batch), _AT_A_TIME))
+    for batch in map(_without_dictionaries, few):
+        if batch.nbytes > MAX_ROW and any(batch.slice(i, 1).nbytes > MAX_ROW for i in range(len(batch))):
+            raise _too_long(f"{path}: after row {before}")
+        unpacked += batch.nbytes
+        if unpacked > most:
+            raise _expands(path)
+        for number, row in enumerate(batch.to_pylist(), before + 1):
+            yield without_nulls(row), f"row {number}"
+        before += len(batch)
+
+
+def _without_dictionaries(batch: Any) -> Any:
+    """A record batch whose columns have their own values: so its size is that of its rows."""
+    if not any(hasattr(column, "dictionary_decode") for column in batch.columns):
+        return batch
+    columns = [c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns]
+    return type(batch).from_arrays(columns, names=batch.schema.names)
 
 
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file, with their ends and without a byte order mark."""
+    unpacked, most = 0, inf if path.suffix in _TEXT else _most_unpacked(path)
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, MAX_ROW + 1), b""), 1):
+            if len(line) > MAX_ROW:
+                raise _too_long(f"{path}:{number}")
+            unpacked += len(line)
+            if unpacked > most:
+                raise _expands(path)
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -196,6 +234,21 @@ def _open(path: Path) -> BinaryIO:
             raise InputError(f"{path}: this build of pyarrow cannot read zst. Get one that can: pip install -U pyarrow")
         return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
     return path.open("rb")
+
+
+def _most_unpacked(path: Path) -> int:
+    return max(_FREE, MAX_EXPANSION * path.stat().st_size)
+
+
+def _expands(path: Path) -> InputError:
+    return InputError(
+        f"{path}: it unpacks to more than {MAX_EXPANSION} times its size. If that is as it should be, unpack it to a "
+        ".jsonl file first."
+    )
+
+
+def _too_long(where: str) -> InputError:
+    return InputError(f"{where}: the row is longer than {MAX_ROW >> 20} MiB. Cut it into several, or remove it.")
 
 
 def _skip(text: str, at: int) -> int:

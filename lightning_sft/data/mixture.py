@@ -67,6 +67,8 @@ class Mixture:
         check_arguments(Mixture, vars(self))
         if not self.parts:
             raise InputError("A mixture has no parts. Give each data set a name: parts={'math': 'gsm8k.jsonl'}.")
+        if unsafe := [name for name in self.parts if not name.isprintable()]:
+            raise InputError(f"The name of a part of a mixture has characters that cannot be printed: {unsafe[0]!r}.")
         without = [name for name, part in self.of_name.items() if part.share is None]
         if without and len(without) < len(self.parts):
             raise InputError(f"Either all parts of a mixture have a share or none: {without[0]!r} has none.")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.unpack import Document
-
-_JOINERS = "\u200c\u200d"  # part of how emoji and some scripts are written
+from lightning_sft.terminal import printable
 
 
 @dataclass(frozen=True)
@@ -85,12 +83,4 @@ def visible(text: str) -> str:
     >>> visible("a\nb\x1b[0m\u202e")
     'a⏎\nb<U+001B>[0m<U+202E>'
     """
-    return "".join(map(_visible, text))
-
-
-@lru_cache(1 << 12)
-def _visible(character: str) -> str:
-    if character in "\n\t":
-        return {"\n": "⏎\n", "\t": "⇥\t"}[character]
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs") and character not in _JOINERS
-    return f"<U+{ord(character):04X}>" if hidden else character
+    return printable(text).replace("\n", "⏎\n").replace("\t", "⇥\t")

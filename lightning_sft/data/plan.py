@@ -32,6 +32,25 @@ class MicroBatch:
     normalizer: float
 
 
+@dataclass(frozen=True)
+class Division:
+    """How Lightning divides the work of an epoch.
+
+    Args:
+        rank: Data-parallel rank.
+        num_ranks: Data-parallel size.
+        accumulate: Micro-batches of a rank in one optimiser step.
+        limit: Micro-batches of a rank that an epoch uses: an int, or the share of them, a float.
+        num_local: Processes on this machine.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    accumulate: int = 1
+    limit: int | float = 1.0
+    num_local: int = 1
+
+
 class Plan:
     """Packs of a data set, and how each epoch deals them out.
 

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lightning_sft.data.dataset import Split
+from lightning_sft.data.draw import Draw
 from lightning_sft.data.loader import EpochLoader
 from lightning_sft.data.packing import PARTITIONS, Packing
-from lightning_sft.data.plan import Plan
-from lightning_sft.trainer_facts import Division, on_cuda
+from lightning_sft.data.plan import Division, Plan
 from lightning_sft.types import InputError
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16_384}  # a GPU idles where kernels are small
 
 
-def default_tokens_per_batch(trainer: Any) -> int:
-    """Most positions in a micro-batch where nothing was asked for: 2,048, or 16,384 on CUDA devices."""
-    return _TOKENS_PER_BATCH["cuda" if on_cuda(trainer) else "cpu"]
+def default_tokens_per_batch(on_cuda: bool) -> int:
+    """Maximum number of positions in a micro-batch if none is given: 2,048, or 16,384 on CUDA devices."""
+    return _TOKENS_PER_BATCH["cuda" if on_cuda else "cpu"]
+
+
+def draw_of(split: Split, seed: int | None) -> Draw:
+    """What an epoch uses of each data set; without a seed, every example once."""
+    repeats = [1.0] * len(split.part_sizes)
+    if seed is not None and split.mixture.has_shares:
+        counted = split.examples.num_targets if split.mixture.by == "targets" else split.examples.shares_of_row
+        repeats = split.mixture.repeats(np.bincount(split.parts, counted, len(split.part_sizes)).tolist())
+    return Draw(split.lengths, split.part_sizes, repeats, seed)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ class Planned:
             lengths,
             split.examples.weights,
             lambda lengths: PARTITIONS[packing](lengths, capacity),
-            draw=split.draw(seed),
+            draw=draw_of(split, seed),
             num_ranks=work.num_ranks,
             accumulate=work.accumulate,
             limit=work.limit,

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from lightning_sft.data.account import Account
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.planned import Planned
+from lightning_sft.terminal import Console
 
 _PLACE = re.compile(r"(.+?:\d+|row \d+): (.*)", re.DOTALL)
 _LISTED = 20  # rows named for a reason
@@ -34,7 +34,7 @@ def show_report(splits: Mapping[str, Split], train: Planned) -> None:
             "data.tokens_per_batch for more of them, or raise trainer.max_epochs."
         )
     for remark in remarks:
-        console.print(remark, style="yellow", markup=False, highlight=False)
+        console.print(remark, style="yellow", highlight=False)
 
 
 def show_figures(splits: Mapping[str, Split], train: Planned, console: Console) -> None:
@@ -51,9 +51,9 @@ def show_stream_report(account: Account, targets: Mapping[str, int]) -> None:
     console.print(f"Read of the stream: {account.num_rows:,} rows, {sum(targets.values()):,} targets.", highlight=False)
     if len(targets) > 1:
         shares = ", ".join(f"{name} {count / sum(targets.values()):.1%}" for name, count in targets.items())
-        console.print(f"Shares of the targets: {shares}", markup=False, highlight=False)
+        console.print(f"Shares of the targets: {shares}", highlight=False)
     for remark in account.remarks("train"):
-        console.print(remark, style="yellow", markup=False, highlight=False)
+        console.print(remark, style="yellow", highlight=False)
 
 
 def show_details(split: Split, console: Console) -> None:
@@ -63,20 +63,18 @@ def show_details(split: Split, console: Console) -> None:
     most, width = max(count for _, _, count in bins), len(f"{bins[-1][1]:,}")
     for low, high, count in bins:
         bar = "█" * -(-count * _BAR // most)
-        console.print(f"  {low:>{width},}–{high:<{width},} [green]{bar}[/green] {count:,}", highlight=False)
+        console.print(Text.assemble(f"  {low:>{width},}–{high:<{width},} ", (bar, "green"), f" {count:,}"))
     console.print(targets_in_words(split), highlight=False)
     account = split.account
     for reason, places in by_reason(account.refused):
-        console.print(f"\n{len(places):,} refused: {reason}", style="yellow", markup=False, highlight=False)
-        console.print(f"  {_some(places)}", markup=False, highlight=False)
+        console.print(f"\n{len(places):,} refused: {reason}", style="yellow", highlight=False)
+        console.print(f"  {_some(places)}", highlight=False)
     for what, places in (("left out", account.too_long), ("cut", account.cut)):
         if places:
             console.print(f"\n{len(places):,} {what}, longer than data.max_length", style="yellow", highlight=False)
-            console.print(f"  {_some(places)}", markup=False, highlight=False)
+            console.print(f"  {_some(places)}", highlight=False)
     for key, count in account.ignored.most_common():
-        console.print(
-            f"\n{count:,} rows have the key {key!r}, which is ignored", style="yellow", markup=False, highlight=False
-        )
+        console.print(f"\n{count:,} rows have the key {key!r}, which is ignored", style="yellow", highlight=False)
 
 
 def table_of(splits: Mapping[str, Split]) -> Table:
@@ -138,9 +136,9 @@ def by_reason(refused: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def _table(head: Sequence[str], *rows: Sequence[str]) -> Table:
-    table = Table(*map(escape, head), box=SIMPLE_HEAD, header_style="bold")
+    table = Table(*head, box=SIMPLE_HEAD, header_style="bold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     for column in table.columns[1:]:
         column.justify = "right"
     return table

@@ -1,10 +1,16 @@
-"""JSON that means one thing only: no NaN, no key twice, no number that does not fit."""
+"""JSON that means one thing only: no NaN, no key twice, no number that does not fit, no nesting without end."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
+
+MAX_DEPTH = 100
+"""Lists and objects inside each other; what reads and renders rows goes through them by recursion."""
 
 
 def loads(text: str) -> Any:
@@ -18,7 +24,9 @@ def loads(text: str) -> Any:
     ...
     ValueError: the key 'a' is there twice
     """
-    return _strictly(DECODER.decode, text)
+    value = _strictly(DECODER.decode, text)
+    _check_depth(value, text)
+    return value
 
 
 def raw_decode(text: str, begin: int) -> tuple[Any, int]:
@@ -28,6 +36,7 @@ def raw_decode(text: str, begin: int) -> tuple[Any, int]:
         ValueError: As :func:`loads`.
     """
     value, end = _strictly(DECODER.raw_decode, text, begin)
+    _check_depth(value, text[begin:end])
     return value, end
 
 
@@ -35,14 +44,30 @@ def _strictly(decode: Any, *args: Any) -> Any:
     try:
         return decode(*args)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError(_TOO_DEEP) from error
+
+
+def _check_depth(value: Any, text: str) -> None:
+    if text.count("[") + text.count("{") <= MAX_DEPTH:  # of almost all rows
+        return
+    level, depth = _containers([value]), 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        inside = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = _containers(chain.from_iterable(inside))
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if isinstance(value, (dict, list))]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {next(key for key, count in counts.items() if count > 1)!r} is there twice")
     return result
 
 
@@ -57,4 +82,5 @@ def _constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON value")
 
 
+_TOO_DEEP = f"it is nested too deeply, more than {MAX_DEPTH} lists and objects inside each other"
 DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from functools import cached_property, lru_cache
+from string import ascii_letters
+from threading import current_thread, main_thread
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -24,6 +28,32 @@ from lightning_sft.types import InputError, Message
 
 FROZEN_DATE = date(2024, 7, 26)
 """What a template that writes today's date is given: training must not depend on the day it runs."""
+
+
+MAX_SECONDS = 60.0
+"""Of rendering one conversation; a template is a program that somebody else has written."""
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Stop what renders a conversation after :data:`MAX_SECONDS`, where the system has timers for it.
+
+    It needs the main thread and a system with ``SIGALRM``, and leaves a timer of somebody else's alone.
+
+    Raises:
+        TimeoutError: When it has not ended by then. It is no refusal of a row: those must not depend on a clock.
+    """
+    has_timers = hasattr(signal, "setitimer") and current_thread() is main_thread()
+    if not has_timers or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _too_late)
+    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 class ChatTemplate:
@@ -39,7 +69,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.text = re.sub(r"strftime_now\((['\"])(.*?)\1\)", _frozen, str(tokenizer.chat_template))
+        self.text = _frozen(str(tokenizer.chat_template))
         self.has_marks = has_marks(self.text)
         longest_first = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
@@ -157,6 +187,10 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> ChatTem
     return ChatTemplate(tokenizer)
 
 
+def _too_late(number: int, frame: Any) -> None:
+    raise TimeoutError(f"the chat template has not rendered it after {MAX_SECONDS:g} s: look for a loop in it")
+
+
 def _trailing(special: re.Pattern[str], text: str) -> Iterator[re.Match[str]]:
     """The special tokens at the end of a text with nothing but whitespace between and after them, in order."""
     tokens = list(special.finditer(text))
@@ -190,9 +224,24 @@ def texts_in(value: Any) -> Iterator[str]:
         yield value
 
 
-def _frozen(call: re.Match[str]) -> str:
-    """Today's date in a template, as a literal of another day."""
-    return repr(FROZEN_DATE.strftime(call.group(2)))
+def _frozen(template: str) -> str:
+    """The template with a ``strftime_now`` of its own, which knows no day but :data:`FROZEN_DATE`.
+
+    A macro at the beginning hides the function of transformers however it is called or renamed, and is part of the text
+    that names a cache's entry. The newline after it is trimmed, so what a template renders is otherwise the same.
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = [flag + letter for flag in ("", *"-_0^#") for letter in ascii_letters]
+    texts = {code: FROZEN_DATE.strftime(f"%{code}") for code in codes}
+    known = json.dumps({code: text for code, text in texts.items() if text != f"%{code}"})
+    return (
+        f"{{% macro strftime_now(format) %}}{{% set known = {known} %}}{{% for part in format.split('%%') %}}"
+        "{{ '' if loop.first else '%' }}{% for piece in part.split('%') %}"
+        "{% if loop.first %}{{ piece }}{% elif piece[:2] in known %}{{ known[piece[:2]] }}{{ piece[2:] }}"
+        "{% elif piece[:1] in known %}{{ known[piece[:1]] }}{{ piece[1:] }}{% else %}%{{ piece }}{% endif %}"
+        f"{{% endfor %}}{{% endfor %}}{{% endmacro %}}\n{template}"
+    )
 
 
 def _arguments(call: Mapping[str, Any]) -> Any:

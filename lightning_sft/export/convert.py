@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from lightning_sft import checkpoints
 from lightning_sft.arguments import NonNegative, check_arguments
 from lightning_sft.data.mixture import as_mixture
 from lightning_sft.export import parity
-from lightning_sft.export.folder import check_is_free, whole_folder, widest_dtype, write
+from lightning_sft.export.folder import check_is_free, set_aside, whole_folder, widest_dtype, write
 from lightning_sft.export.gguf_file import GGUFType, write_gguf
 from lightning_sft.export.model_card import model_card
 from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
@@ -97,7 +96,8 @@ def export_checkpoint(
         gguf_type: How the GGUF file stores weights.
 
     Raises:
-        InputError: When the checkpoint cannot be read, or the folder does not pass; it then is kept as ``OUT.failed``.
+        InputError: When the checkpoint cannot be read, or the folder does not pass; it then is kept as
+            ``OUT.failed``, or under the next free name.
     """
     check_arguments(export_checkpoint, locals(), "export")
     ckpt = checkpoint_of(str(ckpt))
@@ -191,8 +191,8 @@ def rows_to_compare(facts: Mapping[str, Any], rows: str | Path | None = None) ->
     if rows is not None:
         found = parity.held_out(as_mixture(rows))
         return f"{len(found)} rows of {rows}", found
-    mixture = validation_data(facts)
     try:
+        mixture = validation_data(facts)
         if mixture is not None:
             found = parity.held_out(mixture)
             return f"{len(found)} rows of the run's validation data", found
@@ -222,9 +222,7 @@ def _mean_difference(trained: Tensor, live: Live) -> float:
 
 
 def _failed(folder: Path, out: Path, report: parity.Report) -> InputError:
-    kept = out.with_name(f"{out.name}.failed")
-    shutil.rmtree(kept, ignore_errors=True)
-    folder.rename(kept)
+    kept = set_aside(folder, out)
     return InputError(
         f"The exported model is not the one that was trained: {'; '.join(report.failures)}. It is in {kept}, "
         "with what was measured in parity.json. Where weights were rounded, another dtype may do, or a higher max_kl."

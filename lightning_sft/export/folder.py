@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import reduce
 from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,7 +72,7 @@ def whole_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
     """A folder that appears under its name when all of it is on the disk, or never.
 
     Args:
-        out: Its name. What is written goes to a hidden folder beside it, which is removed where anything fails.
+        out: Its name. What is written goes to a hidden folder of a new name beside it, which is removed at the end.
         replace: Whether a folder of that name gives way; without it, it must not exist, or be empty.
 
     Raises:
@@ -79,20 +81,36 @@ def whole_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
     out = Path(out)
     if not replace:
         check_is_free(out)
-    unfinished, old = (out.with_name(f".{out.name}.{name}") for name in ("unfinished", "old"))
-    for left_behind in (unfinished, old):  # by a process that was killed
-        shutil.rmtree(left_behind, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # nothing of anybody else is in it
+    unfinished, old = own / "unfinished", own / "old"
+    unfinished.mkdir()
     try:
         yield unfinished
         sync([*unfinished.rglob("*"), unfinished])
         if out.exists():
             out.rename(old)
-        unfinished.rename(out)
+        try:
+            unfinished.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
         sync([out.parent])
     finally:
-        for left_over in (unfinished, old):
-            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def set_aside(folder: Path, out: Path) -> Path:
+    """Keep an unfinished folder under the first free name of ``OUT.failed``, ``OUT.failed-2``, ....
+
+    Args:
+        folder: As :func:`whole_folder` gives it.
+        out: The name that it would have got.
+    """
+    names = (out.with_name(f"{out.name}.failed{number}") for number in ("", *(f"-{i}" for i in range(2, 10_000))))
+    kept = next(path for path in names if not os.path.lexists(path))
+    return folder.rename(kept)
 
 
 def check_is_free(out: Path) -> None:

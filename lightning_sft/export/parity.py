@@ -14,8 +14,8 @@ from itertools import islice
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,9 +23,12 @@ from lightning_sft.data.encode import encode_many
 from lightning_sft.data.messages import Converter
 from lightning_sft.data.mixture import Mixture
 from lightning_sft.data.sources import Source, leaves, parsed
+from lightning_sft.data.template import ChatTemplate
+from lightning_sft.terminal import Console
 from lightning_sft.types import Conversation, Example, InputError
 
 _LONGEST = 1024  # tokens of a sequence that are looked at
+_LOOKED_AT = 10_000  # rows of each part, among which are some that can be used
 _TARGETS = 512  # of all rows together: logits of each are kept
 _BUILT_IN = (
     ("What is 17 * 23?", "17 * 23 = 391."),
@@ -110,7 +113,7 @@ class Report:
         if self.rounded_from is not None:
             console.print(f"The weights were rounded from {self.rounded_from} to {self.dtype}.")
         for failure in self.failures:
-            console.print(f"[red]✗[/red] {failure}", highlight=False)
+            console.print(Text.assemble(("✗", "red"), f" {failure}"))
 
 
 def held_out(mixture: Mixture, format: Any = None, columns: Any = None, most: int = 8) -> list[Conversation]:
@@ -214,7 +217,7 @@ def unequal_ids(
 
 def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """Of each row what training makes of it, and what ``apply_chat_template`` does at inference."""
-    found = []
+    found, template = [], ChatTemplate.of(tokenizer).text  # with its date frozen: two renders are at two times
     for row, encoded in zip(conversations, encode_many(conversations, tokenizer), strict=True):
         trained: Any = str(encoded)  # of a refusal
         if not isinstance(encoded, InputError):
@@ -222,7 +225,8 @@ def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBa
         tools: Any = row.tools
         asked = [message for message in row.messages if message["role"] != "text"][:-1]
         try:
-            prompt = asked and tokenizer.apply_chat_template(asked, tools=tools, add_generation_prompt=True)
+            settings: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True}
+            prompt = asked and tokenizer.apply_chat_template(asked, tools=tools, **settings)
         except Exception as error:  # whatever a template raises, the other has to raise too
             prompt = str(error)
         found.append((trained, str(prompt)))
@@ -230,6 +234,6 @@ def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBa
 
 
 def _usable(source: Source, convert: Converter) -> Iterator[Conversation]:
-    for row, where in (row for leaf in leaves(source) for row in leaf()):
+    for row, where in islice((row for leaf in leaves(source) for row in leaf()), _LOOKED_AT):
         with suppress(InputError):  # a run may leave such rows out; here they would only be in the way
             yield convert(parsed(row, where), where)

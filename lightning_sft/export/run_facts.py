@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from lightning_sft.data.mixture import Mixture, Part, as_mixture
+from lightning_sft.data.sources import files_of
+from lightning_sft.types import InputError
 
 FACTS = "lightning_sft"
 """Under which key a checkpoint has the facts of its run."""
@@ -19,6 +22,7 @@ _TRAINER = (
     *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
     *("max_steps", "max_epochs", "num_nodes", "world_size"),
 )
+_FILES = 8  # of a part; an export reads a few rows
 _DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed")
 
 
@@ -46,15 +50,36 @@ def run_facts(trainer: Any) -> dict[str, Any]:
 def validation_data(facts: Mapping[str, Any]) -> Mixture | None:
     """The data that :func:`run_facts` noted for validation, to be read again; ``None`` where it was rows in memory.
 
+    The checkpoint may be of somebody else: files that it names one by one are read, no folder or pattern is searched.
+
     Args:
         facts: Of a run.
+
+    Raises:
+        InputError: When a name is no file and no data set.
     """
     parts = facts.get("data", {}).get("val", {}).get("parts", [])
     known = {part["name"]: part for part in parts if part["source"] is not None}
     if not known:
         return None
-    made = {name: Part(p["source"], format=p["format"], columns=p["columns"]) for name, p in known.items()}
+    made = {name: Part(_files(p), format=p["format"], columns=p["columns"]) for name, p in known.items()}
     return Mixture(dict(made))
+
+
+def _files(part: Mapping[str, Any]) -> list[str]:
+    source = part.get("files") or part["source"]
+    names = [source] if isinstance(source, str) else list(source)
+    for name in names:
+        if not (Path(name).is_file() or name.startswith("hf:") or (Path(name) / "dataset_info.json").is_file()):
+            raise InputError(f"there is no file {name!r}")
+    return names
+
+
+@lru_cache(maxsize=64)  # a run asks at each checkpoint
+def _first_files(name: str) -> list[str]:
+    if name.startswith("hf:") or (Path(name) / "dataset_info.json").is_file():
+        return [name]
+    return [str(file) for file in files_of(name)[:_FILES]]
 
 
 def _split(data: Any, name: str) -> dict[str, Any]:
@@ -64,6 +89,7 @@ def _split(data: Any, name: str) -> dict[str, Any]:
         {
             "name": part_name,
             "source": _name_of(part.source),
+            **({"files": _files_of(part.source)} if name == "val" else {}),
             "format": part.format or data.format,
             "columns": part.columns or data.columns,
             "share": part.share,
@@ -96,6 +122,18 @@ def _name_of(source: Any) -> str | list[str] | None:
     if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
         return [str(item) for item in source]
     return str(source) if isinstance(source, (str, Path)) else None
+
+
+def _files_of(source: Any) -> list[str] | None:
+    """The first files of a source that has a name, and is still there."""
+    names = _name_of(source)
+    if names is None:
+        return None
+    try:
+        found = [file for name in ([names] if isinstance(names, str) else names) for file in _first_files(name)]
+    except InputError:
+        return None
+    return found[:_FILES]
 
 
 def _optimizer(trainer: Any) -> dict[str, Any]:

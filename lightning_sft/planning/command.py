@@ -10,11 +10,11 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
-from rich.console import Console
 
 from lightning_sft.arguments import NonNegative, check_arguments
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.data.collate import collate
+from lightning_sft.data.plan import Division
 from lightning_sft.data.planned import Planned
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.kernels import COMPILES_FROM
@@ -24,7 +24,8 @@ from lightning_sft.planning.layout import Layout
 from lightning_sft.planning.prediction import Prediction, predict
 from lightning_sft.planning.remedies import Remedy, remedies
 from lightning_sft.planning.table import show_prediction, show_remedies
-from lightning_sft.trainer_facts import Division, data_parallel, total_steps, trainer_on_paper
+from lightning_sft.terminal import Console
+from lightning_sft.trainer_facts import data_parallel, total_steps, trainer_on_paper
 from lightning_sft.types import Batch, InputError
 
 _DESCRIPTION = (

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from lightning_sft.planning.device import GIB
 from lightning_sft.planning.prediction import LOADING, Prediction
 from lightning_sft.planning.remedies import Remedy
+from lightning_sft.terminal import Console
 
 
 def show_prediction(prediction: Prediction, steps: Mapping[str, Any], console: Console) -> None:

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
-from rich.console import Console
 
 from lightning_sft import __version__
 from lightning_sft.arguments import Count, Index, check_arguments
 from lightning_sft.config_cli import ConfigCLI
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.module import SFTModule
+from lightning_sft.terminal import Console
 from lightning_sft.types import InputError
 from lightning_sft.verify.contexts import check_contexts
 from lightning_sft.verify.documents import check_documents

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from lightning_sft.terminal import Console
 
 _SHOWN = 10  # failures of a check on the terminal; the JSON has all
 
@@ -112,38 +113,38 @@ class Verdict:
     def show(self, console: Console) -> None:
         """A table of all cases, and below it what failed."""
         for key, value in self.about.items():
-            console.print(f"{key}: {value}", highlight=False, markup=False)
+            console.print(f"{key}: {value}", highlight=False)
         table = Table("check", "measured", "at most", "verdict", box=SIMPLE_HEAD)
         for column in table.columns[1:3]:
             column.justify = "right"
         for outcome in self.outcomes:
-            table.add_row(f"[bold]{escape(outcome.check)}[/bold]", "", "", f"[dim]{outcome.seconds:.0f} s[/dim]")
+            table.add_row(Text(outcome.check, "bold"), "", "", Text(f"{outcome.seconds:.0f} s", "dim"))
             for case in outcome.cases:
-                verdict = "[green]passes[/green]" if case.passed else "[bold red]FAILS[/bold red]"
-                table.add_row(f"  {escape(case.name)}", _figure(case.measured), _figure(case.tolerance), verdict)
+                verdict = Text("passes", "green") if case.passed else Text("FAILS", "bold red")
+                table.add_row(f"  {case.name}", _figure(case.measured), _figure(case.tolerance), verdict)
             if outcome.error is not None:
-                table.add_row("  not run to its end", "", "", "[bold red]FAILS[/bold red]")
+                table.add_row("  not run to its end", "", "", Text("FAILS", "bold red"))
         console.print(table)
         for outcome in self.outcomes:
             _explain(outcome, console)
         for remark in self.remarks:
-            console.print(f"Note: {remark}", highlight=False, markup=False)
+            console.print(f"Note: {remark}", highlight=False)
         style = "bold green" if self.passed else "bold red"
         console.print("All checks pass." if self.passed else "It does not pass.", style=style)
 
 
 def _explain(outcome: Outcome, console: Console) -> None:
     """What a check measured; and, where it failed, everything that is known of it."""
-    console.print(f"{outcome.check}: {outcome.measure}.", style="dim", highlight=False, markup=False)
+    console.print(f"{outcome.check}: {outcome.measure}.", style="dim", highlight=False)
     for remark in outcome.remarks:
-        console.print(f"  {remark}", highlight=False, markup=False)
+        console.print(f"  {remark}", highlight=False)
     if outcome.error is not None:
-        console.print(f"  {outcome.error}", style="red", highlight=False, markup=False)
+        console.print(f"  {outcome.error}", style="red", highlight=False)
     for case in outcome.cases:
         for failure in case.failures[:_SHOWN]:
-            console.print(f"  {case.name}: {failure}", style="red", highlight=False, markup=False)
+            console.print(f"  {case.name}: {failure}", style="red", highlight=False)
         if len(case.failures) > _SHOWN:
-            console.print(f"  {case.name}: {len(case.failures) - _SHOWN:,} more", style="red", markup=False)
+            console.print(f"  {case.name}: {len(case.failures) - _SHOWN:,} more", style="red")
 
 
 def _figure(value: float) -> str:

@@ -267,6 +267,21 @@ def test_a_kernel_that_does_not_fit_the_card_says_why(
     assert gpu.kernels(torch.device("cpu"))[name] == (why, None)
 
 
+@pytest.mark.parametrize("error", [ImportError("undefined symbol: _ZN3c10"), OSError("libcudart.so.11.0 is missing")])
+def test_a_package_built_for_another_torch_is_not_said_to_be_missing(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str) -> Any:
+        raise error
+
+    monkeypatch.setattr(gpu.importlib, "import_module", broken)
+    monkeypatch.setattr(gpu, "_capability", lambda device: (9, 0))
+    for package in ("flash_attn", "flash_attn_interface"):
+        name = f"flash_attn {3 if 'interface' in package else 2}"
+        reason, kernel = gpu.kernels(torch.device("cpu"))[name]
+        assert (reason, kernel) == (f"package {package} cannot be imported ({error})", None)
+
+
 def test_without_a_gpu_each_kernel_says_so() -> None:
     assert gpu.one_call(torch.device("cpu")) is None
     assert {reason for reason, _ in gpu.kernels(torch.device("cpu")).values()} == {"it needs a GPU that torch sees"}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -121,6 +122,31 @@ def test_an_export_that_fails_on_the_way_is_a_warning_and_at_the_end_an_error_af
     with goes_on, pytest.raises(OSError, match="no space left"):
         trained(pretrained, export, callbacks=[saver], enable_checkpointing=True)
     assert (tmp_path / "ckpt" / "last.ckpt").is_file()
+
+
+def test_an_export_that_failed_at_the_end_is_made_when_the_run_is_resumed(
+    pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    def fit(best: bool, ckpt_path: str | None = None) -> Trainer:
+        saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=3)
+        export = HFExport(str(tmp_path / "out"), best=best)
+        return trained(pretrained, export, callbacks=[saver], enable_checkpointing=True, ckpt_path=ckpt_path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lightning_sft.callbacks.hf_export, "convert", full)
+        with pytest.raises(OSError, match="no space left"):
+            fit(best=False)
+    last = str(tmp_path / "ckpt" / "last.ckpt")
+    model = fit(best=False, ckpt_path=last).lightning_module.model.eval()
+    assert names(tmp_path / "out") == ["final"]
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final")(IDS).logits, model(IDS).logits)
+    (tmp_path / "out" / "final" / "mine").write_text("")
+    fit(best=True, ckpt_path=last)
+    assert names(tmp_path / "out") == ["best", "final"]
+    assert (tmp_path / "out" / "final" / "mine").exists()  # it was there: it is not written again
 
 
 def test_the_config_of_the_page_runs(

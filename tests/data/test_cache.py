@@ -7,20 +7,23 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import ipc
 
 from lightning_sft.data import cache as caching
 from lightning_sft.data.account import Account
 from lightning_sft.data.cache import cached
 from lightning_sft.data.chunks import Chunk, Recipe
 from lightning_sft.data.dataset import load_split
-from lightning_sft.data.examples import to_batch
+from lightning_sft.data.examples import save, to_batch
 from lightning_sft.data.sources import files_behind
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Example, InputError
@@ -102,9 +105,11 @@ def test_our_own_code_and_the_frozen_date_are_in_the_key(path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(caching, "__file__", str(path))  # another folder, without code
         assert key_of(str(path), RECIPE) != first
-    template = "{{ strftime_now('%Y') }}" + CHATML
-    dated = Recipe(tiny_tokenizer(template))
-    assert key_of(str(path), dated) != key_of(str(path), Recipe(tiny_tokenizer(template.replace("%Y", "%m"))))
+    dated = "{% set now = strftime_now %}{{ now('%Y') }}" + CHATML
+    first = key_of(str(path), Recipe(tiny_tokenizer(dated)))
+    with monkeypatch.context() as patch:
+        patch.setattr("lightning_sft.data.template.FROZEN_DATE", date(2025, 1, 1))
+        assert key_of(str(path), Recipe(tiny_tokenizer(dated))) != first
 
 
 def test_rows_in_memory_and_small_files_have_no_entry(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,6 +165,56 @@ def test_a_process_that_is_killed_while_it_builds_spoils_nothing(tmp_path: Path)
     assert (tmp_path / "key.building").exists()
     assert len(cached(tmp_path, "key", chunks)[0]) == 3
     assert not (tmp_path / "key.building").exists()
+
+
+def _cut_at_a_batch(data: Path) -> None:
+    """The same stream of Arrow with its last batch missing."""
+    with ipc.open_stream(data.read_bytes()) as whole:
+        save(list(whole)[:-1], data)
+
+
+def _cut_at_a_batch_with_its_size(data: Path) -> None:
+    _cut_at_a_batch(data)
+    account = data.with_suffix(".json")
+    account.write_text(json.dumps(json.loads(account.read_text()) | {"bytes": data.stat().st_size}))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _cut_at_a_batch,
+        _cut_at_a_batch_with_its_size,
+        lambda data: data.write_bytes(data.read_bytes()[:-100]),
+        lambda data: data.write_bytes(b""),
+        lambda data: data.write_bytes(bytes(data.stat().st_size)),
+        lambda data: data.unlink(),
+        lambda data: data.with_suffix(".json").write_text('{"num_'),
+        lambda data: data.with_suffix(".json").write_text("[]"),
+        lambda data: data.with_suffix(".json").write_text('{"bytes": 5}'),
+        lambda data: data.with_suffix(".json").write_bytes(b"\xff"),
+    ],
+)
+def test_a_damaged_entry_is_built_again_and_said_in_one_line(tmp_path: Path, damage: Any) -> None:
+    fresh, account = cached(tmp_path, "key", chunks)
+    del fresh
+    damage(tmp_path / "key.arrow")
+    is_there = (tmp_path / "key.arrow").exists()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        again, its_account = cached(tmp_path, "key", chunks)
+    assert [e.input_ids.tolist() for e in again] == [[0], [1], [2]]
+    assert its_account == account
+    assert [("is damaged" in str(w.message), "\n" in str(w.message)) for w in said] == [(True, False)] * is_there
+    assert len(cached(tmp_path, "key", chunks)[0]) == 3
+
+
+def test_an_entry_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(caching, "sync", lambda paths: steps.extend(f"sync {path.name}" for path in paths))
+    replace_file = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append(f"name {b.name}"), replace_file(a, b)))
+    cached(tmp_path, "key", chunks)
+    assert steps == ["sync key.arrow", "sync key.json", "name key.arrow", "name key.json", f"sync {tmp_path.name}"]
 
 
 def test_a_cache_that_cannot_be_written_warns_and_encodes(path: Path, tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 
+from lightning_sft.data import template as templates
 from lightning_sft.data.encode import encode, encode_many, encode_prompt
+from lightning_sft.data.template import ChatTemplate
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Conversation, Example, InputError
 
@@ -244,7 +248,57 @@ def test_a_tool_call_is_trained_with_its_arguments() -> None:
         encode(Conversation(messages, provenance="f:7"), tiny_tokenizer())
 
 
-def test_the_date_of_a_template_is_frozen() -> None:
-    template = "{{ strftime_now('%d %b %Y') }}" + CHATML
-    [example] = encode(conversation("a", "b"), tiny_tokenizer(template))
-    assert tiny_tokenizer().decode(example.input_ids).startswith("26 Jul 2024")
+@pytest.mark.parametrize(
+    ("spelling", "expected"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        ("{{ strftime_now( '%d %b %Y' ) }}", "26 Jul 2024"),
+        ("{{ strftime_now(format='%Y-%m-%d') }}", "2024-07-26"),
+        ("{{ strftime_now ('%Y') }}", "2024"),
+        ("{{ strftime_now('%d' ~ ' %b') }}", "26 Jul"),
+        ("{% set form = '%-m %_m%n' %}{{ strftime_now(form) }}", "7  7\n"),
+        ("{% set now = strftime_now %}{{ now('%H:%M:%S.%f') }}", "00:00:00.000000"),
+        ("{% macro today() %}{{ strftime_now('%j') }}{% endmacro %}{{ today() }}", "208"),
+        ("{% block day %}{{ strftime_now('%A') }}{% endblock %}", "Friday"),
+        ("{{ strftime_now('%y%%%d %%d') }}", "24%26 %d"),
+        ("{{ [strftime_now][0]('%Y')|int + 1 if strftime_now is defined }}", "2025"),
+        ("\n  {% if true %}\n {{ strftime_now('%Q%') }}{% endif %}", "\n %Q%"),
+    ],
+)
+def test_the_date_of_a_template_is_frozen_however_it_is_asked_for(spelling: str, expected: str) -> None:
+    [example] = encode(conversation("a", "b"), tiny_tokenizer(spelling + "|" + CHATML))
+    assert tiny_tokenizer().decode(example.input_ids).startswith(expected + "|")
+
+
+def test_freezing_the_date_changes_nothing_else_of_what_a_template_renders() -> None:
+    template = "\n   {% if true %}\n a{{ strftime_now is defined }}\n  {% endif %}\n" + CHATML
+    for marked in (template, template.replace("true", "messages")):
+        tokenizer, messages = tiny_tokenizer(marked), conversation("a", "b").messages
+        plain = tokenizer.apply_chat_template(list(messages), tokenize=False)
+        assert ChatTemplate.of(tokenizer).render(messages, None, generation=False) == plain
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + CHATML
+
+
+def test_a_template_that_does_not_end_is_one_error_and_no_refusal_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # of pytest-timeout
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(InputError, match=r"^#7: the chat template has not rendered it after 0\.2 s"):
+        encode_many([replace(conversation("a", "b"), provenance="#7")], tiny_tokenizer(LOOP))
+    with pytest.raises(InputError, match=r"the chat template has not rendered it after 0\.2 s"):
+        encode_prompt(conversation("a", "b"), tiny_tokenizer(LOOP))
+    assert signal.getsignal(signal.SIGALRM) == handler
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_a_timer_of_the_caller_is_left_alone_and_other_threads_render_too() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 500)
+    try:
+        expected = encode(conversation("a", "b"), tiny_tokenizer())
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 400
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(encode, conversation("a", "b"), tiny_tokenizer()).result() == expected

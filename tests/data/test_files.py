@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
+from lightning_sft.data import files
 from lightning_sft.data.files import read_file
 from lightning_sft.types import InputError
 
@@ -68,6 +71,12 @@ BAD: list[tuple[str, Any, str]] = [
     ("a.jsonl", '{"a": 1e999}', r"a\.jsonl:1: not valid JSON: the number 1e999 is too large"),
     ("a.jsonl", '{"a": {"b": 1, "c": 2, "b": 1}}', r"a\.jsonl:1: not valid JSON: the key 'b' is there twice"),
     ("a.json", '[\n\n{"a": 1, "a": 2}]', r"a\.json:3: not valid JSON: the key 'a' is there twice"),
+    (
+        "a.jsonl",
+        '{"a": ' + "[" * 100 + "]" * 100 + "}",
+        r"a\.jsonl:1: .* it is nested too deeply, more than 100",
+    ),
+    ("a.json", '[1, {"a": ' + "[" * 100 + "]" * 100 + "}]", r"a\.json:1: not valid JSON: it is nested too deeply"),
     ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: not valid JSON: it is nested too deeply"),
     ("a.jsonl", "9" * 5_000, r"a\.jsonl:1: not valid JSON: Exceeds the limit"),
     ("a.csv", "", "has no rows"),
@@ -204,3 +213,77 @@ def test_any_json_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory,
     (folder / "b.json").write_text(json.dumps(rows, indent=indent, ensure_ascii=False), encoding="utf-8")
     for name in ("a.jsonl", "b.json"):
         assert [row for row, _ in read_file(folder / name)] == rows
+
+
+def test_as_deep_as_is_allowed_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": ' + "[" * 99 + "]" * 99 + ', "b": [' + "[]," * 200 + "[]]}")
+    [(row, _)] = read_file(path)
+    assert len(row["b"]) == 201
+
+
+def test_a_key_that_is_there_twice_among_many_is_found_in_linear_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{" + ",".join(f'"{i}": 1' for i in range(200_000)) + ', "199999": 2}')
+    begin = time.process_time()
+    with pytest.raises(InputError, match="the key '199999' is there twice"):
+        list(read_file(path))
+    assert time.process_time() - begin < 20  # quadratic time would be an hour
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
+def test_a_row_that_is_too_long_is_refused_before_it_is_parsed(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_ROW", 1 << 20)
+    write(tmp_path / name, [{"a": "x"}, {"a": "x" * 1_000_000}])
+    assert len(list(read_file(tmp_path / name))) == 2
+    write(tmp_path / name, [{"a": "x"}, {"a": "x" * 1_100_000}])
+    with pytest.raises(InputError, match=r"longer than 1 MiB|field larger than field limit"):
+        list(read_file(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
+def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_FREE", 1 << 20)
+    rows = [{"a": "x" * 50_000, "b": i} for i in range(400)]
+    write(tmp_path / name, rows)
+    assert (tmp_path / name).stat().st_size * 200 < 20_000_000
+    with pytest.raises(InputError, match="it unpacks to more than 200 times its size"):
+        list(read_file(tmp_path / name))
+    monkeypatch.setattr(files, "_FREE", 1 << 30)
+    assert len(list(read_file(tmp_path / name))) == 400
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_dictionary_whose_rows_are_each_a_long_text_takes_the_memory_of_a_few(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, [{"a": "x" * 1_000_000}] * 500)  # 500 MB of rows in a file of some megabytes
+    tracemalloc.start()
+    reading = read_file(tmp_path / name)
+    for _ in range(10):
+        next(reading)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    reading.close()  # type: ignore[attr-defined] # it is a generator
+    assert peak < 200_000_000
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Rows as a file of the kind that its name says."""
+    if path.suffix in (".parquet", ".arrow"):
+        table = pyarrow.table({"a": pyarrow.array([row["a"] for row in rows]).dictionary_encode()})
+        if path.suffix == ".parquet":
+            parquet.write_table(table, path)
+        else:
+            with ipc.new_stream(str(path), table.schema) as file:
+                file.write_table(table)
+        return
+    if ".csv" in path.name:
+        text = "a\n" + "".join(f"{row['a']}\n" for row in rows)
+    else:
+        text = "\n".join(map(json.dumps, rows)) if ".jsonl" in path.name else json.dumps(rows, indent=0)
+    if path.suffix == ".zst":
+        with pyarrow.output_stream(str(path), compression="zstd") as out:
+            out.write(text.encode())
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning_sft import Mixture, Part, SFTDataModule, SFTModule
 from lightning_sft.data.chunks import Recipe
 from lightning_sft.data.dataset import load_split
+from lightning_sft.data.planned import draw_of
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import InputError
 
@@ -42,7 +43,7 @@ def test_shares_and_weights_are_positive_numbers(settings: dict[str, float]) -> 
 def realised(mixture: Mixture) -> tuple[float, float]:
     """The share of the first part in the rows and in the targets of an epoch."""
     split = load_split("train", mixture, Recipe(tiny_tokenizer()))
-    drawn = split.draw(seed=0).epoch(0)
+    drawn = draw_of(split, seed=0).epoch(0)
     targets = split.examples.num_targets[drawn]
     is_first = split.parts[drawn] == 0
     return is_first.mean(), targets[is_first].sum() / targets.sum()
@@ -64,7 +65,7 @@ def test_a_row_of_several_sequences_is_one_row(monkeypatch: pytest.MonkeyPatch) 
     text = [{"text": "x" * 200}]
     recipe = Recipe(tiny_tokenizer(), max_length=50, overflow="split")
     split = load_split("train", Mixture({"a": Part(text * 3, share=1), "b": Part(SHORT[:3], share=1)}), recipe)
-    assert split.draw(0).counts == split.part_sizes
+    assert draw_of(split, 0).counts == split.part_sizes
     assert split.part_sizes[0] > 10
 
 

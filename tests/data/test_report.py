@@ -7,16 +7,15 @@ from io import StringIO
 from itertools import pairwise
 
 import pytest
-from rich.console import Console
 
 from lightning_sft.data.account import Account
 from lightning_sft.data.dataset import Split
 from lightning_sft.data.examples import Examples, to_batch
 from lightning_sft.data.packing import pack
-from lightning_sft.data.plan import Plan
+from lightning_sft.data.plan import Division, Plan
 from lightning_sft.data.planned import Planned
 from lightning_sft.data.report import by_reason, figures, histogram, show_details, show_report
-from lightning_sft.trainer_facts import Division
+from lightning_sft.terminal import Console
 from lightning_sft.types import Example
 
 EXAMPLES = [Example([1, 2, 3], [0, 1, 1], "a:1"), Example([1, 2], [0, 1], "a:2"), Example([1, 4], [0, 1], "a:2")]

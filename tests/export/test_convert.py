@@ -73,6 +73,29 @@ def test_other_rows_can_be_given_and_without_any_there_are_built_in_ones(
     assert found["rows"].startswith("a few built-in rows (the run had no validation data in files")
 
 
+@pytest.mark.parametrize("named", [{"source": "{}/**/*.jsonl"}, {"source": "{}"}, {"files": ["{}/*.jsonl"]}])
+def test_a_checkpoint_has_no_folder_searched_for_its_validation_data(
+    ckpt: str, tmp_path: Path, named: dict[str, Any]
+) -> None:
+    (tmp_path / "private.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    evil = torch.load(ckpt, weights_only=True)
+    [part] = evil["lightning_sft"]["data"]["val"]["parts"]
+    del part["files"]
+    part |= json.loads(json.dumps(named).replace("{}", str(tmp_path)))
+    torch.save(evil, tmp_path / "evil.ckpt")
+    found = parity_of(export_checkpoint(str(tmp_path / "evil.ckpt"), str(tmp_path / "out")))
+    assert found["rows"].startswith("a few built-in rows (the run's validation data cannot be read: there is no file")
+
+
+def test_a_pattern_that_a_run_was_given_is_known_by_its_files(pretrained: str, tmp_path: Path) -> None:
+    for name in ("val-1", "val-2"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    trainer = trained(pretrained, data={"val": str(tmp_path / "val-*.jsonl")})
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    found = parity_of(export_checkpoint(str(tmp_path / "run.ckpt"), str(tmp_path / "out")))
+    assert found["rows"] == "8 rows of the run's validation data"
+
+
 def test_rounding_is_measured_and_said(ckpt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = export_checkpoint(ckpt, str(tmp_path / "out"), dtype="bfloat16")
     found = parity_of(out)
@@ -84,11 +107,27 @@ def test_rounding_is_measured_and_said(ckpt: str, tmp_path: Path, capsys: pytest
 
 
 def test_an_export_that_does_not_pass_is_kept_under_another_name_and_is_an_error(ckpt: str, tmp_path: Path) -> None:
-    for _ in range(2):  # the second takes the place of the first
-        with pytest.raises(InputError, match=r"is not the one that was trained: KL.* is in .*out\.failed"):
+    names = ["out.failed", "out.failed-2"]
+    for count, name in enumerate(names, 1):
+        with pytest.raises(InputError, match=rf"is not the one that was trained: KL.* is in .*{name},"):
             export_checkpoint(ckpt, str(tmp_path / "out"), dtype="bfloat16", max_kl=1e-12)
-        assert [path.name for path in tmp_path.iterdir()] == ["out.failed"]
-    assert not parity_of(tmp_path / "out.failed")["passed"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == names[:count]
+        assert not parity_of(tmp_path / name)["passed"]
+
+
+def test_an_export_that_does_not_pass_touches_no_folder_of_the_user(ckpt: str, tmp_path: Path) -> None:
+    own = [tmp_path / name / "precious" for name in ("out.failed", ".out.unfinished", ".out.old")]
+    for path in own:
+        path.parent.mkdir()
+        path.write_text("mine")
+    with pytest.raises(InputError, match=r"out\.failed-2"):
+        export_checkpoint(ckpt, str(tmp_path / "out"), dtype="bfloat16", max_kl=1e-12)
+    assert [path.read_text() for path in own] == ["mine"] * 3
+    export_checkpoint(ckpt, str(tmp_path / "out"))
+    assert [path.read_text() for path in own] == ["mine"] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["out", "out.failed-2", *(path.parent.name for path in own)]
+    )
 
 
 def test_a_threshold_below_zero_is_refused(ckpt: str, tmp_path: Path) -> None:

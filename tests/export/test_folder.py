@@ -99,11 +99,7 @@ def test_what_fails_half_way_leaves_no_folder(pretrained: str, tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_is_not_there_before_it_is_whole_and_what_a_killed_process_left_is_no_hindrance(
-    tmp_path: Path,
-) -> None:
-    (tmp_path / ".out.unfinished").mkdir()
-    (tmp_path / ".out.unfinished" / "half").write_text("")
+def test_a_folder_is_not_there_before_it_is_whole(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out") as folder:
         (folder / "whole").write_text("1")
         assert not (tmp_path / "out").exists()
@@ -116,3 +112,21 @@ def test_a_folder_is_not_there_before_it_is_whole_and_what_a_killed_process_left
         raise RuntimeError
     assert (tmp_path / "out" / "whole").read_text() == "2"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_that_cannot_take_the_place_of_another_leaves_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "first").write_text("1")
+    rename = Path.rename
+
+    def fails(path: Path, target: Path) -> Path:
+        if path.name == "unfinished":
+            raise OSError("no space left")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="no space left"), whole_folder(tmp_path / "out", replace=True):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]

@@ -63,6 +63,11 @@ def test_another_template_is_seen_by_the_ids(template: str) -> None:
     assert unequal_ids(built_in(), tiny_tokenizer(), tiny_tokenizer(template)) == ["#1", "#2", "#3", "#4"]
 
 
+def test_ids_of_a_template_that_writes_the_time_are_equal_at_any_time() -> None:
+    clocks = [tiny_tokenizer("{{ strftime_now ('%f') }}" + CHATML) for _ in range(2)]
+    assert not unequal_ids(built_in(), *clocks)
+
+
 def test_a_report_fails_above_its_threshold_and_with_what_is_no_number() -> None:
     def failures(**found: Any) -> list[str]:
         return Report("rows", 1e-6, **found).failures

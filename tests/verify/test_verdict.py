@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from lightning_sft.terminal import Console
 from lightning_sft.verify.verdict import Case, Outcome, Verdict
 
 

@@ -1,0 +1,49 @@
+"""What is safe to print: no character of data, file names or models moves a terminal's cursor or runs its commands."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from rich import console as rich
+from rich.segment import Segment
+from rich.text import Text
+
+_JOINERS = "\u200c\u200d"  # part of how emoji and some scripts are written
+_PLAIN = re.compile(r"[^\x20-\x7e\n\t]")
+
+
+def printable(text: str) -> str:
+    r"""The text without what would move the cursor or turn the direction of writing; lines and tabs stay.
+
+    >>> printable("a\n\tb\x1b[2J\u202e")
+    'a\n\tb<U+001B>[2J<U+202E>'
+    """
+    return _PLAIN.sub(lambda character: _shown(character.group()), text)
+
+
+def _shown(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs") and character not in _JOINERS
+    return f"<U+{ord(character):04X}>" if hidden else character
+
+
+class Console(rich.Console):
+    r"""A console of rich that prints only what is :func:`printable`, and takes no markup out of what it is given.
+
+    >>> Console(highlight=False).print("a.jsonl:1 \x1b[2J [/red]")
+    a.jsonl:1 <U+001B>[2J [/red]
+    """
+
+    def __init__(self, *, markup: bool = False, **settings: Any) -> None:
+        super().__init__(markup=markup, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """The same, before lines are broken: what is written out takes room."""
+        return super().render_str(printable(text), **settings)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        """The segments of anything; those that control the terminal are rich's own."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
