@@ -46,6 +46,7 @@ def test_every_block_of_a_page_does_what_the_page_says(
     for file in ("train.jsonl", "val.jsonl"):
         jsonl(rows, file)
     Path("fit.yaml").write_text("{model: {pretrained: SmolLM2}, data: {train: train.jsonl}}")
+    Path("foreign.yaml").write_text("{model: {class_path: somebody.Module}}")
     elsewhere = {"lightning-sft doctor\n": ""}  # takes seconds; test_doctor runs it
     Reader(capsys, elsewhere).read(without_directives(DOCS / f"{name}.md"))
 

@@ -260,7 +260,7 @@ def test_batches_of_a_user_cannot_be_normalised_by_sequence(pretrained: str, qui
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 1.5, "many"])
 def test_a_chunk_size_that_is_none_is_refused_before_a_model_is_looked_for(chunk_size: Any) -> None:
-    with pytest.raises(InputError, match=r"chunk_size=.* must be a positive integer"):
+    with pytest.raises(InputError, match=r"model.chunk_size is .*; expected an integer >= 1 or null"):
         SFTModule("nowhere", chunk_size=chunk_size)
 
 
@@ -296,11 +296,17 @@ def test_an_answer_ends_with_the_stop_token_that_training_teaches(
     assert module.model is not None
     module.model.generation_config.eos_token_id = of_model
     generate = module.model.generate
-    monkeypatch.setattr(module.model, "generate", lambda **given: (asked.append(given), generate(**given))[1])
+
+    def record(**given: Any) -> Any:
+        asked.append(module.model.generation_config.eos_token_id)
+        return generate(**given)
+
+    monkeypatch.setattr(module.model, "generate", record)
     data = SFTDataModule(predict=[{"prompt": "a"}])
     quiet_trainer().predict(module, data)
     assert data.tokenizer.convert_ids_to_tokens(257) == "<|im_end|>"
-    assert [given["eos_token_id"] for given in asked] == [stops]
+    assert asked == [stops]
+    assert module.model.generation_config.eos_token_id == of_model
 
 
 def test_a_fine_tuned_model_without_an_eos_of_its_own_stops_after_its_answer(

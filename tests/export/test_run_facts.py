@@ -47,7 +47,7 @@ def test_validation_data_can_be_read_again_where_they_are_files(pretrained: str,
     mixture = validation_data(saved(trained(pretrained, data=data)))
     assert mixture is not None
     [part] = mixture.of_name.values()
-    assert (part.source, part.columns) == (path, data["columns"])
+    assert (part.source, part.columns) == ([path], data["columns"])
     assert validation_data(saved(trained(pretrained))) is None  # rows in memory
     assert validation_data({}) is None
 

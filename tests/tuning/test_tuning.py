@@ -61,9 +61,9 @@ def trainer(**strategy: Any) -> Any:
         (
             Tuning(Lora(), quantize="4bit"),
             {"device_mesh": {"tensor_parallel": [0]}},
-            "packed weights cannot be sharded",
+            "Packed weights cannot be sharded",
         ),
-        (Tuning(Lora(), quantize="4bit"), {"config": {"zero_optimization": {}}}, "packed weights cannot be sharded"),
+        (Tuning(Lora(), quantize="4bit"), {"config": {"zero_optimization": {}}}, "Packed weights cannot be sharded"),
         (Tuning(Lora()), {"zero_stage_3": True}, "Under ZeRO-3 neither adapters"),
         (Tuning(new_tokens=["<|a|>"]), {"zero_stage_3": True}, r"nor model\.new_tokens can be put into"),
         (
