@@ -56,6 +56,7 @@ def by_definition(lengths: list[int], capacity: int) -> list[list[int]]:
 @example([40, 30, 20, 15, 15], 70)  # 30 would fill the room best of all, two of 15 as well
 @example([40, 20, 15, 15], 70)  # two of 15 fill the room, 20 does not
 @example([40, 16, 15, 9, 6], 70)  # only one 15 is there
+@example([45, 20, 12, 8], 70)  # 12 and 8 fill no more than 20
 def test_the_last_sequences_of_a_pack_are_chosen_in_pairs(lengths: list[int], capacity: int) -> None:
     packs = [[lengths[i] for i in pack_of] for pack_of in pack(lengths, capacity)]
     assert packs == by_definition(lengths, capacity)
