@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from lightning_sft.terminal import printable
+
 _NAME = re.compile(r"""(?:--|(?:[Oo]ption|[Kk]ey) ['"])(\w[\w.-]*)""")  # of an option, in messages of jsonargparse
 
 
@@ -38,7 +40,8 @@ class OneLine:
         text = " ".join(message.split())
         for name in getattr(getattr(parser, "_subcommands_action", None), "choices", ()):
             text = text.replace(f"required: {name}.", "required: --")  # an argument is called as it is given
-        sys.stderr.write(f"{prog}: {text.rstrip('.')}.{did_you_mean(_NAME.findall(text), options, '--')}")
+        closest = did_you_mean(_NAME.findall(text), options, "--")
+        sys.stderr.write(printable(f"{prog}: {text.rstrip('.')}.{closest}"))
         sys.stderr.write(f" All options: {prog} --help\n")
         sys.exit(2)
 

@@ -100,3 +100,13 @@ def test_keys_rows_and_names_of_files_reach_no_terminal(
     printed = "".join(capfd.readouterr()).replace("\rLoading weights", "")  # a progress bar of transformers
     assert verb == "fit" or "<U+001B>" in printed
     assert [line for line in printed.split("\n") if has_control(line)] == []
+
+
+def test_a_key_of_a_config_reaches_no_terminal(
+    tmp_path: Path, pretrained: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump({"data": {EVIL: 1}}))
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.pretrained", pretrained, "--config", str(tmp_path / "a.yaml")])
+    assert SHOWN.partition("<U+000D>")[0] in (printed := capfd.readouterr().err)
+    assert not has_control(printed.replace("\n", ""))

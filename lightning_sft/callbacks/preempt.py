@@ -106,15 +106,18 @@ class Preempt(Callback):
 
     def _end(self, trainer: Any) -> None:
         path, told = self._save(trainer), self.told or "a signal on another rank"
-        rank_zero_info(f"Received {told}; saved step {trainer.global_step} to {path}. Resume with --ckpt_path last.")
+        saved = f"saved step {trainer.global_step} to {path}. Resume with --ckpt_path last."
+        nothing = "nothing was saved, since no step has been taken. The same command begins again."
+        rank_zero_info(f"Received {told}; {nothing if path is None else saved}")
         raise Preempted(f"received {told}")
 
-    def _save(self, trainer: Any) -> Path:
+    def _save(self, trainer: Any) -> Path | None:
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         safe = [saver for saver in savers if isinstance(saver, SafeCheckpoint)]
         if safe:
             safe[0].save(trainer)
-            return Path(safe[0]._last_checkpoint_saved or trainer.ckpt_path)
+            saved = safe[0]._last_checkpoint_saved or trainer.ckpt_path
+            return Path(saved) if saved else None
         write_whole(trainer)
         folder = next((saver.dirpath for saver in savers if saver.dirpath), None)
         path = Path(folder or Path(trainer.default_root_dir, "checkpoints"), f"resume-step={trainer.global_step}.ckpt")

@@ -30,6 +30,7 @@ MAX_EXPANSION = 200
 """How many times its size a packed file may unpack to; natural text has a factor of 3 to 20."""
 
 _FREE = 1 << 30  # bytes that any file may unpack to
+_BLOCK = 1 << 20  # bytes that are read at once
 _AT_A_TIME = 64  # rows of a table: a dictionary may hold each of them once
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -116,7 +117,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[Line, int]]:
 
 def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
     """The elements of a list one by one, with the line on which each begins; or objects that follow each other."""
-    text = "".join(_lines(path))
+    text = _text(path)
     at, line, counted = _skip(text, 0), 1, 0
     is_list = text[at : at + 1] == "["
     at = _skip(text, at + is_list)
@@ -218,10 +219,24 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line). "
-                    "Save the file as UTF-8."
-                ) from error
+                raise _not_utf8(path, number, error, error.start) from error
+
+
+def _text(path: Path) -> str:
+    """All of a text file, whose lines may be of any length: without spaces, a list of JSON is one line."""
+    blocks, most = [], inf if path.suffix in _TEXT else _most_unpacked(path)
+    with _open(path) as file:
+        for block in iter(partial(file.read, _BLOCK), b""):
+            blocks.append(block)
+            most -= len(block)
+            if most < 0:
+                raise _expands(path)
+    content = b"".join(blocks)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise _not_utf8(path, number, error, error.start - content.rfind(b"\n", 0, error.start) - 1) from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -244,6 +259,12 @@ def _expands(path: Path) -> InputError:
     return InputError(
         f"{path}: it unpacks to more than {MAX_EXPANSION} times its size. If that is as it should be, unpack it to a "
         ".jsonl file first."
+    )
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError, at: int) -> InputError:
+    return InputError(
+        f"{path}:{line}: not UTF-8 text ({error.reason} at byte {at} of the line). Save the file as UTF-8."
     )
 
 

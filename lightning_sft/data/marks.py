@@ -28,7 +28,7 @@ def has_marks(template: str) -> bool:
     >>> has_marks("{%- generation -%} {{ content }} {%- endgeneration -%}"), has_marks("{# no {% generation %} #}")
     (True, False)
     """
-    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", re.sub(r"(?s)\{#.*?#\}", "", template)) is not None
+    return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", re.sub(r"(?s)\{#.*?(#\}|\Z)", "", template)) is not None
 
 
 def render_with_marks(

@@ -18,9 +18,10 @@ from string import ascii_letters
 from threading import current_thread, main_thread
 from typing import Any, cast
 
-from jinja2 import TemplateError
+from jinja2 import nodes
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lightning_sft.data.marks import Span, has_marks, marked_end, render_with_marks
 from lightning_sft.data.segments import Segments
@@ -137,15 +138,19 @@ class ChatTemplate:
     def _render(self, messages: Sequence[Message], tools: Any, generation: bool) -> tuple[str, list[Span]]:
         """The text of messages, and what of it is marked; with ``generation``, marks are not asked for."""
         try:
+            _refuse_random(self.text)
             if self.has_marks and not generation:
                 return render_with_marks(self.tokenizer, self.text, messages, tools)
             text = self.tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=generation, chat_template=self.text
             )
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except (TimeoutError, InputError):
+            raise
+        except Exception as error:  # whatever a program of others raises
             if any(isinstance(_arguments(call), dict) for m in messages for call in m.get("tool_calls") or ()):
                 return self._render([_with_text_arguments(m) for m in messages], tools, generation)
-            raise InputError(f"the chat template refuses the conversation: {error}") from error
+            said = str(error) or type(error).__name__  # a MemoryError says nothing
+            raise InputError(f"the chat template refuses the conversation: {said}") from error
         return str(text), []
 
     def _end(self, answer: str) -> int:
@@ -242,6 +247,20 @@ def _frozen(template: str) -> str:
         "{% elif piece[:1] in known %}{{ known[piece[:1]] }}{{ piece[1:] }}{% else %}%{{ piece }}{% endif %}"
         f"{{% endfor %}}{{% endfor %}}{{% endmacro %}}\n{template}"
     )
+
+
+@lru_cache(maxsize=8)
+def _refuse_random(template: str) -> None:
+    """Refuse a template that would be rendered differently each time, as by ``random`` and ``lipsum`` of jinja2."""
+    if "random" in template or "lipsum" in template:
+        tree = _compile_jinja_template(template).environment.parse(template)
+        filters = {node.name for node in tree.find_all(nodes.Filter)}
+        names = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
+        if found := sorted(filters & {"random"} | names & {"lipsum"}):
+            raise InputError(
+                f"the chat template draws at random ({found[0]}), so no run could be repeated. Give another with "
+                "data.chat_template."
+            )
 
 
 def _arguments(call: Mapping[str, Any]) -> Any:

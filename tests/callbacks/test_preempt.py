@@ -76,6 +76,17 @@ def test_in_a_validation_it_does_not_wait_for_the_end_and_the_validation_is_stil
     assert "val/loss" not in trainer.callback_metrics
 
 
+def test_in_a_validation_before_the_first_step_there_is_nothing_to_save(
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], tmp_path: Path, capsys: Any, caplog: Any
+) -> None:
+    callbacks = [Tell(signal.SIGTERM, "val"), Preempt(), SafeCheckpoint(str(tmp_path / "own"))]
+    between = {"accumulate_grad_batches": 3, "val_check_interval": 1, "enable_checkpointing": True}
+    with caplog.at_level("INFO"), pytest.raises(Preempted):
+        fit(pretrained, quiet_trainer(callbacks=callbacks, **between), rows)
+    assert "nothing was saved, since no step has been taken" in caplog.text + capsys.readouterr().out
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_an_unknown_signal_is_refused() -> None:
     with pytest.raises(InputError, match=r"There is no signal TERM. Expected names such as SIGTERM"):
         Preempt(["TERM"])

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, normalizers
 
 from lightning_sft.data import template as templates
 from lightning_sft.data.encode import encode, encode_many, encode_prompt
+from lightning_sft.data.marks import has_marks
 from lightning_sft.data.template import ChatTemplate
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Conversation, Example, InputError
@@ -302,3 +303,30 @@ def test_a_timer_of_the_caller_is_left_alone_and_other_threads_render_too() -> N
         signal.setitimer(signal.ITIMER_REAL, 0)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(encode, conversation("a", "b"), tiny_tokenizer()).result() == expected
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "{{ 1 / 0 }}",
+        "{{ 1.0e300 ** 9 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{" + "(" * 3000 + "1" + ")" * 3000 + "}}",
+    ],
+    ids=["a division", "an overflow", "a recursion", "a nesting"],
+)
+def test_whatever_a_template_raises_is_one_error(head: str) -> None:
+    with pytest.raises(InputError, match="the chat template refuses the conversation: "):
+        encode(conversation("a", "b"), tiny_tokenizer(head + CHATML))
+
+
+@pytest.mark.parametrize("head", ["{{ [1, 2] | random }}", "{{ lipsum() }}"])
+def test_a_template_that_draws_at_random_is_refused(head: str) -> None:
+    with pytest.raises(InputError, match=r"the chat template draws at random \((random|lipsum)\)"):
+        encode(conversation("a", "b"), tiny_tokenizer(head + CHATML))
+    assert encode(conversation("a random", "b lipsum"), tiny_tokenizer("{# random lipsum #}random" + CHATML))
+
+
+@pytest.mark.timeout(60)
+def test_marks_are_looked_for_in_linear_time() -> None:
+    assert not has_marks("{#" * 200_000)

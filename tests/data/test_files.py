@@ -287,3 +287,13 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
             out.write(text.encode())
     else:
         path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_list_of_json_may_be_one_line_of_any_length(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_ROW", 1000)
+    path, content = tmp_path / f"a.json{suffix}", json.dumps([{"text": "é" * 100}] * 100).encode()
+    path.write_bytes(gzip.compress(content) if suffix else content)
+    assert len(list(read_file(path))) == 100
