@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,17 @@ from lightning_sft.disk import append, rows_of, sync, write
 from lightning_sft.types import InputError
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """A limit on the size of files stands for the disk."""
+    """A limit on the size of files stands for the disk; only here, since the log of the tests may be a longer one."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_files_and_folders_are_asked_to_be_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,21 +35,19 @@ def test_files_and_folders_are_asked_to_be_on_the_disk(tmp_path: Path, monkeypat
     assert synced == [file.stat().st_ino, tmp_path.stat().st_ino]
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_on_a_full_disk_a_file_stays_what_it_was(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     write(path, "before")
-    with pytest.raises(InputError, match=r"run.json cannot be written: File too large"):
+    with full_disk(), pytest.raises(InputError, match=r"run.json cannot be written: File too large"):
         write(path, "x" * 3000)
     assert path.read_text() == "before"
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_on_a_full_disk_no_half_line_is_appended(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     append(path, "{}\n" * 500)
-    with pytest.raises(InputError, match=r"samples.jsonl cannot be written: File too large"):
+    with full_disk(), pytest.raises(InputError, match=r"samples.jsonl cannot be written: File too large"):
         append(path, "{}\n" * 500)  # of which some would still fit
     assert path.read_text() == "{}\n" * 500
 
