@@ -8,7 +8,7 @@ function does, for every public constructor: choices are those of ``Literal``, r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from difflib import get_close_matches
@@ -120,7 +120,8 @@ def made(of: Callable[..., _T], given: Any) -> Any:
     known = list(_hints(of))
     for name in given:
         if name not in known:
-            raise InputError(f"{of.__name__} has no {name!r}; it has {', '.join(known)}.{_closest(str(name), known)}")
+            closest = did_you_mean([str(name)], known, cutoff=0.5)
+            raise InputError(f"{of.__name__} has no {name!r}; it has {', '.join(known)}.{closest}")
     return of(**given)
 
 
@@ -136,6 +137,28 @@ def unwrapped() -> Iterator[None]:
         if cause is None or cause is error:
             raise
         raise cause from None
+
+
+def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", cutoff: float | None = None) -> str:
+    """A question after the first of the given names that is close to a known one but none; else nothing.
+
+    Args:
+        given: Words of a message, or what was typed.
+        known: What there is.
+        prefix: Of known names, in the question.
+        cutoff: How alike they have to be, from 0 to 1, whatever their case; names with dots share much, and need more.
+
+    >>> did_you_mean(["fti"], ["fit", "test"])
+    ' Did you mean fit?'
+    >>> did_you_mean(["fit"], ["fit", "test"])
+    ''
+    """
+    names = {name.lower(): name for name in known}
+    for name in given:
+        least = cutoff or (0.75 if "." in name else 0.6)
+        if name not in names.values() and (close := get_close_matches(name.lower(), names, n=1, cutoff=least)):
+            return f" Did you mean {prefix}{names[close[0]]}?"
+    return ""
 
 
 @lru_cache
@@ -208,13 +231,7 @@ def _shown(value: Any) -> str:
 def _remedy(value: Any, hint: Any) -> str:
     if hasattr(value, "save_pretrained"):
         return " Write it to a folder with its save_pretrained, and give that folder."
-    return _closest(value, list(_choices(hint))) if isinstance(value, str) else ""
-
-
-def _closest(given: str, known: Sequence[str]) -> str:
-    lower = {name.lower(): name for name in known}
-    found = get_close_matches(given.lower(), lower, n=1, cutoff=0.5)
-    return f" Did you mean {lower[found[0]]}?" if found else ""
+    return did_you_mean([value], _choices(hint), cutoff=0.5) if isinstance(value, str) else ""
 
 
 def _choices(hint: Any) -> Iterator[str]:

@@ -209,9 +209,8 @@ class _Index(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What an index may consist of: records of torch, dtypes, sizes and paths."""
-        if module in ("pathlib", "pathlib._local", "torch", "torch.serialization") or module.startswith(
-            "torch.distributed.checkpoint."
-        ):
+        known = ("pathlib", "pathlib._local", "torch", "torch.serialization")
+        if module in known or module.startswith("torch.distributed.checkpoint."):
             found: Any = super().find_class(module, name)
             if isinstance(found, torch.dtype) or found in (torch.Size, torch.serialization._get_layout):
                 return found

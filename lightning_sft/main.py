@@ -19,7 +19,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft import __version__
-from lightning_sft.arguments import unwrapped
+from lightning_sft.arguments import did_you_mean, unwrapped
 from lightning_sft.callbacks import PredictionWriter
 from lightning_sft.callbacks.ending import ending
 from lightning_sft.callbacks.survival import default_callbacks, find_last
@@ -34,7 +34,7 @@ from lightning_sft.doctor import run_doctor
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.guards import check_precision
 from lightning_sft.module import SFTModule
-from lightning_sft.one_line import VerbParser, did_you_mean, unexpected
+from lightning_sft.one_line import VerbParser, unexpected
 from lightning_sft.planning.command import PlanCLI
 from lightning_sft.replay import ReplayCLI
 from lightning_sft.report_html import write_report

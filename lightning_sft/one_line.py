@@ -6,13 +6,12 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable
 from contextlib import suppress
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from lightning_sft.arguments import did_you_mean
 from lightning_sft.terminal import printable
 
 _NAME = re.compile(r"""(?:--|(?:[Oo]ption|[Kk]ey) ['"])(\w[\w.-]*)""")  # of an option, in messages of jsonargparse
@@ -33,7 +32,7 @@ class OneLine:
             ex: What it caught.
         """
         if not self.exit_on_error:  # one of several types of an argument is tried
-            super().error(message, ex)  # type: ignore[misc]
+            super().error(message, ex)  # type: ignore[misc]  # of the parser that it is mixed into
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
         options = [name.lstrip("-") for name in parser._option_string_actions]
@@ -50,26 +49,6 @@ class VerbParser(OneLine, ArgumentParser):
     """Of verbs that have arguments of their own alone."""
 
 
-def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "") -> str:
-    """A question after the first of the given names that is close to a known one but none; else nothing.
-
-    Args:
-        given: Words of a message, or what was typed.
-        known: What there is.
-        prefix: Of known names, in the question.
-
-    >>> did_you_mean(["fti"], ["fit", "test"])
-    ' Did you mean fit?'
-    >>> did_you_mean(["fit"], ["fit", "test"])
-    ''
-    """
-    known = list(known)
-    for name in given:
-        if name not in known and (close := get_close_matches(name, known, n=1, cutoff=0.75 if "." in name else 0.6)):
-            return f" Did you mean {prefix}{close[0]}?"
-    return ""
-
-
 def unexpected(error: Exception) -> str:
     """What went wrong, for the shell: of an error that nobody has foreseen, its kind, and where its traceback is.
 
@@ -77,12 +56,8 @@ def unexpected(error: Exception) -> str:
         error: Any.
     """
     text, where = f"{type(error).__name__}: {error}".strip().rstrip(".:"), "add --debug to see it"
-    with (
-        suppress(OSError),
-        tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", prefix="lightning-sft-", suffix=".txt", delete=False
-        ) as file,
-    ):  # the disk may be full
+    settings: dict[str, Any] = {"encoding": "utf-8", "prefix": "lightning-sft-", "suffix": ".txt", "delete": False}
+    with suppress(OSError), tempfile.NamedTemporaryFile("w", **settings) as file:  # the disk may be full
         traceback.print_exception(error, file=file)
         where = f"it is in {file.name}, or {where}"
     return f"{text}.\nFor the traceback: {where}."

@@ -211,7 +211,8 @@ def _check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) 
         ignored = re.compile("|".join(passed_over))
         for path in weight_files(pretrained):
             with safe_open(path, framework="pt") as file:
-                left |= {name for name in file.keys() if ignored.search(name) and name not in ends}  # noqa: SIM118
+                stored = file.keys()  # it is no dictionary
+                left |= {name for name in stored if ignored.search(name) and name not in ends}
     modules = {".".join(parts[:end]) for parts in names for end in range(len(parts))}
     found = Counter(_part(name, modules) for name in left if not _COMPUTED.search(name))
     if found:
@@ -264,9 +265,7 @@ def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
             return auto_class.from_pretrained(**source, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever the loader trips over is in the files: transformers checks few of their values
+    except Exception as error:  # whatever it trips over is in the files: transformers checks few of their values
         where = "The folder is there" if Path(pretrained).exists() else "There is no such folder or file here"
         said = " ".join(str(error).split())
         if isinstance(error, pickle.UnpicklingError):  # torch's words advise to run what is in the file

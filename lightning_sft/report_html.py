@@ -33,7 +33,6 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     page = _TEMPLATE.read_text(encoding="utf-8").replace("{{ style }}", _STYLE.read_text(encoding="utf-8"))
     body = "\n".join([*parts, _settings(found.record), _reproduce(found.record)])
     path = Path(out) if out else found.folder / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, page.replace("{{ title }}", escape(title)).replace("{{ body }}", body))
     return path
 

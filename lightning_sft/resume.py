@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_sft.optimizers import parts_of
 from lightning_sft.trainer_facts import data_parallel
 from lightning_sft.types import InputError
 
@@ -217,9 +218,12 @@ class Asked:
     @classmethod
     def of(cls, optimizer: Any) -> Asked:
         """That of an optimizer that has just been made."""
-        parts = getattr(optimizer, "parts", [optimizer])
         groups = [{n: deepcopy(v) for n, v in g.items() if n not in _NO_SETTINGS} for g in optimizer.param_groups]
-        return cls([type(part).__name__ for part in parts], [len(g["params"]) for g in optimizer.param_groups], groups)
+        return cls(
+            [type(part).__name__ for part in parts_of(optimizer)],
+            [len(g["params"]) for g in optimizer.param_groups],
+            groups,
+        )
 
     def check(self, saved: Asked | None) -> None:
         """Refuse the states of another optimizer, if a checkpoint has any.

@@ -41,7 +41,7 @@ def cut_off(path: Path, step: int) -> int:
             p for n in range(1, 1_000_000) if not (p := path.with_name(f"{path.stem}.{n}{path.suffix}")).exists()
         )
         path.rename(free)
-        rank_zero_info(f"{path} had no step that this run goes on from; it is kept as {free.name}.")
+        rank_zero_info(f"{path} has no step that this run resumes from; it is kept as {free.name}.")
         return 0
     os.truncate(path, max(end for _, end in kept))
     return int(kept[-1][0])

@@ -17,7 +17,7 @@ from lightning_sft.types import InputError
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: nothing is locked there
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # where types know a module
 
 NAME = ".lock"
 

@@ -150,6 +150,8 @@ def gather(trainer: Any, value: Any) -> list[Any]:
 def first_rank_does(trainer: Any, work: Callable[[], object]) -> None:
     """Have rank 0 do what touches the disk; every rank calls it, and gets its error.
 
+    For what takes moments: others wait in a collective, which long work would time out (``export.first_rank``).
+
     Raises:
         InputError: On every rank, where the work raised it.
     """

@@ -207,7 +207,7 @@ def _wait(name: str) -> None:
         _waits[f"{name} in {where}"] += 1
 
 
-class _Backend(getattr(registration, "_DummyBackendModule", object)):  # type: ignore[misc]
+class _Backend(getattr(registration, "_DummyBackendModule", object)):  # type: ignore[misc]  # torch has it, or not
     def is_available(self) -> bool:
         return _is_on
 
@@ -227,7 +227,7 @@ class _Backend(getattr(registration, "_DummyBackendModule", object)):  # type: i
         torch.set_rng_state(state)
 
 
-class _Hook(getattr(registration, "_DummyPrivateUse1Hook", object)):  # type: ignore[misc]
+class _Hook(getattr(registration, "_DummyPrivateUse1Hook", object)):  # type: ignore[misc]  # torch has it, or not
     def is_available(self) -> bool:
         return _is_on
 

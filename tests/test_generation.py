@@ -186,7 +186,8 @@ def test_padding_needs_no_embedding_of_its_own(quiet_trainer: Any, rows: list[di
     losses = []
     for packing in ("packed", "padded"):
         trainer, module = quiet_trainer(max_steps=1), SFTModule(folder, max_new_tokens=3)
-        data = SFTDataModule(train=rows, val=rows, predict=rows, packing=packing, cache=None)  # type: ignore[arg-type]
+        how: dict[str, Any] = {"packing": packing, "cache": None}
+        data = SFTDataModule(train=rows, val=rows, predict=rows, **how)
         trainer.fit(module, data)
         losses.append(trainer.callback_metrics["val/loss"].item())
         assert sum(map(len, trainer.predict(module, data))) == len(rows)

@@ -24,7 +24,7 @@ def module_on_one_rank(is_finite: Callable[[Batch], bool]) -> Any:
     def likelihood(batch: Batch) -> Any:
         return SimpleNamespace(total=torch.tensor(0.0 if is_finite(batch) else torch.nan))
 
-    likelihood.trainer, likelihood.device = None, "cpu"  # type: ignore[attr-defined]
+    likelihood.trainer, likelihood.device = None, "cpu"  # type: ignore[attr-defined]  # as of a module
     return likelihood
 
 

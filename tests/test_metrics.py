@@ -75,7 +75,7 @@ def expected(examples: list[Example], log_probs: dict[tuple[str, int], float]) -
 
 
 def of_predictions(examples: list[Example], hidden: dict[str, torch.Tensor], head: torch.Tensor) -> tuple[float, float]:
-    """Mean entropy of the predictions, and the share of targets that are the likeliest, by a loop over the targets."""
+    """Mean entropy of the predictions, and the share of targets that are predicted, by a loop over the targets."""
     entropies, correct = [], []
     for example in examples:
         for i, weight in enumerate(example.target_weights):

@@ -38,7 +38,7 @@ def test_whatever_is_printed_on_a_console_is_text_alone() -> None:
         assert "owned" in printed
     console = Console(file=io.StringIO(), force_terminal=True, width=400, highlight=False)
     console.print(EVIL, style="red")
-    assert console.file.getvalue() == f"\x1b[31m{SHOWN}\x1b[0m\n"  # type: ignore[attr-defined]
+    assert console.file.getvalue() == f"\x1b[31m{SHOWN}\x1b[0m\n"  # type: ignore[attr-defined]  # the same
 
 
 def test_markup_in_data_is_text_too() -> None:
@@ -46,7 +46,7 @@ def test_markup_in_data_is_text_too() -> None:
     table = Table("name")
     table.add_row("[/x] [link=http://evil]a[/link]")
     console.print(table, "[/red].jsonl")
-    assert "[/x] [link=http://evil]a[/link]" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "[/x] [link=http://evil]a[/link]" in console.file.getvalue()  # type: ignore[attr-defined]  # the same
 
 
 def test_an_error_quotes_data_as_text_also_from_another_process() -> None:

@@ -29,7 +29,7 @@ def encode(
         normalize: ``sequence`` divides an answer's weight by its number of tokens, ``sqrt`` by the root of it.
 
     Raises:
-        InputError: When there is no answer, parity cannot be had, or the template renders for too long.
+        InputError: When there is no answer, parity is not possible, or the template renders for too long.
 
     >>> from lightning_sft.demos import tiny_tokenizer
     >>> tokenizer = tiny_tokenizer()

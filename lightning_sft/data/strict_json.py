@@ -1,4 +1,4 @@
-"""JSON that means one thing only: no NaN, no key twice, no number that does not fit, no nesting without end."""
+"""JSON that means one thing only: no NaN, no key twice, no number that does not fit, nesting of bounded depth."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ from lightning_sft.types import InputError, Message
 FROZEN_DATE = date(2024, 7, 26)
 """What a template that writes today's date is given: training must not depend on the day it runs."""
 
-
 MAX_SECONDS = 60.0
 """Of rendering one conversation; a template is a program that somebody else has written."""
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lightning_sft.data.mixture import Mixture, Part, as_mixture
 from lightning_sft.data.sources import files_of
+from lightning_sft.optimizers import parts_of
 from lightning_sft.types import InputError
 
 FACTS = "lightning_sft"
@@ -145,7 +146,7 @@ def _optimizer(trainer: Any) -> dict[str, Any]:
     settings = {name: first.get(name, value) for name, value in getattr(optimizer, "defaults", {}).items()}
     settings |= {"lr": first.get("initial_lr", first.get("lr"))}
     plain = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
-    kinds = [type(part).__name__ for part in getattr(optimizer, "parts", [optimizer])]
+    kinds = [type(part).__name__ for part in parts_of(optimizer)]
     return {"class": " and ".join(kinds)} | {n: v for n, v in plain.items() if isinstance(v, (int, float, list))}
 
 
