@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
@@ -85,6 +86,7 @@ class SFTModule(LightningModule):
         trained: Patterns of those that are trained all the same, also beside adapters.
         neftune_alpha: Noise on embeddings in training, see :mod:`lightning_sft.tuning.neftune`.
         hf_config: Architecture of a model whose weights a checkpoint brings: the pretrained ones are then not read.
+        compile_layers: Deprecated: ``kernels`` is ``compiled`` for ``true``, and ``none`` for ``false``.
 
     >>> import tempfile
     >>> from lightning_sft.demos import tiny_pretrained
@@ -117,11 +119,15 @@ class SFTModule(LightningModule):
         trained: list[str] | None = None,
         neftune_alpha: NonNegative | None = None,
         hf_config: dict[str, Any] | None = None,
+        compile_layers: bool | None = None,
     ) -> None:
         super().__init__()
         check_arguments(SFTModule, locals(), "model")
         pretrained = str(pretrained)
-        self.save_hyperparameters(ignore=["optimizer", "optimizers", "hf_config"])
+        if compile_layers is not None:
+            kernels = "compiled" if compile_layers else "none"
+            warnings.warn(f"model.compile_layers has been replaced: set model.kernels to {kernels}.", stacklevel=2)
+        self.save_hyperparameters(ignore=["optimizer", "optimizers", "hf_config", "compile_layers"])
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizers or optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens

@@ -23,7 +23,8 @@ def restored(checkpoint: Mapping[str, Any]) -> PreTrainedModel:
     """
     known = inspect.signature(SFTModule.__init__).parameters
     given = {name: value for name, value in settings_of(checkpoint).items() if name in known}
-    module = SFTModule(**given | {"attn_implementation": None})  # that of training may need a GPU; weights know of none
+    of_training = dict.fromkeys(("attn_implementation", "compile_layers"))  # may need a GPU; weights know of neither
+    module = SFTModule(**given | of_training)
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     try:
