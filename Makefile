@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 QUICKSTART := build/quickstart
+# Files of tests in parallel, a thread each: tests of a file share models, and many start processes of their own.
+PARALLEL := -n logical --maxprocesses=4 --dist=loadfile
+test test-lowest test-newest: export OMP_NUM_THREADS ?= 1
 
 .PHONY: help quickstart test test-all test-lowest test-newest lint docs bench bench-growth gpu clean
 
@@ -38,7 +41,7 @@ lint: $(VENV)/dev
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: lint
 	$(BIN)/python -m pytest
@@ -55,7 +58,7 @@ build/newest/bin/pytest: pyproject.toml
 	build/newest/bin/python -m pip install --quiet --editable '.[dev]'
 
 test-lowest test-newest: test-%: build/%/bin/pytest
-	build/$*/bin/python -m pytest -m "not slow" --override-ini filterwarnings=default
+	build/$*/bin/python -m pytest $(PARALLEL) -m "not slow" --override-ini filterwarnings=default
 
 $(VENV)/docs: $(BIN)/lightning-sft
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[docs]'
