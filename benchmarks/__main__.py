@@ -24,8 +24,8 @@ from benchmarks.limits import Work
 from benchmarks.measure import Scripts
 from benchmarks.plot import draw
 from benchmarks.table import markdown, write_page
-from lightning_sft.demo_data import command_rows
-from lightning_sft.demo_model import fetch_demo_model
+from lightning_sft.demos.data import command_rows
+from lightning_sft.demos.pretrained import fetch_demo_model
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 

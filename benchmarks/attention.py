@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_sft.attention.documents import Documents
-from lightning_sft.attention.implementation import attend
+from lightning_sft.model.attention.documents import Documents
+from lightning_sft.model.attention.per_document import attend
 
 
 class Layer(torch.nn.Module):

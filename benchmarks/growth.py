@@ -25,7 +25,7 @@ from benchmarks.environments import BUILD, ROOT
 from benchmarks.measure import Scripts
 from benchmarks.plot import draw_growth
 from benchmarks.table import write_page
-from lightning_sft.demo_model import fetch_demo_model
+from lightning_sft.demos.pretrained import fetch_demo_model
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 DOCUMENT, VOCABULARY, LENGTH = 256, 49152, 2048  # where something else grows

@@ -24,8 +24,8 @@ from torch.optim import AdamW
 
 from benchmarks.environments import BUILD
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.demo_data import write_demo_data
-from lightning_sft.demo_model import fetch_demo_model
+from lightning_sft.demos.data import write_demo_data
+from lightning_sft.demos.pretrained import fetch_demo_model
 
 PRECISIONS = ("32-true", "bf16-mixed")
 WINDOW = 20  # steps that a drawn point is the mean of

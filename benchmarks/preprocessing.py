@@ -26,10 +26,10 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from lightning_sft.data.chunks import Recipe
-from lightning_sft.data.dataset import load_split
-from lightning_sft.data.planned import Planned
-from lightning_sft.trainer_facts import Division
+from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.tokens.dataset import load_split
+from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.training.trainer import Division
 
 LENGTH = 2048
 

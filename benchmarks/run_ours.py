@@ -46,11 +46,11 @@ def train(given: SimpleNamespace) -> None:
 
 def preprocess(given: SimpleNamespace) -> None:
     """Rows a second from the file to the plan of an epoch; the tokenizer is loaded already."""
-    from lightning_sft.data.chunks import Recipe
-    from lightning_sft.data.dataset import load_split
-    from lightning_sft.data.planned import Planned
-    from lightning_sft.pretrained import load_tokenizer
-    from lightning_sft.trainer_facts import Division
+    from lightning_sft.data.batches.split_plan import Planned
+    from lightning_sft.data.tokens.dataset import load_split
+    from lightning_sft.data.tokens.encode_rows import Recipe
+    from lightning_sft.model.pretrained import load_tokenizer
+    from lightning_sft.training.trainer import Division
 
     tokenizer = load_tokenizer(given.model)
     began = time.perf_counter()
@@ -61,9 +61,9 @@ def preprocess(given: SimpleNamespace) -> None:
 
 def batches(given: SimpleNamespace) -> None:
     """Figures of the data, and its first rows as ``input_ids`` and ``labels``, which stand at their own positions."""
-    from lightning_sft.data.chunks import Recipe
-    from lightning_sft.data.dataset import load_split
-    from lightning_sft.pretrained import load_tokenizer
+    from lightning_sft.data.tokens.dataset import load_split
+    from lightning_sft.data.tokens.encode_rows import Recipe
+    from lightning_sft.model.pretrained import load_tokenizer
     from lightning_sft.types import IGNORE
 
     split = load_split("train", given.rows, Recipe(load_tokenizer(given.model), max_length=given.length))

@@ -20,11 +20,11 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from lightning_sft.data.account import Account
-from lightning_sft.data.blocks import Shape
-from lightning_sft.data.chunks import Recipe
-from lightning_sft.data.mixture import as_mixture
-from lightning_sft.data.stream import StreamLoader
+from lightning_sft.data.batches.stream import StreamLoader
+from lightning_sft.data.batches.stream_blocks import Shape
+from lightning_sft.data.rows.mixture import as_mixture
+from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.data.tokens.row_report import Account
 
 WORDS = "the of and a to in he have it that for they with as not on she".split()  # noqa: SIM905 -- one line, not one a word
 

@@ -18,10 +18,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import SFTModule
-from lightning_sft.demo_data import write_demo_data
-from lightning_sft.demo_model import fetch_demo_model
-from lightning_sft.guards import bfloat16_is_slow
+from lightning_sft.demos.data import write_demo_data
+from lightning_sft.demos.pretrained import fetch_demo_model
 from lightning_sft.main import main
+from lightning_sft.training.checks import bfloat16_is_slow
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 

@@ -26,9 +26,9 @@ from rich.text import Text
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lightning_sft.demo_data import write_demo_data  # noqa: E402 - this repository's, by the path above
-from lightning_sft.demo_model import fetch_demo_model  # noqa: E402 - this repository's, by the path above
-from tests.browsing import Browser, started  # noqa: E402 - this repository's, by the path above
+from lightning_sft.demos.data import write_demo_data  # noqa: E402 - this repository's, by the path above
+from lightning_sft.demos.pretrained import fetch_demo_model  # noqa: E402 - this repository's, by the path above
+from tests.helpers.browsing import Browser, started  # noqa: E402 - this repository's, by the path above
 
 WIDTH = 104  # columns of the terminal
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # fonts would come from the web

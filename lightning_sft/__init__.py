@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 __all__ = ["Batch", "Mixture", "Part", "SFTDataModule", "SFTModule", "__version__", "log_likelihood"]
 
 if TYPE_CHECKING:
-    from lightning_sft.data.mixture import Mixture, Part
+    from lightning_sft.data.rows.mixture import Mixture, Part
     from lightning_sft.datamodule import SFTDataModule
     from lightning_sft.module import SFTModule
     from lightning_sft.objective import log_likelihood
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "types",
-    "Mixture": "data.mixture",
-    "Part": "data.mixture",
+    "Mixture": "data.rows.mixture",
+    "Part": "data.rows.mixture",
     "SFTDataModule": "datamodule",
     "SFTModule": "module",
     "log_likelihood": "objective",

@@ -12,26 +12,26 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.arguments import Count, Index, Tokens, check_arguments
-from lightning_sft.data.blocks import Shape
-from lightning_sft.data.chunks import Recipe
-from lightning_sft.data.dataset import Split, load_prompts, load_split
-from lightning_sft.data.formats import FormatName
-from lightning_sft.data.loader import EpochLoader, PromptLoader, pad_token_id
-from lightning_sft.data.mixture import Mixture, as_mixture
-from lightning_sft.data.overflow import Overflow
-from lightning_sft.data.packing import Packing
-from lightning_sft.data.plan import Division
-from lightning_sft.data.planned import Planned, default_tokens_per_batch
-from lightning_sft.data.report import show_report, show_stream_report
-from lightning_sft.data.sources import Source
-from lightning_sft.data.stream import StreamLoader, check_stream
-from lightning_sft.data.workers import num_cores
-from lightning_sft.guards import check_prompts
-from lightning_sft.plain import plain
-from lightning_sft.pretrained import context_length, load_tokenizer
-from lightning_sft.trainer_facts import data_parallel, division_of, gather, on_cuda, place
-from lightning_sft.tuner import tries_sizes
+from lightning_sft.data.batches.loader import EpochLoader, PromptLoader, pad_token_id
+from lightning_sft.data.batches.packing import Packing
+from lightning_sft.data.batches.plan import Division
+from lightning_sft.data.batches.split_plan import Planned, default_tokens_per_batch
+from lightning_sft.data.batches.stream import StreamLoader, check_stream
+from lightning_sft.data.batches.stream_blocks import Shape
+from lightning_sft.data.inspect.summary import show_report, show_stream_report
+from lightning_sft.data.rows.formats import FormatName
+from lightning_sft.data.rows.mixture import Mixture, as_mixture
+from lightning_sft.data.rows.sources import Source
+from lightning_sft.data.tokens.dataset import Split, load_prompts, load_split
+from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.data.tokens.overflow import Overflow
+from lightning_sft.data.tokens.workers import num_cores
+from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments
+from lightning_sft.io.plain import plain
+from lightning_sft.model.pretrained import context_length, load_tokenizer
+from lightning_sft.training.checks import check_prompts
+from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, place
+from lightning_sft.training.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -41,8 +41,9 @@ class SFTDataModule(LightningDataModule):
     """Reads instruction data, encodes it with the model's chat template, and plans its micro-batches.
 
     Args:
-        train: Files, a folder, a glob, ``hf:owner/name:split`` or rows, see :func:`lightning_sft.data.sources.read`;
-            or several data sets, see :class:`lightning_sft.data.mixture.Mixture`.
+        train: Files, a folder, a glob, ``hf:owner/name:split`` or rows, see
+            :func:`lightning_sft.data.rows.sources.read`; or several data sets, see
+            :class:`lightning_sft.data.rows.mixture.Mixture`.
         val: The same, for validation.
         test: The same, for ``test``.
         predict: The same, for ``predict``; answers may be missing.

@@ -19,30 +19,30 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft import __version__
-from lightning_sft.arguments import did_you_mean, unwrapped
 from lightning_sft.callbacks import PredictionWriter
+from lightning_sft.callbacks.defaults import default_callbacks, find_last
 from lightning_sft.callbacks.ending import ending
-from lightning_sft.callbacks.survival import default_callbacks, find_last
-from lightning_sft.chat import chat
-from lightning_sft.checkpoints import facts, hyper_parameters
-from lightning_sft.completion import completion
-from lightning_sft.config_cli import ConfigCLI, ConfigParser, check_config, with_own_defaults
-from lightning_sft.cuda_segments import expand_segments
+from lightning_sft.checkpoints.reading import facts, hyper_parameters
+from lightning_sft.commands.base import ConfigCLI, ConfigParser, check_config, with_own_defaults
+from lightning_sft.commands.chat import chat
+from lightning_sft.commands.completion import completion
+from lightning_sft.commands.doctor import run_doctor
+from lightning_sft.commands.init import init
+from lightning_sft.commands.plan.command import PlanCLI
+from lightning_sft.commands.replay import ReplayCLI
+from lightning_sft.commands.report.page import write_report
+from lightning_sft.commands.show.command import ShowCLI
+from lightning_sft.commands.verify.command import VerifyCLI
 from lightning_sft.datamodule import SFTDataModule
-from lightning_sft.demo_model import fetch_demo_model
-from lightning_sft.doctor import run_doctor
+from lightning_sft.demos.pretrained import fetch_demo_model
 from lightning_sft.export.convert import export_checkpoint
-from lightning_sft.guards import check_precision
+from lightning_sft.io.arguments import did_you_mean, unwrapped
+from lightning_sft.io.errors import VerbParser, unexpected
+from lightning_sft.machine.cuda_segments import expand_segments
+from lightning_sft.machine.terminal import printable
 from lightning_sft.module import SFTModule
-from lightning_sft.one_line import VerbParser, unexpected
-from lightning_sft.planning.command import PlanCLI
-from lightning_sft.replay import ReplayCLI
-from lightning_sft.report_html import write_report
-from lightning_sft.show import ShowCLI
-from lightning_sft.start import init
-from lightning_sft.terminal import printable
+from lightning_sft.training.checks import check_precision
 from lightning_sft.types import InputError
-from lightning_sft.verify.command import VerifyCLI
 
 
 class SFTCLI(LightningCLI):

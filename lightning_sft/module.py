@@ -21,30 +21,35 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from lightning_sft import pretrained as loading
-from lightning_sft.arguments import Count, Fraction, NonNegative, check_arguments
-from lightning_sft.attention.choice import Attention, check_asked, probed
-from lightning_sft.evaluation import Evaluation
-from lightning_sft.export.run_facts import FACTS, run_facts
-from lightning_sft.generation import Sampling, answers
-from lightning_sft.guards import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
-from lightning_sft.host_copy import HostCopy, without_waiting
-from lightning_sft.kernels import KERNELS, KernelName, Kernels
-from lightning_sft.metrics import NUM_SUMS, figures_by_part, sums_by_part
-from lightning_sft.modes import in_default_dtype
-from lightning_sft.optimizer_modes import TRAINED, Modes, check_strategy
-from lightning_sft.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
-from lightning_sft.plain import plain
-from lightning_sft.precision import follow_autocast
-from lightning_sft.recompute import Checkpointing, checkpoint_layers
-from lightning_sft.resume import ASKED, PLACE, Asked, note, restore, retune, seed_micro_batch, seed_of
-from lightning_sft.run_folder import write_whole
-from lightning_sft.schedules import Schedule, learning_rate_factor
-from lightning_sft.scorer import Scorer
-from lightning_sft.sharding import Sharding
-from lightning_sft.step_figures import NUM_COUNTS, SEEN, StepFigures
+from lightning_sft.checkpoints.resume import ASKED, PLACE, Asked, note, restore, retune, seed_micro_batch, seed_of
+from lightning_sft.checkpoints.run_facts import FACTS, run_facts
+from lightning_sft.checkpoints.writing import write_whole
+from lightning_sft.evaluation.corpus import Evaluation
+from lightning_sft.evaluation.generation import Sampling, answers
+from lightning_sft.evaluation.metrics import NUM_SUMS, figures_by_part, sums_by_part
+from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments
+from lightning_sft.io.plain import plain
+from lightning_sft.machine.contexts import in_default_dtype
+from lightning_sft.machine.host_copy import HostCopy, without_waiting
+from lightning_sft.model import pretrained as loading
+from lightning_sft.model.attention.choice import Attention, check_asked, probed
+from lightning_sft.model.kernels import KERNELS, KernelName, Kernels
+from lightning_sft.model.likelihood import Scorer
+from lightning_sft.model.parallel.sharding import Sharding
+from lightning_sft.model.parallel.zero3 import gathered, loading_config
+from lightning_sft.model.precision import follow_autocast
+from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
+from lightning_sft.model.tuning.adapters import Lora
+from lightning_sft.model.tuning.neftune import add_noise
+from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
+from lightning_sft.model.tuning.tuning import Tuning
 from lightning_sft.strategies import layout
-from lightning_sft.trainer_facts import (
+from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
+from lightning_sft.training.optimizer_modes import TRAINED, Modes, check_strategy
+from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
+from lightning_sft.training.schedules import Schedule, learning_rate_factor
+from lightning_sft.training.throughput import NUM_COUNTS, SEEN, StepFigures
+from lightning_sft.training.trainer import (
     autocast_dtype,
     data_parallel,
     divisors,
@@ -53,12 +58,7 @@ from lightning_sft.trainer_facts import (
     sum_over_ranks,
     total_steps,
 )
-from lightning_sft.tuning.adapters import Lora
-from lightning_sft.tuning.neftune import add_noise
-from lightning_sft.tuning.quantized import Bits, keep_out_of_broadcasts
-from lightning_sft.tuning.tuning import Tuning
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
-from lightning_sft.zero import gathered, loading_config
 
 
 class SFTModule(LightningModule):
@@ -69,7 +69,7 @@ class SFTModule(LightningModule):
         normalize: What an optimiser step divides its weighted sum by, see :mod:`lightning_sft.objective`.
         optimizer: Makes the optimiser from parameter groups; norms and biases are not decayed.
         optimizers: Several instead, each for the parameters that its patterns name, as Muon for matrices and AdamW for
-            the rest, see :class:`~lightning_sft.optimizers.OptimizerPart`.
+            the rest, see :class:`~lightning_sft.training.optimizers.OptimizerPart`.
         schedule: How the learning rate goes down after the warm-up.
         warmup: Steps of linear warm-up, as a share of all.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory: of each layer (``true``), of
@@ -78,13 +78,14 @@ class SFTModule(LightningModule):
         attn_implementation: Attention of transformers, as ``sdpa``; by default ours where exact, see docs/attention.
         chunk_size: Targets whose logits are in memory at a time; by default 512 on CPUs, and what fits on GPUs.
         max_new_tokens: Most tokens that are generated for a prompt.
-        sampling: How they are chosen; the likeliest by default, see :class:`~lightning_sft.generation.Sampling`.
-        lora: Adapters to train instead of the model, see :class:`~lightning_sft.tuning.adapters.Lora`.
+        sampling: How they are chosen; the likeliest by default, see
+            :class:`~lightning_sft.evaluation.generation.Sampling`.
+        lora: Adapters to train instead of the model, see :class:`~lightning_sft.model.tuning.adapters.Lora`.
         quantize: Bits of the pretrained weights under adapters: ``4bit`` or ``8bit``.
         new_tokens: Special tokens to add to the tokenizer and the model.
         frozen: Patterns of parameters' names that are not trained, as ``*.layers.0.*``.
         trained: Patterns of those that are trained all the same, also beside adapters.
-        neftune_alpha: Noise on embeddings in training, see :mod:`lightning_sft.tuning.neftune`.
+        neftune_alpha: Noise on embeddings in training, see :mod:`lightning_sft.model.tuning.neftune`.
         hf_config: Architecture of a model whose weights a checkpoint brings: the pretrained ones are then not read.
         compile_layers: Deprecated: ``kernels`` is ``compiled`` for ``true``, and ``none`` for ``false``.
 
@@ -325,7 +326,9 @@ class SFTModule(LightningModule):
         self._log_figures("test", self._evaluation.close(self), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Answers to a :class:`~lightning_sft.data.loader.PromptBatch`, see :mod:`lightning_sft.generation`."""
+        """Answers to a :class:`~lightning_sft.data.batches.loader.PromptBatch`, see
+        :mod:`lightning_sft.evaluation.generation`.
+        """
         assert self.model is not None, "configure_model has not been called"
         return answers(self.model, batch, self.max_new_tokens, self.sampling)
 

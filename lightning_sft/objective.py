@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sft.chunked_head import Head, automatic_chunk_size, check_chunk_size, on_chunks, scaled, slices
-from lightning_sft.fused_softmax import fused_softmax, fuses
+from lightning_sft.head.chunks import Head, automatic_chunk_size, check_chunk_size, on_chunks, scaled, slices
+from lightning_sft.head.fused_softmax import fused_softmax, fuses
 from lightning_sft.types import IGNORE, InputError, LogLikelihood
 
 _CACHED = 2**18  # logits that a CPU takes the softmax of at a time: 1 MB in float32

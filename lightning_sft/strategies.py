@@ -9,9 +9,9 @@ from typing import Any, Literal
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
-from lightning_sft.arguments import Count, check_arguments
-from lightning_sft.checkpoints import check_index, tensors_alone
-from lightning_sft.sharding import DtypeName
+from lightning_sft.checkpoints.reading import check_index, tensors_alone
+from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.model.parallel.sharding import DtypeName
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_sft.host_copy import without_waiting
-from lightning_sft.terminal import printable
+from lightning_sft.machine.host_copy import without_waiting
+from lightning_sft.machine.terminal import printable
 
 IGNORE = -100
 """Label of a position that has no target, as in ``torch.nn.functional.cross_entropy``."""

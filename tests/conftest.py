@@ -11,7 +11,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft.demos import tiny_pretrained
-from tests import second_device
+from tests.helpers import second_device
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where it is installed, says so on standard output
 os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that tests start
@@ -35,7 +35,7 @@ def pretrained_for_two(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def exports_of(tmp_path_factory: pytest.TempPathFactory, pretrained_for_two: str) -> Callable[[str], Path]:
     """The folder of what a strategy has exported in two processes; those that can share them run together, once."""
-    from tests.exporting import TWO, ZERO, launch
+    from tests.helpers.exporting import TWO, ZERO, launch
 
     out, ran = tmp_path_factory.mktemp("exports"), set[str]()
 
@@ -83,7 +83,7 @@ def quiet_trainer(tmp_path: Path) -> Callable[..., Trainer]:
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
     """Chromium, where it is installed with its driver."""
-    from tests.browsing import started
+    from tests.helpers.browsing import started
 
     with started(tmp_path) as session:
         yield session

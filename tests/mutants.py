@@ -28,12 +28,12 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 
 TESTS = {
     "objective": ["tests/test_objective.py", "tests/test_likelihood_precision.py"],
-    "schedules": ["tests/test_schedules.py"],
-    "metrics": ["tests/test_metrics.py"],
-    "resume": ["tests/test_resume.py"],
-    "data/plan": ["tests/data/test_plan.py"],
-    "data/packing": ["tests/data/test_packing.py"],
-    "data/encode": ["tests/data/test_encode.py"],
+    "schedules": ["tests/training/test_schedules.py"],
+    "metrics": ["tests/evaluation/test_metrics.py"],
+    "resume": ["tests/checkpoints/test_resume.py"],
+    "data/plan": ["tests/data/batches/test_plan.py"],
+    "data/packing": ["tests/data/batches/test_packing.py"],
+    "data/encode": ["tests/data/tokens/test_encode.py"],
 }
 """The tests that are to notice, beside the module's own doctests."""
 

@@ -26,7 +26,7 @@ from benchmarks.gpu.stage import main as stage
 from benchmarks.gpu.stage import thin
 from benchmarks.gpu.stand_ins import flash_attn
 from benchmarks.gpu.targets import TARGETS
-from lightning_sft.data.collate import collate
+from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import Example
 

@@ -15,11 +15,11 @@ import yaml
 from lightning.pytorch import callbacks as lightning_callbacks
 
 from lightning_sft import SFTDataModule, callbacks
-from lightning_sft.data.encode import encode
-from lightning_sft.data.messages import to_conversation
+from lightning_sft.data.rows.messages import to_conversation
+from lightning_sft.data.tokens.encode import encode
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.main import main
-from tests.pages import blocks, code, commands, is_key, options, page, section, tables
+from tests.helpers.pages import blocks, code, commands, is_key, options, page, section, tables
 
 PAGE = page("coming_from.md")
 PEERS = ("TRL", "LitGPT", "Axolotl")

@@ -10,8 +10,8 @@ import pytest
 
 from lightning_sft.main import CONFIG_VERBS, SFTCLI, VERBS, main
 from lightning_sft.types import Normalize
-from tests.pages import is_key
-from tests.reading import Reader
+from tests.helpers.pages import is_key
+from tests.helpers.reading import Reader
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ["objective", "packing", "cli", "security", "limits", "performance"]

@@ -13,7 +13,7 @@ import yaml
 
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
-from tests.processes import ROOT, run
+from tests.helpers.processes import ROOT, run
 
 ALL = {path.stem: path for path in (ROOT / "configs").rglob("*.yaml")}
 PARALLEL = ["ddp", "deepspeed", "fsdp2", "tensor_parallel"]
@@ -70,7 +70,7 @@ def test_it_fits_on_two_processes(name: str, tmp_path: Path) -> None:
     flags |= {"trainer.log_every_n_steps": "1"}
     if name == "deepspeed":
         pytest.importorskip("deepspeed")
-        flags |= {"trainer.strategy": "tests.deepspeed_cpu.DeepSpeedOnCPU", "trainer.strategy.stage": "3"}
+        flags |= {"trainer.strategy": "tests.helpers.deepspeed_cpu.DeepSpeedOnCPU", "trainer.strategy.stage": "3"}
     command = [sys.executable, "-m", "lightning_sft", *arguments(ALL[name], **flags)]
     run(command, cwd=tmp_path)
     [metrics] = tmp_path.rglob("metrics.csv")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_sft.data.messages import to_conversation
+from lightning_sft.data.rows.messages import to_conversation
 from lightning_sft.main import main
-from tests.pages import blocks
+from tests.helpers.pages import blocks
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

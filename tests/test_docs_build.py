@@ -11,7 +11,7 @@ import pytest
 
 import lightning_sft
 from lightning_sft import callbacks
-from tests.processes import ROOT, run
+from tests.helpers.processes import ROOT, run
 
 DOCS = ROOT / "docs"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.failing import POISON
-from tests.processes import torchrun
+from tests.helpers.failing import POISON
+from tests.helpers.processes import torchrun
 
 LAUNCHES = [["ddp", "fsdp2", "fsdp2_lora", "tensor"]]
 if importlib.util.find_spec("deepspeed"):
@@ -19,7 +19,7 @@ if importlib.util.find_spec("deepspeed"):
 def test_a_nan_on_one_rank_names_its_row_on_all_of_them(
     names: list[str], pretrained_for_two: str, tmp_path: Path
 ) -> None:
-    torchrun("tests.failing", pretrained_for_two, str(tmp_path), *names, timeout=200)
+    torchrun("tests.helpers.failing", pretrained_for_two, str(tmp_path), *names, timeout=200)
     told = {path.stem: path.read_text() for path in tmp_path.glob("*.txt")}
     verbs = [(name, verb) for name in names for verb in ("fit", "validate") if name != "deepspeed3" or verb == "fit"]
     assert told.keys() == {f"{name}-{verb}-{rank}" for name, verb in verbs for rank in (0, 1)}

@@ -1,9 +1,11 @@
-"""The floors of docs/contributing.md: a file imports only from lower floors, heavy packages only where they belong."""
+"""One order of packages, imports only to the left, no circle between files: docs/contributing.md says why."""
 
 from __future__ import annotations
 
 import ast
-import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,23 +13,12 @@ import pytest
 import lightning_sft
 
 ROOT = Path(lightning_sft.__file__).parent
-PAGE = (ROOT.parent / "docs" / "contributing.md").read_text(encoding="utf-8")
-
-
-def named(text: str) -> set[str]:
-    """The modules that a text of the page names in backticks: `data/{turns,files}` are two."""
-    found = set()
-    for item in re.findall(r"`([^`]+)`", text):
-        folder, _, names = item.rpartition("/")
-        found |= {f"{folder}.{name}".lstrip(".") for name in names.strip("{}").split(",")}
-    return found
-
-
-FLOORS = [named(files) for files in re.findall(r"^\| \d+ \| (.+) \|$", PAGE, re.MULTILINE)]
-[of_transformers] = re.findall(r"^`transformers` is imported (.+?)\n\n", PAGE, re.MULTILINE | re.DOTALL)
-TRANSFORMERS = named(of_transformers)
-PACKAGES = {"lightning_sft"} | {f"lightning_sft.{path.parent.name}" for path in ROOT.glob("*/__init__.py")}
-LIGHTNING_FROM = 5  # the lowest floor that may import lightning
+ORDER = [
+    *("machine", "types", "io", "head", "objective"),
+    *("data.rows", "data.tokens", "data.batches", "data.inspect"),
+    *("training", "checkpoints", "model", "strategies", "evaluation"),
+    *("module", "datamodule", "export", "callbacks", "demos", "commands", "main", "__main__"),
+]
 LAZY = {"triton", "peft", "bitsandbytes", "liger_kernel", "torchao", "deepspeed", "gguf", "datasets"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -37,45 +28,49 @@ FILES = {
 
 
 def imported(path: Path) -> set[str]:
-    """Modules that a file imports at its top level."""
+    """Modules that a file imports, also inside functions; those of ours without the name of the package."""
     found: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module in PACKAGES:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name for name in names if name.removeprefix("lightning_sft.") in FILES}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-    return found
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in members if name.removeprefix("lightning_sft.") in FILES}
+            found |= modules or {node.module}
+    return {name.removeprefix("lightning_sft.") for name in found}
 
 
-def floor(name: str) -> int:
-    return next(number for number, names in enumerate(FLOORS) if name in names)
+def place(name: str) -> int:
+    """Where the package of a file stands in the order."""
+    return max(number for number, package in enumerate(ORDER) if f"{name}.".startswith(f"{package}."))
 
 
-@pytest.mark.parametrize("name", sorted(FILES.keys() - {"attention", "data", "export", "planning", "tuning", "verify"}))
-def test_a_file_imports_only_from_lower_floors(name: str) -> None:
-    for module in imported(FILES[name]):
-        package, _, rest = module.partition(".")
-        if package == "lightning_sft":
-            assert floor(rest) < floor(name), f"{name} imports {rest}"
-        if package == "lightning":
-            assert floor(name) >= LIGHTNING_FROM, f"{name} imports {module}"
-        if package == "transformers":
-            assert name in TRANSFORMERS, f"{name} imports {module}"
-        assert package not in LAZY, f"{name} imports {module} at its top level"
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"data"}))
+def test_a_file_imports_only_from_its_own_package_and_those_before_it(name: str) -> None:
+    for module in imported(FILES[name]) & FILES.keys():
+        assert place(module) <= place(name), f"{name} imports {module}"
+        assert {name, module} != {"module", "datamodule"}
 
 
-def test_files_are_short() -> None:
-    lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in FILES.items()}
-    assert max(lengths.values()) <= 400
-    assert sorted(lengths.values())[len(lengths) // 2] <= 120
+def test_no_files_import_each_other_in_a_circle() -> None:
+    edges = {name: (imported(path) & FILES.keys()) - {name} for name, path in FILES.items()}
+    TopologicalSorter(edges).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_heavy_packages_are_imported_inside_functions(name: str) -> None:
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    top |= {str(node.module) for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert not LAZY & {module.partition(".")[0] for module in top}
+
+
+def test_every_file_stands_in_a_package_of_the_order_and_has_at_most_400_lines() -> None:
+    for name, path in FILES.items():
+        assert name == "data" or any(f"{name}.".startswith(f"{package}.") for package in ORDER), name
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 410, name
 
 
 def test_importing_the_package_does_nothing_heavy() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, lightning_sft; sys.exit(bool({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,10 +14,10 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_sft.data.mixture import Mixture, Part
+from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.demos import tiny_pretrained
-from tests.gradients import ROWS, Run, capacity_for, encoded, fit, furthest, row_gradients, step_gradients
-from tests.processes import torchrun
+from tests.helpers.gradients import ROWS, Run, capacity_for, encoded, fit, furthest, row_gradients, step_gradients
+from tests.helpers.processes import torchrun
 
 TOLERANCE = {"64-true": 1e-10, "32-true": 1e-5}
 NORMALIZE = ["token", "sequence", "sqrt", "dataset"]
@@ -176,7 +176,7 @@ def test_two_processes_with_uneven_token_counts_are_exact(gpt2: str, tmp_path: P
     cases.append({**common, "data": STREAM, "limit_train_batches": 3})
     for number, case in enumerate(cases):
         torch.save(case, tmp_path / f"{number}.case")
-    torchrun("tests.gradients", gpt2, str(tmp_path))
+    torchrun("tests.helpers.gradients", gpt2, str(tmp_path))
     for number, case in enumerate(cases):
         ranks = [Run(*torch.load(tmp_path / f"{number}.rank{rank}")) for rank in (0, 1)]
         normalize, precision = case.get("normalize", "token"), case["precision"]

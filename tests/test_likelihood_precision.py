@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_sft.objective import log_likelihood
 from lightning_sft.types import IGNORE
-from tests.likelihoods import Operations, large_case
+from tests.helpers.likelihoods import Operations, large_case
 
 HALVES = [torch.bfloat16, torch.float16]
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.main import console, main
 from lightning_sft.types import InputError
-from tests.payload import Payload
+from tests.helpers.payload import Payload
 
 
 class MyModule(SFTModule):
@@ -244,7 +244,7 @@ def test_a_checkpoint_never_overrides_the_command_line(
     def no_reading(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the pretrained weights were read although a checkpoint was given")
 
-    monkeypatch.setattr("lightning_sft.pretrained.load_model", no_reading)
+    monkeypatch.setattr("lightning_sft.model.pretrained.load_model", no_reading)
     flags = ["--model.chunk_size", "7", "--trainer.max_epochs", "2", "--ckpt_path", path]
     cli = main(["fit", *arguments, *flags, "--model.schedule", "constant"])
     assert cli.model.chunk_size == 7

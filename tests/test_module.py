@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.data.collate import collate
+from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_pretrained
-from lightning_sft.schedules import learning_rate_factor
+from lightning_sft.training.schedules import learning_rate_factor
 from lightning_sft.types import IGNORE, Batch, InputError, LogLikelihood
 
 Make = Callable[..., Trainer]

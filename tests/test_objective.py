@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sft import objective
-from lightning_sft.chunked_head import automatic_chunk_size, fitting_chunk_size, slices
+from lightning_sft.head.chunks import automatic_chunk_size, fitting_chunk_size, slices
 from lightning_sft.objective import log_likelihood
 from lightning_sft.types import IGNORE, InputError
-from tests.likelihoods import Operations
+from tests.helpers.likelihoods import Operations
 
 
 def case(targets: int = 9, dtype: torch.dtype = torch.float32) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:

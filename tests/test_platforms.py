@@ -14,9 +14,11 @@ import pytest
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from lightning_sft import SFTDataModule, SFTModule, disk
-from lightning_sft.data import chunks, loader
-from tests.processes import run
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.data.batches import loader
+from lightning_sft.data.tokens import encode_rows as chunks
+from lightning_sft.io import disk
+from tests.helpers.processes import run
 
 AS_ON_WINDOWS = """
 import ctypes, os, pkgutil, signal, sys
@@ -104,4 +106,4 @@ def test_a_module_and_its_trainer_go_to_a_spawned_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_batches_of_started_workers_are_those_of_this_process(method: str, tmp_path: Path) -> None:
-    run([sys.executable, "-m", "tests.starting", method, str(tmp_path)])
+    run([sys.executable, "-m", "tests.helpers.starting", method, str(tmp_path)])

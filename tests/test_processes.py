@@ -7,7 +7,7 @@ import sys
 import psutil
 import pytest
 
-from tests.processes import run
+from tests.helpers.processes import run
 
 
 def test_what_is_printed_is_returned_and_a_failure_shows_it() -> None:

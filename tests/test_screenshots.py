@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.browsing import chromedriver
-from tests.processes import ROOT, run
+from tests.helpers.browsing import chromedriver
+from tests.helpers.processes import ROOT, run
 
 IMAGES = ROOT / "docs" / "images"
 

@@ -17,7 +17,6 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.attention.choice import probed
 from lightning_sft.callbacks import (
     DriftMonitor,
     HFExport,
@@ -28,15 +27,16 @@ from lightning_sft.callbacks import (
     SampleGenerations,
     SampleLedger,
 )
-from lightning_sft.data.collate import collate
-from lightning_sft.data.mixture import Mixture, Part
+from lightning_sft.data.batches.collate import collate
+from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.demos import tiny_model, tiny_pretrained
-from lightning_sft.pretrained import backbone_and_head
-from lightning_sft.scorer import Scorer
+from lightning_sft.model.attention.choice import probed
+from lightning_sft.model.likelihood import Scorer
+from lightning_sft.model.pretrained import backbone_and_head
 from lightning_sft.types import Example
-from tests.fake_cuda import fake_cuda, to_cuda
-from tests.gradients import QUIET
-from tests.second_device import counted_waits, on_second, second_device, without_float64
+from tests.helpers.fake_cuda import fake_cuda, to_cuda
+from tests.helpers.gradients import QUIET
+from tests.helpers.second_device import counted_waits, on_second, second_device, without_float64
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {i + i}, I think."} for i in range(24)]
 

@@ -15,13 +15,13 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_sft.callbacks import RunRecord
 from lightning_sft.demos import tiny_model
-from lightning_sft.optimizers import clip_gradients
-from lightning_sft.sharding import layers
+from lightning_sft.model.parallel.sharding import layers
 from lightning_sft.strategies import FSDP2Strategy, layout
+from lightning_sft.training.optimizers import clip_gradients
 from lightning_sft.types import InputError
-from tests.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
-from tests.payload import Payload
-from tests.second_device import second_device
+from tests.helpers.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
+from tests.helpers.payload import Payload
+from tests.helpers.second_device import second_device
 
 WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 NAMES = [name for names in LAUNCHES for name in names if WITH_DEEPSPEED or not CASES[name].stage]
@@ -44,7 +44,7 @@ def test_ten_steps_are_those_of_one_device_and_a_resumed_run_repeats_them(out: P
 @pytest.mark.skipif(not WITH_DEEPSPEED, reason="the table has DeepSpeed in it")
 def test_the_table_of_the_page_is_what_was_measured(out: Path) -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert page == write_page(page, table(out)), "run: python -m tests.parallel"
+    assert page == write_page(page, table(out)), "run: python -m tests.helpers.parallel"
     assert table(out) in page
 
 

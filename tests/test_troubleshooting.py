@@ -12,7 +12,7 @@ import pytest
 
 from lightning_sft.main import main
 from lightning_sft.types import InputError
-from tests.pages import ROOT, code, commands, is_key, options, page, section, tables, text_of, texts
+from tests.helpers.pages import ROOT, code, commands, is_key, options, page, section, tables, text_of, texts
 
 SOURCE = ROOT / "lightning_sft"
 PAGE = page("troubleshooting.md")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lightning_sft.demos import tiny_pretrained
-from tests.processes import ROOT
-from tests.reading import Reader, all_blocks
+from tests.helpers.processes import ROOT
+from tests.helpers.reading import Reader, all_blocks
 
 PAGES = {path.stem: path for path in sorted((ROOT / "docs" / "tutorials").glob("*.md"))}
 SLOW = ("lora", "many_devices")

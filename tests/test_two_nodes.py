@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.gradients import ROWS
+from tests.helpers.gradients import ROWS
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = ROOT / "configs" / "two_nodes" / "torchrun.sh"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins.precision import HalfPrecision
 
-from lightning_sft.data.collate import collate
+from lightning_sft.data.batches.collate import collate
 from lightning_sft.types import IGNORE, Batch, Example, InputError
 
 

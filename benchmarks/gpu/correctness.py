@@ -25,7 +25,7 @@ from benchmarks.gpu.shapes import architecture, write_model
 from benchmarks.gpu.throughput import quiet
 from benchmarks.record import Record
 from lightning_sft import SFTModule
-from lightning_sft.data.collate import collate
+from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import Example
 

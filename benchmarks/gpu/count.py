@@ -38,7 +38,7 @@ from benchmarks.gpu.facts import commit
 from benchmarks.gpu.shapes import SHAPES, Shape, built_config
 from benchmarks.gpu.throughput import quiet
 from lightning_sft import SFTModule, objective
-from lightning_sft.data.collate import collate
+from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import Example
 
@@ -127,8 +127,8 @@ def _as_on_a_gpu() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(objective, "_BLOCK", 2**62, create=True))
         stack.enter_context(patch.object(objective, "fuses", lambda raw: raw.numel() >= LARGE, create=True))
-        if find_spec("lightning_sft.chunked_head"):
-            stack.enter_context(patch("lightning_sft.chunked_head._multiply", _multiply_into))
+        if find_spec("lightning_sft.head.chunks"):
+            stack.enter_context(patch("lightning_sft.head.chunks._multiply", _multiply_into))
         yield
 
 

@@ -26,7 +26,7 @@ from benchmarks.gpu.throughput import quiet
 from benchmarks.record import Record
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import SafeCheckpoint
-from lightning_sft.run_folder import newest
+from lightning_sft.checkpoints.writing import newest
 
 STEPS, KILLED_IN = 6, 4
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -9,10 +9,8 @@ from weakref import proxy
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_sft.arguments import Count, NonNegative, check_arguments
-from lightning_sft.disk import hidden, publish, remove
-from lightning_sft.plain import plain
-from lightning_sft.run_folder import (
+from lightning_sft.checkpoints.run_lock import FolderLock
+from lightning_sft.checkpoints.writing import (
     bytes_of_checkpoint,
     check_disk,
     folders_of,
@@ -21,8 +19,10 @@ from lightning_sft.run_folder import (
     sweep,
     write_whole,
 )
-from lightning_sft.run_lock import FolderLock
-from lightning_sft.trainer_facts import Agreement, first_rank_does, is_between_steps
+from lightning_sft.io.arguments import Count, NonNegative, check_arguments
+from lightning_sft.io.disk import hidden, publish, remove
+from lightning_sft.io.plain import plain
+from lightning_sft.training.trainer import Agreement, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 
 _NAME = "resume-{epoch}-{step}"

@@ -14,14 +14,14 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_sft.arguments import Count, Index, check_arguments
-from lightning_sft.data.collate import collate
-from lightning_sft.divergence import divergence, likeliest
-from lightning_sft.guards import check_module
-from lightning_sft.modes import evaluating
-from lightning_sft.optimizers import whole
-from lightning_sft.pretrained_weights import PretrainedWeights
-from lightning_sft.tuning.adapters import NAME
+from lightning_sft.data.batches.collate import collate
+from lightning_sft.evaluation.divergence import divergence, likeliest
+from lightning_sft.io.arguments import Count, Index, check_arguments
+from lightning_sft.machine.contexts import evaluating
+from lightning_sft.model.tuning.adapters import NAME
+from lightning_sft.model.weights import PretrainedWeights
+from lightning_sft.training.checks import check_module
+from lightning_sft.training.optimizers import whole
 from lightning_sft.types import Batch, InputError, widest
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
@@ -38,8 +38,8 @@ class DriftMonitor(Callback):
 
     ``drift/kl``: the mean over target tokens of KL(p_θ̂ ‖ p_θ) in nats, on the first sequences of the validation data,
     with all but the ``likeliest`` tokens of p_θ̂ taken together: a lower bound, see
-    :func:`~lightning_sft.divergence.divergence`. Log-probabilities of θ̂ are computed once, before the first step, and
-    kept in checkpoints; with adapters, by switching them off. Every rank computes them on the same sequences.
+    :func:`~lightning_sft.evaluation.divergence.divergence`. Log-probabilities of θ̂ are computed once, before the first
+    step, and kept in checkpoints; with adapters, by switching them off. Every rank computes them on the same sequences.
 
     Args:
         sequences: How many sequences the divergence is measured on; 0 for none.

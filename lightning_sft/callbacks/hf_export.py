@@ -14,18 +14,18 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.arguments import Count, NonNegative, check_arguments
-from lightning_sft.data.collate import collate
-from lightning_sft.data.mixture import as_mixture
+from lightning_sft.checkpoints.run_facts import FACTS, run_facts
+from lightning_sft.data.batches.collate import collate
+from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.export import parity
 from lightning_sft.export.convert import Dtype, Live, Settings, convert, from_checkpoint, rows_to_compare
-from lightning_sft.export.first_rank import FirstRank, whole_state
 from lightning_sft.export.folder import check_is_free
 from lightning_sft.export.gguf_file import GGUFType
-from lightning_sft.export.run_facts import FACTS, run_facts
-from lightning_sft.guards import check_module
-from lightning_sft.pretrained import load_tokenizer
+from lightning_sft.io.arguments import Count, NonNegative, check_arguments
+from lightning_sft.model.parallel.rank_zero import FirstRank, whole_state
+from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.strategies import layout
+from lightning_sft.training.checks import check_module
 from lightning_sft.types import Conversation, Example, InputError
 
 

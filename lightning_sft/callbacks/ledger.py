@@ -10,12 +10,12 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.arguments import Count, check_arguments
-from lightning_sft.disk import append
-from lightning_sft.plain import plain
-from lightning_sft.run_files import LEDGER, cut_off, refuse_anew
-from lightning_sft.run_lock import FolderLock
-from lightning_sft.trainer_facts import first_rank_does, gather, is_between_steps
+from lightning_sft.checkpoints.run_files import LEDGER, cut_off, refuse_anew
+from lightning_sft.checkpoints.run_lock import FolderLock
+from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.io.disk import append
+from lightning_sft.io.plain import plain
+from lightning_sft.training.trainer import first_rank_does, gather, is_between_steps
 from lightning_sft.types import Batch, InputError
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_sft.optimizers import parts_of
+from lightning_sft.training.optimizers import parts_of
 from lightning_sft.types import Batch, InputError
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.arguments import check_arguments
-from lightning_sft.disk import write
-from lightning_sft.trainer_facts import data_parallel, gather
+from lightning_sft.io.arguments import check_arguments
+from lightning_sft.io.disk import write
+from lightning_sft.training.trainer import data_parallel, gather
 from lightning_sft.types import Prompt
 
 

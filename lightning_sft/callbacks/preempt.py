@@ -14,11 +14,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.arguments import check_arguments
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole
-from lightning_sft.data.loader import EpochLoader
-from lightning_sft.run_folder import write_whole
-from lightning_sft.trainer_facts import Agreement, is_between_steps
+from lightning_sft.checkpoints.writing import write_whole
+from lightning_sft.data.batches.loader import EpochLoader
+from lightning_sft.io.arguments import check_arguments
+from lightning_sft.training.trainer import Agreement, is_between_steps
 from lightning_sft.types import InputError
 
 EX_TEMPFAIL = 75

@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import RichProgressBar
 
-from lightning_sft.arguments import NonNegative, check_arguments
-from lightning_sft.trainer_facts import total_steps
+from lightning_sft.io.arguments import NonNegative, check_arguments
+from lightning_sft.training.trainer import total_steps
 
 _SHOWN = {
     "loss": ("train/loss", "{:.3f}"),

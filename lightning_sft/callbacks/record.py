@@ -15,16 +15,16 @@ import torch
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from lightning_sft.arguments import Count, check_arguments
 from lightning_sft.callbacks.ending import why_ended
 from lightning_sft.callbacks.preempt import Preempted
-from lightning_sft.data.report import figures, histogram, targets_in_words
-from lightning_sft.disk import append, write
-from lightning_sft.export.run_facts import run_facts
-from lightning_sft.plain import plain
-from lightning_sft.run_files import METRICS, RECORD, cut_off, lines_of, record_of, refuse_anew
-from lightning_sft.run_lock import FolderLock
-from lightning_sft.trainer_facts import first_rank_does, is_between_steps
+from lightning_sft.checkpoints.run_facts import run_facts
+from lightning_sft.checkpoints.run_files import METRICS, RECORD, cut_off, lines_of, record_of, refuse_anew
+from lightning_sft.checkpoints.run_lock import FolderLock
+from lightning_sft.data.inspect.summary import figures, histogram, targets_in_words
+from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.io.disk import append, write
+from lightning_sft.io.plain import plain
+from lightning_sft.training.trainer import first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 
 

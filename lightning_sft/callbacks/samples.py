@@ -11,15 +11,15 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_sft.arguments import Count, check_arguments, made
 from lightning_sft.callbacks.record import folder_of
-from lightning_sft.data.dataset import load_prompts
-from lightning_sft.data.pieces import visible
-from lightning_sft.disk import rows_of, write
-from lightning_sft.generation import Sampling, answer_all
-from lightning_sft.guards import check_data, check_module, check_prompts
-from lightning_sft.plain import plain
-from lightning_sft.terminal import Console
+from lightning_sft.data.inspect.token_text import visible
+from lightning_sft.data.tokens.dataset import load_prompts
+from lightning_sft.evaluation.generation import Sampling, answer_all
+from lightning_sft.io.arguments import Count, check_arguments, made
+from lightning_sft.io.disk import rows_of, write
+from lightning_sft.io.plain import plain
+from lightning_sft.machine.terminal import Console
+from lightning_sft.training.checks import check_data, check_module, check_prompts
 from lightning_sft.types import InputError, Prompt
 
 FOLDER = "samples"

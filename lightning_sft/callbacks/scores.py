@@ -9,11 +9,11 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.answer_scores import extracted, scores
-from lightning_sft.arguments import Count, check_arguments
-from lightning_sft.disk import write
-from lightning_sft.generation import answer_all
-from lightning_sft.guards import check_data, check_module
+from lightning_sft.evaluation.answer_scores import extracted, scores
+from lightning_sft.evaluation.generation import answer_all
+from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.io.disk import write
+from lightning_sft.training.checks import check_data, check_module
 from lightning_sft.types import InputError
 
 
@@ -21,7 +21,7 @@ class ScoreAnswers(Callback):
     r"""Has the model answer the prompts of ``data.test``, and logs how well; also writes the answers to a file.
 
     The last answer of each conversation is asked for. How tokens are chosen, and how many at most, the module says
-    (``model.sampling``, ``model.max_new_tokens``). See :mod:`lightning_sft.answer_scores` for the figures.
+    (``model.sampling``, ``model.max_new_tokens``). See :mod:`lightning_sft.evaluation.answer_scores` for the figures.
 
     Args:
         extract: A regular expression with one group, the part of an answer to compare: ``####\s*(\S+)`` for GSM8K. Not

@@ -15,8 +15,8 @@ from tempfile import mkdtemp
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.data.template import ChatTemplate
-from lightning_sft.disk import sync
+from lightning_sft.data.tokens.chat_template import ChatTemplate
+from lightning_sft.io.disk import sync
 from lightning_sft.types import InputError
 
 

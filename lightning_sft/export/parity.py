@@ -19,12 +19,12 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.data.encode import encode_many
-from lightning_sft.data.messages import Converter
-from lightning_sft.data.mixture import Mixture
-from lightning_sft.data.sources import Source, leaves, parsed
-from lightning_sft.data.template import ChatTemplate
-from lightning_sft.terminal import Console
+from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.mixture import Mixture
+from lightning_sft.data.rows.sources import Source, leaves, parsed
+from lightning_sft.data.tokens.chat_template import ChatTemplate
+from lightning_sft.data.tokens.encode import encode_many
+from lightning_sft.machine.terminal import Console
 from lightning_sft.types import Conversation, Example, InputError
 
 _LONGEST = 1024  # tokens of a sequence that are looked at

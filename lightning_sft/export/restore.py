@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_sft.model.pretrained import plain_tokenizer
+from lightning_sft.model.tuning.adapters import has_adapters
 from lightning_sft.module import SFTModule
-from lightning_sft.pretrained import plain_tokenizer
-from lightning_sft.tuning.adapters import has_adapters
 from lightning_sft.types import InputError
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
-from lightning_sft.run_folder import AtomicIO, newest
+from lightning_sft.checkpoints.writing import AtomicIO, newest
 from lightning_sft.types import InputError
 
 Make = Callable[..., Trainer]

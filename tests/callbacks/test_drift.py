@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import DriftMonitor, SafeCheckpoint, SampleGenerations
-from lightning_sft.pretrained_weights import PretrainedWeights
+from lightning_sft.model.weights import PretrainedWeights
 from lightning_sft.strategies import FSDP2Strategy
-from tests.gradients import QUIET, ROWS
-from tests.processes import torchrun
+from tests.helpers.gradients import QUIET, ROWS
+from tests.helpers.processes import torchrun
 
 LORA: dict[str, Any] = {"lora": {"r": 4}}
 

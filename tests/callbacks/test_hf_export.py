@@ -16,7 +16,7 @@ import lightning_sft.callbacks.hf_export
 from lightning_sft.callbacks import HFExport
 from lightning_sft.main import main
 from lightning_sft.types import InputError
-from tests.exporting import TWO, ZERO, trained
+from tests.helpers.exporting import TWO, ZERO, trained
 
 IDS = torch.tensor([[1, 2, 3]])
 
@@ -71,7 +71,7 @@ def test_exports_change_nothing_about_the_training(pretrained: str, tmp_path: Pa
 
 def test_adapters_are_merged(pretrained: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from lightning_sft.tuning.adapters import Lora
+    from lightning_sft.model.tuning.adapters import Lora
 
     trainer = trained(pretrained, HFExport(str(tmp_path / "out")), model={"lora": Lora(r=4)})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final")

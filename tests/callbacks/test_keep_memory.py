@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lightning_sft.callbacks import KeepMemory, keep_memory
-from lightning_sft.callbacks.survival import default_callbacks
-from lightning_sft.heap import KEEPS
-from lightning_sft.planning.layout import Layout
+from lightning_sft.callbacks.defaults import default_callbacks
+from lightning_sft.commands.plan.layout import Layout
+from lightning_sft.machine.glibc_malloc import KEEPS
 
 FAULTS = """
 import resource, sys

@@ -11,10 +11,10 @@ from lightning.pytorch import Trainer
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import RunRecord, SampleLedger
-from lightning_sft.run_files import cut_off, line_of, lines_of
-from lightning_sft.run_lock import FolderLock
+from lightning_sft.checkpoints.run_files import cut_off, line_of, lines_of
+from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.types import InputError
-from tests.test_run_lock import kill, other_process
+from tests.checkpoints.test_run_lock import kill, other_process
 
 
 def test_each_step_has_its_samples_and_every_sample_comes_once_an_epoch(

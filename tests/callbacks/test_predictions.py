@@ -9,9 +9,9 @@ from lightning.pytorch import Trainer
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import PredictionWriter
-from lightning_sft.generation import Sampling
+from lightning_sft.evaluation.generation import Sampling
 from lightning_sft.main import main
-from tests.processes import torchrun
+from tests.helpers.processes import torchrun
 
 
 def flags(pretrained: str, path: str, out: Path) -> list[str]:

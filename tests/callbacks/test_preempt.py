@@ -19,10 +19,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import RunRecord, SafeCheckpoint, SampleLedger
 from lightning_sft.callbacks.preempt import Preempt, Preempted
-from lightning_sft.resume import PLACE
-from lightning_sft.run_files import lines_of
+from lightning_sft.checkpoints.resume import PLACE
+from lightning_sft.checkpoints.run_files import lines_of
 from lightning_sft.types import InputError
-from tests.processes import ROOT
+from tests.helpers.processes import ROOT
 
 Make = Callable[..., Trainer]
 
@@ -119,7 +119,7 @@ def interrupted(
 ) -> subprocess.CompletedProcess[str]:
     """A run whose processes are all sent a signal in its first step."""
     own = [pretrained, str(folder), name, str(times), json.dumps(settings)]
-    command = [sys.executable, "-m", "tests.interrupting", *own]
+    command = [sys.executable, "-m", "tests.helpers.interrupting", *own]
     return subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120, cwd=ROOT)
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import DriftMonitor, RunRecord, SafeCheckpoint
-from lightning_sft.report_run import Run
+from lightning_sft.commands.report.run import Run
 from lightning_sft.types import InputError
 
 

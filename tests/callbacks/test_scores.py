@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from lightning_sft.answer_scores import scores
 from lightning_sft.callbacks import ScoreAnswers
+from lightning_sft.evaluation.answer_scores import scores
 from lightning_sft.main import main
 from lightning_sft.types import InputError
-from tests.processes import torchrun
+from tests.helpers.processes import torchrun
 
 
 def flags(pretrained: str, path: str, out: Path) -> list[str]:

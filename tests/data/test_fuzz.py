@@ -11,8 +11,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from lightning_sft.data.messages import to_conversation
-from lightning_sft.data.sources import read
+from lightning_sft.data.rows.messages import to_conversation
+from lightning_sft.data.rows.sources import read
 from lightning_sft.types import Conversation, InputError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "loss": True, "weight": 0.5}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.gradients import ROWS
+from tests.helpers.gradients import ROWS
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import HFExport, RunRecord, SafeCheckpoint
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.types import InputError
-from tests.gradients import ROWS
+from tests.helpers.gradients import ROWS
 
 Make = Callable[..., Trainer]
 DECAY = 0.6

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from lightning_sft import SFTDataModule, SFTModule, callbacks
 from lightning_sft.types import InputError
-from tests.dropping import run_code
-from tests.gradients import ROWS
+from tests.helpers.dropping import run_code
+from tests.helpers.gradients import ROWS
 
 Make = Callable[..., Trainer]
 pytestmark = pytest.mark.usefixtures("project")

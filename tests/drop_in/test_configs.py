@@ -11,10 +11,10 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.data.mixture import Mixture
+from lightning_sft.data.rows.mixture import Mixture
 from lightning_sft.types import InputError
-from tests.dropping import blocks, run_code
-from tests.gradients import ROWS
+from tests.helpers.dropping import blocks, run_code
+from tests.helpers.gradients import ROWS
 
 
 def is_plain(value: Any) -> bool:

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, Trainer
 from torch.optim import AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
-from tests.dropping import blocks, run_code
-from tests.gradients import ROWS
+from tests.helpers.dropping import blocks, run_code
+from tests.helpers.gradients import ROWS
 
 
 class Losses(Callback):

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.optimizers import parameter_groups
+from lightning_sft.training.optimizers import parameter_groups
 from lightning_sft.types import InputError
-from tests.dropping import flat_gradient, run_code
-from tests.gradients import ROWS, Recorder, fit, furthest
+from tests.helpers.dropping import flat_gradient, run_code
+from tests.helpers.gradients import ROWS, Recorder, fit, furthest
 
 Make = Callable[..., Trainer]
 YOUR_DATA, YOUR_MODULE = "Your data, our module", "Our data, your module"

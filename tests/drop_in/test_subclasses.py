@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.demos import tiny_pretrained
-from tests.dropping import blocks, flat_gradient, run_code
-from tests.gradients import ROWS, Recorder, furthest
+from tests.helpers.dropping import blocks, flat_gradient, run_code
+from tests.helpers.gradients import ROWS, Recorder, furthest
 
 Make = Callable[..., Trainer]
 SETTINGS: dict[str, Any] = {"optimizer": Recorder, "schedule": "constant", "warmup": 0.0}

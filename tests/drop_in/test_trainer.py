@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.types import InputError
-from tests.gradients import ROWS, Recorder, Run, encoded, furthest, row_gradients, step_gradients
+from tests.helpers.gradients import ROWS, Recorder, Run, encoded, furthest, row_gradients, step_gradients
 
 Make = Callable[..., Trainer]
 DATA: dict[str, Any] = {"train": ROWS, "val": ROWS[:4], "tokens_per_batch": 100}

@@ -15,8 +15,8 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.demos import CHATML, tiny_model, tiny_tokenizer
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.types import InputError
-from tests.exporting import trained
-from tests.gradients import QUIET, ROWS
+from tests.helpers.exporting import trained
+from tests.helpers.gradients import QUIET, ROWS
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_what_is_there_is_not_overwritten_and_what_is_no_checkpoint_of_ours_is_r
 
 def test_adapters_are_merged_and_compared(pretrained: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    from lightning_sft.tuning.adapters import Lora
+    from lightning_sft.model.tuning.adapters import Lora
 
     trainer = trained(pretrained, model={"lora": Lora(r=4)})
     trainer.save_checkpoint(tmp_path / "lora.ckpt")

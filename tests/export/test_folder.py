@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.export.folder import export, whole_folder
-from lightning_sft.pretrained import load_exported, load_model
+from lightning_sft.model.pretrained import load_exported, load_model
 from lightning_sft.types import InputError
 
 IDS = torch.tensor([[1, 2, 3]])

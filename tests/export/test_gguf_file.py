@@ -9,7 +9,7 @@ import pytest
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.export.gguf_file import write_gguf
 from lightning_sft.types import InputError
-from tests.exporting import trained
+from tests.helpers.exporting import trained
 
 CONVERTER = os.environ.get("LLAMA_CPP", "") + "/convert_hf_to_gguf.py"
 
@@ -29,7 +29,7 @@ def test_a_converter_that_is_missing_or_fails_is_one_clear_error(tmp_path: Path)
 @pytest.mark.skipif(not Path(CONVERTER).is_file(), reason="LLAMA_CPP is no checkout of llama.cpp")
 @pytest.mark.parametrize("out_type", ["f32", "f16", "q8_0"])
 def test_a_gguf_file_has_the_model_that_was_trained(out_type: str, tmp_path: Path) -> None:
-    from lightning_sft.demo_model import fetch_demo_model
+    from lightning_sft.demos.pretrained import fetch_demo_model
 
     trained(str(fetch_demo_model()), max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
     settings = {"gguf_converter": CONVERTER, "gguf_type": out_type}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sft.data.mixture import Mixture, Part
+from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.demos import CHATML, tiny_model, tiny_tokenizer
 from lightning_sft.export.parity import (
     Agreement,

@@ -1,1 +1,0 @@
-"""Attention over packed documents that costs what the documents cost."""

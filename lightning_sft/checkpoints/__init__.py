@@ -1,0 +1,1 @@
+"""Where a run is, on disk: its position, its files, what it was told."""

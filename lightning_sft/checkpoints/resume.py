@@ -1,0 +1,304 @@
+"""Where a run is, so that it goes on there to the bit: between two optimiser steps, whenever it was saved.
+
+Lightning restores its counters as they were at the moment of saving. That moment may be inside an optimiser step,
+whose gradients are lost; at the end of an epoch that ``max_steps`` has cut, which would count as done; or inside a
+validation, whose first half is lost. So a checkpoint has its :class:`Place` beside them, and the counters are made from
+it anew.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_sft.training.optimizers import parts_of
+from lightning_sft.training.trainer import data_parallel
+from lightning_sft.types import InputError
+
+PLACE = "lightning_sft_place"
+"""Under which key a checkpoint has the place of its run."""
+
+SHARDED = "lightning_sft_sharded"
+"""Under which key a loaded checkpoint says that it is the weights and facts of a sharded one."""
+
+ASKED = "lightning_sft_optimizer"
+"""Under which key it has what was asked of its optimizer."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place between two optimiser steps.
+
+    Args:
+        epoch: Number of the epoch, from 0.
+        steps: Optimiser steps of the epoch that are done.
+        micro_batches: Micro-batches of a rank that these steps had.
+        is_last: Whether the epoch has no more of them.
+        is_validated: Whether the validation that may be due here has been run.
+        num_ranks: Data-parallel size.
+        accumulate: Micro-batches of a rank in one optimiser step.
+        seed: Of dropout and whatever else is drawn while a micro-batch is computed.
+        plan: What the order of the data depends on; ``None`` where nobody has planned it.
+    """
+
+    epoch: int
+    steps: int
+    micro_batches: int
+    is_last: bool
+    is_validated: bool
+    num_ranks: int
+    accumulate: int
+    seed: int
+    plan: str | None
+
+    @classmethod
+    def of(cls, trainer: Any, seed: int) -> Place:
+        """That of a trainer: after the last optimiser step, at any moment."""
+        fit, loop, accumulate = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
+        epochs, batches = fit.epoch_progress.current, loop.batch_progress.current
+        steps = loop.automatic_optimization.optim_progress.optimizer.step.current.completed
+        if epochs.started < epochs.ready:  # Lightning sets the counters of micro-batches back a moment later
+            return cls(epochs.ready - 1, 0, 0, False, True, *_split(trainer), seed, plan_of(trainer))
+        epoch, done = max(0, epochs.ready - 1), min(steps * accumulate, batches.ready)
+        is_last = 0 < done == batches.ready and loop._num_ready_batches_reached()
+        if is_last and epochs.processed > epoch:
+            epoch, steps, done, is_last = epochs.processed, 0, 0, False
+        is_validated = batches.ready > done or epochs.processed > epoch or _validation_has_ended(trainer)
+        return cls(epoch, steps, done, is_last, is_validated, *_split(trainer), seed, plan_of(trainer))
+
+    def on(self, num_ranks: int, accumulate: int, plan: str | None) -> Place:
+        """The same place where an epoch is divided in another way.
+
+        Raises:
+            InputError: When the steps of the epoch that has begun would not be the same.
+        """
+        if self.plan != plan and None not in (self.plan, plan) and self.micro_batches and not self.is_last:
+            raise InputError(
+                f"The checkpoint is of a run inside epoch {self.epoch}, whose data, or their order, were others: "
+                f"{self.plan}; now {plan}. Resume with the data and settings that it had, or begin a new run from its "
+                "weights (lightning-sft export)."
+            )
+        size, new_size = self.num_ranks * self.accumulate, num_ranks * accumulate
+        changed = replace(self, num_ranks=num_ranks, accumulate=accumulate, plan=plan)
+        if size == new_size:
+            return replace(changed, micro_batches=self.micro_batches * self.num_ranks // num_ranks)
+        if self.is_last or not self.micro_batches:
+            return replace(changed, epoch=self.epoch + self.is_last, steps=0, micro_batches=0, is_last=False)
+        fits = size % num_ranks == 0
+        remedy = (
+            f"trainer.accumulate_grad_batches={size // num_ranks}" if fits else f"devices whose number divides {size}"
+        )
+        raise InputError(
+            f"The checkpoint is of a run of {self.num_ranks} ranks x {self.accumulate} micro-batches a step, inside "
+            f"epoch {self.epoch}; now they are {num_ranks} x {accumulate}, so its steps would have other data. Set "
+            f"{remedy}, or resume from a checkpoint at the end of an epoch."
+        )
+
+    def counters(self, saved: Mapping[str, Any], accumulated: int) -> dict[str, Any]:
+        """The counters of Lightning's fit loop for this place.
+
+        Args:
+            saved: Those that it saved.
+            accumulated: Micro-batches a step had when it did.
+        """
+        loops = deepcopy(dict(saved))
+        batches, total = loops["epoch_loop.batch_progress"], loops["epoch_loop.batch_progress"]["total"]["ready"]
+        total = (total - batches["current"]["ready"]) * self.accumulate // accumulated + self.micro_batches
+        started, done = (self.epoch + 1, self.epoch) if self.micro_batches else (self.epoch, self.epoch)
+        _set(loops["epoch_progress"], dict.fromkeys(("total", "current"), (started, started, done, done)))
+        at = {"total": (total,) * 4, "current": (self.micro_batches,) * 4}
+        _set(batches, at)
+        batches["is_last_batch"] = self.is_last
+        validation, pending = loops["epoch_loop.val_loop.batch_progress"], self.micro_batches and not self.is_validated
+        _set(validation, {"total": (1, 1, 0, 0) if pending else (0,) * 4, "current": (0,) * 4})  # as if at its first
+        validation["is_last_batch"] = False
+        optimizer = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+        optimizer["step"]["current"] = {"ready": self.steps, "completed": self.steps}
+        all_steps = optimizer["step"]["total"]["completed"]
+        optimizer["step"]["total"]["ready"] = all_steps
+        loops["epoch_loop.state_dict"]["_batches_that_stepped"] = all_steps - bool(self.micro_batches)
+        return loops
+
+
+def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
+    """Set the counters of a checkpoint to its place, and give the seed that it goes on with.
+
+    Args:
+        trainer: Is going to restore it.
+        checkpoint: As saved; one without a place is left as it is.
+
+    Raises:
+        InputError: When the run could not go on there exactly.
+    """
+    if SHARDED in checkpoint:
+        raise InputError(
+            f"{trainer.ckpt_path} is a folder that a strategy which shards the model has written. Resume it with that "
+            "strategy (fsdp2, deepspeed_stage_*); to begin from its weights, export it (lightning-sft export) and set "
+            "model.pretrained to that folder."
+        )
+    if "callbacks" not in checkpoint:
+        raise InputError(
+            f"{trainer.ckpt_path} has the weights alone (save_weights_only), from which no run can resume. Export them "
+            "(lightning-sft export) and set model.pretrained to that folder, or resume from a whole checkpoint."
+        )
+    if PLACE not in checkpoint:
+        return None
+    saved = Place(**checkpoint[PLACE])
+    place = saved.on(*_split(trainer), plan_of(trainer))
+    loops = checkpoint["loops"] = dict(checkpoint["loops"])
+    loops["fit_loop"] = place.counters(loops["fit_loop"], saved.accumulate)
+    if (now := seed_of(trainer)) != saved.seed:
+        warnings.warn(
+            f"The run goes on with the seed that it began with, {saved.seed}: seed_everything={now} has no effect.",
+            stacklevel=2,
+        )
+    return saved.seed
+
+
+def note(trainer: Any, seed: int) -> dict[str, Any]:
+    """The place of a run as plain values, for its checkpoint."""
+    return asdict(Place.of(trainer, seed))
+
+
+def seed_of(trainer: Any) -> int:
+    """The seed of a run: that of ``seed_everything``, which the command line always calls, or that of the data."""
+    of_data: int = getattr(trainer.datamodule, "seed", 0)
+    return int(os.environ.get("PL_GLOBAL_SEED", of_data))
+
+
+def seed_micro_batch(*place: int) -> None:
+    """Seed torch, numpy and Python for a micro-batch, so that what it draws does not depend on what was drawn before.
+
+    Args:
+        place: The seed of the run, the number of the epoch, that of the micro-batch in it, and the data-parallel rank:
+            ranks that share a micro-batch draw the same.
+
+    >>> seed_micro_batch(0, 1, 7, 0)
+    >>> first = torch.rand(3)
+    >>> seed_micro_batch(0, 1, 7, 0)
+    >>> torch.equal(first, torch.rand(3))
+    True
+    """
+    torch_seed, numpy_seed, python_seed = np.random.SeedSequence(place).generate_state(3).tolist()
+    torch.manual_seed(torch_seed)
+    np.random.seed(numpy_seed)
+    random.seed(python_seed)
+
+
+def plan_of(trainer: Any) -> str | None:
+    """What decides which rows a step has, in words and a checksum; ``None`` for a stream and for loaders of a user."""
+    data = trainer.datamodule
+    if not hasattr(data, "planned") or data.streaming or "train" not in data.splits:
+        return None
+    return str(data.planned("train").plan.fingerprint)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked of an optimizer, apart from what it has made of it since: some keep state in their groups.
+
+    Args:
+        classes: Names of its class, or of those of its parts.
+        sizes: How many parameters each group has.
+        groups: The settings of each group, as made.
+    """
+
+    classes: list[str]
+    sizes: list[int]
+    groups: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, optimizer: Any) -> Asked:
+        """That of an optimizer that has just been made."""
+        groups = [{n: deepcopy(v) for n, v in g.items() if n not in _NO_SETTINGS} for g in optimizer.param_groups]
+        return cls(
+            [type(part).__name__ for part in parts_of(optimizer)],
+            [len(g["params"]) for g in optimizer.param_groups],
+            groups,
+        )
+
+    def check(self, saved: Asked | None) -> None:
+        """Refuse the states of another optimizer, if a checkpoint has any.
+
+        Raises:
+            InputError: When it has another class, or other parameters.
+        """
+        if saved is None:
+            return
+        own, other = " and ".join(self.classes), " and ".join(saved.classes)
+        if own != other:
+            raise InputError(
+                f"The checkpoint has the state of {other}, but model.optimizer is {own}. Resume with the optimizer "
+                "that it had, or begin a new run from its weights (lightning-sft export)."
+            )
+        if self.sizes != saved.sizes:
+            raise InputError(
+                f"The checkpoint has states of {saved.sizes} parameters in the groups of its optimizer, now they are "
+                f"{self.sizes}. Resume with the model.frozen, trained, lora and optimizers that it had."
+            )
+
+
+def retune(trainer: Any, asked: Asked, saved: Asked | None, own: Any) -> None:
+    """Let settings that have been changed win over those of a checkpoint, and set the schedule's learning rate.
+
+    Where nothing was changed, nothing changes, so state that an optimizer keeps among its settings is kept. The
+    schedule is that of the new number of steps from here on.
+
+    Args:
+        trainer: Its optimizer has the groups of a checkpoint, if there is one.
+        asked: Of the optimizer that was made now.
+        saved: Of that of the checkpoint.
+        own: The module's own ``LambdaLR``. Another one, as of a subclass or of Lightning's learning-rate finder, is
+            left as it is.
+    """
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    if len(groups) != len(asked.groups):  # of a subclass that makes its optimizer otherwise
+        return
+    is_own = [config.scheduler for config in trainer.lr_scheduler_configs] == [own]
+    for number, (group, now) in enumerate(zip(groups, asked.groups, strict=True)):
+        before = now if saved is None else saved.groups[number]
+        changed = {name: value for name, value in now.items() if name not in before or not _same(value, before[name])}
+        if "lr" in changed and not is_own:
+            warnings.warn(
+                f"The optimizer's lr={now['lr']} has no effect: the schedule of the checkpoint has that of "
+                f"{before.get('lr')}.",
+                stacklevel=2,
+            )
+        group.update({name: value for name, value in changed.items() if name != "lr"})
+        if is_own:
+            group["initial_lr"] = own.base_lrs[number] = now["lr"]
+            group["lr"] = now["lr"] * own.lr_lambdas[number](own.last_epoch)
+    if is_own:
+        own._last_lr = [group["lr"] for group in groups]
+
+
+_NO_SETTINGS = ("params", "param_names", "name")  # of a parameter group
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
+        return bool((torch.as_tensor(one) == torch.as_tensor(other)).all())
+    return bool(one == other)
+
+
+def _split(trainer: Any) -> tuple[int, int]:
+    return data_parallel(trainer)[1], trainer.accumulate_grad_batches
+
+
+def _validation_has_ended(trainer: Any) -> bool:
+    """Whether a validation is over but for its last hooks, in which checkpoints are saved."""
+    progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current
+    return bool(trainer.validating) and progress.completed >= sum(trainer.num_val_batches)
+
+
+def _set(progress: dict[str, Any], values: Mapping[str, Sequence[int]]) -> None:
+    for name, numbers in values.items():
+        progress[name] = dict(zip(("ready", "started", "processed", "completed"), numbers, strict=True))

@@ -1,0 +1,162 @@
+"""What is to be known of a run beside its weights: kept in its checkpoints, shown in the model card of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
+from lightning_sft.data.rows.sources import files_of
+from lightning_sft.training.optimizers import parts_of
+from lightning_sft.types import InputError
+
+FACTS = "lightning_sft"
+"""Under which key a checkpoint has the facts of its run."""
+
+_PACKAGES = ("lightning-sft", "lightning", "torch", "transformers", "tokenizers", "peft", "deepspeed")
+_TRAINER = (
+    *("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm"),
+    *("max_steps", "max_epochs", "num_nodes", "world_size"),
+)
+_FILES = 8  # of a part; an export reads a few rows
+_DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed")
+
+
+def run_facts(trainer: Any) -> dict[str, Any]:
+    """Place, figures, optimiser, settings, data and versions of a training run, as plain values.
+
+    Every process calls it: figures that are not reduced over ranks yet are reduced now.
+
+    Args:
+        trainer: The Lightning trainer; its data module may be the user's own.
+    """
+    data = trainer.datamodule
+    return {
+        "step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+        "optimizer": _optimizer(trainer),
+        "trainer": {"strategy": type(trainer.strategy).__name__} | _plain(trainer, _TRAINER),
+        "data_module": {"class": type(data).__name__} | _plain(data, _DATA),
+        "data": {name: _split(data, name) for name in getattr(data, "splits", {})},
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+
+
+def validation_data(facts: Mapping[str, Any]) -> Mixture | None:
+    """The data that :func:`run_facts` noted for validation, to be read again; ``None`` where it was rows in memory.
+
+    The checkpoint may be of somebody else: files that it names one by one are read, no folder or pattern is searched.
+
+    Args:
+        facts: Of a run.
+
+    Raises:
+        InputError: When a name is no file and no data set.
+    """
+    parts = facts.get("data", {}).get("val", {}).get("parts", [])
+    known = {part["name"]: part for part in parts if part["source"] is not None}
+    if not known:
+        return None
+    made = {name: Part(_files(p), format=p["format"], columns=p["columns"]) for name, p in known.items()}
+    return Mixture(dict(made))
+
+
+def _files(part: Mapping[str, Any]) -> list[str]:
+    source = part.get("files") or part["source"]
+    names = [source] if isinstance(source, str) else list(source)
+    for name in names:
+        if not (Path(name).is_file() or name.startswith("hf:") or (Path(name) / "dataset_info.json").is_file()):
+            raise InputError(f"there is no file {name!r}")
+    return names
+
+
+@lru_cache(maxsize=64)  # a run asks at each checkpoint
+def _first_files(name: str) -> list[str]:
+    if name.startswith("hf:") or (Path(name) / "dataset_info.json").is_file():
+        return [name]
+    return [str(file) for file in files_of(name)[:_FILES]]
+
+
+def _split(data: Any, name: str) -> dict[str, Any]:
+    """A split of a data module: its parts with their sources and sizes, and how many rows were left out."""
+    split, mixture = data.splits[name], as_mixture(data.sources[name])
+    of_part = [
+        {
+            "name": part_name,
+            "source": _name_of(part.source),
+            **({"files": _files_of(part.source)} if name == "val" else {}),
+            "format": part.format or data.format,
+            "columns": part.columns or data.columns,
+            "share": part.share,
+            "weight": part.weight,
+        }
+        for part_name, part in mixture.of_name.items()
+    ]
+    if name == "train" and data.streaming:  # no more than its first rows was read beforehand
+        return {"parts": of_part}
+    sizes = zip(_rows_of_parts(split), split.part_sizes, strict=True)
+    counted = [{"rows": rows, "sequences": sequences} for rows, sequences in sizes]
+    left_out = {"refused": _refused(split), "too_long": len(split.account.too_long), "cut": len(split.account.cut)}
+    parts = [part | count for part, count in zip(of_part, counted, strict=True)]
+    return {"parts": parts, "targets": split.num_targets, **left_out}
+
+
+def _rows_of_parts(split: Any) -> list[int]:
+    """How many rows each part has; a row may have given several sequences."""
+    ends = np.searchsorted(split.examples.sequences_per_row.cumsum(), np.cumsum(split.part_sizes), side="right")
+    rows: list[int] = np.diff(ends, prepend=0).tolist()
+    return rows
+
+
+def _refused(split: Any) -> int:
+    return len(split.account.refused) + int(split.account.unlisted["refused"])
+
+
+def _name_of(source: Any) -> str | list[str] | None:
+    """How a source is called, where it has a name: rows in memory have none."""
+    if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
+        return [str(item) for item in source]
+    return str(source) if isinstance(source, (str, Path)) else None
+
+
+def _files_of(source: Any) -> list[str] | None:
+    """The first files of a source that has a name, and is still there."""
+    names = _name_of(source)
+    if names is None:
+        return None
+    try:
+        found = [file for name in ([names] if isinstance(names, str) else names) for file in _first_files(name)]
+    except InputError:
+        return None
+    return found[:_FILES]
+
+
+def _optimizer(trainer: Any) -> dict[str, Any]:
+    if not trainer.optimizers:
+        return {}
+    optimizer = trainer.optimizers[0]
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed has it wrapped
+    first: dict[str, Any] = optimizer.param_groups[0]
+    settings = {name: first.get(name, value) for name, value in getattr(optimizer, "defaults", {}).items()}
+    settings |= {"lr": first.get("initial_lr", first.get("lr"))}
+    plain = {name: list(v) if isinstance(v, tuple) else v for name, v in settings.items()}
+    kinds = [type(part).__name__ for part in parts_of(optimizer)]
+    return {"class": " and ".join(kinds)} | {n: v for n, v in plain.items() if isinstance(v, (int, float, list))}
+
+
+def _plain(of: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    found = {name: getattr(of, name, None) for name in names}
+    return {name: v for name, v in found.items() if isinstance(v, (bool, int, float, str))}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,130 @@
+"""What verbs that take the configuration of ``fit`` have in common: ``show``, ``plan``, ``replay`` and ``verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_sft.io.errors import OneLine
+from lightning_sft.types import InputError
+
+MAX_VALUES = 100_000
+"""Values of a config file, where an alias counts as often as it stands for something."""
+
+
+def check_config(path: str) -> None:
+    """Refuse a YAML file whose aliases stand for themselves or for too much: what reads it would not end.
+
+    Args:
+        path: The file; one that is no YAML is left to the parser.
+
+    Raises:
+        InputError: When it is such a file.
+    """
+    try:
+        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        size = 0 if root is None else _size(root, {})
+    except RecursionError as error:
+        raise InputError(f"{path}: an alias stands for what it is in, or it is nested too deeply.") from error
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return
+    if size > MAX_VALUES:
+        raise InputError(f"{path}: its aliases stand for {size:,} values; at most {MAX_VALUES:,} are read.")
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values a node of YAML stands for."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in known:
+        inner = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        known[id(node)] = 1 + sum(_size(child, known) for child in inner)
+    return known[id(node)]
+
+
+class ConfigParser(OneLine, LightningArgumentParser):
+    """Of verbs that take the configuration of ``fit``, and of ``fit`` itself."""
+
+
+def with_own_defaults(
+    parser: LightningArgumentParser,
+    parse: Callable[[], Namespace],
+    subcommands: Mapping[str, LightningArgumentParser] | None = None,
+) -> Namespace:
+    """Parse arguments so that an optimizer of another class than the module's default takes its own settings.
+
+    jsonargparse hands those of the default on to whatever class takes arguments of the same names. So the arguments are
+    parsed again, with that class as the default.
+
+    Args:
+        parser: Of the arguments.
+        parse: Parses them with it.
+        subcommands: The parsers of its subcommands.
+    """
+    config = parse()
+    name = config.get("subcommand")
+    own, found = (subcommands or {}).get(name, parser), config if name is None else config[name]
+    model = found.get("model.class_path")  # where the user brings a class of their own
+    key = "model.optimizer" if model is None else "model.init_args.optimizer"
+    asked: Any = found.get(f"{key}.class_path")
+    if asked in (None, _default_optimizer(own, model)):
+        return config
+    optimizer: dict[str, Any] = {"class_path": asked}
+    if model is None:
+        own.set_defaults({"model.optimizer": optimizer})
+    else:
+        own.set_defaults({"model": {"class_path": model, "init_args": {"optimizer": optimizer}}})
+    return parse()
+
+
+def _default_optimizer(parser: ArgumentParser, model: str | None) -> Any:
+    if model is not None:
+        parser = ArgumentParser()
+        module, _, name = model.rpartition(".")
+        parser.add_class_arguments(getattr(import_module(module), name), "model")
+    return parser.get_defaults().get("model.optimizer.class_path")
+
+
+class ConfigCLI(LightningCLI):
+    """The command line of ``fit`` with the arguments of a verb; no trainer is made, and no weights are loaded."""
+
+    verb: ClassVar[Callable[..., Any]]
+    """Takes the data module, the module, the settings of a trainer, and arguments of its own."""
+
+    result: Any
+    """What the verb has returned."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the command is to exit with 0."""
+        return True
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Those of ``fit``, which a saved config has, and our own."""
+        parser.add_method_arguments(Trainer, "fit", skip=set(self.subcommands()["fit"]))
+        self._own = parser.add_function_arguments(self.verb, skip={"data", "module", "trainer"})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse them; another optimizer than the default takes its own defaults."""
+        assert isinstance(args, list)
+        self.config = with_own_defaults(parser, lambda: parser.parse_args(args))
+
+    def instantiate_classes(self) -> None:
+        """The module and the data module. The trainer's section stays as it is: its devices need not be here."""
+        config = self.config.clone()
+        self.trainer_config = config.pop("trainer")
+        self.config_init = self.parser.instantiate_classes(config)
+        self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
+
+    def after_instantiate_classes(self) -> None:
+        """Do it."""
+        own = {name: self.config_init[name] for name in self._own}
+        self.result = self.verb(self.datamodule, self.model, self.trainer_config, **own)

@@ -1,0 +1,253 @@
+"""``lightning-sft chat``: talk to a model in the terminal, alone or beside another; or answer the lines of a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+
+from lightning_sft.commands.chat_model import Speaker
+from lightning_sft.evaluation.generation import Sampling
+from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.machine.terminal import Console
+from lightning_sft.types import InputError, Message
+
+_GREEDY = Sampling()
+_HELP = """/reset          forget the conversation
+/system TEXT    begin anew with this system text; without a text, with none
+/set KEY VALUE  temperature, top_p, top_k, seed or max_new_tokens
+/save FILE      append the conversation to a JSONL file that fit can train on
+/quit           end; so does Ctrl-D. Ctrl-C interrupts an answer"""
+
+
+def chat(
+    model: str | Path,
+    compare: str | Path | None = None,
+    system: str | None = None,
+    chat_template: str | Path | None = None,
+    max_new_tokens: Count = 512,
+    sampling: Sampling = _GREEDY,
+    device: str | None = None,
+) -> None:
+    """Talk to a model in the terminal. Lines of a pipe are answered one by one, each in one line.
+
+    Args:
+        model: An exported folder, a checkpoint of any strategy, the folder of a run, adapters, a hub name or a GGUF
+            file.
+        compare: Another model, as the pretrained one, which answers the same beside it.
+        system: System text that the conversation begins with.
+        chat_template: A Jinja file instead of the template that the model was trained with.
+        max_new_tokens: Most tokens of an answer.
+        sampling: How tokens are chosen; the likeliest by default.
+        device: Where they answer, as cpu or cuda:1; the GPU by default, where there is one.
+
+    Raises:
+        InputError: When a model cannot be loaded.
+    """
+    check_arguments(chat, locals())
+    screen = Console(stderr=True)
+    talks = []
+    for name in [model, *([compare] if compare else [])]:
+        with screen.status(f"Loading {name}"):
+            talks.append(Talk(Speaker(name, chat_template, device)))
+    session = Session(talks, system, max_new_tokens, sampling)
+    if sys.stdin.isatty():
+        _talk(session, Console(highlight=False))
+    else:
+        answer_lines(session, sys.stdin, print)
+
+
+@dataclass
+class Talk:
+    """One model and what was said with it.
+
+    Args:
+        speaker: The model.
+        messages: In order.
+    """
+
+    speaker: Speaker
+    messages: list[Message] = field(default_factory=list)
+
+
+class Session:
+    """A conversation with one model, or the same questions to several.
+
+    Args:
+        talks: With each model.
+        system: System text at the beginning.
+        max_new_tokens: Most tokens of an answer.
+        sampling: How tokens are chosen.
+    """
+
+    def __init__(
+        self,
+        talks: Sequence[Talk],
+        system: str | None = None,
+        max_new_tokens: int = 512,
+        sampling: Sampling = _GREEDY,
+    ) -> None:
+        self.talks, self.max_new_tokens, self.sampling = talks, max_new_tokens, sampling
+        self.begin(system)
+
+    def begin(self, system: str | None) -> None:
+        """Forget what was said, and begin with a system text, or with none."""
+        self.system = system or None
+        for talk in self.talks:
+            talk.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def ask(self, question: str, say: Callable[[int, str], None]) -> list[str]:
+        """Ask all models, one after the other, and remember what each has said.
+
+        Args:
+            question: Of the user.
+            say: Gets the number of a model and a piece of its answer.
+
+        Raises:
+            InputError: When it cannot be asked; then nothing is remembered of it.
+        """
+        found = []
+        asked = [[*talk.messages, {"role": "user", "content": question}] for talk in self.talks]
+        for number, (talk, messages) in enumerate(zip(self.talks, asked, strict=True)):
+
+            def piece(text: str, number: int = number) -> None:
+                say(number, text)
+
+            found.append(talk.speaker.answer(messages, piece, self.max_new_tokens, self.sampling))
+        for talk, messages, text in zip(self.talks, asked, found, strict=True):
+            talk.messages = [*messages, {"role": "assistant", "content": text}]
+        return found
+
+    def obey(self, line: str) -> str | None:
+        """Obey a command; what is to be said of it, or ``None`` where it is the end.
+
+        Raises:
+            InputError: When it is no command, or cannot be obeyed.
+        """
+        name, _, rest = line.partition(" ")
+        rest = rest.strip()
+        if name in ("/quit", "/exit"):
+            return None
+        if name == "/reset":
+            self.begin(self.system)
+            return "The conversation begins anew."
+        if name == "/system":
+            self.begin(rest)
+            return "The conversation begins anew, " + ("with this system text." if rest else "without a system text.")
+        if name == "/set":
+            return self._set(*rest.partition(" ")[::2])
+        if name == "/save":
+            return self._save(rest)
+        if name == "/help":
+            return _HELP
+        raise InputError(f"{name} is no command. /help lists them.")
+
+    def _set(self, key: str, value: str) -> str:
+        kinds: dict[str, Callable[[str], Any]] = {"max_new_tokens": int, "top_k": int, "seed": int}
+        kinds |= {"temperature": float, "top_p": float}
+        try:
+            given = kinds[key](value)
+        except (KeyError, ValueError) as error:
+            raise InputError(f"/set takes one of {', '.join(kinds)} and a number, got {key!r} {value!r}.") from error
+        if key != "max_new_tokens":
+            self.sampling = replace(self.sampling, **{key: given})
+        elif given < 1:
+            raise InputError("max_new_tokens must be at least 1.")
+        else:
+            self.max_new_tokens = given
+        now = {own.name: getattr(self.sampling, own.name) for own in fields(self.sampling)}
+        return ", ".join(f"{k}={v}" for k, v in {**now, "max_new_tokens": self.max_new_tokens}.items())
+
+    def _save(self, name: str) -> str:
+        if not name:
+            raise InputError("/save needs the name of a file, as /save chat.jsonl.")
+        rows = [{"messages": talk.messages} for talk in self.talks if len(talk.messages) > 1]
+        try:
+            with Path(name).expanduser().open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise InputError(f"{name} cannot be written: {error}") from error
+        return f"{len(rows)} conversation{'s' * (len(rows) != 1)} appended to {name}."
+
+
+def answer_lines(session: Session, lines: Any, write: Callable[[str], None]) -> None:
+    r"""Answer each line with one line: it is written as inside a string of JSON, so with ``\n``.
+
+    Of several models, a tab is between the answers.
+
+    Args:
+        session: Goes on from line to line; a line may be a command.
+        lines: Of text.
+        write: Gets each answer.
+
+    Raises:
+        InputError: When a line cannot be asked.
+    """
+    for line in (line.strip() for line in lines):
+        if line.startswith("/"):
+            if session.obey(line) is None:
+                return
+        elif line:
+            found = session.ask(line, lambda number, text: None)
+            write("\t".join(json.dumps(text, ensure_ascii=False)[1:-1] for text in found))
+            sys.stdout.flush()
+
+
+def _talk(session: Session, console: Console) -> None:
+    """Read questions and commands from the terminal until the end."""
+    with suppress(ImportError):  # of Windows, whose terminal does it by itself
+        import readline  # noqa: F401 - lines can then be edited, and earlier ones found again
+
+    names = " and ".join(talk.speaker.name for talk in session.talks)
+    console.print(f"Talking to {names}. /help lists commands.", style="dim")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print("\n/quit ends.", style="dim")
+            continue
+        try:
+            if line.startswith("/"):
+                said = session.obey(line)
+                if said is None:
+                    return
+                console.print(said, style="dim")
+            elif line:
+                _show_answer(session, line, console)
+        except InputError as error:
+            console.print(str(error), style="red")
+
+
+def _show_answer(session: Session, question: str, console: Console) -> None:
+    """One answer as running text; several side by side."""
+    if len(session.talks) == 1:
+        session.ask(question, lambda number, text: console.out(text, end=""))
+        console.print()
+        return
+    texts = ["" for _ in session.talks]
+    width = (console.width - 1) // len(texts)
+
+    def panels() -> Columns:
+        names = [talk.speaker.name for talk in session.talks]
+        made = [Panel(Text(t), title=Text(n[-width + 6 :]), width=width) for n, t in zip(names, texts, strict=True)]
+        return Columns(made, padding=0)
+
+    with Live(panels(), console=console, vertical_overflow="visible", auto_refresh=False) as live:
+
+        def say(number: int, text: str) -> None:
+            texts[number] += text
+            live.update(panels(), refresh=True)
+
+        session.ask(question, say)

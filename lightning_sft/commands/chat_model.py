@@ -1,0 +1,120 @@
+"""A model to talk to: a folder, a hub name or a checkpoint, that answers piece by piece as it will in ``predict``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from lightning_sft.checkpoints import reading as checkpoints
+from lightning_sft.checkpoints.writing import checkpoint_of
+from lightning_sft.data.batches.loader import PromptBatch
+from lightning_sft.data.tokens.encode import encode_prompt
+from lightning_sft.evaluation.generation import Sampling, answers
+from lightning_sft.export.restore import restored, tokenizer_of
+from lightning_sft.io.arguments import check_arguments
+from lightning_sft.machine.terminal import printable
+from lightning_sft.model.pretrained import load_exported, load_model, load_tokenizer
+from lightning_sft.model.tuning.adapters import merge
+from lightning_sft.training.checks import bfloat16_is_slow
+from lightning_sft.types import Conversation, InputError, Message
+
+
+class Speaker:
+    """A model with its tokenizer, and the template that it was trained with.
+
+    Args:
+        name: A hub name, a folder, a GGUF file, a checkpoint of any strategy, or the folder of a run that has some.
+        chat_template: A Jinja file to use instead of the tokenizer's template.
+        device: Where it answers; the GPU by default, where there is one.
+    """
+
+    def __init__(self, name: str | Path, chat_template: str | Path | None = None, device: str | None = None) -> None:
+        check_arguments(Speaker, locals())
+        self.name = str(name)
+        where = torch.device(device or _best_device())
+        self.model, self.tokenizer = _load(checkpoint_of(name), chat_template)
+        if (
+            where.type == "cpu"
+            and self.model.dtype != torch.float32
+            and (self.model.dtype == torch.float16 or bfloat16_is_slow())
+        ):
+            self.model.float()
+        torch.nn.Module.to(self.model, where)
+        self.model.eval()
+
+    @torch.no_grad()
+    def answer(
+        self,
+        messages: Sequence[Message],
+        say: Callable[[str], None],
+        max_new_tokens: int = 512,
+        sampling: Sampling | None = None,
+    ) -> str:
+        """The answer to a conversation, handed on piece by piece while it is made, and whole at the end.
+
+        The prompt and the stop tokens are those of :func:`lightning_sft.evaluation.generation.answers`. If Ctrl-C
+        interrupts it, the answer is what there is by then.
+
+        Args:
+            messages: They end with what the model is to answer.
+            say: Gets each piece of text; nothing in it moves a terminal's cursor.
+            max_new_tokens: Most tokens of the answer.
+            sampling: How tokens are chosen; the likeliest by default. Each turn draws numbers of its own.
+
+        Raises:
+            InputError: When the template refuses the conversation, or it is longer than the model's context.
+        """
+        prompt = replace(encode_prompt(Conversation(messages, provenance="chat"), self.tokenizer), number=len(messages))
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context and len(prompt.input_ids) >= context:
+            raise InputError(
+                f"The conversation has {len(prompt.input_ids):,} tokens, and the model was made for {context:,}. /reset"
+            )
+        room = min(max_new_tokens, context - len(prompt.input_ids)) if context else max_new_tokens
+        pieces: list[str] = []
+
+        def take(text: str) -> None:
+            pieces.append(text)
+            say(printable(text))
+
+        batch = PromptBatch([prompt], self.tokenizer).to(self.model.device)
+        try:
+            [row] = answers(self.model, batch, room, sampling, streamer=_Pieces(self.tokenizer, take))
+        except KeyboardInterrupt:
+            return "".join(pieces)
+        return str(row["prediction"])
+
+
+class _Pieces(TextStreamer):
+    """Hands text on as soon as it is certain, without the prompt and without control tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, take: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.take = take
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Hand it on."""
+        if text:
+            self.take(text)
+
+
+def _load(name: str, chat_template: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not checkpoints.is_checkpoint(name):
+        model = load_model(name) if name.endswith(".gguf") else load_exported(name)
+        return model, load_tokenizer(name, chat_template)
+    facts = checkpoints.facts(name)
+    model = restored(facts | {"state_dict": checkpoints.weights(name)})
+    tokenizer = tokenizer_of(facts)
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return merge(model), tokenizer
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

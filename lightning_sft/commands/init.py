@@ -1,0 +1,175 @@
+"""``lightning-sft init``: looks at model, data and machine, and writes a commented YAML that ``fit`` runs."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rich.prompt import Prompt
+
+from lightning_sft.commands.init_yaml import Machine, Method, as_yaml
+from lightning_sft.data.rows.formats import find_format
+from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.sources import read
+from lightning_sft.data.tokens.encode import encode_many
+from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.io.plain import plain
+from lightning_sft.machine.terminal import Console, printable
+from lightning_sft.model.pretrained import context_length, load_tokenizer
+from lightning_sft.types import Conversation, InputError
+
+_LOOKED_AT = 200  # rows
+_QUESTIONS = ("question", "query", "input", "request", "source", "text")
+_ANSWERS = ("answer", "response", "output", "reply", "target", "label")
+
+
+def init(
+    model: str | Path | None = None,
+    data: str | Path | None = None,
+    val: str | Path | None = None,
+    method: Method | None = None,
+    devices: Count | None = None,
+    columns: dict[str, str] | None = None,
+    chat_template: str | Path | None = None,
+    out: str | Path = "config.yaml",
+    overwrite: bool = False,
+) -> Path:
+    """Write a complete, commented YAML for ``lightning-sft fit --config``. On a terminal, asks for what is not given.
+
+    Args:
+        model: The pretrained model: a hub name, a folder, or a GGUF file.
+        data: The training data: a file, a folder, a glob, or hf:owner/name:split.
+        val: The validation data.
+        method: Train the whole model, or low-rank adapters.
+        devices: How many devices; those of this machine by default.
+        columns: The data's column for a key of the format: {prompt: question, completion: answer}.
+        chat_template: A Jinja file, for a model without a chat template.
+        out: The file to write.
+        overwrite: Write it where there is one already.
+
+    Raises:
+        InputError: When the model or the data cannot be used, or the file is there.
+    """
+    check_arguments(init, locals())
+    val, chat_template, out = plain(val), plain(chat_template), str(out)
+    path, ask = Path(out), _Asker(sys.stdin.isatty())
+    if path.exists() and not overwrite:
+        raise InputError(f"{out} is there already. Give another file (--out), or --overwrite true.")
+    model = str(model or ask("Pretrained model (a hub name, a folder, or a GGUF file)", "--model"))
+    tokenizer, context = load_tokenizer(model, chat_template), context_length(model)
+    data = str(data or ask("Training data (a file, a folder, a glob, or hf:owner/name:split)", "--data"))
+    seen = look_at(data, columns, ask)
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(f"Data: format {seen.format}; columns {', '.join(seen.keys)}.", highlight=False)
+    encoded = [row for row in encode_many(seen.rows, tokenizer) if isinstance(row, list)]
+    if not encoded:
+        [problem, *_] = encode_many(seen.rows[:1], tokenizer)
+        raise InputError(f"No row can be trained on with the chat template of {model}: {problem}")
+    longest = max(len(example) for row in encoded for example in row)
+    if seen.problem is not None:
+        console.print(f"fit will stop at rows that cannot be used, as this: {seen.problem}", highlight=False)
+    if val is None and ask.is_possible:
+        val = ask("Validation data (empty for none)", "--val", "") or None
+    if val is not None:
+        look_at(str(val), seen.columns, ask)
+    method = method or ask("Train the whole model or adapters", "--method", "full", ["full", "lora"])
+    machine = Machine.here(devices)
+    kind = f"{seen.format} rows with {', '.join(seen.keys)}"
+    given = {"train": (data, kind), "val": val, "columns": seen.columns, "chat_template": chat_template}
+    text = as_yaml(model, context, given, longest, method, machine, out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    console.print(f"Wrote {out}. See what will be trained on:  lightning-sft show --config {out}", highlight=False)
+    console.print(f"Train:  lightning-sft fit --config {out}", highlight=False)
+    return path
+
+
+class _Asker:
+    """Asks on a terminal; elsewhere it takes defaults, and where there is none says which flag is missing."""
+
+    def __init__(self, is_possible: bool) -> None:
+        self.is_possible = is_possible
+
+    def __call__(self, question: str, flag: str, default: str | None = None, choices: Any = None) -> Any:
+        if self.is_possible:
+            answer = Prompt.ask(question, default=default, choices=choices)
+            if answer or default is not None:
+                return answer
+        elif default is not None:
+            return default
+        raise InputError(f"init needs {flag}: {question[0].lower()}{question[1:]}.")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the first rows of the data are.
+
+    Args:
+        format: Their format.
+        keys: Their keys.
+        columns: Which of these stand for the keys of the format, where they have other names.
+        rows: Those that can be used, as conversations.
+        problem: The first of those that cannot.
+    """
+
+    format: str
+    keys: list[str]
+    columns: dict[str, str] | None
+    rows: list[Conversation]
+    problem: InputError | None
+
+
+def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
+    """Find out what the first rows of the data are.
+
+    Args:
+        data: As for ``data.train``.
+        columns: The columns, where they are known.
+        ask: Asks for them, where they cannot be told.
+
+    Raises:
+        InputError: When no row can be used.
+    """
+    rows = list(islice(read(data), _LOOKED_AT))
+    first = rows[0][0] if rows else {}
+    keys = list(first) if isinstance(first, dict) else []
+    try:
+        find_format({"messages": first} if isinstance(first, list) else first, None, columns)
+    except InputError as error:
+        if columns or not keys:
+            raise
+        columns = _guess(keys)
+        if columns is None:
+            if not ask.is_possible:
+                raise
+            Console(stderr=True).print(f"{data}: {error}", highlight=False)
+            names = printable(", ".join(keys))
+            question = ask(f"Which column is the question ({names})", "--columns '{prompt: …, completion: …}'")
+            answer = ask(f"Which column is the answer ({names})", "--columns '{prompt: …, completion: …}'")
+            columns = {"prompt": question, "completion": answer}
+    convert, found = Converter(None, columns), list[Conversation]()
+    problem: InputError | None = None
+    for row, provenance in rows:
+        try:
+            found.append(convert(row, provenance))
+        except InputError as error:
+            problem = problem or error
+    if not found:
+        raise problem or InputError(f"{data} has no rows.")
+    whole = {"messages": first} if isinstance(first, list) else first
+    return Seen(find_format(whole, None, columns).name, keys or ["a list of messages"], columns, found, problem)
+
+
+def _guess(keys: list[str]) -> dict[str, str] | None:
+    """The columns of a question and its answer, by their names.
+
+    >>> _guess(["id", "question", "answer"])
+    {'prompt': 'question', 'completion': 'answer'}
+    """
+    of_name = {key.lower(): key for key in keys}
+    question = next((of_name[name] for name in _QUESTIONS if name in of_name), None)
+    answer = next((of_name[name] for name in _ANSWERS if name in of_name), None)
+    return {"prompt": question, "completion": answer} if question and answer else None

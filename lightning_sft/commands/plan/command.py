@@ -1,0 +1,177 @@
+"""``lightning-sft plan``: what a fit would take, and how many steps, without the weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+
+from lightning_sft.commands.base import ConfigCLI
+from lightning_sft.commands.plan.device import Device
+from lightning_sft.commands.plan.layout import Layout
+from lightning_sft.commands.plan.prediction import Prediction, predict
+from lightning_sft.commands.plan.remedies import Remedy, remedies
+from lightning_sft.commands.plan.table import show_prediction, show_remedies
+from lightning_sft.data.batches.collate import collate
+from lightning_sft.data.batches.plan import Division
+from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.io.arguments import NonNegative, check_arguments
+from lightning_sft.machine.terminal import Console
+from lightning_sft.model.kernels import COMPILES_FROM
+from lightning_sft.module import SFTModule
+from lightning_sft.training.trainer import data_parallel, total_steps, trainer_on_paper
+from lightning_sft.types import Batch, InputError
+
+_DESCRIPTION = (
+    "Predict the memory that fit takes of each device, count its steps, and say what to change if it does not fit. "
+    "Exits with 1 if it does not fit. The weights are not read."
+)
+
+
+def plan(
+    data: LightningDataModule,
+    module: LightningModule,
+    trainer: Any,
+    memory: NonNegative | None = None,
+    json: bool = False,
+) -> Prediction:
+    """Predict the memory that fit takes of each device, count its steps, and say what to change if it does not fit.
+
+    The weights are not read: two steps are gone through with shapes alone.
+
+    Args:
+        data: Gives the micro-batches.
+        module: The model, as configured.
+        trainer: Settings of a trainer: devices, strategy and precision. The devices need not be here.
+        memory: GiB that a device has, or a machine where the device is its CPU; by default what is here.
+        json: Print JSON, for machines.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        InputError: When the module or the data module is not ours, or the strategy is not known.
+    """
+    if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
+        given = f"{type(module).__name__} and {type(data).__name__}"
+        raise InputError(f"plan needs an SFTModule and an SFTDataModule, or classes made from them, got {given}.")
+    check_arguments(plan, locals())
+    paper = trainer_on_paper(module, trainer)
+    num_devices = data_parallel(paper)[1]
+    layout = Layout.of(trainer, num_devices)
+    paper.distributed_sampler_kwargs["num_replicas"] = layout.data_parallel
+    paper.is_global_zero = False  # the report of the data would be printed
+    cast(Any, data).trainer = paper
+    data.sample_rows = data.buffer_rows
+    data.setup("fit")
+    steps = steps_of(data, module, trainer)
+    data.streaming = False  # what has been read of a stream stands for the rest
+    device = Device.of(str(trainer.accelerator), paper.num_devices, memory)
+
+    compiles = device.name == "GPU" and _compiles(module, steps["steps in all"] * paper.accumulate_grad_batches)
+
+    def try_out(module: Any, batch: Batch, layout: Layout) -> Prediction:
+        return predict(module, batch, layout, device, paper.accumulate_grad_batches, compiles)
+
+    planned = data.planned("train")
+    batch = largest(planned, data)
+    prediction = try_out(module, batch, layout)
+    found: list[Remedy] = []
+    if not prediction.fits:
+        least = int(planned.split.lengths.max())
+        found = list(remedies(module, batch, prediction, lambda n: largest(_replanned(data, n), data), least, try_out))
+    if json:
+        print(_json(prediction, steps, found))
+    else:
+        console = Console(soft_wrap=True)
+        show_prediction(prediction, steps, console)
+        if not prediction.fits:
+            show_remedies(found, console)
+    return prediction
+
+
+class PlanCLI(ConfigCLI):
+    """The command line of ``fit`` with the arguments of :func:`plan`; its ``result`` is the prediction."""
+
+    verb = staticmethod(plan)
+
+    @property
+    def passes(self) -> bool:
+        """Whether it fits."""
+        return bool(self.result.fits)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """With a help that says what it is for."""
+        return super().init_parser(**kwargs | {"description": _DESCRIPTION})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """``--json`` is a flag without a value."""
+        assert isinstance(args, list)
+        super().parse_arguments(parser, ["--json=true" if argument == "--json" else argument for argument in args])
+
+
+def largest(planned: Planned, data: SFTDataModule) -> Batch:
+    """The micro-batch of an epoch with the most positions, and of those the most targets."""
+    assert data.tokenizer is not None
+    examples, packed = planned.split.examples, planned.packing == "packed"
+    ranks = range(planned.plan.num_ranks)
+    micro_batches = [micro for rank in ranks for micro in planned.plan.micro_batches(0, rank) if micro.examples]
+
+    def size(indices: Sequence[int]) -> tuple[int, int]:
+        lengths = planned.split.lengths[list(indices)]
+        positions = lengths.sum() if packed else lengths.max() * len(lengths)
+        return int(positions), int(examples.num_targets[list(indices)].sum())
+
+    chosen = max((micro.examples for micro in micro_batches), key=size)
+    return collate([examples[i] for i in chosen], 1.0, packed=packed, pad_id=data.pad_id)
+
+
+def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any) -> dict[str, Any]:
+    """Optimiser steps, micro-batches and tokens, of an epoch and in all."""
+    endless = module.schedule == "constant"
+    ends = SimpleNamespace(max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, datamodule=data)
+    total = total_steps(ends, may_be_endless=endless)
+    of_all = {"steps in all": total, "of warm-up": math.ceil(module.warmup * total)}
+    if data.streaming:
+        return {"steps an epoch": "not known of a stream"} | of_all
+    planned = data.planned("train")
+    plan, split = planned.plan, planned.split
+    tokens = int(plan.draw.bounds.sum())
+    targets = round(float(split.examples.num_targets @ plan.draw.rates))
+    used = plan.num_ranks * plan.accumulate
+    return {
+        "rows": split.account.num_rows,
+        "sequences an epoch": len(plan.draw.bounds),
+        "tokens an epoch": tokens,
+        "targets an epoch": targets,
+        f"{planned.packing} micro-batches an epoch": len(plan.packs),
+        "positions of a micro-batch": planned.capacity,
+        "filled": f"{planned.fill:.1%}",
+        "micro-batches a step": used,
+        "tokens a step": round(tokens / plan.num_full_steps),
+        "steps an epoch": plan.num_steps,
+    } | of_all
+
+
+def _compiles(module: SFTModule, passes: int) -> bool:
+    """Whether a run of so many micro-batches has its layers compiled on a GPU; one without an end has."""
+    is_long = passes >= COMPILES_FROM or module.schedule == "constant"
+    return module.kernels.asked == "compiled" or (module.kernels.asked == "auto" and is_long)
+
+
+def _replanned(data: SFTDataModule, capacity: int) -> Planned:
+    return Planned.of(data.splits["train"], Division(), data.packing, capacity, seed=data.seed)
+
+
+def _json(prediction: Prediction, steps: dict[str, Any], found: Sequence[Remedy]) -> str:
+    changes = [
+        {"settings": remedy.settings, "peak": remedy.prediction.peak, "fits": remedy.prediction.fits}
+        for remedy in found
+    ]
+    return json.dumps(prediction.as_dict() | {"steps": steps, "remedies": changes}, indent=2)

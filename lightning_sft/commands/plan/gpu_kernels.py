@@ -1,0 +1,86 @@
+"""What the kernels of a GPU keep and allocate, without the kernels: FlashAttention's and those of the likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lightning_sft import objective
+from lightning_sft.head import chunks as chunked_head
+from lightning_sft.machine.contexts import computed_in
+
+ATTENTION = "kernel_on_paper"
+"""Name of the attention in transformers; its layers get no mask."""
+
+
+@contextmanager
+def likelihood_on_paper() -> Iterator[None]:
+    """While it lasts, the likelihood does as on a GPU: the softmax in one kernel, sums in float32 by the matmul."""
+    ours = {(objective, "fuses"): lambda raw: True, (chunked_head, "_multiply"): lambda total, a, b, beta: None}
+    before = {(module, name): getattr(module, name) for module, name in ours}
+    try:
+        for (module, name), function in ours.items():
+            setattr(module, name, function)
+        yield
+    finally:
+        for (module, name), function in before.items():
+            setattr(module, name, function)
+
+
+@torch.library.custom_op("lightning_sft_planning::flash", mutates_args=())
+def _flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Output ``[B, N, heads, head size]`` and, in float32, the log-sum-exp of each row of scores ``[B, heads, N]``."""
+    rows, heads, length, _ = query.shape
+    out = query.new_empty(rows, length, heads, value.shape[-1])
+    return out, query.new_empty(rows, heads, length, dtype=torch.float32)
+
+
+@torch.library.custom_op("lightning_sft_planning::flash_backward", mutates_args=())
+def _flash_backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value; what FlashAttention 2 has besides while it runs is allocated and freed.
+
+    It adds up the query's gradient in float32, and has those of grouped keys and values once for each query head.
+    """
+    kept = [query.new_empty(query.shape, dtype=torch.float32), torch.empty_like(log_sums)]
+    if query.shape[1] != key.shape[1]:
+        kept += [query.new_empty(*query.shape[:-1], x.shape[-1]) for x in (key, value)]
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+_flash.register_fake(_flash._init_fn)
+_flash_backward.register_fake(_flash_backward._init_fn)
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = _flash_backward(grad_out, *ctx.saved_tensors)
+    return gradients
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+_flash.register_autograd(_backward, setup_context=_keep)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+) -> tuple[Tensor, None]:
+    """Attention of a layer, ``[B, heads, N, head size]`` to ``[B, N, heads, head size]``, in the dtype of autocast."""
+    out, _ = _flash(*(x.to(computed_in(query)) for x in (query, key, value)))
+    return out, None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, _no_mask)

@@ -1,0 +1,170 @@
+"""What part of a model each device has, by the strategy of a trainer's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_sft.machine.glibc_malloc import KEEPS, is_set
+from lightning_sft.types import InputError
+
+_DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+_BUCKET = 200_000_000  # elements, as Lightning sets them for DeepSpeed
+
+
+@dataclass(frozen=True)
+class Model:
+    """The sizes of a model, in parameters.
+
+    Args:
+        layer: The largest of its layers.
+        others: All that is in no layer: embeddings, head, the last norm.
+        trained: What the optimiser has.
+        trained_layer: The same of a layer.
+    """
+
+    layer: int
+    others: int
+    trained: int
+    trained_layer: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A strategy, and a precision.
+
+    Args:
+        name: As it is shown.
+        dtype: Of parameters.
+        autocast: Dtype that products are cast to, or ``None``.
+        data_parallel: Devices that see different data.
+        tensor_parallel: Devices that share each matrix.
+        stage: What data-parallel devices share: 0 nothing, 1 the optimiser's state, 2 gradients too, 3 all.
+        compute: Dtype of what is computed where it is not that of ``dtype``.
+        is_deepspeed: Whether DeepSpeed does it, with a float32 copy of what is trained, and its buckets.
+        offloads: What is in the host's memory: ``optimiser``, or ``all``.
+        in_backward: Whether the optimiser steps in the backward pass.
+        keeps_memory: Whether a CPU's allocator keeps what is freed.
+    """
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    data_parallel: int = 1
+    tensor_parallel: int = 1
+    stage: int = 0
+    compute: torch.dtype | None = None
+    is_deepspeed: bool = False
+    offloads: str = ""
+    in_backward: bool = False
+    keeps_memory: bool = True
+
+    @classmethod
+    def of(cls, settings: Any, num_devices: int) -> Layout:
+        """That of a trainer's settings.
+
+        Args:
+            settings: The arguments of a trainer, as attributes.
+            num_devices: All devices, over all nodes.
+
+        Raises:
+            InputError: When the strategy or the precision is not known here.
+        """
+        dtype, autocast = _precision(settings.precision)
+        name, own = _named(settings.strategy)
+        plain: dict[str, Any] = {"dtype": dtype, "autocast": autocast, "data_parallel": num_devices}
+        callbacks = dict(map(_named, _listed(settings)))
+        plain["in_backward"] = "optimizerinbackward" in callbacks
+        plain["keeps_memory"] = callbacks.get("keepmemory", {}).get("enabled", True)  # fit adds it
+        if "deepspeed" in name:
+            stage = int(own.get("stage") or next((c for c in name if c.isdigit()), 2))
+            offloads = "all" if own.get("offload_parameters") or (stage == 3 and "offload" in name) else ""
+            if not offloads and (own.get("offload_optimizer") or "offload" in name):
+                offloads = "optimiser"
+            plain |= {"stage": stage, "is_deepspeed": True, "dtype": autocast or dtype, "autocast": None}
+            return cls(f"DeepSpeed ZeRO-{stage}", **plain, offloads=offloads)
+        if name in ("fsdp2", "fsdp2strategy", "modelparallelstrategy"):
+            tensor = int(own.get("tensor_parallel_size") or 1)
+            if name == "modelparallelstrategy" and own.get("tensor_parallel_size") in (None, "auto"):
+                raise InputError("plan does not know Lightning's ModelParallelStrategy; set trainer.strategy=fsdp2.")
+            data = num_devices // tensor
+            plain |= {"data_parallel": data, "tensor_parallel": tensor, "stage": 3}
+            compute = own.get("compute_dtype")
+            mixed = autocast if autocast == torch.bfloat16 else None
+            plain |= {"compute": getattr(torch, compute) if compute else mixed}
+            mesh = f"FSDP2 over {data}" + (f", tensor-parallel over {tensor}" if tensor > 1 else "")
+            return cls(mesh, **plain, offloads="all" if own.get("cpu_offload") else "")
+        if name.startswith("ddp"):
+            return cls(f"DDP over {num_devices}", **plain)
+        if name in ("auto", "single_device", "singledevicestrategy"):
+            return cls(f"DDP over {num_devices}" if num_devices > 1 else "one device", **plain)
+        raise InputError(
+            f"plan does not know trainer.strategy={name!r}; it knows auto, ddp, fsdp2 and deepspeed_stage_1, _2 and _3."
+        )
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        """Dtype that parameters have while they are used."""
+        return self.compute or self.dtype
+
+    @property
+    def mallopt(self) -> Mapping[int, int]:
+        """Settings of the C library's allocator."""
+        return KEEPS if self.keeps_memory and not is_set() else {}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What part of each kind of bytes, counted on one device in the dtype of computation, a device keeps."""
+        wider = self.dtype.itemsize / self.computes_in.itemsize
+        shared = [1, 1 / self.data_parallel]
+        of = {
+            "weights": wider * shared[self.stage >= 3],
+            "gradients": wider * shared[self.stage >= 2],
+            "optimiser": (4 / self.dtype.itemsize if self.is_deepspeed else wider) * shared[self.stage >= 1],
+        }
+        if self.offloads:
+            of |= {"optimiser": 0.0} if self.offloads == "optimiser" else dict.fromkeys(of, 0.0)
+        return of
+
+    def extra(self, model: Model) -> dict[str, float]:
+        """Bytes that the strategy itself takes of each device, by what they are for."""
+        if self.is_deepspeed:
+            copy = 0.0 if self.offloads else 4 * model.trained / self.data_parallel
+            extra = {"float32 copy of what is trained": copy}
+            extra |= {"buckets of gradients": 2.0 * min(_BUCKET, model.trained) * self.dtype.itemsize}
+            return extra | (self._gathered(model) if self.stage >= 3 else {})
+        if self.stage >= 3:
+            reduced = model.trained_layer * (self.computes_in.itemsize + 4)
+            return self._gathered(model) | {"gradients of a layer, being reduced": float(reduced)}
+        if self.name.startswith("DDP"):
+            return {"buckets of gradients": float(model.trained * self.dtype.itemsize)}
+        return {}
+
+    def _gathered(self, model: Model) -> dict[str, float]:
+        """The layer at work, the next one, and what is in no layer."""
+        return {"gathered parameters": float((2 * model.layer + model.others) * self.computes_in.itemsize)}
+
+
+def _precision(given: Any) -> tuple[torch.dtype, torch.dtype | None]:
+    width, _, how = str(given or "32-true").partition("-")
+    if width not in _DTYPES or how not in ("", "true", "mixed"):
+        raise InputError(
+            f"plan does not know trainer.precision={given!r}; it knows 32-true, bf16-mixed, bf16-true, ..."
+        )
+    mixes = how == "mixed" or (how == "" and width in ("16", "bf16"))
+    return (torch.float32, _DTYPES[width]) if mixes else (_DTYPES[width], None)
+
+
+def _listed(settings: Any) -> list[Any]:
+    callbacks = getattr(settings, "callbacks", None) or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
+
+
+def _named(strategy: Any) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(strategy, str):
+        return strategy.rpartition(".")[2].lower(), {}
+    path, own = strategy["class_path"], strategy.get("init_args") or {}
+    return path.rpartition(".")[2].lower(), own if isinstance(own, Mapping) else vars(own)

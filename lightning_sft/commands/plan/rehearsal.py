@@ -1,0 +1,243 @@
+"""The first two optimiser steps of a fit, with shapes instead of values: what they allocate."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lightning_sft.commands.plan import gpu_kernels
+from lightning_sft.commands.plan.compiled import compile_on_paper
+from lightning_sft.commands.plan.layout import Layout, Model
+from lightning_sft.commands.plan.meter import Meter
+from lightning_sft.head.chunks import ON_CPU, fitting_chunk_size
+from lightning_sft.machine.contexts import default_dtype
+from lightning_sft.model.attention import cpu
+from lightning_sft.model.attention.per_document import NAMES
+from lightning_sft.model.likelihood import Scorer
+from lightning_sft.model.parallel.sharding import layers
+from lightning_sft.model.precision import follow_autocast
+from lightning_sft.model.pretrained import backbone_and_head, load_architecture, model_from_config, new_token_ids
+from lightning_sft.model.probes import Findings
+from lightning_sft.model.recompute import checkpoint_layers
+from lightning_sft.model.tuning.adapters import inject, is_adapter, widen
+from lightning_sft.model.tuning.freezing import choose
+from lightning_sft.model.tuning.neftune import add_noise
+from lightning_sft.training.optimizers import make_optimizer
+from lightning_sft.types import Batch
+
+FORWARD, LOSS, BACKWARD, STEP = "layers, forward", "loss", "backward", "optimiser step"
+
+_BYTES = {"4bit": 0.516, "8bit": 1.0}  # of a quantised parameter, with its scales
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What has been counted.
+
+    Args:
+        meter: The bytes.
+        sizes: Of the parts of the model.
+        num_parameters: All of them.
+        num_adapters: Those of adapters.
+        num_quantized: Those that are quantised.
+        chunk_size: Targets whose logits are in memory at a time.
+        logits: Bytes of the logits of one chunk of targets, in float32.
+        saved: Bytes that quantisation saves.
+        unpacked: Bytes of the largest quantised matrix while it is used.
+    """
+
+    meter: Meter
+    sizes: Model
+    num_parameters: int
+    num_adapters: int
+    num_quantized: int
+    chunk_size: int
+    logits: int
+    saved: float
+    unpacked: float
+
+
+def rehearse(
+    module: Any,
+    batch: Batch,
+    layout: Layout,
+    accumulate: int = 1,
+    memory: float | None = None,
+    compiles: bool = False,
+) -> Rehearsal:
+    """Two optimiser steps in Lightning's order, the second with two micro-batches where gradients are accumulated.
+
+    Args:
+        module: The :class:`~lightning_sft.module.SFTModule`, as configured; its model is not loaded.
+        batch: The largest micro-batch.
+        layout: Strategy and precision.
+        accumulate: Micro-batches in a step.
+        memory: Bytes that a GPU has in all; ``None`` on a CPU.
+        compiles: Whether layers are compiled.
+
+    Raises:
+        InputError: When the architecture cannot be run on shapes.
+    """
+    cpu.works()  # it computes something to find out, which shapes alone cannot
+    meter = Meter(layout.shares)
+    with torch.device("meta"), default_dtype(layout.computes_in):
+        model = _blank(module, layout)
+    meter.made("weights", lambda: _materialize(model))
+    chunk_size = _chunk_size(module, model, layout, memory)
+    scorer = _scorer(module, model, chunk_size, memory is not None, compiles)
+    optimizer = make_optimizer(module.optimizer, model.named_parameters())
+    meter.follow_gradients(model)
+    if layout.in_backward:
+        _step_in_backward(model, optimizer, meter)
+    backbone, head = backbone_and_head(model)
+    backbone.register_forward_hook(lambda *_: meter.moment(LOSS))
+    kernels = nullcontext() if memory is None else gpu_kernels.likelihood_on_paper()
+    with meter, default_dtype(layout.computes_in), kernels:
+        for micro_batches in (1, min(accumulate, 2)):
+            for _ in range(micro_batches):
+                meter.moment(FORWARD)
+                with _autocast(layout):
+                    loss = -scorer(batch)[0]
+                meter.moment(BACKWARD)
+                loss.backward()
+                del loss
+            meter.moment(STEP, "optimiser")  # its state comes into being here
+            optimizer.step()
+            optimizer.zero_grad()
+    meter.moment("")
+    return _facts(meter, module, model, head, chunk_size)
+
+
+def _blank(module: Any, layout: Layout) -> Any:
+    """The model that ``configure_model`` would make, of whatever values."""
+    tuning = module.tuning
+    config = module.hf_config or load_architecture(module.pretrained)
+    says_bfloat16 = config.get("dtype") == "bfloat16"  # no weights are read here, nor their headers
+    with default_dtype(tuning.base_dtype(layout.autocast, lambda: says_bfloat16)):
+        model = model_from_config(config, module.attn_implementation)
+    if tuning.new_tokens:
+        ids, _ = new_token_ids(module.pretrained, tuning.new_tokens)
+        embeddings: Any = model.get_input_embeddings()
+        if max(ids) >= embeddings.num_embeddings:
+            model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    if layout.tensor_parallel > 1:
+        _split(model, layout.tensor_parallel)
+    if tuning.lora is not None:
+        inject(model, tuning.lora)
+    choose(model, tuning.frozen, tuning.trained)
+    if tuning.lora is not None:
+        widen(parameter for parameter in model.parameters() if parameter.requires_grad)
+    return model
+
+
+def _materialize(model: nn.Module) -> None:
+    """Give a model on the meta device parameters and buffers as if it were on the CPU; tied ones stay tied."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for owned in (module._parameters, module._buffers):
+            for name, tensor in owned.items():
+                if tensor is not None and id(tensor) not in made:
+                    blank = torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(blank, tensor.requires_grad) if is_parameter else blank
+                if tensor is not None:
+                    cast(dict[str, Any], owned)[name] = made[id(tensor)]
+
+
+def _chunk_size(module: Any, model: Any, layout: Layout, memory: float | None) -> int:
+    """The module's, or what the likelihood would take on such a device."""
+    if module.chunk_size is not None or memory is None:
+        return cast(int, module.chunk_size or ON_CPU)
+    itemsize = (layout.autocast or layout.computes_in).itemsize
+    return fitting_chunk_size(memory, model.get_output_embeddings().weight.shape[0], itemsize)
+
+
+def _scorer(module: Any, model: Any, chunk_size: int, on_gpu: bool, compiles: bool) -> Scorer:
+    config = model.config.get_text_config()
+    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
+    if asked in (None, *NAMES.values()) and takes_positions and model._can_set_attn_implementation():
+        # as the module would, where it measures that it is exact
+        model.set_attn_implementation(gpu_kernels.ATTENTION if on_gpu else NAMES[stock])
+    findings = Findings(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
+    if compiles:
+        compile_on_paper(model)
+    own = module.gradient_checkpointing  # inputs in host memory are counted all the same
+    checkpoint_layers(model, True if own == "offload" else own, "meta")
+    scorer = Scorer(model, findings, chunk_size)
+    if module.neftune_alpha:
+        add_noise(scorer, model, module.neftune_alpha)
+    follow_autocast(model)
+    return scorer
+
+
+def _step_in_backward(model: nn.Module, optimizer: torch.optim.Optimizer, meter: Meter) -> None:
+    """As :class:`~lightning_sft.callbacks.optimizer_in_backward.OptimizerInBackward` does."""
+
+    def step(parameter: torch.Tensor) -> None:
+        optimizer.step()
+        meter.call((t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)), "optimiser")
+        optimizer.zero_grad()
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(step)
+
+
+def _split(model: Any, num_ranks: int) -> None:
+    """Leave of each matrix what one tensor-parallel rank has: a slice of its rows, or of its columns."""
+    plan: dict[str, str] = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
+    for name, module in model.base_model.named_modules():
+        style = next((how for pattern, how in plan.items() if _fits(name, pattern)), None)
+        if style is not None and isinstance(module, nn.Linear):
+            dimension = 0 if style == "colwise" else 1
+            module.weight = nn.Parameter(module.weight.detach().chunk(num_ranks, dimension)[0].clone())
+            if module.bias is not None and dimension == 0:
+                module.bias = nn.Parameter(module.bias.detach().chunk(num_ranks)[0].clone())
+
+
+def _fits(name: str, pattern: str) -> bool:
+    ours, theirs = name.split("."), pattern.split(".")
+    return len(ours) == len(theirs) and all(b in ("*", a) for a, b in zip(ours, theirs, strict=True))
+
+
+def _autocast(layout: Layout) -> AbstractContextManager[Any]:
+    if layout.autocast is None:
+        return nullcontext()
+    return torch.autocast("cpu", dtype=layout.autocast, cache_enabled=False)
+
+
+def _facts(meter: Meter, module: Any, model: Any, head: nn.Module, chunk_size: int) -> Rehearsal:
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    of_layers = [(_count(layer), _count(layer, only_trained=True)) for layer in layers(model)]
+    sizes = Model(
+        layer=max(of_layers)[0],
+        others=_count(model) - sum(count for count, _ in of_layers),
+        trained=_count(model, only_trained=True),
+        trained_layer=max(of_layers)[1],
+    )
+    bits = module.tuning.quantize
+    matrices = [m.weight for m in model.modules() if bits and isinstance(m, nn.Linear) and m is not head]
+    matrices = [weight for weight in matrices if not weight.requires_grad]
+    width = torch.get_default_dtype().itemsize if not matrices else matrices[0].itemsize
+    quantized = sum(weight.numel() for weight in matrices)
+    return Rehearsal(
+        meter=meter,
+        sizes=sizes,
+        num_parameters=sum(counts.values()),
+        num_adapters=sum(count for name, count in counts.items() if is_adapter(name)),
+        num_quantized=quantized,
+        chunk_size=chunk_size,
+        logits=4 * chunk_size * next(head.parameters()).shape[0],
+        saved=quantized * (width - _BYTES[bits]) if bits else 0.0,
+        unpacked=max((weight.numel() * width for weight in matrices), default=0),
+    )
+
+
+def _count(module: nn.Module, only_trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not only_trained)

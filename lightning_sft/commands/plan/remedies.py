@@ -1,0 +1,105 @@
+"""What to change where a fit does not fit, in the order of what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_sft.commands.plan.layout import Layout
+from lightning_sft.commands.plan.prediction import LOADING, Prediction
+from lightning_sft.commands.plan.rehearsal import LOSS
+from lightning_sft.model.tuning.adapters import Lora
+from lightning_sft.types import Batch
+
+_MOST_DEVICES = 64
+_LARGE = 0.1  # of the peak
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change of settings, and all those before it.
+
+    Args:
+        settings: As they are written in a config.
+        prediction: With them.
+    """
+
+    settings: tuple[str, ...]
+    prediction: Prediction
+
+
+@dataclass
+class _Draft:
+    """Settings that are tried."""
+
+    module: Any
+    batch: Batch
+    layout: Layout
+    settings: tuple[str, ...] = ()
+
+    def changed(self, setting: str, **attributes: Any) -> _Draft:
+        module = copy(self.module)
+        vars(module).update(attributes)
+        return replace(self, module=module, settings=(*self.settings, setting))
+
+
+def remedies(
+    module: Any,
+    batch: Batch,
+    prediction: Prediction,
+    smaller: Callable[[int], Batch],
+    least: int,
+    try_out: Callable[[Any, Batch, Layout], Prediction],
+) -> Iterator[Remedy]:
+    """One change after the other, each with those before it, until it fits or nothing is left.
+
+    Args:
+        module: As configured.
+        batch: The largest micro-batch.
+        prediction: That does not fit.
+        smaller: The largest micro-batch of at most so many positions.
+        least: Positions of the longest sequence: no micro-batch can have fewer.
+        try_out: Predicts with other settings.
+    """
+    draft = _Draft(module, batch, prediction.layout)
+    while not prediction.fits:
+        for following in _changes(draft, prediction, smaller, least):
+            found = try_out(following.module, following.batch, following.layout)
+            if found.peak < prediction.peak:
+                break
+        else:
+            return
+        draft, prediction = following, found
+        yield Remedy(draft.settings, prediction)
+
+
+def _changes(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Batch], least: int) -> Iterator[_Draft]:
+    """Those that are left, the one that costs least first."""
+    module, layout = draft.module, draft.layout
+    activations = max(parts.get("activations", 0.0) for parts in prediction.moments.values())
+    if module.gradient_checkpointing not in (True, "offload") and activations > _LARGE * prediction.peak:
+        yield draft.changed("model.gradient_checkpointing=true", gradient_checkpointing=True)
+    in_loss = prediction.moments[LOSS].get("activations", 0.0)
+    sums = {name: sum(parts.values()) for name, parts in prediction.moments.items() if name != LOADING}
+    done = prediction.rehearsal
+    if done.chunk_size > 64 and sums[LOSS] == max(sums.values()) and done.logits > _LARGE * in_loss:
+        yield draft.changed("model.chunk_size=64", chunk_size=64)
+    capacity = max(least, draft.batch.input_ids.numel() // 2)
+    if capacity < draft.batch.input_ids.numel() and in_loss > _LARGE * prediction.peak:
+        yield replace(
+            draft.changed(f"data.tokens_per_batch={capacity}, trainer.accumulate_grad_batches times 2"),
+            batch=smaller(capacity),
+        )
+    if layout.stage < 3 and layout.data_parallel > 1 and module.tuning.quantize is None:
+        sharded = replace(layout, name=f"FSDP2 over {layout.data_parallel}", stage=3, is_deepspeed=False, offloads="")
+        yield replace(draft.changed("trainer.strategy=fsdp2"), layout=sharded)
+    if module.tuning.lora is None:
+        yield draft.changed("model.lora.r=16", tuning=replace(module.tuning, lora=Lora()))
+    if module.tuning.quantize is None and layout.stage == 0:
+        yield draft.changed("model.quantize=4bit", tuning=replace(module.tuning, quantize="4bit"))
+    if layout.stage == 3 and prediction.moments[LOADING] and layout.data_parallel * 2 <= _MOST_DEVICES:
+        number = layout.data_parallel * 2
+        wider = replace(layout, name=f"FSDP2 over {number}", data_parallel=number)
+        yield replace(draft.changed(f"{number} devices"), layout=wider)

@@ -1,0 +1,86 @@
+"""A prediction as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from lightning_sft.commands.plan.device import GIB
+from lightning_sft.commands.plan.prediction import LOADING, Prediction
+from lightning_sft.commands.plan.remedies import Remedy
+from lightning_sft.machine.terminal import Console
+
+
+def show_prediction(prediction: Prediction, steps: Mapping[str, Any], console: Console) -> None:
+    """Print what a fit takes: its parameters, its steps, its memory."""
+    rehearsal = prediction.rehearsal
+    trained, total = rehearsal.sizes.trained, rehearsal.num_parameters
+    rows = {"parameters": f"{total:,}", "trained": f"{trained:,} ({trained / total:.1%})"}
+    if rehearsal.num_adapters:
+        rows["of adapters"] = f"{rehearsal.num_adapters:,}"
+    if rehearsal.num_quantized:
+        rows["quantised"] = f"{rehearsal.num_quantized:,}"
+    console.print(_table(["Model", ""], *([name, value] for name, value in rows.items())))
+    console.print(_table(["Steps", ""], *([name, _figure(value)] for name, value in steps.items())))
+    console.print(f"\nMemory of each {prediction.device.name}, in GiB: {prediction.layout.name}", style="bold")
+    console.print(_moments(prediction))
+    console.print(verdict(prediction), highlight=False, style="bold" if prediction.fits else "bold red")
+
+
+def show_remedies(remedies: Sequence[Remedy], console: Console) -> None:
+    """Print what to change, each with those before it."""
+    if not remedies:
+        console.print("Nothing that plan knows would make it smaller: take a smaller model, or a larger device.")
+        return
+    console.print("What to change, each line with those above it:", highlight=False)
+    width = max(len(remedy.settings[-1]) for remedy in remedies)
+    for remedy in remedies:
+        fits = ": fits" if remedy.prediction.fits else ""
+        console.print(f"  {remedy.settings[-1]:{width}}  {_gib(remedy.prediction.peak)}{fits}", highlight=False)
+
+
+def verdict(prediction: Prediction) -> str:
+    """Whether it fits, in a sentence."""
+    device = prediction.device
+    of_all = f"{_gib(prediction.peak)} on each {device.name} at the peak"
+    if device.capacity is None:
+        return f"{of_all}; what a {device.name} has is not known here: give it as --memory."
+    fits = "fits into" if prediction.fits else "does not fit into"
+    return f"{of_all}; it {fits} {_gib(device.capacity)}."
+
+
+def _moments(prediction: Prediction) -> Table:
+    """What is there at each moment's peak."""
+    names = list(dict.fromkeys(kind for parts in prediction.moments.values() for kind, size in parts.items() if size))
+    rows = [["process before it", *[""] * len(names), _figure_of(prediction.device.base)]]
+    for moment, parts in prediction.moments.items():
+        holes = 0.0 if moment == LOADING else prediction.holes
+        total = prediction.device.base + holes + sum(parts.values())
+        rows.append([moment, *(_figure_of(parts.get(name, 0.0)) for name in names), _figure_of(total)])
+    if prediction.holes:
+        rows.append(["holes of the allocator", *[""] * len(names), _figure_of(prediction.holes)])
+    return _table(["at the peak of", *names, "all"], *rows)
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB"
+
+
+def _figure_of(size: float) -> str:
+    return f"{size / GIB:,.2f}" if size else ""
+
+
+def _figure(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table(head: Sequence[str], *rows: Sequence[str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,263 @@
+"""``lightning-sft replay``: the batch and the loss of an optimiser step once more, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from threading import Barrier
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from lightning_sft.checkpoints.reading import facts, weights
+from lightning_sft.checkpoints.resume import seed_micro_batch
+from lightning_sft.checkpoints.run_files import LEDGER, line_of
+from lightning_sft.checkpoints.writing import folders_of
+from lightning_sft.commands.base import ConfigCLI
+from lightning_sft.data.batches.stream import StreamLoader
+from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.evaluation.metrics import figures, sums
+from lightning_sft.io.arguments import Count, Index, check_arguments
+from lightning_sft.machine.terminal import Console
+from lightning_sft.module import SFTModule
+from lightning_sft.training.trainer import trainer_on_paper
+from lightning_sft.types import Batch, InputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a sample had to do with the loss of a step.
+
+    Args:
+        provenance: Where the row came from, ``file:line``.
+        rank: Data-parallel rank that had it.
+        micro_batch: Number of its micro-batch in the step, from 1.
+        num_targets: Tokens that are trained.
+        loss: Weighted mean of −log Pr of its targets.
+        share: Of the step's loss.
+    """
+
+    provenance: str
+    rank: int
+    micro_batch: int
+    num_targets: int
+    loss: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step once more.
+
+    Args:
+        step: Its number, from 1.
+        logged: The loss that the run has logged.
+        loss: The loss now.
+        weights: With which weights.
+        is_exact: Whether these are the ones that the step was taken with.
+        samples: The largest share of the loss first.
+    """
+
+    step: int
+    logged: float | None
+    loss: float
+    weights: str
+    is_exact: bool
+    samples: Sequence[Sample]
+
+
+def replay(
+    data: LightningDataModule,
+    module: LightningModule,
+    trainer: Any,
+    step: Count,
+    ledger: str | Path | None = None,
+    weights_of: str | Path | None = None,
+    rows: Index = 20,
+) -> Replay:
+    """Rebuild the batch of an optimiser step from the ledger, and its loss from a checkpoint.
+
+    Args:
+        data: As for ``fit``.
+        module: As for ``fit``.
+        trainer: Settings of a trainer; how the step was divided is taken from the ledger.
+        step: Number of the step, from 1, as loggers and the ledger have it.
+        ledger: The ``samples.jsonl`` of the run; the newest below ``trainer.default_root_dir`` by default.
+        weights_of: The checkpoint to take; by default the nearest before the step that is still there.
+        rows: How many samples are printed, those that are most to blame first.
+
+    Raises:
+        InputError: When there is no ledger, the step is not in it, or the data are others now.
+    """
+    if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
+        raise InputError("replay needs an SFTModule and an SFTDataModule, or classes made from them.")
+    check_arguments(replay, locals())
+    root = Path(trainer.default_root_dir or ".")
+    path = Path(ledger) if ledger else _newest_ledger(root)
+    line = line_of(path, step)
+    folders = [path.parent / "checkpoints", *folders_of(root)]
+    given = weights_of and (Path(weights_of), int(facts(weights_of)["global_step"]))
+    found = given or _checkpoint_before(step, folders)
+    _load(module, found)
+    ranks = _batches(data, module, trainer, line, found)
+    loss, samples = _losses(module, ranks, line, trainer)
+    name, after = ("the pretrained weights", 0) if found is None else (str(found[0]), found[1])
+    result = Replay(step, line["loss"], loss, name, after == step - 1, samples)
+    _show(result, line, after, rows)
+    return result
+
+
+class ReplayCLI(ConfigCLI):
+    """The command line of ``fit`` with the arguments of :func:`replay`; its ``result`` is a :class:`Replay`."""
+
+    verb = staticmethod(replay)
+
+
+def _newest_ledger(root: Path) -> Path:
+    found = [*root.glob(LEDGER), *root.glob(f"*/*/{LEDGER}")]
+    if not found:
+        raise InputError(f"There is no {LEDGER} below {root}. Name the run's with --ledger.")
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
+def _checkpoint_before(step: int, folders: Iterable[Path]) -> tuple[Path, int] | None:
+    """The checkpoint nearest before a step, and after which step it was saved."""
+    steps: dict[Path, int] = {}
+    for path in {path.resolve() for folder in folders for path in folder.glob("*.ckpt")}:
+        try:
+            steps[path] = int(facts(path)["global_step"])
+        except (InputError, KeyError):  # cut short, or of something else
+            continue
+    before = {path: number for path, number in steps.items() if number < step}
+    return max(before.items(), key=lambda item: item[1], default=None)
+
+
+def _load(module: SFTModule, found: tuple[Path, int] | None) -> None:
+    """Load the weights of a checkpoint, or the pretrained ones."""
+    if found is None:
+        module.configure_model()
+        return
+    saved = facts(found[0])
+    module.hf_config = saved["hyper_parameters"]["hf_config"]
+    module.configure_model()
+    checkpoint = {**saved, "state_dict": weights(found[0])}
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
+
+
+def _batches(
+    data: SFTDataModule, module: SFTModule, trainer: Any, line: Mapping[str, Any], found: tuple[Path, int] | None
+) -> list[list[Batch]]:
+    """The micro-batches of each rank, from the data as they are now."""
+    samples = line["samples"]
+    paper = trainer_on_paper(module, trainer)
+    paper.is_global_zero, paper.accumulate_grad_batches = False, line["accumulate"]
+    paper.current_epoch, paper.fit_loop.epoch_loop.batch_progress.current.ready = line["epoch"], line["micro_batch"]
+    cast(Any, data).trainer = paper
+    data.setup("fit")
+    data.num_workers, exchange = 0, _Exchange(len(samples))
+
+    def loader(rank: int) -> Any:
+        paper.distributed_sampler_kwargs = {"rank": rank, "num_replicas": len(samples)}
+        made = data.train_dataloader()
+        if isinstance(made, StreamLoader):
+            made.gather = partial(exchange.gather, rank)
+            states = [] if found is None else facts(found[0])["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+            made.load_state_dict(states[0]) if states else None
+        return made
+
+    loaders = [loader(rank) for rank in range(len(samples))]
+    with ThreadPoolExecutor(len(loaders)) as pool:  # ranks of a stream wait for each other
+        ranks = list(pool.map(exchange.guarded(lambda own: list(islice(own, len(samples[0])))), loaders))
+    for rank, (batches, were) in enumerate(zip(ranks, samples, strict=True)):
+        now = [[name for name in batch.provenance if name != "padding"] for batch in batches]
+        if now != were:
+            raise InputError(
+                f"The data are not those of step {line['step']}: rank {rank} had {were}, now {now}. Replay with the "
+                "config and the files of the run."
+            )
+    return ranks
+
+
+class _Exchange:
+    """What processes do with ``all_gather``, for threads."""
+
+    def __init__(self, number: int) -> None:
+        self.shares: list[Any] = [None] * number
+        self.barrier = Barrier(number)
+
+    def gather(self, rank: int, share: Any) -> list[Any]:
+        """The shares of all threads, from that of each."""
+        self.shares[rank] = share
+        self.barrier.wait()
+        found = list(self.shares)
+        self.barrier.wait()
+        return found
+
+    def guarded(self, work: Callable[[Any], list[Batch]]) -> Callable[[Any], list[Batch]]:
+        """The same work, which ends that of the other threads where it fails."""
+
+        def run(own: Any) -> list[Batch]:
+            try:
+                return work(own)
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        return run
+
+
+def _losses(
+    module: SFTModule, ranks: Sequence[Sequence[Batch]], line: Mapping[str, Any], trainer: Any
+) -> tuple[float, list[Sample]]:
+    """The loss of the step, and that of each sample, computed as they were in training, dropout and all."""
+    device = "cuda" if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
+    precision = str(trainer.precision or "32-true")
+    dtype = torch.float16 if precision.startswith("16") and device == "cuda" else torch.bfloat16
+    module.to(device, *([dtype] if precision in ("16-true", "bf16-true") else [])).train()
+    totals, found = [], []
+    for rank, batches in enumerate(ranks):
+        for number, batch in enumerate(batch.to(device) for batch in batches):
+            if line["seed"] is not None:
+                seed_micro_batch(line["seed"], line["epoch"], line["micro_batch"] + number, rank)
+            with torch.autocast(device, dtype, enabled=precision.endswith("-mixed")):
+                likelihood = module(batch)
+            totals.append(sums(likelihood).cpu())
+            documents, w = (batch.at_targets(x).cpu() for x in (batch.documents(), batch.target_weights))
+            w = w.double()
+            count = len(batch.provenance)
+            negative = torch.bincount(documents, -w * likelihood.log_probs.cpu().double(), count).tolist()
+            weight, targets = torch.bincount(documents, w, count).tolist(), torch.bincount(documents, minlength=count)
+            for document, name in enumerate(batch.provenance):
+                if weight[document]:
+                    mean = negative[document] / weight[document]
+                    found.append(Sample(name, rank, number + 1, int(targets[document]), mean, negative[document]))
+    total = torch.stack(totals).sum(0)
+    whole = total[0].item()
+    shares = [Sample(**{**vars(sample), "share": sample.share / whole}) for sample in found]
+    return figures(total)["loss"].float().item(), sorted(shares, key=lambda sample: -sample.share)
+
+
+def _show(result: Replay, line: Mapping[str, Any], after: int, rows: int) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    console.width = max([console.width, *(80 + len(sample.provenance) for sample in result.samples[:rows])])
+    table = Table("share of the loss", "loss", "targets", "rank", "micro-batch", "sample", box=SIMPLE_HEAD)
+    for sample in result.samples[:rows]:
+        where = str(sample.rank), str(sample.micro_batch), sample.provenance
+        table.add_row(f"{sample.share:.1%}", f"{sample.loss:.4f}", f"{sample.num_targets:,}", *where)
+    logged = "no loss" if result.logged is None else f"a loss of {result.logged:.6f}"
+    console.print(f"Step {result.step}, in epoch {line['epoch']}: {logged} was logged, {result.loss:.6f} is found now.")
+    if result.is_exact:
+        console.print(f"Weights: those that it was taken with, {result.weights}.")
+    else:
+        console.print(f"Weights: not those that it was taken with, but those after step {after}: {result.weights}.")
+    console.print(table)
+    if len(result.samples) > rows:
+        console.print(f"{len(result.samples) - rows} more: --rows {len(result.samples)}")

@@ -1,0 +1,207 @@
+"""``lightning-sft report``: a run as one page that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from lightning_sft.commands.report.charts import Series, bar_chart, line_chart, short
+from lightning_sft.commands.report.run import Run
+from lightning_sft.io.disk import write
+
+_TEMPLATE, _STYLE = Path(__file__).with_name("report.html"), Path(__file__).parents[1] / "page.css"
+_ANSWERED = 24  # rows of samples on the page
+
+
+def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of a run: curves, drift, samples before and after, data, settings, and how to reproduce it.
+
+    Args:
+        run: Its folder: ``trainer.default_root_dir``, or that of the logger.
+        out: The file to write; ``report.html`` in the folder of the run by default.
+
+    Returns:
+        The file.
+    """
+    found = Run.read(run)
+    title = f"Fine-tuning of {Path(str(found.record['pretrained'])).name}"
+    parts = [_head(found, title), _charts(found), _drift(found), _samples(found.samples), _data(found.record["data"])]
+    page = _TEMPLATE.read_text(encoding="utf-8").replace("{{ style }}", _STYLE.read_text(encoding="utf-8"))
+    body = "\n".join([*parts, _settings(found.record), _reproduce(found.record)])
+    path = Path(out) if out else found.folder / "report.html"
+    write(path, page.replace("{{ title }}", escape(title)).replace("{{ body }}", body))
+    return path
+
+
+def _head(run: Run, title: str) -> str:
+    record, last = run.record, run.metrics.get("train/loss", [(0, 0.0)])[-1][0]
+    trained = f"{short(record['trained'])} of {short(record['parameters'])} parameters trained"
+    started = f"{record['starts'][0]['time'].replace('T', ' ').split('+')[0]} UTC"
+    more = len(record["starts"]) - 1
+    times = "" if more == 0 else ", gone on with once" if more == 1 else f", gone on with {more} times"
+    about = f"{last:,.0f} optimiser steps in {timedelta(seconds=round(run.seconds))}, begun {started}{times}"
+    cards = "".join(_cards(run))
+    return (
+        f'<h1>{escape(title)}</h1><p>{escape(about)}</p><p class="dim">{escape(trained)} on '
+        f'{escape(record["starts"][-1]["device"])}</p><section class="grid" id="cards">{cards}</section>'
+    )
+
+
+def _cards(run: Run) -> Iterator[str]:
+    shown: list[tuple[str, str, str]] = [
+        ("val/loss", "validation loss", ""),
+        ("val/perplexity", "perplexity", ""),
+        ("val/bits_per_byte", "bits per byte", ""),
+        ("val/token_accuracy", "token accuracy", "%"),
+        ("train/loss", "training loss", ""),
+        ("train/targets_seen", "targets seen", ""),
+        ("train/tokens_per_second", "tokens a second", ""),
+        ("train/mfu", "MFU", "%"),
+        ("train/fill", "fill of micro-batches", "%"),
+        ("train/peak_memory_gib", "GiB of memory at most", ""),
+        ("drift/all", "moved from the pretrained weights", "%"),
+        ("drift/kl", "nats of KL to the pretrained model", ""),
+    ]
+    for key, name, unit in shown:
+        points = run.metrics.get(key)
+        if points:
+            last, first = (_figure(points[i][1], unit) for i in (-1, 0))
+            changes = key.startswith("val/") and len(points) > 1
+            before = f'<span class="dim change">{first} at step {points[0][0]:,}</span>' if changes else ""
+            yield f'<div class="card"><b>{last}</b><span class="dim">{name}</span>{before}</div>'
+
+
+def _charts(run: Run) -> str:
+    def pair(name: str) -> dict[str, Series]:
+        found = {"training": run.metrics.get(f"train/{name}", []), "validation": run.metrics.get(f"val/{name}", [])}
+        return {kind: points for kind, points in found.items() if points}
+
+    by_position, by_turn = run.curves("val/loss_position/"), run.curves("val/loss_turn/")
+    of_parts = {f"{kind}: {n}": c for kind in ("train", "val") for n, c in run.curves(f"{kind}/loss/").items()}
+    speeds = {"tokens": run.metrics.get("train/tokens_per_second", [])}
+    speeds["targets"] = run.metrics.get("train/targets_per_second", [])
+    charts = [
+        line_chart("Loss", pair("loss"), "nats a target token, over all micro-batches and ranks of a step"),
+        line_chart("Token accuracy", pair("token_accuracy"), "share of targets that are the likeliest token"),
+        line_chart("Entropy", pair("entropy"), "of the prediction of a target token, in nats"),
+        line_chart("Gradient norm", {"before clipping": run.metrics.get("train/gradient_norm", [])}),
+        line_chart("Learning rate", {"learning rate": run.metrics.get("lr", [])}, smooth=False),
+        line_chart("Throughput", speeds, "a second, over all ranks; a mean of ten steps", from_zero=True),
+        line_chart("Loss by data set", of_parts) if of_parts else "",
+        line_chart("Validation loss by place in the answer", by_position, "number of the token in its answer"),
+        line_chart("Validation loss by turn", by_turn, "number of the answer in its conversation"),
+    ]
+    return _section("Training", "charts", charts)
+
+
+def _drift(run: Run) -> str:
+    found = run.curves("drift/")
+    layers = {name: points for name, points in found.items() if name.startswith("layer_")}
+    others: dict[str, Series] = {n: found[n] for n in ("all", "embeddings", "head", "other") if n in found}
+    last = [(f"layer {int(name.removeprefix('layer_'))}", points[-1][1]) for name, points in sorted(layers.items())]
+    kl = {"KL": found.get("kl", [])}
+    charts = [
+        line_chart("Distance from the pretrained weights", others, "‖θ − θ̂‖ / ‖θ̂‖ of what is trained", from_zero=True),
+        line_chart("KL to the pretrained model", kl, "nats a target, on held-out answers", from_zero=True),
+        bar_chart("Distance by layer, at the end", last, "‖θ − θ̂‖ / ‖θ̂‖"),
+    ]
+    return _section("Drift", "charts", charts)
+
+
+def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The first and the last answer to each prompt, and those between."""
+    of_source: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        of_source.setdefault((row["source"], row["prompt"]), []).append(row)
+    cards = []
+    for (source, prompt), own in list(of_source.items())[:_ANSWERED]:
+        first, last = own[0], own[-1]
+        columns = [(f"Before, step {first['step']:,}", first["prediction"], "")]
+        if last is not first:
+            columns.append((f"After, step {last['step']:,}", last["prediction"], "after"))
+        if last["reference"] is not None:
+            columns.append(("Reference", last["reference"], ""))
+        cells = "".join(f'<div class="{kind}"><h3>{name}</h3>{_pre(text)}</div>' for name, text, kind in columns)
+        between = "".join(f"<h3>Step {row['step']:,}</h3>{_pre(row['prediction'])}" for row in own[1:-1])
+        more = f"<details><summary>{len(own) - 2} between</summary>{between}</details>" if between else ""
+        head = f'<div class="prompt"><h3>{escape(source)}</h3>{_pre(prompt)}</div>'
+        cards.append(f'<article class="card"><div class="sample">{head}{cells}</div>{more}</article>')
+    return _section("Samples", "samples", cards)
+
+
+def _data(data: Mapping[str, Any] | None) -> str:
+    if data is None:
+        return ""
+    splits: Mapping[str, Mapping[str, str]] = data["splits"]
+    first = next(iter(splits.values()))
+    rows = [[name, *(of[name] for of in splits.values())] for name in first]
+    cards = [_card("Data", _table([["", *splits], *rows]))]
+    if "histogram" in data:
+        bars = [(f"{low}–{high} tokens", float(count)) for low, high, count in data["histogram"]]
+        ends = (f"{data['histogram'][0][0]:,}", f"{data['histogram'][-1][1]:,} tokens")
+        cards.append(bar_chart("Lengths of sequences in train", bars, data["targets"], axis=ends))
+    if data.get("mixture"):
+        cards.append(_card("Mixture", _table(data["mixture"]), "wide"))
+    notes = [data[key] for key in ("epoch",) if data.get(key)] + list(data["remarks"])
+    if notes:
+        cards.append(_card("Remarks", "".join(f"<p>{escape(note)}</p>" for note in notes), "wide"))
+    return _section("Data", "charts", cards)
+
+
+def _settings(record: Mapping[str, Any]) -> str:
+    facts = record["facts"]
+    groups = {"Optimiser": facts["optimizer"], "Trainer": facts["trainer"], "Data module": facts["data_module"]}
+    cards = [_card(name, _pairs(group)) for name, group in groups.items() if group]
+    if record["config"]:
+        shown = f"<details><summary>config.yaml, every key</summary>{_pre(record['config'])}</details>"
+        cards.append(_card("Configuration", shown, "wide"))
+    return _section("Settings", "charts", cards)
+
+
+def _reproduce(record: Mapping[str, Any]) -> str:
+    versions = record["facts"]["versions"]
+    pins = " ".join(f"{name}=={version}" for name, version in versions.items() if name != "lightning-sft")
+    commands = "\n".join(
+        f"# from step {s['step']:,}, {s['time']}\n{shlex.join(s['command'])}" for s in record["starts"]
+    )
+    again = "lightning-sft fit --config config.yaml" if record["config"] else "the command above"
+    text = f"pip install {pins}\n\n{commands}"
+    note = (
+        f"The same steps again: {again}, with the same data, seeds and number of devices. Which samples each step took "
+        "is in samples.jsonl; lightning-sft replay computes a step once more."
+    )
+    card = _card("Commands", f'{_pre(text)}<p class="dim">{escape(note)}</p>', "wide")
+    return _section("How to reproduce", "charts", [card, _card("Versions", _pairs(versions))])
+
+
+def _section(title: str, kind: str, cards: Sequence[str]) -> str:
+    inner = "".join(cards)
+    name = "samples" if kind == "samples" else "grid charts"
+    return f'<h2 class="part">{escape(title)}</h2><section class="{name}">{inner}</section>' if inner else ""
+
+
+def _card(title: str, inner: str, kind: str = "") -> str:
+    return f'<section class="card {kind}"><h2>{escape(title)}</h2>{inner}</section>'
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
+    lines = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    lines = (f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
+    return f'<table class="facts">{"".join(lines)}</table>'
+
+
+def _pre(text: str) -> str:
+    return f'<pre tabindex="0">{escape(text.strip())}</pre>'
+
+
+def _figure(value: float, unit: str) -> str:
+    return f"{100 * value:.1f} %" if unit == "%" else short(value)

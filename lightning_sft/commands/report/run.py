@@ -1,0 +1,80 @@
+"""What the files of a run say, for its report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_sft.callbacks.samples import FOLDER
+from lightning_sft.checkpoints.run_files import METRICS, RECORD, lines_of, record_of
+from lightning_sft.io.disk import rows_of
+from lightning_sft.types import InputError
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder has it.
+
+    Args:
+        folder: Where its record is.
+        record: What it is, see :class:`~lightning_sft.callbacks.record.RunRecord`.
+        metrics: What was logged, by name: steps and values.
+        seconds: That it took, over all its starts.
+        samples: What it answered, see :class:`~lightning_sft.callbacks.samples.SampleGenerations`, in order of steps.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    metrics: dict[str, list[tuple[float, float]]]
+    seconds: float
+    samples: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Run:
+        """The run in a folder, or the newest of those whose loggers have folders in it.
+
+        Raises:
+            InputError: When there is none.
+        """
+        root = Path(path)
+        found = [root / RECORD, *root.glob(f"*/{RECORD}"), *root.glob(f"*/*/{RECORD}")]
+        records = sorted((file for file in found if file.is_file()), key=lambda file: file.stat().st_mtime_ns)
+        if not records:
+            raise InputError(
+                f"There is no {RECORD} in {str(root)!r}. Expected the folder of a run: trainer.default_root_dir, or a "
+                "folder like lightning_logs/version_0. In Python, the callback RunRecord writes it."
+            )
+        folder = records[0].parent if records[0] == root / RECORD else records[-1].parent
+        record = record_of(folder)
+        if not record:
+            raise InputError(
+                f"{folder / RECORD} is damaged, so it is not known what the run was. The run writes it anew when it "
+                "resumes (--ckpt_path last)."
+            )
+        lines = [line for line, _ in lines_of(folder / METRICS)] if (folder / METRICS).is_file() else []
+        metrics: dict[str, dict[float, float]] = {}
+        for line in lines:
+            for name, value in line.items():
+                if name not in ("step", "epoch", "seconds"):
+                    metrics.setdefault(name, {})[line["step"]] = value
+        samples = [row for file in sorted((folder / FOLDER).glob("step=*.jsonl")) for row, _ in rows_of(file)]
+        curves = {name: sorted(points.items()) for name, points in metrics.items()}
+        return cls(folder, record, curves, _seconds(lines), samples)
+
+    def last(self, name: str) -> float | None:
+        """The last value of a figure."""
+        return self.metrics[name][-1][1] if self.metrics.get(name) else None
+
+    def curves(self, prefix: str) -> dict[str, list[tuple[float, float]]]:
+        """The curves whose name begins so, by the rest of it."""
+        return {name.removeprefix(prefix): own for name, own in self.metrics.items() if name.startswith(prefix)}
+
+
+def _seconds(lines: list[dict[str, Any]]) -> float:
+    """Of each start, up to its last line: there, the clock goes back."""
+    total = before = 0.0
+    for line in lines:
+        total += max(0.0, line["seconds"] - before) if line["seconds"] >= before else line["seconds"]
+        before = line["seconds"]
+    return total

@@ -1,0 +1,146 @@
+"""``lightning-sft show``: what will be trained on, before any training and without the model's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, cast
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+
+from lightning_sft.commands.base import ConfigCLI
+from lightning_sft.commands.show.page import write_page
+from lightning_sft.commands.show.terminal import show_audit, show_document, show_legend
+from lightning_sft.data.batches.loader import EpochLoader
+from lightning_sft.data.batches.plan import Division
+from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
+from lightning_sft.data.inspect.summary import show_details, show_figures
+from lightning_sft.data.inspect.token_text import PieceReader
+from lightning_sft.data.inspect.walk import Placed, Walk
+from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.io.arguments import Index, check_arguments
+from lightning_sft.machine.terminal import Console
+from lightning_sft.training.trainer import trainer_on_paper
+from lightning_sft.types import InputError
+
+
+def show(
+    data: LightningDataModule,
+    module: LightningModule | None,
+    trainer: Any,
+    rows: Index = 3,
+    row: str | None = None,
+    html: str | Path | None = None,
+    html_rows: Index = 1000,
+    check: Thresholds | None = None,
+) -> list[Finding]:
+    """Show what will be trained on, token by token, and a report.
+
+    What is shown are the tensors of the micro-batches of the first epoch. Rows that cannot be used are left out and
+    listed, whatever ``data.invalid_rows`` says.
+
+    Args:
+        data: Its training and validation batches are shown.
+        module: Names the tokenizer, and how weights are normalised.
+        trainer: Settings of a trainer; they decide how micro-batches are dealt out.
+        rows: How many sequences are printed, each of another micro-batch where there are enough.
+        row: Print the sequences of this row instead, given as ``file:line``.
+        html: Write a page to this file too; it can be searched, and needs nothing else.
+        html_rows: Most sequences on the page: the first of the epoch, which is in random order.
+        check: Audit the whole data set, and exit with 1 where a share is beyond its threshold. ``--check`` alone takes
+            the default thresholds; ``--check.max_refused 0.01``, or a section ``check`` in a YAML, changes one.
+
+    Returns:
+        What the audit found; empty where it was not asked for.
+
+    Raises:
+        InputError: When the data module is not ours, or there is no such row.
+    """
+    if not isinstance(data, SFTDataModule):
+        raise InputError(f"show needs an SFTDataModule, or a class made from it, got {type(data).__name__}.")
+    check_arguments(show, locals())
+    is_stream, fit_stops = data.streaming, _set_up(data, module, trainer)
+    assert data.tokenizer is not None
+    console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), data.pad_id
+    train = Walk(cast(EpochLoader, data.train_dataloader()), pad_id)
+    val: Iterable[Placed] = Walk(data.val_dataloader(), pad_id) if "val" in data.splits else ()
+
+    chosen = train.first(rows) if row is None else _at(row, chain(train, val), data.splits)
+    for placed in chosen:
+        show_document(reader.read(placed.document), placed.document.provenance, placed.remark, console)
+    show_legend(console)
+
+    show_figures(data.splits, data.planned("train"), console)
+    for split in data.splits.values():
+        show_details(split, console)
+    if is_stream:
+        console.print(
+            f"\nThe training data are a stream: this is about the first {data.sample_rows:,} rows of each data set."
+        )
+    if fit_stops:
+        reason = "data.invalid_rows or data.overflow is 'error'"
+        console.print(f"\nfit stops at these rows: {reason}.", style="bold red", highlight=False)
+
+    findings: list[Finding] = []
+    if check is not None:
+        once = Planned.of(data.splits["train"], Division(), data.packing, data.tokens_per_batch)  # shares or not
+        trained = (placed.document for placed in Walk(once.loader(0, pad_id, 0), pad_id))
+        held_out = (placed.document for placed in val)
+        findings = audit(trained, held_out, data.splits, reader.special_ids, check)
+        show_audit(findings, console)
+    if html is not None:
+        others = (placed for placed in train if row is None or not placed.is_at(row))
+        page = islice(chain(chosen if row else [], others), html_rows)
+        read = ((placed.document.provenance, placed.remark, reader.read(placed.document)) for placed in page)
+        write_page(html, read, data.splits, data.planned("train"), str(data.tokenizer.name_or_path), findings)
+        console.print(f"\nPage: {html}", highlight=False)
+    return findings
+
+
+class ShowCLI(ConfigCLI):
+    """The command line of ``fit`` with the arguments of :func:`show`; what it has found is its ``result``."""
+
+    verb = staticmethod(show)
+
+    @property
+    def passes(self) -> bool:
+        """Whether the audit, where there was one, has found nothing."""
+        return all(finding.passes for finding in self.result)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """``--check`` alone asks for a check with the thresholds of the config, or the default ones."""
+        assert isinstance(args, list)
+        following = [*args[1:], "--"]
+        rest = [a for a, b in zip(args, following, strict=True) if not (a == "--check" and b.startswith("--"))]
+        super().parse_arguments(parser, rest if rest == args else ["--check={}", *rest])
+
+
+def _set_up(data: SFTDataModule, module: LightningModule | None, trainer: Any) -> bool:
+    """Read everything that can be used, and say whether there is a row at which ``fit`` would stop."""
+    by_row, by_length = data.invalid_rows == "error", data.overflow == "error"
+    data.invalid_rows, data.overflow = "skip", "drop" if by_length else data.overflow
+    cast(Any, data).trainer = paper = trainer_on_paper(module, trainer)
+    data.sample_rows = data.buffer_rows
+    data.setup("fit")
+    data.streaming = False  # what has been read of a stream is shown as if it were all
+    paper.is_global_zero = False  # the data module would print the report before the rows
+    return any(
+        (by_row and account.refused) or (by_length and account.too_long)
+        for account in (split.account for split in data.splits.values())
+    )
+
+
+def _at(row: str, everything: Iterable[Placed], splits: Mapping[str, Split]) -> list[Placed]:
+    """The sequences of a row; there may be none because it was refused."""
+    if found := [placed for placed in everything if placed.is_at(row)]:
+        return found
+    for account in (split.account for split in splits.values()):
+        for text in [*account.refused, *(f"{where}: longer than data.max_length" for where in account.too_long)]:
+            if any(f"/{row}{after}" in f"/{text}" for after in (": ", " (")):
+                raise InputError(f"The row is not used. {text}")
+    example = next(iter(splits.values())).examples[0].provenance
+    raise InputError(f"There is no row {row!r} in the data. Expected a place such as {example!r}.")

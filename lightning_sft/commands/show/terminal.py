@@ -1,0 +1,78 @@
+"""Documents and findings for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from lightning_sft.data.inspect.audit import Finding
+from lightning_sft.data.inspect.token_text import Piece
+from lightning_sft.machine.terminal import Console
+
+_TARGETS = ("#0c2b1a on #cdeed9", "#0c2b1a on #a5ddbb")  # in turn, so that one sees where a token ends
+_SPECIAL_TARGETS = ("bold #6d28d9 on #cdeed9", "bold #6d28d9 on #a5ddbb")
+_SPECIAL = "bold magenta"
+_LISTED = 3  # rows named below the table of the audit
+
+
+def show_document(pieces: Sequence[Piece], title: str, remark: str, console: Console) -> None:
+    """Print a document token by token: targets on a coloured ground, context dim, control tokens in another colour.
+
+    Where there are no colours (a file, a pipe, ``NO_COLOR``), targets stand between « and ».
+
+    Args:
+        pieces: The document.
+        title: Where it comes from.
+        remark: Where it is used.
+        console: Where to print.
+    """
+    console.print(Text.assemble("\n", (title, "bold"), (f"  {remark}", "dim")))
+    console.print(_coloured(pieces, marks=console.color_system is None))
+
+
+def show_legend(console: Console) -> None:
+    """Print what the colours mean."""
+    legend = Text.assemble(
+        "\n", (" context ", "dim"), "  ", (" target ", _TARGETS[0]), "  ", ("control token", _SPECIAL)
+    )
+    if console.color_system is None:
+        legend = Text("\nTargets stand between « and ».")
+    console.print(legend.append("  ×2 after targets: their weight, where it is not 1", style="dim"))
+
+
+def show_audit(findings: Iterable[Finding], console: Console) -> None:
+    """Print the table of the audit, and the first rows of each check that does not pass."""
+    findings = list(findings)
+    table = Table("Check", box=SIMPLE_HEAD, header_style="bold")
+    for column in ("count", "of", "share", "threshold", "verdict"):
+        table.add_column(column, justify="right")
+    for finding in findings:
+        table.add_row(finding.check, *finding.cells, style=None if finding.passes else "bold red")
+    console.print(table)
+    for finding in findings:
+        if not finding.passes and finding.places:
+            more = f"\n  ... and {finding.count - _LISTED:,} more" if finding.count > _LISTED else ""
+            listed = "\n".join(f"  {place}" for place in finding.places[:_LISTED])
+            console.print(f"{finding.check}:\n{listed}{more}", style="yellow", highlight=False)
+
+
+def weight_mark(weight: float) -> str:
+    """How the weight of targets is written behind them: nothing where it is 1."""
+    return "" if weight in (0, 1) else f"×{weight:.3g}"
+
+
+def _coloured(pieces: Sequence[Piece], marks: bool) -> Text:
+    text = Text()
+    for weight, stretch in groupby(pieces, key=lambda piece: piece.weight):
+        text.append("«" if marks and weight else "")
+        for number, piece in enumerate(stretch):
+            grounds = _SPECIAL_TARGETS if piece.is_special else _TARGETS
+            context = _SPECIAL if piece.is_special else "dim"
+            text.append(piece.text, style=grounds[number % 2] if weight else context)
+        text.append("»" if marks and weight else "")
+        text.append(weight_mark(weight), style="bold yellow")
+    return text

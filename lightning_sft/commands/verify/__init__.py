@@ -1,0 +1,1 @@
+"""Our proofs, on a user's model and data."""

@@ -1,0 +1,195 @@
+"""Every row's trained ids against what the inference template produces."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.commands.verify.subject import Subject
+from lightning_sft.commands.verify.verdict import Case, Outcome
+from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.sources import leaves, parsed
+from lightning_sft.data.tokens.chat_template import ChatTemplate
+from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.model.pretrained import load_tokenizer
+from lightning_sft.types import Conversation, Example, InputError, Message
+
+_POWER = {"token": 0.0, "dataset": 0.0, "sequence": 1.0, "sqrt": 0.5}
+
+
+def check_contexts(subject: Subject) -> Outcome:
+    """The context of every trained token is what the model is given at inference, and every answer is trained once.
+
+    Rows are read once more, and rendered by ``apply_chat_template(messages_before, add_generation_prompt=True)`` of a
+    tokenizer loaded anew. In the sequences that would be trained, each answer must stand right behind these ids,
+    be what the template renders for it, end with its stop token, and have its weight; no other token may be trained.
+    There is no tolerance: a row is right or it is not. The date in a template is fixed (docs/contributing.md).
+    """
+    outcome = Outcome(
+        "contexts: trained ids",
+        "every trained token has the context of inference, and every answer is trained once, with its stop token",
+        "rows whose trained ids or weights are not those of apply_chat_template",
+    )
+    module, data = subject.module, subject.data
+    tokenizer = load_tokenizer(str(data.tokenizer_name), data.chat_template, module.new_tokens)
+    for name, split in data.splits.items():
+        problems: list[str] = []
+        chosen = _chosen(split, subject.rows, subject.seed)
+        incomplete = {place.rpartition(" (")[0] for place in [*split.account.too_long, *split.account.cut]}
+        count = 0
+        for row, power, sequences in _rows(subject, name, split, chosen):
+            count += 1
+            longest = data.max_length if row.provenance in incomplete else None
+            found = problems_of(row, sequences, tokenizer, power, longest)
+            problems += [f"{row.provenance}: {problem}" for problem in found]
+        if count < len(chosen):
+            problems.append(f"{len(chosen) - count} rows of data.{name} were not found when it was read again")
+        total = len(set(_keys(split)))
+        number = f"{count:,}" if count == total else f"{count:,} of {total:,}"
+        outcome.cases.append(
+            Case(f"{name}: {number} rows", float(len({p.partition(": ")[0] for p in problems})), 0.0, problems)
+        )
+    return outcome
+
+
+def problems_of(
+    row: Conversation,
+    sequences: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    power: float = 0.0,
+    longest: int | None = None,
+) -> list[str]:
+    """What is wrong with the sequences of a row, turn by turn; empty where nothing is.
+
+    Args:
+        row: With a weight for each message.
+        sequences: What would be trained.
+        tokenizer: With the template of inference.
+        power: An answer of n tokens has its weight divided by n to this power.
+        longest: Of a row that was cut or lost a sequence for it, the most tokens of a sequence; else ``None``.
+    """
+    problems: list[str] = []
+    num_trained = sum(int(np.count_nonzero(np.asarray(s.target_weights) > 0)) for s in sequences)
+    for turn, (message, weight) in enumerate(zip(row.messages, row.weights, strict=True)):
+        if not weight > 0:
+            continue
+        context, whole = _ids_at_inference(row, turn, tokenizer)
+        found = [example for example in sequences if _begins_with(example, context)]
+        if not found:
+            if longest is None:
+                problems.append(f"turn {turn + 1}: no sequence trains it right behind the ids of inference")
+            continue
+        if message["role"] == "text" and longest is not None:  # split into pieces, see data/overflow
+            num_trained -= sum(int(np.count_nonzero(np.asarray(s.target_weights) > 0)) for s in sequences)
+            continue
+        begin = len(context)
+        weights = np.asarray(found[0].target_weights)
+        end = begin + int(np.argmax(np.append(weights[begin:] <= 0, True)))
+        num_trained -= (end - begin) * len(found)
+        is_cut = longest is not None and end == len(weights) == longest
+        wrong = _wrong(list(map(int, found[0].input_ids[:end])), begin, whole, tokenizer, is_cut)
+        if len(found) > 1:
+            wrong.append(f"it is trained {len(found)} times")
+        size = end - begin + (message["role"] == "text" and whole[0] != tokenizer.bos_token_id)
+        if not is_cut and not np.allclose(weights[begin:end], weight / size**power, rtol=1e-9, atol=0):
+            wrong.append(f"its weight is {weights[begin]:g}, expected {weight / size**power:g}")
+        problems += [f"turn {turn + 1}: {problem}" for problem in wrong]
+    if num_trained and not problems:
+        problems.append(f"{num_trained} tokens are trained that belong to no answer")
+    return problems
+
+
+def _begins_with(example: Example, context: list[int]) -> bool:
+    """Whether a sequence has the context, and its first trained token right behind: not before it, nor after."""
+    weights, begin = example.target_weights, len(context)
+    is_context = list(map(int, example.input_ids[:begin])) == context
+    return is_context and begin < len(weights) and weights[begin] > 0 and (begin < 2 or not weights[begin - 1] > 0)
+
+
+def _wrong(ids: list[int], begin: int, whole: list[int], tokenizer: Any, is_cut: bool) -> list[str]:
+    """What is wrong with an answer: the ids up to its end, where it begins, and the render with it."""
+    text, rendered = tokenizer.decode(ids), tokenizer.decode(whole)
+    if whole[: len(ids)] != ids and not rendered.startswith(text):
+        return ["what is trained is not what the template renders"]
+    if is_cut:
+        return []
+    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    control |= set(tokenizer.all_special_tokens)
+    rest = re.sub(
+        "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)", "", rendered[len(text) :]
+    )
+    last = tokenizer.convert_ids_to_tokens(ids[-1])
+    if len(ids) == begin or last not in control:
+        return [f"it ends with {last!r}, which is no stop token"]
+    return [f"{rest.strip()[:40]!r} of the answer is not trained"] if rest.strip() else []
+
+
+def _ids_at_inference(row: Conversation, turn: int, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Ids that the model is given before a turn, and those of the same with the turn."""
+    message = row.messages[turn]
+    if message["role"] == "text":
+        ids = list(tokenizer(message["content"])["input_ids"])
+        if ids[-1:] != [tokenizer.eos_token_id] and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)
+        return ids[:1], ids  # a first token has no context: it is none to be trained, whatever it is
+    before, template = list(row.messages[:turn]), ChatTemplate.of(tokenizer).text
+    both = []
+    for messages, is_prompt in ((before, True), ([*before, message], False)):
+        settings: dict[str, Any] = {"tools": row.tools, "chat_template": template, "add_generation_prompt": is_prompt}
+        try:
+            found = tokenizer.apply_chat_template(messages, return_dict=True, **settings)
+        except Exception:  # some templates want the arguments of tool calls as text
+            found = tokenizer.apply_chat_template(list(map(_as_text, messages)), return_dict=True, **settings)
+        both.append(list(map(int, found["input_ids"])))
+    return both[0], both[1]
+
+
+def _as_text(message: Message) -> Message:
+    calls = []
+    for call in message.get("tool_calls") or ():
+        arguments = json.dumps(call["function"].get("arguments"), ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _keys(split: Split) -> list[tuple[int, str]]:
+    """Of each sequence, the number of its data set and its row."""
+    return [(int(part), e.provenance) for part, e in zip(split.parts, split.examples, strict=True)]
+
+
+def _chosen(split: Split, most: int, seed: int) -> dict[tuple[int, str], list[Example]]:
+    """Rows with their sequences: that of the longest and of the shortest sequence, and drawn ones."""
+    keys, lengths = _keys(split), split.examples.lengths
+    drawn = np.random.default_rng(seed).permutation(len(keys)).tolist()
+    order = (keys[i] for i in [int(lengths.argmax()), int(lengths.argmin()), *drawn])
+    chosen: dict[tuple[int, str], list[Example]] = {key: [] for key in islice(dict.fromkeys(order), most)}
+    for i, key in enumerate(keys):
+        if key in chosen:
+            chosen[key].append(split.examples[i])
+    return chosen
+
+
+def _rows(
+    subject: Subject, name: str, split: Split, chosen: dict[tuple[int, str], list[Example]]
+) -> Iterator[tuple[Conversation, float, list[Example]]]:
+    """The chosen rows as conversations, read once more, with the power of their normalisation and their sequences."""
+    data = subject.data
+    for number, part in enumerate(split.mixture.of_name.values()):
+        convert = Converter(part.format or data.format, part.columns or data.columns)
+        for leaf in leaves(part.source):
+            for raw, provenance in leaf():
+                sequences = chosen.get((number, provenance))
+                if sequences is None:
+                    continue
+                with suppress(InputError):  # the row has changed: it counts as not found
+                    row = convert(parsed(raw, provenance), provenance)
+                    weights = [weight * part.weight for weight in row.weights]
+                    scaled = Conversation(row.messages, row.tools, weights, provenance)
+                    yield scaled, _POWER[subject.module.normalize], sequences

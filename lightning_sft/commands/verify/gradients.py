@@ -1,0 +1,69 @@
+"""The step's gradient under several splits against one pass over the same samples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_sft.commands.verify.reference import gradients_alone, relative_errors
+from lightning_sft.commands.verify.subject import Subject
+from lightning_sft.commands.verify.verdict import Case, Outcome
+from lightning_sft.data.batches.packing import Packing
+
+TOLERANCE = {"32-true": 1e-4, "64-true": 1e-6, "bf16-true": 5e-2}
+"""Relative difference of a tensor; 64-true is wider than its rounding, since some layers compute in float32 always."""
+
+_SPLITS = (1, 2, 4)
+
+
+class Recorder(Optimizer):
+    """Keeps the gradient of a step as the optimiser gets it, and changes nothing."""
+
+    def __init__(self, groups: Any, names: dict[int, str]) -> None:
+        super().__init__(groups, {"lr": 0.0})
+        self.names, self.steps = names, list[dict[str, Tensor]]()
+
+    def step(self, closure: Any = None) -> Any:
+        """Compute the gradients, and keep them by the names of the parameters."""
+        loss = closure()
+        own = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        self.steps.append({self.names[id(p)]: p.grad.cpu().double() for p in own})
+        return loss
+
+
+def check_gradients(subject: Subject) -> Outcome:
+    """A step's gradient is ``−∇ Σ_t w_t · log Pr(t) / Z`` over its samples, however they are split into micro-batches.
+
+    Each split goes through Lightning's trainer, the module and the data module as ``fit`` would, up to what the
+    optimiser gets. The reference is :mod:`lightning_sft.commands.verify.reference` on plain transformers. Compared are
+    tensors, ``‖difference‖ / ‖reference‖``, up to 1e-4 in float32 and 1e-6 in float64. Dropout and noise are off in
+    both, and parameters that begin at zero have small values.
+    """
+    outcome = Outcome(
+        "gradients: of a step",
+        "a step has the gradient of the objective over its samples, however it is split into micro-batches",
+        "largest relative difference of a tensor from one pass over the same samples, document by document",
+    )
+    wanted = gradients_alone(subject.plain(), subject.samples)
+    module = subject.loaded()
+    assert module.model is not None
+    names = {id(p): name for name, p in module.model.named_parameters()}
+    module.schedule, module.warmup = "constant", 0.0
+    module.optimizer = lambda groups: Recorder(groups, names)
+    packings: list[Packing] = ["packed", "padded"] if module.isolates_documents else ["padded"]
+    if len(packings) == 1:
+        outcome.remarks.append("This model is not packed, since documents in a row would see each other.")
+    for packing in packings:
+        for count in [n for n in _SPLITS if n <= len(subject.samples)]:
+            settings: dict[str, Any] = {"accumulate_grad_batches": count, "precision": subject.precision}
+            trainer = subject.fit(module, packing, count, **settings)
+            [recorder] = trainer.optimizers
+            assert isinstance(recorder, Recorder)
+            [found] = recorder.steps
+            name = f"{count} {packing} micro-batch" + "es" * (count > 1)
+            outcome.cases.append(Case.of(name, relative_errors(found, wanted), TOLERANCE[subject.precision]))
+            torch.cuda.empty_cache()
+    return outcome

@@ -1,0 +1,232 @@
+"""What is verified: the user's module, data and device, and a few sequences of the data that stand for the rest."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from copy import copy, deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_sft.data.batches.packing import PARTITIONS, Packing
+from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.data.tokens.examples import Examples, to_batch
+from lightning_sft.datamodule import SFTDataModule
+from lightning_sft.machine.contexts import default_dtype
+from lightning_sft.module import SFTModule
+from lightning_sft.training.trainer import trainer_on_paper
+
+_DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16}
+
+
+@dataclass
+class Subject:
+    """What the checks are given; each makes copies of the module, none changes it.
+
+    Args:
+        module: As configured, its model not loaded.
+        data: Set up for fit.
+        trainer: Settings of the trainer.
+        samples: The sequences that are trained on.
+        precision: In which gradients and likelihoods are compared, as Lightning writes it.
+        rows: Of how many rows ids are compared.
+        seed: Of the choice of rows.
+    """
+
+    module: SFTModule
+    data: SFTDataModule
+    trainer: Any
+    samples: Examples
+    precision: str = "32-true"
+    rows: int = 10_000
+    seed: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        module: SFTModule,
+        data: SFTDataModule,
+        trainer: Any,
+        samples: int = 8,
+        tokens: int = 1024,
+        precision: str = "32-true",
+        rows: int = 10_000,
+        seed: int = 0,
+    ) -> Subject:
+        """Read the data, of a stream its first rows, and choose the samples.
+
+        Args:
+            module: As configured.
+            data: As configured.
+            trainer: Settings of a trainer.
+            samples: Most sequences.
+            tokens: Most tokens of them together.
+            precision: In which gradients and likelihoods are compared.
+            rows: Of how many rows ids are compared.
+            seed: Of the choice.
+        """
+        paper: Any = trainer_on_paper(module, trainer)
+        paper.is_global_zero = False  # the report is that of show
+        data.trainer, data.sample_rows = paper, data.buffer_rows
+        data.setup("fit")
+        data.streaming = False
+        examples = data.splits["train"].examples
+        chosen = choose(examples.lengths, samples, tokens, seed)
+        return cls(module, data, trainer, Examples([to_batch(examples[i] for i in chosen)]), precision, rows, seed)
+
+    @property
+    def device(self) -> torch.device:
+        """The one device that the checks run on: the first that the trainer would take."""
+        return self._trainer().strategy.root_device
+
+    @property
+    def folder(self) -> Path:
+        """Where checkpoints are written that no one keeps: on the disk of the run."""
+        root = Path(self.trainer.default_root_dir or ".")
+        root.mkdir(parents=True, exist_ok=True)
+        return root
+
+    def loaded(self) -> SFTModule:
+        """A copy of the module on the device with its model, in the precision of the comparison, without chance."""
+        module = self._copy(exact=True)
+        with default_dtype(_DTYPES[self.precision]):
+            module.configure_model()
+        assert module.model is not None
+        without_chance(module.model)
+        return module.to(self.device).train()
+
+    def plain(self) -> PreTrainedModel:
+        """The same weights as plain transformers has them (and peft, with adapters), with eager attention."""
+        module = self._copy(exact=True)
+        with default_dtype(_DTYPES[self.precision]):
+            try:
+                model = module.tuning.load(module.pretrained, module.hf_config, "eager", None)
+            except ValueError:  # an architecture with an attention of its own
+                model = module.tuning.load(module.pretrained, module.hf_config, None, None)
+        without_chance(model)
+        nn.Module.to(model, self.device)
+        model.train()
+        return model
+
+    def fit(
+        self,
+        module: SFTModule | None,
+        packing: Packing | None = None,
+        num_micro_batches: int = 1,
+        ckpt_path: str | None = None,
+        **settings: Any,
+    ) -> Trainer:
+        """Train a copy of the module on the samples, in at most so many micro-batches an epoch.
+
+        Args:
+            module: The copy; one with everything that the user has configured by default.
+            packing: That of the data by default.
+            num_micro_batches: At most.
+            ckpt_path: Where to go on.
+            settings: Of the trainer.
+        """
+        packing = packing or self.data.packing
+        data = copy(self.data)
+        data.num_workers, data.splits = 0, {"train": Split("train", self.samples)}
+        data.sources = {"train": (), "val": None, "test": None}  # the samples, of whatever part they are
+        data._asked = {**self.data._asked, "packing": packing}
+        data.tokens_per_batch = capacity_for(self.samples.lengths, num_micro_batches, packing)
+        trainer = self._trainer(**settings)
+        with quiet():
+            trainer.fit(module or self._copy(), data, ckpt_path=ckpt_path)
+        return trainer
+
+    def _copy(self, exact: bool = False) -> SFTModule:
+        module = deepcopy(self.module)
+        if exact:
+            module.neftune_alpha = None
+        return module
+
+    def _trainer(self, **settings: Any) -> Trainer:
+        own: dict[str, Any] = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "logger"), False)
+        own |= {"enable_checkpointing": False, "limit_val_batches": 0, "max_epochs": 1, "num_sanity_val_steps": 0}
+        devices = self.trainer.devices
+        first = devices[:1] if isinstance(devices, list) else 1
+        with quiet():
+            return Trainer(accelerator=self.trainer.accelerator, devices=first, **own | settings)
+
+
+def choose(lengths: NDArray[np.int64], most: int, tokens: int, seed: int) -> list[int]:
+    """Indices of sequences: the longest that fits, the shortest, and drawn ones as long as they fit.
+
+    A sequence fits if another has room beside it, so that there is something to be packed with.
+
+    Args:
+        lengths: Of all sequences.
+        most: Sequences.
+        tokens: Of them together.
+        seed: Of the draw.
+
+    >>> choose(np.array([5, 90, 3, 7, 40, 6]), most=4, tokens=100, seed=0)
+    [4, 2, 3, 5]
+    """
+    by_length = np.argsort(lengths, kind="stable")
+    fitting = by_length[lengths[by_length] <= tokens // 2]
+    drawn = np.random.default_rng(seed).permutation(len(lengths)).tolist()
+    first = [int(fitting[-1])] if len(fitting) else []
+    chosen: list[int] = []
+    for i in [*first, int(by_length[0]), *drawn]:
+        fits = sum(int(lengths[j]) for j in [*chosen, i]) <= tokens
+        if i not in chosen and len(chosen) < most and (fits or not chosen):
+            chosen.append(i)
+    return chosen
+
+
+def capacity_for(lengths: Sequence[int] | NDArray[np.int64], most: int, packing: Packing) -> int:
+    """The least capacity at which sequences fill no more micro-batches than that.
+
+    >>> capacity_for([6, 5, 4, 3], most=2, packing="packed"), capacity_for([6, 5, 4, 3], most=2, packing="padded")
+    (9, 12)
+    """
+    descending = sorted(map(int, lengths), reverse=True)
+    capacity = descending[0]
+    while len(PARTITIONS[packing](descending, capacity)) > most:
+        capacity += 1
+    return capacity
+
+
+def without_chance(model: nn.Module) -> None:
+    """Switch dropout off, and give parameters that are zero, as adapters begin, values: else others have no gradient.
+
+    Args:
+        model: Stays in training mode, which gradient checkpointing needs.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            is_rate = "drop" in name or (name == "p" and isinstance(module, nn.modules.dropout._DropoutNd))
+            if is_rate and isinstance(value, float):
+                setattr(module, name, 0.0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and not parameter.any():
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what Lightning says of each trainer, and without the report of the data."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You defined a `validation_step` but have no")  # on purpose
+            yield
+    finally:
+        logger.setLevel(level)

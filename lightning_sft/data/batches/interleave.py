@@ -1,0 +1,75 @@
+"""The rows of streams in chunks, one data set's after another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from lightning_sft.data.rows.mixture import Mixture
+from lightning_sft.data.rows.sources import Source, leaves
+from lightning_sft.data.tokens.encode_rows import Rows, in_chunks
+
+Pass = Callable[[int], Iterator[Rows]]
+"""Gives the chunks of a data set once more; is told how often it has been through them in this epoch."""
+
+
+def stream(mixture: Mixture, size: int, seed: int, epoch: int) -> Iterator[tuple[int, Rows]]:
+    """All rows of an epoch in chunks, each with the number of its data set.
+
+    The files of a data set come in an order of their own in each epoch; within a file rows stay as they are.
+
+    Args:
+        mixture: The data sets.
+        size: Rows of a chunk.
+        seed: Seed of the order of files.
+        epoch: Number of the epoch.
+
+    Raises:
+        InputError: When a source is missing.
+    """
+    parts = [part.source for part in mixture.of_name.values()]
+    passes = [partial(_chunks, source, size, (seed, epoch, number)) for number, source in enumerate(parts)]
+    yield from interleave(passes, [part.share for part in mixture.of_name.values()])
+
+
+def interleave(passes: Sequence[Pass], shares: Sequence[float | None]) -> Iterator[tuple[int, Rows]]:
+    """Chunks of several data sets, always of the one that is furthest behind its share of the rows so far.
+
+    Without shares all have the same share, and a data set that has ended drops out: every row comes once. With shares
+    it begins anew, until each has ended at least once.
+
+    Args:
+        passes: Of each data set.
+        shares: Of each data set; all are given or none.
+
+    >>> a, b = (lambda number: iter([["a"]] * 3)), (lambda number: iter([["b"]]))
+    >>> "".join(rows[0] for _, rows in interleave([a, b], [None, None]))
+    'abaa'
+    >>> "".join(rows[0] for _, rows in interleave([a, b], [1.0, 2.0]))
+    'abbabbabb'
+    """
+    repeats = None not in shares
+    chunks = {number: begin(0) for number, begin in enumerate(passes)}
+    taken, rounds = [0.0] * len(passes), [0] * len(passes)
+    while chunks:
+        number = min(chunks, key=lambda i: (taken[i], i))
+        rows = next(chunks[number], None)
+        if rows is not None:
+            taken[number] += len(rows) / (shares[number] or 1.0)
+            yield number, rows
+            continue
+        rounds[number] += 1
+        if repeats and not all(rounds):
+            chunks[number] = passes[number](rounds[number])
+        else:
+            del chunks[number]
+            if repeats:
+                return
+
+
+def _chunks(source: Source, size: int, seeds: Sequence[int], number: int) -> Iterator[Rows]:
+    files = leaves(source, streaming=True)
+    order = np.random.default_rng([*seeds, number]).permutation(len(files))
+    yield from in_chunks((files[i] for i in order), size)

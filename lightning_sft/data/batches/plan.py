@@ -1,0 +1,132 @@
+"""The plan of an epoch: which micro-batch each rank takes when, and the normaliser of each optimiser step.
+
+A pure function of (seed, epoch, number of ranks): every rank computes the same plan and takes its own column, so that
+ranks never talk about data, and a killed run finds its place again.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_sft.data.batches.sampling import Draw
+
+Partition = Callable[[Sequence[int]], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank computes at a time.
+
+    Args:
+        examples: Indices of the examples; empty where a rank only keeps the others company.
+        normalizer: Z of the optimiser step it belongs to.
+    """
+
+    examples: tuple[int, ...]
+    normalizer: float
+
+
+@dataclass(frozen=True)
+class Division:
+    """How Lightning divides the work of an epoch.
+
+    Args:
+        rank: Data-parallel rank.
+        num_ranks: Data-parallel size.
+        accumulate: Micro-batches of a rank in one optimiser step.
+        limit: Micro-batches of a rank that an epoch uses: an int, or the share of them, a float.
+        num_local: Processes on this machine.
+    """
+
+    rank: int = 0
+    num_ranks: int = 1
+    accumulate: int = 1
+    limit: int | float = 1.0
+    num_local: int = 1
+
+
+class Plan:
+    """Packs of a data set, and how each epoch deals them out.
+
+    Each epoch draws anew which examples of equal length trade places and in what order packs come. A step's packs are
+    spread so that steps differ by one pack at most, and every rank gets the same number of micro-batches, a multiple of
+    ``accumulate``: missing ones are empty.
+
+    Args:
+        lengths: Tokens of each example.
+        weights: Sum of target weights of each example.
+        partition: Lengths to micro-batches of indices, as :func:`lightning_sft.data.batches.packing.pack` does.
+        draw: Which examples an epoch uses; each once by default.
+        num_ranks: Data-parallel size.
+        accumulate: Micro-batches of a rank in one optimiser step.
+        constant: Whether Z is the same for all steps, the mean sum of weights, and not the step's own.
+        limit: Micro-batches of a rank that an epoch will use: an int, or the share of them, a float. The Z of a step
+            that it cuts is that of what is left.
+        seed: Seed of the order; ``None`` keeps longest first, for validation.
+
+    >>> from lightning_sft.data.batches.packing import pack
+    >>> plan = Plan([4, 4, 3, 1], [2.0, 2.0, 1.0, 1.0], lambda x: pack(x, capacity=4), num_ranks=2, seed=None)
+    >>> [[micro.examples for micro in plan.micro_batches(epoch=0, rank=rank)] for rank in (0, 1)]
+    [[(0,), (1,)], [(), (2, 3)]]
+    >>> [micro.normalizer for micro in plan.micro_batches(epoch=0, rank=0)]
+    [2.0, 4.0]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        weights: Sequence[float] | NDArray[np.float64],
+        partition: Partition,
+        *,
+        draw: Draw | None = None,
+        num_ranks: int = 1,
+        accumulate: int = 1,
+        constant: bool = False,
+        limit: int | float = 1.0,
+        seed: int | None = 0,
+    ) -> None:
+        self._negative_lengths, self._weights = -np.asarray(lengths), np.asarray(weights).tolist()
+        self.draw = draw or Draw(lengths, [len(lengths)], [1.0], seed)
+        self.packs = partition(np.sort(self.draw.bounds)[::-1].tolist())  # of places, the longest first
+        self.num_ranks, self.accumulate, self.seed = num_ranks, accumulate, seed
+        self.num_full_steps = math.ceil(len(self.packs) / (num_ranks * accumulate))
+        self.num_micro_batches = self.num_full_steps * accumulate
+        share = limit if isinstance(limit, int) else int(limit * self.num_micro_batches)
+        self._used = min(share, self.num_micro_batches)
+        self.num_steps = math.ceil(self._used / accumulate)
+        self._constant = math.fsum(np.asarray(weights) * self.draw.rates) / self.num_full_steps if constant else None
+
+    @property
+    def fingerprint(self) -> str:
+        """What decides which examples a step has, and how an epoch's steps are cut; not how ranks share them."""
+        used, everything = self._used * self.num_ranks, self.num_micro_batches * self.num_ranks
+        checksum = zlib.crc32(self._negative_lengths.astype(np.int64).tobytes() + repr(self.draw.counts).encode())
+        sequences = f"{len(self._negative_lengths):,} sequences (checksum {checksum:08x})"
+        return (
+            f"{sequences} in {len(self.packs):,} micro-batches, {used:,} of {everything:,} used, data.seed={self.seed}"
+        )
+
+    def micro_batches(self, epoch: int, rank: int) -> list[MicroBatch]:
+        """The micro-batches that one rank uses in one epoch, in order: a resumed epoch ends at the limit, too."""
+        random = None if self.seed is None else np.random.default_rng([self.seed, epoch])
+        drawn = self.draw.epoch(epoch)
+        ties = np.arange(len(drawn)) if random is None else random.permutation(len(drawn))
+        examples = drawn[np.lexsort((ties, self._negative_lengths[drawn]))]
+        order = range(len(self.packs)) if random is None else random.permutation(len(self.packs)).tolist()
+        packs = [tuple(int(examples[place]) for place in self.packs[i]) for i in order]
+        mine: list[MicroBatch] = []
+        for step in range(self.num_steps):
+            begin, end = (len(packs) * s // self.num_full_steps for s in (step, step + 1))
+            rows = [packs[i : min(i + self.num_ranks, end)] for i in range(begin, end, self.num_ranks)]  # one a turn
+            rows += [[]] * (self.accumulate - len(rows))
+            counted = rows[: self._used - step * self.accumulate]
+            own_sum = math.fsum(self._weights[i] for row in counted for pack in row for i in pack)
+            normalizer = self._constant or own_sum
+            mine += [MicroBatch(row[rank] if rank < len(row) else (), normalizer) for row in rows]
+        return mine[: self._used]

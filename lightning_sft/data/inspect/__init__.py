@@ -1,0 +1,1 @@
+"""What `show`, `verify` and the record read from rows, tokens and batches."""

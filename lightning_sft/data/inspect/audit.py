@@ -1,0 +1,143 @@
+"""The whole data set against thresholds: what usually goes wrong, counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from lightning_sft.data.inspect.documents import Document
+from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.io.arguments import Fraction, check_arguments
+
+
+@dataclass
+class Thresholds:
+    """Shares between 0 and 1 up to which a data set passes: the section ``check`` of a YAML.
+
+    Args:
+        max_refused: Rows that cannot be used, of all rows.
+        max_left_out: Sequences left out because they are longer than ``data.max_length``, of all sequences.
+        max_cut: Sequences that are cut for it, of all sequences.
+        max_no_stop: Sequences with an answer that does not end in a trained stop token.
+        max_masked: Sequences without any target.
+        max_duplicated: Training sequences with the ids of an earlier one.
+        max_overlap: Validation sequences with the ids of a training sequence, of all validation sequences.
+        min_targets: Tokens that are trained, of all training tokens.
+    """
+
+    max_refused: Fraction = 0.0
+    max_left_out: Fraction = 0.01
+    max_cut: Fraction = 0.01
+    max_no_stop: Fraction = 0.0
+    max_masked: Fraction = 0.0
+    max_duplicated: Fraction = 0.01
+    max_overlap: Fraction = 0.0
+    min_targets: Fraction = 0.01
+
+    def __post_init__(self) -> None:
+        check_arguments(Thresholds, vars(self), "check")
+
+
+@dataclass
+class Finding:
+    """One line of the audit.
+
+    Args:
+        check: What was counted.
+        limit: The share up to which (or, ``is_least``, from which) it passes.
+        count: How many.
+        total: Of how many.
+        places: ``file:line`` of the first of them.
+        is_least: Whether the share has to reach the limit, and not to stay below it.
+    """
+
+    check: str
+    limit: float
+    count: int = 0
+    total: int = 0
+    places: list[str] = field(default_factory=list)
+    is_least: bool = False
+
+    @property
+    def share(self) -> float:
+        """Of the total; 0 where there is nothing."""
+        return self.count / self.total if self.total else 0.0
+
+    @property
+    def passes(self) -> bool:
+        """Whether the share is within the limit."""
+        return self.share >= self.limit if self.is_least else self.share <= self.limit
+
+    @property
+    def cells(self) -> tuple[str, str, str, str, str]:
+        """Count, total, share, threshold and verdict, as they are shown."""
+        verdict, bound = "passes" if self.passes else "FAILS", "≥" if self.is_least else "≤"
+        return f"{self.count:,}", f"{self.total:,}", f"{self.share:.2%}", f"{bound} {self.limit:.2%}", verdict
+
+    def add(self, is_found: bool, place: str = "") -> None:
+        """Count one of the total, and keep its place if it is found."""
+        self.total += 1
+        if is_found:
+            self.count += 1
+            self.places.append(place)
+
+
+def audit(
+    train: Iterable[Document],
+    val: Iterable[Document],
+    splits: Mapping[str, Split],
+    special_ids: Iterable[int],
+    thresholds: Thresholds,
+) -> list[Finding]:
+    """What is found in the documents of all micro-batches, and among the rows that none of them has.
+
+    Args:
+        train: The documents of an epoch.
+        val: Those of the validation.
+        splits: What was read.
+        special_ids: Control tokens: one of them has to be the last trained token of each answer.
+        thresholds: What passes.
+
+    >>> document = Document(torch.tensor([5, 6, 7]), torch.tensor([0.0, 1.0, 1.0]), "a.jsonl:1")
+    >>> [(f.check, f.share) for f in audit([document] * 2, [], {}, [7], Thresholds()) if f.count]
+    [('duplicated', 0.5), ('target tokens', 0.6666666666666666)]
+    """
+    refused = Finding("refused", thresholds.max_refused)
+    left_out, cut = Finding("left out for length", thresholds.max_left_out), Finding("cut", thresholds.max_cut)
+    for split in splits.values():
+        account = split.account
+        refused.places += account.refused
+        refused.total += account.num_rows
+        for finding, places in ((left_out, account.too_long), (cut, account.cut)):
+            finding.places += places
+            finding.total += len(account.too_long) + len(split.examples)
+    for finding in (refused, left_out, cut):
+        finding.count = len(finding.places)
+    stop = torch.tensor(sorted(special_ids))
+    no_stop = Finding("no trained stop token", thresholds.max_no_stop)
+    masked = Finding("no target at all", thresholds.max_masked)
+    duplicated = Finding("duplicated", thresholds.max_duplicated)
+    overlap = Finding("validation rows in training", thresholds.max_overlap)
+    targets = Finding("target tokens", thresholds.min_targets, is_least=True)
+    seen: set[bytes] = set()
+    for documents, is_training in ((train, True), (val, False)):
+        for document in documents:
+            digest = hashlib.blake2b(document.input_ids.numpy().tobytes(), digest_size=16).digest()
+            (duplicated if is_training else overlap).add(digest in seen, document.provenance)
+            masked.add(document.num_targets == 0, document.provenance)
+            no_stop.add(not _stops(document, stop), document.provenance)
+            if is_training:
+                seen.add(digest)
+                targets.count += document.num_targets
+                targets.total += len(document)
+    return [refused, left_out, cut, no_stop, masked, duplicated, overlap, targets]
+
+
+def _stops(document: Document, stop: torch.Tensor) -> bool:
+    """Whether each stretch of targets ends in a stop token."""
+    is_target = document.target_weights > 0
+    is_last = is_target & ~torch.cat([is_target[1:], is_target.new_zeros(1)])
+    return bool(torch.isin(document.input_ids[is_last], stop).all())

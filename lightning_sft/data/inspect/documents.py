@@ -1,0 +1,66 @@
+"""A batch back to its documents: what is shown and audited is what the model will be given, not a second rendering."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_sft.types import IGNORE, Batch
+
+
+@dataclass(frozen=True)
+class Document:
+    """One sequence as it stands in a micro-batch.
+
+    Args:
+        input_ids: Token ids ``[N]``.
+        target_weights: The weight that each token is trained with, ``[N]``; 0 is context.
+        provenance: Where the row came from, ``file:line``.
+    """
+
+    input_ids: Tensor
+    target_weights: Tensor
+    provenance: str = "?"
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained."""
+        return int((self.target_weights > 0).sum())
+
+
+def documents(batch: Batch, pad_id: int = 0) -> list[Document]:
+    """The documents of a batch, in order: a token is a target when it is the label of the position before it.
+
+    Padding is no part of a document, and a batch that has nothing else has none.
+
+    Args:
+        batch: Packed or padded.
+        pad_id: Token id of padding.
+
+    >>> from lightning_sft.data.batches.collate import collate
+    >>> from lightning_sft.types import Example
+    >>> batch = collate([Example([5, 6, 7], [0, 0, 2.0]), Example([8, 9], [0, 1.0])])
+    >>> [(d.input_ids.tolist(), d.target_weights.tolist()) for d in documents(batch)]
+    [([5, 6, 7], [0.0, 0.0, 2.0]), ([8, 9], [0.0, 1.0])]
+    """
+    ids, labels, weights = batch.input_ids.flatten(), batch.labels.flatten(), batch.target_weights.flatten()
+    begins = (batch.position_ids.flatten() == 0).nonzero().flatten().tolist()
+    names = batch.provenance or ("?",) * len(begins)
+    found = []
+    for begin, end, name in zip(begins, [*begins[1:], len(ids)], names, strict=True):
+        own, following = ids[begin:end], labels[begin:end]
+        is_target = torch.cat([torch.zeros(1, dtype=torch.bool), following[:-1] != IGNORE])
+        assert following[-1] == IGNORE, f"{name}: the last token predicts the first of the next document"
+        assert (own[1:] == following[:-1])[is_target[1:]].all(), f"{name}: a label is not the token that follows"
+        if len(batch.input_ids) > 1 or name == "padding":
+            is_padding = (own == pad_id) & ~is_target
+            own = own[: len(own) - int(is_padding.flip(0).long().cumprod(0).sum())]
+        if len(own):
+            before = torch.cat([weights.new_zeros(1), weights[begin : end - 1]])
+            found.append(Document(own, (before * is_target)[: len(own)], name))
+    return found

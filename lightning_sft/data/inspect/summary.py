@@ -1,0 +1,149 @@
+"""What is going to be trained on, as tables."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.machine.terminal import Console
+
+_PLACE = re.compile(r"(.+?:\d+|row \d+): (.*)", re.DOTALL)
+_LISTED = 20  # rows named for a reason
+_FEW_STEPS = 10  # of an epoch
+_BAR = 40  # characters of the longest bar
+
+
+def show_report(splits: Mapping[str, Split], train: Planned) -> None:
+    """Print the account of all splits and the plan of the training epochs."""
+    console = Console(soft_wrap=True)
+    show_figures(splits, train, console)
+    remarks = [remark for name, split in splits.items() for remark in split.account.remarks(name)]
+    if train.plan.num_steps < _FEW_STEPS:
+        remarks.append(
+            "So few optimiser steps change a model little. Lower trainer.accumulate_grad_batches or "
+            "data.tokens_per_batch for more of them, or raise trainer.max_epochs."
+        )
+    for remark in remarks:
+        console.print(remark, style="yellow", highlight=False)
+
+
+def show_figures(splits: Mapping[str, Split], train: Planned, console: Console) -> None:
+    """Print the figures of all splits, of the mixture, and of the training epochs."""
+    console.print(table_of(splits))
+    if mixture := train.mixture:
+        console.print(_table(*mixture))
+    console.print(str(train), highlight=False)
+
+
+def show_stream_report(account: Account, targets: Mapping[str, int]) -> None:
+    """Print what became of the rows that have been read of a stream in an epoch, and the shares of its data sets."""
+    console = Console(soft_wrap=True)
+    console.print(f"Read of the stream: {account.num_rows:,} rows, {sum(targets.values()):,} targets.", highlight=False)
+    if len(targets) > 1:
+        shares = ", ".join(f"{name} {count / sum(targets.values()):.1%}" for name, count in targets.items())
+        console.print(f"Shares of the targets: {shares}", highlight=False)
+    for remark in account.remarks("train"):
+        console.print(remark, style="yellow", highlight=False)
+
+
+def show_details(split: Split, console: Console) -> None:
+    """Print how long the sequences of a split are, how much of them is trained, and each row that is not used."""
+    console.print(f"\nLengths in {split.name}, in tokens", style="bold")
+    bins = histogram(split.lengths)
+    most, width = max(count for _, _, count in bins), len(f"{bins[-1][1]:,}")
+    for low, high, count in bins:
+        bar = "█" * -(-count * _BAR // most)
+        console.print(Text.assemble(f"  {low:>{width},}–{high:<{width},} ", (bar, "green"), f" {count:,}"))
+    console.print(targets_in_words(split), highlight=False)
+    account = split.account
+    for reason, places in by_reason(account.refused):
+        console.print(f"\n{len(places):,} refused: {reason}", style="yellow", highlight=False)
+        console.print(f"  {_some(places)}", highlight=False)
+    for what, places in (("left out", account.too_long), ("cut", account.cut)):
+        if places:
+            console.print(f"\n{len(places):,} {what}, longer than data.max_length", style="yellow", highlight=False)
+            console.print(f"  {_some(places)}", highlight=False)
+    for key, count in account.ignored.most_common():
+        console.print(f"\n{count:,} rows have the key {key!r}, which is ignored", style="yellow", highlight=False)
+
+
+def table_of(splits: Mapping[str, Split]) -> Table:
+    """The account of the splits, side by side."""
+    columns = [figures(split) for split in splits.values()]
+    return _table(["Data", *splits], *([name, *(column[name] for column in columns)] for name in columns[0]))
+
+
+def figures(split: Split) -> dict[str, str]:
+    """The account of a split, as it is shown. A row is expanded when it gives more than one sequence."""
+    tokens, account = int(split.lengths.sum()), split.account
+    counts = {
+        "rows": account.num_rows,
+        "refused": len(account.refused),
+        "left out": len(account.too_long),
+        "cut": len(account.cut),
+        "expanded": int((split.examples.sequences_per_row > 1).sum()),
+        "sequences": len(split.examples),
+        "tokens": tokens,
+        "targets": split.num_targets,
+        "longest": max(split.lengths),
+    }
+    shown = {name: f"{count:,}" for name, count in counts.items()}
+    return shown | {"targets": f"{shown['targets']} ({counts['targets'] / tokens:.0%})"}
+
+
+def targets_in_words(split: Split) -> str:
+    """How many tokens of a sequence are trained."""
+    counts = split.examples.num_targets
+    least, middle, most = counts.min(), np.median(counts), counts.max()
+    return f"Targets of a sequence: {least:,} at least, {middle:,g} in the middle, {most:,} at most."
+
+
+def histogram(lengths: Sequence[int] | NDArray[np.int64], num_bins: int = 12) -> list[tuple[int, int, int]]:
+    """Bins of equal width as (shortest, longest, how many), from the shortest length to the longest.
+
+    >>> histogram([3, 4, 4, 9], num_bins=3)
+    [(3, 5, 3), (6, 8, 0), (9, 11, 1)]
+    """
+    low, high = int(min(lengths)), int(max(lengths))
+    width = -(-(high - low + 1) // num_bins)
+    counts = Counter(((np.asarray(lengths) - low) // width).tolist())
+    return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range((high - low) // width + 1)]
+
+
+def by_reason(refused: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Refusals that differ only in names and numbers together, most frequent first: one text, and every place.
+
+    >>> by_reason(["a.jsonl:3: turn 2: no text", "a.jsonl:7: turn 4: no text", "row 1: no 'x'"])
+    [('turn 2: no text', ['a.jsonl:3', 'a.jsonl:7']), ("no 'x'", ['row 1'])]
+    """
+    groups: dict[str, tuple[str, list[str]]] = {}
+    for text in refused:
+        found = _PLACE.match(text)
+        place, reason = found.groups() if found else ("?", text)
+        kind = re.sub(r"'[^']*'|\d+", "", reason)
+        groups.setdefault(kind, (reason, []))[1].append(place)
+    return sorted(groups.values(), key=lambda group: -len(group[1]))
+
+
+def _table(head: Sequence[str], *rows: Sequence[str]) -> Table:
+    table = Table(*head, box=SIMPLE_HEAD, header_style="bold")
+    for row in rows:
+        table.add_row(*row)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def _some(places: Sequence[str]) -> str:
+    more = f" and {len(places) - _LISTED:,} more" if len(places) > _LISTED else ""
+    return ", ".join(places[:_LISTED]) + more

@@ -1,0 +1,86 @@
+"""Token ids to text that a person can read, token by token: nothing invisible stays invisible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.inspect.documents import Document
+from lightning_sft.machine.terminal import printable
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of one token, or of several that only together make a character.
+
+    Args:
+        text: What is shown; a newline is ``⏎`` and a line break.
+        ids: Its token ids.
+        weight: The weight that they are trained with; 0 is context.
+        is_special: Whether it is a control token of the tokenizer.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    weight: float
+    is_special: bool
+
+
+class PieceReader:
+    r"""Reads documents token by token.
+
+    Args:
+        tokenizer: Of the model.
+
+    >>> from lightning_sft.demos import tiny_tokenizer
+    >>> import torch
+    >>> ids = torch.tensor(tiny_tokenizer()("é\n<|im_end|>")["input_ids"])
+    >>> [(piece.text, len(piece.ids)) for piece in PieceReader(tiny_tokenizer()).read(Document(ids, ids * 0.0))]
+    [('é', 2), ('⏎\n', 1), ('<|im_end|>', 1)]
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.special_ids = frozenset(added.union(tokenizer.all_special_ids))
+        self._tokenizer = tokenizer
+        self._text = lru_cache(1 << 20)(self._decode)
+
+    def read(self, document: Document) -> list[Piece]:
+        """The document in pieces, in order; together they have each of its tokens once."""
+        ids, weights = document.input_ids.tolist(), document.target_weights.tolist()
+        pieces, begin = [], 0
+        while begin < len(ids):
+            before, end = tuple(ids[max(begin - 1, 0) : begin]), begin + 1
+            text = self._text(before, tuple(ids[begin:end]))
+            while text.endswith("\ufffd") and end < len(ids) and self._joins(ids, weights, begin, end):
+                end += 1
+                text = self._text(before, tuple(ids[begin:end]))
+            own = tuple(ids[begin:end])
+            pieces.append(Piece(visible(text), own, weights[begin], own[0] in self.special_ids))
+            begin = end
+        return pieces
+
+    def _joins(self, ids: list[int], weights: list[float], begin: int, end: int) -> bool:
+        """Whether token ``end`` may complete the character begun at ``begin``: UTF-8 has 4 bytes a character."""
+        return end - begin < 4 and weights[end] == weights[begin] and ids[end] not in self.special_ids
+
+    def _decode(self, before: tuple[int, ...], ids: tuple[int, ...]) -> str:
+        """The text of tokens after another: at the beginning of a text, some tokenizers would drop a space."""
+        prefix, whole, alone = (self._plain(part) for part in (before, before + ids, ids))
+        return whole.removeprefix(prefix) if whole.startswith(prefix) else alone
+
+    def _plain(self, ids: tuple[int, ...]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def visible(text: str) -> str:
+    r"""The text with invisible characters written out: newlines as ``⏎`` and a line break, tabs as ``⇥`` and a tab.
+
+    It is safe to print: no character of the data moves a terminal's cursor or turns the direction of writing.
+
+    >>> visible("a\nb\x1b[0m\u202e")
+    'a⏎\nb<U+001B>[0m<U+202E>'
+    """
+    return printable(text).replace("\n", "⏎\n").replace("\t", "⇥\t")

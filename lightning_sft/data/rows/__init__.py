@@ -1,0 +1,1 @@
+"""1. A file becomes conversations, each with its file:line."""

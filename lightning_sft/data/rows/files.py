@@ -1,0 +1,289 @@
+"""One data file to rows: JSONL, JSON, CSV (plain, gz or zst), Parquet and Arrow.
+
+JSON is read by the json module and never through Arrow, which gives all rows one schema: there, a key that one row has
+becomes a null in every other. In Parquet and Arrow that has already happened, so keys without a value are left out.
+Whatever a file holds, it is read in bounded memory: a row has at most :data:`MAX_ROW` bytes, and a packed file unpacks
+to at most :data:`MAX_EXPANSION` times its size.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import inf
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from lightning_sft.data.rows import strict_json
+from lightning_sft.types import InputError
+
+MAX_ROW = 64 << 20
+"""Bytes of a row, some 16 million tokens."""
+
+MAX_EXPANSION = 200
+"""How many times its size a packed file may unpack to; natural text has a factor of 3 to 20."""
+
+_FREE = 1 << 30  # bytes that any file may unpack to
+_BLOCK = 1 << 20  # bytes that are read at once
+_AT_A_TIME = 64  # rows of a table: a dictionary may hold each of them once
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Line:
+    """A row that is still a line of JSON: who needs another row has not parsed this one.
+
+    Args:
+        text: The line.
+        path: Its file.
+        number: Its number, from 1.
+    """
+
+    def __init__(self, text: str, path: Path, number: int) -> None:
+        self.text, self.path, self.number = text, path, number
+
+    def parse(self) -> Any:
+        """The value of the line.
+
+        Raises:
+            InputError: When it is not valid JSON.
+        """
+        try:
+            return strict_json.loads(self.text)
+        except ValueError as error:
+            raise _not_json(self.path, self.number, error) from error
+
+
+def read_file(path: Path) -> Iterator[tuple[Any, str]]:
+    """The rows of a file, each with its place: ``file:line``, or ``file:row number`` in Parquet and Arrow.
+
+    Raises:
+        InputError: When the file is of an unknown kind, cannot be read, or has no rows.
+    """
+    for row, place in skim_file(path):
+        yield row.parse() if isinstance(row, Line) else row, place
+
+
+def skim_file(path: Path) -> Iterator[tuple[Any, str]]:
+    """The same, but a row of JSONL is a :class:`Line`."""
+    kind = kind_of(path)
+    if kind is None:
+        raise InputError(
+            f"{path}: a data file must end in {', '.join([*_TEXT, *_TABLES])}; the first three may be packed: "
+            "with .gz or .zst after it."
+        )
+    empty = True
+    try:
+        for row, place in {**_TEXT, **_TABLES}[kind](path):
+            empty = False
+            yield row, f"{path}:{place}"
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:  # Arrow raises all but zlib's
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    if empty:
+        raise InputError(f"{path}: the file has no rows.")
+
+
+def kind_of(path: Path) -> str | None:
+    """The suffix that tells how to read a file, or ``None`` where it is no data file."""
+    *_, before, last = "", "", *path.suffixes
+    if last in (".gz", ".zst"):
+        return before if before in _TEXT else None
+    return last if last in _TEXT or last in _TABLES else None
+
+
+def without_nulls(value: Any) -> Any:
+    """The same without the keys whose value is ``None``: in a table every row has the keys of all rows.
+
+    >>> without_nulls({"city": "Rome", "days": None, "stops": [{"at": None}, None]})
+    {'city': 'Rome', 'stops': [{}, None]}
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[Line, int]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield Line(line, path, number), number
+
+
+def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
+    """The elements of a list one by one, with the line on which each begins; or objects that follow each other."""
+    text = _text(path)
+    at, line, counted = _skip(text, 0), 1, 0
+    is_list = text[at : at + 1] == "["
+    at = _skip(text, at + is_list)
+    if is_list and text[at : at + 1] == "]":
+        return
+    while at < len(text):
+        line, counted = line + text.count("\n", counted, at), at
+        try:
+            row, at = strict_json.raw_decode(text, at)
+            if at - counted > MAX_ROW:
+                raise _too_long(f"{path}:{line}")
+            at = _skip(text, at)
+            if is_list:
+                at, closed = _skip(text, at + 1), text[at : at + 1]
+                if closed not in (",", "]") or (closed == "]") != (at == len(text)):
+                    raise json.JSONDecodeError("expected a comma or the end of the list", text, at - 1)
+        except ValueError as error:
+            raise _not_json(path, getattr(error, "lineno", line), error) from error
+        yield row, line
+
+
+def _read_csv(path: Path) -> Iterator[tuple[Any, int]]:
+    csv.field_size_limit(MAX_ROW)  # characters of a cell; 128 KiB are the default
+    lines = csv.reader(_lines(path), strict=True)
+    header: list[str] = []
+    place = 1
+    try:
+        for cells in lines:
+            if not header:
+                header = cells
+                if len(set(header)) < len(header):
+                    raise InputError(f"{path}:{place}: two columns have the same name: {header}.")
+            elif cells:
+                if len(cells) != len(header):
+                    raise InputError(f"{path}:{place}: the row has {len(cells)} cells, the header {len(header)}.")
+                yield dict(zip(header, cells, strict=True)), place
+            place = lines.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{path}:{place}: not valid CSV: {error}.") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        groups = map(file.metadata.row_group, range(file.num_row_groups))
+        if sum(group.total_byte_size for group in groups) > _most_unpacked(path):
+            raise _expands(path)
+        yield from _rows_of(path, file.schema_arrow, file.iter_batches(_AT_A_TIME))
+
+
+def _read_arrow(path: Path) -> Iterator[tuple[Any, str]]:
+    from pyarrow import ipc, memory_map
+
+    with memory_map(str(path)) as file:
+        if file.read(6) == b"ARROW1":
+            table = ipc.open_file(file)
+            batches = (table.get_batch(number) for number in range(table.num_record_batches))
+        else:
+            file.seek(0)
+            batches = table = ipc.open_stream(file)
+        yield from _rows_of(path, table.schema, batches)
+
+
+def _rows_of(path: Path, schema: Any, batches: Any) -> Iterator[tuple[Any, str]]:
+    if len(set(schema.names)) < len(schema.names):
+        raise InputError(f"{path}: two columns have the same name: {schema.names}.")
+    before, unpacked, most = 0, 0, _most_unpacked(path)
+    few = (batch.slice(begin, _AT_A_TIME) for batch in batches for begin in range(0, len(batch), _AT_A_TIME))
+    for batch in map(_without_dictionaries, few):
+        if batch.nbytes > MAX_ROW and any(batch.slice(i, 1).nbytes > MAX_ROW for i in range(len(batch))):
+            raise _too_long(f"{path}: after row {before}")
+        unpacked += batch.nbytes
+        if unpacked > most:
+            raise _expands(path)
+        for number, row in enumerate(batch.to_pylist(), before + 1):
+            yield without_nulls(row), f"row {number}"
+        before += len(batch)
+
+
+def _without_dictionaries(batch: Any) -> Any:
+    """A record batch whose columns have their own values: so its size is that of its rows."""
+    if not any(hasattr(column, "dictionary_decode") for column in batch.columns):
+        return batch
+    columns = [c.dictionary_decode() if hasattr(c, "dictionary_decode") else c for c in batch.columns]
+    return type(batch).from_arrays(columns, names=batch.schema.names)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, with their ends and without a byte order mark."""
+    unpacked, most = 0, inf if path.suffix in _TEXT else _most_unpacked(path)
+    with _open(path) as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_ROW + 1), b""), 1):
+            if len(line) > MAX_ROW:
+                raise _too_long(f"{path}:{number}")
+            unpacked += len(line)
+            if unpacked > most:
+                raise _expands(path)
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, number, error, error.start) from error
+
+
+def _text(path: Path) -> str:
+    """All of a text file, whose lines may be of any length: without spaces, a list of JSON is one line."""
+    blocks, most = [], inf if path.suffix in _TEXT else _most_unpacked(path)
+    with _open(path) as file:
+        for block in iter(partial(file.read, _BLOCK), b""):
+            blocks.append(block)
+            most -= len(block)
+            if most < 0:
+                raise _expands(path)
+    content = b"".join(blocks)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise _not_utf8(path, number, error, error.start - content.rfind(b"\n", 0, error.start) - 1) from error
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path))
+    if path.suffix == ".zst":
+        import pyarrow
+
+        if not pyarrow.Codec.is_available("zstd"):
+            raise InputError(f"{path}: this build of pyarrow cannot read zst. Get one that can: pip install -U pyarrow")
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
+    return path.open("rb")
+
+
+def _most_unpacked(path: Path) -> int:
+    return max(_FREE, MAX_EXPANSION * path.stat().st_size)
+
+
+def _expands(path: Path) -> InputError:
+    return InputError(
+        f"{path}: it unpacks to more than {MAX_EXPANSION} times its size. If that is as it should be, unpack it to a "
+        ".jsonl file first."
+    )
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError, at: int) -> InputError:
+    return InputError(
+        f"{path}:{line}: not UTF-8 text ({error.reason} at byte {at} of the line). Save the file as UTF-8."
+    )
+
+
+def _too_long(where: str) -> InputError:
+    return InputError(f"{where}: the row is longer than {MAX_ROW >> 20} MiB. Cut it into several, or remove it.")
+
+
+def _skip(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    assert space is not None
+    return space.end()
+
+
+def _not_json(path: Path, line: int, error: ValueError) -> InputError:
+    if isinstance(error, json.JSONDecodeError):
+        return InputError(f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}).")
+    return InputError(f"{path}:{line}: not valid JSON: {error}.")
+
+
+_Reader = Callable[[Path], Iterator[tuple[Any, Any]]]
+_TEXT: dict[str, _Reader] = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+_TABLES: dict[str, _Reader] = {".parquet": _read_parquet, ".arrow": _read_arrow, ".ipc": _read_arrow}

@@ -1,0 +1,177 @@
+"""Files, folders, data sets and lists to rows, each with its provenance: ``file:line``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from lightning_sft.data.rows.files import Line, kind_of, skim_file, without_nulls
+from lightning_sft.types import InputError
+
+Row = dict[str, Any] | list[Any]
+Source = str | Sequence[str] | Iterable[Row] | Path  # Path last: jsonargparse would save a list as the text of one
+Leaf = Callable[[], Iterator[tuple[Any, str]]]
+"""One file, data set or list: gives its rows, unread (:func:`parsed` reads one), each with where it came from."""
+
+Files = list[tuple[str, list[Path]]]
+"""The names that a source consists of, each with its files."""
+
+_HUB = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:\[]+))??(?::(?P<split>[^:\[]+(?:\[.*\])?))?")
+
+
+def read(source: Source) -> Iterator[tuple[Row, str]]:
+    """The rows of a source, each with where it came from.
+
+    Args:
+        source: A file, a folder of files, a glob (``data/*.jsonl``), a data set of the Hugging Face hub
+            (``hf:owner/name:split``, with ``:config`` before the split where there are several) or saved to disk, a
+            sequence of those, or rows: a list of them or a ``datasets.Dataset``.
+
+    Raises:
+        InputError: When something is missing, empty, of an unknown kind, or not valid (with file and line).
+
+    >>> list(read([{"prompt": "Hi", "completion": "Hello"}]))
+    [({'prompt': 'Hi', 'completion': 'Hello'}, 'row 1')]
+    """
+    for leaf in leaves(source):
+        for row, provenance in leaf():
+            yield parsed(row, provenance), provenance
+
+
+def leaves(source: Source, streaming: bool = False) -> list[Leaf]:
+    """The files, data sets or lists that a source consists of, in order.
+
+    Args:
+        source: As for :func:`read`.
+        streaming: Whether a data set of the hub is read while it is downloaded.
+
+    Raises:
+        InputError: When something is missing.
+    """
+    if isinstance(source, (str, Path)):
+        return _leaves_of_name(str(source), streaming)
+    if isinstance(source, Mapping):
+        raise InputError(f"The data has the splits {sorted(map(str, source))}: give one of them, data['train'].")
+    if isinstance(source, Sequence) and source and all(isinstance(item, (str, Path)) for item in source):
+        return [leaf for item in source for leaf in _leaves_of_name(str(item), streaming)]
+    return [partial(_rows_of_list, source)]
+
+
+def parsed(row: Any, provenance: str) -> Row:
+    """A row of a :data:`Leaf`, read.
+
+    Raises:
+        InputError: When it is not valid JSON, or no row.
+    """
+    row = row.parse() if isinstance(row, Line) else row
+    if not isinstance(row, (dict, list)):
+        raise InputError(
+            f"{provenance}: a row must be an object with named keys, or a list of messages, got {type(row).__name__}."
+        )
+    return row
+
+
+def files_of(name: str) -> list[Path]:
+    """The files that a path, a folder or a glob stands for, in order of their names.
+
+    Raises:
+        InputError: When there is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = [file for file in sorted(path.rglob("*")) if file.is_file() and kind_of(file)]
+        if not found:
+            raise InputError(f"There is no data file in the folder {name!r}, such as train.jsonl.")
+        return found
+    matches = sorted(glob(name, recursive=True)) if has_magic(name) else []
+    if not matches:
+        raise InputError(f"There is no data file {name!r} (looked in {Path.cwd()}).")
+    return [file for match in matches for file in files_of(match)]
+
+
+def files_behind(source: Source) -> Files | None:
+    """The names that a source consists of, each with its files; ``None`` where it is rows in memory.
+
+    Raises:
+        InputError: When one is missing.
+    """
+    names = [source] if isinstance(source, (str, Path)) else source
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, (str, Path)) for name in names):
+        return None
+    found = []
+    for name in map(str, names):
+        data = data_set(name)
+        files = files_of(name) if data is None else [Path(file["filename"]) for file in data.cache_files]
+        found.append((name, files))
+    return found
+
+
+def size_of(files: Files) -> int:
+    """Bytes of the files of a source."""
+    return sum(file.stat().st_size for _, own in files for file in own)
+
+
+def data_set(name: str, streaming: bool = False) -> Any:
+    """The Hugging Face data set that a name stands for, of the hub or on disk; ``None`` where it stands for files.
+
+    Raises:
+        InputError: When it cannot be loaded, or has several splits.
+    """
+    on_disk = any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
+    if not on_disk and not name.startswith("hf:"):
+        return None
+    try:
+        data = _from_disk(name) if on_disk else _from_hub(name, streaming)
+    except InputError:
+        raise
+    except Exception as error:  # of datasets, the hub, the network, Arrow, the disk
+        where = f"in the folder {name!r}" if on_disk else repr(name)
+        raise InputError(f"The data set {where} cannot be loaded: {error}") from error
+    if isinstance(data, Mapping):
+        if len(data) != 1:
+            separator = "/" if on_disk else ":"
+            raise InputError(f"{name!r} has the splits {sorted(data)}: name one, {name}{separator}{sorted(data)[-1]}.")
+        [data] = data.values()
+    return data
+
+
+def _leaves_of_name(name: str, streaming: bool) -> list[Leaf]:
+    if (data := data_set(name, streaming)) is not None:
+        return [partial(_rows_of_data_set, name, data)]
+    return [partial(skim_file, path) for path in files_of(name)]
+
+
+def _from_hub(name: str, streaming: bool) -> Any:
+    from datasets import load_dataset
+
+    parts = _HUB.fullmatch(name)
+    if parts is None:
+        raise InputError(f"{name!r} names no data set: expected hf:owner/name:split.")
+    settings = {"streaming": True} if streaming else {}
+    return load_dataset(parts["name"], parts["config"], split=parts["split"], **settings)
+
+
+def _from_disk(name: str) -> Any:
+    from datasets import load_from_disk
+
+    return load_from_disk(name)
+
+
+def _rows_of_data_set(name: str, data: Any) -> Iterator[tuple[Any, str]]:
+    number = 0
+    for number, row in enumerate(data, 1):
+        yield without_nulls(row), f"{name}:row {number}"
+    if not number:
+        raise InputError(f"The data set {name!r} has no rows.")
+
+
+def _rows_of_list(rows: Iterable[Any]) -> Iterator[tuple[Any, str]]:
+    from_table = hasattr(rows, "features")  # a datasets.Dataset
+    for number, row in enumerate(rows, 1):
+        yield without_nulls(row) if from_table else row, f"row {number}"

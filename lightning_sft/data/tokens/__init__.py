@@ -1,0 +1,1 @@
+"""2. Conversations become examples: token ids and target weights."""

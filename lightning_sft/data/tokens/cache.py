@@ -1,0 +1,134 @@
+"""Encoded examples on disk, so that a second start does not encode again.
+
+An entry's name is a digest of all that it depends on: the contents of the files, the tokenizer, the chat template with
+its frozen date, the settings, our own code, and the versions of the libraries that have a say. So no entry is ever out
+of date. It is written beside and renamed when it is complete, under a lock: of two processes one builds and the other
+waits, and what a killed one leaves behind is never read. Its size and the number of its examples are kept beside it; an
+entry that has others is built again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_sft.data.rows.sources import Files, size_of
+from lightning_sft.data.tokens.chat_template import ChatTemplate
+from lightning_sft.data.tokens.encode_rows import Chunk, Recipe
+from lightning_sft.data.tokens.examples import Examples, save
+from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.io.disk import sync
+from lightning_sft.types import InputError
+
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+_SMALL = _READ = 1 << 20  # bytes
+
+
+def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tuple[Examples, Account]:
+    """The entry of a key, built if there is none.
+
+    Args:
+        folder: Where entries are kept.
+        key: Its name, see :func:`key_of`.
+        build: Gives the chunks of a new entry.
+
+    Returns:
+        The examples, mapped from the file, and the account of the rows.
+    """
+    data, account = folder / f"{key}.arrow", folder / f"{key}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _opened(data, account)
+    except InputError:  # there is none, or it is damaged
+        with FileLock(folder / f"{key}.lock"):
+            try:
+                return _opened(data, account)  # somebody else has built it in the meantime
+            except InputError as error:
+                if data.exists():
+                    rank_zero_warn(f"{data} is damaged ({error}), so the data are encoded again.")
+                _build(folder / f"{key}.building", data, account, build())
+    return _opened(data, account)
+
+
+def key_of(files: Files | None, recipe: Recipe) -> str | None:
+    """The name of the entry of a source, from its files (:func:`lightning_sft.data.rows.sources.files_behind`).
+
+    ``None`` where there is to be none: of rows in memory nobody knows what they are, nor of a tokenizer in Python, and
+    less than a megabyte is encoded in a second.
+    """
+    backend = getattr(recipe.tokenizer, "backend_tokenizer", None)
+    if files is None or backend is None or size_of(files) < _SMALL:
+        return None
+    depends_on = [
+        [(library, version(library)) for library in _LIBRARIES],
+        [_digest(file) for file in sorted(Path(__file__).parents[1].rglob("*.py"))],
+        {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "tokenizer"},
+        ChatTemplate.of(recipe.tokenizer).text,
+        recipe.tokenizer.special_tokens_map,
+        backend.to_str(),
+        [(name, [(str(file), _digest(file)) for file in own]) for name, own in files],
+    ]
+    text = json.dumps(depends_on, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _opened(data: Path, account: Path) -> tuple[Examples, Account]:
+    """An entry, if it is all there.
+
+    Raises:
+        InputError: When one of its files is missing, cannot be read, or does not have the size that was written.
+    """
+    try:
+        found = json.loads(account.read_text(encoding="utf-8"))
+        size = data.stat().st_size
+        if size != found["bytes"]:
+            raise ValueError(f"{size:,} of {found['bytes']:,} bytes")
+        examples = Examples.open(data)
+        if len(examples) != found["examples"]:
+            raise ValueError(f"{len(examples):,} of {found['examples']:,} examples")
+        return examples, Account.of_json(found["account"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:  # Arrow has them all
+        raise InputError(str(error)) from error
+
+
+def _build(building: Path, data: Path, account: Path, chunks: Iterable[Chunk]) -> None:
+    total, count = Account(), 0
+
+    def batches() -> Iterator[Any]:
+        nonlocal count
+        for chunk in chunks:
+            total.add(chunk.account)
+            count += len(chunk.batch)
+            yield chunk.batch
+
+    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed: we have its lock
+    building.mkdir()
+    try:
+        written = [building / path.name for path in (data, account)]
+        save(batches(), written[0])
+        entry = {"examples": count, "bytes": written[0].stat().st_size, "account": total.as_json()}
+        written[1].write_text(json.dumps(entry), encoding="utf-8")
+        sync(written)
+        for path in (data, account):
+            os.replace(building / path.name, path)
+        sync([data.parent])
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(_READ):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,192 @@
+"""One split of the data: its rows as encoded examples, and an account of every row that is not among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.rows.formats import FormatName
+from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.mixture import Mixture, as_mixture
+from lightning_sft.data.rows.sources import Source, files_behind, leaves, read, size_of
+from lightning_sft.data.tokens.cache import cached, key_of
+from lightning_sft.data.tokens.encode import encode_prompt
+from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, Recipe, Rows, in_chunks
+from lightning_sft.data.tokens.examples import Examples
+from lightning_sft.data.tokens.row_report import Account, some
+from lightning_sft.data.tokens.workers import num_cores
+from lightning_sft.machine.terminal import Console
+from lightning_sft.types import InputError, Prompt
+
+_ROWS_AT_A_TIME = 1000  # so many go through the tokenizer together
+_LARGE = 4_000_000  # bytes of files that take so long, some seconds, that it pays to start processes
+
+
+@dataclass
+class Split:
+    """Examples of one source, or of a mixture of them, and what became of the other rows.
+
+    Args:
+        name: ``train``, ``val`` or ``test``.
+        examples: What is trained on or evaluated, data set after data set.
+        account: What became of the rows.
+        mixture: The data sets.
+        part_sizes: How many examples each has.
+    """
+
+    name: str
+    examples: Examples
+    account: Account = field(default_factory=Account)
+    mixture: Mixture = field(default_factory=lambda: as_mixture(()))
+    part_sizes: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.part_sizes = self.part_sizes or [len(self.examples)]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example."""
+        return self.examples.lengths
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained on."""
+        return int(self.examples.num_targets.sum())
+
+    @property
+    def parts(self) -> NDArray[np.int64]:
+        """Number of the data set that each example comes from."""
+        return np.repeat(np.arange(len(self.part_sizes)), self.part_sizes)
+
+
+def load_split(
+    name: str,
+    source: Source | Mixture,
+    recipe: Recipe,
+    *,
+    invalid_rows: Literal["error", "skip"] = "error",
+    cache: Path | None = None,
+    num_workers: int | None = None,
+    progress: bool = False,
+    first: int | None = None,
+) -> Split:
+    """Read and encode a source.
+
+    Args:
+        name: ``train``, ``val`` or ``test``.
+        source: Files or rows, see :func:`lightning_sft.data.rows.sources.read`, or several data sets.
+        recipe: How rows become examples.
+        invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
+        cache: Folder of encoded data sets; none by default.
+        num_workers: Worker processes that encode; 0 encodes in this one. By default large files have one a core.
+        progress: Show the progress.
+        first: Read no more than so many rows of each data set.
+
+    Raises:
+        InputError: When rows cannot be used and ``invalid_rows`` is ``error``, a sequence is too long and
+            ``recipe.overflow`` is, or nothing is left.
+    """
+    mixture, account, found = as_mixture(source), Account(), []
+    for part_name, part in mixture.of_name.items():
+        title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
+        chunks = Chunks(partial(_rows, part.source, first), [own_recipe])
+        files = files_behind(part.source) if first is None else None
+        key = key_of(files, own_recipe) if cache else None
+        is_large = files is not None and size_of(files) >= _LARGE
+        workers = (num_cores() if is_large else 0) if num_workers is None else num_workers
+        is_shown = progress or key is not None  # of the ranks that want an entry, any may be the one that makes it
+        examples, own = _loaded(partial(_shown, chunks, workers, title if is_shown else None), cache, key)
+        if own.refused and invalid_rows == "error":
+            raise own.refusal(title)
+        if not examples:
+            raise _nothing_left(title, own, own_recipe)
+        account.add(own)
+        found.append(examples)
+    together = Examples([batch for examples in found for batch in examples.batches])
+    return Split(name, together, account, mixture, [len(examples) for examples in found])
+
+
+def load_prompts(
+    source: Source | Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    format: FormatName | None = None,
+    columns: Mapping[str, str] | None = None,
+    invalid_rows: Literal["error", "skip"] = "error",
+    first: int | None = None,
+) -> list[Prompt]:
+    """The prompts of a source, for generation; rows may lack the answer.
+
+    Args:
+        source: Files or rows, or several data sets, one after the other.
+        tokenizer: With a chat template.
+        format: The format of all rows; told from the keys of each by default.
+        columns: The data's column for a key of the format.
+        invalid_rows: Whether a row that cannot be used is an error, or left out.
+        first: No more than so many rows of each data set.
+
+    Raises:
+        InputError: At the first row that cannot be used, unless ``invalid_rows`` is ``skip``.
+    """
+    found: list[Prompt] = []
+    for part in as_mixture(source).of_name.values():
+        convert, begin = Converter(part.format or format, part.columns or columns, answered=False), len(found)
+        for row, where in read(part.source):
+            if first is not None and len(found) - begin >= first:
+                break
+            try:
+                found.append(replace(encode_prompt(convert(row, where), tokenizer), number=len(found)))
+            except InputError:
+                if invalid_rows == "error":
+                    raise
+    return found
+
+
+def _rows(source: Source, first: int | None) -> Iterator[tuple[int, Rows]]:
+    return ((0, rows) for rows in in_chunks(leaves(source, streaming=first is not None), _ROWS_AT_A_TIME, first))
+
+
+def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str | None) -> tuple[Examples, Account]:
+    """The examples of chunks, and their account: from the cache, or else in memory."""
+    if cache is not None and key is not None:
+        try:
+            return cached(cache, key, chunks)
+        except OSError as error:  # a source's own would be an InputError
+            rank_zero_warn(f"Encoded data cannot be kept in {cache} ({error}). Set data.cache to another folder.")
+    account, batches = Account(), []
+    for chunk in chunks():
+        account.add(chunk.account)
+        batches.append(chunk.batch)
+    return Examples(batches), account
+
+
+def _shown(chunks: Chunks, num_workers: int, title: str | None) -> Iterator[Chunk]:
+    """The chunks, with their progress on the screen where there is a title."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("Encoding {task.description}: {task.completed:,} rows", markup=False),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(), transient=True, disable=title is None) as progress:
+        task = progress.add_task(title or "", total=None)
+        for chunk in chunks.run(num_workers):
+            yield chunk
+            progress.advance(task, chunk.account.num_rows)
+
+
+def _nothing_left(name: str, account: Account, recipe: Recipe) -> InputError:
+    if account.shortest:
+        return InputError(
+            f"{name}: data.max_length={recipe.max_length} is less than the {account.shortest} tokens of the shortest "
+            "sequence. Raise it, or leave it out for the model's own context."
+        )
+    return InputError(f"{name}: no row can be used.\n{some(account.refused, len(account.refused))}")

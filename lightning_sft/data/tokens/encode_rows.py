@@ -1,0 +1,185 @@
+"""Rows to encoded examples, many at a time, in worker processes where that pays; in the order of the rows all the same.
+
+The rows are cut into chunks, each is one worker's, and chunks come back in order. So nothing that is computed depends
+on how many workers there are, and a rank of a stream takes every ``num_ranks``-th chunk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from lightning_sft.data.rows.formats import FormatName
+from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.mixture import Part
+from lightning_sft.data.rows.sources import Leaf, parsed
+from lightning_sft.data.tokens.encode import encode_many
+from lightning_sft.data.tokens.examples import to_batch
+from lightning_sft.data.tokens.overflow import Overflow, shorten
+from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.workers import iterate, leave_signals
+from lightning_sft.types import Conversation, Example, InputError, Normalize
+
+Rows = list[tuple[Any, str]]
+"""Rows of a :data:`~lightning_sft.data.rows.sources.Leaf`, each with where it came from."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the rows of a data set become examples.
+
+    Args:
+        tokenizer: With a chat template.
+        format: The format of all rows; told from the keys of each by default.
+        columns: The data's column for a key of the format, where it has another name.
+        normalize: What target weights are scaled to.
+        max_length: Most tokens in a sequence.
+        overflow: What becomes of longer ones, which are counted: :func:`lightning_sft.data.tokens.overflow.shorten`.
+        weight: Multiplies all target weights.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    format: FormatName | None = None
+    columns: Mapping[str, str] | None = None
+    normalize: Normalize = "token"
+    max_length: int | None = None
+    overflow: Overflow = "drop"
+    weight: float = 1.0
+
+    def of(self, part: Part) -> Recipe:
+        """That of a part of a mixture, which may have a format, columns and a weight of its own."""
+        format, columns = part.format or self.format, part.columns or self.columns
+        return replace(self, format=format, columns=columns, weight=part.weight)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What some rows that follow each other have become.
+
+    Args:
+        batch: Their examples, see :mod:`lightning_sft.data.tokens.examples`.
+        account: What became of the other rows.
+        part: Number of the data set that they come from.
+    """
+
+    batch: pa.RecordBatch
+    account: Account
+    part: int = 0
+
+
+class Chunks(IterableDataset[Chunk | InputError]):
+    """Encodes the chunks of one rank; in a worker process, those that are this worker's turn.
+
+    An error stands in the place of the chunk that it stops at.
+
+    Args:
+        rows: Gives all rows in chunks, each with the number of the data set that it comes from.
+        recipes: Of each data set.
+        rank: Takes the chunks ``rank``, ``rank + num_ranks``, …
+        num_ranks: Among how many ranks the chunks are dealt out.
+        first: How many chunks of its own the rank leaves out at the beginning.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[], Iterator[tuple[int, Rows]]],
+        recipes: Sequence[Recipe],
+        rank: int = 0,
+        num_ranks: int = 1,
+        first: int = 0,
+    ) -> None:
+        self.rows, self.recipes, self.rank, self.num_ranks, self.first = rows, recipes, rank, num_ranks, first
+
+    def __iter__(self) -> Iterator[Chunk | InputError]:
+        worker = get_worker_info()
+        turn, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        converters = [Converter(recipe.format, recipe.columns) for recipe in self.recipes]
+        try:
+            for number, (part, rows) in enumerate(self.rows()):
+                own, is_others = divmod(number - self.rank, self.num_ranks)
+                own -= self.first
+                if is_others or own < 0 or own % num_workers != turn:
+                    _learn(rows, converters[part])
+                else:
+                    yield _encoded(rows, converters[part], self.recipes[part], part)
+        except InputError as error:
+            yield error
+
+    def run(self, num_workers: int = 0, ahead: int = 2) -> Iterator[Chunk]:
+        """The chunks in order.
+
+        Args:
+            num_workers: Worker processes; 0 encodes in this one.
+            ahead: Chunks that each worker keeps ready.
+
+        Raises:
+            InputError: That of a source, or of a sequence that is too long where ``overflow`` is ``error``.
+        """
+        settings: dict[str, Any] = {"prefetch_factor": ahead, "worker_init_fn": leave_signals} if num_workers else {}
+        loader = DataLoader(self, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, **settings)
+        for chunk in iterate(loader):
+            if isinstance(chunk, InputError):
+                raise chunk
+            yield chunk
+
+
+def in_chunks(leaves: Iterable[Leaf], size: int, first: int | None = None) -> Iterator[Rows]:
+    """The rows of files or lists, ``size`` at a time, or only the ``first`` of them; the last chunk may be shorter."""
+    rows = islice((row for leaf in leaves for row in leaf()), first)
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def _encoded(rows: Rows, convert: Converter, recipe: Recipe, part: int) -> Chunk:
+    """One call of the tokenizer for all rows."""
+    convert.ignored = Counter()
+    conversations = [_attempt(convert, recipe.weight, *row) for row in rows]
+    good = [conversation for conversation in conversations if isinstance(conversation, Conversation)]
+    sequences = iter(encode_many(good, recipe.tokenizer, recipe.normalize))
+    account, examples = Account(num_rows=len(rows), ignored=convert.ignored), []
+    for conversation in conversations:
+        result = next(sequences) if isinstance(conversation, Conversation) else conversation
+        if isinstance(result, InputError):
+            account.refused.append(str(result))
+            continue
+        account.add(Account(shortest=min(map(len, result))))
+        examples += [piece for example in result for piece in _fitted(example, recipe, account)]
+    return Chunk(to_batch(examples), account, part)
+
+
+def _attempt(convert: Converter, weight: float, row: Any, provenance: str) -> Conversation | InputError:
+    row = parsed(row, provenance)
+    try:
+        conversation = convert(row, provenance)
+    except InputError as error:
+        return error
+    return replace(conversation, weights=[own * weight for own in conversation.weights])
+
+
+def _fitted(example: Example, recipe: Recipe, account: Account) -> Sequence[Example]:
+    if recipe.max_length is None or len(example) <= recipe.max_length:
+        return [example]
+    pieces = shorten(example, recipe.max_length, recipe.overflow)
+    (account.cut if pieces else account.too_long).append(f"{example.provenance} ({len(example):,} tokens)")
+    return pieces
+
+
+def _learn(rows: Rows, convert: Converter) -> None:
+    """See of which format the files are whose first rows are in a chunk of somebody else."""
+    for row, provenance in rows:
+        if not convert.knows(provenance):
+            try:
+                convert.learn(parsed(row, provenance), provenance)
+            except InputError:  # that row's worker will say so
+                continue
+
+
+def _as_it_is(chunk: Any) -> Any:
+    return chunk

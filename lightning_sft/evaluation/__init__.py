@@ -1,0 +1,1 @@
+"""Metrics, generation and scores."""

@@ -1,0 +1,74 @@
+"""How far the distributions of a model's tokens have moved from what they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sft.model.parallel.zero3 import gathered
+from lightning_sft.model.pretrained import backbone_and_head
+from lightning_sft.objective import transformed
+from lightning_sft.types import Batch
+
+_CHUNK = 256  # targets whose logits are in memory at a time
+
+
+def likeliest(scorer: Any, batch: Batch, most: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens at each target, and their log-probabilities: ``[T, K]`` each, int32 and float32.
+
+    Args:
+        scorer: A :class:`~lightning_sft.model.likelihood.Scorer`; strategies that shard it may.
+        batch: With T targets.
+        most: K, or the size of the vocabulary if that is less.
+    """
+
+    def compute(model: Any, own: Batch) -> list[tuple[Tensor, Tensor]]:
+        chunks = _log_probs(scorer, own)
+        top = [chunk.topk(min(most, chunk.shape[1])) for chunk in chunks]
+        return [(found.indices.int().cpu(), found.values.float().cpu()) for found in top]
+
+    found = scorer(batch, compute)
+    return torch.cat([ids for ids, _ in found]), torch.cat([values for _, values in found])
+
+
+def divergence(scorer: Any, batch: Batch, ids: Tensor, log_probs: Tensor) -> Tensor:
+    """KL(p̂ ‖ p) in nats at each target, ``[T]`` float64, of what :func:`likeliest` gave and the model of now.
+
+    All tokens but the K likeliest of p̂ count as one: ``Σ_k p̂_k · log(p̂_k / p_k) + p̂_rest · log(p̂_rest / p_rest)``. By
+    the data-processing inequality it is at most the divergence over the whole vocabulary.
+
+    Args:
+        scorer: As there.
+        batch: As there.
+        ids: As there.
+        log_probs: As there.
+    """
+
+    def compute(model: Any, own: Batch) -> list[Tensor]:
+        found, begin = [], 0
+        for chunk in _log_probs(scorer, own):
+            at = slice(begin, begin + len(chunk))
+            chosen = chunk.gather(1, ids[at].long().to(chunk.device)).cpu().double()
+            found.append(_coarse(log_probs[at].double(), chosen))
+            begin += len(chunk)
+        return found
+
+    return torch.cat(scorer(batch, compute))
+
+
+def _coarse(before: Tensor, now: Tensor) -> Tensor:
+    rest = [(-torch.expm1(torch.logsumexp(x, 1))).clamp(min=0) for x in (before, now)]
+    of_rest = torch.where(rest[0] > 0, rest[0] * (rest[0] / rest[1].clamp(min=1e-12)).clamp(min=1e-300).log(), 0)
+    return ((before.exp() * (before - now)).sum(1) + of_rest).clamp(min=0)
+
+
+def _log_probs(scorer: Any, batch: Batch) -> Iterator[Tensor]:
+    """Log-probabilities of the vocabulary at each target, ``[chunk, V]`` at a time."""
+    _, head = backbone_and_head(scorer.model)
+    states = scorer.hidden(batch).flatten(0, 1).index_select(0, batch.targets)
+    with gathered(head.parameters()):
+        for chunk in states.split(_CHUNK):
+            yield transformed(head(chunk).float(), scorer.findings.scale, scorer.findings.softcap).log_softmax(-1)

@@ -1,0 +1,54 @@
+"""Adapters alone, in a folder as peft reads it."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lightning_sft.model.tuning import new_tokens
+from lightning_sft.model.tuning.adapters import NAME, is_adapter
+from lightning_sft.types import InputError
+
+
+def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
+    """Write the adapters alone, as ``peft.PeftModel.from_pretrained(base_model, folder)`` reads them.
+
+    With rows of new tokens, the base model's embeddings have to be resized before: to as many as the tokenizer has.
+
+    Args:
+        model: With adapters, on one process.
+        folder: Where ``adapter_model.safetensors`` and ``adapter_config.json`` go; it is made if need be.
+        base: Name or folder of the model that the adapters are for.
+
+    Raises:
+        InputError: When there are no adapters, or other parameters were trained too.
+    """
+    if not hasattr(model, "peft_config"):
+        raise InputError("The model has no adapters (model.lora), so they cannot be written alone. Export the model.")
+    rows = new_tokens.modules(model)
+    others = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter(n) and "new_rows" not in n]
+    if others:
+        raise InputError(
+            f"Besides adapters, {others[0]} and {len(others) - 1} more parameters were trained, which a folder of peft "
+            "would not hold. Export the merged model."
+        )
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config: Any = deepcopy(model.peft_config[NAME])
+    config.base_model_name_or_path, config.inference_mode = base, True
+    found = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    if rows:
+        config.trainable_token_indices = {name.rpartition(".")[2]: m.new_ids.tolist() for name, m in rows.items()}
+        found |= {f"{name}.token_adapter.trainable_tokens_delta": m.new_rows for name, m in rows.items()}
+        if len({id(m.new_rows) for m in rows.values()}) < len(rows):  # tied: peft keeps them once, at the embeddings
+            first, *tied = rows
+            config.trainable_token_indices = rows[first].new_ids.tolist()
+            found = {key: value for key, value in found.items() if not key.startswith(tuple(f"{n}." for n in tied))}
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in found.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))

@@ -1,0 +1,1 @@
+"""The head's logits, a chunk of targets at a time."""

@@ -1,0 +1,1 @@
+"""What comes from a user and goes to one: arguments, errors, files."""

@@ -1,0 +1,242 @@
+"""Arguments checked against their annotations, in a call from Python as on the command line.
+
+jsonargparse checks the choices and types of what a command line or a YAML file gives; nobody checks a call. Here one
+function does, for every public constructor: choices are those of ``Literal``, ranges those of
+``Annotated[int, Range(ge=1)]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from lightning_sft.io.plain import plain
+from lightning_sft.types import InputError
+
+
+class Range:
+    """The numbers that an argument may be, written into its annotation; NaN is in none.
+
+    Args:
+        ge: The smallest.
+        gt: Or what they are greater than.
+        le: The largest.
+        lt: Or what they are less than.
+
+    >>> Range(ge=0, lt=1), 0.5 in Range(ge=0, lt=1), 1.0 in Range(ge=0, lt=1)
+    (>= 0 and < 1, True, False)
+    """
+
+    def __init__(
+        self, ge: float | None = None, gt: float | None = None, le: float | None = None, lt: float | None = None
+    ) -> None:
+        self.ge, self.gt, self.le, self.lt = ge, gt, le, lt
+
+    def __contains__(self, value: Any) -> bool:
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __repr__(self) -> str:  # what --help shows
+        bounds = {">=": self.ge, ">": self.gt, "<=": self.le, "<": self.lt}
+        return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None)
+
+
+Count = Annotated[int, Range(ge=1)]
+"""A number of things of which there is at least one."""
+
+Index = Annotated[int, Range(ge=0)]
+"""An integer from 0, as a seed."""
+
+NonNegative = Annotated[float, Range(ge=0)]
+"""A number that is 0 or more."""
+
+Fraction = Annotated[float, Range(ge=0, le=1)]
+"""A part of a whole."""
+
+Positive = Annotated[float, Range(gt=0, lt=math.inf)]
+"""A finite number greater than 0."""
+
+BelowOne = Annotated[float, Range(ge=0, lt=1)]
+"""A part that is not the whole."""
+
+AboveZero = Annotated[float, Range(gt=0, le=1)]
+"""A part that is not nothing."""
+
+Tokens = Annotated[int, Range(ge=2)]
+"""A number of tokens of which one can be a target, since the first has no context."""
+
+_T = TypeVar("_T")
+
+
+def check_arguments(of: Callable[..., Any], given: Mapping[str, Any], prefix: str | None = None) -> None:
+    """Refuse arguments that their annotations do not allow.
+
+    Args:
+        of: A class, whose constructor is called, or a function.
+        given: Its arguments by name: ``locals()``, or ``vars(self)`` of a dataclass. What else is in it is passed over.
+        prefix: How the section of a config is called that they are in, as ``model``; the name of the class by default.
+
+    Raises:
+        InputError: When one is none of the choices, out of its range, or of another type.
+
+    >>> check_arguments(Range, {"ge": "one"})
+    Traceback (most recent call last):
+        ...
+    lightning_sft.types.InputError: Range.ge is 'one'; expected a number or null.
+    """
+    for name, hint in _hints(of).items():
+        value = plain(given.get(name))
+        if name in given and not _fits(value, hint):
+            expected = _either(list(dict.fromkeys(_described(hint))))
+            where = f"{of.__name__ if prefix is None else prefix}.{name}"
+            raise InputError(f"{where} is {_shown(value)}; expected {expected}.{_remedy(value, hint)}")
+
+
+def made(of: Callable[..., _T], given: Any) -> Any:
+    """An object from the mapping of its arguments, as YAML and checkpoints have it; anything else as it is.
+
+    Args:
+        of: The class of the object.
+        given: The mapping, the object, or ``None``.
+
+    Raises:
+        InputError: When it has no such argument.
+    """
+    given = plain(given)
+    if not isinstance(given, Mapping):
+        return given
+    known = list(_hints(of))
+    for name in given:
+        if name not in known:
+            closest = did_you_mean([str(name)], known, cutoff=0.5)
+            raise InputError(f"{of.__name__} has no {name!r}; it has {', '.join(known)}.{closest}")
+    return of(**given)
+
+
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """A refusal inside that jsonargparse has put among the reasons of a union's other types comes out by itself."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is None or cause is error:
+            raise
+        raise cause from None
+
+
+def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", cutoff: float | None = None) -> str:
+    """A question after the first of the given names that is close to a known one but none; else nothing.
+
+    Args:
+        given: Words of a message, or what was typed.
+        known: What there is.
+        prefix: Of known names, in the question.
+        cutoff: How alike they have to be, from 0 to 1, whatever their case; names with dots share much, and need more.
+
+    >>> did_you_mean(["fti"], ["fit", "test"])
+    ' Did you mean fit?'
+    >>> did_you_mean(["fit"], ["fit", "test"])
+    ''
+    """
+    names = {name.lower(): name for name in known}
+    for name in given:
+        least = cutoff or (0.75 if "." in name else 0.6)
+        if name not in names.values() and (close := get_close_matches(name.lower(), names, n=1, cutoff=least)):
+            return f" Did you mean {prefix}{names[close[0]]}?"
+    return ""
+
+
+@lru_cache
+def _hints(of: Any) -> dict[str, Any]:
+    function: Any = vars(of)["__init__"] if isinstance(of, type) else of
+    hints = get_type_hints(function, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is what an annotation says; what is not known here is taken to fit."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, inner[0]) and all(value in one for one in inner[1:] if isinstance(one, Range))
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in inner)
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    kind = origin or hint
+    if kind is Any or not isinstance(kind, type):
+        return True
+    if kind in (list, Sequence):
+        items = isinstance(value, (list, tuple) if kind is list else Sequence) and not isinstance(value, str)
+        return items and all(_fits(item, one) for one in inner for item in value)
+    return isinstance(value, kind) or (is_dataclass(kind) and isinstance(value, Mapping))
+
+
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    Path: "a path",
+    NoneType: "null",
+    dict: "a dictionary",
+    Callable: "a function",
+}
+
+
+def _described(hint: Any) -> Iterator[str]:
+    """In words, each thing that an annotation allows."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        yield from (f"{words} {' '.join(map(repr, inner[1:]))}" for words in _described(inner[0]))
+    elif origin in (Union, UnionType):
+        for one in inner:
+            yield from _described(one)
+    elif origin is Literal:
+        yield from map(str, inner)
+    elif origin in (list, Sequence):
+        yield f"a list of {'strings' if inner == (str,) else 'values'}"
+    else:
+        kind = origin or hint
+        yield _WORDS.get(kind) or f"{getattr(kind, '__name__', kind)}"
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, (str, int, float, Path, list, tuple, dict, NoneType)):
+        return f"an object of type {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _remedy(value: Any, hint: Any) -> str:
+    if hasattr(value, "save_pretrained"):
+        return " Write it to a folder with its save_pretrained, and give that folder."
+    return did_you_mean([value], _choices(hint), cutoff=0.5) if isinstance(value, str) else ""
+
+
+def _choices(hint: Any) -> Iterator[str]:
+    if get_origin(hint) is Literal:
+        yield from (choice for choice in get_args(hint) if isinstance(choice, str))
+        return
+    for one in get_args(hint):
+        yield from _choices(one)

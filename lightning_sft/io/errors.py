@@ -1,0 +1,63 @@
+"""What a command line did wrong, in one line, and an unexpected error without its traceback."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import traceback
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from lightning_sft.io.arguments import did_you_mean
+from lightning_sft.machine.terminal import printable
+
+_NAME = re.compile(r"""(?:--|(?:[Oo]ption|[Kk]ey) ['"])(\w[\w.-]*)""")  # of an option, in messages of jsonargparse
+
+
+class OneLine:
+    """For parsers of jsonargparse: instead of a page of options, the one that may be meant."""
+
+    prog: str
+    exit_on_error: bool
+    _option_string_actions: dict[str, Any]
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong, and exit with 2 as argparse does.
+
+        Args:
+            message: Of jsonargparse.
+            ex: What it caught.
+        """
+        if not self.exit_on_error:  # one of several types of an argument is tried
+            super().error(message, ex)  # type: ignore[misc]  # of the parser that it is mixed into
+        parser = getattr(ex, "subcommand_parser", None) or self
+        prog = parser.prog.replace(" [options]", "")
+        options = [name.lstrip("-") for name in parser._option_string_actions]
+        text = " ".join(message.split())
+        for name in getattr(getattr(parser, "_subcommands_action", None), "choices", ()):
+            text = text.replace(f"required: {name}.", "required: --")  # an argument is called as it is given
+        closest = did_you_mean(_NAME.findall(text), options, "--")
+        sys.stderr.write(printable(f"{prog}: {text.rstrip('.')}.{closest}"))
+        sys.stderr.write(f" All options: {prog} --help\n")
+        sys.exit(2)
+
+
+class VerbParser(OneLine, ArgumentParser):
+    """Of verbs that have arguments of their own alone."""
+
+
+def unexpected(error: Exception) -> str:
+    """What went wrong, for the shell: of an error that nobody has foreseen, its kind, and where its traceback is.
+
+    Args:
+        error: Any.
+    """
+    text, where = f"{type(error).__name__}: {error}".strip().rstrip(".:"), "add --debug to see it"
+    settings: dict[str, Any] = {"encoding": "utf-8", "prefix": "lightning-sft-", "suffix": ".txt", "delete": False}
+    with suppress(OSError), tempfile.NamedTemporaryFile("w", **settings) as file:  # the disk may be full
+        traceback.print_exception(error, file=file)
+        where = f"it is in {file.name}, or {where}"
+    return f"{text}.\nFor the traceback: {where}."

@@ -1,0 +1,1 @@
+"""What is asked of devices, allocators, compilers and the terminal."""

@@ -1,0 +1,1 @@
+"""A pretrained model as the weighted log-likelihood of a batch."""

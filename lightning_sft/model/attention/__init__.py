@@ -1,0 +1,1 @@
+"""Attention within documents that share a row."""

@@ -1,0 +1,91 @@
+"""The model as one module whose forward pass is the likelihood of a batch: what strategies wrap and shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_sft.model.parallel.zero3 import gathered_head
+from lightning_sft.model.pretrained import backbone_and_head, names_kept_in_float32
+from lightning_sft.model.probes import Findings, states
+from lightning_sft.objective import log_likelihood
+from lightning_sft.types import Batch, InputError
+
+
+class Scorer(nn.Module):
+    """Computes the likelihood of batches: the backbone, then the objective on its hidden states and the head.
+
+    The head is not run by the model's own forward, so one module has to hold both: FSDP2 and DeepSpeed gather the
+    parameters of what they wrap when its forward pass begins, and tied embeddings are the backbone's and the head's.
+
+    Args:
+        model: The causal language model.
+        findings: What the probes found on it.
+        chunk_size: Targets whose logits are in memory at a time; ``None``: what fits the device.
+    """
+
+    def __init__(self, model: PreTrainedModel, findings: Findings, chunk_size: int | None = None) -> None:
+        super().__init__()
+        self.model, self.findings, self.chunk_size = model, findings, chunk_size
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states of the backbone, ``[B, N, H]``.
+
+        Raises:
+            InputError: When documents share a row, but this architecture lets them see each other.
+        """
+        if not self.findings.isolates_documents and batch.is_packed:
+            raise InputError(
+                f"The batch has several documents in a row, but {type(self.model).__name__} lets them see each other. "
+                "Give one document a row (data.packing=padded)."
+            )
+        positions = batch.position_ids if self.findings.takes_positions else None
+        return states(backbone_and_head(self.model)[0], batch.input_ids, positions, batch.spans)
+
+    def forward(self, batch: Any, compute: Callable[[PreTrainedModel, Any], Any] | None = None) -> Any:
+        """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it.
+
+        Args:
+            batch: A :class:`~lightning_sft.types.Batch`, or what ``compute`` takes.
+            compute: Something else to do with the model and a batch, where its parameters are gathered as for this.
+        """
+        if compute is not None:
+            return compute(self.model, batch)
+        _, head = backbone_and_head(self.model)
+        likelihood = log_likelihood(
+            self.hidden(batch),
+            gathered_head(head),
+            batch.labels,
+            batch.target_weights,
+            scale=self.findings.scale,
+            softcap=self.findings.softcap,
+            chunk_size=self.chunk_size,
+            indices=batch.targets,
+        )
+        of_targets = likelihood.log_probs, likelihood.correct, likelihood.entropy
+        return likelihood.total, likelihood.weight, *of_targets
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the model, but round no buffer that transformers keeps in float32 in a model of 16 bits.
+
+        Those are RoPE's frequencies and others that are computed when a model is made, and biases of routers. Under
+        ``bf16-true`` and ``16-true`` Lightning casts all that floats.
+        """
+        kept = names_kept_in_float32(self.model)
+        before = [
+            (module, name, buffer)
+            for prefix, module in self.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+            and (name in module._non_persistent_buffers_set or (kept and kept.search(f"{prefix}.{name}")))
+        ]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
+        for module, name, buffer in before:
+            after = module._buffers[name]
+            if after is not None and torch.promote_types(after.dtype, buffer.dtype) != after.dtype:
+                module._buffers[name] = buffer.to(after.device)
+        return self

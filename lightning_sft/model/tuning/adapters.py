@@ -1,0 +1,207 @@
+"""Adapters of peft inside a model of transformers: put in, and merged.
+
+They are injected in place, so the model stays the PreTrainedModel that everything else here works on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_sft.io.arguments import BelowOne, Count, check_arguments, made
+from lightning_sft.machine.contexts import narrow
+from lightning_sft.model.tuning import new_tokens
+from lightning_sft.model.tuning import quantization as quantized
+from lightning_sft.model.tuning.base_dtype import BaseDtype
+from lightning_sft.types import InputError
+
+NAME = "default"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters: ``W x + (alpha / r) · B A x``, of which only A and B are trained (Hu et al. 2021, LoRA).
+
+    Args:
+        r: Rank of the adapters.
+        alpha: Their scale, times r.
+        dropout: Dropout on the input of each adapter.
+        targets: Names of the modules that get one, as ``[q_proj, v_proj]``; by default all linear ones but the head.
+        exclude: Names of modules that get none.
+        dora: Train the lengths of the columns apart from their directions (Liu et al. 2024, DoRA).
+        rslora: Scale by ``alpha / √r`` instead (Kalajdzievski 2023, rsLoRA).
+        init: How A begins; B begins with zeros, so that the first step starts at the pretrained model.
+        base_dtype: Dtype that the frozen base is rounded to, and held in under ``bf16-mixed``; by default bfloat16
+            there if it is stored in bfloat16, else float32. What is trained is float32 in either case.
+    """
+
+    r: Count = 16
+    alpha: Count = 32
+    dropout: BelowOne = 0.0
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    exclude: list[str] = field(default_factory=list)
+    dora: bool = False
+    rslora: bool = False
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    base_dtype: BaseDtype | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(Lora, vars(self), "model.lora")
+
+    @classmethod
+    def of(cls, given: Lora | Mapping[str, Any] | None) -> Lora | None:
+        """The same from the plain dictionary that a checkpoint has of it."""
+        found: Lora | None = made(cls, given)
+        return found
+
+
+def inject(model: PreTrainedModel, lora: Lora) -> None:
+    """Put adapters into a model, in place, and freeze all the rest.
+
+    Raises:
+        InputError: Without peft, or when a name is that of no module, or of tied embeddings.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise InputError("model.lora needs peft: pip install 'lightning-sft[peft]'.") from error
+    _check_names(model, lora)
+    try:
+        config: Any = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+            exclude_modules=lora.exclude or None,
+            use_dora=lora.dora,
+            use_rslora=lora.rslora,
+            init_lora_weights=True if lora.init == "kaiming" else lora.init,
+            task_type="CAUSAL_LM",
+        )
+        with (
+            _as_if_wide(model),
+            warnings.catch_warnings(),
+        ):  # where experts are fused, those of two matrices share the rank of one
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            inject_adapter_in_model(config, model, NAME)
+    except ValueError as error:
+        raise InputError(f"model.lora cannot be put into {type(model).__name__}: {error}") from error
+    for layer in _layers(model).values():
+        if lora.dora:  # its lengths are those of the matrices; it casts these to the dtype of its input, so that stays
+            layer.lora_variant[NAME].init(layer, NAME)
+        else:
+            layer._cast_input_dtype = _unless_autocast
+
+
+def widen(parameters: Iterable[nn.Parameter]) -> None:
+    """Cast parameters to torch's default dtype, in place."""
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.get_default_dtype())
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether there are adapters in it, or rows of new tokens trained apart from their matrix."""
+    return hasattr(model, "peft_config") or bool(new_tokens.modules(model))
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is that of an adapter."""
+    return ".lora_" in name
+
+
+def merge(model: PreTrainedModel) -> PreTrainedModel:
+    """Write adapters and rows of new tokens into the weights, in place: what is left is a plain model.
+
+    A quantised base becomes a plain one first, of the very values that the adapters were trained on.
+
+    Args:
+        model: With or without adapters, on one process.
+
+    Returns:
+        The same object.
+    """
+    new_tokens.merge(model)
+    if not hasattr(model, "peft_config"):
+        return model
+    if quantized.is_quantized(model):
+        config: Any = model.peft_config[NAME]
+        adapters = {key: value for key, value in model.state_dict().items() if is_adapter(key)}
+        _unload(model, merged=False)
+        quantized.dequantize(model)
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, model, NAME)
+        model.load_state_dict(adapters, strict=False)
+    _unload(model, merged=True)
+    return model
+
+
+def _check_names(model: PreTrainedModel, lora: Lora) -> None:
+    names = [name for name, _ in model.named_modules()]
+    given = [*([] if lora.targets == "all-linear" else lora.targets), *lora.exclude]
+    unknown = [target for target in given if not any(name == target or name.endswith(f".{target}") for name in names)]
+    if unknown:
+        leaves = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise InputError(f"model.lora names {unknown}, but there is no such module. The linear ones are {leaves}.")
+    if model.config.get_text_config().tie_word_embeddings and lora.targets != "all-linear":
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        tied = [name for name, module in model.named_modules() if module in ends]
+        if wrong := [t for t in lora.targets if any(name == t or name.endswith(f".{t}") for name in tied)]:
+            raise InputError(
+                f"model.lora.targets has {wrong}, but embeddings and head are tied in this model: merging an adapter "
+                "into one would change the other. Leave it out, or train the matrix itself: model.trained=['*embed*']."
+            )
+
+
+@contextmanager
+def _as_if_wide(model: nn.Module) -> Iterator[None]:
+    """Parameters held in fewer bits than torch's default have values of that dtype, all 0, which take no memory.
+
+    peft makes adapters in the dtype of their matrix. Their first values then do not depend on what the base is held in.
+    """
+    held = {parameter: parameter.data for parameter in narrow(model)}
+    for parameter in held:
+        parameter.data = torch.zeros((), device=parameter.device).expand(parameter.shape)
+    try:
+        yield
+    finally:
+        for parameter, values in held.items():
+            parameter.data = values
+
+
+def _unless_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The input of an adapter, in the dtype of its weights; autocast would only cast it back, each time to a new copy.
+
+    So the adapters of query, key and value keep one tensor for their backward pass, and not three.
+    """
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """The layers that peft has put around modules, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _unload(model: PreTrainedModel, merged: bool) -> None:
+    layers = _layers(model)
+    for name, layer in layers.items():
+        if name.removesuffix(".base_layer") in layers.keys() - {name}:
+            continue  # fused experts have an adapter around another: the outer one takes both out
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            base = layer.unload_and_optionally_merge_module(merge=merged, safe_merge=False, adapter_names=None)
+        else:
+            if merged:
+                layer.merge()
+            base = layer.get_base_layer()
+        model.set_submodule(name, base)
+    del model.peft_config

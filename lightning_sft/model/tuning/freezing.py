@@ -1,0 +1,74 @@
+"""Which parameters of a model are trained, by patterns of their names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_sft.model.tuning.quantization import is_packed
+from lightning_sft.types import InputError
+
+
+def choose(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]) -> list[str]:
+    """Freeze what text does not go through, and by pattern; then unfreeze by pattern.
+
+    Args:
+        model: With adapters, or without.
+        frozen: Patterns of parameters' names, as they are in the pretrained model.
+        trained: The same; what both have is trained.
+
+    Returns:
+        Names of parameters that are not trained although nobody has said so: those that the architecture freezes, and
+        those that text does not go through.
+
+    Raises:
+        InputError: When a pattern has no effect, or nothing is left to train.
+    """
+    parameters = {_plain(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    left_out = _without_text(model, parameters)
+    for name in left_out:
+        parameters[name].requires_grad_(False)
+    for setting, patterns, trains in (("frozen", frozen, False), ("trained", trained, True)):
+        for pattern in patterns:
+            found = [name for name in parameters if fnmatchcase(name, pattern)]
+            if not found:
+                raise InputError(
+                    f"model.{setting} has {pattern!r}, which is the name of no parameter. They are called as "
+                    f"{next(iter(parameters))!r}; * stands for anything."
+                )
+            if trains and (packed := [name for name in found if is_packed(parameters[name])]):
+                raise InputError(f"model.trained has {pattern!r}, but {packed[0]} is quantised and cannot be trained.")
+            if all(parameters[name].requires_grad is trains for name in found):
+                raise InputError(
+                    f"model.{setting} has {pattern!r}, but {found[0]} and all others like it are {setting} already. "
+                    "Leave it out; to train nothing else, set model.frozen=['*'] and model.trained."
+                )
+            for name in found:
+                parameters[name].requires_grad_(trains)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise InputError(
+            f"model.frozen={list(frozen)} leaves nothing to train. Freeze less, or say with model.trained "
+            "what is trained all the same."
+        )
+    own = left_out if hasattr(model, "peft_config") else parameters  # beside adapters, all the rest is frozen
+    untrained = (name for name in own if not parameters[name].requires_grad)
+    return [name for name in untrained if not any(fnmatchcase(name, pattern) for pattern in frozen)]
+
+
+def _without_text(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of parameters that text does not go through, as of a vision tower: DDP would wait for their gradients."""
+    if model.config.get_text_config() is model.config:
+        return []
+    ends: list[Any] = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    of_text = {parameter for module in ends for parameter in module.parameters()}
+    return [name for name, own in parameters.items() if own not in of_text and own.requires_grad]
+
+
+def _plain(name: str) -> str:
+    """The name that a parameter has in the pretrained model."""
+    return re.sub(r"\.(base_layer\.)+", ".", name)

@@ -1,0 +1,192 @@
+"""What of a pretrained model is trained, and what stays as it is: adapters, frozen parameters, new tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from transformers import PreTrainedModel
+
+from lightning_sft.model.pretrained import load_architecture, load_model, model_from_config, new_token_ids
+from lightning_sft.model.tuning import adapter_checkpoints, new_tokens
+from lightning_sft.model.tuning.adapters import Lora, inject, widen
+from lightning_sft.model.tuning.base_dtype import base_dtype, is_stored_in_bfloat16
+from lightning_sft.model.tuning.freezing import choose
+from lightning_sft.model.tuning.quantization import Bits, check_stored, is_quantized, prepare, quantization
+from lightning_sft.types import InputError
+
+
+@dataclass
+class Tuning:
+    """What is trained, and what a checkpoint has of it.
+
+    Args:
+        lora: Adapters, which are then all that is trained, but for ``trained``.
+        quantize: Bits of the pretrained weights, which adapters are trained on.
+        new_tokens: Special tokens to add to tokenizer and model; with adapters, of the embeddings only their rows are
+            trained.
+        frozen: Patterns of names of parameters that are not trained, as ``*.layers.0.*``.
+        trained: Patterns of those that are trained all the same, adapters or not.
+    """
+
+    lora: Lora | None = None
+    quantize: Bits | None = None
+    new_tokens: Sequence[str] = ()
+    frozen: Sequence[str] = ()
+    trained: Sequence[str] = ()
+    _base: torch.Tensor | None = field(default=None, init=False)  # samples of the weights that adapters are for
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """The adapters as plain values, since a checkpoint holds no objects."""
+        return {"lora": None if self.lora is None else asdict(self.lora)}
+
+    def _check(self, trainer: Any) -> None:
+        """Refuse what would not work, or not be exact, before anything is loaded.
+
+        Raises:
+            InputError: When settings exclude each other, or the strategy cannot have them.
+        """
+        if self.quantize is not None and self.lora is None:
+            raise InputError(
+                f"model.quantize={self.quantize} needs adapters, since rounded weights cannot be trained. "
+                "Set model.lora.r=16, or leave model.quantize out."
+            )
+        strategy = None if trainer is None else trainer.strategy
+        asked = None if self.lora is None else self.lora.base_dtype
+        if self.quantize is not None:
+            self._check_quantized(f"model.quantize={self.quantize}", trainer)
+        if asked == "float32" and trainer is not None and str(trainer.precision) in ("bf16-true", "16-true"):
+            raise InputError(
+                f"trainer.precision={trainer.precision} casts the whole model, so model.lora.base_dtype=float32 has no "
+                "effect. Use trainer.precision=bf16-mixed, or leave base_dtype out."
+            )
+        if (self.lora or self.new_tokens) and getattr(strategy, "zero_stage_3", False):
+            raise InputError(
+                "Under ZeRO-3 neither adapters (model.lora) nor model.new_tokens can be put into a model whose "
+                "parameters are in pieces. Use trainer.strategy=deepspeed_stage_2, fsdp2 or ddp."
+            )
+        mesh = _mesh(strategy)
+        if self.lora and mesh is not None and mesh["tensor_parallel"].size() > 1:
+            raise InputError(
+                "Adapters (model.lora) cannot be split over tensor-parallel ranks. Set "
+                "trainer.strategy.tensor_parallel_size=1, or leave model.lora out."
+            )
+
+    def _check_quantized(self, what: str, trainer: Any) -> None:
+        """Refuse what packed weights cannot be combined with."""
+        asked = None if self.lora is None else self.lora.base_dtype
+        if asked is not None:
+            raise InputError(
+                f"How the base is stored, {what} says, and so does model.lora.base_dtype={asked}. Leave one of the two "
+                "out."
+            )
+        strategy = None if trainer is None else trainer.strategy
+        if _mesh(strategy) or getattr(strategy, "config", None):
+            raise InputError(
+                f"Packed weights cannot be sharded by {type(strategy).__name__}, so {what} cannot be trained on "
+                "with it. Use a single device or trainer.strategy=ddp, or weights that are not quantised."
+            )
+
+    def load(
+        self, pretrained: str, hf_config: dict[str, Any] | None, attention: str | None, trainer: Any
+    ) -> PreTrainedModel:
+        """The model with all that is to be trained in it.
+
+        Args:
+            pretrained: The base. With adapters it is always read; without, only if there is no ``hf_config``.
+            hf_config: Architecture of a model whose weights a checkpoint brings.
+            attention: Implementation of attention.
+            trainer: That of Lightning, or ``None``.
+        """
+        self._check(trainer)
+        if hf_config is not None and self.lora is None:
+            model = model_from_config(hf_config, attention)
+        else:
+            if self.quantize is not None and load_architecture(pretrained).get("quantization_config"):
+                raise InputError(
+                    f"The weights of {pretrained!r} are quantised already, so model.quantize={self.quantize} has no "
+                    "effect. Leave it out."
+                )
+            in_bfloat16 = trainer is not None and "bf16" in str(trainer.precision)
+            dtype = torch.bfloat16 if in_bfloat16 else torch.get_default_dtype()
+            autocast = torch.bfloat16 if in_bfloat16 else None
+            own = self.base_dtype(autocast, lambda: is_stored_in_bfloat16(pretrained))
+            model = load_model(pretrained, attention, self.quantize and quantization(self.quantize, dtype), own)
+            check_stored(model, pretrained, self.lora is not None)
+            if is_quantized(model):
+                self._check_quantized("the quantised weights of model.pretrained", trainer)
+            prepare(model, dtype)
+            self._base = None if self.lora is None else adapter_checkpoints.samples(model)
+            if autocast is None and own is torch.bfloat16:
+                widen(model.parameters())  # rounded; without autocast, a product takes no two dtypes
+            is_unasked = self.lora is not None and self.lora.base_dtype is None and not is_quantized(model)
+            if is_unasked and in_bfloat16 and own is torch.float32:
+                rank_zero_info(_HINT)
+            self._prepare(model, pretrained)
+        if untrained := choose(model, self.frozen, self.trained):
+            rank_zero_info(
+                f"{len(untrained)} parameters are not trained, as {untrained[0]}: the architecture freezes them, or "
+                "text does not go through them."
+            )
+        if self.lora is not None:
+            widen(parameter for parameter in model.parameters() if parameter.requires_grad)
+        return model
+
+    def base_dtype(self, autocast: torch.dtype | None, is_stored_in_bfloat16: Callable[[], bool]) -> torch.dtype:
+        """Dtype to load the pretrained weights in; see :func:`~lightning_sft.model.tuning.base_dtype.base_dtype`."""
+        if self.lora is None or self.quantize is not None:
+            return torch.get_default_dtype()
+        return base_dtype(self.lora.base_dtype, autocast, is_stored_in_bfloat16)
+
+    def shrink(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
+        """Of a model with adapters, keep only what is trained, where the strategy can load that."""
+        if self._base is not None and _keeps_only_adapters(module.trainer.strategy):
+            adapter_checkpoints.shrink(checkpoint, module, self._base)
+
+    def complete(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
+        """Refuse the checkpoint of other adapters, or of another base; add the base to one that has adapters alone."""
+        adapter_checkpoints.check(checkpoint, module, self._base)
+        saved = checkpoint.get("hyper_parameters", {})
+        given = {name: (saved.get(name) or [], getattr(self, name)) for name in ("frozen", "trained")}
+        changes = [f"model.{name}={then}, now {now}" for name, (then, now) in given.items() if list(then) != list(now)]
+        if changes and module._trainer is not None and module.trainer.training:
+            raise InputError(
+                f"The checkpoint is of a run with {'; '.join(changes)}: the state of its optimizer is of other "
+                "parameters. Set the same to resume; to change it, export the checkpoint and take that as "
+                "model.pretrained."
+            )
+        adapter_checkpoints.complete(checkpoint, module)
+
+    def _prepare(self, model: PreTrainedModel, pretrained: str) -> None:
+        ids: list[int] = []
+        with torch.random.fork_rng():  # the adapters' first values have to be the same on all ranks
+            torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
+            if self.new_tokens:
+                ids, num_known = new_token_ids(pretrained, self.new_tokens)
+                new_tokens.resize(model, ids, num_known)
+            if self.lora is not None:
+                inject(model, self.lora)
+                if ids:
+                    new_tokens.train_rows(model, ids)
+
+
+_HINT = (
+    "The base under the adapters is not stored in bfloat16, so it is held in float32, which rounds nothing. "
+    "model.lora.base_dtype=bfloat16 rounds it, and halves its memory."
+)
+
+
+def _keeps_only_adapters(strategy: Any) -> bool:
+    """Whether a checkpoint without the base can be loaded: torch's distributed ones, and DeepSpeed's, are whole."""
+    if getattr(strategy, "config", None) is not None:  # DeepSpeed
+        return False
+    return _mesh(strategy) is None or not strategy._save_distributed_checkpoint
+
+
+def _mesh(strategy: Any) -> Any:
+    return getattr(strategy, "device_mesh", None)

@@ -1,0 +1,211 @@
+"""Checks that stop a run rather than let a wrong figure pass."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from lightning_sft.training.trainer import gather
+from lightning_sft.training.tuner import check_tuner
+from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
+
+_NAMED = 10  # samples in the message
+_TRIED = 200  # suspects of each rank that are computed alone: all of a large step would take minutes
+
+
+def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: Any) -> FloatingPointError:
+    """The error for a loss that is NaN or infinite, with the samples of all ranks that it comes from.
+
+    Documents packed together can share a NaN (0 · NaN is NaN in attention), so each suspect is computed alone once
+    more. Under strategies that shard the model every rank has to take part in each of these forward passes: a rank
+    without a suspect left computes a document of two tokens.
+
+    Args:
+        seen: The micro-batches of this rank among which the cause is looked for.
+        module: The Lightning module, which computes likelihoods. Every rank calls this.
+    """
+    suspects = [
+        (batch.provenance[number] if batch.provenance else f"document {number} of its micro-batch", batch, number)
+        for batch, likelihood in seen
+        for number in batch.at_targets(batch.documents())[~likelihood.log_probs.isfinite()].unique().tolist()
+    ]
+    filler = Batch.of(dict.fromkeys(("input_ids", "labels"), torch.zeros(1, 2, dtype=torch.long, device=module.device)))
+    guilty = set[str]()
+    for i in range(min(_TRIED, max(gather(module.trainer, len(suspects))))):
+        name, batch, number = suspects[i] if i < len(suspects) else ("", filler, 0)
+        with torch.no_grad():
+            is_sound = bool(module(batch.document(number)).total.isfinite())
+        if name and not is_sound:
+            guilty.add(name)
+    of_ranks = gather(module.trainer, (guilty, {name for name, _, _ in suspects}))
+    named = sorted(set().union(*(own for own, _ in of_ranks)) or set().union(*(own for _, own in of_ranks)))
+    where = ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
+    return FloatingPointError(
+        f"The loss is NaN or infinite. Samples: {where or 'none by itself'}. Nothing was updated with it. Look at "
+        "these samples; if they are sound, lower the learning rate (model.optimizer.lr), clip gradients "
+        "(trainer.gradient_clip_val=1) or use trainer.precision=bf16-mixed instead of 16-mixed."
+    )
+
+
+def check_trainer(trainer: Any, stage: str) -> None:
+    """Refuse what would make the gradient of a step wrong, or would wait for ever.
+
+    Args:
+        trainer: The Lightning trainer.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes, with callbacks that
+            :func:`~lightning_sft.training.tuner.check_tuner` refuses; for answers of a
+            sharded model, whose ranks would have to write equally many tokens; for validation with ZeRO-3 out of fit.
+    """
+    shards = trainer.strategy.restore_checkpoint_after_setup  # as those do that shard the model
+    is_zero3 = getattr(trainer.strategy, "zero_stage_3", False)  # with it, DeepSpeed cannot load weights to validate
+    if (stage == "predict" and shards) or (stage in ("validate", "test") and is_zero3):
+        raise InputError(
+            f"{type(trainer.strategy).__name__} shards the model, and {stage} needs it whole. Export the checkpoint "
+            f"(lightning-sft export), and {stage} with model.pretrained=FOLDER on one device or with ddp."
+        )
+    if type(trainer.strategy).__name__ == "FSDPStrategy":
+        raise InputError(
+            "trainer.strategy=fsdp is FSDP1, which cannot clip by norm, and adds gradients of ranks in half precision. "
+            "Use trainer.strategy=fsdp2."
+        )
+    if trainer.precision == "16-true" and trainer.strategy.root_device.type == "cpu":
+        raise InputError("A CPU does not train in float16. Use trainer.precision=32-true, or bf16-mixed.")
+    if any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in trainer.callbacks):
+        raise InputError(
+            "GradientAccumulationScheduler changes how many micro-batches a step has after steps have been planned. "
+            "Use a constant trainer.accumulate_grad_batches."
+        )
+    check_tuner(trainer.callbacks)
+
+
+def check_module(callback: Any, module: Any) -> None:
+    """Refuse a Lightning module without what a callback looks into: the model of an ``SFTModule``.
+
+    Args:
+        callback: A callback of this library.
+        module: The Lightning module, which may be a user's own.
+
+    Raises:
+        InputError: When it has none.
+    """
+    if not hasattr(module, "scorer"):
+        raise InputError(
+            f"{type(callback).__name__} looks into the model of an SFTModule, and {type(module).__name__} is none. "
+            "Derive the class from SFTModule, or leave the callback out."
+        )
+
+
+def check_data(callback: Any, data: Any) -> None:
+    """Refuse a data module without what a callback asks of an ``SFTDataModule``.
+
+    Args:
+        callback: A callback of this library.
+        data: The data module, which may be a user's own, or ``None``.
+
+    Raises:
+        InputError: When it has no prompts.
+    """
+    if not hasattr(data, "prompts_of"):
+        raise InputError(
+            f"{type(callback).__name__} takes prompts and the tokenizer from SFTDataModule. Use it, or leave the "
+            "callback out."
+        )
+
+
+def check_prompts(prompts: Sequence[Prompt], positions: int | None) -> None:
+    """Refuse prompts after which a model with a table of positions has none left for an answer.
+
+    Args:
+        prompts: To be answered.
+        positions: Size of the table; ``None`` where there is none.
+
+    Raises:
+        InputError: When there are such prompts; the first is named.
+    """
+    too_long = [prompt for prompt in prompts if positions is not None and len(prompt.input_ids) >= positions]
+    if too_long:
+        more = f", as have {len(too_long) - 1} more prompts" if len(too_long) > 1 else ""
+        raise InputError(
+            f"{too_long[0].provenance}: the prompt has {len(too_long[0].input_ids):,} tokens{more}, but the model has "
+            f"{positions:,} positions, and an answer needs one at least. Shorten it, or leave it out."
+        )
+
+
+def check_precision(asked: Any, trainer: Any) -> None:
+    """Refuse another precision than was asked for, which Lightning would take on a CPU with no more than a warning.
+
+    Args:
+        asked: As the user wrote it.
+        trainer: Made with it.
+
+    Raises:
+        InputError: When float16 was asked for, and cannot be had.
+    """
+    if str(asked) in ("16", "16-mixed") and trainer.precision != "16-mixed":
+        raise InputError(
+            f"trainer.precision={asked} is not to be had: a CPU does not train in float16. Use 32-true, or bf16-mixed."
+        )
+
+
+def check_epoch(trainer: Any) -> None:
+    """Refuse epochs that cannot be divided as they would have to be.
+
+    Raises:
+        InputError: When an epoch ends inside an optimiser step of DeepSpeed, which would carry it on into the next; or
+            when there are more ranks than micro-batches.
+    """
+    accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
+    if trainer.strategy.handles_gradient_accumulation and math.isfinite(per_epoch) and per_epoch % accumulate:
+        raise InputError(
+            f"An epoch of {per_epoch} micro-batches does not end with a step of {accumulate}, and DeepSpeed would take "
+            "the rest of that step from the next epoch. Set trainer.limit_train_batches to a multiple of "
+            f"trainer.accumulate_grad_batches, as {per_epoch // accumulate * accumulate or accumulate}."
+        )
+    plan = getattr(trainer.train_dataloader, "plan", None)  # not of a stream, nor of a loader of the user
+    if plan is not None and len(plan.packs) < plan.num_ranks:
+        raise InputError(
+            f"data.train fills {len(plan.packs):,} micro-batches, so of {plan.num_ranks} ranks some would never have "
+            "anything to do. Lower data.tokens_per_batch, or use fewer devices."
+        )
+
+
+def bfloat16_is_slow(size: int = 192) -> bool:
+    """Whether this CPU multiplies bfloat16 matrices more slowly than float32 ones, by trying it.
+
+    Without AMX or AVX-512-BF16, torch falls back to a loop that is a hundred times slower.
+
+    Args:
+        size: Rows and columns of the matrices; a few milliseconds even in the slow loop.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine, waiting for each other would be most of the time
+    try:
+        fastest = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            a, seconds = torch.ones(size, size, dtype=dtype), []
+            for _ in range(4):
+                begin = time.perf_counter()
+                a @ a
+                seconds.append(time.perf_counter() - begin)
+            fastest[dtype] = min(seconds)
+    finally:
+        torch.set_num_threads(threads)
+    return fastest[torch.bfloat16] > 2 * fastest[torch.float32]
+
+
+def warn_if_bfloat16_is_slow() -> None:
+    """Warn that float32 would be faster, where it would."""
+    if bfloat16_is_slow():
+        warnings.warn(
+            "This CPU has no fast bfloat16 arithmetic, so trainer.precision=bf16-* is many times slower here than "
+            "32-true. Use trainer.precision=32-true.",
+            stacklevel=2,
+        )

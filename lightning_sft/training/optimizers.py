@@ -1,0 +1,266 @@
+"""The optimizer of a module: which parameters it gets in which groups, and several optimizers that act as one."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sft.io.arguments import check_arguments
+from lightning_sft.types import InputError
+
+OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
+"""Makes an optimizer from parameter groups. It is what Lightning's command line calls so."""
+
+
+@dataclass(frozen=True)
+class OptimizerPart:
+    """One optimizer of several, and what it updates.
+
+    Args:
+        optimizer: Makes the optimizer from parameter groups.
+        parameters: Patterns of parameters' names, as ``*_proj.weight``. A parameter belongs to the first part that
+            matches it.
+    """
+
+    optimizer: OptimizerCallable
+    parameters: list[str] = field(default_factory=lambda: ["*"])
+
+    def __post_init__(self) -> None:
+        check_arguments(OptimizerPart, vars(self), "model.optimizers")
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter], lr: float | None = None) -> list[dict[str, Any]]:
+    """The trained ones: matrices as they are, norms and biases without weight decay; never a group of two meshes.
+
+    Args:
+        parameters: Of the module.
+        lr: Learning rate of all groups; by default the optimizer's own.
+
+    Returns:
+        Groups with a ``name``, ``decay`` or ``no_decay``, as ``LearningRateMonitor`` logs them.
+
+    >>> import torch
+    >>> layer = nn.Linear(2, 2)
+    >>> [(group["name"], group.get("weight_decay")) for group in parameter_groups(layer.parameters())]
+    [('decay', None), ('no_decay', 0.0)]
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if _num_dimensions(parameter) > 1]
+    others = [parameter for parameter in trained if _num_dimensions(parameter) <= 1]
+    rate = {} if lr is None else {"lr": lr}
+    groups: list[dict[str, Any]] = []
+    for name, members, settings in (("decay", decayed, rate), ("no_decay", others, {"weight_decay": 0.0, **rate})):
+        meshes = by_mesh(members).values()
+        names = [name if number == 0 else f"{name}_{number + 1}" for number in range(len(meshes))]
+        groups += [{"params": own, "name": own_name, **settings} for own_name, own in zip(names, meshes, strict=True)]
+    return groups
+
+
+def make_optimizer(
+    make: OptimizerCallable | Sequence[OptimizerPart],
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float | None = None,
+) -> Optimizer:
+    """The optimizer of all trained parameters.
+
+    Args:
+        make: Makes it from parameter groups; or its parts.
+        named_parameters: Of the model, trained or not.
+        lr: Learning rate of all groups; by default the optimizer's own.
+
+    Raises:
+        InputError: When a parameter belongs to no part, a part has none, or its optimizer does not take them.
+    """
+    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if callable(make):
+        optimizer = _made(make, trained, lr)
+        _load_states_as_saved(optimizer)
+        return optimizer
+    if lr is not None:
+        raise InputError("The tuner finds one learning rate, but model.optimizers has several. Set their lr instead.")
+    members: list[list[tuple[str, nn.Parameter]]] = [[] for _ in make]
+    for name, parameter in trained:
+        number = next((n for n, part in enumerate(make) if _matches(name, part.parameters)), None)
+        if number is None:
+            raise InputError(
+                f"No part of model.optimizers has parameters that match {name}. Give the last part no parameters: it "
+                "takes the rest."
+            )
+        members[number].append((name, parameter))
+    for part, own in zip(make, members, strict=True):
+        if not own:
+            raise InputError(
+                f"model.optimizers: the part with parameters={part.parameters} has nothing to update. Trained "
+                f"parameters are called as {', '.join(name for name, _ in trained[:3])}."
+            )
+    parts = [_made(part.optimizer, own, None) for part, own in zip(make, members, strict=True)]
+    for optimizer in parts:
+        _load_states_as_saved(optimizer)
+    return Chained(parts)
+
+
+def parts_of(optimizer: Any) -> list[Any]:
+    """The optimizers that one consists of; itself, if it is no :class:`Chained`."""
+    return list(getattr(optimizer, "parts", [optimizer]))
+
+
+def described(optimizer: Optimizer) -> str:
+    """The classes of an optimizer, and their learning rates.
+
+    >>> described(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.5))
+    'SGD with a learning rate of 0.5'
+    """
+    rates = [(type(part).__name__, part.param_groups[0]["lr"]) for part in parts_of(optimizer)]
+    return ", ".join(f"{name} with a learning rate of {float(rate):g}" for name, rate in rates)
+
+
+class Chained(Optimizer):
+    """Several optimizers of different parameters as one: a step is a step of each, a schedule is that of all.
+
+    Groups and state are those of the parts, so ``state_dict`` has torch's format, with the groups of the parts in
+    order; loading hands each part its own.
+
+    Args:
+        parts: Optimizers without a parameter in common.
+
+    >>> import torch
+    >>> matrix, bias = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
+    >>> chained = Chained([torch.optim.SGD([matrix], lr=0.5), torch.optim.AdamW([bias], lr=0.1)])
+    >>> [group["name"] for group in chained.param_groups]
+    ['SGD', 'AdamW']
+    """
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        self.parts = list(parts)
+        kinds = [type(part).__name__ for part in parts]
+        for number, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
+            prefix = kind if kinds.count(kind) == 1 else f"{kind}_{number + 1}"
+            for group in part.param_groups:
+                group["name"] = f"{prefix}_{group['name']}" if "name" in group else prefix
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._join()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Compute the gradients once, then update the parameters of each part."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore each part from its share of the groups and states."""
+        groups, begin = list(state_dict["param_groups"]), 0
+        for part in self.parts:
+            own, begin = groups[begin : begin + len(part.param_groups)], begin + len(part.param_groups)
+            ids = {number for group in own for number in group["params"]}
+            state = {number: value for number, value in state_dict["state"].items() if number in ids}
+            part.load_state_dict({"state": state, "param_groups": own})
+        self._join()
+
+    def _join(self) -> None:
+        """Share groups and state with the parts: loading a state dict gives them new ones."""
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        for part in self.parts:
+            self.state.update(part.state)
+            part.state = self.state
+
+
+def clip_gradients(
+    parameters: Iterable[nn.Parameter], most: float | None, algorithm: str | None = "norm"
+) -> Tensor | None:
+    """Clip gradients, also where they lie on different meshes, as with tensor parallelism, or in the host's memory.
+
+    torch computes the norm of tensors of one mesh; the whole norm is the root of the sum of their squares.
+
+    Args:
+        parameters: Whose gradients.
+        most: The largest joint L2 norm, or, with the algorithm ``value``, the largest entry; ``None`` clips nothing.
+        algorithm: ``norm`` (so is ``None``) or ``value``.
+
+    Returns:
+        The joint L2 norm before; ``None`` where there is no gradient.
+    """
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    groups = list(by_mesh(with_gradient).values())
+    norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
+    if not norms:
+        return None
+    total: Tensor = torch.stack([norm.to(norms[0].device) for norm in norms]).norm()
+    for group in groups:
+        if not most:
+            break
+        if algorithm == "value":
+            nn.utils.clip_grad_value_(group, most)
+        else:
+            nn.utils.clip_grads_with_norm_(group, most, total)
+    return total
+
+
+def by_mesh(parameters: Iterable[nn.Parameter]) -> dict[Any, list[nn.Parameter]]:
+    """Parameters that lie on the same devices together; fused and foreach kernels take no mixture."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return groups
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The value of a sharded tensor, on every rank."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full
+
+
+def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr: float | None) -> Optimizer:
+    try:
+        return make(parameter_groups((parameter for _, parameter in named), lr))
+    except ValueError as error:
+        odd = [name for name, parameter in named if _num_dimensions(parameter) != 2]
+        names = f" Not matrices are {', '.join(odd[:3])}{', …' if len(odd) > 3 else ''}." if odd else ""
+        hint = f"{names} An optimizer of matrices alone is one of model.optimizers, with patterns of what it takes."
+        raise InputError(
+            f"The optimizer does not take its parameters or settings: {error}.{hint if '2D' in str(error) else ''}"
+        ) from error
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _load_states_as_saved(optimizer: Optimizer) -> None:
+    """Keep the dtype of loaded states: torch casts those that float to the dtype of their parameter."""
+    saved: dict[Any, Mapping[str, Any]] = {}
+    order: list[Any] = []
+
+    def before(_: Optimizer, state_dict: dict[str, Any]) -> None:
+        saved.update(state_dict["state"])
+        order.extend(number for group in state_dict["param_groups"] for number in group["params"])
+
+    def after(loaded: Optimizer) -> None:
+        for number, parameter in zip(order, _parameters(loaded), strict=True):
+            own = loaded.state.get(parameter, {})
+            for name, value in saved.get(number, {}).items():
+                if type(value) is Tensor and own[name].dtype != value.dtype:
+                    own[name] = value.to(own[name].device, copy=True)
+        saved.clear()
+        order.clear()
+
+    optimizer.register_load_state_dict_pre_hook(before)
+    optimizer.register_load_state_dict_post_hook(after)
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _num_dimensions(parameter: Any) -> int:
+    """Those of the whole parameter: under ZeRO-3 a rank holds a flat piece, and the shape is kept apart."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,0 +1,133 @@
+"""What is logged of an optimiser step beside its loss: how much was computed, how fast, and what has been seen."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_sft.machine.peak_rates import peak_rate
+from lightning_sft.training.flops import Flops, flops
+from lightning_sft.types import Batch
+
+SEEN = "lightning_sft_seen"
+"""Under which key a checkpoint has the numbers of tokens and targets that the run has seen."""
+
+NUM_COUNTS = 4
+"""How many numbers :meth:`StepFigures.counts` gives."""
+
+_STEPS = 10  # that speeds are a mean of
+
+
+class StepFigures:
+    """Counts what optimiser steps compute, and measures their time.
+
+    Nothing here waits for the device: counts are known from the shapes of batches, and are summed over ranks in the one
+    reduction that a step has anyway; what :meth:`close` is given of it is on the host. Times are those between the ends
+    of steps, reading data included; validations, and what follows them until the next micro-batch, are not.
+    """
+
+    def __init__(self) -> None:
+        self.restored: Sequence[float] | None = None  # the state of a checkpoint
+        self._before: Sequence[float] = (0.0, 0.0)
+        self._done = _nothing()  # tokens, targets and operations of attention since begin
+        self._peak: float | None = None
+        self._flops: Flops | None = None
+        self._capacity: int | None = None
+        self._marks: deque[tuple[float, Tensor]] = deque(maxlen=_STEPS + 1)
+        self._paused = 0.0
+        self._pause: float | None = None
+
+    def begin(self, trainer: Any, model: Any) -> None:
+        """Begin to measure; called before the first step.
+
+        Args:
+            trainer: That of Lightning.
+            model: Of transformers.
+        """
+        self._before, self.restored = self.restored or (0.0, 0.0), None
+        self._done = _nothing()
+        self._peak = peak_rate(trainer)
+        self._flops = flops(model) if self._peak else None
+        self._capacity = getattr(trainer.datamodule, "positions_per_batch", None)
+        self._marks.clear()
+        self._paused, self._pause = 0.0, None
+        self._marks.append((time.perf_counter(), self._done))
+
+    def pause(self) -> None:
+        """Stop the time until :meth:`go_on`, unless it is stopped already."""
+        self._pause = self._pause or time.perf_counter()
+
+    def go_on(self) -> None:
+        """Go on measuring, where the time was stopped."""
+        if self._pause is not None:
+            self._paused, self._pause = self._paused + time.perf_counter() - self._pause, None
+
+    def counts(self, window: Sequence[Batch]) -> Tensor:
+        """``[tokens, operations of attention, micro-batches that are not empty, positions]`` of a rank's step.
+
+        Args:
+            window: Its micro-batches.
+        """
+        tokens = filled = positions = 0
+        attention = 0.0
+        for batch in window:
+            rows, width = batch.input_ids.shape
+            lengths = batch.lengths or (width,) * rows
+            tokens, filled, positions = tokens + sum(lengths), filled + (sum(lengths) > 0), positions + rows * width
+            attention += self._flops.of_pairs(lengths) if self._flops else 0.0
+        return torch.tensor([tokens, attention, filled, positions], dtype=torch.float64, device="cpu")
+
+    def close(self, trainer: Any, counts: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """The figures at the end of a step.
+
+        Args:
+            trainer: That of Lightning.
+            counts: Those of :meth:`counts`, summed over ranks, float64 on the host.
+            targets: Target tokens of all ranks, a scalar likewise.
+        """
+        counts, targets = counts.to(self._done), targets.to(self._done)
+        tokens, attention, filled, positions = counts.unbind()
+        self._done = self._done + torch.stack([tokens, targets, attention])
+        now = time.perf_counter() - self._paused
+        then, before = self._marks[0]
+        self._marks.append((now, self._done))
+        tokens_now, targets_now, attention_now = (self._done - before).unbind()
+        seconds = now - then
+        found = {
+            "tokens_per_second": tokens_now / seconds,
+            "targets_per_second": targets_now / seconds,
+            "fill": tokens / (filled * self._capacity if self._capacity else positions),
+            "tokens_seen": self._done[0] + self._before[0],
+            "targets_seen": self._done[1] + self._before[1],
+            "peak_memory_gib": counts.new_tensor(peak_memory(trainer.strategy.root_device) / 2**30),
+        }
+        if self._flops is not None and self._peak:
+            computed = tokens_now * self._flops.per_token + targets_now * self._flops.per_target + attention_now
+            found["mfu"] = computed / (seconds * self._peak * trainer.world_size)
+        return found
+
+    def state(self) -> list[float]:
+        """Tokens and targets seen, for a checkpoint."""
+        return [before + done for before, done in zip(self._before, self._done[:2].tolist(), strict=True)]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that were allocated at a time: on a GPU by torch, else the most the process had in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _nothing() -> Tensor:
+    return torch.zeros(3, dtype=torch.float64, device="cpu")

@@ -1,0 +1,230 @@
+"""What the library asks of Lightning's trainer, in one place."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from lightning_sft.data.batches.plan import Division
+from lightning_sft.types import InputError
+
+
+def data_parallel(trainer: Any) -> tuple[int, int]:
+    """Rank and size of the data-parallel group: not those of the world, where tensors are parallel too.
+
+    Args:
+        trainer: The Lightning trainer, or ``None`` for a single process.
+    """
+    shares = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
+
+
+def on_cuda(trainer: Any) -> bool:
+    """Whether a trainer, which may be one on paper, trains on CUDA devices; without a trainer, none does."""
+    strategy = getattr(trainer, "strategy", None)
+    return strategy is not None and bool(strategy.root_device.type == "cuda")
+
+
+def division_of(trainer: Any) -> Division:
+    """How a trainer divides the work of its training; that of a single process where there is none."""
+    if trainer is None:
+        return Division()
+    of_trainer = trainer.accumulate_grad_batches, trainer.limit_train_batches, trainer.num_devices
+    return Division(*data_parallel(trainer), *of_trainer)
+
+
+def autocast_dtype(trainer: Any) -> torch.dtype | None:
+    """Dtype that layers compute in under the trainer's autocast, or ``None`` where there is no autocast.
+
+    Args:
+        trainer: The Lightning trainer, or ``None``.
+    """
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return None if trainer is None else dtypes.get(str(trainer.precision))
+
+
+def root_device(trainer: Any) -> torch.device:
+    """The device that the trainer trains on; without a trainer the first GPU, or the CPU where there is none."""
+    if trainer is not None:
+        device: torch.device = trainer.strategy.root_device
+        return device
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def divisors(trainer: Any) -> tuple[int, int]:
+    """What the gradient of a micro-batch is divided by before the optimiser gets it: accumulation, and ranks.
+
+    Lightning divides the loss by ``accumulate_grad_batches``, also in a short last window, and strategies average over
+    the data-parallel ranks. DeepSpeed, which accumulates by itself, divides by the accumulation once more.
+    """
+    accumulate = trainer.accumulate_grad_batches
+    by_itself = trainer.strategy.handles_gradient_accumulation
+    return accumulate * (accumulate if by_itself else 1), data_parallel(trainer)[1]
+
+
+def sum_over_ranks(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over data-parallel ranks of what each has; tensor-parallel ranks have the same and are not counted twice.
+
+    The reduction is over all processes, so it is divided by the copies: exact, since each adds the same to the sum.
+    """
+    copies: int = trainer.world_size // data_parallel(trainer)[1]
+    return _summed(trainer, tensor) / copies
+
+
+def _summed(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, queued on the device.
+
+    Lightning's ``strategy.reduce`` calls ``barrier`` first, and that of nccl lets the host wait for the device.
+    """
+    total = tensor.clone()
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(total)
+    return total
+
+
+def place(trainer: Any) -> tuple[int, int]:
+    """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint.
+
+    ``overfit_batches`` asks for the same micro-batches in every epoch: those of the first; so does no trainer at all.
+    """
+    if trainer is None:
+        return 0, 0
+    epoch = 0 if trainer.overfit_batches else trainer.current_epoch
+    return epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+
+def is_between_steps(trainer: Any) -> bool:
+    """Whether the optimiser step of the micro-batch under way has been taken; asked when it ends."""
+    return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+class Agreement:
+    """A yes or no of several processes, asked between optimizer steps about once a second.
+
+    Each time, processes wait for each other, and for their devices: steps of a tenth of a second ask after every tenth.
+
+    Args:
+        seconds: About how often processes ask each other.
+    """
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self.seconds = seconds
+        self._steps_left, self._between, self._begin = 0, 0, 0.0
+
+    def one_says(self, trainer: Any, yes: bool) -> bool:
+        """Whether a process has said yes; every process calls it after the same steps."""
+        if trainer.world_size == 1:
+            return yes
+        self._steps_left -= 1
+        if self._steps_left > 0:
+            return False
+        now = time.monotonic()
+        pace = (now - self._begin) / self._between if self._between else self.seconds  # seconds a step
+        wanted = max(1, min(_MOST_STEPS, int(self.seconds / max(pace, 1e-9))))
+        own = [float(yes), float(wanted) if trainer.is_global_zero else 0.0]
+        asked = torch.tensor(own, device=trainer.strategy.root_device)
+        said, steps = _summed(trainer, asked).tolist()
+        self._steps_left = self._between = int(steps)
+        self._begin = time.monotonic()
+        return bool(said)
+
+
+_MOST_STEPS = 10  # between two times that processes ask each other
+
+
+def gather(trainer: Any, value: Any) -> list[Any]:
+    """The values of all data-parallel ranks, in order of the ranks, from that of each; every process has to call it."""
+    rank, num_ranks = data_parallel(trainer)
+    if num_ranks == 1:
+        return [value]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (rank, value))
+    return [of_rank for _, of_rank in sorted(dict(found).items())]
+
+
+def first_rank_does(trainer: Any, work: Callable[[], object]) -> None:
+    """Have rank 0 do what touches the disk; every rank calls it, and gets its error.
+
+    For what takes moments: others wait in a collective, which long work would time out (``export.first_rank``).
+
+    Raises:
+        InputError: On every rank, where the work raised it.
+    """
+    message = None
+    if trainer.is_global_zero:
+        try:
+            work()
+        except InputError as error:
+            message = str(error)
+    if (message := trainer.strategy.broadcast(message)) is not None:
+        raise InputError(message)
+
+
+def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
+    """Optimiser steps of the whole fit: the fewer of ``max_steps`` and what the data module has planned for its epochs.
+
+    Raises:
+        InputError: When neither gives an end, and there has to be one.
+    """
+    ends: list[float] = [trainer.max_steps] if trainer.max_steps > 0 else []
+    per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
+    if per_epoch is None and not ends:
+        ends.append(trainer.estimated_stepping_batches)  # reads the user's own loader
+    elif per_epoch is not None and (trainer.max_epochs or 0) > 0:
+        ends.append(per_epoch * int(trainer.max_epochs))  # infinite for a stream, whose end nobody knows
+    if ends and 0 < min(ends) < math.inf:
+        return int(min(ends))
+    if may_be_endless:
+        return 1
+    raise InputError(
+        "A learning-rate schedule needs an end: set trainer.max_steps or max_epochs, or schedule=constant."
+    )
+
+
+def trainer_on_paper(module: Any, settings: Any) -> SimpleNamespace:
+    """What the data module asks of a trainer, without one: the devices of the settings need not be here.
+
+    Args:
+        module: The Lightning module that would be trained.
+        settings: The arguments of a trainer, as attributes.
+
+    >>> settings = SimpleNamespace(devices="2", num_nodes=2, accelerator="gpu", accumulate_grad_batches=4)
+    >>> vars(settings).update(limit_train_batches=None, overfit_batches=0.0, fast_dev_run=False)
+    >>> data_parallel(trainer_on_paper(None, settings))
+    (0, 4)
+    """
+    limit = int(settings.fast_dev_run) or settings.overfit_batches or settings.limit_train_batches
+    done = SimpleNamespace(current=SimpleNamespace(ready=0))
+    return SimpleNamespace(
+        lightning_module=module,
+        is_global_zero=True,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        limit_train_batches=1.0 if limit is None else limit,
+        num_devices=_num_devices(settings),
+        current_epoch=0,
+        overfit_batches=settings.overfit_batches,
+        strategy=SimpleNamespace(root_device=torch.device("cuda" if _is_on_cuda(settings) else "cpu")),
+        fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=done)),
+        distributed_sampler_kwargs={"rank": 0, "num_replicas": _num_devices(settings) * int(settings.num_nodes)},
+    )
+
+
+def _is_on_cuda(settings: Any) -> bool:
+    return settings.accelerator in ("cuda", "gpu") or (settings.accelerator == "auto" and torch.cuda.is_available())
+
+
+def _num_devices(settings: Any) -> int:
+    """Devices of a node, where ``devices`` is a number, a list of devices, or asks for all that are here."""
+    devices = settings.devices
+    if isinstance(devices, str) and "," in devices:
+        devices = [name for name in devices.split(",") if name.strip()]
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices)
+    if str(devices) in ("auto", "-1"):
+        return 1 if settings.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    return int(devices)

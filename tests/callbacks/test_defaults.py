@@ -1,0 +1,212 @@
+"""What the command line does so that the same command begins a run and goes on with it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.defaults import default_callbacks
+from lightning_sft.callbacks.ledger import SampleLedger
+from lightning_sft.callbacks.preempt import Preempt
+from lightning_sft.commands.chat_model import Speaker
+from lightning_sft.demos import tiny_pretrained
+from lightning_sft.main import main
+from lightning_sft.types import InputError
+
+
+@pytest.fixture
+def arguments(pretrained: str, jsonl: Any, rows: list[dict[str, str]], tmp_path: Path) -> list[str]:
+    flags = {
+        "model.pretrained": pretrained,
+        "data.train": jsonl(rows),
+        "data.val": jsonl(rows),
+        "trainer.logger": "false",
+    }
+    flags |= {"trainer.accelerator": "cpu", "trainer.default_root_dir": str(tmp_path / "run")}
+    flags |= {"trainer.enable_progress_bar": "false", "trainer.enable_model_summary": "false"}
+    return [text for key, value in flags.items() for text in (f"--{key}", value)]
+
+
+def of_kind(cli: Any, kind: type) -> list[Any]:
+    return [callback for callback in cli.trainer.callbacks if isinstance(callback, kind)]
+
+
+def test_the_same_command_begins_a_run_and_goes_on_with_it(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = ["--ckpt_path", "last"]
+    first = main(["fit", *arguments, *last])
+    written = {"checkpoints", "config.yaml", "samples.jsonl", "run.json", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == written
+    monkeypatch.setattr("lightning_sft.model.pretrained.load_model", None)  # the pretrained weights are not needed
+    again = main(["fit", *arguments, *last, "--trainer.max_epochs", "2"])
+    assert again.trainer.global_step == 2 * first.trainer.global_step
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == again.trainer.global_step
+    assert main(["validate", *arguments, *last]).trainer.ckpt_path == of_kind(again, SafeCheckpoint)[0].best_model_path
+
+
+def test_last_without_a_checkpoint_is_an_error_where_nothing_can_begin(arguments: list[str]) -> None:
+    with pytest.raises(InputError, match=r"ckpt_path=last: there is no checkpoint in .*checkpoints"):
+        main(["validate", *arguments, "--ckpt_path", "last"])
+
+
+def test_last_of_another_model_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    main(["fit", *arguments, "--ckpt_path", "last"])
+    other = tiny_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match=r"of a run of model.pretrained=.*llama, now .*other. Give this run a folder"):
+        main(["fit", *arguments, "--model.pretrained", other, "--ckpt_path", "last"])
+
+
+def test_callbacks_of_the_user_take_the_place_of_ours(arguments: list[str], tmp_path: Path) -> None:
+    own = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "own"), "save_last": True}}
+    told = {"class_path": "lightning_sft.callbacks.Preempt", "init_args": {"signals": ["SIGUSR2"]}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [own, told]}}))
+    command = ["fit", "--config", str(tmp_path / "own.yaml"), *arguments, "--ckpt_path", "last"]
+    cli = main(command)
+    assert [type(saver) for saver in of_kind(cli, ModelCheckpoint)] == [ModelCheckpoint]
+    assert [len(callback.signals) for callback in of_kind(cli, Preempt)] == [1]
+    assert of_kind(cli, SampleLedger)
+    assert Path(main(command).trainer.ckpt_path).parent == tmp_path / "own"  # last looks there too
+
+
+@pytest.fixture
+def best_alone(tmp_path: Path) -> list[str]:
+    """The best weights are saved, without what a run needs to resume."""
+    settings = {"monitor": "val/loss", "save_weights_only": True, "dirpath": str(tmp_path / "run" / "checkpoints")}
+    own = {"class_path": "ModelCheckpoint", "init_args": {**settings, "filename": "best"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [own]}}))
+    return ["--config", str(tmp_path / "own.yaml")]
+
+
+def test_a_run_that_saves_the_best_weights_alone_resumes_all_the_same(
+    arguments: list[str], best_alone: list[str], tmp_path: Path
+) -> None:
+    command = ["fit", *best_alone, *arguments, "--ckpt_path", "last"]
+    first = main(command)
+    again = main([*command, "--trainer.max_epochs", "2"])
+    assert again.trainer.ckpt_path == of_kind(first, SafeCheckpoint)[0].best_model_path
+    assert again.trainer.global_step == 2 * first.trainer.global_step
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == again.trainer.global_step + 2
+    assert first.trainer.checkpoint_callback.monitor == "val/loss"  # of which HFExport takes the best
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_added"),
+    [
+        ({}, False),
+        ({"monitor": "val/loss"}, False),
+        ({"save_weights_only": True}, True),
+        ({"save_top_k": 0}, True),
+        ({"save_top_k": 0, "save_last": True}, False),
+    ],
+)
+def test_only_a_callback_that_saves_whole_checkpoints_takes_the_place_of_ours(
+    settings: dict[str, Any], is_added: bool
+) -> None:
+    added = default_callbacks({"callbacks": [ModelCheckpoint(**settings)]}, True)
+    assert any(isinstance(callback, SafeCheckpoint) for callback in added) is is_added
+
+
+def test_a_callback_that_saves_on_an_error_alone_leaves_ours_in_its_place(tmp_path: Path) -> None:
+    added = default_callbacks({"callbacks": [OnExceptionCheckpoint(tmp_path)]}, True)
+    assert any(isinstance(callback, SafeCheckpoint) for callback in added)
+
+
+def test_checkpoints_of_the_weights_alone_serve_all_but_resuming(
+    arguments: list[str], best_alone: list[str], tmp_path: Path
+) -> None:
+    main(["fit", *best_alone, *arguments, "--ckpt_path", "last"])
+    run = tmp_path / "run"
+    for path in (run / "checkpoints").glob("resume-*"):
+        path.unlink()
+    test = ["--data.test", str(tmp_path / "train.jsonl"), "--ckpt_path", "last"]
+    assert str(main(["test", *arguments, *test]).trainer.ckpt_path).endswith("best.ckpt")
+    assert str(main(["validate", *arguments, "--ckpt_path", "last"]).trainer.ckpt_path).endswith("best.ckpt")
+    assert Speaker(str(run)).model is not None
+    assert main(["export", "--ckpt", str(run), "--out", str(tmp_path / "out")]).is_dir()
+    before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for command in (["--ckpt_path", "last"], []):
+        with pytest.raises(InputError, match=r"run has finished step \d.*best.ckpt has the weights alone.*export"):
+            main(["fit", *best_alone, *arguments, *command])
+    before[run / "config.yaml"] = (run / "config.yaml").read_bytes()  # of the last command, for Lightning writes it
+    assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_resuming_from_weights_alone_is_one_message(
+    arguments: list[str], best_alone: list[str], tmp_path: Path
+) -> None:
+    main(["fit", *best_alone, *arguments])
+    [path] = (tmp_path / "run").rglob("best.ckpt")
+    with pytest.raises(
+        InputError, match=r"ckpt has the weights alone \(save_weights_only\), from which no run can resume"
+    ):
+        main(["fit", *arguments, "--ckpt_path", str(path), "--trainer.default_root_dir", str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize("command", [["--ckpt_path", "last"], []])
+def test_nothing_begins_over_a_run_whose_checkpoints_are_gone(
+    arguments: list[str], tmp_path: Path, command: list[str]
+) -> None:
+    main(["fit", *arguments, "--ckpt_path", "last"])
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    record = (tmp_path / "run" / "run.json").read_bytes()
+    with pytest.raises(InputError, match=r"run has finished step \d.*No checkpoint.*is left.*folder of its own"):
+        main(["fit", *arguments, *command])
+    assert (tmp_path / "run" / "run.json").read_bytes() == record
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(arguments: list[str], tmp_path: Path) -> None:
+    main(["fit", *arguments, "--ckpt_path", "last"])
+    folder = tmp_path / "run"
+    whole = (folder / "samples.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "run.json").unlink()
+    main(["fit", *arguments, "--ckpt_path", "last"])
+    assert (folder / "samples.jsonl").read_bytes() == (folder / "samples.1.jsonl").read_bytes() == whole
+
+
+def test_at_the_end_fit_says_why_where_the_checkpoints_are_and_what_to_do(
+    arguments: list[str], best_alone: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["fit", *best_alone, *arguments, "--ckpt_path", "last"]
+    with caplog.at_level("INFO"):
+        trainer = main(command).trainer
+    [said] = [message for message in caplog.messages if message.startswith("The fit ended")]
+    best, last = (saver.best_model_path for saver in trainer.checkpoint_callbacks)
+    assert said.splitlines() == [
+        f"The fit ended after step {trainer.global_step}: trainer.max_epochs=1 reached.",
+        f"Best by val/loss ({float(trainer.callback_metrics['val/loss']):.6g}): {best}",
+        f"Last checkpoint: {last}",
+        f"Talk to it: lightning-sft chat --model {last}",
+        f"Export it: lightning-sft export --ckpt {last} --out FOLDER",
+    ]
+    with caplog.at_level("INFO"):
+        main(command)
+    assert any(message.startswith("Nothing was left to train after step") for message in caplog.messages)
+
+
+def test_without_checkpoints_nothing_is_added(arguments: list[str]) -> None:
+    cli = main(["fit", *arguments, "--trainer.enable_checkpointing", "false"])
+    assert not of_kind(cli, (Preempt, SampleLedger, SafeCheckpoint))
+
+
+def test_runs_without_last_keep_to_the_folders_of_their_loggers(arguments: list[str], tmp_path: Path) -> None:
+    logger = [
+        "--trainer.logger",
+        "lightning.pytorch.loggers.CSVLogger",
+        "--trainer.logger.save_dir",
+        str(tmp_path / "run"),
+    ]
+    for version in (0, 1):
+        main(["fit", *arguments, *logger])
+        folder = tmp_path / "run" / "lightning_logs" / f"version_{version}"
+        assert (folder / "samples.jsonl").is_file()
+        assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 1
+    trainer = main(["fit", *arguments, *logger, "--ckpt_path", "last"]).trainer
+    assert "version_1" in str(trainer.ckpt_path)

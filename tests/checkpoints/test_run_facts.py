@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_sft.checkpoints.reading import facts
+from lightning_sft.checkpoints.run_facts import FACTS, validation_data
+from lightning_sft.data.rows.mixture import Mixture, Part
+from tests.helpers.exporting import trained
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Any:
+    def save(trainer: Any) -> dict[str, Any]:
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        found: dict[str, Any] = facts(tmp_path / "a.ckpt")[FACTS]  # read with weights_only: so all of it is plain
+        return found
+
+    return save
+
+
+def test_a_checkpoint_knows_its_data_figures_and_settings(pretrained: str, saved: Any, jsonl: Any) -> None:
+    a = jsonl([{"prompt": f"{i}", "completion": "a"} for i in range(5)], "a.jsonl")
+    talk = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    b = jsonl([{"messages": talk}, {"messages": talk}], "b.jsonl")
+    mixture = Mixture({"one": Part(a, weight=2.0), "two": Part(b, format="chat")})
+    trainer = trained(pretrained, data={"train": mixture, "val": a})
+    found = saved(trainer)
+    one, two = found["data"]["train"]["parts"]
+    assert (one["name"], one["source"], one["rows"], one["sequences"], one["weight"]) == ("one", a, 5, 5, 2.0)
+    assert (two["source"], two["rows"], two["format"]) == (b, 2, "chat")
+    assert found["data"]["train"]["targets"] == 5 * 2 + 2 * 2
+    assert found["step"] == trainer.global_step == 3
+    assert found["metrics"]["val/loss"] == pytest.approx(trainer.callback_metrics["val/loss"].item())
+    assert (found["optimizer"]["class"], found["optimizer"]["lr"]) == ("AdamW", 0.01)
+    assert found["trainer"]["precision"] == "32-true"
+    assert found["data_module"]["tokens_per_batch"] == 100
+    assert found["versions"]["torch"] == torch.__version__
+
+
+def test_validation_data_can_be_read_again_where_they_are_files(pretrained: str, saved: Any, jsonl: Any) -> None:
+    path = jsonl([{"question": "a", "answer": "b"}])
+    data = {"val": path, "train": path, "columns": {"prompt": "question", "completion": "answer"}}
+    mixture = validation_data(saved(trained(pretrained, data=data)))
+    assert mixture is not None
+    [part] = mixture.of_name.values()
+    assert (part.source, part.columns) == ([path], data["columns"])
+    assert validation_data(saved(trained(pretrained))) is None  # rows in memory
+    assert validation_data({}) is None
+
+
+def test_of_a_stream_no_rows_are_counted(pretrained: str, saved: Any, jsonl: Any) -> None:
+    path = jsonl([{"prompt": f"{i}", "completion": "a"} for i in range(300)])
+    found = saved(trained(pretrained, data={"train": path, "streaming": True, "num_workers": 0}))
+    assert "rows" not in found["data"]["train"]["parts"][0]
+    assert "targets" not in found["data"]["train"]

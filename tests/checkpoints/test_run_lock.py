@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lightning_sft.checkpoints.run_lock import NAME, FolderLock
+from lightning_sft.types import InputError
+
+Make = Callable[..., Trainer]
+
+
+def other_process(work: Callable[[], None]) -> int:
+    """A process that does it and then waits to be killed; it is left alone when the work is done."""
+    told, tell = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            work()
+            os.write(tell, b"!")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(tell)
+    assert os.read(told, 1) == b"!"
+    os.close(told)
+    return process
+
+
+def kill(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def test_a_folder_in_use_is_refused_with_its_owner_and_free_when_that_is_killed(
+    quiet_trainer: Make, tmp_path: Path
+) -> None:
+    owner = other_process(lambda: FolderLock().take(quiet_trainer(), tmp_path / "run"))
+    lock, trainer = FolderLock(), quiet_trainer()
+    try:
+        with pytest.raises(InputError, match=rf"run is in use: process {owner} on .*folder of its own"):
+            lock.take(trainer, tmp_path / "run")
+    finally:
+        kill(owner)
+    assert (tmp_path / "run" / NAME).is_file()  # left behind
+    lock.take(trainer, tmp_path / "run")
+    lock.release()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_workers_of_a_killed_owner_do_not_hold_its_folder(quiet_trainer: Make, tmp_path: Path) -> None:
+    path = tmp_path / "worker"
+
+    def work() -> None:
+        FolderLock().take(quiet_trainer(), tmp_path)
+        path.write_text(str(other_process(lambda: None)))
+
+    kill(other_process(work))
+    lock = FolderLock()
+    try:
+        lock.take(quiet_trainer(), tmp_path)
+        os.kill(int(path.read_text()), 0)  # it is still there
+    finally:
+        lock.release()
+        os.kill(int(path.read_text()), signal.SIGKILL)
+
+
+def test_callbacks_of_a_run_share_its_folder_until_the_last_lets_go(quiet_trainer: Make, tmp_path: Path) -> None:
+    locks, trainer = [FolderLock(), FolderLock()], quiet_trainer()
+    for lock in locks:
+        lock.take(trainer, tmp_path)
+    locks[0].release()
+
+    def refused() -> None:
+        FolderLock._held.clear()  # as in a process that was not forked from this one
+        with pytest.raises(InputError, match="is in use"):
+            FolderLock().take(trainer, tmp_path)
+
+    kill(other_process(refused))
+    locks[1].release()
+    kill(other_process(lambda: FolderLock().take(trainer, tmp_path)))
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(quiet_trainer: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write to its folder .*file/run: Not a directory. Set trainer"):
+        FolderLock().take(quiet_trainer(), tmp_path / "file" / "run")

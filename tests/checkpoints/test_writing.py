@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_sft.checkpoints.writing import AtomicIO, check_disk, checkpoint_of, folders_of, newest, sweep
+from lightning_sft.io.disk import hidden, publish
+from lightning_sft.types import InputError
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write a checkpoint of a step; the clock goes backwards from one to the next."""
+
+    def make(name: str, step: int = 0, **more: Any) -> Path:
+        path = tmp_path / name
+        saved = {"callbacks": {}, "state_dict": {"w": torch.rand(1000)}, "global_step": step, **more}
+        AtomicIO().save_checkpoint(saved, path)
+        os.utime(path, (1e9 - step, 1e9 - step))
+        return path
+
+    return make
+
+
+def test_the_newest_good_checkpoint_is_found_and_those_cut_short_are_said(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    write("a.ckpt", 9)
+    good = write("b.ckpt", 10)
+    cut = write("c.ckpt", 11)
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (tmp_path / "d.ckpt").touch()
+    (tmp_path / "shards.ckpt").mkdir()  # of a distributed one whose index has not been written
+    with pytest.warns(UserWarning, match=r"Skipping") as warned:
+        assert newest([tmp_path, tmp_path / "missing"]) == good
+    assert {Path(str(w.message).split()[1].rstrip(":")).name for w in warned} == {"c.ckpt", "d.ckpt", "shards.ckpt"}
+
+
+def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from(write: Callable[..., Path], tmp_path: Path) -> None:
+    torch.save({"state_dict": {}, "global_step": 4}, tmp_path / "weights.ckpt")
+    assert newest([tmp_path]) is None
+    assert newest([tmp_path], resumable=False) == tmp_path / "weights.ckpt"
+
+
+def test_of_runs_that_a_logger_has_numbered_the_last_is_taken_whatever_its_step(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    for name in ("version_9/checkpoints", "version_10/checkpoints"):
+        (tmp_path / "lightning_logs" / name).mkdir(parents=True)
+    write("lightning_logs/version_9/checkpoints/long.ckpt", 900)
+    later = write("lightning_logs/version_10/checkpoints/short.ckpt", 5)
+    assert newest(folders_of(tmp_path)) == later
+
+
+def test_of_two_at_a_step_the_one_after_its_validation_is_taken(write: Callable[..., Path], tmp_path: Path) -> None:
+    after = write("a.ckpt", 4, lightning_sft_place={"epoch": 1, "is_validated": True})
+    write("b.ckpt", 4, lightning_sft_place={"epoch": 1, "is_validated": False})
+    write("c.ckpt", 4, lightning_sft_place={"epoch": 0, "is_validated": True})
+    assert newest([tmp_path]) == after
+
+
+def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(write: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "run" / "lightning_logs" / "version_0" / "checkpoints").mkdir(parents=True)
+    assert checkpoint_of(tmp_path / "run") == str(tmp_path / "run")  # it has none yet, as has a model's folder
+    write("run/lightning_logs/version_0/checkpoints/a.ckpt", 10)
+    newer = write("run/checkpoints/b.ckpt", 20)
+    assert checkpoint_of(tmp_path / "run") == str(newer)
+    assert checkpoint_of("owner/name") == "owner/name"
+    (tmp_path / "run" / ".metadata").touch()  # a distributed checkpoint is one itself
+    assert checkpoint_of(tmp_path / "run") == str(tmp_path / "run")
+
+
+def test_a_full_disk_leaves_what_was_there(write: Callable[..., Path], tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    path = write("a.ckpt", number=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot be written: .*Those before it are intact"):
+            AtomicIO().save_checkpoint({"w": torch.rand(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert torch.load(path, weights_only=True)["number"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
+
+
+def test_nothing_is_under_the_name_before_all_of_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "shards.ckpt", []
+    hidden(path).mkdir()
+    (hidden(path) / "shard").write_text("1")
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    publish(path)
+    assert synced == [("shard", False), (hidden(path).name, False), (tmp_path.name, True)]
+    assert (path / "shard").read_text() == "1"
+    hidden(path).mkdir()
+    publish(path)  # once more, in place of the first
+    assert not list(path.iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_killed_process_has_left_is_swept_away(tmp_path: Path) -> None:
+    hidden(tmp_path / "a.ckpt").mkdir()
+    hidden(tmp_path / "b.ckpt").touch()
+    (tmp_path / "c.ckpt").touch()
+    sweep(tmp_path, "*.ckpt*")
+    assert [p.name for p in tmp_path.iterdir()] == ["c.ckpt"]
+
+
+def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
+    check_disk(tmp_path, 1000)
+    with pytest.raises(InputError, match=r"needs about 1000000000.0 GB, but .* Make room, or set"):
+        check_disk(tmp_path, 10**18)
+
+
+def test_checkpoints_of_loggers_are_looked_for_too(tmp_path: Path) -> None:
+    (tmp_path / "lightning_logs" / "version_3" / "checkpoints").mkdir(parents=True)
+    names = [folder.relative_to(tmp_path).as_posix() for folder in folders_of(tmp_path)]
+    assert names == ["checkpoints", "lightning_logs/version_3/checkpoints"]

@@ -1,0 +1,139 @@
+"""Two steps without numbers allocate what two steps with numbers allocate, by torch's own count."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lightning_sft.commands.plan.layout import Layout
+from lightning_sft.commands.plan.rehearsal import Rehearsal, rehearse
+from lightning_sft.data.batches.collate import collate
+from lightning_sft.demos import tiny_pretrained
+from lightning_sft.model.tuning.adapters import Lora
+from lightning_sft.module import SFTModule
+from lightning_sft.training.optimizers import parameter_groups
+from lightning_sft.types import Batch, Example
+
+SIZE = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 4000, "num_hidden_layers": 2, "head_dim": 64}
+SIZE |= {"num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_pretrained(tmp_path_factory.mktemp("model"), **SIZE)
+
+
+@pytest.fixture(scope="module")
+def batch() -> Batch:
+    """Three documents; half of each is trained."""
+    return collate([Example([5] * n, [0.0] * (n // 2) + [1.0] * (n - n // 2)) for n in (300, 200, 100)], 1.0)
+
+
+def counted_by_torch(module: SFTModule, batch: Batch, layout: Layout, accumulate: int = 1) -> int:
+    """The most bytes at a time beside the weights, in two real steps as Lightning takes them."""
+    module.configure_model()
+    assert module.scorer is not None
+    optimizer = module.optimizer(parameter_groups(module.parameters()))
+    if layout.in_backward:
+
+        def step(_: torch.Tensor) -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for parameter in module.parameters():
+            parameter.register_post_accumulate_grad_hook(step)
+    autocast = layout.autocast
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(2):
+            for _ in range(accumulate):
+                with torch.autocast("cpu", autocast, cache_enabled=False) if autocast else nullcontext():
+                    loss = -module.scorer(batch)[0]
+                loss.backward()
+                del loss
+            optimizer.step()
+            optimizer.zero_grad()
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def counted_here(done: Rehearsal) -> int:
+    return max(sum(live.values()) - live["weights"] for live in done.meter.peaks.values())
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "accumulate"),
+    [
+        ({}, Layout("one device"), 1),
+        ({}, Layout("one device"), 2),
+        ({"attn_implementation": "sdpa"}, Layout("one device"), 1),
+        ({"gradient_checkpointing": True, "chunk_size": 64}, Layout("one device"), 1),
+        ({"lora": Lora(dropout=0.1), "neftune_alpha": 5.0}, Layout("one device"), 1),
+        ({"frozen": ["*embed*", "*layers.0.*"]}, Layout("one device"), 1),
+        ({"optimizer": lambda groups: torch.optim.AdamW(groups, foreach=True)}, Layout("one device"), 1),
+        ({}, Layout("one device", autocast=torch.bfloat16), 1),
+        ({"gradient_checkpointing": True, "chunk_size": 64}, Layout("one device", in_backward=True), 1),
+    ],
+    ids=[
+        "plain",
+        "accumulated",
+        "dense_mask",
+        "checkpointing",
+        "adapters",
+        "frozen",
+        "foreach",
+        "autocast",
+        "in_backward",
+    ],
+)
+def test_it_counts_what_torch_counts(
+    model: str, batch: Batch, settings: dict[str, Any], layout: Layout, accumulate: int
+) -> None:
+    expected = counted_by_torch(SFTModule(model, **settings), batch, layout, accumulate)
+    done = rehearse(SFTModule(model, **settings), batch, layout, accumulate)
+    assert counted_here(done) == pytest.approx(expected, rel=0.03)
+
+
+def test_an_optimisers_state_is_known_as_such_from_its_first_step(model: str, batch: Batch) -> None:
+    """Ranks share it; as an activation, each would be counted with all of it."""
+    done = rehearse(SFTModule(model), batch, Layout("FSDP2 over 8", data_parallel=8, stage=3))
+    peak = done.meter.peaks["optimiser step"]
+    assert peak["optimiser"] >= 2 * 4 * done.num_parameters
+    assert peak["activations"] < 0.1 * peak["optimiser"]
+
+
+def test_sizes_are_those_of_the_model(model: str, batch: Batch) -> None:
+    module = SFTModule(model, lora=Lora(r=4))
+    done = rehearse(module, batch, Layout("one device"))
+    module.configure_model()
+    counts = {name: p.numel() for name, p in module.named_parameters()}
+    adapters = sum(count for name, count in counts.items() if ".lora_" in name)
+    assert done.num_parameters == sum(counts.values())
+    assert done.num_adapters == done.sizes.trained == adapters
+    assert done.sizes.layer * 2 + done.sizes.others == done.num_parameters
+    assert done.logits == 4 * done.chunk_size * 4000
+
+
+def test_a_tensor_parallel_rank_has_a_part_of_each_matrix(model: str, batch: Batch) -> None:
+    whole, half = (rehearse(SFTModule(model), batch, Layout("x", tensor_parallel=n)) for n in (1, 2))
+    matrices = 2 * (3 * 128 * 512 + 4 * 128 * 128)
+    assert whole.num_parameters - half.num_parameters == matrices / 2
+    assert counted_here(half) < counted_here(whole)
+
+
+def test_experts_are_chosen_evenly(tmp_path: Path, batch: Batch) -> None:
+    folder = tiny_pretrained(
+        tmp_path, "qwen3_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, **SIZE
+    )
+    done = rehearse(SFTModule(folder), batch, Layout("one device"))
+    expected = counted_by_torch(SFTModule(folder), batch, Layout("one device"))
+    assert counted_here(done) == pytest.approx(expected, rel=0.15)  # a random router is not quite even

@@ -1,0 +1,185 @@
+"""``lightning-sft show``: what it prints is what ``fit`` would train on."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_sft.data.inspect.audit import Thresholds
+from lightning_sft.demos import tiny_tokenizer
+from lightning_sft.main import main
+from lightning_sft.types import InputError
+
+GOOD = {"prompt": "Hi", "completion": "Yo"}
+SHOWN = "<|im_start|>user⏎\nHi<|im_end|>⏎\n<|im_start|>assistant⏎\n«Yo<|im_end|>»\n"
+
+
+@pytest.fixture(autouse=True)
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may read the weights of a model."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("lightning_sft.model.pretrained.load_model", refuse)
+
+
+@pytest.fixture
+def config(pretrained: str, jsonl: Any, rows: list[dict[str, str]], tmp_path: Path) -> dict[str, Any]:
+    """Of a machine with more GPUs than this one has."""
+    return {
+        "trainer": {"accelerator": "gpu", "devices": 2, "accumulate_grad_batches": 2, "precision": "bf16-mixed"},
+        "model": {"pretrained": pretrained},
+        "data": {"train": jsonl([*rows, GOOD]), "val": jsonl(rows[:2], "val.jsonl"), "tokens_per_batch": 64},
+    }
+
+
+@pytest.fixture
+def show(config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """The command line with the config as a file: what it prints."""
+
+    def run(*flags: str) -> str:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        main(["show", "--config", str(tmp_path / "config.yaml"), *flags])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_tokens_of_the_micro_batches_are_shown_and_targets_are_marked(show: Any) -> None:
+    text = show("--rows", "4")
+    places = re.findall(r"train.jsonl:\d+  step \d, micro-batch (\d) of rank 0, \d+ tokens, \d+ targets", text)
+    assert places == ["1", "2", "3", "4"]
+    assert re.search(r"user⏎\nSay (\d+)<\|im_end\|>⏎\n<\|im_start\|>assistant⏎\n«\1 it is<\|im_end\|>»", text)
+    assert SHOWN in show("--row", "train.jsonl:13")
+
+
+def test_the_plan_is_that_of_the_trainers_settings(show: Any, config: dict[str, Any]) -> None:
+    assert "2 optimiser steps of 4 packed micro-batches of at most 64 tokens" in show()
+    assert "4 optimiser steps of 2 packed" in show("--trainer.devices", "1")
+    config["trainer"]["limit_train_batches"] = 2
+    assert "1 optimiser steps of 4 packed" in show()
+
+
+def test_weights_are_shown_where_they_are_not_1(show: Any) -> None:
+    assert "«Yo<|im_end|>»×0.333" in show("--row", "train.jsonl:13", "--model.normalize", "sequence")
+    assert "×0" not in show("--row", "train.jsonl:13")
+
+
+def test_a_config_that_fit_has_saved_can_be_shown(
+    show: Any, config: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.pretrained", config["model"]["pretrained"], "--print_config"])
+    saved = yaml.safe_load(capsys.readouterr().out)
+    assert "ckpt_path" in saved
+    data = saved["data"] | config["data"]
+    config |= saved | {"data": data}
+    assert "7 optimiser steps of 1 packed" in show()
+
+
+def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: dict[str, Any], jsonl: Any) -> None:
+    config["data"]["train"] = jsonl(
+        [GOOD, {"prompt": "a", "completion": ""}, {"promt": "[/b]"}, {"prompt": "x" * 300, "completion": "y"}]
+    )
+    del config["data"]["tokens_per_batch"]
+    text = show()
+    assert re.search(r"1 refused: turn 2: the answer is empty.*\n  \S*train.jsonl:2\n", text)
+    assert re.search(r"1 refused: the keys.*\n  \S*train.jsonl:3\n", text)
+    assert re.search(r"1 left out, longer than data.max_length\n  \S*train.jsonl:4 \(\d+ tokens\)\n", text)
+    assert "fit stops at these rows: data.invalid_rows or data.overflow is 'error'" in text
+    assert "fit stops" not in show("--data.invalid_rows", "skip")
+
+
+def test_a_row_that_is_not_used_says_why(show: Any, config: dict[str, Any], jsonl: Any) -> None:
+    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": ""}])
+    with pytest.raises(InputError, match=r"The row is not used. .*train.jsonl:2: turn 2: the answer is empty"):
+        show("--row", "train.jsonl:2")
+    with pytest.raises(InputError, match=r"There is no row 'train.jsonl:3' in the data. Expected a place such as"):
+        show("--row", "train.jsonl:3")
+
+
+def test_a_check_that_fails_exits_with_1(show: Any, config: dict[str, Any], jsonl: Any) -> None:
+    assert "FAILS" not in show("--data.val", "null", "--check")
+    with pytest.raises(SystemExit) as stop:  # validation rows are in training
+        show("--check")
+    assert stop.value.code == 1
+    show("--check.max_overlap", "1")
+    config["check"] = {"max_overlap": 1.0}
+    assert re.search(r"validation rows in training +2 +2 +100.00% +≤ 100.00% +passes", show("--check"))
+    assert "passes" in show()  # the section asks for the check
+    with pytest.raises(SystemExit):
+        show("--check", "--check.min_targets", "0.99")
+
+
+def test_an_unknown_threshold_is_refused_with_its_name(show: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        show("--check.max_refusd", "0.1")
+    assert stop.value.code == 2
+    assert "max_refusd" in capsys.readouterr().err
+
+
+def test_the_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["show", "--help"])
+    text = capsys.readouterr().out
+    for flag in ("--rows ", "--row ", "--html ", "--html_rows ", "--check ", "--data.train ", "--model.normalize "):
+        assert flag in text
+
+
+def test_a_page_holds_the_ids_and_weights_of_all_batches(show: Any, config: dict[str, Any], tmp_path: Path) -> None:
+    show("--html", str(tmp_path / "new" / "page.html"), "--model.normalize", "sequence")
+    page = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert len(data["rows"]) == 13
+    [row] = [row for row in data["rows"] if row["where"].endswith("train.jsonl:13")]
+    ids = [i for number in row["pieces"] for i in data["pieces"][number][1]]
+    assert tiny_tokenizer().decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>"
+    assert row["weights"] == [[len(ids) - 3, 0.0], [3, 1 / 3]]
+
+
+def test_the_page_may_have_fewer_rows_and_has_the_chosen_one_first(show: Any, tmp_path: Path) -> None:
+    show("--html", str(tmp_path / "page.html"), "--html_rows", "4", "--row", "train.jsonl:13")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    rows = json.loads(page.partition('id="data">')[2].partition("</script>")[0])["rows"]
+    assert [row["where"].rpartition("/")[2] for row in rows].index("train.jsonl:13") == 0
+    assert len({row["where"] for row in rows}) == 4
+
+
+def test_a_data_module_of_another_kind_is_refused(config: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text(
+        yaml.safe_dump({"data": {"class_path": "lightning.pytorch.demos.boring_classes.BoringDataModule"}})
+    )
+    with pytest.raises(InputError, match=r"show needs an SFTDataModule, or a class made from it, got BoringDataModule"):
+        main(["show", "--model.pretrained", config["model"]["pretrained"], "--config", str(tmp_path / "other.yaml")])
+
+
+def test_the_thresholds_of_the_page_are_the_defaults() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "show.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert yaml.safe_load(example)["check"] == asdict(Thresholds())
+
+
+def test_a_mixture_is_shown_with_its_realised_shares_and_audited_row_by_row(
+    show: Any, config: dict[str, Any], jsonl: Any
+) -> None:
+    a, b = (jsonl([{"prompt": f"{name} {i}", "completion": "Yo"} for i in range(8)], f"{name}.jsonl") for name in "ab")
+    parts = {"maths": {"source": a, "share": 1}, "[chat]": {"source": b, "share": 7, "weight": 0.5}}
+    config["data"] |= {"train": {"parts": parts}, "val": None}
+    text = show("--check")
+    assert re.search(r"maths +8 +0.25 +12.5% +12.5% +1 *\n", text)
+    assert re.search(r"\[chat\] +8 +1.75 +87.5% +87.5% +0.5 *\n", text)
+    assert re.search(r"duplicated +0 +16 ", text)
+
+
+def test_of_a_stream_the_first_rows_are_shown(show: Any, config: dict[str, Any]) -> None:
+    text = show("--data.streaming", "true", "--data.buffer_rows", "5")
+    assert re.search(r"rows +5 ", text)
+    assert "this is about the first 5 rows of each data set" in text
+    assert SHOWN not in text

@@ -1,0 +1,80 @@
+"""A model in the terminal says what it says in ``predict``, wherever its weights come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sft.commands.chat_model import Speaker, printable
+from lightning_sft.data.batches.loader import PromptBatch
+from lightning_sft.data.tokens.encode import encode_prompt
+from lightning_sft.evaluation import generation
+from lightning_sft.evaluation.generation import Sampling
+from lightning_sft.export.adapter_folder import save_adapter
+from lightning_sft.export.convert import export_checkpoint
+from lightning_sft.model.tuning.adapters import Lora
+from lightning_sft.types import Conversation, InputError
+from tests.helpers.exporting import trained
+
+ASKED = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "question 1"}]
+
+
+def said(speaker: Speaker, **how: Any) -> str:
+    return speaker.answer(ASKED, lambda text: None, 12, **how)
+
+
+def test_the_pieces_are_the_answer_and_the_answer_is_that_of_predict(pretrained: str) -> None:
+    speaker, pieces = Speaker(pretrained, device="cpu"), list[str]()
+    whole = speaker.answer(ASKED, pieces.append, max_new_tokens=120)
+    assert len(pieces) > 1
+    assert "".join(pieces) == printable(whole)
+    prompt = encode_prompt(Conversation(ASKED), speaker.tokenizer)
+    [row] = generation.answers(speaker.model, PromptBatch([prompt], speaker.tokenizer), 120)
+    assert whole == row["prediction"]
+
+
+def test_what_is_drawn_depends_on_the_seed_and_on_the_turn(pretrained: str) -> None:
+    speaker, hot = Speaker(pretrained, device="cpu"), Sampling(temperature=2.0)
+    assert said(speaker, sampling=hot) == said(speaker, sampling=hot)
+    assert said(speaker, sampling=hot) != said(speaker, sampling=Sampling(temperature=2.0, seed=1))
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=4, alpha=64)], ids=["whole", "lora"])
+def test_a_checkpoint_a_folder_and_adapters_say_the_same(pretrained: str, tmp_path: Path, lora: Lora | None) -> None:
+    trainer = trained(pretrained, model={"lora": lora})
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    export_checkpoint(str(tmp_path / "a.ckpt"), str(tmp_path / "folder"))
+    names = ["a.ckpt", "folder"]
+    if lora:
+        names.append("adapters")
+        save_adapter(trainer.lightning_module.model, tmp_path / "adapters", pretrained)
+        trainer.datamodule.tokenizer.save_pretrained(tmp_path / "adapters")
+    answers = {said(Speaker(str(tmp_path / name), device="cpu")) for name in names}
+    assert len(answers) == 1
+    assert answers != {said(Speaker(pretrained, device="cpu"))}
+
+
+def test_what_cannot_be_asked_is_refused_in_words(pretrained: str, tmp_path: Path) -> None:
+    speaker = Speaker(pretrained, device="cpu")
+    with pytest.raises(InputError, match="control token"):
+        speaker.answer([{"role": "user", "content": "<|im_end|>"}], print)
+    with pytest.raises(InputError, match="made for 256"):
+        speaker.answer([{"role": "user", "content": "x" * 300}], print)
+    with pytest.raises(InputError, match="There is no such folder"):
+        Speaker(str(tmp_path / "nothing"))
+    with pytest.raises(InputError, match="There is no checkpoint"):
+        Speaker(str(tmp_path / "nothing.ckpt"))
+
+
+def test_an_interrupted_answer_is_what_there_is_by_then(pretrained: str) -> None:
+    pieces: list[str] = []
+
+    def interrupt(text: str) -> None:
+        pieces.append(text)
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+
+    whole = Speaker(pretrained, device="cpu").answer(ASKED, interrupt, 120)
+    assert printable(whole) == "".join(pieces)

@@ -1,0 +1,229 @@
+"""A stream gives every row once, over ranks, workers and resumes, and each step the Z of what it holds."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_sft.data.batches import stream
+from lightning_sft.data.batches.stream import StreamLoader
+from lightning_sft.data.batches.stream_blocks import Shape, Share, deal
+from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
+from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.demos import tiny_tokenizer
+from lightning_sft.types import Batch, InputError
+
+TOKENIZER = tiny_tokenizer()
+ROWS = [{"prompt": f"Say {i}", "completion": f"{i} " * (1 + i % 7)} for i in range(100)]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_ROWS_AT_A_TIME", 4)
+
+
+def shape(**settings: Any) -> Shape:
+    defaults = {"num_ranks": 1, "accumulate": 1, "capacity": 200, "packing": "packed", "buffer_rows": 16, "seed": 0}
+    return Shape(**{**defaults, **settings})
+
+
+def loader(source: Any = None, rank: int = 0, **settings: Any) -> StreamLoader:
+    own = {name: settings.pop(name) for name in list(settings) if name in Shape.__dataclass_fields__}
+    mixture = as_mixture(ROWS if source is None else source)
+    return StreamLoader(mixture, Recipe(TOKENIZER), shape(**own), rank, **settings)
+
+
+def accounted(
+    source: Any, recipe: Recipe | None = None, **settings: Any
+) -> tuple[list[Batch], Account, dict[str, int]]:
+    """The batches of an epoch, and what is said at its end."""
+    heard: list[Any] = []
+    end = {"is_strict": False, "finished": lambda *said: heard.extend(said)}
+    batches = list(StreamLoader(as_mixture(source), recipe or Recipe(TOKENIZER), shape(), **end, **settings))
+    return batches, *heard
+
+
+def names(batches: Any) -> list[tuple[str, ...]]:
+    return [tuple(name for name in batch.provenance if name != "padding") for batch in batches]
+
+
+def over_ranks(num_ranks: int, **settings: Any) -> list[list[Batch]]:
+    """What each rank gets, where ranks are threads that meet at every block."""
+    barrier, said = threading.Barrier(num_ranks), [None] * num_ranks
+    found: list[list[Batch]] = [[] for _ in range(num_ranks)]
+
+    def run(rank: int) -> None:
+        def gather(share: Share) -> list[Any]:
+            said[rank] = share
+            barrier.wait(20)
+            heard = list(said)
+            barrier.wait(20)
+            return heard
+
+        found[rank] = list(loader(rank=rank, num_ranks=num_ranks, gather=gather, **settings))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(num_ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return found
+
+
+@pytest.mark.parametrize(("num_ranks", "accumulate"), [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_every_row_comes_once_and_every_step_has_the_weight_of_what_it_holds(num_ranks: int, accumulate: int) -> None:
+    ranks = over_ranks(num_ranks, accumulate=accumulate)
+    assert sorted(name for rank in ranks for names_ in names(rank) for name in names_) == sorted(
+        f"row {i}" for i in range(1, 101)
+    )
+    assert len({len(rank) for rank in ranks}) == 1
+    assert len(ranks[0]) % accumulate == 0
+    for begin in range(0, len(ranks[0]), accumulate):
+        step = [batch for rank in ranks for batch in rank[begin : begin + accumulate]]
+        weight = sum(batch.target_weights.sum().item() for batch in step)
+        assert weight > 0
+        assert all(batch.normalizer == pytest.approx(weight, rel=1e-12) for batch in step)
+
+
+def test_workers_change_nothing() -> None:
+    alone = names(loader())
+    assert names(loader(num_workers=1)) == alone
+    assert names(loader(num_workers=2)) == alone
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
+    assert names(loader()) == names(loader())
+    assert names(loader(seed=1)) != names(loader())
+    assert names(loader(place=lambda: (1, 0))) != names(loader())
+
+
+@pytest.mark.parametrize("done", [0, 1, 5, 6, 7, 13])
+def test_a_run_goes_on_at_its_micro_batch_without_the_rows_before_its_block(
+    done: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everything = names(loader(accumulate=1))
+    place = [0, 0]
+    killed = loader(place=lambda: (place[0], place[1]))
+    iterator = iter(killed)
+    for _ in range(done + 1):  # Lightning looks one micro-batch ahead
+        next(iterator)
+    place[1] = done
+    state = json.loads(json.dumps(killed.state_dict()))
+    resumed = loader(place=lambda: (0, done))
+    resumed.load_state_dict(state)
+    encoded: list[int] = []
+    encode = stream.Chunks.run
+
+    def counted(self: Any, *args: Any) -> Iterator[Any]:
+        for chunk in encode(self, *args):
+            encoded.append(chunk.account.num_rows)
+            yield chunk
+
+    monkeypatch.setattr(stream.Chunks, "run", counted)
+    assert names(resumed) == everything[done:]
+    assert sum(encoded) == 100 - 16 * max(block for block, begin in state["blocks"] if begin <= done)
+
+
+def test_a_state_of_another_shape_is_refused_and_says_what_differs() -> None:
+    with pytest.raises(InputError, match=r"read with num_ranks=1, now 2; buffer_rows=16, now 32"):
+        loader(num_ranks=2, buffer_rows=32).load_state_dict(loader().state_dict())
+
+
+def test_a_state_of_another_epoch_begins_the_epoch() -> None:
+    iterator = iter(killed := loader())
+    next(iterator)
+    later = loader(place=lambda: (1, 0))
+    later.load_state_dict(killed.state_dict())
+    assert names(later) == names(loader(place=lambda: (1, 0)))
+
+
+def test_a_limit_cuts_the_normaliser_of_the_step_that_it_cuts() -> None:
+    for limit in (1, 2, 4, 5, 8):
+        used = list(loader(accumulate=3, limit=limit))[:limit]
+        for begin in range(0, limit, 3):
+            window = used[begin : begin + 3]
+            assert {batch.normalizer for batch in window} == {sum(b.target_weights.sum().item() for b in window)}
+
+
+def test_files_of_a_stream_come_in_another_order_each_epoch(tmp_path: Path) -> None:
+    for name in "abcdef":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:16]))
+
+    def first(epoch: int) -> str:
+        return Path(names(loader(str(tmp_path), place=lambda: (epoch, 0)))[0][0].split(":")[0]).stem
+
+    assert len({first(epoch) for epoch in range(8)}) > 2
+
+
+def test_what_cannot_be_used_is_counted_over_ranks_and_said_at_the_end() -> None:
+    bad = [*ROWS[:20], {"prompt": "x", "completion": ""}, {"prompt": "x", "completion": "y" * 300, "id": 1}]
+    batches, account, _ = accounted(bad, Recipe(TOKENIZER, max_length=100))
+    assert sum(len(name) for name in names(batches)) == 20
+    assert (account.num_rows, len(account.refused), len(account.too_long), account.ignored["id"]) == (22, 1, 1, 1)
+
+
+def test_a_row_that_cannot_be_used_is_an_error_when_it_is_reached() -> None:
+    batches = iter(loader([*ROWS[:20], {"prompt": "x", "completion": ""}]))
+    assert names([next(batches)])
+    with pytest.raises(InputError, match=r"row 21: turn 2: the answer is empty[\s\S]*data.invalid_rows=skip"):
+        list(batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_line_that_is_no_json_is_an_error_when_it_is_reached(jsonl: Callable[..., str], num_workers: int) -> None:
+    path = jsonl("".join(json.dumps(row) + "\n" for row in ROWS[:40]) + "{\n" + json.dumps(ROWS[0]) + "\n")
+    batches = iter(loader(path, num_workers=num_workers))
+    next(batches)
+    with pytest.raises(InputError, match=r"train.jsonl:41: not valid JSON"):
+        list(batches)
+
+
+def test_the_format_of_a_file_is_that_of_its_first_row_for_every_worker(jsonl: Callable[..., str]) -> None:
+    rows = [*ROWS[:6], *({"instruction": "a", "output": "b"} for _ in range(6))]
+    path = jsonl(rows)
+    for num_workers in (0, 2):
+        _, account, _ = accounted(path, num_workers=num_workers)
+        assert [text.split(": ")[0].rpartition(":")[2] for text in account.refused] == [*"789", "10", "11", "12"]
+        assert all(f"{path}:1 is of prompt-completion" in text for text in account.refused)
+
+
+def test_the_shares_of_a_mixture_hold_and_parts_are_told_apart() -> None:
+    mixture = Mixture({"a": Part(ROWS[:60], share=3), "b": Part(ROWS[60:70], share=1)})
+    batches, _, targets = accounted(mixture)
+    parts = Counter(batch.part_names[part] for batch in batches for part in batch.parts)
+    assert set(Counter(name for own in names(batches) for name in own).values()) <= {1, 2, 3}
+    assert parts["a"] >= 60
+    found = Counter({name: sum(int((b.target_parts() == i).sum()) for b in batches) for i, name in enumerate("ab")})
+    assert targets == found
+    assert parts["b"] / (parts["a"] + parts["b"]) == pytest.approx(0.25, abs=0.05)
+
+
+def test_without_shares_every_row_of_a_mixture_comes_once() -> None:
+    batches = list(loader(Mixture({"a": Part(ROWS[:60]), "b": Part(ROWS[60:70], weight=0.5)})))
+    assert sum(len(own) for own in names(batches)) == 70
+    weights = {w for batch in batches for w in batch.target_weights.flatten().tolist()}
+    assert weights == {0.0, 0.5, 1.0}
+
+
+@given(
+    weights=st.lists(st.lists(st.floats(0.1, 9), max_size=9), min_size=1, max_size=4).filter(any),
+    accumulate=st.integers(1, 4),
+)
+def test_packs_are_dealt_out_once_in_steps_of_one_normaliser(weights: list[list[float]], accumulate: int) -> None:
+    ranks = [deal(weights, accumulate, rank) for rank in range(len(weights))]
+    assert len({len(dealt) for dealt in ranks}) == 1
+    for own, dealt in zip(weights, ranks, strict=True):
+        assert [pack for pack, _ in dealt if pack is not None] == list(range(len(own)))
+    for begin in range(0, len(ranks[0]), accumulate):
+        step = [(r, *m) for r, dealt in enumerate(ranks) for m in dealt[begin : begin + accumulate]]
+        assert len({normalizer for _, _, normalizer in step}) == 1
+        assert step[0][2] == pytest.approx(sum(weights[r][pack] for r, pack, _ in step if pack is not None))

@@ -1,0 +1,77 @@
+"""Each thing that goes wrong is counted, and its place is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
+from lightning_sft.data.inspect.documents import Document
+from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.data.tokens.examples import Examples, to_batch
+from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.types import Example, InputError
+
+STOP = 9
+
+
+def document(ids: list[int], weights: list[float], place: str = "a.jsonl:1") -> Document:
+    return Document(torch.tensor(ids), torch.tensor(weights), place)
+
+
+GOOD = document([5, 6, STOP], [0, 1, 1])
+
+
+def findings(*train: Document, val: Any = (), **limits: float) -> dict[str, Finding]:
+    examples = Examples([to_batch([Example([5], [0])] * 3)])
+    split = Split("train", examples, Account(num_rows=10, refused=["a.jsonl:2: no"], too_long=["a.jsonl:3 (9)"]))
+    found = audit(train, val, {"train": split}, [STOP], Thresholds(**limits))
+    return {finding.check: finding for finding in found}
+
+
+def test_rows_that_no_micro_batch_has_are_counted() -> None:
+    found = findings(GOOD)
+    assert found["refused"].cells == ("1", "10", "10.00%", "≤ 0.00%", "FAILS")
+    assert found["left out for length"].cells == ("1", "4", "25.00%", "≤ 1.00%", "FAILS")
+
+
+@pytest.mark.parametrize(
+    ("bad", "check"),
+    [
+        (document([5, 6, 7], [0, 1, 1], "b:1"), "no trained stop token"),
+        (document([5, 8, STOP], [0, 1, 0], "b:1"), "no trained stop token"),
+        (document([5, 6, 5, STOP], [0, 1, 0, 1], "b:1"), "no trained stop token"),  # the first answer of two
+        (document([5, 7, STOP], [0, 0, 0], "b:1"), "no target at all"),
+        (document([5, 6, STOP], [0, 1, 1], "b:1"), "duplicated"),
+    ],
+)
+def test_a_bad_document_is_found_and_named(bad: Document, check: str) -> None:
+    found = findings(GOOD, bad)
+    assert (found[check].count, found[check].total, found[check].places) == (1, 2, ["b:1"])
+    others = {"no trained stop token", "no target at all", "duplicated"} - {check}
+    assert not any(found[other].count for other in others)
+
+
+def test_validation_rows_in_training_are_found() -> None:
+    other = document([5, 8, STOP], [0, 1, 1], "val:2")
+    found = findings(GOOD, val=[document([5, 6, STOP], [0, 1, 1], "val:1"), other, other])
+    assert (found["validation rows in training"].share, found["validation rows in training"].places) == (
+        1 / 3,
+        ["val:1"],
+    )
+    assert found["duplicated"].total == 1  # of the training data alone
+
+
+def test_a_share_at_its_threshold_passes() -> None:
+    assert findings(GOOD, max_refused=0.1)["refused"].passes
+    assert not findings(GOOD, max_refused=0.09)["refused"].passes
+    assert findings(GOOD, min_targets=2 / 3)["target tokens"].passes
+    assert not findings(GOOD, min_targets=0.7)["target tokens"].passes
+
+
+@pytest.mark.parametrize("value", [-0.1, 5])
+def test_a_threshold_is_a_share(value: float) -> None:
+    with pytest.raises(InputError, match=r"check.max_masked is .*; expected a number >= 0 and <= 1"):
+        Thresholds(max_masked=value)

@@ -1,0 +1,92 @@
+"""The report counts every row, and prints the text of users as it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from io import StringIO
+from itertools import pairwise
+
+import pytest
+
+from lightning_sft.data.batches.packing import pack
+from lightning_sft.data.batches.plan import Division, Plan
+from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.inspect.summary import by_reason, figures, histogram, show_details, show_report
+from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.data.tokens.examples import Examples, to_batch
+from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.machine.terminal import Console
+from lightning_sft.types import Example
+
+EXAMPLES = [Example([1, 2, 3], [0, 1, 1], "a:1"), Example([1, 2], [0, 1], "a:2"), Example([1, 4], [0, 1], "a:2")]
+SPLIT = Split(
+    "train",
+    Examples([to_batch(EXAMPLES)]),
+    Account(
+        num_rows=5,
+        refused=["a:3: turn 2: [/bold] is 'x'", "a:4: turn 4: [/bold] is 'y'"],
+        too_long=["a:5 (99 tokens)"],
+        ignored=Counter({"[id]": 3}),
+    ),
+)
+
+
+def printed(split: Split) -> str:
+    console = Console(file=(out := StringIO()), width=80)
+    show_details(split, console)
+    return out.getvalue()
+
+
+def test_every_row_is_accounted_for() -> None:
+    assert figures(SPLIT) == {
+        "rows": "5",
+        "refused": "2",
+        "left out": "1",
+        "cut": "0",
+        "expanded": "1",
+        "sequences": "3",
+        "tokens": "7",
+        "targets": "4 (57%)",
+        "longest": "3",
+    }
+
+
+def test_refusals_are_together_by_reason_with_their_places_and_markup_is_text() -> None:
+    text = printed(SPLIT)
+    assert "2 refused: turn 2: [/bold] is 'x'\n  a:3, a:4" in text
+    assert "1 left out, longer than data.max_length\n  a:5 (99 tokens)" in text
+    assert "3 rows have the key '[id]', which is ignored" in text
+    assert "Targets of a sequence: 1 at least, 1 in the middle, 2 at most." in text
+
+
+def test_many_places_are_cut_and_counted() -> None:
+    text = printed(Split("train", SPLIT.examples, Account(refused=[f"a:{i}: no" for i in range(50)])))
+    assert "a:19 and 30 more" in text.replace("\n", " ")
+
+
+def test_a_path_may_have_a_colon_and_a_reason_may_have_none() -> None:
+    assert by_reason(["C:/a.jsonl:3: no: text", "nothing known"]) == [
+        ("no: text", ["C:/a.jsonl:3"]),
+        ("nothing known", ["?"]),
+    ]
+
+
+def test_the_histogram_has_every_length_once() -> None:
+    lengths = [1, 1, 7, 100, 1000]
+    bins = histogram(lengths)
+    assert sum(count for _, _, count in bins) == len(lengths)
+    assert all(high + 1 == low for (_, high, _), (low, _, _) in pairwise(bins))
+    assert histogram([5, 5]) == [(5, 5, 2)]
+
+
+def test_the_fill_is_the_share_of_positions_that_a_token_takes() -> None:
+    plan = Plan(SPLIT.lengths, SPLIT.examples.weights, lambda lengths: pack(lengths, 4))
+    assert Planned(SPLIT, plan, 4, "packed").fill == 7 / 8
+    assert "2 optimiser steps" in str(Planned(SPLIT, plan, 4, "packed"))
+
+
+def test_an_epoch_of_few_steps_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
+    for count, is_remarked in ((9, True), (10, False)):
+        split = Split("train", Examples([to_batch([Example([1, 2, 3], [0, 1, 1])] * count)]), Account(num_rows=count))
+        show_report({"train": split}, Planned.of(split, Division(), tokens_per_batch=3, seed=0))
+        assert ("So few optimiser steps" in capsys.readouterr().out) == is_remarked

@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_sft.data.rows.messages import Converter, to_conversation
+from lightning_sft.types import InputError
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+OBSERVED = {"role": "tool", "content": "21"}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+
+
+def calling(*arguments: dict[str, Any]) -> dict[str, Any]:
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": each}} for each in arguments]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"prompt": "Hi", "completion": "Yo"}, [USER, ANSWER]),
+        ({"prompt": "Hi", "completion": "Yo", "system": "Be kind."}, [SYSTEM, USER, ANSWER]),
+        ({"prompt": [SYSTEM, USER], "completion": [ANSWER]}, [SYSTEM, USER, ANSWER]),
+        ({"prompt": [SYSTEM, USER], "completion": "Yo"}, [SYSTEM, USER, ANSWER]),
+        ({"prompt": "Hi", "completion": [ANSWER]}, [USER, ANSWER]),
+        ({"instruction": "Hi", "output": "Yo"}, [USER, ANSWER]),
+        ({"instruction": "Hi", "response": "Yo"}, [USER, ANSWER]),
+        ({"instruction": "Hi", "output": None, "response": "Yo"}, [USER, ANSWER]),
+        ({"instruction": "Hi", "input": "", "output": "Yo"}, [USER, ANSWER]),
+        ({"instruction": "Hi", "input": "x", "output": "Yo"}, [{"role": "user", "content": "Hi\n\nx"}, ANSWER]),
+        ({"messages": [SYSTEM, USER, ANSWER, USER, ANSWER]}, [SYSTEM, USER, ANSWER, USER, ANSWER]),
+        ({"messages": [USER, ANSWER], "system": "Be kind."}, [SYSTEM, USER, ANSWER]),
+        ([USER, ANSWER], [USER, ANSWER]),
+        ({"messages": [USER, ANSWER], "prompt": None, "completion": None}, [USER, ANSWER]),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}, [USER, ANSWER]),
+        ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yo"}]}, [USER, ANSWER]),
+        ({"conversations": [USER, ANSWER], "system": "Be kind."}, [SYSTEM, USER, ANSWER]),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be kind."},
+                    {"from": "human", "value": "Hi"},
+                    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+                    {"from": "observation", "value": "21"},
+                    {"from": "gpt", "value": "Yo"},
+                ]
+            },
+            [SYSTEM, USER, calling({"city": "Rome"}), OBSERVED, ANSWER],
+        ),
+    ],
+)
+def test_every_format_becomes_the_same_messages(row: Any, messages: list[dict[str, str]]) -> None:
+    conversation = to_conversation(row, "f:1")
+    assert conversation.messages == messages
+    assert conversation.weights == [float(m["role"] == "assistant") for m in messages]
+    assert conversation.provenance == "f:1"
+    assert conversation.tools is None
+
+
+def test_plain_text_is_one_message_that_is_all_target() -> None:
+    conversation = to_conversation({"text": "Once upon a time", "weight": 2})
+    assert (conversation.messages, conversation.weights) == ([{"role": "text", "content": "Once upon a time"}], [2.0])
+
+
+@pytest.mark.parametrize("tools", [[TOOL], '[{"type": "function", "function": {"name": "weather", "parameters": {}}}]'])
+@pytest.mark.parametrize("row", [{"messages": [USER, ANSWER]}, {"prompt": "Hi", "completion": "Yo"}])
+def test_tools_may_be_a_list_or_its_json_text(row: dict[str, Any], tools: Any) -> None:
+    assert to_conversation({**row, "tools": tools}).tools == [TOOL]
+
+
+def test_a_tool_without_the_function_around_it_gets_it() -> None:
+    assert to_conversation({"messages": [USER, ANSWER], "tools": [TOOL["function"]]}).tools == [TOOL]
+
+
+@pytest.mark.parametrize("tools", [None, "", "[]", []])
+def test_no_tools_are_none(tools: Any) -> None:
+    assert to_conversation({"messages": [USER, ANSWER], "tools": tools}).tools is None
+
+
+@pytest.mark.parametrize(
+    ("row", "weights"),
+    [
+        ({"messages": [USER, {**ANSWER, "loss": False}, USER, ANSWER]}, [0, 0, 0, 1]),
+        ({"messages": [USER, {**ANSWER, "train": False}, USER, {**ANSWER, "train": True}]}, [0, 0, 0, 1]),
+        ({"messages": [{**USER, "loss": True}, ANSWER]}, [1, 1]),
+        ({"messages": [{**USER, "loss_weight": 0.0}, {**ANSWER, "loss_weight": 0.25}]}, [0, 0.25]),
+        ({"messages": [USER, {**ANSWER, "weight": 3}]}, [0, 3]),
+        ({"messages": [USER, {**ANSWER, "weight": 3, "loss_weight": 0.5, "train": True, "loss": None}]}, [0, 1.5]),
+        ({"messages": [{**USER, "weight": 0.5}, {**ANSWER, "weight": 0.5}], "weight": 0.5}, [0.25, 0.25]),
+        ({"prompt": "Hi", "completion": "Yo", "weight": 2}, [0, 2]),
+        ({"prompt": "Hi", "completion": "Yo", "weight": "0.5"}, [0, 0.5]),
+        ({"prompt": "Hi", "completion": "Yo", "weight": None}, [0, 1]),
+        ({"prompt": [USER, ANSWER, USER], "completion": "Yo"}, [0, 0, 0, 1]),
+        ({"prompt": [USER, {**ANSWER, "loss": True}, USER], "completion": "Yo"}, [0, 1, 0, 1]),
+        ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo", "weight": 0}]}, [0, 0]),
+    ],
+)
+def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -> None:
+    assert to_conversation(row).weights == weights
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "Hi", "reply": "Yo"}, r"f:1: the keys \['question', 'reply'\] are of no known format"),
+        ({"question": "Hi", "answer": "Yo"}, "data.columns={prompt: question, completion: answer}"),
+        ({}, "of no known format"),
+        ({"prompt": "Hi"}, "of no known format"),
+        ({f"k{i:02}": 0 for i in range(20)}, r"'k11', '\.\.\. and 8 more'\]"),
+        (3, "a row must be an object with named keys, or a list of messages, got int 3"),
+        ("Hi", "got str 'Hi'"),
+        ([], "'messages' must be a list of"),
+        (
+            {"prompt": "Hi", "completion": "Yo", "messages": [USER]},
+            "of several formats at once: chat and prompt-completion. Say which with data.format",
+        ),
+        ({"text": "x", "instruction": "Hi", "output": "Yo"}, "several formats at once: alpaca and text"),
+        (
+            {"instruction": "Hi", "output": "Yo", "response": "Ya"},
+            r"f:1: the row has both 'output' and 'response'\. Say which is the answer: data.columns={output: output}",
+        ),
+        ({"instruction": "Hi", "instances": [{"output": "Yo"}]}, "the row nests its answers in 'instances'"),
+        ({"prompt": 3, "completion": "Yo"}, "f:1: 'prompt' must be a string, got int 3"),
+        ({"prompt": "Hi", "completion": None}, "'completion' must be a string, got NoneType"),
+        ({"prompt": "Hi", "completion": []}, "'completion' must be a list of .* got list"),
+        ({"instruction": "Hi", "input": ["x"], "output": "Yo"}, "'input' must be a string, got list"),
+        ({"instruction": [USER], "output": "Yo"}, "'instruction' must be a string, got list"),
+        ({"messages": "Hi"}, "f:1: 'messages' must be a list of .* got str 'Hi'"),
+        ({"messages": []}, "'messages' must be a list"),
+        ({"conversations": {"from": "gpt"}}, "'conversations' must be a list"),
+        ({"messages": [USER, "Hi"]}, "f:1: turn 2: expected {'role', 'content'} or .* got str 'Hi'"),
+        ({"messages": [SYSTEM, USER, ANSWER], "system": "Be kind."}, "the system text is there twice"),
+        ({"messages": [USER, ANSWER], "system": 3}, "'system' must be a string, got int 3"),
+        ({"messages": [USER, ANSWER], "tools": "[{"}, "f:1: 'tools': not valid JSON"),
+        ({"messages": [USER, ANSWER], "tools": 3}, "'tools' must be a list of objects, or the JSON text of one"),
+        ({"messages": [USER, ANSWER], "tools": [print]}, "'tools' must be a list of objects"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": {1}}]}, "'tools': JSON has no value such as set"),
+        ({"messages": [USER, ANSWER], "weight": -1}, "f:1: 'weight' must be a finite number that is not negative, got"),
+        ({"messages": [USER, {**ANSWER, "weight": 1e200}], "weight": 1e200}, "turn 2: its weight times .* too large"),
+        ({"text": ["x"]}, "'text' must be a string, got list"),
+        ({"text": " \n"}, "the text is empty"),
+    ],
+)
+def test_what_is_no_conversation_is_one_error_that_says_what_was_expected(row: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        to_conversation(row, "f:1")
+
+
+def test_for_generation_the_answer_may_be_missing() -> None:
+    assert to_conversation({"prompt": "Hi"}, answered=False).messages == [USER]
+    assert to_conversation({"instruction": "Hi", "id": 1}, answered=False).messages == [USER]
+    assert to_conversation({"prompt": "Hi", "completion": "Yo"}, answered=False).messages == [USER, ANSWER]
+    assert to_conversation({"question": "Hi"}, columns={"prompt": "question"}, answered=False).messages == [USER]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"question": "Hi", "answer": "Yo"}, {"prompt": "question", "completion": "answer"}),
+        ({"completion": "Hi", "prompt": "Yo"}, {"prompt": "completion", "completion": "prompt"}),
+        ({"prompt": "no", "question": "Hi", "answer": "Yo"}, {"prompt": "question", "completion": "answer"}),
+        ({"instruction": "Hi", "output": "no", "response": "Yo"}, {"output": "response"}),
+        ({"instruction": "Hi", "output": "Yo", "response": "no"}, {"output": "output"}),
+        ({"chat": [USER, ANSWER]}, {"messages": "chat"}),
+    ],
+)
+def test_columns_of_other_names_can_be_mapped(row: dict[str, Any], columns: dict[str, str]) -> None:
+    assert to_conversation(row, columns=columns).messages == [USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({"a": "Hi"}, {"columns": {"promt": "a"}}, "'promt' is no key of a format. .* keys are .*completion"),
+        ({"a": "Hi"}, {"columns": {"prompt": "q"}}, r"no known format with data\.columns=\{'prompt': 'q'\}"),
+        ({"prompt": "Hi"}, {"format": "sharegtp"}, "data.format=sharegtp is no format. Expected one of chat, sharegpt"),
+        ({"prompt": "Hi"}, {"format": "chat"}, r"the keys \['prompt'\] are not those of chat: messages"),
+        ({"instruction": "Hi"}, {"format": "alpaca"}, "are not those of alpaca: instruction, output or response"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_named(row: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        to_conversation(row, **settings)
+
+
+def test_the_named_format_decides_where_several_would_do() -> None:
+    row = {"text": "x", "instruction": "Hi", "output": "Yo"}
+    assert to_conversation(row, format="alpaca").messages == [USER, ANSWER]
+    assert to_conversation(row, format="text").messages == [{"role": "text", "content": "x"}]
+
+
+def test_keys_without_a_meaning_are_counted() -> None:
+    convert = Converter()
+    convert({"prompt": "Hi", "completion": "Yo", "id": 3, "input": "x"}, "f:1")
+    convert({"prompt": "Hi", "completion": "Yo", "id": 3, "system": "x", "weight": 1, "tools": None}, "f:2")
+    assert convert.ignored == {"id": 2, "input": 1}
+    convert = Converter()
+    convert({"messages": [USER, ANSWER], "parallel_tool_calls": False}, "f:1")
+    assert convert.ignored == {"parallel_tool_calls": 1}
+    convert = Converter(columns={"prompt": "question", "completion": "answer"})
+    convert({"question": "Hi", "answer": "Yo", "prompt": "x"}, "f:1")
+    assert convert.ignored == {"prompt": 1}
+
+
+def test_a_file_keeps_to_one_format() -> None:
+    convert = Converter()
+    convert({"prompt": "Hi", "completion": "Yo"}, "a.jsonl:1")
+    convert({"messages": [USER, ANSWER]}, "b.jsonl:1")
+    message = r"a.jsonl:7: the row is of the format chat, but a.jsonl:1 is of prompt-completion\. .* data.format"
+    with pytest.raises(InputError, match=message):
+        convert({"messages": [USER, ANSWER]}, "a.jsonl:7")
+    convert({"prompt": "Hi", "completion": "Yo"}, "a.jsonl:8")
+
+
+def test_a_list_may_mix_formats() -> None:
+    convert = Converter()
+    rows = [{"prompt": "Hi", "completion": "Yo"}, [USER, ANSWER]]
+    assert [convert(row, f"row {n}").messages for n, row in enumerate(rows, 1)] == [[USER, ANSWER]] * 2
+
+
+def test_a_named_format_is_not_mixed() -> None:
+    rows = [
+        {"messages": [USER, ANSWER], "prompt": "Hey"},
+        {"prompt": "Hey", "completion": "Ho", "messages": [USER, ANSWER]},
+    ]
+    told = Converter()  # by its keys, the second row is of two formats at once
+    assert told(rows[0], "a.jsonl:1").messages == [USER, ANSWER]
+    with pytest.raises(InputError, match=r"a.jsonl:2: the keys .* are of several formats at once"):
+        told(rows[1], "a.jsonl:2")
+    for order in (rows, rows[::-1]):
+        named = Converter(format="chat")
+        assert [named(row, f"a.jsonl:{n}").messages for n, row in enumerate(order, 1)] == [[USER, ANSWER]] * 2
+    with pytest.raises(InputError, match=r"a.jsonl:3: the keys \['completion', 'prompt'\] are not those of chat"):
+        named({"prompt": "Hey", "completion": "Ho"}, "a.jsonl:3")

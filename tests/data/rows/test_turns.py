@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_sft.data.rows.turns import ROLES, read_turn
+from lightning_sft.types import InputError
+
+
+def calling(*arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
+    calls = [{"type": "function", "function": {"name": "weather", "arguments": each}} for each in arguments]
+    return {"role": "assistant", "content": "", "tool_calls": calls, **more}
+
+
+def call(arguments: Any = {}, **more: Any) -> dict[str, Any]:  # noqa: B006  # never changed
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}, **more}
+
+
+ROME = {"city": "Rome"}
+TEXT = {"type": "text", "value": "Yo"}
+THOUGHT = {"type": "reasoning", "value": "Hm"}
+CALL_PART = {"type": "tool_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'}
+
+
+@pytest.mark.parametrize(("alias", "role"), ROLES.items())
+@pytest.mark.parametrize("names", [("role", "content"), ("from", "value")])
+def test_roles_have_one_name(alias: str, role: str, names: tuple[str, str]) -> None:
+    content = '{"name": "weather", "arguments": {}}' if alias == "function_call" else "x"
+    assert read_turn(dict(zip(names, (alias, content), strict=True)))[0]["role"] == role
+
+
+@pytest.mark.parametrize(
+    ("given_", "turn"),
+    [
+        ({"content": "Yo"}, {"content": "Yo"}),
+        ({"content": ""}, {"content": ""}),
+        ({"content": "Yo", "refusal": None, "tool_calls": None}, {"content": "Yo"}),
+        ({"content": "Yo", "tool_calls": []}, {"content": "Yo"}),
+        ({"content": [TEXT]}, {"content": "Yo"}),
+        ({"content": [{"type": "text", "text": "Yo"}, TEXT]}, {"content": "YoYo"}),
+        ({"content": [{"type": "text", "text": "Yo", "value": None, "image_url": None}]}, {"content": "Yo"}),
+        ({"content": []}, {"content": ""}),
+        ({"content": "Yo", "reasoning_content": "Hm"}, {"content": "Yo", "reasoning_content": "Hm"}),
+        ({"content": "Yo", "thinking": "Hm"}, {"content": "Yo", "reasoning_content": "Hm"}),
+        ({"content": "Yo", "thinking": "", "reasoning": None}, {"content": "Yo", "reasoning_content": ""}),
+        ({"content": [THOUGHT, TEXT]}, {"content": "Yo", "reasoning_content": "Hm"}),
+        ({"content": [{"type": "thinking", "thinking": "Hm"}, THOUGHT, TEXT]}, {"reasoning_content": "HmHm"}),
+        ({"content": [THOUGHT, CALL_PART, CALL_PART]}, calling(ROME, ROME, reasoning_content="Hm")),
+        ({"content": [TEXT, {**CALL_PART, "value": [call(ROME)]}]}, calling(ROME, content="Yo")),
+        ({"content": None, "tool_calls": [call(ROME)]}, calling(ROME)),
+        ({"tool_calls": [call(ROME), call({})]}, calling(ROME, {})),
+        ({"content": "Yo", "tool_calls": [call(ROME)]}, calling(ROME, content="Yo")),
+        ({"tool_calls": [call('{"city": "Rome"}')]}, calling(ROME)),
+        ({"tool_calls": [call(json.dumps('{"city": "Rome"}'))]}, calling(ROME)),
+        ({"tool_calls": [{"name": "weather", "arguments": ROME}]}, calling(ROME)),
+        ({"tool_calls": [{**call(ROME, id="c1"), "index": None}]}, {"tool_calls": [call(ROME, id="c1")]}),
+        ({"tool_calls": [call({"day": None, "at": [None]})]}, calling({"day": None, "at": [None]})),
+    ],
+)
+def test_an_answer_has_one_normal_form(given_: dict[str, Any], turn: dict[str, Any]) -> None:
+    read, weight = read_turn({"role": "assistant", **given_})
+    assert read == {**read, "role": "assistant", **turn}
+    assert read.keys() <= {"role", "content"} | turn.keys()
+    assert isinstance(read["content"], str)
+    assert weight is None
+
+
+def test_a_tool_keeps_whom_it_answers() -> None:
+    given_ = {"role": "tool", "content": "21", "name": "weather", "tool_call_id": "c1"}
+    assert read_turn(given_) == (given_, None)
+
+
+@pytest.mark.parametrize("value", [[call(ROME), call({})], json.dumps([call(ROME), call({})])])
+def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
+    assert read_turn({"from": "function_call", "value": value})[0] == calling(ROME, {})
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [
+        (None, "expected {'role', 'content'} or {'from', 'value'}, got NoneType"),
+        ({"content": "x"}, "expected .* got dict {'content': 'x'}"),
+        ({"role": "bot", "content": "x"}, "the role must be one of system, .* got str 'bot'"),
+        ({"role": ["user"], "content": "x"}, r"the role must be one of .* got list \['user'\]"),
+        ({"from": None, "value": "x"}, "the role must be one of .* got NoneType"),
+        ({"role": "user"}, r"'content' \(user\) must be a string, got NoneType"),
+        ({"from": "gpt", "value": None}, r"'value' \(assistant\) must be a string"),
+        ({"role": "user", "content": 3}, r"'content' \(user\) must be a string, got int 3"),
+        ({"role": "user", "content": "x\udc80"}, r"'content' \(user\) has half a character at 1: str '\\udc80'"),
+        ({"role": "user", "content": "x", "name": "A"}, r"the keys \['name'\] have no meaning in .* role 'user'"),
+        ({"role": "user", "value": "x", "content": "x"}, r"the keys \['value'\] have no meaning"),
+        ({"role": "user", "content": "x", 3: 1, "a": 1}, r"the keys \['3', 'a'\] have no meaning"),
+        ({"role": "tool", "content": "x", "name": 3}, "'name' must be a string, got int 3"),
+        (
+            {"role": "tool", "content": "x", "reasoning_content": "x"},
+            r"the keys \['reasoning_content'\] have no meaning",
+        ),
+        ({"role": "user", "content": "x", "tool_calls": [call()]}, "only an assistant has reasoning and tool calls"),
+        ({"role": "user", "content": [THOUGHT]}, "only an assistant has reasoning and tool calls"),
+        ({"role": "user", "content": [CALL_PART]}, "only an assistant has reasoning .* the role is 'user'"),
+        (
+            {"role": "user", "content": "x", "loss": 1},
+            "'loss' must be true or false, got int 1. A number is a 'weight'",
+        ),
+        ({"role": "user", "content": "x", "train": "no"}, "'train' must be true or false, got str 'no'"),
+        *(
+            ({"role": "user", "content": "x", key: value}, f"'{key}' must be a finite number that is not negative, got")
+            for key in ("weight", "loss_weight")
+            for value in (-0.1, float("nan"), float("inf"), True, "heavy", "nan", [1], 10**400)
+        ),
+        ({"role": "assistant", "content": "x", "thinking": 3}, "'thinking' must be a string"),
+        (
+            {"role": "assistant", "content": "x", "thinking": "a", "reasoning_content": "b"},
+            "the reasoning is there twice: 'reasoning_content' and 'thinking'. Keep one",
+        ),
+        (
+            {"role": "assistant", "content": [THOUGHT], "thinking": "a"},
+            "the reasoning is there twice: a part of the content and 'thinking'",
+        ),
+        ({"role": "assistant", "content": [CALL_PART], "tool_calls": [call()]}, "the tool calls are there twice"),
+        ({"role": "user", "content": ["x"]}, "part 1 of the content must be of the type .* got str 'x'"),
+        ({"role": "user", "content": [TEXT, {"type": "image_url", "image_url": "x"}]}, "part 2 .* must be of the type"),
+        ({"role": "user", "content": [{"type": ["text"]}]}, "part 1 of the content must be of the type"),
+        ({"role": "user", "content": [{"type": "text"}]}, "must have its text in 'text' or 'value' and nothing else"),
+        ({"role": "user", "content": [{**TEXT, "text": "x"}]}, "must have its text in 'text' or 'value'"),
+        ({"role": "user", "content": [{"type": "text", "reasoning": "x"}]}, "must have its text in"),
+        ({"role": "user", "content": [{"type": "text", "text": 3}]}, "part 1 of the content must be a string, got int"),
+        ({"role": "assistant", "content": [TEXT, THOUGHT]}, "part 2 of the content is reasoning, which stands before"),
+        ({"role": "assistant", "content": [CALL_PART, TEXT]}, "part 2 of the content is text, which stands before"),
+        ({"role": "assistant", "content": [{**CALL_PART, "value": "{"}]}, "part 1 of the content: not valid JSON"),
+        ({"role": "assistant", "tool_calls": "x"}, "'tool_calls' must be a list, got str 'x'"),
+        ({"role": "assistant", "tool_calls": ["x"]}, "tool call 1 must be an object with 'function', got str 'x'"),
+        (
+            {"role": "assistant", "tool_calls": [call(), {}]},
+            "tool call 2 must be a function with 'name' and 'arguments'",
+        ),
+        ({"role": "assistant", "tool_calls": [{"function": "x"}]}, "tool call 1 must be a function with"),
+        ({"role": "assistant", "tool_calls": [call(type="custom")]}, "tool call 1 must be a function with"),
+        ({"role": "assistant", "tool_calls": [call(index=0)]}, "tool call 1 must be a function with .* nothing else"),
+        ({"role": "assistant", "tool_calls": [call(id=3)]}, "the id of tool call 1 must be a string"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": 3, "arguments": {}}]},
+            "the name of tool call 1 must be a string",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [call("{")]},
+            "the arguments of tool call 1: not valid JSON: .* got str '{'",
+        ),
+        ({"role": "assistant", "tool_calls": [call("")]}, "the arguments of tool call 1: not valid JSON"),
+        ({"role": "assistant", "tool_calls": [call('{"a": 1, "a": 2}')]}, "not valid JSON: the key 'a' is there twice"),
+        ({"role": "assistant", "tool_calls": [call('{"a": NaN}')]}, "not valid JSON: NaN is no JSON value"),
+        ({"role": "assistant", "tool_calls": [call("[" * 10_000)]}, "it is nested too deeply"),
+        ({"role": "assistant", "tool_calls": [call("[1]")]}, r"must be an object or its JSON text, got list \[1\]"),
+        ({"role": "assistant", "tool_calls": [call(None)]}, "must be an object or its JSON text, got NoneType"),
+        ({"role": "assistant", "tool_calls": [call({"a": float("inf")})]}, "JSON has no value such as float inf"),
+        ({"role": "assistant", "tool_calls": [call({"a": 10**5000})]}, "an integer of 16,610 bits is too long"),
+        ({"role": "assistant", "tool_calls": [call({1: 2})]}, "a key in the arguments of tool call 1 must be a string"),
+        ({"role": "assistant", "tool_calls": [call({"a": ["\ud800"]})]}, "a text in the arguments .* half a character"),
+        (
+            {"role": "assistant", "tool_calls": [call({"a": json.loads("[" * 90 + "]" * 90)})]},
+            "nested more than 64 deep",
+        ),
+        ({"from": "function_call", "value": "weather()"}, "the function call: not valid JSON"),
+        ({"from": "function_call", "value": None}, "tool call 1 must be an object with 'function', got NoneType"),
+    ],
+)
+def test_what_is_no_message_is_one_error_that_says_what_was_expected(turn: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_turn(turn)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=4), st.integers(0, 2))
+def test_arguments_are_the_same_however_often_they_are_encoded(arguments: dict[str, Any], times: int) -> None:
+    encoded: Any = arguments
+    for _ in range(times):
+        encoded = json.dumps(encoded)
+    turn, _ = read_turn({"role": "assistant", "tool_calls": [call(encoded)]})
+    assert turn["tool_calls"][0]["function"]["arguments"] == arguments
+
+
+@given(st.text(), st.lists(st.text(), max_size=3))
+def test_the_normal_form_of_a_normal_form_is_itself(thought: str, texts: list[str]) -> None:
+    parts = [{"type": "reasoning", "value": thought}, *({"type": "text", "text": text} for text in texts), CALL_PART]
+    turn, _ = read_turn({"role": "assistant", "content": parts})
+    assert turn["content"] == "".join(texts)
+    assert read_turn(turn) == (turn, None)

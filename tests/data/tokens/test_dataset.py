@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sft.data.tokens import dataset
+from lightning_sft.data.tokens.dataset import load_prompts, load_split
+from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.demos import tiny_tokenizer
+from lightning_sft.types import InputError
+
+GOOD = {"prompt": "Hi", "completion": "Yo"}
+
+
+def load(rows: list[dict[str, Any]], **settings: Any) -> Any:
+    own = {name: settings.pop(name) for name in ("invalid_rows",) if name in settings}
+    return load_split("train", rows, Recipe(tiny_tokenizer(), **settings), **own)
+
+
+def test_refused_rows_stop_everything_and_are_listed() -> None:
+    rows = [GOOD, {**GOOD, "completion": ""}, {"messages": [{"role": "user", "content": "x"}]}]
+    with pytest.raises(InputError) as error:
+        load(rows)
+    text = str(error.value)
+    assert "2 of 3 rows cannot be used" in text
+    assert "row 2: turn 2: the answer is empty" in text
+    assert "row 3: the row has no answer" in text
+    assert "data.invalid_rows=skip" in text
+
+
+def test_skipped_rows_are_counted_and_said() -> None:
+    split = load([GOOD, {**GOOD, "completion": ""}], invalid_rows="skip")
+    assert (split.account.num_rows, len(split.examples), len(split.account.refused)) == (2, 1, 1)
+    assert "1 of 2 rows cannot be used" in split.account.remarks("train")[0]
+
+
+def test_long_sequences_are_left_out_counted_and_said() -> None:
+    split = load([GOOD, {**GOOD, "completion": "x" * 500}], max_length=200)
+    assert len(split.examples) == 1
+    assert "1 sequences are longer than data.max_length" in split.account.remarks("train")[0]
+    assert "row 2 (5" in split.account.remarks("train")[0]
+
+
+def test_a_max_length_below_every_sequence_says_how_long_the_shortest_is() -> None:
+    shortest = len(load([GOOD]).examples[0])
+    with pytest.raises(InputError, match=f"data.max_length=16 is less than the {shortest} tokens"):
+        load([GOOD], max_length=16)
+
+
+def test_nothing_left_is_an_error_even_when_rows_may_be_skipped() -> None:
+    with pytest.raises(InputError, match="no row can be used"):
+        load([{**GOOD, "completion": ""}], invalid_rows="skip")
+
+
+def test_ignored_keys_are_counted_and_said() -> None:
+    split = load([{**GOOD, "id": 1}, {**GOOD, "id": 2, "wieght": 0.5}])
+    assert split.account.remarks("train") == [
+        "train: keys without a meaning in their format are ignored: 'id' (2 rows), 'wieght' (1 rows)"
+    ]
+
+
+def test_rows_are_accounted_for_in_order_however_many_are_read_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{**GOOD, "completion": "" if i % 3 == 2 else f"Yo {i}"} if i % 3 else {"id": i} for i in range(7)]
+    monkeypatch.setattr(dataset, "_ROWS_AT_A_TIME", 2)
+    split = load(rows, invalid_rows="skip")
+    assert split.account.num_rows == 7
+    assert [example.provenance for example in split.examples] == ["row 2", "row 5"]
+    refused = [reason.partition(":")[0] for reason in split.account.refused]
+    assert refused == ["row 1", "row 3", "row 4", "row 6", "row 7"]
+
+
+def test_columns_of_other_names_and_a_named_format() -> None:
+    rows = [{"question": "Hi", "answer": "Yo", "text": "x"}]
+    columns = {"prompt": "question", "completion": "answer"}
+    mapped = load(rows, columns=columns, format="prompt-completion")
+    assert list(mapped.examples[0].input_ids) == list(load([GOOD]).examples[0].input_ids)
+    [prompt] = load_prompts(rows, tiny_tokenizer(), columns=columns, format="prompt-completion")
+    assert prompt.reference == "Yo"
+
+
+def test_mixed_formats_of_a_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps({"instruction": "Hi", "output": "Yo"}))
+    with pytest.raises(InputError, match=r"a.jsonl:2: the row is of the format alpaca, but .*a.jsonl:1 is of prompt-"):
+        load_split("train", path, Recipe(tiny_tokenizer()))
+
+
+def test_only_a_few_of_many_refused_rows_are_named() -> None:
+    with pytest.raises(InputError, match=r"\.\.\. and 15 more"):
+        load([{**GOOD, "completion": ""}] * 20)
+
+
+def test_what_is_too_long_is_cut_as_asked_counted_and_said() -> None:
+    rows = [GOOD, {**GOOD, "completion": "x" * 500}]
+    split = load(rows, max_length=200, overflow="truncate")
+    assert [len(example) for example in split.examples][1:] == [200]
+    assert "1 sequences are longer than data.max_length and cut" in split.account.remarks("train")[0]
+    with pytest.raises(InputError, match=r"row 2: the sequence has .* more than data.max_length=200"):
+        load(rows, max_length=200, overflow="error")
+    split = load([{"text": "x" * 500}], max_length=200, overflow="split")
+    assert split.num_targets == 500  # 500 letters and the end, less the first, which has no context

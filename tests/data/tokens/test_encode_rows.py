@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sft.data.tokens import dataset
+from lightning_sft.data.tokens.dataset import Split, load_split
+from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.demos import tiny_tokenizer
+from lightning_sft.types import InputError
+
+GOOD = {"prompt": "Hi", "completion": "Yo"}
+
+
+def load(source: Any, num_workers: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Split:
+    monkeypatch.setattr(dataset, "_ROWS_AT_A_TIME", 3)
+    return load_split(
+        "train", source, Recipe(tiny_tokenizer(), **settings), invalid_rows="skip", num_workers=num_workers
+    )
+
+
+def test_workers_change_neither_examples_nor_the_account(jsonl: Callable[..., str], monkeypatch: Any) -> None:
+    """Also not which format a file is said to have: that of its first good row, whoever reads it."""
+    rows = [{"x": 1}, *([GOOD] * 4), {"instruction": "a", "output": "b"}, {**GOOD, "completion": ""}] * 3
+    path = jsonl([{**row, "id": i} for i, row in enumerate(rows)])
+    alone = load([path], 0, monkeypatch)
+    both = load([path], 2, monkeypatch)
+    assert both.account == alone.account
+    assert len(alone.account.refused) == 9
+    assert [e.provenance for e in both.examples] == [e.provenance for e in alone.examples]
+    assert [list(e.input_ids) for e in both.examples] == [list(e.input_ids) for e in alone.examples]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_error_of_a_worker_is_the_users_message_and_no_traceback(
+    jsonl: Callable[..., str], num_workers: int, monkeypatch: Any
+) -> None:
+    path = jsonl("".join(json.dumps(GOOD) + "\n" for _ in range(8)) + "{\n")
+    with pytest.raises(InputError, match=r"^.*train.jsonl:9: not valid JSON") as error:
+        load(path, num_workers, monkeypatch)
+    assert "Traceback" not in str(error.value)
+
+
+def test_forked_tokenizers_say_nothing_and_the_environment_stays(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    load([GOOD] * 50, 0, monkeypatch)
+    load([GOOD] * 50, 2, monkeypatch)
+    assert "forked" not in "".join(capfd.readouterr())
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+def test_only_the_first_rows_are_read_where_no_more_are_asked_for(jsonl: Callable[..., str], tmp_path: Path) -> None:
+    path = jsonl("".join(json.dumps(GOOD) + "\n" for _ in range(5)) + "{\n")
+    assert len(load_split("train", path, Recipe(tiny_tokenizer()), first=5).examples) == 5
+
+
+def test_large_files_are_encoded_by_all_cores_and_others_by_none(
+    jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    run = dataset.Chunks.run
+    monkeypatch.setattr(dataset.Chunks, "run", lambda self, workers: (used.append(workers), run(self, 0))[1])
+    monkeypatch.setattr(dataset, "num_cores", lambda: 7)
+    path = jsonl([GOOD] * 9)
+    load_split("train", path, Recipe(tiny_tokenizer()))
+    monkeypatch.setattr(dataset, "_LARGE", Path(path).stat().st_size)
+    for source in (path, [path], [GOOD]):
+        load_split("train", source, Recipe(tiny_tokenizer()))
+    assert used == [0, 7, 7, 0]

@@ -1,0 +1,118 @@
+"""The ids of a text are those of its segments, whatever stands at their ends."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from lightning_sft.data.tokens.tokenize import Segments
+
+TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
+WORDS = ["a", "b", "ab", " ", "  ", "\n", "\n\n", "user", "<", "<|", ">", "é", "ﬁ", "▁", "\t", "1 2", "."]
+NORMALIZERS = {
+    "none": None,
+    "prepend": normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+    "nfkc": normalizers.NFKC(),
+    "strip": normalizers.Strip(),
+    "lower": normalizers.Lowercase(),
+}
+PRE_TOKENIZERS = {
+    "none": None,
+    "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "bytes, prefixed": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "metaspace, first": pre_tokenizers.Metaspace(prepend_scheme="first"),
+    "metaspace, always": pre_tokenizers.Metaspace(prepend_scheme="always"),
+    "whitespace": pre_tokenizers.Whitespace(),
+}
+
+
+def tokenizer_of(normalizer: str, pre_tokenizer: str, added: list[AddedToken]) -> Tokenizer:
+    """Of letters and some pairs of them, with all bytes behind."""
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    letters = sorted({*pre_tokenizers.ByteLevel.alphabet()} | set("▁ \n\tabuser12.<|>é"))
+    pairs = [("a", "b"), ("▁", "a"), ("▁", "▁"), ("u", "s"), ("e", "r"), ("Ġ", "a"), ("Ċ", "Ċ"), ("Ġ", "Ġ")]
+    for piece in [*letters, *("".join(pair) for pair in pairs)]:
+        vocabulary.setdefault(piece, len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocabulary, pairs, byte_fallback=True))
+    if NORMALIZERS[normalizer] is not None:
+        tokenizer.normalizer = NORMALIZERS[normalizer]
+    if PRE_TOKENIZERS[pre_tokenizer] is not None:
+        tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre_tokenizer]
+    tokenizer.decoder = decoders.ByteFallback()
+    tokenizer.add_tokens(added)
+    return tokenizer
+
+
+def whole(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Each by itself."""
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+
+
+def random_texts(seed: int, tokens: list[str]) -> list[str]:
+    """Control tokens and words next to each other in every way."""
+    draw = random.Random(seed)
+    return ["".join(draw.choices([*tokens, *WORDS], k=draw.randint(0, 12))) for _ in range(200)]
+
+
+@pytest.mark.parametrize("pre_tokenizer", PRE_TOKENIZERS)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_segments_have_the_ids_of_the_whole(normalizer: str, pre_tokenizer: str) -> None:
+    tokenizer = tokenizer_of(normalizer, pre_tokenizer, [AddedToken(t, special=True, normalized=False) for t in TOKENS])
+    segments, texts = Segments(tokenizer), random_texts(0, TOKENS)
+    assert sum(len(segments.of(text)) > 1 for text in texts) > 100
+    assert segments.token_ids(texts) == whole(tokenizer, texts)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"lstrip": True},
+        {"rstrip": True},
+        {"single_word": True},
+        {"normalized": True},
+        {"special": False},
+    ],
+    ids=str,
+)
+def test_odd_tokens_are_found_as_before(odd: dict[str, bool]) -> None:
+    plain = {"special": True, "normalized": False}
+    added = [AddedToken(text, **plain | (odd if text in ("<s>", "[INST]") else {})) for text in TOKENS]
+    texts = random_texts(1, TOKENS)
+    for normalizer in ("lower", "strip"):
+        tokenizer = tokenizer_of(normalizer, "metaspace, first", added)
+        assert Segments(tokenizer).token_ids(texts) == whole(tokenizer, texts)
+
+
+@pytest.mark.parametrize("other", ["x<s>", "<s>x", "<|", "a<", "<|im_end|>\n", "\n<|im_", "im_start"])
+def test_tokens_that_another_can_hide_are_found_as_before(other: str) -> None:
+    added = [AddedToken(text, special=True, normalized=False) for text in TOKENS]
+    tokenizer = tokenizer_of("none", "bytes", [*added, AddedToken(other, special=False, normalized=False)])
+    texts = random_texts(2, [*TOKENS, other, "x", "im_", "start|>"])
+    assert Segments(tokenizer).token_ids(texts) == whole(tokenizer, texts)
+
+
+def test_text_that_names_a_control_token_stays_text_where_the_tokenizer_says_so() -> None:
+    tokenizer = tokenizer_of("none", "bytes", [AddedToken(t, special=True, normalized=False) for t in TOKENS])
+    tokenizer.encode_special_tokens = True
+    texts = random_texts(3, TOKENS)
+    assert Segments(tokenizer).token_ids(texts) == whole(tokenizer, texts)
+
+
+def test_what_texts_share_is_tokenised_once() -> None:
+    tokenizer = tokenizer_of("none", "bytes", [AddedToken(t, special=True, normalized=False) for t in TOKENS])
+    seen: list[list[str]] = []
+
+    class Watched:
+        def __getattr__(self, name: str) -> object:
+            return getattr(tokenizer, name)
+
+        def encode_batch_fast(self, texts: list[str], **settings: bool) -> object:
+            seen.append(texts)
+            return tokenizer.encode_batch_fast(texts, **settings)
+
+    turns = [f"<|im_start|>user\n{n}<|im_end|>" for n in range(20)]
+    chats = ["".join(turns[:count]) for count in range(1, 21)]
+    assert Segments(Watched()).token_ids(chats) == whole(tokenizer, chats)
+    assert [len(texts) for texts in seen] == [21]
