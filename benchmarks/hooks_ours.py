@@ -13,7 +13,7 @@ from lightning_sft.types import IGNORE, Batch
 
 
 class Recorder(Callback):
-    """Records every optimiser step of a fit.
+    """Records every optimizer step of a fit.
 
     Args:
         out: File for the record.

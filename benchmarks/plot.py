@@ -44,7 +44,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         loss.plot(steps, case["losses"], style, color=_COLORS[case["system"]], linewidth=2, label=case["name"])
         loss.legend(frameon=False)
     loss.xaxis.get_major_locator().set_params(integer=True)
-    loss.set(title="loss on the same batches", xlabel="optimiser step")
+    loss.set(title="loss on the same batches", xlabel="optimizer step")
     loss.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 

@@ -1,4 +1,4 @@
-"""What the script of a system writes while it trains: a line of JSON for each optimiser step, as it ends.
+"""What the script of a system writes while it trains: a line of JSON for each optimizer step, as it ends.
 
 Only the standard library: every environment imports it, before it imports anything else.
 """
@@ -24,7 +24,7 @@ class Record:
         self.path = path
 
     def step(self, loss: float, tokens: int, targets: int, positions: int) -> None:
-        """An optimiser step has ended.
+        """An optimizer step has ended.
 
         Args:
             loss: The loss that the system reports of it.

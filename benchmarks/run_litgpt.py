@@ -27,7 +27,7 @@ from benchmarks.record import Record, rows_of, settings
 
 
 class Recorder(Logger):
-    """Records every optimiser step of what LitGPT logs after each micro-batch.
+    """Records every optimizer step of what LitGPT logs after each micro-batch.
 
     Args:
         out: File for the record.

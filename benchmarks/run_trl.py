@@ -19,7 +19,7 @@ from benchmarks.record import Record, rows_of, settings
 
 
 class Recorder(TrainerCallback):
-    """Records every optimiser step; the trainer logs each.
+    """Records every optimizer step; the trainer logs each.
 
     Args:
         out: File for the record.

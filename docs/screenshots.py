@@ -35,7 +35,7 @@ FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.D
 NOISE = re.compile(
     r"Failed to load .*(torchao|kernels-community)|you already `pip install|W\d{4} .*torch|💡 Tip|Loading weights"
 )  # of other packages
-CONTROL = re.compile(r"(\r\n|\n|\r|\x1b\[[?\d;]*[A-Za-ln-z])")  # all but colours
+CONTROL = re.compile(r"(\r\n|\n|\r|\x1b\[[?\d;]*[A-Za-ln-z])")  # all but colors
 CONFIG = {
     "trainer": {
         "max_epochs": 2,

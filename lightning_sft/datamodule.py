@@ -103,7 +103,7 @@ class SFTDataModule(LightningDataModule):
         self.streaming, self.buffer_rows = streaming, buffer_rows
         self.sample_rows = 100  # of a stream: they are read before the training begins, since most mistakes show there
         self._asked: dict[str, Any] = {"tokenizer": plain(tokenizer), "packing": packing, "max_length": max_length}
-        self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalisation of what has been read
+        self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalization of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
         self._planned: dict[tuple[str, int | None], Planned] = {}
@@ -134,7 +134,7 @@ class SFTDataModule(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimiser steps in an epoch of training data, over all ranks together; infinite for a stream."""
+        """Optimizer steps in an epoch of training data, over all ranks together; infinite for a stream."""
         return math.inf if self.streaming else self.planned("train").plan.num_steps
 
     @property

@@ -1,4 +1,4 @@
-"""SFTModule: a pretrained causal language model whose targets' log-likelihood is maximised."""
+"""SFTModule: a pretrained causal language model whose targets' log-likelihood is maximized."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class SFTModule(LightningModule):
 
     Args:
         pretrained: A hub name, a folder, or a GGUF file.
-        normalize: What an optimiser step divides its weighted sum by, see :mod:`lightning_sft.objective`.
-        optimizer: Makes the optimiser from parameter groups; norms and biases are not decayed.
+        normalize: What an optimizer step divides its weighted sum by, see :mod:`lightning_sft.objective`.
+        optimizer: Makes the optimizer from parameter groups; norms and biases are not decayed.
         optimizers: Several instead, each for the parameters that its patterns name, as Muon for matrices and AdamW for
             the rest, see :class:`~lightning_sft.training.optimizers.OptimizerPart`.
         schedule: How the learning rate goes down after the warm-up.
@@ -140,7 +140,7 @@ class SFTModule(LightningModule):
         given = {name: plain(value) for name, value in self.hparams.items()}
         self.hparams.update(given | self.tuning.hyper_parameters() | {"sampling": asdict(self.sampling)})
         self.strict_loading = lora is None  # a checkpoint has adapters without their base; on_load_checkpoint checks it
-        self.learning_rate: float | None = None  # that Lightning's tuner has found; it wins over the optimiser's own
+        self.learning_rate: float | None = None  # that Lightning's tuner has found; it wins over the optimizer's own
         self.scorer: Scorer | None = None
         self.attention: Attention | None = None  # which one it is and why, once the model is loaded
         self._evaluation, self._step_figures = Evaluation(), StepFigures()
@@ -150,7 +150,7 @@ class SFTModule(LightningModule):
         self._own_schedule: LambdaLR | None = None
         self._modes = Modes(self)
         self._restored: Mapping[str, Tensor] | None = None  # weights to train of a checkpoint, if they differ
-        self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimiser step under way
+        self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimizer step under way
         self._sums: HostCopy | None = None  # theirs, over all ranks, once the last of them is there
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class SFTModule(LightningModule):
             if self.normalize != "token":
                 raise InputError(f"model.normalize={self.normalize} needs batches of SFTDataModule, which plans ahead.")
             if self.trainer.strategy.handles_gradient_accumulation:
-                raise InputError("DeepSpeed needs batches of SFTDataModule: its gradients cannot be normalised late.")
+                raise InputError("DeepSpeed needs batches of SFTDataModule: its gradients cannot be normalized late.")
             return -likelihood.total * accumulate
         return -likelihood.total * (accumulate * num_ranks / batch.normalizer)
 
@@ -261,7 +261,7 @@ class SFTModule(LightningModule):
         if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
             return
         window, self._window = self._window, []
-        if not window:  # the training_step of a subclass, which normalises and logs by itself
+        if not window:  # the training_step of a subclass, which normalizes and logs by itself
             return
         assert self._sums is not None, "the step's last micro-batch has not been seen"
         summed, self._sums = self._sums.wait(), None
@@ -380,7 +380,7 @@ class SFTModule(LightningModule):
         check_strategy(optimizer, self.trainer.strategy)
         if type(optimizer) is not AdamW:
             rank_zero_info(f"Optimizer: {described(optimizer)}.")
-        # Lightning refuses to clip where a fused optimiser would undo the loss scaling by itself; let the scaler do it
+        # Lightning refuses to clip where a fused optimizer would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         if not self.trainer.strategy.handles_gradient_accumulation:  # else DeepSpeed lets go of them
             optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # not only after the next forward pass

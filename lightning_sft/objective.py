@@ -1,6 +1,6 @@
 """The objective: the weighted log-likelihood of the target tokens.
 
-    log Pr(y | x) = Σ_i log Pr(y_i | x, y_<i)          one optimiser step minimises  − Σ_t w_t · log Pr(t) / Z
+    log Pr(y | x) = Σ_i log Pr(y_i | x, y_<i)          one optimizer step minimizes  − Σ_t w_t · log Pr(t) / Z
 
 over every target token t of all micro-batches and all ranks of that step. `normalize` says what w_t and Z are:
 

@@ -15,14 +15,14 @@ from lightning_sft.model.parallel.sharding import DtypeName
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Shards parameters, gradients and optimiser over all devices (FSDP2), and, if asked to, layers over some of them.
+    """Shards parameters, gradients and optimizer over all devices (FSDP2), and, if asked to, layers over some of them.
 
     Args:
         data_parallel_size: Devices that see different data. All of them by default, divided by the next.
         tensor_parallel_size: Devices that share each matrix.
-        compute_dtype: Dtype of the forward and backward pass; shards, optimiser and sums over ranks stay in that of
+        compute_dtype: Dtype of the forward and backward pass; shards, optimizer and sums over ranks stay in that of
             ``trainer.precision``. With ``trainer.precision=bf16-mixed`` it is bfloat16 unless it says otherwise.
-        cpu_offload: Keep shards and optimiser in the host's memory.
+        cpu_offload: Keep shards and optimizer in the host's memory.
         save_distributed_checkpoint: Whether each rank writes its own shard, into a folder, or rank 0 one whole file.
         kwargs: As in Lightning.
     """
@@ -70,7 +70,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         _update_properties(self.model, device=self.root_device)  # where batches go, and what is logged
 
 
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: parameters and optimiser sharded over devices")
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: parameters and optimizer sharded over devices")
 
 
 def layout(strategy: Any) -> tuple[DtypeName | None, bool]:

@@ -21,7 +21,7 @@ IGNORE = -100
 """Label of a position that has no target, as in ``torch.nn.functional.cross_entropy``."""
 
 Normalize = Literal["token", "sequence", "sqrt", "dataset"]
-"""What one optimiser step divides by, see :mod:`lightning_sft.objective`."""
+"""What one optimizer step divides by, see :mod:`lightning_sft.objective`."""
 
 Message = dict[str, Any]
 """One turn of a conversation, ``{"role": ..., "content": ...}``, as chat templates take it."""
@@ -103,8 +103,8 @@ class Batch:
         labels: The token that follows each position, or ``IGNORE``, ``[B, N]``.
         position_ids: Position within its document, ``[B, N]``; a new document starts where it is 0.
         target_weights: Weight of each label, ``[B, N]``, float; 0 where there is no target.
-        normalizer: Z of the whole optimiser step that this micro-batch belongs to, over all its micro-batches and all
-            ranks. ``None`` where nobody planned ahead: the module then normalises afterwards.
+        normalizer: Z of the whole optimizer step that this micro-batch belongs to, over all its micro-batches and all
+            ranks. ``None`` where nobody planned ahead: the module then normalizes afterwards.
         provenance: ``file:line`` of each document, in order.
         parts: Number of the data set that each document comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.

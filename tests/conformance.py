@@ -100,7 +100,7 @@ REASONS = {  # letter -> what the refusal says, and what it means
     "t": ("the chat template refuses", "the template itself refuses the conversation"),
     "e": ("the answer is empty", "the answer is empty"),
     "f": ("contains the control token", "a control token in a text"),
-    "b": ("cannot tokenise the answer apart", "prompt and answer cannot be tokenised apart"),
+    "b": ("cannot tokenize the answer apart", "prompt and answer cannot be tokenized apart"),
 }
 
 

@@ -122,7 +122,7 @@ def test_our_configuration_says_what_theirs_says(peer: str) -> None:
     for name, value in their_settings(peer).items():
         if name in one_to_one and type(value) in (int, float, str) and name.rpartition(".")[2] not in IN_OTHER_UNITS:
             ours = value_of(our_config(peer), one_to_one[name])
-            if isinstance(ours, dict):  # an optimiser or adapters, by a name
+            if isinstance(ours, dict):  # an optimizer or adapters, by a name
                 continue
             if isinstance(value, str):
                 assert ours in value, name  # HuggingFaceTB/… in checkpoints/HuggingFaceTB/…

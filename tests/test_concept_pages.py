@@ -68,7 +68,7 @@ def test_flags_that_cannot_be_read_end_with_the_code_of_the_page(capsys: pytest.
     assert stop.value.code == int(code)
 
 
-def test_the_table_of_normalisation_is_that_of_the_code() -> None:
+def test_the_table_of_normalization_is_that_of_the_code() -> None:
     page = (DOCS / "objective.md").read_text(encoding="utf-8")
     assert tuple(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == get_args(Normalize)
 

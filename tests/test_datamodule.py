@@ -32,7 +32,7 @@ def test_a_data_module_that_is_used_again_plans_for_the_new_trainer(
         assert trainer.global_step == data.steps_per_epoch
 
 
-def test_and_encodes_anew_for_another_model_or_normalisation_but_not_for_the_same(
+def test_and_encodes_anew_for_another_model_or_normalization_but_not_for_the_same(
     pretrained: str, tmp_path: Path, quiet_trainer: Make, rows: list[dict[str, str]]
 ) -> None:
     data = SFTDataModule(train=rows)

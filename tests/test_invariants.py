@@ -1,4 +1,4 @@
-"""The gradient of an optimiser step is that of the data-set objective, however the step is split."""
+"""The gradient of an optimizer step is that of the data-set objective, however the step is split."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_clipping_sees_the_exact_gradient(gpt2: str, clip: float) -> None:
     assert error(gpt2, [run], 3, clip=clip) <= 1e-10
 
 
-def test_dataset_normalisation_makes_an_epoch_add_up_to_the_gradient_of_the_objective(gpt2: str) -> None:
+def test_dataset_normalization_makes_an_epoch_add_up_to_the_gradient_of_the_objective(gpt2: str) -> None:
     run = fit(gpt2, {"tokens_per_batch": 100}, "dataset", precision="64-true", accumulate_grad_batches=2)
     rows = alone(gpt2, "dataset", "64-true").values()
     whole = torch.stack([gradient for gradient, _ in rows]).sum(0)  # ∇ of −L(θ)
@@ -140,7 +140,7 @@ def test_the_mean_of_means_would_be_caught(gpt2: str) -> None:
 
 
 class PlainBatches(LightningDataModule):
-    """A user's own data module: what a Hugging Face collator makes, without a normaliser."""
+    """A user's own data module: what a Hugging Face collator makes, without a normalizer."""
 
     def __init__(self, pretrained: str, batch_size: int) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class PlainBatches(LightningDataModule):
         return DataLoader(encoded(self.pretrained), batch_size=self.batch_size, collate_fn=collate)
 
 
-def test_batches_without_a_normaliser_are_normalised_when_the_step_is_complete(gpt2: str) -> None:
+def test_batches_without_a_normalizer_are_normalized_when_the_step_is_complete(gpt2: str) -> None:
     settings = {"accumulate_grad_batches": 3, "precision": "64-true"}
     run = fit(gpt2, PlainBatches(gpt2, 3), **settings)  # 4 micro-batches: windows of 3 and 1
     sources = [f"row {i}" for i in range(1, 13)]

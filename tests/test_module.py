@@ -250,7 +250,7 @@ def test_overfit_batches_limits_an_epoch_and_the_step_it_cuts_is_exact(
     assert [batch.normalizer for batch in batches] == [batch.target_weights.sum().item() for batch in batches]
 
 
-def test_batches_of_a_user_cannot_be_normalised_by_sequence(pretrained: str, quiet_trainer: Make) -> None:
+def test_batches_of_a_user_cannot_be_normalized_by_sequence(pretrained: str, quiet_trainer: Make) -> None:
     batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[1, 2]])}
     with pytest.raises(InputError, match=r"model.normalize=sequence needs batches of SFTDataModule"):
         quiet_trainer(max_steps=1).fit(

@@ -37,7 +37,7 @@ class SafeCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: A folder of this run alone; that of the logger by default.
-        every_n_train_steps: Optimiser steps between two checkpoints; by default only time counts.
+        every_n_train_steps: Optimizer steps between two checkpoints; by default only time counts.
         every_n_minutes: Minutes between two checkpoints; null for steps alone.
         keep_last: How many are kept.
     """
@@ -104,7 +104,7 @@ class SafeCheckpoint(ModelCheckpoint):
         self._lock.release()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save between two optimiser steps, when it is time."""
+        """Save between two optimizer steps, when it is time."""
         if is_between_steps(trainer) and self._is_due(trainer):
             self.save(trainer)
 

@@ -37,7 +37,7 @@ class HFExport(Callback):
 
     Args:
         folder: Where the folders are written; ``huggingface`` beside the run's logs by default.
-        every_n_steps: Write one every so many optimiser steps; none by default.
+        every_n_steps: Write one every so many optimizer steps; none by default.
         at_end: Write one at the end of the training.
         best: Write one of the best checkpoint, when the training has ended.
         dtype: Of the weights; that of the trained ones by default. 16 bits halve a folder and round the weights.
@@ -93,7 +93,7 @@ class HFExport(Callback):
             self._first_rank(self._check)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write a folder after every so many optimiser steps."""
+        """Write a folder after every so many optimizer steps."""
         step, before, self._last_step = trainer.global_step, self._last_step, trainer.global_step
         is_due = self.every_n_steps is not None and step > before and step % self.every_n_steps == 0
         if is_due and (error := self._export(trainer, pl_module, f"step-{step}")):

@@ -1,4 +1,4 @@
-"""The ledger: which samples each optimiser step has consumed, and what came of it."""
+"""The ledger: which samples each optimizer step has consumed, and what came of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_sft.types import Batch, InputError
 
 
 class SampleLedger(Callback):
-    """Writes one line an optimiser step to ``samples.jsonl``: its loss, and the samples of all ranks.
+    """Writes one line an optimizer step to ``samples.jsonl``: its loss, and the samples of all ranks.
 
     A run that goes on from a checkpoint cuts off the lines of steps after it, which are going to be taken once more: so
     the ledger is that of a run that was never killed. It is written before each checkpoint, never behind one.

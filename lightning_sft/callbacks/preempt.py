@@ -82,7 +82,7 @@ class Preempt(Callback):
             signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End here, between two optimiser steps, if a process has been told to."""
+        """End here, between two optimizer steps, if a process has been told to."""
         if is_between_steps(trainer) and self._agreement.one_says(trainer, self.told is not None):
             self._end(trainer)
 

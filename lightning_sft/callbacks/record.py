@@ -29,7 +29,7 @@ from lightning_sft.types import InputError
 
 
 class RunRecord(Callback):
-    """Writes ``run.json``, what a run is, and ``metrics.jsonl``, what was logged at each optimiser step and validation.
+    """Writes ``run.json``, what a run is, and ``metrics.jsonl``, what was logged at each optimizer step and validation.
 
     A run that goes on from a checkpoint cuts off the lines of steps after it, which are going to be taken once more.
 

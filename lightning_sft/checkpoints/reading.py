@@ -85,7 +85,7 @@ def hyper_parameters(path: str | Path) -> dict[str, Any]:
 def weights(path: str | Path) -> dict[str, Tensor]:
     """The weights that were trained, under the names that they have in the module.
 
-    Of DeepSpeed, the float32 ones of its optimiser where there are such, rather than what it rounded from them.
+    Of DeepSpeed, the float32 ones of its optimizer where there are such, rather than what it rounded from them.
 
     Raises:
         InputError: When there is no checkpoint, or it cannot be read without running code.

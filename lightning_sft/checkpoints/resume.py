@@ -1,6 +1,6 @@
-"""Where a run is, so that it goes on there to the bit: between two optimiser steps, whenever it was saved.
+"""Where a run is, so that it goes on there to the bit: between two optimizer steps, whenever it was saved.
 
-Lightning restores its counters as they were at the moment of saving. That moment may be inside an optimiser step,
+Lightning restores its counters as they were at the moment of saving. That moment may be inside an optimizer step,
 whose gradients are lost; at the end of an epoch that ``max_steps`` has cut, which would count as done; or inside a
 validation, whose first half is lost. So a checkpoint has its :class:`Place` beside them, and the counters are made from
 it anew.
@@ -35,16 +35,16 @@ ASKED = "lightning_sft_optimizer"
 
 @dataclass(frozen=True)
 class Place:
-    """A place between two optimiser steps.
+    """A place between two optimizer steps.
 
     Args:
         epoch: Number of the epoch, from 0.
-        steps: Optimiser steps of the epoch that are done.
+        steps: Optimizer steps of the epoch that are done.
         micro_batches: Micro-batches of a rank that these steps had.
         is_last: Whether the epoch has no more of them.
         is_validated: Whether the validation that may be due here has been run.
         num_ranks: Data-parallel size.
-        accumulate: Micro-batches of a rank in one optimiser step.
+        accumulate: Micro-batches of a rank in one optimizer step.
         seed: Of dropout and whatever else is drawn while a micro-batch is computed.
         plan: What the order of the data depends on; ``None`` where nobody has planned it.
     """
@@ -61,7 +61,7 @@ class Place:
 
     @classmethod
     def of(cls, trainer: Any, seed: int) -> Place:
-        """That of a trainer: after the last optimiser step, at any moment."""
+        """That of a trainer: after the last optimizer step, at any moment."""
         fit, loop, accumulate = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
         epochs, batches = fit.epoch_progress.current, loop.batch_progress.current
         steps = loop.automatic_optimization.optim_progress.optimizer.step.current.completed

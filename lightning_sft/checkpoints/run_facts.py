@@ -28,7 +28,7 @@ _DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows"
 
 
 def run_facts(trainer: Any) -> dict[str, Any]:
-    """Place, figures, optimiser, settings, data and versions of a training run, as plain values.
+    """Place, figures, optimizer, settings, data and versions of a training run, as plain values.
 
     Every process calls it: figures that are not reduced over ranks yet are reduced now.
 

@@ -148,7 +148,7 @@ def sweep(folder: Path, pattern: str) -> None:
 
 
 def bytes_of_checkpoint(module: torch.nn.Module) -> int:
-    """At least how large a checkpoint is: what is trained, and two float32 values of the optimiser for each number."""
+    """At least how large a checkpoint is: what is trained, and two float32 values of the optimizer for each number."""
     return sum(p.numel() * (p.element_size() + 8) for p in module.parameters() if p.requires_grad)
 
 

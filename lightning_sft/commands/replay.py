@@ -1,4 +1,4 @@
-"""``lightning-sft replay``: the batch and the loss of an optimiser step once more, sample by sample."""
+"""``lightning-sft replay``: the batch and the loss of an optimizer step once more, sample by sample."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def replay(
     weights_of: str | Path | None = None,
     rows: Index = 20,
 ) -> Replay:
-    """Rebuild the batch of an optimiser step from the ledger, and its loss from a checkpoint.
+    """Rebuild the batch of an optimizer step from the ledger, and its loss from a checkpoint.
 
     Args:
         data: As for ``fit``.

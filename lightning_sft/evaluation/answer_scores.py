@@ -23,11 +23,11 @@ def scores(
 
     ====================  ==============================================================================================
     ``exact_match``       the share of answers that are the reference, but for space around them
-    ``normalised_match``  the same for :func:`normalised` texts
+    ``normalised_match``  the same for :func:`normalized` texts
     ``extracted_match``   the share whose :func:`extracted` part is that of the reference
     ``rouge1``            F-measure of words, of torchmetrics; ``rouge2`` of pairs of words
     ``rougeL``            F-measure of the longest common subsequence of words, of torchmetrics
-    ``bleu``              BLEU of the corpus, of torchmetrics, with the tokenisation of sacrebleu (13a)
+    ``bleu``              BLEU of the corpus, of torchmetrics, with the tokenization of sacrebleu (13a)
     ====================  ==============================================================================================
 
     Args:
@@ -46,7 +46,7 @@ def scores(
     pairs = list(zip(answers, references, strict=True))
     found = {
         "exact_match": _share(answer.strip() == reference.strip() for answer, reference in pairs),
-        "normalised_match": _share(normalised(answer) == normalised(reference) for answer, reference in pairs),
+        "normalised_match": _share(normalized(answer) == normalized(reference) for answer, reference in pairs),
     }
     if extract is not None:
         wanted = [extracted(reference, extract) for reference in references]
@@ -69,10 +69,10 @@ def scores(
     return found
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """In lower case, without punctuation and articles, with single spaces, as SQuAD compares answers.
 
-    >>> normalised("  The Cat,  sat!")
+    >>> normalized("  The Cat,  sat!")
     'cat sat'
     """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())

@@ -72,7 +72,7 @@ class CorpusLikelihood(Metric):
     """Figures of the targets of a whole corpus, each a sum over all batches and ranks that is divided once.
 
     ========================  ==========================================================================================
-    ``loss``                  Σ −w·log Pr / Σ w over all targets: what training minimises
+    ``loss``                  Σ −w·log Pr / Σ w over all targets: what training minimizes
     ``perplexity``            exp(Σ −log Pr / number of targets), whatever their weights
     ``bits_per_byte``         Σ −log₂ Pr / UTF-8 bytes of the text of the targets: comparable between tokenizers
     ``token_accuracy``        the share of targets that are the likeliest token

@@ -77,7 +77,7 @@ def _objective(normalize: str) -> str:
     weight, total, meaning = _WEIGHTS.get(normalize, _WEIGHTS["token"])
     return (
         "    θ̃ = argmax_θ L(θ),   L(θ) = Σ_(x,y)∈D log Pr_θ(y | x),   log Pr_θ(y | x) = Σ_i log Pr_θ(y_i | x, y_<i)\n\n"
-        "One step minimises −Σ_t w_t · log Pr_θ(t | its context) / Z over the target tokens t of all its micro-batches "
+        "One step minimizes −Σ_t w_t · log Pr_θ(t | its context) / Z over the target tokens t of all its micro-batches "
         f"and ranks. `normalize: {normalize}`: w is {weight}, times the weights of the data; Z is {total}: {meaning}."
     )
 

@@ -54,7 +54,7 @@ class LinearHead:
 
     def backward(self, chunk: slice, gradient: Tensor) -> None:
         """Add what the gradient of a chunk's output is to that of states and parameters."""
-        beta = 0 if chunk.start == 0 else 1  # sums begin uninitialised
+        beta = 0 if chunk.start == 0 else 1  # sums begin uninitialized
         if self.of_states is not None:
             _multiply(self.of_states[chunk], gradient, self._weight, beta=0)
         if self._of_weight is not None:
@@ -204,7 +204,7 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sum_for(tensor: Tensor, num: int) -> Tensor:
-    """Where its gradient is summed up; uninitialised, unless there is nothing to come."""
+    """Where its gradient is summed up; uninitialized, unless there is nothing to come."""
     make = torch.empty_like if num else torch.zeros_like
     return make(tensor, dtype=_at_least_float32(tensor.dtype), requires_grad=False)
 

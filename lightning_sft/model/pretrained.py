@@ -42,9 +42,9 @@ def load_model(
     (``bf16-true``, ``64-true``): master weights are never rounded because a checkpoint is stored in bfloat16.
 
     Args:
-        pretrained: A hub name, a folder, or a GGUF file (which is dequantised).
+        pretrained: A hub name, a folder, or a GGUF file (which is dequantized).
         attn_implementation: As in transformers; ``None`` lets it choose.
-        quantization: How to quantise it, see :mod:`lightning_sft.model.tuning.quantization`.
+        quantization: How to quantize it, see :mod:`lightning_sft.model.tuning.quantization`.
         dtype: Of its parameters, as for a base that is not trained.
 
     Raises:

@@ -159,7 +159,7 @@ def check_epoch(trainer: Any) -> None:
     """Refuse epochs that cannot be divided as they would have to be.
 
     Raises:
-        InputError: When an epoch ends inside an optimiser step of DeepSpeed, which would carry it on into the next; or
+        InputError: When an epoch ends inside an optimizer step of DeepSpeed, which would carry it on into the next; or
             when there are more ranks than micro-batches.
     """
     accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor on the base learning rate at each optimiser step."""
+"""Learning-rate schedules: the factor on the base learning rate at each optimizer step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def learning_rate_factor(step: int, total: int, schedule: Schedule = "cosine", w
     ``wsd`` (warm-up, stable, decay) stays at 1 and falls linearly over the last fifth of the steps.
 
     Args:
-        step: The optimiser step about to be taken, from 0.
-        total: How many optimiser steps there are.
+        step: The optimizer step about to be taken, from 0.
+        total: How many optimizer steps there are.
         schedule: The shape after the warm-up.
         warmup: Steps of warm-up as a share of ``total``.
 

@@ -1,4 +1,4 @@
-"""What is logged of an optimiser step beside its loss: how much was computed, how fast, and what has been seen."""
+"""What is logged of an optimizer step beside its loss: how much was computed, how fast, and what has been seen."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STEPS = 10  # that speeds are a mean of
 
 
 class StepFigures:
-    """Counts what optimiser steps compute, and measures their time.
+    """Counts what optimizer steps compute, and measures their time.
 
     Nothing here waits for the device: counts are known from the shapes of batches, and are summed over ranks in the one
     reduction that a step has anyway; what :meth:`close` is given of it is on the host. Times are those between the ends

@@ -57,7 +57,7 @@ def root_device(trainer: Any) -> torch.device:
 
 
 def divisors(trainer: Any) -> tuple[int, int]:
-    """What the gradient of a micro-batch is divided by before the optimiser gets it: accumulation, and ranks.
+    """What the gradient of a micro-batch is divided by before the optimizer gets it: accumulation, and ranks.
 
     Lightning divides the loss by ``accumulate_grad_batches``, also in a short last window, and strategies average over
     the data-parallel ranks. DeepSpeed, which accumulates by itself, divides by the accumulation once more.
@@ -99,7 +99,7 @@ def place(trainer: Any) -> tuple[int, int]:
 
 
 def is_between_steps(trainer: Any) -> bool:
-    """Whether the optimiser step of the micro-batch under way has been taken; asked when it ends."""
+    """Whether the optimizer step of the micro-batch under way has been taken; asked when it ends."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
@@ -166,7 +166,7 @@ def first_rank_does(trainer: Any, work: Callable[[], object]) -> None:
 
 
 def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
-    """Optimiser steps of the whole fit: the fewer of ``max_steps`` and what the data module has planned for its epochs.
+    """Optimizer steps of the whole fit: the fewer of ``max_steps`` and what the data module has planned for its epochs.
 
     Raises:
         InputError: When neither gives an end, and there has to be one.

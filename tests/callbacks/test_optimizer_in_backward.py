@@ -159,7 +159,7 @@ def test_what_needs_all_gradients_is_refused_before_anything_is_read(settings: d
     OptimizerInBackward().setup(trainer, None, "validate")
 
 
-def test_other_optimisers_and_batches_are_refused(tied: str, rows: list[dict[str, str]]) -> None:
+def test_other_optimizers_and_batches_are_refused(tied: str, rows: list[dict[str, str]]) -> None:
     class Own(torch.optim.SGD):
         pass
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lightning_sft.evaluation.answer_scores import extracted, normalised, scores
+from lightning_sft.evaluation.answer_scores import extracted, normalized, scores
 from lightning_sft.types import InputError
 
 GSM8K = r"####\s*(\S+)"
@@ -51,6 +51,6 @@ def test_rouge_and_bleu_are_those_of_hand_counted_words() -> None:
     assert found["bleu"] < 0.5
 
 
-def test_normalised_texts_have_no_case_punctuation_articles_or_space() -> None:
-    assert normalised("The  quick, brown\tFox.") == normalised("quick brown fox") == "quick brown fox"
-    assert normalised("theatre another") == "theatre another"
+def test_normalized_texts_have_no_case_punctuation_articles_or_space() -> None:
+    assert normalized("The  quick, brown\tFox.") == normalized("quick brown fox") == "quick brown fox"
+    assert normalized("theatre another") == "theatre another"

@@ -44,7 +44,7 @@ class Browser:
         return self.call("/goog/cdp/execute", {"cmd": name, "params": parameters})
 
     def show(self, url: str, scheme: str = "light", width: int = 1160) -> None:
-        """Open a page in a colour scheme."""
+        """Open a page in a color scheme."""
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.command("Emulation.setEmulatedMedia", features=features)
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}

@@ -92,7 +92,7 @@ RUNS = {
 
 
 class Losses(Callback):
-    """Appends the loss of each optimiser step to a file, to the bit."""
+    """Appends the loss of each optimizer step to a file, to the bit."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -21,7 +21,7 @@ MADE = {"train/tokens_seen", "train/targets_seen", "train/fill"}
 
 
 class Figures(Callback):
-    """What was logged at the end of each optimiser step."""
+    """What was logged at the end of each optimizer step."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []

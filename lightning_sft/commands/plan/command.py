@@ -133,7 +133,7 @@ def largest(planned: Planned, data: SFTDataModule) -> Batch:
 
 
 def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any) -> dict[str, Any]:
-    """Optimiser steps, micro-batches and tokens, of an epoch and in all."""
+    """Optimizer steps, micro-batches and tokens, of an epoch and in all."""
     endless = module.schedule == "constant"
     ends = SimpleNamespace(max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, datamodule=data)
     total = total_steps(ends, may_be_endless=endless)

@@ -22,7 +22,7 @@ class Model:
     Args:
         layer: The largest of its layers.
         others: All that is in no layer: embeddings, head, the last norm.
-        trained: What the optimiser has.
+        trained: What the optimizer has.
         trained_layer: The same of a layer.
     """
 
@@ -42,11 +42,11 @@ class Layout:
         autocast: Dtype that products are cast to, or ``None``.
         data_parallel: Devices that see different data.
         tensor_parallel: Devices that share each matrix.
-        stage: What data-parallel devices share: 0 nothing, 1 the optimiser's state, 2 gradients too, 3 all.
+        stage: What data-parallel devices share: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 all.
         compute: Dtype of what is computed where it is not that of ``dtype``.
         is_deepspeed: Whether DeepSpeed does it, with a float32 copy of what is trained, and its buckets.
-        offloads: What is in the host's memory: ``optimiser``, or ``all``.
-        in_backward: Whether the optimiser steps in the backward pass.
+        offloads: What is in the host's memory: ``optimizer``, or ``all``.
+        in_backward: Whether the optimizer steps in the backward pass.
         keeps_memory: Whether a CPU's allocator keeps what is freed.
     """
 
@@ -83,7 +83,7 @@ class Layout:
             stage = int(own.get("stage") or next((c for c in name if c.isdigit()), 2))
             offloads = "all" if own.get("offload_parameters") or (stage == 3 and "offload" in name) else ""
             if not offloads and (own.get("offload_optimizer") or "offload" in name):
-                offloads = "optimiser"
+                offloads = "optimizer"
             plain |= {"stage": stage, "is_deepspeed": True, "dtype": autocast or dtype, "autocast": None}
             return cls(f"DeepSpeed ZeRO-{stage}", **plain, offloads=offloads)
         if name in ("fsdp2", "fsdp2strategy", "modelparallelstrategy"):
@@ -123,10 +123,10 @@ class Layout:
         of = {
             "weights": wider * shared[self.stage >= 3],
             "gradients": wider * shared[self.stage >= 2],
-            "optimiser": (4 / self.dtype.itemsize if self.is_deepspeed else wider) * shared[self.stage >= 1],
+            "optimizer": (4 / self.dtype.itemsize if self.is_deepspeed else wider) * shared[self.stage >= 1],
         }
         if self.offloads:
-            of |= {"optimiser": 0.0} if self.offloads == "optimiser" else dict.fromkeys(of, 0.0)
+            of |= {"optimizer": 0.0} if self.offloads == "optimizer" else dict.fromkeys(of, 0.0)
         return of
 
     def extra(self, model: Model) -> dict[str, float]:

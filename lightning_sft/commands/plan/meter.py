@@ -1,6 +1,6 @@
 """Counts the bytes that tensors take while code runs, without the tensors: only their shapes exist.
 
-The code is the real one: a model's forward and backward pass, an optimiser's step. What is of floating point is fake
+The code is the real one: a model's forward and backward pass, an optimizer's step. What is of floating point is fake
 (torch's FakeTensorMode), so a model of any size costs no memory and no products. What is of integers is real, since the
 shapes of a step depend on it: which positions have a target, which documents share a row.
 """
@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_sft.types import InputError
 
-Kind = Literal["weights", "gradients", "optimiser", "activations"]
-KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimiser", "activations")
+Kind = Literal["weights", "gradients", "optimizer", "activations"]
+KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "activations")
 
 _aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ class Meter(TorchDispatchMode):
     """While it is entered, tensors of floating point are fake, and every allocation is counted.
 
     Args:
-        shares: What part of each kind a device has: ``{"optimiser": 0.25}`` where four share it. 1 by default.
+        shares: What part of each kind a device has: ``{"optimizer": 0.25}`` where four share it. 1 by default.
 
     >>> with Meter() as meter:
     ...     layer = meter.made("weights", lambda: nn.Linear(1000, 1000, bias=False))
@@ -164,7 +164,7 @@ class Meter(TorchDispatchMode):
         self._kind[block] = kind
 
     def _note(self) -> None:
-        # of equal peaks the last one: an optimiser's state is known as such once its first step is over
+        # of equal peaks the last one: an optimizer's state is known as such once its first step is over
         if self._moment and self.total(self.live) >= self.total(self.peaks.get(self._moment, {})):
             self.peaks[self._moment] = self.live.copy()
 

@@ -1,4 +1,4 @@
-"""The first two optimiser steps of a fit, with shapes instead of values: what they allocate."""
+"""The first two optimizer steps of a fit, with shapes instead of values: what they allocate."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from lightning_sft.model.tuning.neftune import add_noise
 from lightning_sft.training.optimizers import make_optimizer
 from lightning_sft.types import Batch
 
-FORWARD, LOSS, BACKWARD, STEP = "layers, forward", "loss", "backward", "optimiser step"
+FORWARD, LOSS, BACKWARD, STEP = "layers, forward", "loss", "backward", "optimizer step"
 
-_BYTES = {"4bit": 0.516, "8bit": 1.0}  # of a quantised parameter, with its scales
+_BYTES = {"4bit": 0.516, "8bit": 1.0}  # of a quantized parameter, with its scales
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Rehearsal:
         sizes: Of the parts of the model.
         num_parameters: All of them.
         num_adapters: Those of adapters.
-        num_quantized: Those that are quantised.
+        num_quantized: Those that are quantized.
         chunk_size: Targets whose logits are in memory at a time.
         logits: Bytes of the logits of one chunk of targets, in float32.
-        saved: Bytes that quantisation saves.
-        unpacked: Bytes of the largest quantised matrix while it is used.
+        saved: Bytes that quantization saves.
+        unpacked: Bytes of the largest quantized matrix while it is used.
     """
 
     meter: Meter
@@ -70,7 +70,7 @@ def rehearse(
     memory: float | None = None,
     compiles: bool = False,
 ) -> Rehearsal:
-    """Two optimiser steps in Lightning's order, the second with two micro-batches where gradients are accumulated.
+    """Two optimizer steps in Lightning's order, the second with two micro-batches where gradients are accumulated.
 
     Args:
         module: The :class:`~lightning_sft.module.SFTModule`, as configured; its model is not loaded.
@@ -106,7 +106,7 @@ def rehearse(
                 meter.moment(BACKWARD)
                 loss.backward()
                 del loss
-            meter.moment(STEP, "optimiser")  # its state comes into being here
+            meter.moment(STEP, "optimizer")  # its state comes into being here
             optimizer.step()
             optimizer.zero_grad()
     meter.moment("")
@@ -181,7 +181,7 @@ def _step_in_backward(model: nn.Module, optimizer: torch.optim.Optimizer, meter:
 
     def step(parameter: torch.Tensor) -> None:
         optimizer.step()
-        meter.call((t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)), "optimiser")
+        meter.call((t for t in optimizer.state[parameter].values() if isinstance(t, torch.Tensor)), "optimizer")
         optimizer.zero_grad()
 
     for parameter in model.parameters():

@@ -22,7 +22,7 @@ def show_prediction(prediction: Prediction, steps: Mapping[str, Any], console: C
     if rehearsal.num_adapters:
         rows["of adapters"] = f"{rehearsal.num_adapters:,}"
     if rehearsal.num_quantized:
-        rows["quantised"] = f"{rehearsal.num_quantized:,}"
+        rows["quantized"] = f"{rehearsal.num_quantized:,}"
     console.print(_table(["Model", ""], *([name, value] for name, value in rows.items())))
     console.print(_table(["Steps", ""], *([name, _figure(value)] for name, value in steps.items())))
     console.print(f"\nMemory of each {prediction.device.name}, in GiB: {prediction.layout.name}", style="bold")

@@ -43,7 +43,7 @@ def _head(run: Run, title: str) -> str:
     started = f"{record['starts'][0]['time'].replace('T', ' ').split('+')[0]} UTC"
     more = len(record["starts"]) - 1
     times = "" if more == 0 else ", gone on with once" if more == 1 else f", gone on with {more} times"
-    about = f"{last:,.0f} optimiser steps in {timedelta(seconds=round(run.seconds))}, begun {started}{times}"
+    about = f"{last:,.0f} optimizer steps in {timedelta(seconds=round(run.seconds))}, begun {started}{times}"
     cards = "".join(_cards(run))
     return (
         f'<h1>{escape(title)}</h1><p>{escape(about)}</p><p class="dim">{escape(trained)} on '
@@ -154,7 +154,7 @@ def _data(data: Mapping[str, Any] | None) -> str:
 
 def _settings(record: Mapping[str, Any]) -> str:
     facts = record["facts"]
-    groups = {"Optimiser": facts["optimizer"], "Trainer": facts["trainer"], "Data module": facts["data_module"]}
+    groups = {"Optimizer": facts["optimizer"], "Trainer": facts["trainer"], "Data module": facts["data_module"]}
     cards = [_card(name, _pairs(group)) for name, group in groups.items() if group]
     if record["config"]:
         shown = f"<details><summary>config.yaml, every key</summary>{_pre(record['config'])}</details>"

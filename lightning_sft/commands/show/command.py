@@ -45,7 +45,7 @@ def show(
 
     Args:
         data: Its training and validation batches are shown.
-        module: Names the tokenizer, and how weights are normalised.
+        module: Names the tokenizer, and how weights are normalized.
         trainer: Settings of a trainer; they decide how micro-batches are dealt out.
         rows: How many sequences are printed, each of another micro-batch where there are enough.
         row: Print the sequences of this row instead, given as ``file:line``.

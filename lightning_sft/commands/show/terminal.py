@@ -20,9 +20,9 @@ _LISTED = 3  # rows named below the table of the audit
 
 
 def show_document(pieces: Sequence[Piece], title: str, remark: str, console: Console) -> None:
-    """Print a document token by token: targets on a coloured ground, context dim, control tokens in another colour.
+    """Print a document token by token: targets on a colored ground, context dim, control tokens in another color.
 
-    Where there are no colours (a file, a pipe, ``NO_COLOR``), targets stand between « and ».
+    Where there are no colors (a file, a pipe, ``NO_COLOR``), targets stand between « and ».
 
     Args:
         pieces: The document.
@@ -31,11 +31,11 @@ def show_document(pieces: Sequence[Piece], title: str, remark: str, console: Con
         console: Where to print.
     """
     console.print(Text.assemble("\n", (title, "bold"), (f"  {remark}", "dim")))
-    console.print(_coloured(pieces, marks=console.color_system is None))
+    console.print(_colored(pieces, marks=console.color_system is None))
 
 
 def show_legend(console: Console) -> None:
-    """Print what the colours mean."""
+    """Print what the colors mean."""
     legend = Text.assemble(
         "\n", (" context ", "dim"), "  ", (" target ", _TARGETS[0]), "  ", ("control token", _SPECIAL)
     )
@@ -65,7 +65,7 @@ def weight_mark(weight: float) -> str:
     return "" if weight in (0, 1) else f"×{weight:.3g}"
 
 
-def _coloured(pieces: Sequence[Piece], marks: bool) -> Text:
+def _colored(pieces: Sequence[Piece], marks: bool) -> Text:
     text = Text()
     for weight, stretch in groupby(pieces, key=lambda piece: piece.weight):
         text.append("«" if marks and weight else "")

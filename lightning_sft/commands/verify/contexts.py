@@ -179,7 +179,7 @@ def _chosen(split: Split, most: int, seed: int) -> dict[tuple[int, str], list[Ex
 def _rows(
     subject: Subject, name: str, split: Split, chosen: dict[tuple[int, str], list[Example]]
 ) -> Iterator[tuple[Conversation, float, list[Example]]]:
-    """The chosen rows as conversations, read once more, with the power of their normalisation and their sequences."""
+    """The chosen rows as conversations, read once more, with the power of their normalization and their sequences."""
     data = subject.data
     for number, part in enumerate(split.mixture.of_name.values()):
         convert = Converter(part.format or data.format, part.columns or data.columns)

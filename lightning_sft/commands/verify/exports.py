@@ -20,7 +20,7 @@ from lightning_sft.model.pretrained import load_exported
 from lightning_sft.model.tuning.adapters import has_adapters
 
 EXACT, ROUNDED = 1e-3, 0.2
-"""Difference of log Pr of a target, in nats; the second where trained weights are rounded: in 16 bits, or quantised."""
+"""Difference of log Pr of a target, in nats; the second where trained weights are rounded: in 16 bits, or quantized."""
 
 
 def check_exports(subject: Subject) -> Outcome:

@@ -20,7 +20,7 @@ _SPLITS = (1, 2, 4)
 
 
 class Recorder(Optimizer):
-    """Keeps the gradient of a step as the optimiser gets it, and changes nothing."""
+    """Keeps the gradient of a step as the optimizer gets it, and changes nothing."""
 
     def __init__(self, groups: Any, names: dict[int, str]) -> None:
         super().__init__(groups, {"lr": 0.0})
@@ -38,7 +38,7 @@ def check_gradients(subject: Subject) -> Outcome:
     """A step's gradient is ``−∇ Σ_t w_t · log Pr(t) / Z`` over its samples, however they are split into micro-batches.
 
     Each split goes through Lightning's trainer, the module and the data module as ``fit`` would, up to what the
-    optimiser gets. The reference is :mod:`lightning_sft.commands.verify.reference` on plain transformers. Compared are
+    optimizer gets. The reference is :mod:`lightning_sft.commands.verify.reference` on plain transformers. Compared are
     tensors, ``‖difference‖ / ‖reference‖``, up to 1e-4 in float32 and 1e-6 in float64. Dropout and noise are off in
     both, and parameters that begin at zero have small values.
     """

@@ -1,6 +1,6 @@
 """The independent side of comparisons: a document at a time, full logits of plain transformers, the formula in a loop.
 
-Nothing here knows of packs, chunks, micro-batches or normalisers, and no attention has more than one document.
+Nothing here knows of packs, chunks, micro-batches or normalizers, and no attention has more than one document.
 """
 
 from __future__ import annotations

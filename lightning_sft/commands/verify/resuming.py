@@ -34,7 +34,7 @@ class Losses(Callback):
             check_disk(Path(self.path).parent, bytes_of_checkpoint(pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the loss; the optimiser step that it is of has been counted where it was taken."""
+        """Keep the loss; the optimizer step that it is of has been counted where it was taken."""
         took = is_between_steps(trainer)
         step = trainer.global_step - took + 1
         self.of_step.setdefault(f"step {step}", []).append(float(outputs["loss"]))
@@ -45,7 +45,7 @@ class Losses(Callback):
 def check_resuming(subject: Subject) -> Outcome:
     """A run that goes on from a checkpoint has the losses and weights of one that was never interrupted, bit by bit.
 
-    A few steps with everything as configured: optimiser, schedule, precision, dropout, adapters. After half of them a
+    A few steps with everything as configured: optimizer, schedule, precision, dropout, adapters. After half of them a
     checkpoint is saved; a new module and trainer go on from it. Compared are the losses of each micro-batch and all
     weights at the end. There is no tolerance; on a GPU, deterministic kernels are asked for where there are some.
     """

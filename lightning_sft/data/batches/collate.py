@@ -26,7 +26,7 @@ def collate(
 
     Args:
         examples: May be empty: the batch then is one padding token and no target, so that a rank can keep in step.
-        normalizer: Z of the optimiser step.
+        normalizer: Z of the optimizer step.
         packed: All in one row without padding (``True``), or one example a row, padded on the right.
         fill: Positions that a packed row has at least: it is filled up with documents of padding, none of them longer
             than the longest example. Where all rows are of one size, kernels are compiled once.

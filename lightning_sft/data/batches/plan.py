@@ -1,4 +1,4 @@
-"""The plan of an epoch: which micro-batch each rank takes when, and the normaliser of each optimiser step.
+"""The plan of an epoch: which micro-batch each rank takes when, and the normalizer of each optimizer step.
 
 A pure function of (seed, epoch, number of ranks): every rank computes the same plan and takes its own column, so that
 ranks never talk about data, and a killed run finds its place again.
@@ -25,7 +25,7 @@ class MicroBatch:
 
     Args:
         examples: Indices of the examples; empty where a rank only keeps the others company.
-        normalizer: Z of the optimiser step it belongs to.
+        normalizer: Z of the optimizer step it belongs to.
     """
 
     examples: tuple[int, ...]
@@ -39,7 +39,7 @@ class Division:
     Args:
         rank: Data-parallel rank.
         num_ranks: Data-parallel size.
-        accumulate: Micro-batches of a rank in one optimiser step.
+        accumulate: Micro-batches of a rank in one optimizer step.
         limit: Micro-batches of a rank that an epoch uses: an int, or the share of them, a float.
         num_local: Processes on this machine.
     """
@@ -64,7 +64,7 @@ class Plan:
         partition: Lengths to micro-batches of indices, as :func:`lightning_sft.data.batches.packing.pack` does.
         draw: Which examples an epoch uses; each once by default.
         num_ranks: Data-parallel size.
-        accumulate: Micro-batches of a rank in one optimiser step.
+        accumulate: Micro-batches of a rank in one optimizer step.
         constant: Whether Z is the same for all steps, the mean sum of weights, and not the step's own.
         limit: Micro-batches of a rank that an epoch will use: an int, or the share of them, a float. The Z of a step
             that it cuts is that of what is left.

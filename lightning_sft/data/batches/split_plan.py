@@ -68,7 +68,7 @@ class Planned:
             packing: How micro-batches are filled.
             tokens_per_batch: Most positions in a micro-batch; the next by default.
             default: The same where the longest sequence is not longer; else that is.
-            constant: Whether the normaliser is the same for all steps.
+            constant: Whether the normalizer is the same for all steps.
             seed: Seed of the order; ``None`` takes every example once and keeps the longest first, for validation.
             at_least_longest: Whether ``tokens_per_batch`` is raised to the longest sequence, rather than refused.
 
@@ -135,7 +135,7 @@ class Planned:
 
     def __str__(self) -> str:
         return (
-            f"An epoch: {self.plan.num_steps:,} optimiser steps of {self.plan.num_ranks * self.plan.accumulate} "
+            f"An epoch: {self.plan.num_steps:,} optimizer steps of {self.plan.num_ranks * self.plan.accumulate} "
             f"{self.packing} micro-batches of at most {self.capacity:,} tokens ({self.fill:.0%} full)."
         )
 

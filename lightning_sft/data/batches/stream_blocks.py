@@ -23,7 +23,7 @@ class Shape:
 
     Args:
         num_ranks: Data-parallel size.
-        accumulate: Micro-batches of a rank in one optimiser step.
+        accumulate: Micro-batches of a rank in one optimizer step.
         capacity: Most positions in a micro-batch; longer sequences have one of their own.
         packing: ``packed`` or ``padded``.
         buffer_rows: Rows of a rank that are shuffled and packed among themselves.
@@ -112,7 +112,7 @@ def deal(
 
     Args:
         weights: Of each pack of each rank.
-        accumulate: Micro-batches of a rank in one optimiser step.
+        accumulate: Micro-batches of a rank in one optimizer step.
         rank: Whose packs.
         limit: How many micro-batches are used.
 

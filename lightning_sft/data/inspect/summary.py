@@ -30,7 +30,7 @@ def show_report(splits: Mapping[str, Split], train: Planned) -> None:
     remarks = [remark for name, split in splits.items() for remark in split.account.remarks(name)]
     if train.plan.num_steps < _FEW_STEPS:
         remarks.append(
-            "So few optimiser steps change a model little. Lower trainer.accumulate_grad_batches or "
+            "So few optimizer steps change a model little. Lower trainer.accumulate_grad_batches or "
             "data.tokens_per_batch for more of them, or raise trainer.max_epochs."
         )
     for remark in remarks:

@@ -16,7 +16,7 @@ class Placed:
 
     Args:
         document: The tokens and their weights.
-        step: Number of the optimiser step, from 1.
+        step: Number of the optimizer step, from 1.
         micro_batch: Number of the micro-batch among those of its rank, from 1.
         rank: The rank that computes it, where there are several.
     """

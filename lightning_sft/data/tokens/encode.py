@@ -160,11 +160,11 @@ def _assemble(
     for number, (answer, (context, both)) in enumerate(zip(answers, pairs, strict=True)):
         if both[: len(context)] == context:
             target = both[len(context) :]
-        else:  # the boundary merges: the prompt stays what it is at inference, the answer is tokenised by itself
+        else:  # the boundary merges: the prompt stays what it is at inference, the answer is tokenized by itself
             [target] = template.token_ids([answer.text])
             if template.tokenizer.decode(context + target) != template.tokenizer.decode(both):
                 raise InputError(
-                    f"{conversation.provenance}: turn {answer.turn + 1}: the tokenizer cannot tokenise the answer "
+                    f"{conversation.provenance}: turn {answer.turn + 1}: the tokenizer cannot tokenize the answer "
                     "apart from the prompt before it."
                 )
         if context[: len(ids)] != ids:  # seen from here, the past is not what the earlier answers were trained in

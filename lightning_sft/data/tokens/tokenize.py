@@ -1,4 +1,4 @@
-"""Texts to token ids, where what texts have in common is tokenised once.
+"""Texts to token ids, where what texts have in common is tokenized once.
 
 A tokenizer first cuts a text at its control tokens, and nothing that it does then reaches across a cut. So the ids of a
 text are those of its segments, one after another, where each control token begins one. The prompt of an answer, and
@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer
 
 
 class Segments:
-    """Tokenises many texts together, without ids that the tokenizer would add.
+    """Tokenizes many texts together, without ids that the tokenizer would add.
 
     Args:
         backend: What makes the ids. It neither cuts nor pads from now on, as it would be told before each call.

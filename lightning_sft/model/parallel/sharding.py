@@ -22,7 +22,7 @@ class Sharding:
     Args:
         mesh: The devices.
         compute_dtype: Dtype of the forward and backward pass; the shards, and the sums over ranks, keep their own.
-        cpu_offload: Whether shards, gradients and optimiser live in the host's memory between their uses.
+        cpu_offload: Whether shards, gradients and optimizer live in the host's memory between their uses.
     """
 
     mesh: DeviceMesh

@@ -120,7 +120,7 @@ def is_adapter(name: str) -> bool:
 def merge(model: PreTrainedModel) -> PreTrainedModel:
     """Write adapters and rows of new tokens into the weights, in place: what is left is a plain model.
 
-    A quantised base becomes a plain one first, of the very values that the adapters were trained on.
+    A quantized base becomes a plain one first, of the very values that the adapters were trained on.
 
     Args:
         model: With or without adapters, on one process.

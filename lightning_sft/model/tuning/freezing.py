@@ -42,7 +42,7 @@ def choose(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]
                     f"{next(iter(parameters))!r}; * stands for anything."
                 )
             if trains and (packed := [name for name in found if is_packed(parameters[name])]):
-                raise InputError(f"model.trained has {pattern!r}, but {packed[0]} is quantised and cannot be trained.")
+                raise InputError(f"model.trained has {pattern!r}, but {packed[0]} is quantized and cannot be trained.")
             if all(parameters[name].requires_grad is trains for name in found):
                 raise InputError(
                     f"model.{setting} has {pattern!r}, but {found[0]} and all others like it are {setting} already. "

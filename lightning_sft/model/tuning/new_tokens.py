@@ -37,7 +37,7 @@ def resize(model: PreTrainedModel, ids: Sequence[int], num_known: int) -> None:
 def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
     """Make the rows of these tokens parameters of their own, ``new_rows``; their matrices stay as they are.
 
-    So no gradient or optimiser state of the size of the vocabulary is needed, and no other row decays.
+    So no gradient or optimizer state of the size of the vocabulary is needed, and no other row decays.
 
     Raises:
         InputError: When the model does more with a row than to look it up and scale it, or it has an adapter.

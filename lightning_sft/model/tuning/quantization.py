@@ -18,11 +18,11 @@ _NEEDS = {"4bit": "bitsandbytes", "8bit": "torchao"}
 
 
 def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
-    """How transformers is to quantise linear layers while it loads them; embeddings, head and norms stay as they are.
+    """How transformers is to quantize linear layers while it loads them; embeddings, head and norms stay as they are.
 
-    4 bits are NF4 of bitsandbytes, with the scales quantised too (Dettmers et al. 2023, QLoRA). 8 bits are int8 of
-    torchao, of the weights alone: LLM.int8 of bitsandbytes quantises activations as well, by what else is in the
-    micro-batch, so the likelihood of a document would depend on its neighbours.
+    4 bits are NF4 of bitsandbytes, with the scales quantized too (Dettmers et al. 2023, QLoRA). 8 bits are int8 of
+    torchao, of the weights alone: LLM.int8 of bitsandbytes quantizes activations as well, by what else is in the
+    micro-batch, so the likelihood of a document would depend on its neighbors.
 
     Args:
         bits: How many.
@@ -56,7 +56,7 @@ def prepare(model: nn.Module, compute_dtype: torch.dtype) -> None:
     with 0.50).
 
     Args:
-        model: Quantised or not.
+        model: Quantized or not.
         compute_dtype: Dtype of the matmuls with 4-bit weights.
     """
     for module in model.modules():
@@ -67,7 +67,7 @@ def prepare(model: nn.Module, compute_dtype: torch.dtype) -> None:
 
 
 def check_stored(model: PreTrainedModel, pretrained: str, has_adapters: bool) -> None:
-    """Refuse weights that are quantised in their files, but for adapters on those of a kind that we can dequantize.
+    """Refuse weights that are quantized in their files, but for adapters on those of a kind that we can dequantize.
 
     Args:
         model: As it was loaded.
@@ -85,24 +85,24 @@ def check_stored(model: PreTrainedModel, pretrained: str, has_adapters: bool) ->
     kind = type(getattr(settings, "quant_type", None)).__name__  # of torchao
     if not has_adapters:
         raise InputError(
-            f"The weights of {pretrained!r} are quantised ({method}), and rounded weights cannot be trained. Train "
-            "adapters on them (model.lora.r=16), or give the model as it was before it was quantised."
+            f"The weights of {pretrained!r} are quantized ({method}), and rounded weights cannot be trained. Train "
+            "adapters on them (model.lora.r=16), or give the model as it was before it was quantized."
         )
     if not ((method == "bitsandbytes" and settings.load_in_4bit) or (method == "torchao" and "WeightOnly" in kind)):
         raise InputError(
-            f"The weights of {pretrained!r} are quantised by {method}; adapters are trained on 4-bit weights of "
-            "bitsandbytes and on weight-only ones of torchao. Give the model as it was before it was quantised; "
+            f"The weights of {pretrained!r} are quantized by {method}; adapters are trained on 4-bit weights of "
+            "bitsandbytes and on weight-only ones of torchao. Give the model as it was before it was quantized; "
             "model.quantize rounds it while it is loaded."
         )
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether transformers has quantised it."""
+    """Whether transformers has quantized it."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
 def keep_out_of_broadcasts(module: nn.Module) -> None:
-    """Quantised matrices are the same on all ranks, and DDP, which sends those of rank 0 to all, cannot handle them.
+    """Quantized matrices are the same on all ranks, and DDP, which sends those of rank 0 to all, cannot handle them.
 
     Args:
         module: What DDP is going to wrap.
@@ -113,7 +113,7 @@ def keep_out_of_broadcasts(module: nn.Module) -> None:
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Plain linear layers of the values that the quantised ones stand for, in place."""
+    """Plain linear layers of the values that the quantized ones stand for, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_packed(module.weight):
             weight = _values(module.weight)
@@ -127,7 +127,7 @@ def dequantize(model: PreTrainedModel) -> None:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether it is a quantised matrix."""
+    """Whether it is a quantized matrix."""
     return hasattr(weight, "quant_state") or is_traceable_wrapper_subclass(weight.data)
 
 

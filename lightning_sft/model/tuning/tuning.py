@@ -89,7 +89,7 @@ class Tuning:
         if _mesh(strategy) or getattr(strategy, "config", None):
             raise InputError(
                 f"Packed weights cannot be sharded by {type(strategy).__name__}, so {what} cannot be trained on "
-                "with it. Use a single device or trainer.strategy=ddp, or weights that are not quantised."
+                "with it. Use a single device or trainer.strategy=ddp, or weights that are not quantized."
             )
 
     def load(
@@ -109,7 +109,7 @@ class Tuning:
         else:
             if self.quantize is not None and load_architecture(pretrained).get("quantization_config"):
                 raise InputError(
-                    f"The weights of {pretrained!r} are quantised already, so model.quantize={self.quantize} has no "
+                    f"The weights of {pretrained!r} are quantized already, so model.quantize={self.quantize} has no "
                     "effect. Leave it out."
                 )
             in_bfloat16 = trainer is not None and "bf16" in str(trainer.precision)
@@ -119,7 +119,7 @@ class Tuning:
             model = load_model(pretrained, attention, self.quantize and quantization(self.quantize, dtype), own)
             check_stored(model, pretrained, self.lora is not None)
             if is_quantized(model):
-                self._check_quantized("the quantised weights of model.pretrained", trainer)
+                self._check_quantized("the quantized weights of model.pretrained", trainer)
             prepare(model, dtype)
             self._base = None if self.lora is None else adapter_checkpoints.samples(model)
             if autocast is None and own is torch.bfloat16:

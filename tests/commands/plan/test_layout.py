@@ -23,7 +23,7 @@ def fsdp2(**settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "weights", "gradients", "optimiser"),
+    ("strategy", "weights", "gradients", "optimizer"),
     [
         ("auto", 1, 1, 1),
         ("ddp", 1, 1, 1),
@@ -36,8 +36,8 @@ def fsdp2(**settings: Any) -> dict[str, Any]:
         ("deepspeed_stage_3", 1 / 4, 1 / 4, 1 / 4),
     ],
 )
-def test_what_a_device_keeps(strategy: Any, weights: float, gradients: float, optimiser: float) -> None:
-    assert layout(strategy).shares == {"weights": weights, "gradients": gradients, "optimiser": optimiser}
+def test_what_a_device_keeps(strategy: Any, weights: float, gradients: float, optimizer: float) -> None:
+    assert layout(strategy).shares == {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
 @pytest.mark.parametrize(("settings", "precision"), [({"compute_dtype": "bfloat16"}, "32-true"), ({}, "bf16-mixed")])
@@ -51,7 +51,7 @@ def test_shards_are_wider_than_what_is_computed_with(settings: Any, precision: s
 def test_deepspeed_keeps_a_float32_copy_of_16_bits() -> None:
     mixed = layout("deepspeed_stage_2", "bf16-mixed")
     assert mixed.dtype == torch.bfloat16
-    assert mixed.shares["optimiser"] == 2 / 4
+    assert mixed.shares["optimizer"] == 2 / 4
     assert mixed.extra(MODEL)["float32 copy of what is trained"] == 4 * 25_000 / 4
 
 

@@ -17,9 +17,9 @@ def test_kinds_are_told_apart_from_one_step_to_the_next() -> None:
         layer(torch.ones(2, 100)).sum().backward()
         assert meter.live["gradients"] == meter.live["weights"] == 4 * 5000
         optimizer.step()
-        meter.call([optimizer.state[layer.weight][name] for name in ("exp_avg", "exp_avg_sq")], "optimiser")
+        meter.call([optimizer.state[layer.weight][name] for name in ("exp_avg", "exp_avg_sq")], "optimizer")
         optimizer.zero_grad()
-    assert dict(meter.live) == {"weights": 20_000, "gradients": 0, "optimiser": 40_000, "activations": 4}  # its step
+    assert dict(meter.live) == {"weights": 20_000, "gradients": 0, "optimizer": 40_000, "activations": 4}  # its step
 
 
 def test_the_peak_of_a_moment_is_that_of_its_own_time() -> None:

@@ -103,12 +103,12 @@ def test_it_counts_what_torch_counts(
     assert counted_here(done) == pytest.approx(expected, rel=0.03)
 
 
-def test_an_optimisers_state_is_known_as_such_from_its_first_step(model: str, batch: Batch) -> None:
+def test_an_optimizers_state_is_known_as_such_from_its_first_step(model: str, batch: Batch) -> None:
     """Ranks share it; as an activation, each would be counted with all of it."""
     done = rehearse(SFTModule(model), batch, Layout("FSDP2 over 8", data_parallel=8, stage=3))
-    peak = done.meter.peaks["optimiser step"]
-    assert peak["optimiser"] >= 2 * 4 * done.num_parameters
-    assert peak["activations"] < 0.1 * peak["optimiser"]
+    peak = done.meter.peaks["optimizer step"]
+    assert peak["optimizer"] >= 2 * 4 * done.num_parameters
+    assert peak["activations"] < 0.1 * peak["optimizer"]
 
 
 def test_sizes_are_those_of_the_model(model: str, batch: Batch) -> None:

@@ -61,10 +61,10 @@ def test_the_tokens_of_the_micro_batches_are_shown_and_targets_are_marked(show: 
 
 
 def test_the_plan_is_that_of_the_trainers_settings(show: Any, config: dict[str, Any]) -> None:
-    assert "2 optimiser steps of 4 packed micro-batches of at most 64 tokens" in show()
-    assert "4 optimiser steps of 2 packed" in show("--trainer.devices", "1")
+    assert "2 optimizer steps of 4 packed micro-batches of at most 64 tokens" in show()
+    assert "4 optimizer steps of 2 packed" in show("--trainer.devices", "1")
     config["trainer"]["limit_train_batches"] = 2
-    assert "1 optimiser steps of 4 packed" in show()
+    assert "1 optimizer steps of 4 packed" in show()
 
 
 def test_weights_are_shown_where_they_are_not_1(show: Any) -> None:
@@ -81,7 +81,7 @@ def test_a_config_that_fit_has_saved_can_be_shown(
     assert "ckpt_path" in saved
     data = saved["data"] | config["data"]
     config |= saved | {"data": data}
-    assert "7 optimiser steps of 1 packed" in show()
+    assert "7 optimizer steps of 1 packed" in show()
 
 
 def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: dict[str, Any], jsonl: Any) -> None:
@@ -166,7 +166,7 @@ def test_the_thresholds_of_the_page_are_the_defaults() -> None:
     assert yaml.safe_load(example)["check"] == asdict(Thresholds())
 
 
-def test_a_mixture_is_shown_with_its_realised_shares_and_audited_row_by_row(
+def test_a_mixture_is_shown_with_its_realized_shares_and_audited_row_by_row(
     show: Any, config: dict[str, Any], jsonl: Any
 ) -> None:
     a, b = (jsonl([{"prompt": f"{name} {i}", "completion": "Yo"} for i in range(8)], f"{name}.jsonl") for name in "ab")

@@ -29,7 +29,7 @@ def test_dropout_that_is_not_seeded_again_is_found(
     assert not weights.passed
 
 
-def test_an_optimiser_that_forgets_its_moments_is_found(
+def test_an_optimizer_that_forgets_its_moments_is_found(
     pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(AdamW, "load_state_dict", lambda optimizer, state: None)

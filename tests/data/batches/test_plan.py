@@ -83,7 +83,7 @@ def test_examples_change_company_between_epochs() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 4, 5])
-def test_a_limit_cuts_the_normaliser_of_the_step_that_it_cuts(limit: int) -> None:
+def test_a_limit_cuts_the_normalizer_of_the_step_that_it_cuts(limit: int) -> None:
     plan = make([60] * 8, accumulate=3, limit=limit)
     used = plan.micro_batches(0, 0)[:limit]
     for begin in range(0, limit, 3):
@@ -98,11 +98,11 @@ def test_a_share_limits_as_that_number_of_micro_batches_does() -> None:
     assert half.num_steps == 2
 
 
-def test_a_constant_normaliser_is_the_mean_weight_of_a_step() -> None:
+def test_a_constant_normalizer_is_the_mean_weight_of_a_step() -> None:
     assert {m.normalizer for m in make([60] * 7, accumulate=2, constant=True).micro_batches(0, 0)} == {7 * 30 / 4}
 
 
-def test_a_constant_normaliser_counts_examples_as_often_as_an_epoch_of_a_mixture_uses_them() -> None:
+def test_a_constant_normalizer_counts_examples_as_often_as_an_epoch_of_a_mixture_uses_them() -> None:
     draw = Draw([60] * 8, sizes=[4, 4], repeats=[0.5, 2.0], seed=0)
     plan = make([60] * 8, accumulate=2, constant=True, draw=draw)
     assert {m.normalizer for m in plan.micro_batches(0, 0)} == {30 * (2 + 8) / 5}

@@ -146,7 +146,7 @@ def test_a_state_of_another_epoch_begins_the_epoch() -> None:
     assert names(later) == names(loader(place=lambda: (1, 0)))
 
 
-def test_a_limit_cuts_the_normaliser_of_the_step_that_it_cuts() -> None:
+def test_a_limit_cuts_the_normalizer_of_the_step_that_it_cuts() -> None:
     for limit in (1, 2, 4, 5, 8):
         used = list(loader(accumulate=3, limit=limit))[:limit]
         for begin in range(0, limit, 3):
@@ -218,7 +218,7 @@ def test_without_shares_every_row_of_a_mixture_comes_once() -> None:
     weights=st.lists(st.lists(st.floats(0.1, 9), max_size=9), min_size=1, max_size=4).filter(any),
     accumulate=st.integers(1, 4),
 )
-def test_packs_are_dealt_out_once_in_steps_of_one_normaliser(weights: list[list[float]], accumulate: int) -> None:
+def test_packs_are_dealt_out_once_in_steps_of_one_normalizer(weights: list[list[float]], accumulate: int) -> None:
     ranks = [deal(weights, accumulate, rank) for rank in range(len(weights))]
     assert len({len(dealt) for dealt in ranks}) == 1
     for own, dealt in zip(weights, ranks, strict=True):

@@ -82,11 +82,11 @@ def test_the_histogram_has_every_length_once() -> None:
 def test_the_fill_is_the_share_of_positions_that_a_token_takes() -> None:
     plan = Plan(SPLIT.lengths, SPLIT.examples.weights, lambda lengths: pack(lengths, 4))
     assert Planned(SPLIT, plan, 4, "packed").fill == 7 / 8
-    assert "2 optimiser steps" in str(Planned(SPLIT, plan, 4, "packed"))
+    assert "2 optimizer steps" in str(Planned(SPLIT, plan, 4, "packed"))
 
 
 def test_an_epoch_of_few_steps_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
     for count, is_remarked in ((9, True), (10, False)):
         split = Split("train", Examples([to_batch([Example([1, 2, 3], [0, 1, 1])] * count)]), Account(num_rows=count))
         show_report({"train": split}, Planned.of(split, Division(), tokens_per_batch=3, seed=0))
-        assert ("So few optimiser steps" in capsys.readouterr().out) == is_remarked
+        assert ("So few optimizer steps" in capsys.readouterr().out) == is_remarked

@@ -40,7 +40,7 @@ def test_shares_and_weights_are_positive_numbers(settings: dict[str, float]) -> 
         Part("a", **settings)
 
 
-def realised(mixture: Mixture) -> tuple[float, float]:
+def realized(mixture: Mixture) -> tuple[float, float]:
     """The share of the first part in the rows and in the targets of an epoch."""
     split = load_split("train", mixture, Recipe(tiny_tokenizer()))
     drawn = draw_of(split, seed=0).epoch(0)
@@ -51,13 +51,13 @@ def realised(mixture: Mixture) -> tuple[float, float]:
 
 def test_shares_are_of_the_rows_or_of_the_targets() -> None:
     parts = {"short": Part(SHORT, share=1), "long": Part(LONG, share=1)}
-    assert realised(Mixture(parts))[0] == pytest.approx(0.5)
-    assert realised(Mixture(parts, by="targets"))[1] == pytest.approx(0.5, abs=0.02)
+    assert realized(Mixture(parts))[0] == pytest.approx(0.5)
+    assert realized(Mixture(parts, by="targets"))[1] == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_temperature_of_one_leaves_sizes_and_a_high_one_makes_parts_alike() -> None:
     parts = {"short": SHORT, "long": LONG}
-    shares = [realised(Mixture(dict(parts), temperature=t))[0] for t in (1, 2, 1e6)]
+    shares = [realized(Mixture(dict(parts), temperature=t))[0] for t in (1, 2, 1e6)]
     assert shares == pytest.approx([60 / 80, 60**0.5 / (60**0.5 + 20**0.5), 0.5], abs=0.01)
 
 

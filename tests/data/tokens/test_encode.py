@@ -180,7 +180,7 @@ def merging_tokenizer() -> Any:
     return tokenizer
 
 
-def test_an_answer_that_would_merge_with_its_prompt_is_tokenised_apart_as_it_is_generated() -> None:
+def test_an_answer_that_would_merge_with_its_prompt_is_tokenized_apart_as_it_is_generated() -> None:
     tokenizer = merging_tokenizer()
     conv = conversation("x", "bc", "y", "d")
     for turn, example, answer in zip((1, 3), encode(conv, tokenizer), ("bc", "d"), strict=True):  # merged in the past
@@ -192,10 +192,10 @@ def test_an_answer_that_would_merge_with_its_prompt_is_tokenised_apart_as_it_is_
         assert list(example.target_weights) == [0.0] * len(context) + [1.0] * len(trained)
 
 
-def test_an_answer_that_cannot_be_tokenised_apart_from_its_prompt_is_refused() -> None:
+def test_an_answer_that_cannot_be_tokenized_apart_from_its_prompt_is_refused() -> None:
     tokenizer = merging_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # before every text, as vocabularies of Llama 2
-    with pytest.raises(InputError, match=r"f:7: turn 2: the tokenizer cannot tokenise the answer apart"):
+    with pytest.raises(InputError, match=r"f:7: turn 2: the tokenizer cannot tokenize the answer apart"):
         encode(conversation("x", "bc"), tokenizer)
 
 

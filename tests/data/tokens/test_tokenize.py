@@ -100,7 +100,7 @@ def test_text_that_names_a_control_token_stays_text_where_the_tokenizer_says_so(
     assert Segments(tokenizer).token_ids(texts) == whole(tokenizer, texts)
 
 
-def test_what_texts_share_is_tokenised_once() -> None:
+def test_what_texts_share_is_tokenized_once() -> None:
     tokenizer = tokenizer_of("none", "bytes", [AddedToken(t, special=True, normalized=False) for t in TOKENS])
     seen: list[list[str]] = []
 

@@ -178,7 +178,7 @@ def test_adapters_on_tied_embeddings_are_refused(tmp_path: Path) -> None:
             SFTModule(pretrained, lora=Lora(targets=[target])).configure_model()
 
 
-def test_only_what_is_trained_is_given_to_the_optimiser(pretrained: str, quiet_trainer: Make) -> None:
+def test_only_what_is_trained_is_given_to_the_optimizer(pretrained: str, quiet_trainer: Make) -> None:
     module = SFTModule(pretrained, lora=Lora(r=2, dora=True), optimizer=Recorder)
     quiet_trainer(max_steps=1).fit(module, SFTDataModule(train=ROWS))
     groups = module.optimizers().param_groups

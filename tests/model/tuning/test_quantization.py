@@ -106,7 +106,7 @@ def test_gradients_pass_through_the_base_after_an_evaluation(base: str, bits: An
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory, base: str) -> Callable[[str], str]:
-    """A folder of weights that are quantised in the file."""
+    """A folder of weights that are quantized in the file."""
 
     def write(bits: str, kind: Any = None) -> str:
         folder = tmp_path_factory.mktemp("stored")
@@ -118,7 +118,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory, base: str) -> Callable[[str
     return write
 
 
-def test_adapters_on_weights_that_are_stored_quantised_are_trained_resumed_and_exported(
+def test_adapters_on_weights_that_are_stored_quantized_are_trained_resumed_and_exported(
     tmp_path: Path, stored: Any, bits: str, quiet_trainer: Callable[..., Trainer], ids: torch.Tensor, jsonl: Any
 ) -> None:
     folder = stored(bits)
@@ -137,10 +137,10 @@ def test_adapters_on_weights_that_are_stored_quantised_are_trained_resumed_and_e
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_weights_that_are_stored_quantised_are_not_trained_themselves(stored: Any, bits: Any) -> None:
+def test_weights_that_are_stored_quantized_are_not_trained_themselves(stored: Any, bits: Any) -> None:
     folder = stored(bits)
     with pytest.raises(
-        InputError, match=rf"are quantised \({NEEDS[bits]}\).*Train adapters on them \(model.lora.r=16\)"
+        InputError, match=rf"are quantized \({NEEDS[bits]}\).*Train adapters on them \(model.lora.r=16\)"
     ):
         SFTModule(folder).configure_model()
     with pytest.raises(InputError, match=f"so model.quantize={bits} has no effect"):
@@ -151,14 +151,14 @@ def test_weights_that_are_stored_quantised_are_not_trained_themselves(stored: An
 
 def test_adapters_are_not_trained_where_activations_are_rounded(stored: Any) -> None:
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(InputError, match="quantised by bitsandbytes; adapters are trained on 4-bit weights"):
+    with pytest.raises(InputError, match="quantized by bitsandbytes; adapters are trained on 4-bit weights"):
         SFTModule(stored("", BitsAndBytesConfig(load_in_8bit=True)), lora=Lora()).configure_model()
 
 
 def test_what_cannot_be_is_refused(base: str, bits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="needs adapters"):
         SFTModule(base, quantize=bits).configure_model()
-    with pytest.raises(InputError, match="is quantised and cannot be trained"):
+    with pytest.raises(InputError, match="is quantized and cannot be trained"):
         SFTModule(base, lora=Lora(), quantize=bits, trained=["*q_proj.weight"]).configure_model()
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=f"needs {NEEDS[bits]}, which this machine does not have"):
