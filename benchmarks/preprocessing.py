@@ -26,9 +26,9 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.tokens.dataset import load_split
-from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.training.trainer import Division
 
 LENGTH = 2048
@@ -38,9 +38,9 @@ def ours(
     path: str, tokenizer: Any, columns: dict[str, str], num_workers: int = 0, cache: Path | None = None
 ) -> tuple[int, int, int]:
     """Targets, tokens and packs."""
-    recipe = Recipe(tokenizer, columns=columns, max_length=LENGTH)
+    recipe = EncodingConfig(tokenizer, columns=columns, max_length=LENGTH)
     split = load_split("train", path, recipe, num_workers=num_workers, cache=cache)
-    plan = Planned.of(split, Division(), tokens_per_batch=LENGTH, seed=0).plan
+    plan = SplitPlan.of(split, Division(), tokens_per_batch=LENGTH, seed=0).plan
     return split.num_targets, int(split.lengths.sum()), len(plan.packs)
 
 

@@ -46,27 +46,29 @@ def train(given: SimpleNamespace) -> None:
 
 def preprocess(given: SimpleNamespace) -> None:
     """Rows a second from the file to the plan of an epoch; the tokenizer is loaded already."""
-    from lightning_sft.data.batches.split_plan import Planned
+    from lightning_sft.data.batches.split_plan import SplitPlan
     from lightning_sft.data.tokens.dataset import load_split
-    from lightning_sft.data.tokens.encode_rows import Recipe
+    from lightning_sft.data.tokens.encode_rows import EncodingConfig
     from lightning_sft.model.pretrained import load_tokenizer
     from lightning_sft.training.trainer import Division
 
     tokenizer = load_tokenizer(given.model)
     began = time.perf_counter()
-    split = load_split("train", given.rows, Recipe(tokenizer, max_length=given.length), num_workers=given.workers)
-    Planned.of(split, Division(), tokens_per_batch=given.length, seed=0)
+    split = load_split(
+        "train", given.rows, EncodingConfig(tokenizer, max_length=given.length), num_workers=given.workers
+    )
+    SplitPlan.of(split, Division(), tokens_per_batch=given.length, seed=0)
     Record(given.out).write(rows=len(split.examples), seconds=time.perf_counter() - began)
 
 
 def batches(given: SimpleNamespace) -> None:
     """Figures of the data, and its first rows as ``input_ids`` and ``labels``, which stand at their own positions."""
     from lightning_sft.data.tokens.dataset import load_split
-    from lightning_sft.data.tokens.encode_rows import Recipe
+    from lightning_sft.data.tokens.encode_rows import EncodingConfig
     from lightning_sft.model.pretrained import load_tokenizer
     from lightning_sft.types import IGNORE
 
-    split = load_split("train", given.rows, Recipe(load_tokenizer(given.model), max_length=given.length))
+    split = load_split("train", given.rows, EncodingConfig(load_tokenizer(given.model), max_length=given.length))
     lengths = split.lengths
     with Path(given.batches).open("w", encoding="utf-8") as file:
         for example in split.examples[: given.steps * given.rows_per_step]:

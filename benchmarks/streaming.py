@@ -21,10 +21,10 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from lightning_sft.data.batches.stream import StreamLoader
-from lightning_sft.data.batches.stream_blocks import Shape
+from lightning_sft.data.batches.stream_blocks import StreamLayout
 from lightning_sft.data.rows.mixture import as_mixture
-from lightning_sft.data.tokens.encode_rows import Recipe
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
+from lightning_sft.data.tokens.row_report import RowReport
 
 WORDS = "the of and a to in he have it that for they with as not on she".split()  # noqa: SIM905 -- one line, not one a word
 
@@ -62,9 +62,9 @@ def main() -> None:
         generate(given.file, int(given.gigabytes * 1e9))
     with given.file.open("rb") as file:
         num_rows = sum(1 for _ in file)
-    recipe = Recipe(AutoTokenizer.from_pretrained(given.tokenizer), max_length=2048)
-    shape = Shape(num_ranks=1, accumulate=1, capacity=2048, packing="packed", buffer_rows=4096, seed=0)
-    ended: list[Account] = []
+    recipe = EncodingConfig(AutoTokenizer.from_pretrained(given.tokenizer), max_length=2048)
+    shape = StreamLayout(num_ranks=1, accumulate=1, capacity=2048, packing="packed", buffer_rows=4096, seed=0)
+    ended: list[RowReport] = []
     loader = StreamLoader(
         as_mixture(str(given.file)),
         recipe,

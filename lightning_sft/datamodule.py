@@ -15,22 +15,22 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.batches.loader import EpochLoader, PromptLoader, pad_token_id
 from lightning_sft.data.batches.packing import Packing
 from lightning_sft.data.batches.plan import Division
-from lightning_sft.data.batches.split_plan import Planned, default_tokens_per_batch
+from lightning_sft.data.batches.split_plan import SplitPlan, default_tokens_per_batch
 from lightning_sft.data.batches.stream import StreamLoader, check_stream
-from lightning_sft.data.batches.stream_blocks import Shape
+from lightning_sft.data.batches.stream_blocks import StreamLayout
 from lightning_sft.data.inspect.summary import show_report, show_stream_report
 from lightning_sft.data.rows.formats import FormatName
 from lightning_sft.data.rows.mixture import Mixture, as_mixture
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.tokens.dataset import Split, load_prompts, load_split
-from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.data.tokens.overflow import Overflow
 from lightning_sft.data.tokens.workers import num_cores
 from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments
 from lightning_sft.io.plain import plain
 from lightning_sft.model.pretrained import context_length, load_tokenizer
 from lightning_sft.training.checks import check_prompts
-from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, place
+from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, position
 from lightning_sft.training.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
 
@@ -106,7 +106,7 @@ class SFTDataModule(LightningDataModule):
         self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalization of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
-        self._planned: dict[tuple[str, int | None], Planned] = {}
+        self._planned: dict[tuple[str, int | None], SplitPlan] = {}
         self._tries_sizes = False  # of micro-batches, as Lightning's tuner does
         self._streamed: StreamLoader | None = None
         self._to_predict: list[Prompt] | None = None  # where not all of data.predict is
@@ -150,7 +150,7 @@ class SFTDataModule(LightningDataModule):
         assert self.tokenizer is not None, "setup has not been called"
         return pad_token_id(self.tokenizer, getattr(self._module, "num_embeddings", None))
 
-    def planned(self, name: str) -> Planned:
+    def planned(self, name: str) -> SplitPlan:
         """A split with its plan, made when first asked for: by then the model has been probed."""
         key = name, self.tokens_per_batch
         if key not in self._planned:
@@ -161,7 +161,7 @@ class SFTDataModule(LightningDataModule):
             settings: dict[str, Any] = {"constant": self._normalize == "dataset", "seed": seed}
             settings |= {"at_least_longest": self._tries_sizes, "default": self._default_tokens}
             split = self.splits[name]
-            self._planned[key] = Planned.of(split, work, self.packing, self.tokens_per_batch, **settings)
+            self._planned[key] = SplitPlan.of(split, work, self.packing, self.tokens_per_batch, **settings)
             if name == "train" and self._is_shown and not self._tries_sizes:
                 show_report(self.splits, self._planned[key])
         return self._planned[key]
@@ -169,7 +169,7 @@ class SFTDataModule(LightningDataModule):
     def train_dataloader(self) -> EpochLoader | StreamLoader:
         """The micro-batches of this rank, each epoch in an order of its own: planned, or of a stream."""
         if not self.streaming:
-            return self._loader("train", partial(place, self.trainer))
+            return self._loader("train", partial(position, self.trainer))
         self._streamed = self._stream()
         return self._streamed
 
@@ -243,12 +243,12 @@ class SFTDataModule(LightningDataModule):
         return self.trainer is None or bool(self.trainer.is_global_zero)
 
     @property
-    def _recipe(self) -> Recipe:
+    def _recipe(self) -> EncodingConfig:
         assert self.tokenizer is not None
         max_length = self.max_length
         if self.streaming and self.tokens_per_batch:  # of a stream, nobody knows the longest sequence beforehand
             max_length = min(self.tokens_per_batch, max_length or self.tokens_per_batch)
-        return Recipe(self.tokenizer, self.format, self.columns, self._normalize, max_length, self.overflow)
+        return EncodingConfig(self.tokenizer, self.format, self.columns, self._normalize, max_length, self.overflow)
 
     def _mixture(self, name: str) -> Mixture:
         return as_mixture(cast(Mixture | Source, self.sources[name]))
@@ -299,7 +299,7 @@ class SFTDataModule(LightningDataModule):
         return StreamLoader(
             self._mixture("train"),
             self._recipe,
-            Shape(work.num_ranks, work.accumulate, capacity, self.packing, self.buffer_rows, self.seed),
+            StreamLayout(work.num_ranks, work.accumulate, capacity, self.packing, self.buffer_rows, self.seed),
             work.rank,
             gather=partial(gather, self.trainer),
             limit=work.limit,
@@ -307,7 +307,7 @@ class SFTDataModule(LightningDataModule):
             pad_id=self.pad_id,
             full=on_cuda(self.trainer),
             num_workers=num_cores(work.num_local) if self.num_workers is None else self.num_workers,
-            place=partial(place, self.trainer),
+            place=partial(position, self.trainer),
             finished=show_stream_report if self._is_shown else lambda account, targets: None,
         )
 

@@ -21,20 +21,29 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from lightning_sft.checkpoints.resume import ASKED, PLACE, Asked, note, restore, retune, seed_micro_batch, seed_of
-from lightning_sft.checkpoints.run_facts import FACTS, run_facts
+from lightning_sft.checkpoints.resume import (
+    OPTIMIZER_KEY,
+    POSITION_KEY,
+    AskedSettings,
+    note,
+    restore,
+    retune,
+    seed_micro_batch,
+    seed_of,
+)
+from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
 from lightning_sft.checkpoints.writing import write_whole
-from lightning_sft.evaluation.corpus import Evaluation
+from lightning_sft.evaluation.corpus import EvaluationMetrics
 from lightning_sft.evaluation.generation import Sampling, answers
-from lightning_sft.evaluation.metrics import NUM_SUMS, figures_by_part, sums_by_part
+from lightning_sft.evaluation.metrics import NUM_SUMS, metrics_by_part, sums_by_part
 from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments
 from lightning_sft.io.plain import plain
 from lightning_sft.machine.contexts import in_default_dtype
 from lightning_sft.machine.host_copy import HostCopy, without_waiting
 from lightning_sft.model import pretrained as loading
 from lightning_sft.model.attention.choice import Attention, check_asked, probed
-from lightning_sft.model.kernels import KERNELS, KernelName, Kernels
-from lightning_sft.model.likelihood import Scorer
+from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
+from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.sharding import Sharding
 from lightning_sft.model.parallel.zero3 import gathered, loading_config
 from lightning_sft.model.precision import follow_autocast
@@ -42,13 +51,13 @@ from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
 from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
-from lightning_sft.model.tuning.tuning import Tuning
+from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
-from lightning_sft.training.optimizer_modes import TRAINED, Modes, check_strategy
+from lightning_sft.training.optimizer_modes import TRAINED_KEY, Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
 from lightning_sft.training.schedules import Schedule, learning_rate_factor
-from lightning_sft.training.throughput import NUM_COUNTS, SEEN, StepFigures
+from lightning_sft.training.throughput import NUM_COUNTS, SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
     autocast_dtype,
     data_parallel,
@@ -135,18 +144,18 @@ class SFTModule(LightningModule):
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.kernels, self.hf_config = Kernels(kernels), hf_config
         self.new_tokens, self.neftune_alpha = new_tokens or [], neftune_alpha
-        self.tuning = Tuning(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
+        self.tuning = TuningConfig(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
         self.sampling = Sampling.of(sampling)
         given = {name: plain(value) for name, value in self.hparams.items()}
         self.hparams.update(given | self.tuning.hyper_parameters() | {"sampling": asdict(self.sampling)})
         self.strict_loading = lora is None  # a checkpoint has adapters without their base; on_load_checkpoint checks it
         self.learning_rate: float | None = None  # that Lightning's tuner has found; it wins over the optimizer's own
-        self.scorer: Scorer | None = None
+        self.scorer: LikelihoodModel | None = None
         self.attention: Attention | None = None  # which one it is and why, once the model is loaded
-        self._evaluation, self._step_figures = Evaluation(), StepFigures()
+        self._evaluation, self._step_metrics = EvaluationMetrics(), StepMetrics()
         self._seed: int | None = None  # of dropout; that of the checkpoint, where there is one
-        self._asked: Asked | None = None  # of the optimizer now, and of that of the checkpoint
-        self._saved: Asked | None = None
+        self._asked: AskedSettings | None = None  # of the optimizer now, and of that of the checkpoint
+        self._saved: AskedSettings | None = None
         self._own_schedule: LambdaLR | None = None
         self._modes = Modes(self)
         self._restored: Mapping[str, Tensor] | None = None  # weights to train of a checkpoint, if they differ
@@ -184,7 +193,7 @@ class SFTModule(LightningModule):
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, findings = probed(model, backbone, head, self.attn_implementation, device, autocast)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
-        self.scorer = Scorer(model, findings, self.chunk_size)
+        self.scorer = LikelihoodModel(model, findings, self.chunk_size)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
             add_noise(self.scorer, model, self.neftune_alpha)
@@ -198,7 +207,7 @@ class SFTModule(LightningModule):
         check_epoch(self.trainer)
         self._window, self._sums = [], None  # an earlier fit may have been interrupted inside a step
         self.kernels.begin(self)
-        self._step_figures.begin(self.trainer, self.model)
+        self._step_metrics.begin(self.trainer, self.model)
         if self._asked is not None:
             retune(self.trainer, self._asked, self._saved, self._own_schedule)
         self._modes.begin(self._restored)
@@ -206,7 +215,7 @@ class SFTModule(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make what the micro-batch draws, as dropout does, a function of its place: a resumed run draws the same."""
-        self._step_figures.go_on()
+        self._step_metrics.go_on()
         if self._seed is None:
             self._seed = seed_of(self.trainer)
         seed_micro_batch(self._seed, self.trainer.current_epoch, batch_idx, data_parallel(self.trainer)[0])
@@ -276,14 +285,14 @@ class SFTModule(LightningModule):
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(num_ranks / weight)
-        figures = figures_by_part(totals, window[0][0].part_names)
-        self._log_figures("train", figures | self._step_figures.close(self.trainer, counts, totals[0, 3]))
+        figures = metrics_by_part(totals, window[0][0].part_names)
+        self._log_metrics("train", figures | self._step_metrics.close(self.trainer, counts, totals[0, 3]))
         self.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), device="cpu"), batch_size=1)
 
     def _summed(self) -> HostCopy:
         """Counts and sums of the step's micro-batches over all ranks, on their way to the host: one reduction."""
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self._window]).sum(0)
-        counts = self._step_figures.counts([batch for batch, _ in self._window])
+        counts = self._step_metrics.counts([batch for batch, _ in self._window])
         both = torch.cat([without_waiting(counts.to(local.dtype), local.device), local.flatten()])
         return HostCopy(sum_over_ranks(self.trainer, both))
 
@@ -298,11 +307,11 @@ class SFTModule(LightningModule):
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
-            self._log_figures("train", {} if norm is None else {"gradient_norm": norm.to(self.device)})
+            self._log_metrics("train", {} if norm is None else {"gradient_norm": norm.to(self.device)})
 
     def on_validation_start(self) -> None:
         """Begin the validation figures."""
-        self._step_figures.pause()
+        self._step_metrics.pause()
         self._evaluation.begin(self, len(self.trainer.num_val_batches))
 
     def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -311,7 +320,7 @@ class SFTModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the whole validation set."""
-        self._log_figures("val", self._evaluation.close(self), sync_dist=True)
+        self._log_metrics("val", self._evaluation.close(self), sync_dist=True)
 
     def on_test_start(self) -> None:
         """Begin the test figures."""
@@ -323,7 +332,7 @@ class SFTModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the figures of the whole test set."""
-        self._log_figures("test", self._evaluation.close(self), sync_dist=True)
+        self._log_metrics("test", self._evaluation.close(self), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Answers to a :class:`~lightning_sft.data.batches.loader.PromptBatch`, see
@@ -337,21 +346,21 @@ class SFTModule(LightningModule):
         self.tuning.shrink(checkpoint, self)
         self._modes.save(checkpoint)
         if self._asked is not None:
-            checkpoint[ASKED] = asdict(self._asked)
-        checkpoint[FACTS] = run_facts(self.trainer)
-        checkpoint[SEEN], checkpoint[KERNELS] = self._step_figures.state(), self.kernels.name
-        checkpoint[PLACE] = note(self.trainer, seed_of(self.trainer) if self._seed is None else self._seed)
+            checkpoint[OPTIMIZER_KEY] = asdict(self._asked)
+        checkpoint[RUN_INFO_KEY] = run_info(self.trainer)
+        checkpoint[SEEN_KEY], checkpoint[KERNELS_KEY] = self._step_metrics.state(), self.kernels.name
+        checkpoint[POSITION_KEY] = note(self.trainer, seed_of(self.trainer) if self._seed is None else self._seed)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on between two steps, wherever the run was when it was saved; refuse what is of another model."""
         self.tuning.complete(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
             self._seed = restore(self.trainer, checkpoint)
-            self._saved = Asked(**checkpoint[ASKED]) if ASKED in checkpoint else None
-            self._restored = checkpoint.get(TRAINED)
+            self._saved = AskedSettings(**checkpoint[OPTIMIZER_KEY]) if OPTIMIZER_KEY in checkpoint else None
+            self._restored = checkpoint.get(TRAINED_KEY)
             if self._asked is not None:  # strategies differ in whether they make the optimizer before they load
                 self._asked.check(self._saved)
-            self._step_figures.restored, self.kernels.restored = checkpoint.get(SEEN), checkpoint.get(KERNELS)
+            self._step_metrics.restored, self.kernels.restored = checkpoint.get(SEEN_KEY), checkpoint.get(KERNELS_KEY)
 
     def on_validation_model_eval(self) -> None:
         """Evaluate the weights that the optimizer says, if it has a mode for it."""
@@ -384,7 +393,7 @@ class SFTModule(LightningModule):
         cast(Any, optimizer)._step_supports_amp_scaling = False
         if not self.trainer.strategy.handles_gradient_accumulation:  # else DeepSpeed lets go of them
             optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # not only after the next forward pass
-        self._asked = Asked.of(optimizer)
+        self._asked = AskedSettings.of(optimizer)
         self._asked.check(self._saved)
         return optimizer
 
@@ -398,7 +407,7 @@ class SFTModule(LightningModule):
         self._own_schedule = scheduler
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _log_figures(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
+    def _log_metrics(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
         # with sync_dist, they are the same on all ranks: else Lightning would warn
         for key, value in values.items():
             settings: dict[str, Any] = {"batch_size": 1, "sync_dist": sync_dist, "add_dataloader_idx": False}

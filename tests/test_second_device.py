@@ -31,7 +31,7 @@ from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.demos import tiny_model, tiny_pretrained
 from lightning_sft.model.attention.choice import probed
-from lightning_sft.model.likelihood import Scorer
+from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.pretrained import backbone_and_head
 from lightning_sft.types import Example
 from tests.helpers.fake_cuda import fake_cuda, to_cuda
@@ -257,7 +257,7 @@ def test_a_likelihood_on_a_gpu_mixes_no_devices_and_waits_for_nothing(
     backbone, head = backbone_and_head(model)
     attention, findings = probed(model, backbone, head)
     assert attention.name.startswith("per_document"), attention.why
-    scorer = Scorer(model, findings).bfloat16().requires_grad_(False)
+    scorer = LikelihoodModel(model, findings).bfloat16().requires_grad_(False)
     examples = [Example(range(5, 5 + n), [0.0, *[1.0] * (n - 1)]) for n in (7, 3, 9)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))  # transformers asks
     with fake_cuda() as mode:

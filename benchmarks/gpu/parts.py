@@ -21,7 +21,7 @@ from benchmarks.measure import Run, run
 
 DEFAULT, COMPILED, LIGER, NONE = "default", "compiled", "liger", "none"
 TRL, TRL_LIGER = "TRL, packed, FlashAttention 2", "TRL, packed, FlashAttention 2, Liger"
-CORRECTNESS, KERNELS, RESUME, SMOKE, LONG = "correctness", "kernels", "resume", "smoke", "long"
+CORRECTNESS, KERNELS_KEY, RESUME, SMOKE, LONG = "correctness", "kernels", "resume", "smoke", "long"
 
 _STAND_INS = ROOT / "benchmarks" / "gpu" / "stand_ins"
 _CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # matmuls are deterministic with it
@@ -54,9 +54,9 @@ def parts(device: str, quick: bool) -> dict[str, Part]:
     found = [
         Part(CORRECTNESS, [_correctness(name, precisions) for name in ARCHITECTURES], 4 if on_gpu else 1),
         Part(
-            KERNELS,
+            KERNELS_KEY,
             [
-                _correctness(name, ["32-true", "bf16-mixed"], kernels, KERNELS)
+                _correctness(name, ["32-true", "bf16-mixed"], kernels, KERNELS_KEY)
                 for kernels in (NONE, COMPILED, *([LIGER] if on_gpu else []))
                 for name in ("llama", "qwen2", "qwen3")
             ],

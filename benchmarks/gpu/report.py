@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gpu import kinds
-from benchmarks.gpu.parts import CORRECTNESS, KERNELS, RESUME, SMOKE
+from benchmarks.gpu.parts import CORRECTNESS, KERNELS_KEY, RESUME, SMOKE
 from benchmarks.gpu.targets import TARGETS
 
 Result = dict[str, Any]
@@ -38,7 +38,7 @@ def checks(results: Sequence[Result]) -> list[Check]:
     found: list[Check] = []
     for result in results:
         part, case, lines, error = (result[name] for name in ("part", "case", "lines", "error"))
-        if part in (CORRECTNESS, KERNELS):
+        if part in (CORRECTNESS, KERNELS_KEY):
             found += [Check(part, f"{case}, {line['precision']}", line["passed"], _detail(line)) for line in lines]
         elif part in (RESUME, SMOKE) and not error:
             found += [Check(part, case, line["passed"], _flags(line)) for line in lines]
@@ -46,7 +46,7 @@ def checks(results: Sequence[Result]) -> list[Check]:
             logged, own = lines[-1]["logged"]["mfu"], lines[-1]["mfu"]
             detail = f"logged {logged:.3f}, computed {own:.3f}"
             found.append(Check("mfu", f"{part}, {case}", abs(logged / own - 1) <= _MFU_TOLERANCE, detail))
-        if part in (CORRECTNESS, KERNELS, RESUME, SMOKE) and error:
+        if part in (CORRECTNESS, KERNELS_KEY, RESUME, SMOKE) and error:
             found.append(Check(part, case, False, _last_line(error)))
     return found
 

@@ -18,7 +18,7 @@ from lightning_sft.data.batches.collate import collate
 from lightning_sft.evaluation.divergence import divergence, likeliest
 from lightning_sft.io.arguments import Count, Index, check_arguments
 from lightning_sft.machine.contexts import evaluating
-from lightning_sft.model.tuning.adapters import NAME
+from lightning_sft.model.tuning.adapters import ADAPTER_NAME
 from lightning_sft.model.weights import PretrainedWeights
 from lightning_sft.training.checks import check_module
 from lightning_sft.training.optimizers import whole
@@ -133,13 +133,13 @@ class DriftMonitor(Callback):
                     yield name, *self._difference(name, now)
         for given, layer in _adapted(model):
             name = f"{_plain(given)}.weight"
-            factors = (layer.lora_A[NAME].weight, layer.lora_B[NAME].weight)
+            factors = (layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight)
             a, b = (whole(weight.detach()) for weight in factors)
             a, b = (factor.to(widest(factor.device)) for factor in (a, b))
             if self._weights is not None and name in self._weights:
                 if name not in self._squares:
                     self._squares[name] = self._difference(name, None)[1]
-                added = layer.scaling[NAME] ** 2 * ((b.T @ b) * (a @ a.T)).sum().item()  # ‖BA‖² = tr(BᵀB AAᵀ)
+                added = layer.scaling[ADAPTER_NAME] ** 2 * ((b.T @ b) * (a @ a.T)).sum().item()  # ‖BA‖² = tr(BᵀB AAᵀ)
                 yield name, added, self._squares[name]
 
     def _difference(self, name: str, now: Tensor | None) -> tuple[float, float]:
@@ -180,7 +180,7 @@ def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
     return (
         (name, module)
         for name, module in model.named_modules()
-        if NAME in getattr(module, "lora_A", ()) and not getattr(module, "use_dora", {}).get(NAME)
+        if ADAPTER_NAME in getattr(module, "lora_A", ()) and not getattr(module, "use_dora", {}).get(ADAPTER_NAME)
     )
 
 

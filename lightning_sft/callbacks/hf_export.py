@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.checkpoints.run_facts import FACTS, run_facts
+from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.export import parity
@@ -165,7 +165,7 @@ class HFExport(Callback):
         with module.evaluated():
             live = _live(trainer, module, examples)
             state = whole_state(module, keep=first.is_here)
-        whole = {"hyper_parameters": dict(module.hparams), "state_dict": state, FACTS: run_facts(trainer)}
+        whole = {"hyper_parameters": dict(module.hparams), "state_dict": state, RUN_INFO_KEY: run_info(trainer)}
 
         def write() -> None:
             module.tuning.shrink(whole, module)  # with adapters, their base is read again, as from a checkpoint

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints.run_files import LEDGER, cut_off, refuse_anew
+from lightning_sft.checkpoints.run_files import LEDGER_FILE, cut_off, refuse_anew
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.io.arguments import Count, check_arguments
 from lightning_sft.io.disk import append
@@ -42,7 +42,7 @@ class SampleLedger(Callback):
         """Find the folder, and keep it for this process."""
         if stage == "fit":
             folder = trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir)
-            self.path = Path(folder, LEDGER)
+            self.path = Path(folder, LEDGER_FILE)
             self._lock.take(trainer, self.path.parent)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lightning_sft.callbacks.ending import why_ended
 from lightning_sft.callbacks.preempt import Preempted
-from lightning_sft.checkpoints.run_facts import run_facts
-from lightning_sft.checkpoints.run_files import METRICS, RECORD, cut_off, lines_of, record_of, refuse_anew
+from lightning_sft.checkpoints.run_files import METRICS_FILE, RECORD_FILE, cut_off, lines_of, record_of, refuse_anew
+from lightning_sft.checkpoints.run_info import run_info
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.data.inspect.summary import figures, histogram, targets_in_words
 from lightning_sft.io.arguments import Count, check_arguments
@@ -66,10 +66,10 @@ class RunRecord(Callback):
         """
         self._lines, self._begin, self._record, self._is_saving = [], time.time(), {}, False
         first_rank_does(trainer, lambda: refuse_anew(trainer, self._folder))
-        facts, logged = run_facts(trainer), trainer.log_dir  # which ranks tell each other
+        facts, logged = run_info(trainer), trainer.log_dir  # which ranks tell each other
         if not trainer.is_global_zero:
             return
-        metrics = self._folder / METRICS
+        metrics = self._folder / METRICS_FILE
         self._validated = None
         if cut_off(metrics, trainer.global_step) == trainer.global_step and metrics.exists():
             last = [line for line, _ in lines_of(metrics) if line["step"] == trainer.global_step]
@@ -151,7 +151,7 @@ class RunRecord(Callback):
             self._record = {}
 
     def _write_record(self) -> None:
-        write(self._folder / RECORD, json.dumps(self._record, ensure_ascii=False, indent=1))
+        write(self._folder / RECORD_FILE, json.dumps(self._record, ensure_ascii=False, indent=1))
 
     def _note(self, trainer: Any, is_wanted: Any) -> None:
         self._add(trainer, {name: value for name, value in trainer.callback_metrics.items() if is_wanted(name)})
@@ -170,7 +170,7 @@ class RunRecord(Callback):
             return
         rows = [{**at, **{name: value.item() for name, value in values.items()}} for at, values in lines]
         short = [{n: float(f"{v:.7g}") if isinstance(v, float) else v for n, v in row.items()} for row in rows]
-        append(self._folder / METRICS, "".join(json.dumps(row) + "\n" for row in short))
+        append(self._folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in short))
 
 
 def folder_of(trainer: Any) -> Path:

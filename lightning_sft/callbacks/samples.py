@@ -22,7 +22,7 @@ from lightning_sft.machine.terminal import Console
 from lightning_sft.training.checks import check_data, check_module, check_prompts
 from lightning_sft.types import InputError, Prompt
 
-FOLDER = "samples"
+SAMPLES_FOLDER = "samples"
 _SHOWN = 400  # characters of a text in the table
 
 
@@ -66,7 +66,7 @@ class SampleGenerations(Callback):
         self._chosen = _prompts(trainer.datamodule, self.prompts)
         check_prompts(self._chosen, getattr(pl_module, "num_positions", None))
         self._questions = [_question(trainer.datamodule.tokenizer, prompt) for prompt in self._chosen]
-        self._folder, self._before = folder_of(trainer) / FOLDER, {}
+        self._folder, self._before = folder_of(trainer) / SAMPLES_FOLDER, {}
         first = self._folder / "step=00000000.jsonl"
         if trainer.global_step == 0:
             self._ask(trainer, pl_module)

@@ -1,9 +1,9 @@
-"""Where a run is, so that it goes on there to the bit: between two optimizer steps, whenever it was saved.
+"""Where a run is, so that it resumes there bit for bit: between two optimizer steps, whenever it was saved.
 
 Lightning restores its counters as they were at the moment of saving. That moment may be inside an optimizer step,
 whose gradients are lost; at the end of an epoch that ``max_steps`` has cut, which would count as done; or inside a
-validation, whose first half is lost. So a checkpoint has its :class:`Place` beside them, and the counters are made from
-it anew.
+validation, whose first half is lost. So a checkpoint has a :class:`RunPosition` beside them, from which the counters
+are computed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from lightning_sft.training.optimizers import parts_of
 from lightning_sft.training.trainer import data_parallel
 from lightning_sft.types import InputError
 
-PLACE = "lightning_sft_place"
+POSITION_KEY = "lightning_sft_place"
 """Under which key a checkpoint has the place of its run."""
 
-SHARDED = "lightning_sft_sharded"
+SHARDED_KEY = "lightning_sft_sharded"
 """Under which key a loaded checkpoint says that it is the weights and facts of a sharded one."""
 
-ASKED = "lightning_sft_optimizer"
+OPTIMIZER_KEY = "lightning_sft_optimizer"
 """Under which key it has what was asked of its optimizer."""
 
 
 @dataclass(frozen=True)
-class Place:
+class RunPosition:
     """A place between two optimizer steps.
 
     Args:
@@ -60,7 +60,7 @@ class Place:
     plan: str | None
 
     @classmethod
-    def of(cls, trainer: Any, seed: int) -> Place:
+    def of(cls, trainer: Any, seed: int) -> RunPosition:
         """That of a trainer: after the last optimizer step, at any moment."""
         fit, loop, accumulate = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
         epochs, batches = fit.epoch_progress.current, loop.batch_progress.current
@@ -74,7 +74,7 @@ class Place:
         is_validated = batches.ready > done or epochs.processed > epoch or _validation_has_ended(trainer)
         return cls(epoch, steps, done, is_last, is_validated, *_split(trainer), seed, plan_of(trainer))
 
-    def on(self, num_ranks: int, accumulate: int, plan: str | None) -> Place:
+    def on(self, num_ranks: int, accumulate: int, plan: str | None) -> RunPosition:
         """The same place where an epoch is divided in another way.
 
         Raises:
@@ -138,7 +138,7 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
     Raises:
         InputError: When the run could not go on there exactly.
     """
-    if SHARDED in checkpoint:
+    if SHARDED_KEY in checkpoint:
         raise InputError(
             f"{trainer.ckpt_path} is a folder that a strategy which shards the model has written. Resume it with that "
             "strategy (fsdp2, deepspeed_stage_*); to begin from its weights, export it (lightning-sft export) and set "
@@ -149,9 +149,9 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
             f"{trainer.ckpt_path} has the weights alone (save_weights_only), from which no run can resume. Export them "
             "(lightning-sft export) and set model.pretrained to that folder, or resume from a whole checkpoint."
         )
-    if PLACE not in checkpoint:
+    if POSITION_KEY not in checkpoint:
         return None
-    saved = Place(**checkpoint[PLACE])
+    saved = RunPosition(**checkpoint[POSITION_KEY])
     place = saved.on(*_split(trainer), plan_of(trainer))
     loops = checkpoint["loops"] = dict(checkpoint["loops"])
     loops["fit_loop"] = place.counters(loops["fit_loop"], saved.accumulate)
@@ -165,7 +165,7 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
 
 def note(trainer: Any, seed: int) -> dict[str, Any]:
     """The place of a run as plain values, for its checkpoint."""
-    return asdict(Place.of(trainer, seed))
+    return asdict(RunPosition.of(trainer, seed))
 
 
 def seed_of(trainer: Any) -> int:
@@ -202,7 +202,7 @@ def plan_of(trainer: Any) -> str | None:
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskedSettings:
     """What was asked of an optimizer, apart from what it has made of it since: some keep state in their groups.
 
     Args:
@@ -216,7 +216,7 @@ class Asked:
     groups: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, optimizer: Any) -> Asked:
+    def of(cls, optimizer: Any) -> AskedSettings:
         """That of an optimizer that has just been made."""
         groups = [{n: deepcopy(v) for n, v in g.items() if n not in _NO_SETTINGS} for g in optimizer.param_groups]
         return cls(
@@ -225,7 +225,7 @@ class Asked:
             groups,
         )
 
-    def check(self, saved: Asked | None) -> None:
+    def check(self, saved: AskedSettings | None) -> None:
         """Refuse the states of another optimizer, if a checkpoint has any.
 
         Raises:
@@ -246,7 +246,7 @@ class Asked:
             )
 
 
-def retune(trainer: Any, asked: Asked, saved: Asked | None, own: Any) -> None:
+def retune(trainer: Any, asked: AskedSettings, saved: AskedSettings | None, own: Any) -> None:
     """Let settings that have been changed win over those of a checkpoint, and set the schedule's learning rate.
 
     Where nothing was changed, nothing changes, so state that an optimizer keeps among its settings is kept. The

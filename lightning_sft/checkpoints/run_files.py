@@ -15,7 +15,7 @@ from lightning_sft.checkpoints.writing import newest
 from lightning_sft.io.disk import rows_of
 from lightning_sft.types import InputError
 
-LEDGER, METRICS, RECORD = "samples.jsonl", "metrics.jsonl", "run.json"
+LEDGER_FILE, METRICS_FILE, RECORD_FILE = "samples.jsonl", "metrics.jsonl", "run.json"
 
 
 def lines_of(path: str | Path) -> Iterator[tuple[dict[str, Any], int]]:
@@ -75,7 +75,7 @@ def refuse_finished(folder: Path, places: Iterable[str | Path]) -> None:
         InputError: With what to do.
     """
     folders = list(dict.fromkeys(map(Path, places)))
-    files = [path for name in (LEDGER, METRICS) if (path := folder / name).is_file()]
+    files = [path for name in (LEDGER_FILE, METRICS_FILE) if (path := folder / name).is_file()]
     steps = max((line["step"] for path in files for line, _ in lines_of(path)), default=0)
     if not steps or not (any(any(own.glob("*.ckpt")) for own in folders) or record_of(folder).get("saved")):
         return
@@ -96,7 +96,7 @@ def refuse_finished(folder: Path, places: Iterable[str | Path]) -> None:
 
 def record_of(folder: Path) -> dict[str, Any]:
     """What ``run.json`` says of the run of a folder; nothing where there is none, or a damaged one."""
-    path = folder / RECORD
+    path = folder / RECORD_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:

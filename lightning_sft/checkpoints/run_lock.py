@@ -19,7 +19,7 @@ try:
 except ImportError:  # Windows has no such locks: nothing is locked there
     fcntl = None  # type: ignore[assignment]  # where types know a module
 
-NAME = ".lock"
+LOCK_FILE = ".lock"
 
 
 class FolderLock:
@@ -60,7 +60,7 @@ class FolderLock:
     def _take(self, folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder.resolve() / NAME
+            path = folder.resolve() / LOCK_FILE
             file, count = self._held.get(path) or (_locked(path), 0)
         except OSError as error:
             raise InputError(

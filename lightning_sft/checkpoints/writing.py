@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.checkpoints.reading import facts, is_checkpoint, know_optimizer_states, weights
-from lightning_sft.checkpoints.resume import PLACE, SHARDED
+from lightning_sft.checkpoints.resume import POSITION_KEY, SHARDED_KEY
 from lightning_sft.io.disk import PARTIAL, hidden, publish, remove
 from lightning_sft.types import InputError
 
@@ -52,7 +52,7 @@ class AtomicIO(TorchCheckpointIO):
         """
         if "://" not in str(path):
             if Path(path).is_dir():
-                return facts(path) | {"state_dict": weights(path), SHARDED: True}
+                return facts(path) | {"state_dict": weights(path), SHARDED_KEY: True}
             know_optimizer_states(path)
         found: Any = super().load_checkpoint(path, map_location, weights_only)
         if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
@@ -108,7 +108,7 @@ def _number_of(folder: Path) -> float:
 
 def _place_of(saved: dict[str, Any]) -> tuple[int, int, bool]:
     """How far the run of a checkpoint was: of two at the same step, one may be from before a validation."""
-    place = saved.get(PLACE, {})
+    place = saved.get(POSITION_KEY, {})
     return saved.get("global_step", -1), place.get("epoch", -1), place.get("is_validated", False)
 
 

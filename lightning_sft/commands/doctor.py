@@ -49,7 +49,7 @@ _MALICIOUS = ("2.6.2", "2.6.3")  # wheels of lightning, GHSA-w37p-236h-pfx3
 
 
 @dataclass(frozen=True)
-class Fact:
+class Item:
     """One thing about the machine.
 
     Args:
@@ -67,7 +67,7 @@ class Fact:
     remark: str = ""
 
 
-def run_doctor(args: Sequence[str] | None = None) -> list[Fact]:
+def run_doctor(args: Sequence[str] | None = None) -> list[Item]:
     """Print all facts as a table, or with ``--json`` as JSON.
 
     Args:
@@ -84,12 +84,12 @@ def run_doctor(args: Sequence[str] | None = None) -> list[Fact]:
     return found
 
 
-def facts() -> list[Fact]:
+def facts() -> list[Item]:
     """Everything; it takes some seconds, since matrix products are timed and files of caches counted."""
     return [*_versions(), *_machine(), *_devices(), *_fast_paths(), *_limits(), *_caches()]
 
 
-def show(found: Sequence[Fact], console: Console) -> None:
+def show(found: Sequence[Item], console: Console) -> None:
     """The facts as a table."""
     table = Table("", "", "", box=SIMPLE_HEAD, show_header=False, pad_edge=False)
     section = ""
@@ -116,115 +116,115 @@ def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 512) -> flo
     return best
 
 
-def _versions() -> Iterator[Fact]:
-    yield Fact("versions", "lightning-sft", __version__)
-    yield Fact("versions", "python", platform.python_version())
+def _versions() -> Iterator[Item]:
+    yield Item("versions", "lightning-sft", __version__)
+    yield Item("versions", "python", platform.python_version())
     for name in _NEEDED:
         version = _version(name)
         if version is None:
-            yield Fact("versions", name, "not installed", "bad", f"pip install {name}")
+            yield Item("versions", name, "not installed", "bad", f"pip install {name}")
         elif name == "lightning" and version in _MALICIOUS:
-            yield Fact("versions", name, version, "bad", "A malicious wheel (GHSA-w37p-236h-pfx3): remove it.")
+            yield Item("versions", name, version, "bad", "A malicious wheel (GHSA-w37p-236h-pfx3): remove it.")
         else:
-            yield Fact("versions", name, version)
+            yield Item("versions", name, version)
     for name, (purpose, extra) in _OPTIONAL.items():
         version = _version(name)
         how = f"for {purpose}: pip install '{extra}'"
-        yield Fact("optional", name, version or "not installed", "good" if version else "off", "" if version else how)
+        yield Item("optional", name, version or "not installed", "good" if version else "off", "" if version else how)
 
 
-def _machine() -> Iterator[Fact]:
+def _machine() -> Iterator[Item]:
     section, threads = "machine", torch.get_num_threads()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    yield Fact(section, "system", f"{platform.system()} {platform.release()}, {platform.machine()}")
+    yield Item(section, "system", f"{platform.system()} {platform.release()}, {platform.machine()}")
     info = _read("/proc/cpuinfo")
     model = next((line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")), "?")
-    yield Fact(section, "processor", model)
+    yield Item(section, "processor", model)
     remark = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
     is_few = threads < cores and not remark
-    yield Fact(section, "cores", f"{cores}, of which torch uses {threads}", "bad" if is_few else "plain", remark)
-    yield Fact(section, "instructions", _instructions(info))
+    yield Item(section, "cores", f"{cores}, of which torch uses {threads}", "bad" if is_few else "plain", remark)
+    yield Item(section, "instructions", _instructions(info))
     total, available = (_meminfo(key) for key in ("MemTotal", "MemAvailable"))
-    yield Fact(section, "memory", f"{_size(total)}, {_size(available)} available")
+    yield Item(section, "memory", f"{_size(total)}, {_size(available)} available")
     in_float32, in_bfloat16 = matmul_rate(torch.float32), matmul_rate(torch.bfloat16)
-    yield Fact(section, "float32 products", _rate(in_float32))
+    yield Item(section, "float32 products", _rate(in_float32))
     is_slow = in_bfloat16 < 0.5 * in_float32
     remark = "Slow on this processor: use trainer.precision=32-true on it." if is_slow else ""
-    yield Fact(section, "bfloat16 products", _rate(in_bfloat16), "off" if is_slow else "good", remark)
+    yield Item(section, "bfloat16 products", _rate(in_bfloat16), "off" if is_slow else "good", remark)
 
 
-def _devices() -> Iterator[Fact]:
+def _devices() -> Iterator[Item]:
     for number in range(torch.cuda.device_count()):
         own = torch.cuda.get_device_properties(number)
         in_bf16 = own.major >= 8
         what = f"{own.name}, {_size(own.total_memory)}, compute capability {own.major}.{own.minor}"
         remark = "" if in_bf16 else "It has no bfloat16: use trainer.precision=16-mixed."
-        yield Fact("devices", f"cuda:{number}", what, "good" if in_bf16 else "off", remark)
+        yield Item("devices", f"cuda:{number}", what, "good" if in_bf16 else "off", remark)
         if in_bf16:
-            yield Fact("devices", "  bfloat16 products", _rate(matmul_rate(torch.bfloat16, f"cuda:{number}", 4096)))
+            yield Item("devices", "  bfloat16 products", _rate(matmul_rate(torch.bfloat16, f"cuda:{number}", 4096)))
     if torch.backends.mps.is_available():
-        yield Fact("devices", "mps", "Apple GPU", "good")
+        yield Item("devices", "mps", "Apple GPU", "good")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        yield Fact("devices", "GPU", "none", "off", f"{built}. Training runs on the processor.")
+        yield Item("devices", "GPU", "none", "off", f"{built}. Training runs on the processor.")
 
 
-def _fast_paths() -> Iterator[Fact]:
+def _fast_paths() -> Iterator[Item]:
     section, on_gpu = "fast paths", torch.cuda.is_available()
-    yield Fact(section, "attention", "by document", "good", "Packed without padding; fit says which path a model gets.")
+    yield Item(section, "attention", "by document", "good", "Packed without padding; fit says which path a model gets.")
     is_taken = False
     for name, (reason, kernel) in gpu.kernels(torch.device("cuda", 0) if on_gpu else torch.device("cpu")).items():
         state: State = "off" if kernel is None or is_taken else "good"
         why = f": {reason}" if kernel is None else ": an earlier one is taken" if is_taken else ""
         is_taken = is_taken or kernel is not None
         remark = f"All documents in one call, in 16 bits{why}."
-        yield Fact(section, f"  {name}", "on" if state == "good" else "off", state, remark)
+        yield Item(section, f"  {name}", "on" if state == "good" else "off", state, remark)
     why = "Soft-caps and sinks on a GPU" + ("" if on_gpu else ": it needs a GPU that torch sees")
-    yield Fact(section, "  FlexAttention", "on" if on_gpu else "off", "good" if on_gpu else "off", f"{why}.")
-    yield Fact(section, "chunked likelihood", "on", "good", "Logits are never held whole: model.chunk_size")
+    yield Item(section, "  FlexAttention", "on" if on_gpu else "off", "good" if on_gpu else "off", f"{why}.")
+    yield Item(section, "chunked likelihood", "on", "good", "Logits are never held whole: model.chunk_size")
     fuses, why = on_gpu and bool(_version("triton")), "pip install triton" if on_gpu else "it needs a GPU"
     remark = "Softmax, figures and gradient of a chunk in one kernel" + ("." if fuses else f": {why}")
-    yield Fact(section, "  fused softmax", "on" if fuses else "off", "good" if fuses else "off", remark)
-    yield Fact(section, "fused AdamW", "on", "good", "The default of model.optimizer.")
+    yield Item(section, "  fused softmax", "on" if fuses else "off", "good" if fuses else "off", remark)
+    yield Item(section, "fused AdamW", "on", "good", "The default of model.optimizer.")
     yield _compiler(on_gpu)
     rust = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
     is_off = rust in ("false", "0", "off", "no", "n", "f")
     why = "TOKENIZERS_PARALLELISM is off: encoding uses one core a process." if is_off else ""
-    yield Fact(section, "tokenizers in parallel", "off" if is_off else "on", "off" if is_off else "good", why)
+    yield Item(section, "tokenizers in parallel", "off" if is_off else "on", "off" if is_off else "good", why)
     given = [
         f"{key}={os.environ[key]}"
         for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "LD_PRELOAD")
         if os.environ.get(key)
     ]
-    yield Fact(section, "allocator", ", ".join(given) or "torch's default")
+    yield Item(section, "allocator", ", ".join(given) or "torch's default")
 
 
-def _compiler(on_gpu: bool) -> Fact:
+def _compiler(on_gpu: bool) -> Item:
     if missing := compiler_missing(on_gpu):
-        return Fact("fast paths", "torch.compile", "off", "off", f"For model.kernels=compiled {missing}.")
+        return Item("fast paths", "torch.compile", "off", "off", f"For model.kernels=compiled {missing}.")
     path = shutil.which(os.environ.get("CXX") or "g++")
     remark = "For long runs, see model.kernels." if on_gpu else "Off unless model.kernels=compiled."
-    return Fact("fast paths", "torch.compile", path or "", "good", remark)
+    return Item("fast paths", "torch.compile", path or "", "good", remark)
 
 
-def _limits() -> Iterator[Fact]:
+def _limits() -> Iterator[Item]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free
         is_small = free < 1 << 30
         remark = "Worker processes and NCCL need some: in Docker, --shm-size=8g." if is_small else ""
-        yield Fact("limits", "shared memory", f"{_size(free)} free", "bad" if is_small else "good", remark)
+        yield Item("limits", "shared memory", f"{_size(free)} free", "bad" if is_small else "good", remark)
     with suppress(ImportError):  # of Windows
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         is_few, remark = soft < 1024, f"ulimit -n {hard}"
-        yield Fact("limits", "open files", f"{soft:,}", "bad" if is_few else "good", remark if is_few else "")
+        yield Item("limits", "open files", f"{soft:,}", "bad" if is_few else "good", remark if is_few else "")
     free = shutil.disk_usage(".").free
-    yield Fact("limits", "disk here", f"{_size(free)} free")
+    yield Item("limits", "disk here", f"{_size(free)} free")
 
 
-def _caches() -> Iterator[Fact]:
+def _caches() -> Iterator[Item]:
     home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     hub = Path(os.environ.get("HF_HOME", home / "huggingface")).expanduser()
     places = {
@@ -234,7 +234,7 @@ def _caches() -> Iterator[Fact]:
     }
     for name, (path, remark) in places.items():
         size = _size(_bytes_below(path)) if path.exists() else "empty"
-        yield Fact("caches", name, f"{size}, {path}", "plain", remark)
+        yield Item("caches", name, f"{size}, {path}", "plain", remark)
 
 
 def _version(package: str) -> str | None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lightning_sft.checkpoints.reading import facts, weights
 from lightning_sft.checkpoints.resume import seed_micro_batch
-from lightning_sft.checkpoints.run_files import LEDGER, line_of
+from lightning_sft.checkpoints.run_files import LEDGER_FILE, line_of
 from lightning_sft.checkpoints.writing import folders_of
 from lightning_sft.commands.base import ConfigCLI
 from lightning_sft.data.batches.stream import StreamLoader
@@ -121,9 +121,9 @@ class ReplayCLI(ConfigCLI):
 
 
 def _newest_ledger(root: Path) -> Path:
-    found = [*root.glob(LEDGER), *root.glob(f"*/*/{LEDGER}")]
+    found = [*root.glob(LEDGER_FILE), *root.glob(f"*/*/{LEDGER_FILE}")]
     if not found:
-        raise InputError(f"There is no {LEDGER} below {root}. Name the run's with --ledger.")
+        raise InputError(f"There is no {LEDGER_FILE} below {root}. Name the run's with --ledger.")
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 

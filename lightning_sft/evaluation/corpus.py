@@ -14,7 +14,7 @@ from lightning_sft.training.checks import not_finite
 from lightning_sft.types import Batch, LogLikelihood, widest
 
 
-class Evaluation:
+class EvaluationMetrics:
     """Adds up what batches say of the whole data set, of each loader; used again for the next time."""
 
     def __init__(self) -> None:

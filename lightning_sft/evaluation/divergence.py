@@ -20,7 +20,7 @@ def likeliest(scorer: Any, batch: Batch, most: int) -> tuple[Tensor, Tensor]:
     """The likeliest tokens at each target, and their log-probabilities: ``[T, K]`` each, int32 and float32.
 
     Args:
-        scorer: A :class:`~lightning_sft.model.likelihood.Scorer`; strategies that shard it may.
+        scorer: A :class:`~lightning_sft.model.likelihood.LikelihoodModel`; strategies that shard it may.
         batch: With T targets.
         most: K, or the size of the vocabulary if that is less.
     """

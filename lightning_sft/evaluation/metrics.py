@@ -44,18 +44,18 @@ def sums_by_part(likelihood: LogLikelihood, batch: Batch | None) -> Tensor:
     return torch.cat([everything[None], of_parts])
 
 
-def figures_by_part(totals: Tensor, part_names: Sequence[str]) -> dict[str, Tensor]:
+def metrics_by_part(totals: Tensor, part_names: Sequence[str]) -> dict[str, Tensor]:
     """:func:`figures` of a corpus, and the ``loss/name`` of each data set that has targets in it."""
     return figures(totals[0]) | _losses(totals[1:], [f"loss/{name}" for name in part_names])
 
 
-def places(batch: Batch) -> tuple[Tensor, Tensor]:
+def target_positions(batch: Batch) -> tuple[Tensor, Tensor]:
     """Where each target stands: the number of its answer in its conversation, and its own in the answer, ``[T]`` each.
 
     Both count from 1. Answers are runs of targets; those that are not trained, having the weight 0, do not count.
 
     >>> batch = Batch.of({"input_ids": torch.arange(7)[None], "labels": torch.tensor([[-100, 1, 2, -100, 4, 5, -100]])})
-    >>> [place.tolist() for place in places(batch)]
+    >>> [place.tolist() for place in target_positions(batch)]
     [[1, 1, 2, 2], [1, 2, 1, 2]]
     """
     is_target = (batch.labels != IGNORE).flatten()
@@ -133,7 +133,7 @@ class CorpusLikelihood(Metric):
         log_probs = likelihood.log_probs.to(self.totals)
         columns = [_of_targets(likelihood, batch).to(self.totals), -log_probs[:, None], size[:, None].to(self.totals)]
         of_targets = torch.cat(columns, dim=1)  # [T, 7]
-        turns, positions = places(batch)
+        turns, positions = target_positions(batch)
         first, num_parts = torch.zeros_like(turns), len(self.part_names)
         groups = [
             first,

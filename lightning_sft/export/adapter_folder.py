@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lightning_sft.model.tuning import new_tokens
-from lightning_sft.model.tuning.adapters import NAME, is_adapter
+from lightning_sft.model.tuning.adapters import ADAPTER_NAME, is_adapter
 from lightning_sft.types import InputError
 
 
@@ -38,9 +38,9 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    config: Any = deepcopy(model.peft_config[NAME])
+    config: Any = deepcopy(model.peft_config[ADAPTER_NAME])
     config.base_model_name_or_path, config.inference_mode = base, True
-    found = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
+    found = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     if rows:
         config.trainable_token_indices = {name.rpartition(".")[2]: m.new_ids.tolist() for name, m in rows.items()}
         found |= {f"{name}.token_adapter.trainable_tokens_delta": m.new_rows for name, m in rows.items()}

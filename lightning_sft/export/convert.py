@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.checkpoints import reading as checkpoints
-from lightning_sft.checkpoints.run_facts import FACTS, validation_data
+from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, validation_data
 from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.export import parity
@@ -103,7 +103,7 @@ def export_checkpoint(
     ckpt = checkpoint_of(str(ckpt))
     checkpoints.kind_of(ckpt)
     check_is_free(Path(out))
-    found = rows_to_compare(checkpoints.facts(ckpt).get(FACTS, {}), rows)
+    found = rows_to_compare(checkpoints.facts(ckpt).get(RUN_INFO_KEY, {}), rows)
     return from_checkpoint(ckpt, Path(out), found, Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type))
 
 
@@ -171,7 +171,9 @@ def convert(
             report.models.append(parity.agreement(f"GGUF, {settings.gguf_type}", trained, _in_float32(file, examples)))
         found = report.as_json()
         (folder / "parity.json").write_text(json.dumps(found, indent=2, ensure_ascii=False), encoding="utf-8")
-        (folder / "README.md").write_text(model_card(out.name, own, checkpoint.get(FACTS, {}), found), encoding="utf-8")
+        (folder / "README.md").write_text(
+            model_card(out.name, own, checkpoint.get(RUN_INFO_KEY, {}), found), encoding="utf-8"
+        )
         report.show()
         if report.failures:
             raise _failed(folder, out, report)

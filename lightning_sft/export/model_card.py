@@ -29,7 +29,7 @@ def model_card(
     Args:
         name: Of the model.
         hyper_parameters: Of the module.
-        facts: Of the run, see :func:`lightning_sft.run_facts.run_facts`; what is missing is left out.
+        facts: Of the run, see :func:`lightning_sft.run_info.run_facts`; what is missing is left out.
         parity: The report of the export, as plain values.
 
     >>> print(model_card("my-model", {"pretrained": "owner/base"}, {})[:53])

@@ -29,7 +29,7 @@ from lightning_sft.types import InputError
 
 KernelName = Literal["auto", "compiled", "liger", "none"]
 
-KERNELS = "lightning_sft_kernels"
+KERNELS_KEY = "lightning_sft_kernels"
 """Under which key a checkpoint has the kernels of its run."""
 
 COMPILES_FROM = 500

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from lightning_sft.model.parallel.zero3 import gathered_head
 from lightning_sft.model.pretrained import backbone_and_head, names_kept_in_float32
-from lightning_sft.model.probes import Findings, states
+from lightning_sft.model.probes import ProbeResult, states
 from lightning_sft.objective import log_likelihood
 from lightning_sft.types import Batch, InputError
 
 
-class Scorer(nn.Module):
+class LikelihoodModel(nn.Module):
     """Computes the likelihood of batches: the backbone, then the objective on its hidden states and the head.
 
     The head is not run by the model's own forward, so one module has to hold both: FSDP2 and DeepSpeed gather the
@@ -28,7 +28,7 @@ class Scorer(nn.Module):
         chunk_size: Targets whose logits are in memory at a time; ``None``: what fits the device.
     """
 
-    def __init__(self, model: PreTrainedModel, findings: Findings, chunk_size: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, findings: ProbeResult, chunk_size: int | None = None) -> None:
         super().__init__()
         self.model, self.findings, self.chunk_size = model, findings, chunk_size
 

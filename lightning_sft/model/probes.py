@@ -25,7 +25,7 @@ _DOCUMENT = 12  # tokens in each document of a probe
 
 
 @dataclass(frozen=True)
-class Findings:
+class ProbeResult:
     """What the probes found.
 
     Args:
@@ -41,7 +41,7 @@ class Findings:
     takes_positions: bool
 
 
-def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Findings:
+def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> ProbeResult:
     """Run all probes on a few random tokens, in evaluation mode and without gradients.
 
     Raises:
@@ -61,7 +61,7 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Findi
         scale, softcap = _logit_transform(model, head(alone), first)
         takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
         isolates = takes_positions and _isolates(backbone, second, (first, other))
-    return Findings(scale, softcap, isolates, takes_positions)
+    return ProbeResult(scale, softcap, isolates, takes_positions)
 
 
 def states(

@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_sft.training.optimizers import parts_of
 from lightning_sft.types import InputError
 
-TRAINED = "lightning_sft_trained_weights"
+TRAINED_KEY = "lightning_sft_trained_weights"
 """Under which key a checkpoint has the weights to train, where those to evaluate are others."""
 
 
@@ -73,7 +73,7 @@ class Modes:
             checkpoint["state_dict"] = {name: tensor.clone() for name, tensor in checkpoint["state_dict"].items()}
             if "optimizer_states" in checkpoint:
                 assert self._kept is not None
-                checkpoint[TRAINED] = dict(self._kept)
+                checkpoint[TRAINED_KEY] = dict(self._kept)
 
     @property
     def _optimizers(self) -> list[Any]:

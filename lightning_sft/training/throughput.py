@@ -15,16 +15,17 @@ from lightning_sft.machine.peak_rates import peak_rate
 from lightning_sft.training.flops import Flops, flops
 from lightning_sft.types import Batch
 
-SEEN = "lightning_sft_seen"
+SEEN_KEY = "lightning_sft_seen"
 """Under which key a checkpoint has the numbers of tokens and targets that the run has seen."""
 
 NUM_COUNTS = 4
-"""How many numbers :meth:`StepFigures.counts` gives."""
+"""How many numbers :meth:`StepMetrics.counts` gives."""
 
 _STEPS = 10  # that speeds are a mean of
+_OLD_KEYS = {"fill": "packing_efficiency", "share_of_peak": "mfu"}  # are logged too, for one release
 
 
-class StepFigures:
+class StepMetrics:
     """Counts what optimizer steps compute, and measures their time.
 
     Nothing here waits for the device: counts are known from the shapes of batches, and are summed over ranks in the one
@@ -102,7 +103,7 @@ class StepFigures:
         found = {
             "tokens_per_second": tokens_now / seconds,
             "targets_per_second": targets_now / seconds,
-            "fill": tokens / (filled * self._capacity if self._capacity else positions),
+            "packing_efficiency": tokens / (filled * self._capacity if self._capacity else positions),
             "tokens_seen": self._done[0] + self._before[0],
             "targets_seen": self._done[1] + self._before[1],
             "peak_memory_gib": counts.new_tensor(peak_memory(trainer.strategy.root_device) / 2**30),
@@ -110,7 +111,7 @@ class StepFigures:
         if self._flops is not None and self._peak:
             computed = tokens_now * self._flops.per_token + targets_now * self._flops.per_target + attention_now
             found["mfu"] = computed / (seconds * self._peak * trainer.world_size)
-        return found
+        return found | {old: found[name] for old, name in _OLD_KEYS.items() if name in found}
 
     def state(self) -> list[float]:
         """Tokens and targets seen, for a checkpoint."""

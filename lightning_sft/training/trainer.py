@@ -87,7 +87,7 @@ def _summed(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def place(trainer: Any) -> tuple[int, int]:
+def position(trainer: Any) -> tuple[int, int]:
     """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint.
 
     ``overfit_batches`` asks for the same micro-batches in every epoch: those of the first; so does no trainer at all.

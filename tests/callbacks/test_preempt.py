@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import RunRecord, SafeCheckpoint, SampleLedger
 from lightning_sft.callbacks.preempt import Preempt, Preempted
-from lightning_sft.checkpoints.resume import PLACE
+from lightning_sft.checkpoints.resume import POSITION_KEY
 from lightning_sft.checkpoints.run_files import lines_of
 from lightning_sft.types import InputError
 from tests.helpers.processes import ROOT
@@ -59,7 +59,7 @@ def test_a_signal_ends_the_fit_after_the_step_with_a_checkpoint_and_code_75(
     assert stop.value.code == 75
     assert tell.stepped_on == 3
     saved = torch.load(tmp_path / "checkpoints" / "resume-step=1.ckpt", weights_only=True)
-    assert saved[PLACE]["micro_batches"] == 4
+    assert saved[POSITION_KEY]["micro_batches"] == 4
     assert signal.getsignal(number) == before
 
 
@@ -71,7 +71,7 @@ def test_in_a_validation_it_does_not_wait_for_the_end_and_the_validation_is_stil
     with pytest.raises(Preempted):
         fit(pretrained, trainer, rows)
     [path] = (tmp_path / "own").glob("resume-*.ckpt")  # where the user's own are
-    place = torch.load(path, weights_only=True)[PLACE]
+    place = torch.load(path, weights_only=True)[POSITION_KEY]
     assert (place["is_last"], place["is_validated"]) == (True, False)
     assert "val/loss" not in trainer.callback_metrics
 

@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD, AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.checkpoints.resume import PLACE, Place, seed_micro_batch
+from lightning_sft.checkpoints.resume import POSITION_KEY, RunPosition, seed_micro_batch
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.schedules import learning_rate_factor
 from lightning_sft.types import InputError
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_lightning_inside_a_step_replays_the_step(
     uninterrupted = fit()
     with pytest.raises(InterruptionError):
         fit(StopAt(7))  # the third of a step
-    assert torch.load(tmp_path / "step=1.ckpt", weights_only=True)[PLACE]["micro_batches"] == 4
+    assert torch.load(tmp_path / "step=1.ckpt", weights_only=True)[POSITION_KEY]["micro_batches"] == 4
     assert all(torch.equal(a, b) for a, b in zip(fit(ckpt_path=tmp_path / "step=1.ckpt"), uninterrupted, strict=True))
 
 
@@ -236,9 +236,9 @@ def test_overfitting_takes_the_same_micro_batches_each_epoch_and_after_an_interr
     assert samples[:2] == samples[2:4] == samples[4:]
 
 
-def place(**changes: Any) -> Place:
+def place(**changes: Any) -> RunPosition:
     inside = {"epoch": 2, "steps": 3, "micro_batches": 12, "is_last": False, "is_validated": True}
-    return Place(**{**inside, "num_ranks": 2, "accumulate": 4, "seed": 0, "plan": "a", **changes})
+    return RunPosition(**{**inside, "num_ranks": 2, "accumulate": 4, "seed": 0, "plan": "a", **changes})
 
 
 def test_the_same_steps_can_be_divided_among_other_ranks() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 
-from lightning_sft.checkpoints.run_lock import NAME, FolderLock
+from lightning_sft.checkpoints.run_lock import LOCK_FILE, FolderLock
 from lightning_sft.types import InputError
 
 Make = Callable[..., Trainer]
@@ -47,7 +47,7 @@ def test_a_folder_in_use_is_refused_with_its_owner_and_free_when_that_is_killed(
             lock.take(trainer, tmp_path / "run")
     finally:
         kill(owner)
-    assert (tmp_path / "run" / NAME).is_file()  # left behind
+    assert (tmp_path / "run" / LOCK_FILE).is_file()  # left behind
     lock.take(trainer, tmp_path / "run")
     lock.release()
     assert not list((tmp_path / "run").iterdir())

@@ -18,19 +18,19 @@ from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.types import Conversation, InputError
 from tests.helpers.exporting import trained
 
-ASKED = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "question 1"}]
+OPTIMIZER_KEY = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "question 1"}]
 
 
 def said(speaker: Speaker, **how: Any) -> str:
-    return speaker.answer(ASKED, lambda text: None, 12, **how)
+    return speaker.answer(OPTIMIZER_KEY, lambda text: None, 12, **how)
 
 
 def test_the_pieces_are_the_answer_and_the_answer_is_that_of_predict(pretrained: str) -> None:
     speaker, pieces = Speaker(pretrained, device="cpu"), list[str]()
-    whole = speaker.answer(ASKED, pieces.append, max_new_tokens=120)
+    whole = speaker.answer(OPTIMIZER_KEY, pieces.append, max_new_tokens=120)
     assert len(pieces) > 1
     assert "".join(pieces) == printable(whole)
-    prompt = encode_prompt(Conversation(ASKED), speaker.tokenizer)
+    prompt = encode_prompt(Conversation(OPTIMIZER_KEY), speaker.tokenizer)
     [row] = generation.answers(speaker.model, PromptBatch([prompt], speaker.tokenizer), 120)
     assert whole == row["prediction"]
 
@@ -76,5 +76,5 @@ def test_an_interrupted_answer_is_what_there_is_by_then(pretrained: str) -> None
         if len(pieces) == 2:
             raise KeyboardInterrupt
 
-    whole = Speaker(pretrained, device="cpu").answer(ASKED, interrupt, 120)
+    whole = Speaker(pretrained, device="cpu").answer(OPTIMIZER_KEY, interrupt, 120)
     assert printable(whole) == "".join(pieces)

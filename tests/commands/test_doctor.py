@@ -12,13 +12,13 @@ import torch
 
 from lightning_sft import __version__
 from lightning_sft.commands import doctor
-from lightning_sft.commands.doctor import Fact
+from lightning_sft.commands.doctor import Item
 from lightning_sft.machine.terminal import Console
 from lightning_sft.main import main
 from lightning_sft.training.checks import bfloat16_is_slow
 
 
-def named(name: str) -> Fact:
+def named(name: str) -> Item:
     [found] = [fact for fact in doctor.facts() if fact.name == name]
     return found
 
@@ -33,7 +33,7 @@ def test_json_has_every_fact_of_the_table(capsys: pytest.CaptureFixture[str]) ->
     sections = ["versions", "optional", "machine", "devices", "fast paths", "limits", "caches"]
     assert list(dict.fromkeys(fact["section"] for fact in found)) == sections
     console = Console(width=80, record=True, file=io.StringIO())
-    doctor.show([Fact(**fact) for fact in found], console)
+    doctor.show([Item(**fact) for fact in found], console)
     text = console.export_text()
     assert all(fact["name"] in text for fact in found)
     assert all(len(line) <= 80 for line in text.splitlines())

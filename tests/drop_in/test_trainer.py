@@ -97,8 +97,15 @@ class Memory(Logger):
 
 
 FIGURES = {
-    *(f"train/{name}" for name in ("loss", "token_accuracy", "entropy", "gradient_norm", "fill", "peak_memory_gib")),
-    *("train/tokens_per_second", "train/targets_per_second", "train/tokens_seen", "train/targets_seen", "lr"),
+    *(f"train/{name}" for name in ("loss", "token_accuracy", "entropy", "gradient_norm", "packing_efficiency")),
+    *(
+        "train/peak_memory_gib",
+        "train/tokens_per_second",
+        "train/targets_per_second",
+        "train/tokens_seen",
+        "train/targets_seen",
+        "lr",
+    ),
     *("val/loss", "val/perplexity", "val/bits_per_byte", "val/token_accuracy", "val/entropy", "val/loss_position/1"),
     *("lr-SGD/decay", "lr-SGD/no_decay", "DeviceStatsMonitor.on_train_batch_start/cpu_percent"),
 }

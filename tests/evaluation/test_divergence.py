@@ -6,7 +6,7 @@ import torch
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_model
 from lightning_sft.evaluation.divergence import divergence, likeliest
-from lightning_sft.model.likelihood import Scorer
+from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.pretrained import backbone_and_head
 from lightning_sft.model.probes import probe
 from lightning_sft.types import Example
@@ -14,13 +14,13 @@ from lightning_sft.types import Example
 BATCH = collate([Example(list(range(20, 60)), [0.0] * 5 + [1.0] * 35)], packed=False)
 
 
-def scorer(seed: int, **config: float) -> Scorer:
+def scorer(seed: int, **config: float) -> LikelihoodModel:
     model = tiny_model(seed=seed, **config).eval()
-    return Scorer(model, probe(model, *backbone_and_head(model)))
+    return LikelihoodModel(model, probe(model, *backbone_and_head(model)))
 
 
 @torch.no_grad()
-def whole(before: Scorer, now: Scorer) -> torch.Tensor:
+def whole(before: LikelihoodModel, now: LikelihoodModel) -> torch.Tensor:
     """KL over the whole vocabulary, from the logits of transformers."""
     p, q = (one.model(BATCH.input_ids).logits[0, 4:39].double().log_softmax(-1) for one in (before, now))
     return (p.exp() * (p - q)).sum(-1)

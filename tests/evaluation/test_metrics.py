@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_sft.data.batches.collate import collate
-from lightning_sft.evaluation.metrics import NUM_SUMS, CorpusLikelihood, figures_by_part, places, sums_by_part
+from lightning_sft.evaluation.metrics import NUM_SUMS, CorpusLikelihood, metrics_by_part, sums_by_part, target_positions
 from lightning_sft.objective import log_likelihood
 from lightning_sft.types import Batch, Example
 
@@ -131,9 +131,9 @@ def test_turns_are_left_out_where_every_conversation_has_one_answer() -> None:
 
 def test_a_text_that_is_a_target_from_its_second_token_on_is_one_answer() -> None:
     texts = collate([Example([5, 6, 7], [0.0, 1.0, 1.0]), Example([8, 9], [0.0, 1.0])])
-    assert [place.tolist() for place in places(texts)] == [[1, 1, 1], [1, 2, 1]]
+    assert [place.tolist() for place in target_positions(texts)] == [[1, 1, 1], [1, 2, 1]]
     empty = Batch.of({"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[-100, -100]])})
-    assert [place.tolist() for place in places(empty)] == [[], []]
+    assert [place.tolist() for place in target_positions(empty)] == [[], []]
 
 
 def test_the_sums_of_a_batch_are_those_of_its_data_sets() -> None:
@@ -153,6 +153,6 @@ def test_the_sums_of_a_batch_are_those_of_its_data_sets() -> None:
     for alone in (collate(examples), None):
         assert sums_by_part(likelihood, alone).shape == (1, NUM_SUMS)
         assert torch.allclose(sums_by_part(likelihood, alone)[0], everything)
-    assert figures_by_part(sums_by_part(likelihood, batch), batch.part_names).keys() == {
+    assert metrics_by_part(sums_by_part(likelihood, batch), batch.part_names).keys() == {
         *("loss", "token_accuracy", "entropy", "loss/a", "loss/b")
     }

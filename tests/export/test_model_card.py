@@ -8,7 +8,7 @@ import yaml
 from lightning_sft.export.model_card import model_card
 
 PART = {"name": "", "source": "hf:owner/data:train", "share": None, "weight": 1.0, "rows": 1234, "sequences": 1300}
-FACTS: dict[str, Any] = {
+RUN_INFO_KEY: dict[str, Any] = {
     "step": 7,
     "metrics": {"val/loss": 1.5},
     "optimizer": {"class": "AdamW", "lr": 1e-5},
@@ -28,7 +28,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def test_the_front_matter_is_yaml_with_names_that_the_hub_knows() -> None:
-    matter = front_matter(model_card("mine", {"pretrained": "owner/base"}, FACTS))
+    matter = front_matter(model_card("mine", {"pretrained": "owner/base"}, RUN_INFO_KEY))
     assert matter["base_model"] == "owner/base"
     assert matter["datasets"] == ["owner/data"]
     assert matter["license"] == "unknown"
@@ -37,7 +37,9 @@ def test_the_front_matter_is_yaml_with_names_that_the_hub_knows() -> None:
 
 @pytest.mark.parametrize("base", ["/home/me/base", "./base", "a/b/c", "base.gguf"])
 def test_paths_of_this_machine_are_no_names_of_the_hub(base: str) -> None:
-    facts = FACTS | {"data": {"train": FACTS["data"]["train"] | {"parts": [PART | {"source": "/home/me/a.jsonl"}]}}}
+    facts = RUN_INFO_KEY | {
+        "data": {"train": RUN_INFO_KEY["data"]["train"] | {"parts": [PART | {"source": "/home/me/a.jsonl"}]}}
+    }
     matter = front_matter(model_card("mine", {"pretrained": base}, facts))
     assert not {"base_model", "datasets"} & matter.keys()
 
@@ -49,7 +51,7 @@ def test_a_card_has_data_figures_settings_and_the_objective() -> None:
         "hf_config": {"secret": 1},
         "_class_path": 2,
     }
-    card = model_card("mine", hyper_parameters, FACTS, PARITY)
+    card = model_card("mine", hyper_parameters, RUN_INFO_KEY, PARITY)
     for part in (
         "| train | hf:owner/data:train | 1,234 | 1,300 |  | 1.0 |",
         "- train: 99 target tokens; 1 rows were refused, 2 sequences left out because of their length, 3 cut.",

@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.demos import tiny_model
 from lightning_sft.model import kernels
-from lightning_sft.model.kernels import COMPILES_FROM, KERNELS, Kernels
+from lightning_sft.model.kernels import COMPILES_FROM, KERNELS_KEY, Kernels
 from lightning_sft.model.pretrained import backbone_and_head
 from lightning_sft.model.probes import states
 from lightning_sft.model.recompute import checkpoint_layers
@@ -251,9 +251,9 @@ def test_a_checkpoint_keeps_the_kernels(pretrained: str, quiet_trainer: Make, ro
 
     losses(quiet_trainer(max_steps=1, **saving()), pretrained, rows, "auto")
     path = tmp_path / "first.ckpt"
-    assert torch.load(path)[KERNELS] == "none"
+    assert torch.load(path)[KERNELS_KEY] == "none"
     saved = torch.load(path)
-    torch.save(saved | {KERNELS: "liger"}, path)
+    torch.save(saved | {KERNELS_KEY: "liger"}, path)
     with pytest.warns(UserWarning, match="kernels liger and continues with none"):
         losses(quiet_trainer(max_steps=2, **saving()), pretrained, rows, "auto", ckpt_path=path)
 

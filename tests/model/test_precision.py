@@ -247,7 +247,7 @@ def test_buffers_of_a_checkpoint_are_cast_and_others_moved(pretrained: str) -> N
     assert (frequencies(module).device.type, frequencies(module).dtype) == ("meta", torch.float32)
 
 
-SHARDED = ["ddp,bf16-mixed", "fsdp2,32-true", "fsdp2,bf16-mixed", "fsdp2,bf16-true"]
+SHARDED_KEY = ["ddp,bf16-mixed", "fsdp2,32-true", "fsdp2,bf16-mixed", "fsdp2,bf16-true"]
 ZERO = ["deepspeed2,bf16-mixed"] if importlib.util.find_spec("deepspeed") else []
 
 
@@ -255,10 +255,10 @@ ZERO = ["deepspeed2,bf16-mixed"] if importlib.util.find_spec("deepspeed") else [
 def shown(tmp_path_factory: pytest.TempPathFactory, pretrained_for_two: str) -> dict[str, Any]:
     """What each strategy shows of a fit in two processes."""
     out = tmp_path_factory.mktemp("sharded")
-    for cases in (SHARDED, ZERO):
+    for cases in (SHARDED_KEY, ZERO):
         if cases:
             torchrun("tests.helpers.sharded_precision", pretrained_for_two, str(out), *cases, processes=2)
-    return {case: json.loads((out / f"{case}.json").read_text()) for case in SHARDED + ZERO}
+    return {case: json.loads((out / f"{case}.json").read_text()) for case in SHARDED_KEY + ZERO}
 
 
 def test_under_fsdp2_autocast_makes_no_copy_of_a_weight(shown: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_model
 from lightning_sft.model.pretrained import backbone_and_head
-from lightning_sft.model.probes import Findings, probe, states
+from lightning_sft.model.probes import ProbeResult, probe, states
 from lightning_sft.objective import log_likelihood
 from lightning_sft.types import Batch, Example, InputError
 
@@ -27,7 +27,7 @@ TRANSFORMED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def examine(model: PreTrainedModel) -> Findings:
+def examine(model: PreTrainedModel) -> ProbeResult:
     return probe(model, *backbone_and_head(model))
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_sft import SFTModule
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.batches.loader import EpochLoader
-from lightning_sft.data.batches.plan import Plan
+from lightning_sft.data.batches.plan import EpochPlan
 from lightning_sft.training import checks as guards
 from lightning_sft.types import Batch, Example, InputError, LogLikelihood
 
@@ -102,7 +102,7 @@ def test_an_epoch_that_ends_inside_a_step_is_refused_where_the_strategy_would_go
 
 @pytest.mark.parametrize(("num_ranks", "refused"), [(2, False), (3, True)])
 def test_a_rank_that_would_never_have_anything_to_do_is_refused(num_ranks: int, refused: bool) -> None:
-    plan = Plan([4, 4], [1.0, 1.0], lambda lengths: [[0], [1]], num_ranks=num_ranks)
+    plan = EpochPlan([4, 4], [1.0, 1.0], lambda lengths: [[0], [1]], num_ranks=num_ranks)
     trainer = SimpleNamespace(strategy=SingleDeviceStrategy("cpu"), accumulate_grad_batches=1, num_training_batches=1)
     trainer.train_dataloader = EpochLoader([], plan)
     with pytest.raises(InputError, match="fills 2 micro-batches, so of 3 ranks") if refused else nullcontext():

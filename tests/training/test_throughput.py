@@ -13,11 +13,11 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import SafeCheckpoint
 from lightning_sft.training import throughput as step_figures
 from lightning_sft.training.flops import Flops
-from lightning_sft.training.throughput import StepFigures, peak_memory
+from lightning_sft.training.throughput import StepMetrics, peak_memory
 from lightning_sft.types import Batch
 
 Make = Callable[..., Trainer]
-MADE = {"train/tokens_seen", "train/targets_seen", "train/fill"}
+MADE = {"train/tokens_seen", "train/targets_seen", "train/packing_efficiency"}
 
 
 class Figures(Callback):
@@ -44,7 +44,7 @@ def test_an_epoch_has_seen_every_token_and_target_and_its_fill_is_that_of_the_pl
     one = Figures()
     one_step = quiet_trainer(accumulate_grad_batches=100, callbacks=[one])
     one_step.fit(SFTModule(pretrained), SFTDataModule(train=rows, tokens_per_batch=100, packing=packing))
-    assert one.rows[0]["train/fill"] == pytest.approx(planned.fill)
+    assert one.rows[0]["train/packing_efficiency"] == pytest.approx(planned.fill)
 
 
 def test_what_a_run_has_seen_survives_its_end(
@@ -75,7 +75,7 @@ def test_speeds_are_means_over_ten_steps_without_the_time_of_validations(monkeyp
     )
     monkeypatch.setattr(step_figures, "peak_rate", lambda trainer: 1000.0)
     monkeypatch.setattr(step_figures, "flops", lambda model: Flops(3.0, 5.0, {("full", 0): 7.0}))
-    figures = StepFigures()
+    figures = StepMetrics()
     figures.begin(trainer, None)
     batch = Batch.of({"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.ones(2, 4, dtype=torch.long)})
     for step in range(30):
@@ -93,7 +93,7 @@ def test_speeds_are_means_over_ten_steps_without_the_time_of_validations(monkeyp
     pairs = 4 * (4 * 5 / 2)
     assert found["mfu"] == pytest.approx((16 * 3 + 12 * 5 + pairs * 7) / 2 / 1000)
     assert (found["tokens_seen"], found["targets_seen"]) == (30 * 16, 30 * 12)
-    assert found["fill"] == 1
+    assert found["fill"] == found["packing_efficiency"] == 1
 
 
 def test_memory_is_counted_in_bytes() -> None:

@@ -19,7 +19,7 @@ from lightning_sft.commands.plan.remedies import Remedy, remedies
 from lightning_sft.commands.plan.table import show_prediction, show_remedies
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.batches.plan import Division
-from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import NonNegative, check_arguments
 from lightning_sft.machine.terminal import Console
@@ -116,7 +116,7 @@ class PlanCLI(ConfigCLI):
         super().parse_arguments(parser, ["--json=true" if argument == "--json" else argument for argument in args])
 
 
-def largest(planned: Planned, data: SFTDataModule) -> Batch:
+def largest(planned: SplitPlan, data: SFTDataModule) -> Batch:
     """The micro-batch of an epoch with the most positions, and of those the most targets."""
     assert data.tokenizer is not None
     examples, packed = planned.split.examples, planned.packing == "packed"
@@ -165,8 +165,8 @@ def _compiles(module: SFTModule, passes: int) -> bool:
     return module.kernels.asked == "compiled" or (module.kernels.asked == "auto" and is_long)
 
 
-def _replanned(data: SFTDataModule, capacity: int) -> Planned:
-    return Planned.of(data.splits["train"], Division(), data.packing, capacity, seed=data.seed)
+def _replanned(data: SFTDataModule, capacity: int) -> SplitPlan:
+    return SplitPlan.of(data.splits["train"], Division(), data.packing, capacity, seed=data.seed)
 
 
 def _json(prediction: Prediction, steps: dict[str, Any], found: Sequence[Remedy]) -> str:

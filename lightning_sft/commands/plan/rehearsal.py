@@ -18,11 +18,11 @@ from lightning_sft.head.chunks import ON_CPU, fitting_chunk_size
 from lightning_sft.machine.contexts import default_dtype
 from lightning_sft.model.attention import cpu
 from lightning_sft.model.attention.per_document import NAMES
-from lightning_sft.model.likelihood import Scorer
+from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.sharding import layers
 from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.pretrained import backbone_and_head, load_architecture, model_from_config, new_token_ids
-from lightning_sft.model.probes import Findings
+from lightning_sft.model.probes import ProbeResult
 from lightning_sft.model.recompute import checkpoint_layers
 from lightning_sft.model.tuning.adapters import inject, is_adapter, widen
 from lightning_sft.model.tuning.freezing import choose
@@ -157,19 +157,19 @@ def _chunk_size(module: Any, model: Any, layout: Layout, memory: float | None) -
     return fitting_chunk_size(memory, model.get_output_embeddings().weight.shape[0], itemsize)
 
 
-def _scorer(module: Any, model: Any, chunk_size: int, on_gpu: bool, compiles: bool) -> Scorer:
+def _scorer(module: Any, model: Any, chunk_size: int, on_gpu: bool, compiles: bool) -> LikelihoodModel:
     config = model.config.get_text_config()
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
     asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
     if asked in (None, *NAMES.values()) and takes_positions and model._can_set_attn_implementation():
         # as the module would, where it measures that it is exact
         model.set_attn_implementation(gpu_kernels.ATTENTION if on_gpu else NAMES[stock])
-    findings = Findings(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
+    findings = ProbeResult(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
     if compiles:
         compile_on_paper(model)
     own = module.gradient_checkpointing  # inputs in host memory are counted all the same
     checkpoint_layers(model, True if own == "offload" else own, "meta")
-    scorer = Scorer(model, findings, chunk_size)
+    scorer = LikelihoodModel(model, findings, chunk_size)
     if module.neftune_alpha:
         add_noise(scorer, model, module.neftune_alpha)
     follow_autocast(model)

@@ -61,7 +61,7 @@ def _cards(run: Run) -> Iterator[str]:
         ("train/targets_seen", "targets seen", ""),
         ("train/tokens_per_second", "tokens a second", ""),
         ("train/mfu", "MFU", "%"),
-        ("train/fill", "fill of micro-batches", "%"),
+        ("train/packing_efficiency", "packing efficiency", "%"),
         ("train/peak_memory_gib", "GiB of memory at most", ""),
         ("drift/all", "moved from the pretrained weights", "%"),
         ("drift/kl", "nats of KL to the pretrained model", ""),

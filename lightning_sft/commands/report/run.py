@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.callbacks.samples import FOLDER
-from lightning_sft.checkpoints.run_files import METRICS, RECORD, lines_of, record_of
+from lightning_sft.callbacks.samples import SAMPLES_FOLDER
+from lightning_sft.checkpoints.run_files import METRICS_FILE, RECORD_FILE, lines_of, record_of
 from lightning_sft.io.disk import rows_of
 from lightning_sft.types import InputError
 
@@ -38,27 +38,28 @@ class Run:
             InputError: When there is none.
         """
         root = Path(path)
-        found = [root / RECORD, *root.glob(f"*/{RECORD}"), *root.glob(f"*/*/{RECORD}")]
+        found = [root / RECORD_FILE, *root.glob(f"*/{RECORD_FILE}"), *root.glob(f"*/*/{RECORD_FILE}")]
         records = sorted((file for file in found if file.is_file()), key=lambda file: file.stat().st_mtime_ns)
         if not records:
             raise InputError(
-                f"There is no {RECORD} in {str(root)!r}. Expected the folder of a run: trainer.default_root_dir, or a "
-                "folder like lightning_logs/version_0. In Python, the callback RunRecord writes it."
+                f"There is no {RECORD_FILE} in {str(root)!r}. Expected the folder of a run: "
+                "trainer.default_root_dir, or a folder like lightning_logs/version_0. In Python, the callback "
+                "RunRecord writes it."
             )
-        folder = records[0].parent if records[0] == root / RECORD else records[-1].parent
+        folder = records[0].parent if records[0] == root / RECORD_FILE else records[-1].parent
         record = record_of(folder)
         if not record:
             raise InputError(
-                f"{folder / RECORD} is damaged, so it is not known what the run was. The run writes it anew when it "
-                "resumes (--ckpt_path last)."
+                f"{folder / RECORD_FILE} is damaged, so it is not known what the run was. The run writes it again "
+                "when it resumes (--ckpt_path last)."
             )
-        lines = [line for line, _ in lines_of(folder / METRICS)] if (folder / METRICS).is_file() else []
+        lines = [line for line, _ in lines_of(folder / METRICS_FILE)] if (folder / METRICS_FILE).is_file() else []
         metrics: dict[str, dict[float, float]] = {}
         for line in lines:
             for name, value in line.items():
                 if name not in ("step", "epoch", "seconds"):
                     metrics.setdefault(name, {})[line["step"]] = value
-        samples = [row for file in sorted((folder / FOLDER).glob("step=*.jsonl")) for row, _ in rows_of(file)]
+        samples = [row for file in sorted((folder / SAMPLES_FOLDER).glob("step=*.jsonl")) for row, _ in rows_of(file)]
         curves = {name: sorted(points.items()) for name, points in metrics.items()}
         return cls(folder, record, curves, _seconds(lines), samples)
 

@@ -15,11 +15,11 @@ from lightning_sft.commands.show.page import write_page
 from lightning_sft.commands.show.terminal import show_audit, show_document, show_legend
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.plan import Division
-from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
 from lightning_sft.data.inspect.summary import show_details, show_figures
 from lightning_sft.data.inspect.token_text import PieceReader
-from lightning_sft.data.inspect.walk import Placed, Walk
+from lightning_sft.data.inspect.walk import EpochDocuments, PlacedDocument
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import Index, check_arguments
@@ -66,8 +66,8 @@ def show(
     is_stream, fit_stops = data.streaming, _set_up(data, module, trainer)
     assert data.tokenizer is not None
     console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), data.pad_id
-    train = Walk(cast(EpochLoader, data.train_dataloader()), pad_id)
-    val: Iterable[Placed] = Walk(data.val_dataloader(), pad_id) if "val" in data.splits else ()
+    train = EpochDocuments(cast(EpochLoader, data.train_dataloader()), pad_id)
+    val: Iterable[PlacedDocument] = EpochDocuments(data.val_dataloader(), pad_id) if "val" in data.splits else ()
 
     chosen = train.first(rows) if row is None else _at(row, chain(train, val), data.splits)
     for placed in chosen:
@@ -87,8 +87,8 @@ def show(
 
     findings: list[Finding] = []
     if check is not None:
-        once = Planned.of(data.splits["train"], Division(), data.packing, data.tokens_per_batch)  # shares or not
-        trained = (placed.document for placed in Walk(once.loader(0, pad_id, 0), pad_id))
+        once = SplitPlan.of(data.splits["train"], Division(), data.packing, data.tokens_per_batch)  # shares or not
+        trained = (placed.document for placed in EpochDocuments(once.loader(0, pad_id, 0), pad_id))
         held_out = (placed.document for placed in val)
         findings = audit(trained, held_out, data.splits, reader.special_ids, check)
         show_audit(findings, console)
@@ -134,7 +134,7 @@ def _set_up(data: SFTDataModule, module: LightningModule | None, trainer: Any) -
     )
 
 
-def _at(row: str, everything: Iterable[Placed], splits: Mapping[str, Split]) -> list[Placed]:
+def _at(row: str, everything: Iterable[PlacedDocument], splits: Mapping[str, Split]) -> list[PlacedDocument]:
     """The sequences of a row; there may be none because it was refused."""
     if found := [placed for placed in everything if placed.is_at(row)]:
         return found

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import Finding
 from lightning_sft.data.inspect.summary import by_reason, figures, histogram, targets_in_words
 from lightning_sft.data.inspect.token_text import Piece
@@ -22,7 +22,7 @@ def write_page(
     path: str | Path,
     documents: Iterable[tuple[str, str, Sequence[Piece]]],
     splits: Mapping[str, Split],
-    train: Planned,
+    train: SplitPlan,
     tokenizer: str,
     findings: Iterable[Finding] = (),
 ) -> None:

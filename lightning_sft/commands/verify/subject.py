@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.data.batches.packing import PARTITIONS, Packing
 from lightning_sft.data.tokens.dataset import Split
-from lightning_sft.data.tokens.examples import Examples, to_batch
+from lightning_sft.data.tokens.examples import Examples, to_record_batch
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.machine.contexts import default_dtype
 from lightning_sft.module import SFTModule
@@ -83,7 +83,9 @@ class Subject:
         data.streaming = False
         examples = data.splits["train"].examples
         chosen = choose(examples.lengths, samples, tokens, seed)
-        return cls(module, data, trainer, Examples([to_batch(examples[i] for i in chosen)]), precision, rows, seed)
+        return cls(
+            module, data, trainer, Examples([to_record_batch(examples[i] for i in chosen)]), precision, rows, seed
+        )
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.batches.collate import collate
-from lightning_sft.data.batches.plan import MicroBatch, Plan
+from lightning_sft.data.batches.plan import EpochPlan, MicroBatch
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.workers import iterate, leave_signals
 from lightning_sft.types import Batch, Example, Prompt
@@ -46,7 +46,7 @@ class EpochLoader:
     def __init__(
         self,
         examples: Sequence[Example],
-        plan: Plan,
+        plan: EpochPlan,
         rank: int = 0,
         *,
         packed: bool = True,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sft.data.batches.sampling import Draw
+from lightning_sft.data.batches.sampling import EpochSampler
 
 Partition = Callable[[Sequence[int]], list[list[int]]]
 
@@ -51,7 +51,7 @@ class Division:
     num_local: int = 1
 
 
-class Plan:
+class EpochPlan:
     """Packs of a data set, and how each epoch deals them out.
 
     Each epoch draws anew which examples of equal length trade places and in what order packs come. A step's packs are
@@ -71,7 +71,7 @@ class Plan:
         seed: Seed of the order; ``None`` keeps longest first, for validation.
 
     >>> from lightning_sft.data.batches.packing import pack
-    >>> plan = Plan([4, 4, 3, 1], [2.0, 2.0, 1.0, 1.0], lambda x: pack(x, capacity=4), num_ranks=2, seed=None)
+    >>> plan = EpochPlan([4, 4, 3, 1], [2.0, 2.0, 1.0, 1.0], lambda x: pack(x, capacity=4), num_ranks=2, seed=None)
     >>> [[micro.examples for micro in plan.micro_batches(epoch=0, rank=rank)] for rank in (0, 1)]
     [[(0,), (1,)], [(), (2, 3)]]
     >>> [micro.normalizer for micro in plan.micro_batches(epoch=0, rank=0)]
@@ -84,7 +84,7 @@ class Plan:
         weights: Sequence[float] | NDArray[np.float64],
         partition: Partition,
         *,
-        draw: Draw | None = None,
+        draw: EpochSampler | None = None,
         num_ranks: int = 1,
         accumulate: int = 1,
         constant: bool = False,
@@ -92,7 +92,7 @@ class Plan:
         seed: int | None = 0,
     ) -> None:
         self._negative_lengths, self._weights = -np.asarray(lengths), np.asarray(weights).tolist()
-        self.draw = draw or Draw(lengths, [len(lengths)], [1.0], seed)
+        self.draw = draw or EpochSampler(lengths, [len(lengths)], [1.0], seed)
         self.packs = partition(np.sort(self.draw.bounds)[::-1].tolist())  # of places, the longest first
         self.num_ranks, self.accumulate, self.seed = num_ranks, accumulate, seed
         self.num_full_steps = math.ceil(len(self.packs) / (num_ranks * accumulate))

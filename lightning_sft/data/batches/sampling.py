@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 
 
-class Draw:
+class EpochSampler:
     """A number of examples of each part for every epoch, each example of a part as often as any other.
 
     An epoch has whole passes over a part, and of the rest every n/r-th example in order of length: r of n. From epoch
@@ -24,7 +24,7 @@ class Draw:
         repeats: How often an epoch uses each example of each part, on average.
         seed: Seed of the order among examples of equal length; ``None`` keeps it.
 
-    >>> draw = Draw([9, 8, 7, 6, 5, 5], sizes=[4, 2], repeats=[0.5, 2.0], seed=0)
+    >>> draw = EpochSampler([9, 8, 7, 6, 5, 5], sizes=[4, 2], repeats=[0.5, 2.0], seed=0)
     >>> [sorted(draw.epoch(number).tolist()) for number in (0, 1)]
     [[0, 2, 4, 4, 5, 5], [1, 3, 4, 4, 5, 5]]
     >>> draw.bounds.tolist()

@@ -9,8 +9,8 @@ import numpy as np
 
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.packing import PARTITIONS, Packing
-from lightning_sft.data.batches.plan import Division, Plan
-from lightning_sft.data.batches.sampling import Draw
+from lightning_sft.data.batches.plan import Division, EpochPlan
+from lightning_sft.data.batches.sampling import EpochSampler
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.types import InputError
 
@@ -22,17 +22,17 @@ def default_tokens_per_batch(on_cuda: bool) -> int:
     return _TOKENS_PER_BATCH["cuda" if on_cuda else "cpu"]
 
 
-def draw_of(split: Split, seed: int | None) -> Draw:
+def draw_of(split: Split, seed: int | None) -> EpochSampler:
     """What an epoch uses of each data set; without a seed, every example once."""
     repeats = [1.0] * len(split.part_sizes)
     if seed is not None and split.mixture.has_shares:
         counted = split.examples.num_targets if split.mixture.by == "targets" else split.examples.shares_of_row
         repeats = split.mixture.repeats(np.bincount(split.parts, counted, len(split.part_sizes)).tolist())
-    return Draw(split.lengths, split.part_sizes, repeats, seed)
+    return EpochSampler(split.lengths, split.part_sizes, repeats, seed)
 
 
 @dataclass(frozen=True)
-class Planned:
+class SplitPlan:
     """A split, and how its examples are dealt out.
 
     Args:
@@ -43,7 +43,7 @@ class Planned:
     """
 
     split: Split
-    plan: Plan
+    plan: EpochPlan
     capacity: int
     packing: Packing
 
@@ -59,7 +59,7 @@ class Planned:
         constant: bool = False,
         seed: int | None = None,
         at_least_longest: bool = False,
-    ) -> Planned:
+    ) -> SplitPlan:
         """Plan the epochs of a split.
 
         Args:
@@ -84,7 +84,7 @@ class Planned:
                 f"{split.examples[int(lengths.argmax())].provenance}: the sequence has {longest:,} tokens, more than "
                 f"data.tokens_per_batch={capacity:,}. Raise it, or leave such rows out with data.max_length={capacity}."
             )
-        plan = Plan(
+        plan = EpochPlan(
             lengths,
             split.examples.weights,
             lambda lengths: PARTITIONS[packing](lengths, capacity),

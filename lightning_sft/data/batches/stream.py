@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_sft.data.batches.interleave import stream
-from lightning_sft.data.batches.stream_blocks import Block, Shape, Share, deal
+from lightning_sft.data.batches.stream_blocks import Block, RankSummary, StreamLayout, deal
 from lightning_sft.data.rows.mixture import Mixture
-from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, Recipe
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.types import Batch, InputError, Normalize
 
 _ROWS_AT_A_TIME = 256  # of a chunk
@@ -51,18 +51,18 @@ class StreamLoader:
     def __init__(
         self,
         mixture: Mixture,
-        recipe: Recipe,
-        shape: Shape,
+        recipe: EncodingConfig,
+        shape: StreamLayout,
         rank: int = 0,
         *,
-        gather: Callable[[Share], list[Share]] = lambda share: [share],
+        gather: Callable[[RankSummary], list[RankSummary]] = lambda share: [share],
         limit: int | float = 1.0,
         is_strict: bool = True,
         pad_id: int = 0,
         full: bool = False,
         num_workers: int = 0,
         place: Callable[[], tuple[int, int]] = lambda: (0, 0),
-        finished: Callable[[Account, dict[str, int]], None] = lambda account, targets: None,
+        finished: Callable[[RowReport, dict[str, int]], None] = lambda account, targets: None,
     ) -> None:
         self.mixture, self.shape, self.rank, self.gather, self.place = mixture, shape, rank, gather, place
         self.recipes = [recipe.of(part) for part in mixture.of_name.values()]
@@ -71,12 +71,12 @@ class StreamLoader:
         self.pad_id, self.full = pad_id, full
         self._blocks: deque[tuple[int, int, int]] = deque(maxlen=4)  # epoch, number and first micro-batch of the last
         self._resumed: dict[str, Any] = {}
-        self._unreported: tuple[Account, NDArray[Any]] | None = None
+        self._unreported: tuple[RowReport, NDArray[Any]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, done = self.place()
         block, begin = self._start(epoch, done)
-        chunks, account, targets = self._chunks(epoch, block), Account(), np.zeros(len(self.recipes), int)
+        chunks, account, targets = self._chunks(epoch, block), RowReport(), np.zeros(len(self.recipes), int)
         while max(done, begin) < self.limit:
             own, error = self._take(chunks)
             where = epoch, block, self.rank
@@ -146,7 +146,7 @@ class StreamLoader:
         except InputError as error:
             return [], str(error)
 
-    def _stop_at_errors(self, shares: Sequence[Share], account: Account) -> None:
+    def _stop_at_errors(self, shares: Sequence[RankSummary], account: RowReport) -> None:
         """All ranks stop at the error of one, with the same message."""
         if errors := [share.error for share in shares if share.error]:
             raise InputError(errors[0])

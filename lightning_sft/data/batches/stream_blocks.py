@@ -13,12 +13,12 @@ from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.batches.packing import PARTITIONS, Packing
 from lightning_sft.data.tokens.encode_rows import Chunk
 from lightning_sft.data.tokens.examples import Examples
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.types import Batch
 
 
 @dataclass(frozen=True)
-class Shape:
+class StreamLayout:
     """What decides which rows a micro-batch holds. A run goes on only with the shape that it began with.
 
     Args:
@@ -39,7 +39,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Share:
+class RankSummary:
     """What one rank tells the others of its part of a block.
 
     Args:
@@ -52,7 +52,7 @@ class Share:
 
     weights: Sequence[float]
     targets: Sequence[int]
-    account: Account
+    account: RowReport
     is_over: bool
     error: str | None = None
 
@@ -72,15 +72,16 @@ class Block:
     def __init__(
         self,
         chunks: Sequence[Chunk],
-        shape: Shape,
+        shape: StreamLayout,
         place: tuple[int, int, int],
         part_names: Sequence[str],
         pad_id: int,
         *,
         full: bool = False,
     ) -> None:
-        self.examples, self.is_over, self.account = Examples([chunk.batch for chunk in chunks]), not chunks, Account()
-        self.parts = [chunk.part for chunk in chunks for _ in range(len(chunk.batch))]
+        self.examples = Examples([chunk.records for chunk in chunks])
+        self.is_over, self.account = not chunks, RowReport()
+        self.parts = [chunk.part for chunk in chunks for _ in range(len(chunk.records))]
         for chunk in chunks:
             self.account.add(chunk.account)
         lengths, random = self.examples.lengths, np.random.default_rng([shape.seed, *place])
@@ -92,12 +93,12 @@ class Block:
         is_packed, fill = shape.packing == "packed", capacity if full else 0
         self._collate = partial(collate, packed=is_packed, fill=fill, pad_id=pad_id, part_names=part_names)
 
-    def share(self, error: str | None) -> Share:
+    def share(self, error: str | None) -> RankSummary:
         """What the other ranks have to know of it."""
         weights, num_targets = self.examples.weights, self.examples.num_targets
         sums = [math.fsum(weights[pack]) for pack in self.packs]
         targets = np.bincount(np.asarray(self.parts, dtype=int), num_targets, self._num_parts).astype(int).tolist()
-        return Share(sums, targets, self.account, self.is_over, error)
+        return RankSummary(sums, targets, self.account, self.is_over, error)
 
     def batch(self, number: int | None, normalizer: float) -> Batch:
         """One of its packs as a micro-batch; without a number, an empty one."""

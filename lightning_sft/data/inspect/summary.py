@@ -12,9 +12,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.tokens.dataset import Split
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.machine.terminal import Console
 
 _PLACE = re.compile(r"(.+?:\d+|row \d+): (.*)", re.DOTALL)
@@ -23,7 +23,7 @@ _FEW_STEPS = 10  # of an epoch
 _BAR = 40  # characters of the longest bar
 
 
-def show_report(splits: Mapping[str, Split], train: Planned) -> None:
+def show_report(splits: Mapping[str, Split], train: SplitPlan) -> None:
     """Print the account of all splits and the plan of the training epochs."""
     console = Console(soft_wrap=True)
     show_figures(splits, train, console)
@@ -37,7 +37,7 @@ def show_report(splits: Mapping[str, Split], train: Planned) -> None:
         console.print(remark, style="yellow", highlight=False)
 
 
-def show_figures(splits: Mapping[str, Split], train: Planned, console: Console) -> None:
+def show_figures(splits: Mapping[str, Split], train: SplitPlan, console: Console) -> None:
     """Print the figures of all splits, of the mixture, and of the training epochs."""
     console.print(table_of(splits))
     if mixture := train.mixture:
@@ -45,7 +45,7 @@ def show_figures(splits: Mapping[str, Split], train: Planned, console: Console) 
     console.print(str(train), highlight=False)
 
 
-def show_stream_report(account: Account, targets: Mapping[str, int]) -> None:
+def show_stream_report(account: RowReport, targets: Mapping[str, int]) -> None:
     """Print what became of the rows that have been read of a stream in an epoch, and the shares of its data sets."""
     console = Console(soft_wrap=True)
     console.print(f"Read of the stream: {account.num_rows:,} rows, {sum(targets.values()):,} targets.", highlight=False)

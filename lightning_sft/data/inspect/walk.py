@@ -11,7 +11,7 @@ from lightning_sft.data.inspect.documents import Document, documents
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedDocument:
     """A document and where it is used.
 
     Args:
@@ -38,7 +38,7 @@ class Placed:
         return f"step {self.step}, micro-batch {self.micro_batch}{rank}, {size}"
 
 
-class Walk:
+class EpochDocuments:
     """All documents of the first epoch, rank after rank, taken from the collated micro-batches.
 
     Args:
@@ -49,18 +49,18 @@ class Walk:
     def __init__(self, loader: EpochLoader, pad_id: int) -> None:
         self.loader, self.pad_id = loader, pad_id
 
-    def __iter__(self) -> Iterator[Placed]:
+    def __iter__(self) -> Iterator[PlacedDocument]:
         return (placed for batch in self._batches() for placed in batch)
 
-    def first(self, count: int) -> list[Placed]:
+    def first(self, count: int) -> list[PlacedDocument]:
         """Documents of as many different micro-batches as there are: their first ones, then their second ones, ..."""
         turns = zip_longest(*islice(self._batches(), count))
         return [placed for turn in turns for placed in turn if placed is not None][:count]
 
-    def _batches(self) -> Iterator[list[Placed]]:
+    def _batches(self) -> Iterator[list[PlacedDocument]]:
         plan = self.loader.plan
         for rank in range(plan.num_ranks):
             self.loader.rank = rank
             for number, batch in enumerate(self.loader):
                 place = (number // plan.accumulate + 1, number + 1, rank if plan.num_ranks > 1 else None)
-                yield [Placed(document, *place) for document in documents(batch, self.pad_id)]
+                yield [PlacedDocument(document, *place) for document in documents(batch, self.pad_id)]

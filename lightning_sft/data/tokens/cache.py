@@ -24,9 +24,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sft.data.rows.sources import Files, size_of
 from lightning_sft.data.tokens.chat_template import ChatTemplate
-from lightning_sft.data.tokens.encode_rows import Chunk, Recipe
+from lightning_sft.data.tokens.encode_rows import Chunk, EncodingConfig
 from lightning_sft.data.tokens.examples import Examples, save
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.io.disk import sync
 from lightning_sft.types import InputError
 
@@ -34,7 +34,7 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _SMALL = _READ = 1 << 20  # bytes
 
 
-def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tuple[Examples, Account]:
+def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tuple[Examples, RowReport]:
     """The entry of a key, built if there is none.
 
     Args:
@@ -60,7 +60,7 @@ def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tupl
     return _opened(data, account)
 
 
-def key_of(files: Files | None, recipe: Recipe) -> str | None:
+def key_of(files: Files | None, recipe: EncodingConfig) -> str | None:
     """The name of the entry of a source, from its files (:func:`lightning_sft.data.rows.sources.files_behind`).
 
     ``None`` where there is to be none: of rows in memory nobody knows what they are, nor of a tokenizer in Python, and
@@ -82,7 +82,7 @@ def key_of(files: Files | None, recipe: Recipe) -> str | None:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _opened(data: Path, account: Path) -> tuple[Examples, Account]:
+def _opened(data: Path, account: Path) -> tuple[Examples, RowReport]:
     """An entry, if it is all there.
 
     Raises:
@@ -96,20 +96,20 @@ def _opened(data: Path, account: Path) -> tuple[Examples, Account]:
         examples = Examples.open(data)
         if len(examples) != found["examples"]:
             raise ValueError(f"{len(examples):,} of {found['examples']:,} examples")
-        return examples, Account.of_json(found["account"])
+        return examples, RowReport.of_json(found["account"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:  # Arrow has them all
         raise InputError(str(error)) from error
 
 
 def _build(building: Path, data: Path, account: Path, chunks: Iterable[Chunk]) -> None:
-    total, count = Account(), 0
+    total, count = RowReport(), 0
 
     def batches() -> Iterator[Any]:
         nonlocal count
         for chunk in chunks:
             total.add(chunk.account)
-            count += len(chunk.batch)
-            yield chunk.batch
+            count += len(chunk.records)
+            yield chunk.records
 
     shutil.rmtree(building, ignore_errors=True)  # of a process that was killed: we have its lock
     building.mkdir()

@@ -20,9 +20,9 @@ from lightning_sft.data.rows.mixture import Mixture, as_mixture
 from lightning_sft.data.rows.sources import Source, files_behind, leaves, read, size_of
 from lightning_sft.data.tokens.cache import cached, key_of
 from lightning_sft.data.tokens.encode import encode_prompt
-from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, Recipe, Rows, in_chunks
+from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig, Rows, in_chunks
 from lightning_sft.data.tokens.examples import Examples
-from lightning_sft.data.tokens.row_report import Account, some
+from lightning_sft.data.tokens.row_report import RowReport, some
 from lightning_sft.data.tokens.workers import num_cores
 from lightning_sft.machine.terminal import Console
 from lightning_sft.types import InputError, Prompt
@@ -45,7 +45,7 @@ class Split:
 
     name: str
     examples: Examples
-    account: Account = field(default_factory=Account)
+    account: RowReport = field(default_factory=RowReport)
     mixture: Mixture = field(default_factory=lambda: as_mixture(()))
     part_sizes: list[int] = field(default_factory=list)
 
@@ -71,7 +71,7 @@ class Split:
 def load_split(
     name: str,
     source: Source | Mixture,
-    recipe: Recipe,
+    recipe: EncodingConfig,
     *,
     invalid_rows: Literal["error", "skip"] = "error",
     cache: Path | None = None,
@@ -95,7 +95,7 @@ def load_split(
         InputError: When rows cannot be used and ``invalid_rows`` is ``error``, a sequence is too long and
             ``recipe.overflow`` is, or nothing is left.
     """
-    mixture, account, found = as_mixture(source), Account(), []
+    mixture, account, found = as_mixture(source), RowReport(), []
     for part_name, part in mixture.of_name.items():
         title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
         chunks = Chunks(partial(_rows, part.source, first), [own_recipe])
@@ -155,17 +155,17 @@ def _rows(source: Source, first: int | None) -> Iterator[tuple[int, Rows]]:
     return ((0, rows) for rows in in_chunks(leaves(source, streaming=first is not None), _ROWS_AT_A_TIME, first))
 
 
-def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str | None) -> tuple[Examples, Account]:
+def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str | None) -> tuple[Examples, RowReport]:
     """The examples of chunks, and their account: from the cache, or else in memory."""
     if cache is not None and key is not None:
         try:
             return cached(cache, key, chunks)
         except OSError as error:  # a source's own would be an InputError
             rank_zero_warn(f"Encoded data cannot be kept in {cache} ({error}). Set data.cache to another folder.")
-    account, batches = Account(), []
+    account, batches = RowReport(), []
     for chunk in chunks():
         account.add(chunk.account)
-        batches.append(chunk.batch)
+        batches.append(chunk.records)
     return Examples(batches), account
 
 
@@ -183,7 +183,7 @@ def _shown(chunks: Chunks, num_workers: int, title: str | None) -> Iterator[Chun
             progress.advance(task, chunk.account.num_rows)
 
 
-def _nothing_left(name: str, account: Account, recipe: Recipe) -> InputError:
+def _nothing_left(name: str, account: RowReport, recipe: EncodingConfig) -> InputError:
     if account.shortest:
         return InputError(
             f"{name}: data.max_length={recipe.max_length} is less than the {account.shortest} tokens of the shortest "

@@ -21,9 +21,9 @@ from lightning_sft.data.rows.messages import Converter
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
 from lightning_sft.data.tokens.encode import encode_many
-from lightning_sft.data.tokens.examples import to_batch
+from lightning_sft.data.tokens.examples import to_record_batch
 from lightning_sft.data.tokens.overflow import Overflow, shorten
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.data.tokens.workers import iterate, leave_signals
 from lightning_sft.types import Conversation, Example, InputError, Normalize
 
@@ -32,7 +32,7 @@ Rows = list[tuple[Any, str]]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EncodingConfig:
     """How the rows of a data set become examples.
 
     Args:
@@ -53,7 +53,7 @@ class Recipe:
     overflow: Overflow = "drop"
     weight: float = 1.0
 
-    def of(self, part: Part) -> Recipe:
+    def of(self, part: Part) -> EncodingConfig:
         """That of a part of a mixture, which may have a format, columns and a weight of its own."""
         format, columns = part.format or self.format, part.columns or self.columns
         return replace(self, format=format, columns=columns, weight=part.weight)
@@ -64,13 +64,13 @@ class Chunk:
     """What some rows that follow each other have become.
 
     Args:
-        batch: Their examples, see :mod:`lightning_sft.data.tokens.examples`.
+        records: Their examples, see :mod:`lightning_sft.data.tokens.examples`.
         account: What became of the other rows.
         part: Number of the data set that they come from.
     """
 
-    batch: pa.RecordBatch
-    account: Account
+    records: pa.RecordBatch
+    account: RowReport
     part: int = 0
 
 
@@ -90,7 +90,7 @@ class Chunks(IterableDataset[Chunk | InputError]):
     def __init__(
         self,
         rows: Callable[[], Iterator[tuple[int, Rows]]],
-        recipes: Sequence[Recipe],
+        recipes: Sequence[EncodingConfig],
         rank: int = 0,
         num_ranks: int = 1,
         first: int = 0,
@@ -137,21 +137,21 @@ def in_chunks(leaves: Iterable[Leaf], size: int, first: int | None = None) -> It
         yield chunk
 
 
-def _encoded(rows: Rows, convert: Converter, recipe: Recipe, part: int) -> Chunk:
+def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) -> Chunk:
     """One call of the tokenizer for all rows."""
     convert.ignored = Counter()
     conversations = [_attempt(convert, recipe.weight, *row) for row in rows]
     good = [conversation for conversation in conversations if isinstance(conversation, Conversation)]
     sequences = iter(encode_many(good, recipe.tokenizer, recipe.normalize))
-    account, examples = Account(num_rows=len(rows), ignored=convert.ignored), []
+    account, examples = RowReport(num_rows=len(rows), ignored=convert.ignored), []
     for conversation in conversations:
         result = next(sequences) if isinstance(conversation, Conversation) else conversation
         if isinstance(result, InputError):
             account.refused.append(str(result))
             continue
-        account.add(Account(shortest=min(map(len, result))))
+        account.add(RowReport(shortest=min(map(len, result))))
         examples += [piece for example in result for piece in _fitted(example, recipe, account)]
-    return Chunk(to_batch(examples), account, part)
+    return Chunk(to_record_batch(examples), account, part)
 
 
 def _attempt(convert: Converter, weight: float, row: Any, provenance: str) -> Conversation | InputError:
@@ -163,7 +163,7 @@ def _attempt(convert: Converter, weight: float, row: Any, provenance: str) -> Co
     return replace(conversation, weights=[own * weight for own in conversation.weights])
 
 
-def _fitted(example: Example, recipe: Recipe, account: Account) -> Sequence[Example]:
+def _fitted(example: Example, recipe: EncodingConfig, account: RowReport) -> Sequence[Example]:
     if recipe.max_length is None or len(example) <= recipe.max_length:
         return [example]
     pieces = shorten(example, recipe.max_length, recipe.overflow)

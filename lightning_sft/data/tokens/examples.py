@@ -31,9 +31,10 @@ class Examples(Sequence[Example]):
     """A sequence of examples in Arrow record batches.
 
     Args:
-        batches: The record batches, as :func:`to_batch` makes them.
+        batches: The record batches, as :func:`to_record_batch` makes them.
 
-    >>> examples = Examples([to_batch([Example([5, 6, 7], [0.0, 1.0, 1.0], "a.jsonl:1"), Example([8, 9], [0.0, 0.5])])])
+    >>> rows = [Example([5, 6, 7], [0.0, 1.0, 1.0], "a.jsonl:1"), Example([8, 9], [0.0, 0.5])]
+    >>> examples = Examples([to_record_batch(rows)])
     >>> examples.lengths.tolist(), examples.weights.tolist(), examples.num_targets.tolist()
     ([3, 2], [2.0, 0.5], [2, 1])
     >>> examples[1].input_ids.tolist(), examples[1].target_weights.tolist()
@@ -112,7 +113,7 @@ class Examples(Sequence[Example]):
         return np.concatenate(found).astype(dtype) if found else np.zeros(0, dtype)
 
 
-def to_batch(examples: Iterable[Example]) -> pa.RecordBatch:
+def to_record_batch(examples: Iterable[Example]) -> pa.RecordBatch:
     """Examples as one record batch."""
     examples = list(examples)
     begins = _begins(examples)

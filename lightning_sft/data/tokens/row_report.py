@@ -13,7 +13,7 @@ _LISTED = 5  # rows named in a message
 
 
 @dataclass
-class Account:
+class RowReport:
     """An account of the rows of a source.
 
     Args:
@@ -34,11 +34,11 @@ class Account:
     unlisted: Counter[str] = field(default_factory=Counter)
     shortest: int = 0
 
-    def add(self, other: Account) -> None:
+    def add(self, other: RowReport) -> None:
         """Take in the account of further rows.
 
-        >>> account = Account(num_rows=2, refused=["a.jsonl:1: no"])
-        >>> account.add(Account(num_rows=3, ignored=Counter(id=3)))
+        >>> account = RowReport(num_rows=2, refused=["a.jsonl:1: no"])
+        >>> account.add(RowReport(num_rows=3, ignored=Counter(id=3)))
         >>> account.num_rows, account.refused, account.ignored
         (5, ['a.jsonl:1: no'], Counter({'id': 3}))
         """
@@ -53,7 +53,7 @@ class Account:
     def trim(self, most: int) -> None:
         """Forget the places of all but so many rows of a kind, and go on counting them: a stream has no end.
 
-        >>> account = Account(refused=["a.jsonl:1: no", "a.jsonl:2: no"])
+        >>> account = RowReport(refused=["a.jsonl:1: no", "a.jsonl:2: no"])
         >>> account.trim(1)
         >>> account.refused, account.unlisted["refused"]
         (['a.jsonl:1: no'], 1)
@@ -87,7 +87,7 @@ class Account:
         return dict(vars(self))
 
     @classmethod
-    def of_json(cls, values: Mapping[str, Any]) -> Account:
+    def of_json(cls, values: Mapping[str, Any]) -> RowReport:
         """An account from what :meth:`as_json` gave."""
         return cls(**{**values, **{name: Counter(values[name]) for name in ("ignored", "unlisted")}})
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.model.attention import flex, gpu
 from lightning_sft.model.attention.per_document import NAMES, NoEagerAttentionError, one_call
-from lightning_sft.model.probes import Findings, probe
+from lightning_sft.model.probes import ProbeResult, probe
 from lightning_sft.types import InputError
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -69,7 +69,7 @@ def probed(
     asked: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[Attention, Findings]:
+) -> tuple[Attention, ProbeResult]:
     """Choose the attention of a model, and probe the model with it.
 
     Ours is chosen if with it packed documents are computed as stock attention computes each alone.
@@ -127,7 +127,9 @@ def _on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
             module.to(before)
 
 
-def _try_ours(model: PreTrainedModel, backbone: nn.Module, head: nn.Module, stock: str) -> tuple[str, Findings | None]:
+def _try_ours(
+    model: PreTrainedModel, backbone: nn.Module, head: nn.Module, stock: str
+) -> tuple[str, ProbeResult | None]:
     if not model._can_set_attn_implementation():
         return "the architecture has attention of its own kind", None
     try:

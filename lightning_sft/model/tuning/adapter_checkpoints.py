@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_sft.types import InputError
 
-KEY = "adapters"
+ADAPTERS_KEY = "adapters"
 _SETTINGS = ("lora", "new_tokens", "quantize")
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "use_cache", "quantization_config")
 
@@ -37,7 +37,10 @@ def shrink(checkpoint: dict[str, Any], module: nn.Module, base: Tensor) -> None:
     """
     kept = _kept(module)
     checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
-    checkpoint[KEY] = {"shapes": {name: list(value.shape) for name, value in kept.items()}, "base": _plain(base)}
+    checkpoint[ADAPTERS_KEY] = {
+        "shapes": {name: list(value.shape) for name, value in kept.items()},
+        "base": _plain(base),
+    }
 
 
 def check(checkpoint: dict[str, Any], module: Any, base: Tensor | None) -> None:
@@ -51,7 +54,7 @@ def check(checkpoint: dict[str, Any], module: Any, base: Tensor | None) -> None:
     Raises:
         InputError: When it was written with other adapters, on another base, or without any.
     """
-    saved, found = checkpoint.get("hyper_parameters", {}), checkpoint.get(KEY)
+    saved, found = checkpoint.get("hyper_parameters", {}), checkpoint.get(ADAPTERS_KEY)
     if base is None:
         if found is not None or saved.get("lora"):
             raise InputError(f"The checkpoint is of a run with adapters, {_shown(saved)}. Set the same here.")
@@ -79,7 +82,7 @@ def check(checkpoint: dict[str, Any], module: Any, base: Tensor | None) -> None:
 
 def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
     """Add the base, as the module has it, to what is loaded into it: so nothing is missing, or warned of."""
-    if KEY in checkpoint and "state_dict" in checkpoint:
+    if ADAPTERS_KEY in checkpoint and "state_dict" in checkpoint:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             checkpoint["state_dict"].setdefault(name, parameter)
 

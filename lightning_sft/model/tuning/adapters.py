@@ -22,7 +22,7 @@ from lightning_sft.model.tuning import quantization as quantized
 from lightning_sft.model.tuning.base_dtype import BaseDtype
 from lightning_sft.types import InputError
 
-NAME = "default"
+ADAPTER_NAME = "default"
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ def inject(model: PreTrainedModel, lora: Lora) -> None:
             warnings.catch_warnings(),
         ):  # where experts are fused, those of two matrices share the rank of one
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
-            inject_adapter_in_model(config, model, NAME)
+            inject_adapter_in_model(config, model, ADAPTER_NAME)
     except ValueError as error:
         raise InputError(f"model.lora cannot be put into {type(model).__name__}: {error}") from error
     for layer in _layers(model).values():
         if lora.dora:  # its lengths are those of the matrices; it casts these to the dtype of its input, so that stays
-            layer.lora_variant[NAME].init(layer, NAME)
+            layer.lora_variant[ADAPTER_NAME].init(layer, ADAPTER_NAME)
         else:
             layer._cast_input_dtype = _unless_autocast
 
@@ -132,13 +132,13 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     if not hasattr(model, "peft_config"):
         return model
     if quantized.is_quantized(model):
-        config: Any = model.peft_config[NAME]
+        config: Any = model.peft_config[ADAPTER_NAME]
         adapters = {key: value for key, value in model.state_dict().items() if is_adapter(key)}
         _unload(model, merged=False)
         quantized.dequantize(model)
         from peft import inject_adapter_in_model
 
-        inject_adapter_in_model(config, model, NAME)
+        inject_adapter_in_model(config, model, ADAPTER_NAME)
         model.load_state_dict(adapters, strict=False)
     _unload(model, merged=True)
     return model

@@ -22,7 +22,7 @@ from lightning_sft.types import InputError
 
 
 @dataclass
-class Tuning:
+class TuningConfig:
     """What is trained, and what a checkpoint has of it.
 
     Args:

@@ -13,12 +13,12 @@ import pytest
 
 from lightning_sft.commands.show.page import write_page
 from lightning_sft.data.batches.packing import pack
-from lightning_sft.data.batches.plan import Plan
-from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.batches.plan import EpochPlan
+from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.token_text import Piece
 from lightning_sft.data.tokens.dataset import Split
-from lightning_sft.data.tokens.examples import Examples, to_batch
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.examples import Examples, to_record_batch
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.types import Example
 from tests.helpers.browsing import FLAGS, Browser
 
@@ -29,14 +29,14 @@ EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=\"d
 def page(tmp_path: Path) -> Path:
     """45 rows: 44 that count, and one that attacks."""
     texts = [f"row {i} says\t{'fizz' if i % 3 == 0 else 'buzz'}⏎\nend" for i in range(1, 45)] + [EVIL]
-    examples = Examples([to_batch([Example([1, 2, 3], [0, 1, 1])] * 45)])
-    split = Split("train", examples, Account(num_rows=46, refused=[f"{EVIL}:3: {EVIL}"]))
+    examples = Examples([to_record_batch([Example([1, 2, 3], [0, 1, 1])] * 45)])
+    split = Split("train", examples, RowReport(num_rows=46, refused=[f"{EVIL}:3: {EVIL}"]))
     documents = [
         (f"a.jsonl:{i}", "step 1", [Piece("<|user|>", (7,), 0.0, True), Piece(text, (i, 99), 0.5, False)])
         for i, text in enumerate(texts, 1)
     ]
-    plan = Plan(split.lengths, split.examples.weights, lambda lengths: pack(lengths, 8))
-    write_page(str(tmp_path / "page.html"), documents, {"train": split}, Planned(split, plan, 8, "packed"), "tiny")
+    plan = EpochPlan(split.lengths, split.examples.weights, lambda lengths: pack(lengths, 8))
+    write_page(str(tmp_path / "page.html"), documents, {"train": split}, SplitPlan(split, plan, 8, "packed"), "tiny")
     return tmp_path / "page.html"
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from lightning_sft.commands.verify.contexts import check_contexts, problems_of
 from lightning_sft.data.tokens.encode import encode
-from lightning_sft.data.tokens.examples import Examples, to_batch
+from lightning_sft.data.tokens.examples import Examples, to_record_batch
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import Conversation, Example, InputError
 from tests.conformance import CONVERSATIONS, conversation, templates, tokenizer_for
@@ -127,7 +127,7 @@ def test_the_failing_row_is_named_with_its_file_and_line(
     given = subject(pretrained, tmp_path, {"train": path, "val": path})
     split = given.data.splits["train"]
     wrong = [ones(e, shifted) if i == 4 else e for i, e in enumerate(split.examples)]
-    split.examples = Examples([to_batch(wrong)])
+    split.examples = Examples([to_record_batch(wrong)])
     train, val = check_contexts(given).cases
     assert [failure.partition(": ")[0] for failure in train.failures] == [f"{path}:5"]
     assert (train.measured, val.measured, val.passed) == (1.0, 0.0, True)

@@ -11,7 +11,7 @@ import torch
 from lightning_sft import SFTModule
 from lightning_sft.commands.verify.documents import check_documents
 from lightning_sft.demos import tiny_pretrained
-from lightning_sft.model.likelihood import Scorer
+from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.types import Batch
 from tests.helpers.verifying import LORA, subject
 
@@ -34,13 +34,13 @@ def test_documents_that_see_each_other_are_found_and_named(
     pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leak comes after the probe: positions go on from one document to the next."""
-    hidden = Scorer.hidden
+    hidden = LikelihoodModel.hidden
 
-    def leaking(scorer: Scorer, batch: Batch) -> Any:
+    def leaking(scorer: LikelihoodModel, batch: Batch) -> Any:
         positions = torch.arange(batch.input_ids.shape[1])[None]
         return hidden(scorer, Batch(batch.input_ids, batch.labels, positions, batch.target_weights))
 
-    monkeypatch.setattr(Scorer, "hidden", leaking)
+    monkeypatch.setattr(LikelihoodModel, "hidden", leaking)
     outcome = check_documents(subject(pretrained, tmp_path))
     alone, untouched = outcome.cases
     assert not alone.passed

@@ -5,7 +5,7 @@ import torch
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.inspect.documents import documents
 from lightning_sft.demos import tiny_model
-from lightning_sft.model.likelihood import Scorer
+from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.pretrained import backbone_and_head
 from lightning_sft.model.probes import probe
 from lightning_sft.types import IGNORE, Example
@@ -77,7 +77,7 @@ def test_a_row_is_filled_up_with_documents_no_longer_than_the_longest() -> None:
 
 def test_a_row_that_is_filled_up_has_the_same_likelihood() -> None:
     model = tiny_model()
-    scorer = Scorer(model, probe(model, *backbone_and_head(model)))
+    scorer = LikelihoodModel(model, probe(model, *backbone_and_head(model)))
     for batch in (plain := collate(EXAMPLES)), (filled := collate(EXAMPLES, fill=20)):
         model.zero_grad()
         total, *_ = scorer(batch)

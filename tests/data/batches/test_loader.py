@@ -7,15 +7,15 @@ import torch
 
 from lightning_sft.data.batches.loader import EpochLoader, PromptBatch, PromptLoader
 from lightning_sft.data.batches.packing import pack
-from lightning_sft.data.batches.plan import Plan
+from lightning_sft.data.batches.plan import EpochPlan
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import Example, Prompt
 
 EXAMPLES = [Example([i, i + 1, i + 2], [0.0, 1.0, 1.0], f"f:{i}") for i in range(20)]
 
 
-def plan(**settings: int) -> Plan:
-    return Plan([3] * 20, [2.0] * 20, partial(pack, capacity=9), **settings)
+def plan(**settings: int) -> EpochPlan:
+    return EpochPlan([3] * 20, [2.0] * 20, partial(pack, capacity=9), **settings)
 
 
 def provenance(loader: EpochLoader) -> list[tuple[str, ...]]:

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sft.data.batches.packing import pack
-from lightning_sft.data.batches.plan import MicroBatch, Plan
-from lightning_sft.data.batches.sampling import Draw
+from lightning_sft.data.batches.plan import EpochPlan, MicroBatch
+from lightning_sft.data.batches.sampling import EpochSampler
 
 CASES = given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
@@ -18,12 +18,14 @@ CASES = given(
 )
 
 
-def make(lengths: list[int], num_ranks: int = 1, accumulate: int = 1, **settings: object) -> Plan:
+def make(lengths: list[int], num_ranks: int = 1, accumulate: int = 1, **settings: object) -> EpochPlan:
     weights = [length / 2 for length in lengths]
-    return Plan(lengths, weights, partial(pack, capacity=64), num_ranks=num_ranks, accumulate=accumulate, **settings)
+    return EpochPlan(
+        lengths, weights, partial(pack, capacity=64), num_ranks=num_ranks, accumulate=accumulate, **settings
+    )
 
 
-def steps(plan: Plan, epoch: int) -> list[list[MicroBatch]]:
+def steps(plan: EpochPlan, epoch: int) -> list[list[MicroBatch]]:
     columns = [plan.micro_batches(epoch, rank) for rank in range(plan.num_ranks)]
     a = plan.accumulate
     return [[m for column in columns for m in column[i : i + a]] for i in range(0, len(columns[0]), a)]
@@ -103,7 +105,7 @@ def test_a_constant_normalizer_is_the_mean_weight_of_a_step() -> None:
 
 
 def test_a_constant_normalizer_counts_examples_as_often_as_an_epoch_of_a_mixture_uses_them() -> None:
-    draw = Draw([60] * 8, sizes=[4, 4], repeats=[0.5, 2.0], seed=0)
+    draw = EpochSampler([60] * 8, sizes=[4, 4], repeats=[0.5, 2.0], seed=0)
     plan = make([60] * 8, accumulate=2, constant=True, draw=draw)
     assert {m.normalizer for m in plan.micro_batches(0, 0)} == {30 * (2 + 8) / 5}
 
@@ -120,13 +122,13 @@ def test_the_fingerprint_changes_with_all_that_changes_a_step_and_not_with_how_r
         make([60] * 4 + [64, 60, 60, 60], accumulate=4),
         make(lengths, accumulate=4, seed=1),
         make(lengths, accumulate=4, limit=4),
-        make(lengths, accumulate=4, draw=Draw(lengths, [4, 4], [2.0, 0.5], 0)),
-        make(lengths, accumulate=4, draw=Draw(lengths, [4, 4], [0.5, 2.0], 0)),
+        make(lengths, accumulate=4, draw=EpochSampler(lengths, [4, 4], [2.0, 0.5], 0)),
+        make(lengths, accumulate=4, draw=EpochSampler(lengths, [4, 4], [0.5, 2.0], 0)),
     ]
     assert len({one, *(plan.fingerprint for plan in others)}) == 7
 
 
 def test_the_defaults_are_one_rank_all_micro_batches_and_the_seed_0() -> None:
     lengths = [60, 50, 40, 30]
-    plan = Plan(lengths, [1.0] * 4, partial(pack, capacity=64))
+    plan = EpochPlan(lengths, [1.0] * 4, partial(pack, capacity=64))
     assert plan.fingerprint == make(lengths, 1, limit=4, seed=0).fingerprint

@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sft.data.batches.packing import pack
-from lightning_sft.data.batches.plan import Plan
-from lightning_sft.data.batches.sampling import Draw
+from lightning_sft.data.batches.plan import EpochPlan
+from lightning_sft.data.batches.sampling import EpochSampler
 
 PARTS = st.lists(
     st.tuples(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.floats(0.05, 3.2)), min_size=1, max_size=3
 )
 
 
-def make(parts: list[tuple[list[int], float]], seed: int | None = 0) -> tuple[list[int], Draw]:
+def make(parts: list[tuple[list[int], float]], seed: int | None = 0) -> tuple[list[int], EpochSampler]:
     lengths = [length for own, _ in parts for length in own]
-    return lengths, Draw(lengths, [len(own) for own, _ in parts], [repeats for _, repeats in parts], seed)
+    return lengths, EpochSampler(lengths, [len(own) for own, _ in parts], [repeats for _, repeats in parts], seed)
 
 
 @given(PARTS)
@@ -50,7 +50,7 @@ def test_whatever_an_epoch_draws_is_no_longer_than_the_bounds(parts: list[tuple[
 @given(PARTS)
 def test_packs_fit_in_every_epoch_and_hold_what_was_drawn(parts: list[tuple[list[int], float]]) -> None:
     lengths, draw = make(parts)
-    plan = Plan(lengths, [1.0] * len(lengths), lambda x: pack(x, capacity=50), draw=draw, accumulate=2)
+    plan = EpochPlan(lengths, [1.0] * len(lengths), lambda x: pack(x, capacity=50), draw=draw, accumulate=2)
     for epoch in range(4):
         micro_batches = plan.micro_batches(epoch, 0)
         assert len(micro_batches) == plan.num_micro_batches

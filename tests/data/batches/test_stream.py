@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from lightning_sft.data.batches import stream
 from lightning_sft.data.batches.stream import StreamLoader
-from lightning_sft.data.batches.stream_blocks import Shape, Share, deal
+from lightning_sft.data.batches.stream_blocks import RankSummary, StreamLayout, deal
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
-from lightning_sft.data.tokens.encode_rows import Recipe
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import Batch, InputError
 
@@ -31,24 +31,24 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_ROWS_AT_A_TIME", 4)
 
 
-def shape(**settings: Any) -> Shape:
+def shape(**settings: Any) -> StreamLayout:
     defaults = {"num_ranks": 1, "accumulate": 1, "capacity": 200, "packing": "packed", "buffer_rows": 16, "seed": 0}
-    return Shape(**{**defaults, **settings})
+    return StreamLayout(**{**defaults, **settings})
 
 
 def loader(source: Any = None, rank: int = 0, **settings: Any) -> StreamLoader:
-    own = {name: settings.pop(name) for name in list(settings) if name in Shape.__dataclass_fields__}
+    own = {name: settings.pop(name) for name in list(settings) if name in StreamLayout.__dataclass_fields__}
     mixture = as_mixture(ROWS if source is None else source)
-    return StreamLoader(mixture, Recipe(TOKENIZER), shape(**own), rank, **settings)
+    return StreamLoader(mixture, EncodingConfig(TOKENIZER), shape(**own), rank, **settings)
 
 
 def accounted(
-    source: Any, recipe: Recipe | None = None, **settings: Any
-) -> tuple[list[Batch], Account, dict[str, int]]:
+    source: Any, recipe: EncodingConfig | None = None, **settings: Any
+) -> tuple[list[Batch], RowReport, dict[str, int]]:
     """The batches of an epoch, and what is said at its end."""
     heard: list[Any] = []
     end = {"is_strict": False, "finished": lambda *said: heard.extend(said)}
-    batches = list(StreamLoader(as_mixture(source), recipe or Recipe(TOKENIZER), shape(), **end, **settings))
+    batches = list(StreamLoader(as_mixture(source), recipe or EncodingConfig(TOKENIZER), shape(), **end, **settings))
     return batches, *heard
 
 
@@ -62,7 +62,7 @@ def over_ranks(num_ranks: int, **settings: Any) -> list[list[Batch]]:
     found: list[list[Batch]] = [[] for _ in range(num_ranks)]
 
     def run(rank: int) -> None:
-        def gather(share: Share) -> list[Any]:
+        def gather(share: RankSummary) -> list[Any]:
             said[rank] = share
             barrier.wait(20)
             heard = list(said)
@@ -166,7 +166,7 @@ def test_files_of_a_stream_come_in_another_order_each_epoch(tmp_path: Path) -> N
 
 def test_what_cannot_be_used_is_counted_over_ranks_and_said_at_the_end() -> None:
     bad = [*ROWS[:20], {"prompt": "x", "completion": ""}, {"prompt": "x", "completion": "y" * 300, "id": 1}]
-    batches, account, _ = accounted(bad, Recipe(TOKENIZER, max_length=100))
+    batches, account, _ = accounted(bad, EncodingConfig(TOKENIZER, max_length=100))
     assert sum(len(name) for name in names(batches)) == 20
     assert (account.num_rows, len(account.refused), len(account.too_long), account.ignored["id"]) == (22, 1, 1, 1)
 

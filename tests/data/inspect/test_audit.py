@@ -10,8 +10,8 @@ import torch
 from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
 from lightning_sft.data.inspect.documents import Document
 from lightning_sft.data.tokens.dataset import Split
-from lightning_sft.data.tokens.examples import Examples, to_batch
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.examples import Examples, to_record_batch
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.types import Example, InputError
 
 STOP = 9
@@ -25,8 +25,8 @@ GOOD = document([5, 6, STOP], [0, 1, 1])
 
 
 def findings(*train: Document, val: Any = (), **limits: float) -> dict[str, Finding]:
-    examples = Examples([to_batch([Example([5], [0])] * 3)])
-    split = Split("train", examples, Account(num_rows=10, refused=["a.jsonl:2: no"], too_long=["a.jsonl:3 (9)"]))
+    examples = Examples([to_record_batch([Example([5], [0])] * 3)])
+    split = Split("train", examples, RowReport(num_rows=10, refused=["a.jsonl:2: no"], too_long=["a.jsonl:3 (9)"]))
     found = audit(train, val, {"train": split}, [STOP], Thresholds(**limits))
     return {finding.check: finding for finding in found}
 

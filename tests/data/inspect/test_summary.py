@@ -9,20 +9,20 @@ from itertools import pairwise
 import pytest
 
 from lightning_sft.data.batches.packing import pack
-from lightning_sft.data.batches.plan import Division, Plan
-from lightning_sft.data.batches.split_plan import Planned
+from lightning_sft.data.batches.plan import Division, EpochPlan
+from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.summary import by_reason, figures, histogram, show_details, show_report
 from lightning_sft.data.tokens.dataset import Split
-from lightning_sft.data.tokens.examples import Examples, to_batch
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.examples import Examples, to_record_batch
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.machine.terminal import Console
 from lightning_sft.types import Example
 
 EXAMPLES = [Example([1, 2, 3], [0, 1, 1], "a:1"), Example([1, 2], [0, 1], "a:2"), Example([1, 4], [0, 1], "a:2")]
 SPLIT = Split(
     "train",
-    Examples([to_batch(EXAMPLES)]),
-    Account(
+    Examples([to_record_batch(EXAMPLES)]),
+    RowReport(
         num_rows=5,
         refused=["a:3: turn 2: [/bold] is 'x'", "a:4: turn 4: [/bold] is 'y'"],
         too_long=["a:5 (99 tokens)"],
@@ -60,7 +60,7 @@ def test_refusals_are_together_by_reason_with_their_places_and_markup_is_text() 
 
 
 def test_many_places_are_cut_and_counted() -> None:
-    text = printed(Split("train", SPLIT.examples, Account(refused=[f"a:{i}: no" for i in range(50)])))
+    text = printed(Split("train", SPLIT.examples, RowReport(refused=[f"a:{i}: no" for i in range(50)])))
     assert "a:19 and 30 more" in text.replace("\n", " ")
 
 
@@ -80,13 +80,15 @@ def test_the_histogram_has_every_length_once() -> None:
 
 
 def test_the_fill_is_the_share_of_positions_that_a_token_takes() -> None:
-    plan = Plan(SPLIT.lengths, SPLIT.examples.weights, lambda lengths: pack(lengths, 4))
-    assert Planned(SPLIT, plan, 4, "packed").fill == 7 / 8
-    assert "2 optimizer steps" in str(Planned(SPLIT, plan, 4, "packed"))
+    plan = EpochPlan(SPLIT.lengths, SPLIT.examples.weights, lambda lengths: pack(lengths, 4))
+    assert SplitPlan(SPLIT, plan, 4, "packed").fill == 7 / 8
+    assert "2 optimizer steps" in str(SplitPlan(SPLIT, plan, 4, "packed"))
 
 
 def test_an_epoch_of_few_steps_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
     for count, is_remarked in ((9, True), (10, False)):
-        split = Split("train", Examples([to_batch([Example([1, 2, 3], [0, 1, 1])] * count)]), Account(num_rows=count))
-        show_report({"train": split}, Planned.of(split, Division(), tokens_per_batch=3, seed=0))
+        split = Split(
+            "train", Examples([to_record_batch([Example([1, 2, 3], [0, 1, 1])] * count)]), RowReport(num_rows=count)
+        )
+        show_report({"train": split}, SplitPlan.of(split, Division(), tokens_per_batch=3, seed=0))
         assert ("So few optimizer steps" in capsys.readouterr().out) == is_remarked

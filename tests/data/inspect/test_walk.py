@@ -8,17 +8,17 @@ import pytest
 
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.packing import pack
-from lightning_sft.data.batches.plan import Plan
-from lightning_sft.data.inspect.walk import Walk
+from lightning_sft.data.batches.plan import EpochPlan
+from lightning_sft.data.inspect.walk import EpochDocuments
 from lightning_sft.types import Example
 
 EXAMPLES = [Example([i] * (2 + i % 3), [0] + [1.0] * (1 + i % 3), f"data/a.jsonl:{i}") for i in range(1, 18)]
 
 
-def walk(num_ranks: int = 1, accumulate: int = 1, packed: bool = True) -> Walk:
+def walk(num_ranks: int = 1, accumulate: int = 1, packed: bool = True) -> EpochDocuments:
     lengths, weights = [len(e) for e in EXAMPLES], [float(sum(e.target_weights)) for e in EXAMPLES]
-    plan = Plan(lengths, weights, partial(pack, capacity=8), num_ranks=num_ranks, accumulate=accumulate)
-    return Walk(EpochLoader(EXAMPLES, plan, packed=packed), pad_id=0)
+    plan = EpochPlan(lengths, weights, partial(pack, capacity=8), num_ranks=num_ranks, accumulate=accumulate)
+    return EpochDocuments(EpochLoader(EXAMPLES, plan, packed=packed), pad_id=0)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -32,7 +32,7 @@ def test_every_document_of_every_rank_is_there_once(num_ranks: int, packed: bool
 def test_the_first_are_of_different_micro_batches() -> None:
     assert [placed.micro_batch for placed in walk().first(3)] == [1, 2, 3]
     few = walk()
-    few.loader.plan = Plan([4, 4], [3.0, 3.0], partial(pack, capacity=8))
+    few.loader.plan = EpochPlan([4, 4], [3.0, 3.0], partial(pack, capacity=8))
     assert len(few.first(5)) == 2  # of the same micro-batch: there is one
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning_sft import Mixture, Part, SFTDataModule, SFTModule
 from lightning_sft.data.batches.split_plan import draw_of
 from lightning_sft.data.tokens.dataset import load_split
-from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import InputError
 
@@ -42,7 +42,7 @@ def test_shares_and_weights_are_positive_numbers(settings: dict[str, float]) -> 
 
 def realized(mixture: Mixture) -> tuple[float, float]:
     """The share of the first part in the rows and in the targets of an epoch."""
-    split = load_split("train", mixture, Recipe(tiny_tokenizer()))
+    split = load_split("train", mixture, EncodingConfig(tiny_tokenizer()))
     drawn = draw_of(split, seed=0).epoch(0)
     targets = split.examples.num_targets[drawn]
     is_first = split.parts[drawn] == 0
@@ -63,7 +63,7 @@ def test_a_temperature_of_one_leaves_sizes_and_a_high_one_makes_parts_alike() ->
 
 def test_a_row_of_several_sequences_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     text = [{"text": "x" * 200}]
-    recipe = Recipe(tiny_tokenizer(), max_length=50, overflow="split")
+    recipe = EncodingConfig(tiny_tokenizer(), max_length=50, overflow="split")
     split = load_split("train", Mixture({"a": Part(text * 3, share=1), "b": Part(SHORT[:3], share=1)}), recipe)
     assert draw_of(split, 0).counts == split.part_sizes
     assert split.part_sizes[0] > 10
@@ -71,7 +71,7 @@ def test_a_row_of_several_sequences_is_one_row(monkeypatch: pytest.MonkeyPatch) 
 
 def test_each_part_has_a_format_columns_and_a_weight_of_its_own() -> None:
     maths = Part([{"q": "1+1", "a": "2"}], columns={"prompt": "q", "completion": "a"}, weight=0.5)
-    split = load_split("train", Mixture({"maths": maths, "chat": SHORT[:1]}), Recipe(tiny_tokenizer()))
+    split = load_split("train", Mixture({"maths": maths, "chat": SHORT[:1]}), EncodingConfig(tiny_tokenizer()))
     assert [max(example.target_weights) for example in split.examples] == [0.5, 1.0]
 
 
@@ -97,7 +97,7 @@ def test_a_part_without_a_usable_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "x", "completion": ""}))
     mixture = Mixture({"a": Part(SHORT), "b": str(tmp_path / "b.jsonl")})
     with pytest.raises(InputError, match="train, b: no row can be used"):
-        load_split("train", mixture, Recipe(tiny_tokenizer()), invalid_rows="skip")
+        load_split("train", mixture, EncodingConfig(tiny_tokenizer()), invalid_rows="skip")
 
 
 def test_settings_without_an_effect_warn(

@@ -22,16 +22,16 @@ from lightning_sft.data.rows.sources import files_behind
 from lightning_sft.data.tokens import cache as caching
 from lightning_sft.data.tokens.cache import cached
 from lightning_sft.data.tokens.dataset import load_split
-from lightning_sft.data.tokens.encode_rows import Chunk, Recipe
-from lightning_sft.data.tokens.examples import save, to_batch
-from lightning_sft.data.tokens.row_report import Account
+from lightning_sft.data.tokens.encode_rows import Chunk, EncodingConfig
+from lightning_sft.data.tokens.examples import save, to_record_batch
+from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Example, InputError
 
-RECIPE = Recipe(tiny_tokenizer())
+RECIPE = EncodingConfig(tiny_tokenizer())
 
 
-def key_of(source: Any, recipe: Recipe) -> str | None:
+def key_of(source: Any, recipe: EncodingConfig) -> str | None:
     return caching.key_of(files_behind(source), recipe)
 
 
@@ -86,7 +86,7 @@ def test_another_setting_or_template_is_another_entry(path: Path, changed: dict[
 def test_another_vocabulary_or_special_token_is_another_entry(path: Path) -> None:
     for change in (lambda t: t.add_tokens(["zzz"]), lambda t: t.add_special_tokens({"pad_token": "<|im_end|>"})):
         change(tokenizer := tiny_tokenizer())
-        assert key_of(str(path), Recipe(tokenizer)) != key_of(str(path), RECIPE)
+        assert key_of(str(path), EncodingConfig(tokenizer)) != key_of(str(path), RECIPE)
 
 
 def test_another_content_or_name_is_another_entry_and_another_time_is_not(path: Path) -> None:
@@ -106,10 +106,10 @@ def test_our_own_code_and_the_frozen_date_are_in_the_key(path: Path, monkeypatch
         patch.setattr(caching, "__file__", str(path))  # another folder, without code
         assert key_of(str(path), RECIPE) != first
     dated = "{% set now = strftime_now %}{{ now('%Y') }}" + CHATML
-    first = key_of(str(path), Recipe(tiny_tokenizer(dated)))
+    first = key_of(str(path), EncodingConfig(tiny_tokenizer(dated)))
     with monkeypatch.context() as patch:
         patch.setattr("lightning_sft.data.tokens.chat_template.FROZEN_DATE", date(2025, 1, 1))
-        assert key_of(str(path), Recipe(tiny_tokenizer(dated))) != first
+        assert key_of(str(path), EncodingConfig(tiny_tokenizer(dated))) != first
 
 
 def test_rows_in_memory_and_small_files_have_no_entry(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +121,7 @@ def test_rows_in_memory_and_small_files_have_no_entry(path: Path, monkeypatch: p
 def chunks(count: int = 3, seconds: float = 0.0) -> Iterator[Chunk]:
     for i in range(count):
         time.sleep(seconds)
-        yield Chunk(to_batch([Example([i], [0.0], f"a:{i}")]), Account(num_rows=1))
+        yield Chunk(to_record_batch([Example([i], [0.0], f"a:{i}")]), RowReport(num_rows=1))
 
 
 def test_of_many_that_want_an_entry_at_once_one_builds_it(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_sft.data.tokens import dataset
 from lightning_sft.data.tokens.dataset import load_prompts, load_split
-from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import InputError
 
@@ -17,7 +17,7 @@ GOOD = {"prompt": "Hi", "completion": "Yo"}
 
 def load(rows: list[dict[str, Any]], **settings: Any) -> Any:
     own = {name: settings.pop(name) for name in ("invalid_rows",) if name in settings}
-    return load_split("train", rows, Recipe(tiny_tokenizer(), **settings), **own)
+    return load_split("train", rows, EncodingConfig(tiny_tokenizer(), **settings), **own)
 
 
 def test_refused_rows_stop_everything_and_are_listed() -> None:
@@ -85,7 +85,7 @@ def test_mixed_formats_of_a_file_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(GOOD) + "\n" + json.dumps({"instruction": "Hi", "output": "Yo"}))
     with pytest.raises(InputError, match=r"a.jsonl:2: the row is of the format alpaca, but .*a.jsonl:1 is of prompt-"):
-        load_split("train", path, Recipe(tiny_tokenizer()))
+        load_split("train", path, EncodingConfig(tiny_tokenizer()))
 
 
 def test_only_a_few_of_many_refused_rows_are_named() -> None:

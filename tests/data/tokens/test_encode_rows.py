@@ -10,7 +10,7 @@ import pytest
 
 from lightning_sft.data.tokens import dataset
 from lightning_sft.data.tokens.dataset import Split, load_split
-from lightning_sft.data.tokens.encode_rows import Recipe
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import InputError
 
@@ -20,7 +20,7 @@ GOOD = {"prompt": "Hi", "completion": "Yo"}
 def load(source: Any, num_workers: int, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> Split:
     monkeypatch.setattr(dataset, "_ROWS_AT_A_TIME", 3)
     return load_split(
-        "train", source, Recipe(tiny_tokenizer(), **settings), invalid_rows="skip", num_workers=num_workers
+        "train", source, EncodingConfig(tiny_tokenizer(), **settings), invalid_rows="skip", num_workers=num_workers
     )
 
 
@@ -58,7 +58,7 @@ def test_forked_tokenizers_say_nothing_and_the_environment_stays(
 
 def test_only_the_first_rows_are_read_where_no_more_are_asked_for(jsonl: Callable[..., str], tmp_path: Path) -> None:
     path = jsonl("".join(json.dumps(GOOD) + "\n" for _ in range(5)) + "{\n")
-    assert len(load_split("train", path, Recipe(tiny_tokenizer()), first=5).examples) == 5
+    assert len(load_split("train", path, EncodingConfig(tiny_tokenizer()), first=5).examples) == 5
 
 
 def test_large_files_are_encoded_by_all_cores_and_others_by_none(
@@ -69,8 +69,8 @@ def test_large_files_are_encoded_by_all_cores_and_others_by_none(
     monkeypatch.setattr(dataset.Chunks, "run", lambda self, workers: (used.append(workers), run(self, 0))[1])
     monkeypatch.setattr(dataset, "num_cores", lambda: 7)
     path = jsonl([GOOD] * 9)
-    load_split("train", path, Recipe(tiny_tokenizer()))
+    load_split("train", path, EncodingConfig(tiny_tokenizer()))
     monkeypatch.setattr(dataset, "_LARGE", Path(path).stat().st_size)
     for source in (path, [path], [GOOD]):
-        load_split("train", source, Recipe(tiny_tokenizer()))
+        load_split("train", source, EncodingConfig(tiny_tokenizer()))
     assert used == [0, 7, 7, 0]

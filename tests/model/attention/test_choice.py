@@ -20,12 +20,12 @@ from lightning_sft.model.attention.choice import Attention, check_asked, probed
 from lightning_sft.model.attention.documents import Documents
 from lightning_sft.model.attention.per_document import NAMES
 from lightning_sft.model.pretrained import backbone_and_head, config_dict
-from lightning_sft.model.probes import Findings
+from lightning_sft.model.probes import ProbeResult
 from lightning_sft.types import InputError
 from tests.helpers.gradients import QUIET
 
 
-def choose(model: PreTrainedModel, asked: str | None = None) -> tuple[Attention, Findings]:
+def choose(model: PreTrainedModel, asked: str | None = None) -> tuple[Attention, ProbeResult]:
     return probed(model, *backbone_and_head(model), asked)
 
 

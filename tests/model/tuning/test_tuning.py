@@ -14,7 +14,7 @@ import pytest
 from lightning_sft import SFTModule
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.model.tuning.adapters import Lora
-from lightning_sft.model.tuning.tuning import Tuning
+from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.types import InputError
 from tests.helpers.adapting import launch, run
 
@@ -59,21 +59,27 @@ def trainer(**strategy: Any) -> Any:
     ("tuning", "strategy", "message"),
     [
         (
-            Tuning(Lora(), quantize="4bit"),
+            TuningConfig(Lora(), quantize="4bit"),
             {"device_mesh": {"tensor_parallel": [0]}},
             "Packed weights cannot be sharded",
         ),
-        (Tuning(Lora(), quantize="4bit"), {"config": {"zero_optimization": {}}}, "Packed weights cannot be sharded"),
-        (Tuning(Lora()), {"zero_stage_3": True}, "Under ZeRO-3 neither adapters"),
-        (Tuning(new_tokens=["<|a|>"]), {"zero_stage_3": True}, r"nor model\.new_tokens can be put into"),
         (
-            Tuning(Lora()),
+            TuningConfig(Lora(), quantize="4bit"),
+            {"config": {"zero_optimization": {}}},
+            "Packed weights cannot be sharded",
+        ),
+        (TuningConfig(Lora()), {"zero_stage_3": True}, "Under ZeRO-3 neither adapters"),
+        (TuningConfig(new_tokens=["<|a|>"]), {"zero_stage_3": True}, r"nor model\.new_tokens can be put into"),
+        (
+            TuningConfig(Lora()),
             {"device_mesh": {"tensor_parallel": SimpleNamespace(size=lambda: 2)}},
             "tensor-parallel ranks",
         ),
     ],
 )
-def test_what_a_strategy_cannot_have_is_refused(pretrained: str, tuning: Tuning, strategy: Any, message: str) -> None:
+def test_what_a_strategy_cannot_have_is_refused(
+    pretrained: str, tuning: TuningConfig, strategy: Any, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         tuning.load(pretrained, None, None, trainer(**strategy))
 

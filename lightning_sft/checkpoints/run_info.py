@@ -15,7 +15,7 @@ from lightning_sft.data.rows.sources import files_of
 from lightning_sft.training.optimizers import parts_of
 from lightning_sft.types import InputError
 
-FACTS = "lightning_sft"
+RUN_INFO_KEY = "lightning_sft"
 """Under which key a checkpoint has the facts of its run."""
 
 _PACKAGES = ("lightning-sft", "lightning", "torch", "transformers", "tokenizers", "peft", "deepspeed")
@@ -27,7 +27,7 @@ _FILES = 8  # of a part; an export reads a few rows
 _DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed")
 
 
-def run_facts(trainer: Any) -> dict[str, Any]:
+def run_info(trainer: Any) -> dict[str, Any]:
     """Place, figures, optimizer, settings, data and versions of a training run, as plain values.
 
     Every process calls it: figures that are not reduced over ranks yet are reduced now.
@@ -49,7 +49,7 @@ def run_facts(trainer: Any) -> dict[str, Any]:
 
 
 def validation_data(facts: Mapping[str, Any]) -> Mixture | None:
-    """The data that :func:`run_facts` noted for validation, to be read again; ``None`` where it was rows in memory.
+    """The data that :func:`run_info` noted for validation, to be read again; ``None`` where it was rows in memory.
 
     The checkpoint may be of somebody else: files that it names one by one are read, no folder or pattern is searched.
 
