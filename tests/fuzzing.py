@@ -15,13 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.training.test_optim import Estimating, ScheduleFree
 from torch.optim import SGD, AdamW, Muon
 
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.training.optimizers import OptimizerPart
 from tests.helpers.resuming import MIXTURE, STREAM, Run, drawn, killed
+from tests.training.test_optimizers import Estimating, ScheduleFree
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {},

@@ -33,8 +33,8 @@ for name in ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL"):
 for module in pkgutil.walk_packages(lightning_sft.__path__, "lightning_sft."):
     if module.name != "lightning_sft.__main__":
         __import__(module.name)
-from lightning_sft.doctor import facts
-from lightning_sft.planning.device import Device
+from lightning_sft.commands.doctor import facts
+from lightning_sft.commands.plan.device import Device
 assert facts()
 print(Device.of("cpu", 1))
 """

@@ -115,7 +115,7 @@ def test_a_step_waits_for_the_device_once(pretrained: str) -> None:
     with second_device():
         _, _, observer = fit(pretrained, on_second())
     micro_batches = Counter(sum(waits.values()) for waits in observer.waits)
-    assert sum(observer.waits, Counter()).keys() == {"_to_copy in host_copy.py:__init__"}
+    assert sum(observer.waits, Counter()).keys() == {"_to_copy in machine/host_copy.py:__init__"}
     assert micro_batches == {0: 6, 1: 6}  # at the end of steps of two micro-batches
 
 
@@ -155,7 +155,7 @@ def test_every_kind_of_data_works_there_and_a_step_waits_once(pretrained: str, n
     with second_device():
         _, trainer, observer = fit(pretrained, on_second() | {"max_steps": 4, "max_epochs": -1}, data=DATA[name])
     assert trainer.global_step == 4
-    assert sum(observer.waits, Counter()) == {"_to_copy in host_copy.py:__init__": 4}
+    assert sum(observer.waits, Counter()) == {"_to_copy in machine/host_copy.py:__init__": 4}
 
 
 def test_callbacks_and_a_resumed_run_work_there(pretrained: str, tmp_path: Path) -> None:

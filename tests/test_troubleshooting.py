@@ -16,7 +16,10 @@ from tests.helpers.pages import ROOT, code, commands, is_key, options, page, sec
 
 SOURCE = ROOT / "lightning_sft"
 PAGE = page("troubleshooting.md")
-ROWS = ("turns", "messages", "formats", "encode", "template", "marks", "overflow", "files", "planned")
+ROWS = (
+    *("rows/turns", "rows/messages", "rows/formats", "rows/files", "batches/split_plan"),
+    *("tokens/encode", "tokens/chat_template", "tokens/generation_tags", "tokens/overflow"),
+)
 
 
 def quoted(text: str) -> list[str]:

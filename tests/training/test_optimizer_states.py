@@ -113,7 +113,8 @@ def test_a_checkpoint_with_quantized_states_is_read_where_their_package_was_not_
     fit(quiet_trainer, wide, partial(optim.AdamW8bit, lr=1e-2), tmp_path / "run", max_steps=3)
     ckpt = tmp_path / "run" / "step=3.ckpt"
     code = (
-        "import sys; from lightning_sft import checkpoints; from lightning_sft.checkpoints.writing import AtomicIO; "
+        "import sys; from lightning_sft.checkpoints import reading as checkpoints; "
+        "from lightning_sft.checkpoints.writing import AtomicIO; "
         f"assert 'torchao' not in sys.modules; checkpoints.facts({str(ckpt)!r}); checkpoints.weights({str(ckpt)!r}); "
         f"AtomicIO().load_checkpoint({str(ckpt)!r}, weights_only=True)"
     )
