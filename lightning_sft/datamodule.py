@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,7 +31,7 @@ from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments
 from lightning_sft.io.plain import plain
 from lightning_sft.model.pretrained import context_length, load_tokenizer
 from lightning_sft.training.checks import check_prompts
-from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, position
+from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, position, trainer_on_paper
 from lightning_sft.training.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
 
@@ -131,6 +132,41 @@ class SFTDataModule(LightningDataModule):
             if self.sources[name] is not None and name not in self.splits:
                 first = self.sample_rows if name == "train" and self.streaming else None
                 self.splits[name] = self._load(name, first)
+
+    def preview(
+        self,
+        module: Any,
+        settings: Any,
+        *,
+        num_ranks: int | None = None,
+        reads_stream: bool = False,
+        progress: bool = False,
+    ) -> SFTDataModule:
+        """A copy that is set up for ``fit`` with the settings of a trainer, without a trainer or its devices.
+
+        Args:
+            module: The Lightning module that would be trained, or ``None``.
+            settings: Arguments of a trainer, as attributes.
+            num_ranks: Data-parallel size; by default all devices of the settings.
+            reads_stream: Whether a stream is read as by ``fit``; else its first ``buffer_rows`` rows stand for all.
+            progress: Whether the progress of reading is shown; the report of the data never is.
+
+        Raises:
+            InputError: As :meth:`setup`.
+        """
+        made: SFTDataModule = copy(self)
+        made.splits = dict(self.splits)
+        paper = trainer_on_paper(module, settings)
+        if num_ranks is not None:
+            paper.distributed_sampler_kwargs["num_replicas"] = num_ranks
+        paper.is_global_zero = progress
+        cast(Any, made).trainer = paper
+        if not reads_stream:
+            made.sample_rows = made.buffer_rows
+        made.setup("fit")
+        made.streaming = made.streaming and reads_stream
+        paper.is_global_zero = False
+        return made
 
     @property
     def steps_per_epoch(self) -> float:

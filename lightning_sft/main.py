@@ -22,7 +22,7 @@ from lightning_sft import __version__
 from lightning_sft.callbacks import PredictionWriter
 from lightning_sft.callbacks.defaults import default_callbacks, find_last
 from lightning_sft.callbacks.ending import ending
-from lightning_sft.checkpoints.reading import facts, hyper_parameters
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.commands.base import ConfigCLI, ConfigParser, check_config, with_own_defaults
 from lightning_sft.commands.chat import chat
 from lightning_sft.commands.completion import completion
@@ -78,7 +78,7 @@ class SFTCLI(LightningCLI):
                 "file, which ModelCheckpoint has named, or last."
             )
         if path and path != "hpc" and "://" not in path and not path.startswith("registry"):  # which Lightning finds
-            self._checkpoint_config = hyper_parameters(path).get("hf_config")
+            self._checkpoint_config = Checkpoint(path).hyper_parameters.get("hf_config")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """With checkpoints, an end in good order and a ledger, where the user has none of their own."""
@@ -95,7 +95,7 @@ class SFTCLI(LightningCLI):
         """Say why the fit ended, where its checkpoints are, and what to do next."""
         trainer = cast(Any, self.trainer)
         if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
-            resumed_at = facts(trainer.ckpt_path).get("global_step", 0) if trainer.ckpt_path else 0
+            resumed_at = Checkpoint(trainer.ckpt_path).step if trainer.ckpt_path else 0
             rank_zero_info(ending(trainer, resumed_at))
 
     def before_predict(self) -> None:

@@ -1,4 +1,16 @@
-"""SFTModule: a pretrained causal language model whose targets' log-likelihood is maximized."""
+"""SFTModule: a pretrained causal language model, trained to maximize the log-likelihood of its targets.
+
+One optimizer step follows the gradient of ``− Σ_t w_t · log Pr(t) / Z`` over the targets t of A micro-batches on each
+of R ranks; Z comes with the batches, see :mod:`lightning_sft.objective`. Lightning divides the loss of a micro-batch by
+A, and the strategy averages gradients over the ranks, so micro-batch a of rank r returns
+
+    loss(a, r) = − (A · R / Z) · Σ_{t in (a, r)} w_t · log Pr(t)
+
+    (1 / R) · Σ_r Σ_a ∇ loss(a, r) / A  =  − Σ_t w_t · ∇ log Pr(t) / Z      for any A, R and split of the targets
+
+Batches of a user's own loader have no Z: their loss is without R / Z, and the gradient is multiplied by it at the end
+of the step, when Z = Σ_t w_t is known.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +24,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from lightning_sft.checkpoints.resume import (
-    OPTIMIZER_KEY,
-    POSITION_KEY,
-    AskedSettings,
-    note,
-    restore,
-    retune,
-    seed_micro_batch,
-    seed_of,
-)
+from lightning_sft.checkpoints.resume import RunState
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
 from lightning_sft.checkpoints.writing import write_whole
-from lightning_sft.evaluation.corpus import EvaluationMetrics
 from lightning_sft.evaluation.generation import Sampling, answers
 from lightning_sft.evaluation.metrics import NUM_SUMS, metrics_by_part, sums_by_part
+from lightning_sft.evaluation.module import EvaluatedModule
 from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments
 from lightning_sft.io.plain import plain
 from lightning_sft.machine.contexts import in_default_dtype
@@ -54,13 +55,12 @@ from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
 from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
-from lightning_sft.training.optimizer_modes import TRAINED_KEY, Modes, check_strategy
+from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
 from lightning_sft.training.schedules import Schedule, learning_rate_factor
 from lightning_sft.training.throughput import NUM_COUNTS, SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
     autocast_dtype,
-    data_parallel,
     divisors,
     is_between_steps,
     root_device,
@@ -70,33 +70,35 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 
 
-class SFTModule(LightningModule):
+class SFTModule(EvaluatedModule):
     """Fine-tunes a pretrained causal language model on target tokens.
 
     Args:
         pretrained: A hub name, a folder, or a GGUF file.
-        normalize: What an optimizer step divides its weighted sum by, see :mod:`lightning_sft.objective`.
-        optimizer: Makes the optimizer from parameter groups; norms and biases are not decayed.
-        optimizers: Several instead, each for the parameters that its patterns name, as Muon for matrices and AdamW for
-            the rest, see :class:`~lightning_sft.training.optimizers.OptimizerPart`.
-        schedule: How the learning rate goes down after the warm-up.
-        warmup: Steps of linear warm-up, as a share of all.
-        gradient_checkpointing: Recompute activations in the backward pass, to save memory: of each layer (``true``), of
-            every n-th (a number), or of each with its input kept in host memory (``offload``).
-        kernels: Of the layers: ``compiled``, ``liger``, ``none``, or ``auto`` (by device and length of the run).
-        attn_implementation: Attention of transformers, as ``sdpa``; by default ours where exact, see docs/attention.
-        chunk_size: Targets whose logits are in memory at a time; by default 512 on CPUs, and what fits on GPUs.
-        max_new_tokens: Most tokens that are generated for a prompt.
-        sampling: How they are chosen; the likeliest by default, see
+        normalize: Divisor of an optimizer step's weighted sum, see :mod:`lightning_sft.objective`.
+        optimizer: Factory of the optimizer from parameter groups; norms and biases are not decayed.
+        optimizers: Several optimizers instead of ``optimizer``, each for the parameters that match its patterns, such
+            as Muon for matrices and AdamW for the rest: :class:`~lightning_sft.training.optimizers.OptimizerPart`.
+        schedule: Learning-rate schedule after the warm-up.
+        warmup: Fraction of the steps used for linear warm-up.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory: of each layer (``true``), of
+            every n-th layer (a number), or of each layer with its input kept in host memory (``offload``).
+        kernels: Kernels of the layers: ``compiled``, ``liger``, ``none``, or ``auto``, by device and length of the run.
+        attn_implementation: Attention of transformers, such as ``sdpa``; ours where it is exact by default, see
+            docs/attention.
+        chunk_size: Number of targets whose logits are in memory at a time; 512 on CPUs and as many as fit on GPUs by
+            default.
+        max_new_tokens: Maximum number of tokens generated for a prompt.
+        sampling: Choice of the generated tokens; the most likely ones by default, see
             :class:`~lightning_sft.evaluation.generation.Sampling`.
         lora: Adapters to train instead of the model, see :class:`~lightning_sft.model.tuning.adapters.Lora`.
         quantize: Bits of the pretrained weights under adapters: ``4bit`` or ``8bit``.
         new_tokens: Special tokens to add to the tokenizer and the model.
-        frozen: Patterns of parameters' names that are not trained, as ``*.layers.0.*``.
-        trained: Patterns of those that are trained all the same, also beside adapters.
-        neftune_alpha: Noise on embeddings in training, see :mod:`lightning_sft.model.tuning.neftune`.
-        hf_config: Architecture of a model whose weights a checkpoint brings: the pretrained ones are then not read.
-        compile_layers: Deprecated: ``kernels`` is ``compiled`` for ``true``, and ``none`` for ``false``.
+        frozen: Patterns of the names of parameters that are not trained, such as ``*.layers.0.*``.
+        trained: Patterns of parameters to train even if ``frozen`` matches them, or in addition to adapters.
+        neftune_alpha: Scale of the noise on embeddings in training, see :mod:`lightning_sft.model.tuning.neftune`.
+        hf_config: Architecture of a model whose weights come from a checkpoint; pretrained weights are not read then.
+        compile_layers: Deprecated alias of ``kernels``: ``true`` means ``compiled``, ``false`` means ``none``.
 
     >>> import tempfile
     >>> from lightning_sft.demos import tiny_pretrained
@@ -148,37 +150,23 @@ class SFTModule(LightningModule):
         self.sampling = Sampling.of(sampling)
         given = {name: plain(value) for name, value in self.hparams.items()}
         self.hparams.update(given | self.tuning.hyper_parameters() | {"sampling": asdict(self.sampling)})
-        self.strict_loading = lora is None  # a checkpoint has adapters without their base; on_load_checkpoint checks it
-        self.learning_rate: float | None = None  # that Lightning's tuner has found; it wins over the optimizer's own
-        self.scorer: LikelihoodModel | None = None
-        self.attention: Attention | None = None  # which one it is and why, once the model is loaded
-        self._evaluation, self._step_metrics = EvaluationMetrics(), StepMetrics()
-        self._seed: int | None = None  # of dropout; that of the checkpoint, where there is one
-        self._asked: AskedSettings | None = None  # of the optimizer now, and of that of the checkpoint
-        self._saved: AskedSettings | None = None
-        self._own_schedule: LambdaLR | None = None
-        self._modes = Modes(self)
-        self._restored: Mapping[str, Tensor] | None = None  # weights to train of a checkpoint, if they differ
-        self._window: list[tuple[Batch, LogLikelihood]] = []  # the micro-batches of the optimizer step under way
-        self._sums: HostCopy | None = None  # theirs, over all ranks, once the last of them is there
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the default optimizer, a lambda for jsonargparse, which is not pickled: ``ddp_spawn`` pickles all."""
-        state = super().__getstate__()
-        return {name: value for name, value in state.items() if value is not _default_optimizer()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        cast(Any, super()).__setstate__({"optimizer": _default_optimizer()} | state)
+        self.strict_loading = lora is None  # checkpoints of adapters omit their base; on_load_checkpoint checks them
+        self.learning_rate: float | None = None  # found by Lightning's tuner; overrides the optimizer's own
+        self.scorer: LikelihoodModel | None = None  # keys of checkpoints begin with this name
+        self.attention: Attention | None = None  # the one in use and why, once the model is loaded
+        self._step_metrics = StepMetrics()
+        self._run, self._modes = RunState(), Modes(self)
+        self._window: list[tuple[Batch, LogLikelihood]] = []  # micro-batches of the current optimizer step
+        self._sums: HostCopy | None = None  # their sums over all ranks, after the last micro-batch
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
         check_trainer(self.trainer, stage)
         write_whole(self.trainer)
-        self._seed, self._asked, self._saved, self._restored = None, None, None, None
-        self._modes = Modes(self)
+        self._run, self._modes = RunState(), Modes(self)
 
     def configure_model(self) -> None:
-        """Load the model once, and measure on it what differs between architectures."""
+        """Load the model once, and probe it for what differs between architectures."""
         if self.scorer is not None:
             return
         trainer = self._trainer  # None where a checkpoint is loaded without one
@@ -191,9 +179,9 @@ class SFTModule(LightningModule):
         self.hparams["hf_config"] = loading.config_dict(model)
         backbone, head = loading.backbone_and_head(model)
         with gathered(model.parameters()), in_default_dtype(model):
-            self.attention, findings = probed(model, backbone, head, self.attn_implementation, device, autocast)
+            self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
-        self.scorer = LikelihoodModel(model, findings, self.chunk_size)
+        self.scorer = LikelihoodModel(model, probe, self.chunk_size)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
             add_noise(self.scorer, model, self.neftune_alpha)
@@ -202,55 +190,17 @@ class SFTModule(LightningModule):
         if self.device_mesh is not None:
             Sharding(self.device_mesh, *layout(self.trainer.strategy)).apply(self.scorer, model)
 
-    def on_train_start(self) -> None:
-        """Refuse epochs that the strategy would not end; settings given now win over those of a checkpoint."""
-        check_epoch(self.trainer)
-        self._window, self._sums = [], None  # an earlier fit may have been interrupted inside a step
-        self.kernels.begin(self)
-        self._step_metrics.begin(self.trainer, self.model)
-        if self._asked is not None:
-            retune(self.trainer, self._asked, self._saved, self._own_schedule)
-        self._modes.begin(self._restored)
-        self._own_schedule, self._restored = None, None  # else copies of the module would have an optimizer
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Make what the micro-batch draws, as dropout does, a function of its place: a resumed run draws the same."""
-        self._step_metrics.go_on()
-        if self._seed is None:
-            self._seed = seed_of(self.trainer)
-        seed_micro_batch(self._seed, self.trainer.current_epoch, batch_idx, data_parallel(self.trainer)[0])
-
-    @property
-    def model(self) -> PreTrainedModel | None:
-        """The model of transformers; ``None`` before it is loaded."""
-        return None if self.scorer is None else self.scorer.model
-
-    @property
-    def isolates_documents(self) -> bool:
-        """Whether documents may share a row; the data module asks before it packs."""
-        return self.scorer is None or self.scorer.findings.isolates_documents
-
-    @property
-    def num_embeddings(self) -> int | None:
-        """How many token ids the model knows; ``None`` before it is loaded."""
-        return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings
-
-    @property
-    def num_positions(self) -> int | None:
-        """Size of the model's table of positions; ``None`` where there is none, or before the model is loaded."""
-        return None if self.model is None else loading.num_positions(self.model)
-
     def forward(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model."""
         assert self.scorer is not None, "configure_model has not been called"
         return LogLikelihood(*self.scorer(batch))
 
     def training_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> STEP_OUTPUT:
-        """``− Σ_t w_t · log Pr(t) / Z``, times what Lightning and the strategy are going to divide by."""
+        """``− Σ_t w_t · log Pr(t) / Z``, times what Lightning and the strategy will divide by."""
         batch = Batch.of(batch)
         likelihood: LogLikelihood = self(batch)
         self._window.append((batch, replace(likelihood, total=likelihood.total.detach())))
-        if is_between_steps(self.trainer):  # when this micro-batch is done
+        if is_between_steps(self.trainer):  # this is the last micro-batch of its step
             self._sums = self._summed()
         accumulate, num_ranks = divisors(self.trainer)
         if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
@@ -262,11 +212,13 @@ class SFTModule(LightningModule):
         return -likelihood.total * (accumulate * num_ranks / batch.normalizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Close the step: stop at a non-finite loss, normalize late if need be, log the figures.
+        """Close the step: stop on a non-finite loss, normalize late if need be, log the metrics.
 
-        The host waits for the sums of the forward pass alone; the device meanwhile works on the backward pass.
+        The host waits for the sums of the forward pass only, while the device works on the backward pass.
         """
-        accumulates_by_itself = self.trainer.strategy.handles_gradient_accumulation  # it is called every micro-batch
+        accumulates_by_itself = (
+            self.trainer.strategy.handles_gradient_accumulation
+        )  # this hook is called every micro-batch
         if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
             return
         window, self._window = self._window, []
@@ -278,19 +230,19 @@ class SFTModule(LightningModule):
         if not torch.isfinite(totals[0, 0]):
             raise not_finite(window, self)
         weight = totals[0, 1].item()
-        if weight == 0:  # a step without a target: a gradient of 0, and no figure
+        if weight == 0:  # a step without targets: the gradient is 0, and there are no metrics
             return
         if window[0][0].normalizer is None:
             _, num_ranks = divisors(self.trainer)
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(num_ranks / weight)
-        figures = metrics_by_part(totals, window[0][0].part_names)
-        self._log_metrics("train", figures | self._step_metrics.close(self.trainer, counts, totals[0, 3]))
+        metrics = metrics_by_part(totals, window[0][0].part_names)
+        self._log_metrics("train", metrics | self._step_metrics.close(self.trainer, counts, totals[0, 3]))
         self.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), device="cpu"), batch_size=1)
 
     def _summed(self) -> HostCopy:
-        """Counts and sums of the step's micro-batches over all ranks, on their way to the host: one reduction."""
+        """Counts and sums of the step's micro-batches over all ranks, in one reduction, on their way to the host."""
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self._window]).sum(0)
         counts = self._step_metrics.counts([batch for batch, _ in self._window])
         both = torch.cat([without_waiting(counts.to(local.dtype), local.device), local.flatten()])
@@ -302,85 +254,12 @@ class SFTModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, also where gradients lie on different meshes, and log their norm before."""
-        if self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed, whose gradients are out of reach
+        """Clip as the trainer asks, across device meshes too, and log the norm before clipping."""
+        if self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed keeps its gradients to itself
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
             self._log_metrics("train", {} if norm is None else {"gradient_norm": norm.to(self.device)})
-
-    def on_validation_start(self) -> None:
-        """Begin the validation figures."""
-        self._step_metrics.pause()
-        self._evaluation.begin(self, len(self.trainer.num_val_batches))
-
-    def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the validation figures, of its loader where a user has several."""
-        self._evaluation.add(self, batch, dataloader_idx)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the figures of the whole validation set."""
-        self._log_metrics("val", self._evaluation.close(self), sync_dist=True)
-
-    def on_test_start(self) -> None:
-        """Begin the test figures."""
-        self._evaluation.begin(self, len(self.trainer.num_test_batches))
-
-    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the test figures, of its loader where a user has several."""
-        self._evaluation.add(self, batch, dataloader_idx)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the figures of the whole test set."""
-        self._log_metrics("test", self._evaluation.close(self), sync_dist=True)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """Answers to a :class:`~lightning_sft.data.batches.loader.PromptBatch`, see
-        :mod:`lightning_sft.evaluation.generation`.
-        """
-        assert self.model is not None, "configure_model has not been called"
-        return answers(self.model, batch, self.max_new_tokens, self.sampling)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note where the run is, and what a model card says of it; of a model with adapters, keep these alone."""
-        self.tuning.shrink(checkpoint, self)
-        self._modes.save(checkpoint)
-        if self._asked is not None:
-            checkpoint[OPTIMIZER_KEY] = asdict(self._asked)
-        checkpoint[RUN_INFO_KEY] = run_info(self.trainer)
-        checkpoint[SEEN_KEY], checkpoint[KERNELS_KEY] = self._step_metrics.state(), self.kernels.name
-        checkpoint[POSITION_KEY] = note(self.trainer, seed_of(self.trainer) if self._seed is None else self._seed)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on between two steps, wherever the run was when it was saved; refuse what is of another model."""
-        self.tuning.complete(checkpoint, self)
-        if self._trainer is not None and self.trainer.training:
-            self._seed = restore(self.trainer, checkpoint)
-            self._saved = AskedSettings(**checkpoint[OPTIMIZER_KEY]) if OPTIMIZER_KEY in checkpoint else None
-            self._restored = checkpoint.get(TRAINED_KEY)
-            if self._asked is not None:  # strategies differ in whether they make the optimizer before they load
-                self._asked.check(self._saved)
-            self._step_metrics.restored, self.kernels.restored = checkpoint.get(SEEN_KEY), checkpoint.get(KERNELS_KEY)
-
-    def on_validation_model_eval(self) -> None:
-        """Evaluate the weights that the optimizer says, if it has a mode for it."""
-        super().on_validation_model_eval()
-        if self.trainer.state.fn == "fit":
-            self._modes.evaluate()
-
-    def on_validation_model_train(self) -> None:
-        """Train on."""
-        super().on_validation_model_train()
-        if self.trainer.state.fn == "fit":
-            self._modes.train()
-
-    def on_train_end(self) -> None:
-        """Leave the weights that are to be evaluated."""
-        self._modes.evaluate()
-
-    def evaluated(self) -> AbstractContextManager[None]:
-        """The weights to evaluate, as long as the context lasts: with schedule-free optimizers they are others."""
-        return self._modes.evaluated()
 
     def make_optimizer(self) -> Optimizer:
         """The optimizer without a schedule, norms and biases undecayed: for ``configure_optimizers`` of a subclass."""
@@ -391,27 +270,110 @@ class SFTModule(LightningModule):
             rank_zero_info(f"Optimizer: {described(optimizer)}.")
         # Lightning refuses to clip where a fused optimizer would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
-        if not self.trainer.strategy.handles_gradient_accumulation:  # else DeepSpeed lets go of them
-            optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # not only after the next forward pass
-        self._asked = AskedSettings.of(optimizer)
-        self._asked.check(self._saved)
+        if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed frees them itself
+            optimizer.register_step_post_hook(
+                lambda *_: optimizer.zero_grad()
+            )  # frees them before the next forward pass
+        self._run.made(optimizer)
         return optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and the schedule over all planned steps, whose first factor is set when training starts."""
+        """The optimizer and its schedule over all planned steps; the first factor is set when training starts."""
         optimizer = self.make_optimizer()
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
         scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))
-        for group in optimizer.param_groups:  # another schedule would take the first factor for a part of it
+        for group in optimizer.param_groups:  # a schedule of a subclass begins at the rate that was asked for
             group["lr"] = deepcopy(group["initial_lr"])
-        self._own_schedule = scheduler
+        self._run.scheduled(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _log_metrics(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
-        # with sync_dist, they are the same on all ranks: else Lightning would warn
-        for key, value in values.items():
-            settings: dict[str, Any] = {"batch_size": 1, "sync_dist": sync_dist, "add_dataloader_idx": False}
-            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", **settings)
+    def on_train_start(self) -> None:
+        """Refuse epochs that the strategy cannot end; apply settings that differ from the checkpoint's."""
+        check_epoch(self.trainer)
+        self._window, self._sums = [], None  # an earlier fit may have been interrupted within a step
+        self.kernels.begin(self)
+        self._step_metrics.begin(self.trainer, self.model)
+        self._run.begin(self.trainer)
+        self._modes.begin()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make random draws, such as dropout, a function of the micro-batch's position, so that a run can resume."""
+        self._step_metrics.go_on()
+        self._run.seed_micro_batch(self.trainer, batch_idx)
+
+    def on_validation_start(self) -> None:
+        """Stop the clock of training, and reset the validation metrics."""
+        self._step_metrics.pause()
+        super().on_validation_start()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Answers to a batch of prompts, see :func:`lightning_sft.evaluation.generation.answers`."""
+        assert self.model is not None, "configure_model has not been called"
+        return answers(self.model, batch, self.max_new_tokens, self.sampling)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resumed run and a model card need; of a model with adapters, keep the adapters only."""
+        self.tuning.shrink(checkpoint, self)
+        self._modes.save(checkpoint)
+        self._run.save(self.trainer, checkpoint)
+        checkpoint[RUN_INFO_KEY] = run_info(self.trainer)
+        checkpoint[SEEN_KEY], checkpoint[KERNELS_KEY] = self._step_metrics.state(), self.kernels.name
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Resume between two steps, wherever the run was saved; refuse the checkpoint of another model."""
+        self.tuning.complete(checkpoint, self)
+        if self._trainer is not None and self.trainer.training:
+            self._run.load(self.trainer, checkpoint)
+            self._modes.load(checkpoint)
+            self._step_metrics.restored, self.kernels.restored = checkpoint.get(SEEN_KEY), checkpoint.get(KERNELS_KEY)
+
+    def on_validation_model_eval(self) -> None:
+        """Switch to the weights that the optimizer evaluates, if it has such a mode."""
+        super().on_validation_model_eval()
+        if self.trainer.state.fn == "fit":
+            self._modes.evaluate()
+
+    def on_validation_model_train(self) -> None:
+        """Switch back to the weights that are trained."""
+        super().on_validation_model_train()
+        if self.trainer.state.fn == "fit":
+            self._modes.train()
+
+    def on_train_end(self) -> None:
+        """Leave the weights to evaluate in the model."""
+        self._modes.evaluate()
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """A context with the weights to evaluate, which differ from those in training with schedule-free optimizers."""
+        return self._modes.evaluated()
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model of transformers; ``None`` before it is loaded."""
+        return None if self.scorer is None else self.scorer.model
+
+    @property
+    def isolates_documents(self) -> bool:
+        """Whether documents may share a row: the data module asks before it packs."""
+        return self.scorer is None or self.scorer.findings.isolates_documents
+
+    @property
+    def num_embeddings(self) -> int | None:
+        """Number of token ids of the model; ``None`` before it is loaded."""
+        return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings
+
+    @property
+    def num_positions(self) -> int | None:
+        """Size of the table of position embeddings; ``None`` if there is none, or before the model is loaded."""
+        return None if self.model is None else loading.num_positions(self.model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the default optimizer: it is a lambda, for jsonargparse, and ``ddp_spawn`` pickles the module."""
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if value is not _default_optimizer()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        cast(Any, super()).__setstate__({"optimizer": _default_optimizer()} | state)
 
 
 def _default_optimizer() -> OptimizerCallable:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
@@ -16,7 +17,7 @@ from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import Preempt
 from lightning_sft.callbacks.progress import TrainingProgress
 from lightning_sft.callbacks.record import RunRecord
-from lightning_sft.checkpoints.reading import hyper_parameters
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_files import refuse_finished
 from lightning_sft.checkpoints.writing import folders_of, newest
 from lightning_sft.types import InputError
@@ -56,7 +57,7 @@ def _saves_whole(callback: Callback) -> bool:
     """Whether a run can resume from what a callback saves while it trains."""
     if isinstance(callback, ModelCheckpoint):
         return not callback.save_weights_only and (callback.save_top_k != 0 or bool(callback.save_last))
-    return isinstance(callback, Checkpoint) and not isinstance(callback, OnExceptionCheckpoint)
+    return isinstance(callback, CheckpointCallback) and not isinstance(callback, OnExceptionCheckpoint)
 
 
 def find_last(root: str | None, callbacks: Any, pretrained: str | None, is_fit: bool) -> str | None:
@@ -80,7 +81,7 @@ def find_last(root: str | None, callbacks: Any, pretrained: str | None, is_fit: 
         refuse_finished(Path(root or "."), folders)
         rank_zero_info(f"ckpt_path=last: there is no checkpoint below {root or '.'} yet, so the run begins.")
         return None
-    of = hyper_parameters(path).get("pretrained")
+    of = Checkpoint(path).hyper_parameters.get("pretrained")
     if None not in (of, pretrained) and of != pretrained:
         raise InputError(
             f"ckpt_path=last is {path}, of a run of model.pretrained={of}, now {pretrained}. Give this run a folder of "

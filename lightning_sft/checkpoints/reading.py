@@ -12,8 +12,9 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path, PurePath
@@ -31,73 +32,96 @@ _PREFIX = "state_dict."
 _OPTIMIZERS = "torchao.optim"
 
 
-def kind_of(path: str | Path) -> Kind:
-    """Who wrote a checkpoint.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, whatever strategy wrote it; read when asked for, and nothing in it is run.
 
-    Raises:
-        InputError: When there is none, or it was not written to its end.
+    Args:
+        path: The file or folder.
     """
-    path = Path(path)
-    if path.is_file():
-        return "file"
-    if (path / "latest").is_file():
-        return "deepspeed"
-    if not path.is_dir():
-        raise InputError(f"There is no checkpoint {str(path)!r}.")
-    missing = [name for name in (_META, ".metadata") if not (path / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{path} is no whole checkpoint: it has no {' and no '.join(missing)}. Expected a .ckpt file, a folder "
-            "that trainer.strategy=fsdp2 or deepspeed wrote, or the folder of a run with checkpoints. If the run was "
-            "killed while it wrote one, take an earlier one."
-        )
-    return "distributed"
 
+    path: Path
 
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a path is that of a checkpoint, whole or not, and not of a model or of a run."""
-    path = Path(path)
-    return path.suffix == ".ckpt" or any((path / name).exists() for name in (".metadata", _META, "latest"))
+    def __init__(self, path: str | Path) -> None:
+        object.__setattr__(self, "path", Path(path))
 
+    @staticmethod
+    def is_at(path: str | Path) -> bool:
+        """Whether a path is that of a checkpoint, complete or not, rather than of a model or a run."""
+        path = Path(path)
+        return path.suffix == ".ckpt" or any((path / name).exists() for name in (".metadata", _META, "latest"))
 
-def facts(path: str | Path) -> dict[str, Any]:
-    """All of a checkpoint but its tensors: hyperparameters, counters, states of callbacks and of the data module.
+    @cached_property
+    def kind(self) -> Kind:
+        """Who wrote it.
 
-    Raises:
-        InputError: When there is no checkpoint, or it cannot be read without running code.
-    """
-    path = Path(path)
-    kind = kind_of(path)
-    file = {"file": path, "distributed": path / _META}.get(kind) or _of_deepspeed(path)[0]
-    found = _load(file, "meta")
-    left_out = ("state_dict", "module", "optimizer", "optimizer_states")
-    return {key: value for key, value in found.items() if key not in left_out}
+        Raises:
+            InputError: When there is no checkpoint, or it is incomplete.
+        """
+        path = self.path
+        if path.is_file():
+            return "file"
+        if (path / "latest").is_file():
+            return "deepspeed"
+        if not path.is_dir():
+            raise InputError(f"There is no checkpoint {str(path)!r}.")
+        missing = [name for name in (_META, ".metadata") if not (path / name).is_file()]
+        if missing:
+            raise InputError(
+                f"{path} is no whole checkpoint: it has no {' and no '.join(missing)}. Expected a .ckpt file, a folder "
+                "that trainer.strategy=fsdp2 or deepspeed wrote, or the folder of a run with checkpoints. If the run "
+                "was killed while it wrote one, take an earlier one."
+            )
+        return "distributed"
 
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """All but its tensors: hyperparameters, counters, states of callbacks and of the data module.
 
-def hyper_parameters(path: str | Path) -> dict[str, Any]:
-    """The hyperparameters of the module that a checkpoint is of."""
-    found = facts(path).get("hyper_parameters", {})
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is no checkpoint of Lightning: its 'hyper_parameters' are no dictionary.")
-    return found
+        Raises:
+            InputError: When there is no checkpoint, or it cannot be read without running code.
+        """
+        file = {"file": self.path, "distributed": self.path / _META}.get(self.kind) or _of_deepspeed(self.path)[0]
+        left_out = ("state_dict", "module", "optimizer", "optimizer_states")
+        return {key: value for key, value in _load(file, "meta").items() if key not in left_out}
 
+    @property
+    def hyper_parameters(self) -> dict[str, Any]:
+        """The hyperparameters of the module.
 
-def weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights that were trained, under the names that they have in the module.
-
-    Of DeepSpeed, the float32 ones of its optimizer where there are such, rather than what it rounded from them.
-
-    Raises:
-        InputError: When there is no checkpoint, or it cannot be read without running code.
-    """
-    path = Path(path)
-    kind = kind_of(path)
-    if kind == "file":
-        found = _load(path, "cpu").get("state_dict")
+        Raises:
+            InputError: When it is no checkpoint of Lightning, or cannot be read without running code.
+        """
+        found = self.metadata.get("hyper_parameters", {})
         if not isinstance(found, dict):
-            raise InputError(f"{path} is no checkpoint of a module: it has no 'state_dict'.")
+            raise InputError(f"{self.path} is no checkpoint of Lightning: its 'hyper_parameters' are no dictionary.")
         return found
-    return _distributed_weights(path) if kind == "distributed" else _deepspeed_weights(path)
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps of its run."""
+        return int(self.metadata.get("global_step", 0))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that were trained, by their names in the module, on the CPU.
+
+        Of DeepSpeed, the float32 ones of its optimizer if it has them, rather than what it rounded from them.
+
+        Raises:
+            InputError: When there is no checkpoint, or it cannot be read without running code.
+        """
+        if self.kind == "distributed":
+            return _distributed_weights(self.path)
+        if self.kind == "deepspeed":
+            return _deepspeed_weights(self.path)
+        found = _load(self.path, "cpu").get("state_dict")
+        if not isinstance(found, dict):
+            raise InputError(f"{self.path} is no checkpoint of a module: it has no 'state_dict'.")
+        return found
+
+    def whole(self) -> dict[str, Any]:
+        """Metadata and weights, as the checkpoint file of a single process has them."""
+        return self.metadata | {"state_dict": self.weights()}
 
 
 def _distributed_weights(path: Path) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sft.training.optimizers import parts_of
 from lightning_sft.training.trainer import data_parallel
@@ -128,8 +130,68 @@ class RunPosition:
         return loops
 
 
+class RunState:
+    """What a module keeps of its run so that a checkpoint resumes it: the seed of its draws, and what was asked of its
+    optimizer, now and when the checkpoint was saved.
+    """
+
+    def __init__(self) -> None:
+        self._seed: int | None = None
+        self._asked: AskedSettings | None = None
+        self._saved: AskedSettings | None = None
+        self._schedule: LambdaLR | None = None
+
+    def made(self, optimizer: Optimizer) -> None:
+        """Note the settings of an optimizer that has just been made.
+
+        Raises:
+            InputError: When the checkpoint has the state of another optimizer, or of other parameters.
+        """
+        self._asked = AskedSettings.of(optimizer)
+        self._asked.check(self._saved)
+
+    def scheduled(self, schedule: LambdaLR) -> None:
+        """Note the module's own schedule, as opposed to one of a subclass or a callback."""
+        self._schedule = schedule
+
+    def begin(self, trainer: Any) -> None:
+        """Let settings that have changed since the checkpoint take effect, see :func:`retune`."""
+        if self._asked is not None:
+            retune(trainer, self._asked, self._saved, self._schedule)
+        self._schedule = None  # else copies of the module would have an optimizer
+
+    def seed_micro_batch(self, trainer: Any, number: int) -> None:
+        """Seed the draws of a micro-batch, see :func:`seed_micro_batch`.
+
+        Args:
+            trainer: The Lightning trainer.
+            number: Number of the micro-batch in the epoch, from 0.
+        """
+        if self._seed is None:
+            self._seed = seed_of(trainer)
+        seed_micro_batch(self._seed, trainer.current_epoch, number, data_parallel(trainer)[0])
+
+    def save(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
+        """Add the run's position and its optimizer's settings to a checkpoint."""
+        if self._asked is not None:
+            checkpoint[OPTIMIZER_KEY] = asdict(self._asked)
+        seed = seed_of(trainer) if self._seed is None else self._seed
+        checkpoint[POSITION_KEY] = asdict(RunPosition.of(trainer, seed))
+
+    def load(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
+        """Take the position and the settings of a checkpoint, see :func:`restore`.
+
+        Raises:
+            InputError: When the run cannot resume from it exactly.
+        """
+        self._seed = restore(trainer, checkpoint)
+        self._saved = AskedSettings(**checkpoint[OPTIMIZER_KEY]) if OPTIMIZER_KEY in checkpoint else None
+        if self._asked is not None:  # some strategies load the checkpoint after the optimizer is made
+            self._asked.check(self._saved)
+
+
 def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
-    """Set the counters of a checkpoint to its place, and give the seed that it goes on with.
+    """Set the counters of a checkpoint to its position, and return the seed of its run.
 
     Args:
         trainer: Is going to restore it.
@@ -161,11 +223,6 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
             stacklevel=2,
         )
     return saved.seed
-
-
-def note(trainer: Any, seed: int) -> dict[str, Any]:
-    """The place of a run as plain values, for its checkpoint."""
-    return asdict(RunPosition.of(trainer, seed))
 
 
 def seed_of(trainer: Any) -> int:

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints.reading import facts, is_checkpoint, know_optimizer_states, weights
+from lightning_sft.checkpoints.reading import Checkpoint, know_optimizer_states
 from lightning_sft.checkpoints.resume import POSITION_KEY, SHARDED_KEY
 from lightning_sft.io.disk import PARTIAL, hidden, publish, remove
 from lightning_sft.types import InputError
@@ -52,7 +52,7 @@ class AtomicIO(TorchCheckpointIO):
         """
         if "://" not in str(path):
             if Path(path).is_dir():
-                return facts(path) | {"state_dict": weights(path), SHARDED_KEY: True}
+                return Checkpoint(path).whole() | {SHARDED_KEY: True}
             know_optimizer_states(path)
         found: Any = super().load_checkpoint(path, map_location, weights_only)
         if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
@@ -89,7 +89,7 @@ def newest(folders: Iterable[str | Path], *, resumable: bool = True) -> Path | N
         places: dict[Path, tuple[int, int, bool]] = {}
         for path in paths:
             try:
-                saved = facts(path)
+                saved = Checkpoint(path).metadata
             except InputError as error:
                 warnings.warn(f"Skipping {path}: {error}", stacklevel=2)
                 continue
@@ -118,7 +118,7 @@ def checkpoint_of(path: str | Path) -> str:
     Args:
         path: ``trainer.default_root_dir`` of a run, a checkpoint, or whatever else may be in place of one.
     """
-    is_run = Path(path).is_dir() and not is_checkpoint(path)
+    is_run = Path(path).is_dir() and not Checkpoint.is_at(path)
     found = newest(folders_of(path), resumable=False) if is_run else None
     if found is not None:
         rank_zero_info(f"The newest checkpoint of {path}: {found}")

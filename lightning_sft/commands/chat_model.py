@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from lightning_sft.checkpoints import reading as checkpoints
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.batches.loader import PromptBatch
 from lightning_sft.data.tokens.encode import encode_prompt
@@ -103,12 +103,11 @@ class _Pieces(TextStreamer):
 
 
 def _load(name: str, chat_template: str | Path | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not checkpoints.is_checkpoint(name):
+    if not Checkpoint.is_at(name):
         model = load_model(name) if name.endswith(".gguf") else load_exported(name)
         return model, load_tokenizer(name, chat_template)
-    facts = checkpoints.facts(name)
-    model = restored(facts | {"state_dict": checkpoints.weights(name)})
-    tokenizer = tokenizer_of(facts)
+    checkpoint = Checkpoint(name)
+    model, tokenizer = restored(checkpoint.whole()), tokenizer_of(checkpoint.metadata)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return merge(model), tokenizer

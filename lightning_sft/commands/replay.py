@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from lightning_sft.checkpoints.reading import facts, weights
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.resume import seed_micro_batch
 from lightning_sft.checkpoints.run_files import LEDGER_FILE, line_of
 from lightning_sft.checkpoints.writing import folders_of
@@ -27,7 +27,6 @@ from lightning_sft.evaluation.metrics import figures, sums
 from lightning_sft.io.arguments import Count, Index, check_arguments
 from lightning_sft.machine.terminal import Console
 from lightning_sft.module import SFTModule
-from lightning_sft.training.trainer import trainer_on_paper
 from lightning_sft.types import Batch, InputError
 
 
@@ -103,12 +102,11 @@ def replay(
     path = Path(ledger) if ledger else _newest_ledger(root)
     line = line_of(path, step)
     folders = [path.parent / "checkpoints", *folders_of(root)]
-    given = weights_of and (Path(weights_of), int(facts(weights_of)["global_step"]))
-    found = given or _checkpoint_before(step, folders)
+    found = Checkpoint(weights_of) if weights_of else _checkpoint_before(step, folders)
     _load(module, found)
     ranks = _batches(data, module, trainer, line, found)
     loss, samples = _losses(module, ranks, line, trainer)
-    name, after = ("the pretrained weights", 0) if found is None else (str(found[0]), found[1])
+    name, after = ("the pretrained weights", 0) if found is None else (str(found.path), found.step)
     result = Replay(step, line["loss"], loss, name, after == step - 1, samples)
     _show(result, line, after, rows)
     return result
@@ -127,41 +125,40 @@ def _newest_ledger(root: Path) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
-def _checkpoint_before(step: int, folders: Iterable[Path]) -> tuple[Path, int] | None:
-    """The checkpoint nearest before a step, and after which step it was saved."""
-    steps: dict[Path, int] = {}
+def _checkpoint_before(step: int, folders: Iterable[Path]) -> Checkpoint | None:
+    """The checkpoint nearest before a step."""
+    before: list[Checkpoint] = []
     for path in {path.resolve() for folder in folders for path in folder.glob("*.ckpt")}:
+        checkpoint = Checkpoint(path)
         try:
-            steps[path] = int(facts(path)["global_step"])
-        except (InputError, KeyError):  # cut short, or of something else
+            if "global_step" in checkpoint.metadata and checkpoint.step < step:
+                before.append(checkpoint)
+        except InputError:  # incomplete
             continue
-    before = {path: number for path, number in steps.items() if number < step}
-    return max(before.items(), key=lambda item: item[1], default=None)
+    return max(before, key=lambda checkpoint: checkpoint.step, default=None)
 
 
-def _load(module: SFTModule, found: tuple[Path, int] | None) -> None:
+def _load(module: SFTModule, found: Checkpoint | None) -> None:
     """Load the weights of a checkpoint, or the pretrained ones."""
     if found is None:
         module.configure_model()
         return
-    saved = facts(found[0])
-    module.hf_config = saved["hyper_parameters"]["hf_config"]
+    module.hf_config = found.hyper_parameters["hf_config"]
     module.configure_model()
-    checkpoint = {**saved, "state_dict": weights(found[0])}
+    checkpoint = found.whole()
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)
 
 
 def _batches(
-    data: SFTDataModule, module: SFTModule, trainer: Any, line: Mapping[str, Any], found: tuple[Path, int] | None
+    data: SFTDataModule, module: SFTModule, trainer: Any, line: Mapping[str, Any], found: Checkpoint | None
 ) -> list[list[Batch]]:
     """The micro-batches of each rank, from the data as they are now."""
     samples = line["samples"]
-    paper = trainer_on_paper(module, trainer)
-    paper.is_global_zero, paper.accumulate_grad_batches = False, line["accumulate"]
-    paper.current_epoch, paper.fit_loop.epoch_loop.batch_progress.current.ready = line["epoch"], line["micro_batch"]
-    cast(Any, data).trainer = paper
-    data.setup("fit")
+    data = data.preview(module, trainer, reads_stream=True)
+    paper = cast(Any, data.trainer)
+    paper.accumulate_grad_batches, paper.current_epoch = line["accumulate"], line["epoch"]
+    paper.fit_loop.epoch_loop.batch_progress.current.ready = line["micro_batch"]
     data.num_workers, exchange = 0, _Exchange(len(samples))
 
     def loader(rank: int) -> Any:
@@ -169,7 +166,7 @@ def _batches(
         made = data.train_dataloader()
         if isinstance(made, StreamLoader):
             made.gather = partial(exchange.gather, rank)
-            states = [] if found is None else facts(found[0])["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+            states = [] if found is None else found.metadata["loops"]["fit_loop"]["state_dict"]["combined_loader"]
             made.load_state_dict(states[0]) if states else None
         return made
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.checkpoints import reading as checkpoints
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, validation_data
 from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.rows.mixture import as_mixture
@@ -100,20 +100,26 @@ def export_checkpoint(
             ``OUT.failed``, or under the next free name.
     """
     check_arguments(export_checkpoint, locals(), "export")
-    ckpt = checkpoint_of(str(ckpt))
-    checkpoints.kind_of(ckpt)
+    checkpoint = Checkpoint(checkpoint_of(str(ckpt)))
+    metadata = checkpoint.metadata
     check_is_free(Path(out))
-    found = rows_to_compare(checkpoints.facts(ckpt).get(RUN_INFO_KEY, {}), rows)
-    return from_checkpoint(ckpt, Path(out), found, Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type))
+    found = rows_to_compare(metadata.get(RUN_INFO_KEY, {}), rows)
+    return from_checkpoint(
+        checkpoint.path, Path(out), found, Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type)
+    )
 
 
 def from_checkpoint(
-    ckpt: str, out: Path, rows: tuple[str, Sequence[Conversation]], settings: Settings, replace: bool = False
+    path: str | Path,
+    out: Path,
+    rows: tuple[str, Sequence[Conversation]],
+    settings: Settings,
+    replace: bool = False,
 ) -> Path:
-    """The same, see :func:`convert`, of a checkpoint on disk."""
-    found = checkpoints.facts(ckpt)
-    whole = found | {"state_dict": checkpoints.weights(ckpt)}
-    return convert(whole, tokenizer_of(found), out, rows, settings, replace=replace)
+    """Convert a checkpoint on disk, see :func:`convert`."""
+    checkpoint = Checkpoint(path)
+    tokenizer = tokenizer_of(checkpoint.metadata)
+    return convert(checkpoint.whole(), tokenizer, out, rows, settings, replace=replace)
 
 
 def convert(

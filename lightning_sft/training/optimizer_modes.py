@@ -32,14 +32,16 @@ class Modes:
     def __init__(self, module: Any) -> None:
         self._module = module
         self._kept: dict[str, Tensor] | None = None  # what is trained, while the parameters are those to evaluate
+        self._restored: Mapping[str, Tensor] | None = None  # the same of a checkpoint, by name
 
-    def begin(self, restored: Mapping[str, Tensor] | None) -> None:
-        """Train, from the weights of a checkpoint, if it has such.
+    def load(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the weights to train of a checkpoint, if it has others than those to evaluate."""
+        self._restored = checkpoint.get(TRAINED_KEY)
 
-        Args:
-            restored: By name.
-        """
-        self._kept = None if restored is None else dict(restored)
+    def begin(self) -> None:
+        """Train, from the weights of the checkpoint if it has such."""
+        self._kept = None if self._restored is None else dict(self._restored)
+        self._restored = None
         self._train()
 
     def evaluate(self) -> None:

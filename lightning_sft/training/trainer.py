@@ -210,8 +210,13 @@ def trainer_on_paper(module: Any, settings: Any) -> SimpleNamespace:
         overfit_batches=settings.overfit_batches,
         strategy=SimpleNamespace(root_device=torch.device("cuda" if _is_on_cuda(settings) else "cpu")),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=done)),
-        distributed_sampler_kwargs={"rank": 0, "num_replicas": _num_devices(settings) * int(settings.num_nodes)},
+        distributed_sampler_kwargs={"rank": 0, "num_replicas": num_devices(settings)},
     )
+
+
+def num_devices(settings: Any) -> int:
+    """Devices of all nodes that the arguments of a trainer ask for."""
+    return _num_devices(settings) * int(settings.num_nodes)
 
 
 def _is_on_cuda(settings: Any) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.checkpoints import reading as checkpoints
+from lightning_sft.checkpoints.reading import Checkpoint, check_index
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.main import SFTCLI, main
 from lightning_sft.strategies import FSDP2Strategy
@@ -39,11 +39,11 @@ def test_weights_of_every_strategy_are_those_of_the_model_in_training_bit_for_bi
 ) -> None:
     out = exports_of(name)
     in_training = load_file(out / name / "final" / "model.safetensors")  # gathered on the ranks, by HFExport
-    found = checkpoints.weights(out / f"{name}.ckpt")
+    found = Checkpoint(out / f"{name}.ckpt").weights()
     assert found.keys() >= {f"scorer.model.{key}" for key in in_training}
     for key, value in in_training.items():
         assert torch.equal(found[f"scorer.model.{key}"], value), key
-    facts = checkpoints.facts(out / f"{name}.ckpt")
+    facts = Checkpoint(out / f"{name}.ckpt").metadata
     assert facts["global_step"] == 3
     assert facts["hyper_parameters"]["hf_config"]["model_type"] == "llama"
 
@@ -81,14 +81,15 @@ def test_an_index_that_python_3_13_wrote_is_read(tmp_path: Path, monkeypatch: py
     """There, ``pathlib`` is a package, and paths say that they are of a module inside it."""
     monkeypatch.setitem(sys.modules, "pathlib._local", pathlib)
     (tmp_path / ".metadata").write_bytes(b"cpathlib._local\nPosixPath\n(S'part.distcp'\ntR.")
-    checkpoints.check_index(tmp_path)
+    check_index(tmp_path)
 
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "callbacks": Payload(tmp_path / "run")}, tmp_path / "bad.ckpt")
-    for read in (checkpoints.facts, checkpoints.weights):
+    bad = Checkpoint(tmp_path / "bad.ckpt")
+    for read in (lambda: bad.metadata, bad.weights):
         with pytest.raises(InputError, match=r"holds more than tensors and plain values.*was not loaded"):
-            read(tmp_path / "bad.ckpt")
+            read()
     assert not (tmp_path / "run").exists()
 
 
@@ -99,7 +100,7 @@ def test_nothing_in_the_index_of_a_distributed_checkpoint_is_run(
     bad = shutil.copytree(exports_of("fsdp2") / "fsdp2.ckpt", tmp_path / "bad.ckpt")
     (bad / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "run"), protocol=protocol))
     with pytest.raises(InputError, match=r"It names .*(getattr|Path.touch|touch)"):
-        checkpoints.weights(bad)
+        Checkpoint(bad).weights()
     assert not (tmp_path / "run").exists()
 
 
@@ -129,7 +130,7 @@ def test_nothing_in_a_checkpoint_of_deepspeed_is_run(
     for file in (bad / "checkpoint").glob(pattern):
         torch.save(torch.load(file, weights_only=False) | {"more": Payload(tmp_path / "run")}, file)
     with pytest.raises(InputError, match=r"bad.ckpt"):
-        checkpoints.weights(bad)
+        Checkpoint(bad).weights()
     assert not (tmp_path / "run").exists()
 
 
@@ -139,21 +140,21 @@ def test_a_checkpoint_cut_short_is_one_clear_error(
     cut = tmp_path / "cut.ckpt"
     cut.write_bytes(single.read_bytes()[: single.stat().st_size // 2])
     with pytest.raises(InputError, match=r"cut.ckpt cannot be read, it may have been cut short"):
-        checkpoints.weights(cut)
+        Checkpoint(cut).weights()
     bad = shutil.copytree(exports_of("fsdp2") / "fsdp2.ckpt", tmp_path / "bad.ckpt")
     shard = next(bad.glob("__1_*.distcp"))
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(InputError, match=r"bad.ckpt cannot be read, it may have been cut short"):
-        checkpoints.weights(bad)
+        Checkpoint(bad).weights()
     index = (bad / ".metadata").read_bytes()
     (bad / ".metadata").write_bytes(index[: len(index) // 2])
     with pytest.raises(InputError, match=r".metadata cannot be read, it may have been cut short"):
-        checkpoints.weights(bad)
+        Checkpoint(bad).weights()
     (bad / ".metadata").unlink()
     with pytest.raises(InputError, match=r"is no whole checkpoint: it has no .metadata"):
-        checkpoints.weights(bad)
+        Checkpoint(bad).weights()
     with pytest.raises(InputError, match=r"There is no checkpoint 'nowhere.ckpt'"):
-        checkpoints.kind_of("nowhere.ckpt")
+        _ = Checkpoint("nowhere.ckpt").kind
 
 
 def test_the_architecture_is_that_of_the_checkpoint_also_of_a_distributed_one(
@@ -163,4 +164,4 @@ def test_the_architecture_is_that_of_the_checkpoint_also_of_a_distributed_one(
     path = str(exports_of("fsdp2") / "fsdp2.ckpt")
     flags = ["--model.pretrained", "/gone", "--data.val", jsonl(rows), "--trainer.accelerator", "cpu"]
     cli = main(["validate", *flags, "--trainer.default_root_dir", str(tmp_path), "--ckpt_path", path])
-    assert cli.model.hf_config == checkpoints.hyper_parameters(path)["hf_config"]
+    assert cli.model.hf_config == Checkpoint(path).hyper_parameters["hf_config"]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_sft.checkpoints.reading import facts
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, validation_data
 from lightning_sft.data.rows.mixture import Mixture, Part
 from tests.helpers.exporting import trained
@@ -16,10 +16,8 @@ from tests.helpers.exporting import trained
 def saved(tmp_path: Path) -> Any:
     def save(trainer: Any) -> dict[str, Any]:
         trainer.save_checkpoint(tmp_path / "a.ckpt")
-        found: dict[str, Any] = facts(tmp_path / "a.ckpt")[
-            RUN_INFO_KEY
-        ]  # read with weights_only: so all of it is plain
-        return found
+        found: dict[str, Any] = Checkpoint(tmp_path / "a.ckpt").metadata[RUN_INFO_KEY]
+        return found  # read with weights_only, so all of it is plain
 
     return save
 

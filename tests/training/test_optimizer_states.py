@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.checkpoints import reading as checkpoints
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.schedules import learning_rate_factor
 from lightning_sft.types import InputError
@@ -113,16 +113,16 @@ def test_a_checkpoint_with_quantized_states_is_read_where_their_package_was_not_
     fit(quiet_trainer, wide, partial(optim.AdamW8bit, lr=1e-2), tmp_path / "run", max_steps=3)
     ckpt = tmp_path / "run" / "step=3.ckpt"
     code = (
-        "import sys; from lightning_sft.checkpoints import reading as checkpoints; "
+        "import sys; from lightning_sft.checkpoints.reading import Checkpoint; "
         "from lightning_sft.checkpoints.writing import AtomicIO; "
-        f"assert 'torchao' not in sys.modules; checkpoints.facts({str(ckpt)!r}); checkpoints.weights({str(ckpt)!r}); "
+        f"assert 'torchao' not in sys.modules; Checkpoint({str(ckpt)!r}).whole(); "
         f"AtomicIO().load_checkpoint({str(ckpt)!r}, weights_only=True)"
     )
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
-    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_sft.checkpoints.reading.find_spec", lambda name: None)
     with torch.serialization.safe_globals([]):
         monkeypatch.setattr(torch._weights_only_unpickler, "_marked_safe_globals_set", set())
         with pytest.raises(InputError, match="pip install torchao"):
-            checkpoints.facts(ckpt)
+            _ = Checkpoint(ckpt).metadata

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
@@ -25,7 +25,7 @@ from lightning_sft.io.arguments import NonNegative, check_arguments
 from lightning_sft.machine.terminal import Console
 from lightning_sft.model.kernels import COMPILES_FROM
 from lightning_sft.module import SFTModule
-from lightning_sft.training.trainer import data_parallel, total_steps, trainer_on_paper
+from lightning_sft.training.trainer import division_of, num_devices, total_steps
 from lightning_sft.types import Batch, InputError
 
 _DESCRIPTION = (
@@ -62,22 +62,16 @@ def plan(
         given = f"{type(module).__name__} and {type(data).__name__}"
         raise InputError(f"plan needs an SFTModule and an SFTDataModule, or classes made from them, got {given}.")
     check_arguments(plan, locals())
-    paper = trainer_on_paper(module, trainer)
-    num_devices = data_parallel(paper)[1]
-    layout = Layout.of(trainer, num_devices)
-    paper.distributed_sampler_kwargs["num_replicas"] = layout.data_parallel
-    paper.is_global_zero = False  # the report of the data would be printed
-    cast(Any, data).trainer = paper
-    data.sample_rows = data.buffer_rows
-    data.setup("fit")
-    steps = steps_of(data, module, trainer)
-    data.streaming = False  # what has been read of a stream stands for the rest
-    device = Device.of(str(trainer.accelerator), paper.num_devices, memory)
+    layout = Layout.of(trainer, num_devices(trainer))
+    is_stream, data = data.streaming, data.preview(module, trainer, num_ranks=layout.data_parallel)
+    work = division_of(data.trainer)
+    steps = steps_of(data, module, trainer, is_stream)
+    device = Device.of(str(trainer.accelerator), work.num_local, memory)
 
-    compiles = device.name == "GPU" and _compiles(module, steps["steps in all"] * paper.accumulate_grad_batches)
+    compiles = device.name == "GPU" and _compiles(module, steps["steps in all"] * work.accumulate)
 
     def try_out(module: Any, batch: Batch, layout: Layout) -> Prediction:
-        return predict(module, batch, layout, device, paper.accumulate_grad_batches, compiles)
+        return predict(module, batch, layout, device, work.accumulate, compiles)
 
     planned = data.planned("train")
     batch = largest(planned, data)
@@ -132,13 +126,14 @@ def largest(planned: SplitPlan, data: SFTDataModule) -> Batch:
     return collate([examples[i] for i in chosen], 1.0, packed=packed, pad_id=data.pad_id)
 
 
-def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any) -> dict[str, Any]:
+def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any, is_stream: bool) -> dict[str, Any]:
     """Optimizer steps, micro-batches and tokens, of an epoch and in all."""
     endless = module.schedule == "constant"
-    ends = SimpleNamespace(max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, datamodule=data)
+    epoch = SimpleNamespace(steps_per_epoch=math.inf if is_stream else data.steps_per_epoch)
+    ends = SimpleNamespace(max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, datamodule=epoch)
     total = total_steps(ends, may_be_endless=endless)
     of_all = {"steps in all": total, "of warm-up": math.ceil(module.warmup * total)}
-    if data.streaming:
+    if is_stream:
         return {"steps an epoch": "not known of a stream"} | of_all
     planned = data.planned("train")
     plan, split = planned.plan, planned.split

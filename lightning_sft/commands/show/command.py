@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,6 @@ from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import Index, check_arguments
 from lightning_sft.machine.terminal import Console
-from lightning_sft.training.trainer import trainer_on_paper
 from lightning_sft.types import InputError
 
 
@@ -63,7 +63,8 @@ def show(
     if not isinstance(data, SFTDataModule):
         raise InputError(f"show needs an SFTDataModule, or a class made from it, got {type(data).__name__}.")
     check_arguments(show, locals())
-    is_stream, fit_stops = data.streaming, _set_up(data, module, trainer)
+    is_stream = data.streaming
+    data, fit_stops = _previewed(data, module, trainer)
     assert data.tokenizer is not None
     console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), data.pad_id
     train = EpochDocuments(cast(EpochLoader, data.train_dataloader()), pad_id)
@@ -119,16 +120,13 @@ class ShowCLI(ConfigCLI):
         super().parse_arguments(parser, rest if rest == args else ["--check={}", *rest])
 
 
-def _set_up(data: SFTDataModule, module: LightningModule | None, trainer: Any) -> bool:
-    """Read everything that can be used, and say whether there is a row at which ``fit`` would stop."""
+def _previewed(data: SFTDataModule, module: LightningModule | None, trainer: Any) -> tuple[SFTDataModule, bool]:
+    """Everything that can be used, and whether there is a row at which ``fit`` would stop."""
     by_row, by_length = data.invalid_rows == "error", data.overflow == "error"
+    data = copy(data)
     data.invalid_rows, data.overflow = "skip", "drop" if by_length else data.overflow
-    cast(Any, data).trainer = paper = trainer_on_paper(module, trainer)
-    data.sample_rows = data.buffer_rows
-    data.setup("fit")
-    data.streaming = False  # what has been read of a stream is shown as if it were all
-    paper.is_global_zero = False  # the data module would print the report before the rows
-    return any(
+    data = data.preview(module, trainer, progress=True)
+    return data, any(
         (by_row and account.refused) or (by_length and account.too_long)
         for account in (split.account for split in data.splits.values())
     )

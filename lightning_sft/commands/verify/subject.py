@@ -25,7 +25,6 @@ from lightning_sft.data.tokens.examples import Examples, to_record_batch
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.machine.contexts import default_dtype
 from lightning_sft.module import SFTModule
-from lightning_sft.training.trainer import trainer_on_paper
 
 _DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16}
 
@@ -76,11 +75,7 @@ class Subject:
             rows: Of how many rows ids are compared.
             seed: Of the choice.
         """
-        paper: Any = trainer_on_paper(module, trainer)
-        paper.is_global_zero = False  # the report is that of show
-        data.trainer, data.sample_rows = paper, data.buffer_rows
-        data.setup("fit")
-        data.streaming = False
+        data = data.preview(module, trainer)
         examples = data.splits["train"].examples
         chosen = choose(examples.lengths, samples, tokens, seed)
         return cls(

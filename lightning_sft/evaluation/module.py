@@ -1,4 +1,4 @@
-"""The metrics of a validation or a test while it runs."""
+"""Validation and test: metrics of whole data sets, whatever their batches, ranks and loaders."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_sft.evaluation.metrics import CorpusLikelihood
@@ -14,7 +15,48 @@ from lightning_sft.training.checks import not_finite
 from lightning_sft.types import Batch, LogLikelihood, widest
 
 
-class EvaluationMetrics:
+class EvaluatedModule(LightningModule):
+    """A module whose validation and test log the metrics of whole data sets.
+
+    Its ``forward`` computes the :class:`~lightning_sft.types.LogLikelihood` of a batch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._evaluation = _Evaluation()
+
+    def on_validation_start(self) -> None:
+        """Reset the validation metrics."""
+        self._evaluation.begin(self, len(self.trainer.num_val_batches))
+
+    def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the validation metrics of its loader."""
+        self._evaluation.add(self, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole validation set."""
+        self._log_metrics("val", self._evaluation.close(self), sync_dist=True)
+
+    def on_test_start(self) -> None:
+        """Reset the test metrics."""
+        self._evaluation.begin(self, len(self.trainer.num_test_batches))
+
+    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the test metrics of its loader."""
+        self._evaluation.add(self, batch, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the whole test set."""
+        self._log_metrics("test", self._evaluation.close(self), sync_dist=True)
+
+    def _log_metrics(self, name: str, values: Mapping[str, Tensor], sync_dist: bool = False) -> None:
+        # sync_dist avoids a warning of Lightning; the values are the same on all ranks
+        for key, value in values.items():
+            settings: dict[str, Any] = {"batch_size": 1, "sync_dist": sync_dist, "add_dataloader_idx": False}
+            self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", **settings)
+
+
+class _Evaluation:
     """Adds up what batches say of the whole data set, of each loader; used again for the next time."""
 
     def __init__(self) -> None:
