@@ -27,12 +27,10 @@ from lightning_sft.data.tokens.dataset import Split, load_prompts, load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.data.tokens.overflow import Overflow
 from lightning_sft.data.tokens.workers import num_cores
-from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments
-from lightning_sft.io.plain import plain
+from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments, plain
 from lightning_sft.model.pretrained import context_length, load_tokenizer
-from lightning_sft.training.checks import check_prompts
+from lightning_sft.training.checks import check_ids, check_lengths, check_prompts, tries_sizes
 from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, position, trainer_on_paper
-from lightning_sft.training.tuner import tries_sizes
 from lightning_sft.types import InputError, Normalize, Prompt
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
@@ -354,45 +352,6 @@ class SFTDataModule(LightningDataModule):
         check_lengths(self._module, name, int(longest or 0))
         if self.packing == "packed" and not keeps_documents_apart(self._module):
             self.packing = "padded"
-
-
-def check_ids(module: Any, name: str, largest: int, tokenizer: Any) -> None:
-    """Refuse token ids that the model has no embeddings for.
-
-    Args:
-        module: The Lightning module, or ``None``; it may say ``num_embeddings``.
-        name: Of the split.
-        largest: Token id in it.
-        tokenizer: Name of the tokenizer.
-
-    Raises:
-        InputError: When there are some.
-    """
-    size = getattr(module, "num_embeddings", None)
-    if size is not None and largest >= size:
-        raise InputError(
-            f"data.{name} has the token id {largest:,}, but the model has embeddings for {size:,}: the tokenizer "
-            f"{tokenizer!r} is not its own. Leave data.tokenizer out, or take the model it goes with."
-        )
-
-
-def check_lengths(module: Any, name: str, longest: int) -> None:
-    """Refuse sequences that are longer than the table of positions of the model.
-
-    Args:
-        module: The Lightning module, or ``None``; it may say ``num_positions``.
-        name: Of the split.
-        longest: Tokens of the longest sequence, or that one may have.
-
-    Raises:
-        InputError: When one is longer.
-    """
-    positions = getattr(module, "num_positions", None)
-    if positions is not None and longest > positions:
-        raise InputError(
-            f"data.{name} has sequences of {longest:,} tokens, but the model has {positions:,} positions. Set "
-            f"data.max_length={positions}, and data.overflow to what becomes of longer ones."
-        )
 
 
 def keeps_documents_apart(module: Any) -> bool:

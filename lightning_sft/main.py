@@ -38,7 +38,7 @@ from lightning_sft.demos.pretrained import fetch_demo_model
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.io.arguments import did_you_mean, unwrapped
 from lightning_sft.io.errors import VerbParser, unexpected
-from lightning_sft.machine.cuda_segments import expand_segments
+from lightning_sft.machine.allocators import expand_segments
 from lightning_sft.machine.terminal import printable
 from lightning_sft.module import SFTModule
 from lightning_sft.training.checks import check_precision

@@ -37,16 +37,15 @@ from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.evaluation.generation import Sampling, answers
 from lightning_sft.evaluation.metrics import NUM_SUMS, metrics_by_part, sums_by_part
 from lightning_sft.evaluation.module import EvaluatedModule
-from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments
-from lightning_sft.io.plain import plain
+from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments, plain
 from lightning_sft.machine.contexts import in_default_dtype
 from lightning_sft.machine.host_copy import HostCopy, without_waiting
 from lightning_sft.model import pretrained as loading
 from lightning_sft.model.attention.choice import Attention, check_asked, probed
+from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
-from lightning_sft.model.parallel.sharding import Sharding
-from lightning_sft.model.parallel.zero3 import gathered, loading_config
+from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
 from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
@@ -177,7 +176,7 @@ class SFTModule(EvaluatedModule):
         if trainer is not None and model.device.type == "cpu" and "bf16" in str(trainer.precision):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
-        backbone, head = loading.backbone_and_head(model)
+        backbone, head = backbone_and_head(model)
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)

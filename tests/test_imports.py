@@ -71,6 +71,12 @@ def test_every_file_stands_in_a_package_of_the_order_and_has_at_most_400_lines()
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, name
 
 
+@pytest.mark.parametrize("name", sorted(name for name, path in FILES.items() if path.name == "__init__.py"))
+def test_a_package_says_what_comes_in_what_goes_out_and_what_it_may_import(name: str) -> None:
+    text = ast.get_docstring(ast.parse(FILES[name].read_text(encoding="utf-8"))) or ""
+    assert [line.partition(":")[0] for line in text.splitlines() if ": " in line][-3:] == ["In", "Out", "May import"]
+
+
 def test_importing_the_package_does_nothing_heavy() -> None:
     code = "import sys, lightning_sft; sys.exit(bool({'torch', 'lightning', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -31,8 +31,8 @@ from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.demos import tiny_model, tiny_pretrained
 from lightning_sft.model.attention.choice import probed
+from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.likelihood import LikelihoodModel
-from lightning_sft.model.pretrained import backbone_and_head
 from lightning_sft.types import Example
 from tests.helpers.fake_cuda import fake_cuda, to_cuda
 from tests.helpers.gradients import QUIET

@@ -1,4 +1,9 @@
-"""Callbacks for any Lightning trainer."""
+"""Callbacks for any Lightning trainer: checkpoints, preemption, the sample log, exports, predictions.
+
+In: a trainer and a module in a run.
+Out: files in the folder of the run.
+May import: everything but demos and commands.
+"""
 
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.drift import DriftMonitor

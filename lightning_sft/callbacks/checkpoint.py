@@ -19,9 +19,8 @@ from lightning_sft.checkpoints.writing import (
     sweep,
     write_whole,
 )
-from lightning_sft.io.arguments import Count, NonNegative, check_arguments
+from lightning_sft.io.arguments import Count, NonNegative, check_arguments, plain
 from lightning_sft.io.disk import hidden, publish, remove
-from lightning_sft.io.plain import plain
 from lightning_sft.training.trainer import Agreement, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 

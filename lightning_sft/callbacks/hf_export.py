@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
@@ -22,6 +21,7 @@ from lightning_sft.export.convert import Dtype, Live, Settings, convert, from_ch
 from lightning_sft.export.folder import check_is_free
 from lightning_sft.export.gguf_file import GGUFType
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments
+from lightning_sft.machine.contexts import eval_mode
 from lightning_sft.model.parallel.rank_zero import FirstRank, whole_state
 from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.strategies import layout
@@ -190,7 +190,7 @@ def _averages(callbacks: Sequence[Callback]) -> bool:
 
 def _live(trainer: Any, module: Any, examples: Sequence[Example]) -> Live:
     """Log Pr of the targets under the model in training; every rank computes the same."""
-    with _evaluation(module):
+    with eval_mode(module):
         batches = [collate([example], packed=False).to(module.device) for example in examples]
         found = torch.cat([module(batch).log_probs.float().cpu() for batch in batches])
     is_whole = {p.dtype for p in module.parameters() if p.is_floating_point()} <= {torch.float32, torch.float64}
@@ -218,15 +218,3 @@ def _without_zero3(module: Any) -> Iterator[None]:
         yield
     finally:
         set_hf_deepspeed_config(config)
-
-
-@contextmanager
-def _evaluation(module: nn.Module) -> Iterator[None]:
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for part, mode in modes.items():
-            part.training = mode

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.io.arguments import check_arguments
-from lightning_sft.machine.glibc_malloc import keep_freed_memory
+from lightning_sft.machine.allocators import keep_freed_memory
 
 
 class KeepMemory(Callback):

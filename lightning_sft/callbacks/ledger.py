@@ -12,9 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.checkpoints.run_files import LEDGER_FILE, cut_off, refuse_anew
 from lightning_sft.checkpoints.run_lock import FolderLock
-from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.io.disk import append
-from lightning_sft.io.plain import plain
 from lightning_sft.training.trainer import first_rank_does, gather, is_between_steps
 from lightning_sft.types import Batch, InputError
 

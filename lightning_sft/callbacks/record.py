@@ -21,9 +21,8 @@ from lightning_sft.checkpoints.run_files import METRICS_FILE, RECORD_FILE, cut_o
 from lightning_sft.checkpoints.run_info import run_info
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.data.inspect.summary import figures, histogram, targets_in_words
-from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.io.disk import append, write
-from lightning_sft.io.plain import plain
 from lightning_sft.training.trainer import first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 

@@ -15,9 +15,8 @@ from lightning_sft.callbacks.record import folder_of
 from lightning_sft.data.inspect.token_text import visible
 from lightning_sft.data.tokens.dataset import load_prompts
 from lightning_sft.evaluation.generation import Sampling, answer_all
-from lightning_sft.io.arguments import Count, check_arguments, made
+from lightning_sft.io.arguments import Count, check_arguments, made, plain
 from lightning_sft.io.disk import rows_of, write
-from lightning_sft.io.plain import plain
 from lightning_sft.machine.terminal import Console
 from lightning_sft.training.checks import check_data, check_module, check_prompts
 from lightning_sft.types import InputError, Prompt

@@ -1,1 +1,6 @@
-"""One verb, one file or folder of that name."""
+"""The command line, one verb a file or folder of its name.
+
+In: a verb's arguments, checked.
+Out: what it prints, and an exit code.
+May import: everything but main.
+"""

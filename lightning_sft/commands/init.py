@@ -15,8 +15,7 @@ from lightning_sft.data.rows.formats import find_format
 from lightning_sft.data.rows.messages import Converter
 from lightning_sft.data.rows.sources import read
 from lightning_sft.data.tokens.encode import encode_many
-from lightning_sft.io.arguments import Count, check_arguments
-from lightning_sft.io.plain import plain
+from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.machine.terminal import Console, printable
 from lightning_sft.model.pretrained import context_length, load_tokenizer
 from lightning_sft.types import Conversation, InputError

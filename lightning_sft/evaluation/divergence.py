@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_sft.model.parallel.zero3 import gathered
-from lightning_sft.model.pretrained import backbone_and_head
+from lightning_sft.model.backbone import backbone_and_head
+from lightning_sft.model.parallel.sharding import gathered
 from lightning_sft.objective import transformed
 from lightning_sft.types import Batch
 

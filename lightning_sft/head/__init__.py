@@ -1,1 +1,6 @@
-"""The head's logits, a chunk of targets at a time."""
+"""The output head: logits in chunks of targets, never whole.
+
+In: hidden states ``[T, H]`` and the head.
+Out: logits ``[chunk, V]``, their log-softmax and gradients.
+May import: types and machine.
+"""

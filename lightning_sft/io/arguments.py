@@ -18,7 +18,6 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lightning_sft.io.plain import plain
 from lightning_sft.types import InputError
 
 
@@ -78,6 +77,26 @@ Tokens = Annotated[int, Range(ge=2)]
 """A number of tokens of which one can be a target, since the first has no context."""
 
 _T = TypeVar("_T")
+
+
+def plain(value: Any) -> Any:
+    """A list or dictionary of OmegaConf as one of Python, a path as its text; anything else as it is.
+
+    A checkpoint holds plain values only, and rows are told by being dictionaries.
+
+    Args:
+        value: An argument as it was given.
+
+    >>> plain([1, "a"]), plain(None), plain(Path("a", "b"))
+    ([1, 'a'], None, 'a/b')
+    """
+    if isinstance(value, Path):
+        return str(value)
+    if type(value).__module__.partition(".")[0] != "omegaconf":
+        return value
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_object(value)
 
 
 def check_arguments(of: Callable[..., Any], given: Mapping[str, Any], prefix: str | None = None) -> None:

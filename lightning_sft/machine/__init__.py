@@ -1,1 +1,6 @@
-"""What is asked of devices, allocators, compilers and the terminal."""
+"""Devices, memory allocators, compilers and the terminal.
+
+In: a device or a process.
+Out: copies without waiting, dtypes and modes, peak rates, text that is safe to print.
+May import: nothing of ours.
+"""

@@ -10,13 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-KEEP_LESS = {"ban_recompute_materialized_backward": False}
-"""Settings of ``torch._functorch.config`` under which compiled layers keep less for their backward pass.
-
-What is cheap is computed again there also if a matmul reads it: a norm's output, and the product inside an MLP. By
-count, that saves a fifth of the memory of a step of Qwen2.5-0.5B and takes three hundredths more of its time.
-"""
-
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast rounds to on a device, or ``None`` while it is off.
@@ -34,23 +27,30 @@ def computed_in(tensor: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def evaluating(module: Any) -> Iterator[None]:
-    """Evaluation mode without gradients, at the precision of the trainer; afterwards all modes are what they were.
-
-    Compiled layers run as they are written: each new length of an answer would be compiled anew.
-
-    Args:
-        module: A Lightning module with a trainer.
-    """
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each submodule is in the mode that it was in."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
-        precision = module.trainer.precision_plugin.forward_context()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), precision:
+        with torch.no_grad():
             yield
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+@contextmanager
+def evaluating(module: Any) -> Iterator[None]:
+    """:func:`eval_mode` at the precision of the trainer.
+
+    Compiled layers run eagerly: each new length of an answer would be compiled again.
+
+    Args:
+        module: A Lightning module with a trainer.
+    """
+    precision = module.trainer.precision_plugin.forward_context()
+    with eval_mode(module), torch.compiler.set_stance("force_eager"), precision:
+        yield
 
 
 @contextmanager

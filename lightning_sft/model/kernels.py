@@ -19,11 +19,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_sft.machine.compiler import compiler_missing
-from lightning_sft.machine.contexts import KEEP_LESS, evaluating
+from lightning_sft.machine.compiler import KEEP_LESS, compiler_missing
+from lightning_sft.machine.contexts import evaluating
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.model.parallel.sharding import layers
-from lightning_sft.model.pretrained import backbone_and_head
-from lightning_sft.model.probes import is_close, states
+from lightning_sft.model.probes import is_close
 from lightning_sft.training.trainer import total_steps
 from lightning_sft.types import InputError
 
@@ -167,7 +167,7 @@ def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
 def _hidden(module: Any, input_ids: Tensor) -> Tensor:
     """Last hidden states at the precision of training, ``[1, N, H]``."""
     with evaluating(module):
-        hidden: Tensor = module.scorer(input_ids, lambda model, ids: states(backbone_and_head(model)[0], ids))
+        hidden: Tensor = module.scorer(input_ids, lambda model, ids: hidden_states(backbone_and_head(model)[0], ids))
     return hidden
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_sft.model.parallel.zero3 import gathered_head
-from lightning_sft.model.pretrained import backbone_and_head, names_kept_in_float32
-from lightning_sft.model.probes import ProbeResult, states
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
+from lightning_sft.model.parallel.sharding import gathered_head
+from lightning_sft.model.pretrained import names_kept_in_float32
+from lightning_sft.model.probes import ProbeResult
 from lightning_sft.objective import log_likelihood
 from lightning_sft.types import Batch, InputError
 
@@ -44,7 +45,7 @@ class LikelihoodModel(nn.Module):
                 "Give one document a row (data.packing=padded)."
             )
         positions = batch.position_ids if self.findings.takes_positions else None
-        return states(backbone_and_head(self.model)[0], batch.input_ids, positions, batch.spans)
+        return hidden_states(backbone_and_head(self.model)[0], batch.input_ids, positions, batch.spans)
 
     def forward(self, batch: Any, compute: Callable[[PreTrainedModel, Any], Any] | None = None) -> Any:
         """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it.

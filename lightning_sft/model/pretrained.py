@@ -15,7 +15,6 @@ import torch
 import transformers
 from safetensors import safe_open
 from tokenizers import AddedToken
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -167,18 +166,6 @@ def num_positions(model: PreTrainedModel) -> int | None:
     tensors = (*model.named_parameters(), *model.named_buffers())
     shapes = (getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors if re.search("wpe|pos", name))
     return size if size and any(len(shape) > 1 and shape[0] >= size for shape in shapes) else None
-
-
-def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
-    """The model without its head, and the head from H to V.
-
-    Raises:
-        InputError: When the architecture does not keep them apart.
-    """
-    backbone, head = model.base_model, model.get_output_embeddings()
-    if backbone is model or not isinstance(head, nn.Module):
-        raise InputError(f"{type(model).__name__} has no separate backbone and output head; it cannot be trained here.")
-    return backbone, head
 
 
 def names_kept_in_float32(model: PreTrainedModel) -> re.Pattern[str] | None:

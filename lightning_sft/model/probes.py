@@ -7,15 +7,14 @@ into one row see each other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_sft.model.attention.per_document import rows_of_documents
+from lightning_sft.machine.contexts import eval_mode
+from lightning_sft.model.backbone import hidden_states
 from lightning_sft.objective import transformed
 from lightning_sft.types import InputError
 
@@ -51,8 +50,11 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Probe
     generator = torch.Generator().manual_seed(0)  # of the CPU, where a device context would have the tokens drawn
     tokens = torch.randint(weight.shape[0], (3, 1, _DOCUMENT), generator=generator, device="cpu")
     first, second, other = tokens.to(weight.device)
-    with _evaluation(model):
-        alone, changed = states(backbone, first), states(backbone, torch.cat([first[:, :-1], second[:, :1]], 1))
+    with eval_mode(model):
+        alone, changed = (
+            hidden_states(backbone, first),
+            hidden_states(backbone, torch.cat([first[:, :-1], second[:, :1]], 1)),
+        )
         if _error(changed[:, :-1], alone[:, :-1]) > _rounding(alone, of_shapes=False):
             raise InputError(
                 f"{type(model).__name__} lets a token see the tokens after it, so it is not a causal language model. "
@@ -64,33 +66,16 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Probe
     return ProbeResult(scale, softcap, isolates, takes_positions)
 
 
-def states(
-    backbone: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, spans: tuple[int, ...] = ()
-) -> Tensor:
-    """Last hidden states ``[B, N, H]``. No attention mask and no cache: so transformers finds packed documents.
-
-    Args:
-        backbone: The model without its head.
-        input_ids: ``[B, N]``.
-        position_ids: Position of each token in its document, ``[B, N]``; ``None`` where each row is one.
-        spans: Lengths of all documents in row-major order, padding included; without them the device is waited for.
-    """
-    positions = {} if position_ids is None else {"position_ids": position_ids}
-    with rows_of_documents(position_ids, spans):
-        hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
-    return hidden
-
-
 def _isolates(backbone: nn.Module, document: Tensor, others: tuple[Tensor, Tensor]) -> bool:
     """Whether a document's states depend neither on what is packed before it nor on its being packed."""
-    alone = states(backbone, document)
+    alone = hidden_states(backbone, document)
     packed, changed = (_packed(backbone, before, document)[:, before.shape[1] :] for before in others)
     return _error(packed, alone) <= _rounding(alone) and _error(changed, packed) <= _rounding(alone, of_shapes=False)
 
 
 def _packed(backbone: nn.Module, *documents: Tensor) -> Tensor:
     positions = torch.cat([torch.arange(d.shape[1], device=d.device) for d in documents])[None]
-    return states(backbone, torch.cat(documents, 1), positions)
+    return hidden_states(backbone, torch.cat(documents, 1), positions)
 
 
 def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> tuple[float, float | None]:
@@ -140,14 +125,3 @@ def _rounding(states: Tensor, of_shapes: bool = True) -> float:
     if is_precise and torch.get_float32_matmul_precision() == "highest":
         return 1e-4 if of_shapes else 3e-5
     return 3e-2 if of_shapes else 2e-3
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)

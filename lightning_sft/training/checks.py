@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lightning_sft.training.trainer import gather
-from lightning_sft.training.tuner import check_tuner
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
 _NAMED = 10  # samples in the message
@@ -61,7 +60,7 @@ def check_trainer(trainer: Any, stage: str) -> None:
 
     Raises:
         InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes, with callbacks that
-            :func:`~lightning_sft.training.tuner.check_tuner` refuses; for answers of a
+            :func:`~lightning_sft.training.checks.check_tuner` refuses; for answers of a
             sharded model, whose ranks would have to write equally many tokens; for validation with ZeRO-3 out of fit.
     """
     shards = trainer.strategy.restore_checkpoint_after_setup  # as those do that shard the model
@@ -117,6 +116,45 @@ def check_data(callback: Any, data: Any) -> None:
         raise InputError(
             f"{type(callback).__name__} takes prompts and the tokenizer from SFTDataModule. Use it, or leave the "
             "callback out."
+        )
+
+
+def check_ids(module: Any, name: str, largest: int, tokenizer: Any) -> None:
+    """Refuse token ids that the model has no embeddings for.
+
+    Args:
+        module: The Lightning module, or ``None``; it may say ``num_embeddings``.
+        name: Of the split.
+        largest: Token id in it.
+        tokenizer: Name of the tokenizer.
+
+    Raises:
+        InputError: When there are some.
+    """
+    size = getattr(module, "num_embeddings", None)
+    if size is not None and largest >= size:
+        raise InputError(
+            f"data.{name} has the token id {largest:,}, but the model has embeddings for {size:,}: the tokenizer "
+            f"{tokenizer!r} is not its own. Leave data.tokenizer out, or take the model it goes with."
+        )
+
+
+def check_lengths(module: Any, name: str, longest: int) -> None:
+    """Refuse sequences that are longer than the table of positions of the model.
+
+    Args:
+        module: The Lightning module, or ``None``; it may say ``num_positions``.
+        name: Of the split.
+        longest: Tokens of the longest sequence, or that one may have.
+
+    Raises:
+        InputError: When one is longer.
+    """
+    positions = getattr(module, "num_positions", None)
+    if positions is not None and longest > positions:
+        raise InputError(
+            f"data.{name} has sequences of {longest:,} tokens, but the model has {positions:,} positions. Set "
+            f"data.max_length={positions}, and data.overflow to what becomes of longer ones."
         )
 
 
@@ -209,3 +247,54 @@ def warn_if_bfloat16_is_slow() -> None:
             "32-true. Use trainer.precision=32-true.",
             stacklevel=2,
         )
+
+
+def tries_sizes(trainer: Any, streaming: bool) -> bool:
+    """Whether ``Tuner.scale_batch_size`` is about to try values of ``tokens_per_batch`` in this fit.
+
+    Args:
+        trainer: That of Lightning, or ``None``.
+        streaming: Whether the data are a stream.
+
+    Raises:
+        InputError: When they are: what is too long for a size that is tried would be lost.
+    """
+    callbacks = getattr(trainer, "callbacks", ())
+    tries = any(getattr(callback, "_batch_arg_name", None) == _BATCH_SIZE for callback in callbacks)
+    if tries and streaming:
+        raise InputError(
+            "The tuner cannot try data.tokens_per_batch on a stream, whose longest sequence nobody knows. Try it with "
+            "data.streaming=false, on a part of the data."
+        )
+    return tries
+
+
+def check_tuner(callbacks: Any) -> None:
+    """Refuse what changes, once a fit has begun, the steps or the learning rate that its schedule was made for.
+
+    Args:
+        callbacks: Of the trainer. Those of a ``Tuner`` are its own, and end the fit that they try things in.
+
+    Raises:
+        InputError: With Lightning's finders as callbacks, and with ``StochasticWeightAveraging``, which copies the
+            module before its model is there, and would average nothing.
+    """
+    instead = {
+        "BatchSizeFinder": f"scale_batch_size(model, datamodule=data, batch_arg_name={_BATCH_SIZE!r})",
+        "LearningRateFinder": "lr_find(model, datamodule=data)",
+    }
+    for callback in callbacks:
+        name = type(callback).__name__
+        if name in instead and not getattr(callback, "_early_exit", False):
+            raise InputError(
+                f"{name} as a callback changes what the schedule has been made for. Call "
+                f"Tuner(trainer).{instead[name]} of lightning.pytorch.tuner, and then trainer.fit."
+            )
+        if name == "StochasticWeightAveraging":
+            raise InputError(
+                "StochasticWeightAveraging copies the module before its model is loaded, and would average nothing. "
+                "Use lightning.pytorch.callbacks.WeightAveraging, or EMAWeightAveraging."
+            )
+
+
+_BATCH_SIZE = "tokens_per_batch"

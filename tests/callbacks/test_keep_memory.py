@@ -14,7 +14,7 @@ import torch
 from lightning_sft.callbacks import KeepMemory, keep_memory
 from lightning_sft.callbacks.defaults import default_callbacks
 from lightning_sft.commands.plan.layout import Layout
-from lightning_sft.machine.glibc_malloc import KEEPS
+from lightning_sft.machine.allocators import KEEPS
 
 FAULTS = """
 import resource, sys

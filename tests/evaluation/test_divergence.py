@@ -6,8 +6,8 @@ import torch
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_model
 from lightning_sft.evaluation.divergence import divergence, likeliest
+from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.likelihood import LikelihoodModel
-from lightning_sft.model.pretrained import backbone_and_head
 from lightning_sft.model.probes import probe
 from lightning_sft.types import Example
 

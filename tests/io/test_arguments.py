@@ -21,7 +21,7 @@ from lightning_sft.data.inspect.audit import Thresholds
 from lightning_sft.demos import tiny_model, tiny_tokenizer
 from lightning_sft.evaluation.generation import Sampling
 from lightning_sft.export.convert import Settings, export_checkpoint
-from lightning_sft.io.arguments import Range
+from lightning_sft.io.arguments import Range, plain
 from lightning_sft.main import main
 from lightning_sft.model.attention.choice import Attention
 from lightning_sft.model.kernels import Kernels
@@ -212,3 +212,16 @@ def test_paths_are_taken_everywhere(
     assert (tmp_path / "run" / "samples.jsonl").is_file()
     assert (tmp_path / "folders" / "final" / "model.safetensors").is_file()
     assert export_checkpoint(ckpt, tmp_path / "out", rows=Path(jsonl(rows))) == tmp_path / "out"
+
+
+def test_what_is_no_config_of_omegaconf_is_left_as_it_is() -> None:
+    rows = [{"prompt": "Hi"}]
+    assert plain(rows) is rows
+    assert plain(None) is None
+
+
+def test_configs_of_omegaconf_become_plain_with_their_interpolations() -> None:
+    omegaconf = pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.create({"a": {"b": [1, {"c": "x"}]}, "d": "${a.b}"})
+    assert plain(config.d) == [1, {"c": "x"}]
+    assert type(plain(config)["a"]["b"][1]) is dict

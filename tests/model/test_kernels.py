@@ -18,9 +18,8 @@ from transformers.models.llama import modeling_llama
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.demos import tiny_model
 from lightning_sft.model import kernels
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.model.kernels import COMPILES_FROM, KERNELS_KEY, Kernels
-from lightning_sft.model.pretrained import backbone_and_head
-from lightning_sft.model.probes import states
 from lightning_sft.model.recompute import checkpoint_layers
 from lightning_sft.types import InputError
 
@@ -117,7 +116,7 @@ def test_layers_of_two_kinds_in_training_and_validation_all_have_graphs(monkeypa
         for lengths in ([9, 9], [18], [9, 9, 18]):
             positions = torch.cat([torch.arange(n) for n in lengths])[None]
             with torch.set_grad_enabled(is_training):
-                states(module.model.model, positions, positions, tuple(lengths))
+                hidden_states(module.model.model, positions, positions, tuple(lengths))
     assert counters["frames"]["total"] == counters["frames"]["ok"] > 8
 
 
@@ -146,7 +145,9 @@ def test_layers_are_compiled_and_computed_again_as_often_as_asked(
         assert kernels._compile(module) is None
 
     def step() -> None:
-        states(backbone_and_head(model)[0], torch.ones(1, 9, dtype=torch.int64), POSITIONS, (5, 4)).sum().backward()
+        hidden_states(
+            backbone_and_head(model)[0], torch.ones(1, 9, dtype=torch.int64), POSITIONS, (5, 4)
+        ).sum().backward()
 
     counters.clear()
     step()  # compiles, which calls the operator for its shapes

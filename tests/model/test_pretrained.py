@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from lightning_sft import SFTModule
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_model, tiny_pretrained, tiny_tokenizer
+from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.pretrained import (
-    backbone_and_head,
     config_dict,
     context_length,
     load_model,

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_model
-from lightning_sft.model.pretrained import backbone_and_head
-from lightning_sft.model.probes import ProbeResult, probe, states
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
+from lightning_sft.model.probes import ProbeResult, probe
 from lightning_sft.objective import log_likelihood
 from lightning_sft.types import Batch, Example, InputError
 
@@ -44,7 +44,7 @@ def test_the_likelihood_is_that_of_the_models_own_logits(model_type: str, config
     [example, *_] = examples()
     batch = collate([example])
     with torch.no_grad():
-        hidden = states(backbone, batch.input_ids, batch.position_ids)
+        hidden = hidden_states(backbone, batch.input_ids, batch.position_ids)
         total, _ = log_likelihood(hidden, head, batch.labels, scale=found.scale, softcap=found.softcap)
         loss = model(input_ids=batch.input_ids, labels=batch.input_ids).loss  # transformers' own mean
     assert -total.item() / 8 == pytest.approx(loss.item(), rel=1e-5)
@@ -55,7 +55,7 @@ def test_a_wrong_transform_would_change_the_likelihood_of_these_models() -> None
     backbone, head = backbone_and_head(model)
     batch: Batch = collate(examples())
     with torch.no_grad():
-        hidden = states(backbone, batch.input_ids, batch.position_ids)
+        hidden = hidden_states(backbone, batch.input_ids, batch.position_ids)
         right, wrong = (log_likelihood(hidden, head, batch.labels, softcap=cap).total for cap in (2.0, None))
     assert abs(right / wrong - 1) > 0.01
 
@@ -81,8 +81,8 @@ def test_packed_documents_are_computed_as_if_each_were_alone(model_type: str) ->
     batch = collate(examples())
     assert examine(model).isolates_documents
     model.eval()
-    packed = states(backbone, batch.input_ids, batch.position_ids)[0]
-    alone = [states(backbone, torch.tensor([e.input_ids]))[0] for e in examples()]
+    packed = hidden_states(backbone, batch.input_ids, batch.position_ids)[0]
+    alone = [hidden_states(backbone, torch.tensor([e.input_ids]))[0] for e in examples()]
     assert (packed - torch.cat(alone)).abs().max() <= 1e-5 * packed.abs().max()
 
 

@@ -25,7 +25,7 @@ def footprint(events: Iterable[Event], settings: Mapping[int, int] | None = None
 
     Args:
         events: The allocations.
-        settings: Arguments of ``mallopt``, as in :mod:`lightning_sft.machine.glibc_malloc`.
+        settings: Arguments of ``mallopt``, as in :mod:`lightning_sft.machine.allocators`.
 
     >>> footprint([(0, 1000), (1, 1 << 30), (1, -1), (0, -1)]) in (None, *range(1 << 30, (1 << 30) + (1 << 20)))
     True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lightning_sft.machine.contexts import KEEP_LESS
+from lightning_sft.machine.compiler import KEEP_LESS
 from lightning_sft.model.parallel.sharding import layers
 
 

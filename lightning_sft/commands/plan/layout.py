@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_sft.machine.glibc_malloc import KEEPS, is_set
+from lightning_sft.machine.allocators import KEEPS, is_set
 from lightning_sft.types import InputError
 
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}

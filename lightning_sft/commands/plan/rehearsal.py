@@ -18,10 +18,11 @@ from lightning_sft.head.chunks import ON_CPU, fitting_chunk_size
 from lightning_sft.machine.contexts import default_dtype
 from lightning_sft.model.attention import cpu
 from lightning_sft.model.attention.per_document import NAMES
+from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.sharding import layers
 from lightning_sft.model.precision import follow_autocast
-from lightning_sft.model.pretrained import backbone_and_head, load_architecture, model_from_config, new_token_ids
+from lightning_sft.model.pretrained import load_architecture, model_from_config, new_token_ids
 from lightning_sft.model.probes import ProbeResult
 from lightning_sft.model.recompute import checkpoint_layers
 from lightning_sft.model.tuning.adapters import inject, is_adapter, widen

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 from lightning_sft.data.rows.formats import FormatName
 from lightning_sft.data.rows.sources import Source
-from lightning_sft.io.arguments import Positive, check_arguments, made
-from lightning_sft.io.plain import plain
+from lightning_sft.io.arguments import Positive, check_arguments, made, plain
 from lightning_sft.types import InputError
 
 

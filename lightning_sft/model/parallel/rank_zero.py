@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_sft.model.parallel.zero3 import gathered
+from lightning_sft.model.parallel.sharding import gathered
 from lightning_sft.types import InputError
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ from lightning_sft.commands.plan.layout import Layout
 from lightning_sft.commands.plan.rehearsal import Rehearsal, rehearse
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_model, tiny_pretrained
-from lightning_sft.machine.contexts import KEEP_LESS
+from lightning_sft.machine.compiler import KEEP_LESS
 from lightning_sft.model.parallel.sharding import layers
 from lightning_sft.module import SFTModule
 from lightning_sft.types import Batch, Example

@@ -16,8 +16,8 @@ from lightning_sft.demos import tiny_model
 from lightning_sft.model.attention import per_document as implementation
 from lightning_sft.model.attention.operator import packed_attention
 from lightning_sft.model.attention.per_document import NAMES
-from lightning_sft.model.pretrained import backbone_and_head, config_dict
-from lightning_sft.model.probes import states
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
+from lightning_sft.model.pretrained import config_dict
 from lightning_sft.types import Example
 
 Lengths = st.lists(st.integers(1, 23), min_size=1, max_size=6)
@@ -53,7 +53,7 @@ def computed(model: PreTrainedModel, rows: list[list[Example]]) -> tuple[Tensor,
     found = []
     for row in rows:
         batch = collate(row)
-        found.append(states(backbone, batch.input_ids, batch.position_ids)[0, : sum(map(len, row))])
+        found.append(hidden_states(backbone, batch.input_ids, batch.position_ids)[0, : sum(map(len, row))])
     hidden = torch.cat(found)
     weights = torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)
     parameters = [p for p in backbone.parameters() if p.requires_grad]

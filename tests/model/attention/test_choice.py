@@ -19,7 +19,8 @@ from lightning_sft.model.attention import per_document as implementation
 from lightning_sft.model.attention.choice import Attention, check_asked, probed
 from lightning_sft.model.attention.documents import Documents
 from lightning_sft.model.attention.per_document import NAMES
-from lightning_sft.model.pretrained import backbone_and_head, config_dict
+from lightning_sft.model.backbone import backbone_and_head
+from lightning_sft.model.pretrained import config_dict
 from lightning_sft.model.probes import ProbeResult
 from lightning_sft.types import InputError
 from tests.helpers.gradients import QUIET

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_sft.demos import tiny_model
-from lightning_sft.model.pretrained import backbone_and_head
-from lightning_sft.model.probes import states
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -37,7 +36,7 @@ def forget() -> Iterator[None]:
 def computed(backbone: nn.Module, lengths: list[int]) -> tuple[Tensor, list[Tensor]]:
     ids = torch.randint(256, (1, sum(lengths)), generator=torch.Generator().manual_seed(len(lengths)))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    hidden = states(backbone, ids, positions, tuple(lengths))
+    hidden = hidden_states(backbone, ids, positions, tuple(lengths))
     return hidden.detach(), list(torch.autograd.grad(hidden.square().sum(), list(backbone.parameters())))
 
 

@@ -15,8 +15,7 @@ from lightning_sft.demos import tiny_model
 from lightning_sft.model.attention import flex
 from lightning_sft.model.attention import per_document as implementation
 from lightning_sft.model.attention.documents import Documents
-from lightning_sft.model.pretrained import backbone_and_head
-from lightning_sft.model.probes import states
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.types import Batch, Example
 from tests.model.attention.reference import dense
 
@@ -67,7 +66,7 @@ def computed(name: str, attention: str, batches: list[Batch], backward: bool) ->
     model.set_attn_implementation(attention)
     backbone, _ = backbone_and_head(model)
     with torch.set_grad_enabled(backward):
-        hidden = torch.cat([states(backbone, batch.input_ids, batch.position_ids) for batch in batches], 1)
+        hidden = torch.cat([hidden_states(backbone, batch.input_ids, batch.position_ids) for batch in batches], 1)
     if not backward:
         return [hidden]
     weights = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)

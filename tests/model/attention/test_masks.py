@@ -22,8 +22,7 @@ from lightning_sft.model.attention import gpu, masks
 from lightning_sft.model.attention import per_document as implementation
 from lightning_sft.model.attention.documents import Documents, OneCall
 from lightning_sft.model.attention.masks import Rows, is_plain, rows_of_documents
-from lightning_sft.model.pretrained import backbone_and_head
-from lightning_sft.model.probes import states
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.types import InputError
 from tests.helpers.fake_cuda import fake_cuda, to_cuda
 
@@ -52,7 +51,7 @@ def test_a_backbone_on_a_gpu_needs_no_value_of_it(
         to_cuda(backbone, mode)
         ids = torch.zeros(1, 16, dtype=torch.long, device="cuda:0")
         positions = torch.zeros(1, 16, dtype=torch.long, device="cuda:0")
-        hidden = states(backbone, ids, positions, spans)
+        hidden = hidden_states(backbone, ids, positions, spans)
     assert hidden.device == torch.device("cuda", 0)
     assert hidden.shape == (1, 16, 16)
 
@@ -65,7 +64,7 @@ def test_without_their_lengths_the_same_batch_would_wait() -> None:
         to_cuda(backbone, mode)
         ids = torch.zeros(1, 16, dtype=torch.long, device="cuda:0")
         with pytest.raises(DynamicOutputShapeException):
-            states(backbone, ids, torch.zeros_like(ids))
+            hidden_states(backbone, ids, torch.zeros_like(ids))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
@@ -77,8 +76,8 @@ def test_lengths_from_the_host_and_from_the_positions_give_the_same(name: str) -
     rows = [[7, 3, 6], [16]]
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
     with torch.no_grad():
-        known, found = (states(backbone, ids, positions, spans) for spans in ((7, 3, 6, 16), ()))
-        alone = [states(backbone, part) for part in ids.flatten()[None].split([7, 3, 6, 16], 1)]
+        known, found = (hidden_states(backbone, ids, positions, spans) for spans in ((7, 3, 6, 16), ()))
+        alone = [hidden_states(backbone, part) for part in ids.flatten()[None].split([7, 3, 6, 16], 1)]
     assert torch.equal(known, found)
     assert (known.flatten(0, 1) - torch.cat(alone, 1)[0]).abs().max() <= 1e-5 * known.abs().max()
 

@@ -19,8 +19,7 @@ from lightning_sft.model.attention import per_document as implementation
 from lightning_sft.model.attention.documents import Documents
 from lightning_sft.model.attention.operator import packed_attention
 from lightning_sft.model.attention.per_document import NAMES, rows_of_documents
-from lightning_sft.model.pretrained import backbone_and_head
-from lightning_sft.model.probes import states
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.types import Example
 from tests.model.attention.reference import attend_one_by_one
 
@@ -213,14 +212,14 @@ def test_a_pack_has_the_states_and_gradients_that_stock_attention_gives_each_doc
     stock = model.config._attn_implementation
     backbone, _ = backbone_and_head(model)
     model.set_attn_implementation("eager")
-    alone = torch.cat([states(backbone, torch.tensor([e.input_ids])) for e in EXAMPLES], 1)
+    alone = torch.cat([hidden_states(backbone, torch.tensor([e.input_ids])) for e in EXAMPLES], 1)
     wanted = gradients_of(model, alone)
     model.set_attn_implementation(NAMES[stock])
     if checkpointing:
         model.activation_checkpointing_enable()
         model.train()
     batch = collate(EXAMPLES)
-    packed = states(backbone, batch.input_ids, batch.position_ids)
+    packed = hidden_states(backbone, batch.input_ids, batch.position_ids)
     assert (packed - alone).abs().max() <= 1e-5 * alone.abs().max()
     assert (gradients_of(model, packed) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
@@ -237,6 +236,6 @@ def test_the_operator_is_given_tensors_whose_strides_a_fake_has_too(monkeypatch:
     model = tiny_model("phi3")
     model.set_attn_implementation("per_document")
     positions = torch.cat([torch.arange(5), torch.arange(3)])[None]
-    states(model.base_model, torch.arange(8)[None], positions, (5, 3))
+    hidden_states(model.base_model, torch.arange(8)[None], positions, (5, 3))
     assert seen
     assert all(x.is_contiguous() for x in seen)

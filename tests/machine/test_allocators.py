@@ -11,7 +11,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from lightning_sft import main as command
-from lightning_sft.machine.cuda_segments import expand_segments
+from lightning_sft.machine.allocators import expand_segments
 
 NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
