@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from lightning_sft.main import CONFIG_VERBS, SFTCLI, VERBS, main
+from lightning_sft.main import VERBS, main
 from lightning_sft.types import Normalize
 from tests.helpers.pages import is_key
 from tests.helpers.reading import Reader
@@ -78,4 +78,4 @@ def test_the_table_of_verbs_has_all_of_them() -> None:
     named = {
         verb for cell in re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE) for verb in re.findall(r"`([^`]+)`", cell)
     }
-    assert {*SFTCLI.subcommands(), *CONFIG_VERBS, *VERBS, "report", "doctor", "completion"} <= named
+    assert named >= VERBS.keys()

@@ -218,6 +218,8 @@ def test_several_validation_loaders_have_figures_of_their_own(
     ("arguments", "message"),
     [
         (["fti"], "There is no verb 'fti'. Did you mean fit?"),
+        (["shwo"], "There is no verb 'shwo'. Did you mean show\\?"),
+        (["fit", "--model.pretraind", "x"], "lightning-sft fit: .* Did you mean --model.pretrained\\?"),
         (["fit", "--data.tokens_per_bach", 5], "lightning-sft fit: .* Did you mean --data.tokens_per_batch\\?"),
         (["show", "--data.tokens_per_bach", 5], "lightning-sft show: .* Did you mean --data.tokens_per_batch\\?"),
         (["export", "--cpkt", "x"], "lightning-sft export: .* Did you mean --ckpt\\?"),
@@ -235,6 +237,7 @@ def test_a_typo_is_one_line_with_what_may_be_meant(
     told = capsys.readouterr().err if ended == "2" else ended
     assert re.search(message, told)
     assert len(told.strip().splitlines()) == 1
+    assert "usage:" not in told
 
 
 @pytest.mark.parametrize("verb", ["init", "report", "export", "plan", "verify", "replay", "fit"])

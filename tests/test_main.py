@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ from torch.optim import SGD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.main import console, main
+from lightning_sft.main import VERBS, console, main
 from lightning_sft.types import InputError
 from tests.helpers.payload import Payload
 
@@ -310,13 +311,46 @@ def test_both_ways_to_call_it_work(command: list[str]) -> None:
     assert done.stdout.strip() == "0.1.0"
 
 
-def test_the_bare_command_says_which_verbs_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bare_command_says_which_verbs_there_are_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for verb in ("fit", "validate", "test", "predict", "show", "export", "fetch-demo-model"):
-        assert verb in text
+    lines = capsys.readouterr().out.splitlines()
+    for verb in VERBS:
+        [line] = [line for line in lines if line.startswith(f"  {verb} ")]
+        assert line.split(maxsplit=1)[1].endswith(".")
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("usage: lightning-sft ")
+    assert {"--version", "--debug"} <= set("\n".join(lines).split())
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], [], ["shwo"]], ids=str)
+def test_what_runs_no_verb_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import atexit, sys\n"
+        "heavy = {'torch', 'lightning', 'transformers', 'numpy', 'jsonargparse'}\n"
+        "atexit.register(lambda: print('imported:', sorted(heavy & set(sys.modules))))\n"
+        "from lightning_sft.main import console\n"
+        "console()"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert done.stdout.endswith("imported: []\n"), done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_the_table_of_verbs_names_is_there(verb: str) -> None:
+    module, _, name = VERBS[verb][0].partition(":")
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_the_command_line_of_fit_is_found_under_its_public_name() -> None:
+    from lightning_sft import main as module
+    from lightning_sft.commands.fit import SFTCLI
+
+    assert module.SFTCLI is SFTCLI
+    with pytest.raises(AttributeError, match="has no attribute 'CLI'"):
+        _ = module.CLI
 
 
 def test_an_export_has_the_chat_template_it_was_trained_with_also_with_the_users_data_module(

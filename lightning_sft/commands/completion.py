@@ -11,6 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 
+from lightning_sft.io.errors import VerbParser
+
+_DESCRIPTION = "Print a completion script for bash: verbs, options and their choices."
 _OPTION = re.compile(r"^  (?:-\w, )?(--[\w.]+)(?: \{([^}]*)\})?", re.MULTILINE)
 _SCRIPT = """\
 # Completion of lightning-sft for bash. Keep it in a file that bash reads:
@@ -33,13 +36,15 @@ complete -o default -F _lightning_sft lightning-sft
 """
 
 
-def completion(main: Callable[[list[str]], object], verbs: Sequence[str]) -> str:
+def completion(main: Callable[[list[str]], object], verbs: Sequence[str], args: Sequence[str] = ()) -> str:
     """The script.
 
     Args:
         main: Runs a command line, and with ``--help`` prints its options.
-        verbs: Of which those count that have a help.
+        verbs: The verbs to complete, with the options that their help lists.
+        args: Arguments of the verb itself; it takes none but ``--help``.
     """
+    VerbParser(prog="lightning-sft completion", description=_DESCRIPTION).parse_args(list(args))
     options: dict[str, dict[str, str]] = {}
     for verb in verbs:
         if (text := _help(main, verb)) is not None:

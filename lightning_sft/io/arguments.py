@@ -8,16 +8,16 @@ function does, for every public constructor: choices are those of ``Literal``, r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
-from difflib import get_close_matches
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from lightning_sft.io.closest import did_you_mean
 from lightning_sft.types import InputError
 
 
@@ -156,28 +156,6 @@ def unwrapped() -> Iterator[None]:
         if cause is None or cause is error:
             raise
         raise cause from None
-
-
-def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", cutoff: float | None = None) -> str:
-    """A question after the first of the given names that is close to a known one but none; else nothing.
-
-    Args:
-        given: Words of a message, or what was typed.
-        known: What there is.
-        prefix: Of known names, in the question.
-        cutoff: How alike they have to be, from 0 to 1, whatever their case; names with dots share much, and need more.
-
-    >>> did_you_mean(["fti"], ["fit", "test"])
-    ' Did you mean fit?'
-    >>> did_you_mean(["fit"], ["fit", "test"])
-    ''
-    """
-    names = {name.lower(): name for name in known}
-    for name in given:
-        least = cutoff or (0.75 if "." in name else 0.6)
-        if name not in names.values() and (close := get_close_matches(name.lower(), names, n=1, cutoff=least)):
-            return f" Did you mean {prefix}{names[close[0]]}?"
-    return ""
 
 
 @lru_cache

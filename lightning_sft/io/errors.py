@@ -9,10 +9,13 @@ import traceback
 from contextlib import suppress
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_sft.io.arguments import did_you_mean
+from lightning_sft.io.closest import did_you_mean
 from lightning_sft.machine.terminal import printable
+from lightning_sft.types import InputError
 
 _NAME = re.compile(r"""(?:--|(?:[Oo]ption|[Kk]ey) ['"])(\w[\w.-]*)""")  # of an option, in messages of jsonargparse
 
@@ -47,6 +50,19 @@ class OneLine:
 
 class VerbParser(OneLine, ArgumentParser):
     """Of verbs that have arguments of their own alone."""
+
+
+def is_foreseen(error: Exception) -> bool:
+    """Whether an error says by itself what was wrong: ours, the system's, or one that Lightning raises on purpose.
+
+    Args:
+        error: Any that has been raised.
+    """
+    if isinstance(error, (InputError, FloatingPointError, MisconfigurationException, OSError, yaml.YAMLError)):
+        return True
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    return isinstance(error, (ValueError, RuntimeError)) and package in ("lightning", "jsonargparse")
 
 
 def unexpected(error: Exception) -> str:

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_sft
 from lightning_sft import callbacks
-from lightning_sft.main import ALL_VERBS, main
+from lightning_sft.main import VERBS, main
 
 PACKAGES = {
     "lightning_sft": lightning_sft.__all__,
@@ -55,7 +55,7 @@ def options(verb: str) -> Iterator[str]:
 
 def names() -> list[str]:
     """All of them, a line each."""
-    return [*classes(), *ALL_VERBS, *(line for verb in ALL_VERBS for line in options(verb))]
+    return [*classes(), *VERBS, *(line for verb in VERBS for line in options(verb))]
 
 
 if __name__ == "__main__":

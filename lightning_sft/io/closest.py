@@ -1,0 +1,28 @@
+"""The known name that a mistyped one may have meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", cutoff: float | None = None) -> str:
+    """A question after the first of the given names that is close to a known one but none; else nothing.
+
+    Args:
+        given: Words of a message, or what was typed.
+        known: What there is.
+        prefix: Of known names, in the question.
+        cutoff: How alike they have to be, from 0 to 1, whatever their case; names with dots share much, and need more.
+
+    >>> did_you_mean(["fti"], ["fit", "test"])
+    ' Did you mean fit?'
+    >>> did_you_mean(["fit"], ["fit", "test"])
+    ''
+    """
+    names = {name.lower(): name for name in known}
+    for name in given:
+        least = cutoff or (0.75 if "." in name else 0.6)
+        if name not in names.values() and (close := get_close_matches(name.lower(), names, n=1, cutoff=least)):
+            return f" Did you mean {prefix}{names[close[0]]}?"
+    return ""
