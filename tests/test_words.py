@@ -50,7 +50,7 @@ DEPENDENT = {
 }
 """How an entry of Args begins that says nothing without the entry before it: `--help` prints entries one by one."""
 
-UNIT = re.compile(r"\[.+\]|\b(bytes?|seconds?|tokens?|rows?|steps?|[KMG]iB|ranks?|devices?|path|logits|ids?)\b")
+UNIT = re.compile(r"\[.+\]|\b(bytes?|seconds?|tokens?|rows?|steps?|[KMG]iB|ranks?|devices?|path|logits|ids?)\b", re.I)
 
 
 def code_text(path: Path) -> Iterator[tuple[int, str]]:
