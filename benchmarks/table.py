@@ -91,11 +91,11 @@ def markdown(results: Mapping[str, Any]) -> str:
     on_device = any(case.get("device_bytes") for case in found)
     lines = [
         f"{machine['cpu']}, {settings['threads']} threads; device: {rates[0]['device']}; torch {rates[0]['torch']}. "
-        f"Matrix products at their best, GFLOP/s: {product}. {settings['model']}, {settings['precision']}, "
+        f"Best matmul rate, GFLOP/s: {product}. {settings['model']}, {settings['precision']}, "
         f"{settings['rows']}: {data['rows']:,} rows, {data['tokens'] / data['rows']:.0f} tokens a row, "
         f"{data['targets'] / data['tokens']:.0%} of them targets. {settings['note']}".strip(),
     ]
-    head = ["", "steps", "real tokens/s", "targets/s", "ours is", "of the limit", "fill", "peak memory"]
+    head = ["", "steps", "real tokens/s", "targets/s", "ours is", "of the limit", "packing efficiency", "peak memory"]
     head += ["on the device"] * on_device + ["first step after", "loss of the first and the last step"]
     for kind in (SHIPPED, EQUAL):
         lines += ["", f"Settings {kind}:", "", _row(head), "|---" * len(head) + "|"]

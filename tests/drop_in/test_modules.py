@@ -93,7 +93,7 @@ def test_a_users_module_gets_the_gradients_of_ours(pretrained: str, quiet_traine
 
 def test_our_figures_in_a_users_module_are_those_of_ours(pretrained: str, quiet_trainer: Make) -> None:
     scope = run_code(YOUR_MODULE)
-    module = run_code("Figures and callbacks in your own script", YourModule=scope["YourModule"])["Evaluated"]()
+    module = run_code("Metrics and callbacks in your own script", YourModule=scope["YourModule"])["Evaluated"]()
     [theirs] = quiet_trainer().validate(module, SFTDataModule(val=ROWS), verbose=False)
     [ours] = quiet_trainer().validate(SFTModule(pretrained), SFTDataModule(val=ROWS), verbose=False)
     assert theirs == pytest.approx({name: ours[name] for name in theirs}, rel=1e-5)
