@@ -1,1 +1,1 @@
-"""What comes from a user and goes to one: arguments, errors, files."""
+"""Input from and output to the user: arguments, errors, files."""

@@ -1,4 +1,4 @@
-"""Arguments as plain values: Hydra hands lists and dictionaries of its own to what it instantiates."""
+"""Arguments as plain values: Hydra passes its own list and dictionary types to the objects it instantiates."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is asked of devices, allocators, compilers and the terminal."""
+"""Devices, allocators, compilers and the terminal."""

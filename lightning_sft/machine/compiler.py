@@ -1,4 +1,4 @@
-"""What ``torch.compile`` needs of a machine."""
+"""System requirements of ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 
 def compiler_missing(on_gpu: bool) -> str | None:
-    """What ``torch.compile`` lacks on this machine, or ``None``."""
+    """The requirement of ``torch.compile`` that this machine lacks, or ``None``."""
     if on_gpu and find_spec("triton") is None:
         return "it needs triton: pip install triton"
     name = os.environ.get("CXX") or "g++"

@@ -1,4 +1,4 @@
-"""Modes of torch that are left as they were: of a module, and of what is made."""
+"""Context managers that set modes of torch and of modules, and restore them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 KEEP_LESS = {"ban_recompute_materialized_backward": False}
 """Settings of ``torch._functorch.config`` under which compiled layers keep less for their backward pass.
 
-What is cheap is computed again there also if a matmul reads it: a norm's output, and the product inside an MLP. By
+Cheap operations are recomputed there also if a matmul reads their output: a norm, and the product inside an MLP. By
 count, that saves a fifth of the memory of a step of Qwen2.5-0.5B and takes three hundredths more of its time.
 """
 
@@ -29,15 +29,15 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def computed_in(tensor: Tensor) -> torch.dtype:
-    """Dtype that a matmul or attention of a tensor is computed in: that of autocast where it is on."""
+    """Dtype that a matmul or attention of a tensor is computed in: the dtype of autocast if it is on."""
     return autocast_dtype(tensor.device) or tensor.dtype
 
 
 @contextmanager
 def evaluating(module: Any) -> Iterator[None]:
-    """Evaluation mode without gradients, at the precision of the trainer; afterwards all modes are what they were.
+    """Evaluation mode without gradients, at the precision of the trainer; all modes are restored afterwards.
 
-    Compiled layers run as they are written: each new length of an answer would be compiled anew.
+    Compiled layers run in eager mode: each new length of an answer would trigger a recompilation.
 
     Args:
         module: A Lightning module with a trainer.
@@ -57,11 +57,11 @@ def evaluating(module: Any) -> Iterator[None]:
 def in_default_dtype(model: Any) -> Iterator[None]:
     """A model of transformers computes in torch's default dtype, whatever its parameters are held in.
 
-    Those held in fewer bits, as a bfloat16 base under float32 adapters, are cast while their layer runs, so that one
-    layer at a time is there in both. Not for a forward pass that a backward pass follows.
+    Those held in fewer bits, as a bfloat16 base under float32 adapters, are cast while their layer runs, so that only
+    one layer at a time exists in both dtypes. Not for a forward pass that a backward pass follows.
 
     Args:
-        model: With or without such parameters.
+        model: Transformers model, with or without such parameters.
     """
     affected, stored = narrow(model), dict[nn.Parameter, Tensor]()
 
@@ -90,7 +90,7 @@ def in_default_dtype(model: Any) -> Iterator[None]:
 def blocks(model: Any) -> list[nn.Module]:
     """The decoder layers of a transformers model, of which it says that they must not be split; it may not say so.
 
-    FSDP2 gives what it has sharded a class derived from its own.
+    FSDP2 replaces the class of a sharded module by a subclass.
     """
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]

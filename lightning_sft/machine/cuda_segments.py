@@ -19,7 +19,7 @@ def expand_segments(environment: MutableMapping[str, str]) -> bool:
     first allocates on a GPU, and processes that are started inherit it.
 
     Args:
-        environment: That of this process, before CUDA is used.
+        environment: Environment of this process, before CUDA is used.
 
     Returns:
         Whether it was asked for: on Linux with a build of torch for CUDA only.

@@ -1,4 +1,4 @@
-"""glibc's allocator: what it does with memory that is freed."""
+"""glibc's allocator: keeping freed memory in the process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SETS = "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD"
 
 
 def is_set() -> bool:
-    """Whether the environment says something of the allocator."""
+    """Whether the environment configures the allocator."""
     return any(name.startswith(_SETS) for name in os.environ)
 
 
