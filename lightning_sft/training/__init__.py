@@ -1,1 +1,1 @@
-"""What happens around a step: the trainer's facts, checks, optimizers, throughput."""
+"""Everything around a training step: trainer properties, checks, optimizers, schedules, throughput."""

@@ -1,4 +1,4 @@
-"""What Lightning's tuner does to a run: it tries micro-batches of several sizes before a fit, or learning rates."""
+"""Checks for Lightning's tuner, which tries several batch sizes or learning rates before a fit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ def tries_sizes(trainer: Any, streaming: bool) -> bool:
     """Whether ``Tuner.scale_batch_size`` is about to try values of ``tokens_per_batch`` in this fit.
 
     Args:
-        trainer: That of Lightning, or ``None``.
+        trainer: Lightning trainer, or ``None``.
         streaming: Whether the data are a stream.
 
     Raises:
-        InputError: When they are: what is too long for a size that is tried would be lost.
+        InputError: If they are: sequences too long for a size that is tried would be lost.
     """
     callbacks = getattr(trainer, "callbacks", ())
     tries = any(getattr(callback, "_batch_arg_name", None) == ARGUMENT for callback in callbacks)
@@ -30,10 +30,10 @@ def tries_sizes(trainer: Any, streaming: bool) -> bool:
 
 
 def check_tuner(callbacks: Any) -> None:
-    """Refuse what changes, once a fit has begun, the steps or the learning rate that its schedule was made for.
+    """Refuse callbacks that change the steps or the learning rate of a schedule after the fit has begun.
 
     Args:
-        callbacks: Of the trainer. Those of a ``Tuner`` are its own, and end the fit that they try things in.
+        callbacks: Callbacks of the trainer. A ``Tuner`` adds its own, which end their trial fit; those are allowed.
 
     Raises:
         InputError: With Lightning's finders as callbacks, and with ``StochasticWeightAveraging``, which copies the
