@@ -1,1 +1,1 @@
-"""What `show`, `verify` and the record read from rows, tokens and batches."""
+"""Inspection of rows, tokens and batches for `show`, `verify` and the record."""
