@@ -77,7 +77,7 @@ def log_likelihood(
     if hidden.shape[:-1] != labels.shape or (weights is not None and weights.shape != labels.shape):
         shapes = f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}"
         raise InputError(
-            f"hidden must have the shape of labels plus one dimension, and weights that of labels; got {shapes}."
+            f"hidden must be labels' shape and one more dimension, weights like labels; got {shapes}."
         )
     check_chunk_size(chunk_size)
     at = (labels.flatten() != IGNORE).nonzero().squeeze(1) if indices is None else indices

@@ -41,7 +41,7 @@ def hidden(path: str | Path) -> Path:
 def publish(path: str | Path) -> None:
     """Rename the file or folder at :func:`hidden` to its final name, after it has been synced to disk.
 
-    A process that is killed, or a disk that is full, leaves ``path`` as it was before.
+    A process that is killed, or a disk that is full, leaves ``path`` missing or as it was before.
 
     Args:
         path: A file or a folder.

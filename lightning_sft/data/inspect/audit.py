@@ -96,10 +96,10 @@ def audit(
 
     Args:
         train: The documents of an epoch.
-        val: Validation loaders.
+        val: Documents of the validation.
         splits: Splits by name, with the accounts of their rows.
         special_ids: Control tokens: one of them has to be the last trained token of each answer.
-        thresholds: Maximum allowed counts or shares.
+        thresholds: Limits that the shares have to meet.
 
     >>> document = Document(torch.tensor([5, 6, 7]), torch.tensor([0.0, 1.0, 1.0]), "a.jsonl:1")
     >>> [(f.check, f.share) for f in audit([document] * 2, [], {}, [7], Thresholds()) if f.count]

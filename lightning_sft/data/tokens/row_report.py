@@ -20,7 +20,7 @@ class RowReport:
         num_rows: Rows read.
         refused: One reason a row that cannot be used, with ``file:line``.
         too_long: ``file:line`` and length of each sequence left out because it is longer than ``max_length``.
-        cut: Locations of the rows that were truncated or split.
+        cut: ``file:line`` and length of each sequence that was truncated or split.
         ignored: Number of rows with each unused key.
         unlisted: Number of rows beyond those listed in ``refused``, ``too_long`` and ``cut``, see :meth:`trim`.
         shortest: Tokens of the shortest sequence, before any was cut; 0 where there is none.

@@ -1,4 +1,4 @@
-"""Texts to token ids; common prefixes are tokenized only once.
+"""Texts to token ids; parts that texts have in common are tokenized only once.
 
 A tokenizer first cuts a text at its control tokens, and nothing that it does then reaches across a cut. So the ids of a
 text are those of its segments, one after another, where each control token begins one. The prompt of an answer, and
