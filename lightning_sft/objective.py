@@ -2,7 +2,7 @@
 
     log Pr(y | x) = Σ_i log Pr(y_i | x, y_<i)          one optimizer step minimizes  − Σ_t w_t · log Pr(t) / Z
 
-over every target token t of all micro-batches and all ranks of that step. `normalize` says what w_t and Z are:
+over every target token t of all micro-batches and all ranks of that step. `normalize` selects w_t and Z:
 
     token      w_t = 1                              Z = Σ w_t of the step      the mean over target tokens
     sequence   w_t = 1 / targets of its answer      Z = Σ w_t of the step      every answer counts the same
@@ -12,8 +12,8 @@ over every target token t of all micro-batches and all ranks of that step. `norm
 This file computes Σ_t w_t · log Pr(t) and Σ_t w_t; the division happens once, in :mod:`lightning_sft.module`. Weights
 that a user gives (per message, per row) multiply w_t.
 
-The logits are never held: [T, V] is worked through in chunks of targets, and each chunk's gradient is taken while its
-logits are there, in closed form. Only positions with a target reach the head. What is in which dtype:
+The full logits [T, V] are never materialized: they are computed in chunks of targets, and each chunk's gradient is
+computed in closed form while its logits are in memory. Only positions with a target reach the head. Dtypes:
 
     logits, their gradient          the head's own, or autocast's
     softmax, entropy, all sums      float32
@@ -33,8 +33,8 @@ from lightning_sft.head.chunks import Head, automatic_chunk_size, check_chunk_si
 from lightning_sft.head.fused_softmax import fused_softmax, fuses
 from lightning_sft.types import IGNORE, InputError, LogLikelihood
 
-_CACHED = 2**18  # logits that a CPU takes the softmax of at a time: 1 MB in float32
-_UNFUSED = 2**26  # that another device does where no kernel fuses it: 256 MB
+_CACHED = 2**18  # logits per softmax block on a CPU: 1 MB in float32
+_UNFUSED = 2**26  # the same on other devices without the fused kernel: 256 MB
 
 
 def log_likelihood(
@@ -57,17 +57,17 @@ def log_likelihood(
         weights: Weight of each target, ``[...]``; ``None`` means 1.
         scale: The logits are multiplied by this (Cohere, Granite).
         softcap: The scaled logits become ``softcap · tanh(z / softcap)`` (Gemma).
-        chunk_size: How many targets have their logits in memory at a time; the result does not depend on it. ``None``
-            means 512 on a CPU, and elsewhere what fits the device.
-        indices: Where the targets are in the flattened ``labels``, ``[T]``, if that is known. Finding out waits for the
-            device.
+        chunk_size: Number of targets whose logits are in memory at a time; the result does not depend on it. ``None``
+            means 512 on a CPU, and elsewhere a size that fits the device's memory.
+        indices: Indices of the targets in the flattened ``labels``, ``[T]``, if known. Computing them synchronizes with
+            the device.
 
     Returns:
         Sum and weight in float32, or float64 where the hidden states are, with each target's log-probability and
         the entropy of the prediction there.
 
     Raises:
-        InputError: When the shapes do not fit, or ``chunk_size`` is not positive.
+        InputError: If the shapes do not match, or ``chunk_size`` is not positive.
 
     >>> hidden, head = torch.zeros(1, 3, 8), torch.zeros(4, 8)  # all tokens equally likely
     >>> total, weight = log_likelihood(hidden, head, labels=torch.tensor([[1, -100, 3]]))
@@ -89,13 +89,13 @@ def log_likelihood(
     parameters = [head] if isinstance(head, Tensor) else list(head.parameters())
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     size = chunk_size or automatic_chunk_size(head, states)
-    chunked_sum: Any = _ChunkedSum  # torch gives autograd functions no types
+    chunked_sum: Any = _ChunkedSum  # autograd functions are untyped in torch
     total, *of_targets = chunked_sum.apply(head, (scale, softcap), size, targets, w, states, *trained)
     return LogLikelihood(total, w.sum(), *of_targets)
 
 
 def transformed(raw: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """What a head gives as logits: scaled, then soft-capped."""
+    """Logits from the raw output of a head: scaled, then soft-capped."""
     logits = raw if scale == 1 else raw * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
@@ -117,7 +117,9 @@ class _ChunkedSum(torch.autograd.Function):
         log_probs, entropy = torch.empty_like(weights), torch.empty_like(weights)
         correct = torch.empty_like(targets, dtype=torch.bool)
         chunked = on_chunks(head, states, trained)
-        for chunk in slices(len(targets), chunk_size, even=states.is_cpu):  # elsewhere kernels are chosen by shape
+        for chunk in slices(
+            len(targets), chunk_size, even=states.is_cpu
+        ):  # on GPUs, equal shapes reuse the same kernels
             raw, gradient = chunked.forward(chunk)  # [chunk, V] each
             of_targets = (x[chunk] for x in (targets, weights, log_probs, correct, entropy))
             _softmax(raw, transformation, gradient, *of_targets)
@@ -131,7 +133,7 @@ class _ChunkedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # once_differentiable of torch would let a gradient pass that is constant
+        if torch.is_grad_enabled():  # torch's once_differentiable would not catch this: the gradient looks constant
             raise RuntimeError(
                 "log_likelihood has no second derivatives: its gradient was computed with its value. Call backward "
                 "without create_graph=True."
@@ -143,7 +145,7 @@ class _ChunkedSum(torch.autograd.Function):
 def _softmax(
     raw: Tensor, transformation: tuple[float, float | None], gradient: Tensor | None, *of_targets: Tensor
 ) -> None:
-    """Fill in the figures of a chunk, and its gradient: in one kernel, or in blocks of rows that a cache holds."""
+    """Fill in the metrics and the gradient of a chunk: in one kernel, or in blocks of rows that fit a CPU's cache."""
     if fuses(raw):
         fused_softmax(raw, gradient, *of_targets, *transformation)
         return
@@ -163,7 +165,7 @@ def _softmax_of_rows(
     correct: Tensor,
     entropy: Tensor,
 ) -> None:
-    """Fill in the figures of some rows of what the head gives, and the gradient of the sum with respect to these."""
+    """Fill in the metrics of some rows of raw logits, and the gradient of the weighted sum with respect to them."""
     target, weight, (scale, softcap) = targets[:, None], weights[:, None], transformation
     z = transformed(raw.to(weight.dtype), scale, softcap)
     highest, most_likely = z.max(1, keepdim=True)

@@ -15,16 +15,16 @@ from lightning_sft.model.parallel.sharding import DtypeName
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Shards parameters, gradients and optimizer over all devices (FSDP2), and, if asked to, layers over some of them.
+    """Shards parameters, gradients and optimizer states over all devices (FSDP2), optionally with tensor parallelism.
 
     Args:
-        data_parallel_size: Devices that see different data. All of them by default, divided by the next.
-        tensor_parallel_size: Devices that share each matrix.
-        compute_dtype: Dtype of the forward and backward pass; shards, optimizer and sums over ranks stay in that of
-            ``trainer.precision``. With ``trainer.precision=bf16-mixed`` it is bfloat16 unless it says otherwise.
-        cpu_offload: Keep shards and optimizer in the host's memory.
-        save_distributed_checkpoint: Whether each rank writes its own shard, into a folder, or rank 0 one whole file.
-        kwargs: As in Lightning.
+        data_parallel_size: Number of data-parallel ranks. Defaults to all devices divided by ``tensor_parallel_size``.
+        tensor_parallel_size: Number of devices that each matrix is sharded over.
+        compute_dtype: Dtype of the forward and backward pass; shards, optimizer states and reductions stay in the
+            dtype of ``trainer.precision``. Defaults to bfloat16 with ``trainer.precision=bf16-mixed``.
+        cpu_offload: Whether to keep shards and optimizer states in host memory.
+        save_distributed_checkpoint: Whether each rank writes its shard into a folder, instead of rank 0 a single file.
+        kwargs: Further arguments of Lightning's ``ModelParallelStrategy``.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.compute_dtype, self.cpu_offload = compute_dtype, cpu_offload
 
     def setup_environment(self) -> None:
-        """Give the data all devices that tensors do not take, over all nodes: Lightning's default is the reverse."""
+        """Use all devices left over by tensor parallelism for data parallelism; Lightning's default is the reverse."""
         if self._data_parallel_size == "auto":
             self._data_parallel_size = self.num_nodes * self.num_processes // int(self._tensor_parallel_size)
         if self.cpu_offload and self.root_device.type == "cuda" and self._process_group_backend is None:
@@ -49,9 +49,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint; of a folder, tensors and plain values alone: torch would unpickle whatever it holds.
+        """Load a checkpoint; from a folder, only tensors and plain values, since torch would unpickle anything in it.
 
-        With ``weights_only=False`` whatever else is in it is trusted, as in Lightning; its index never is.
+        With ``weights_only=False`` other objects are unpickled too, as in Lightning; the index is always checked.
         """
         is_folder = (Path(checkpoint_path) / ".metadata").is_file()
         if is_folder:
@@ -60,24 +60,24 @@ class FSDP2Strategy(ModelParallelStrategy):
             return super().load_checkpoint(checkpoint_path, weights_only)
 
     def model_to_device(self) -> None:
-        """Move what is not sharded: shards are where they belong, which may be the host's memory."""
+        """Move the modules that are not sharded; shards are already in place, possibly in host memory."""
         from torch.distributed.tensor import DTensor
 
         assert self.model is not None
         for child in self.model.children():
             if not any(isinstance(parameter, DTensor) for parameter in child.parameters()):
                 child.to(self.root_device)
-        _update_properties(self.model, device=self.root_device)  # where batches go, and what is logged
+        _update_properties(self.model, device=self.root_device)  # the device of batches and of logged values
 
 
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: parameters and optimizer sharded over devices")
 
 
 def layout(strategy: Any) -> tuple[DtypeName | None, bool]:
-    """Dtype of computation and CPU offload of a strategy that shards by FSDP2; others have neither.
+    """Compute dtype and CPU offload of an FSDP2 strategy; ``(None, False)`` for any other strategy.
 
-    Under ``bf16-mixed`` parameters are gathered in bfloat16, so that autocast has none to cast: it would keep copies of
-    all of them until the backward pass.
+    Under ``bf16-mixed`` parameters are gathered in bfloat16, so that autocast does not cast them: it would
+    keep copies of all of them until the backward pass.
     """
     if not isinstance(strategy, ModelParallelStrategy):
         return None, False

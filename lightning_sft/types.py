@@ -1,4 +1,4 @@
-"""The nouns of the library: what travels between its stages.
+"""The data types that are passed between the stages of the library.
 
 Shape legend, used in every file: B rows, N tokens in a row, T target tokens, D documents, H hidden, V vocabulary.
 """
@@ -21,17 +21,17 @@ IGNORE = -100
 """Label of a position that has no target, as in ``torch.nn.functional.cross_entropy``."""
 
 Normalize = Literal["token", "sequence", "sqrt", "dataset"]
-"""What one optimizer step divides by, see :mod:`lightning_sft.objective`."""
+"""Normalization of the loss of an optimizer step, see :mod:`lightning_sft.objective`."""
 
 Message = dict[str, Any]
 """One turn of a conversation, ``{"role": ..., "content": ...}``, as chat templates take it."""
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The text says what was given, what is expected and what to do.
+    """Invalid user input. The message states the given value, the expected one, and how to fix it.
 
     Args:
-        message: The text; what it quotes of data and file names is made safe to print.
+        message: Text of the error; control characters quoted from data and file names are escaped.
     """
 
     def __init__(self, message: object) -> None:
@@ -45,8 +45,8 @@ class Conversation:
     Args:
         messages: The turns in order.
         tools: Tool descriptions handed to the chat template, or ``None``.
-        weights: One weight a message: how much its tokens count as targets. 0 makes it context.
-        provenance: Where the row came from, ``file:line``.
+        weights: Weight of each message's tokens as targets; 0 makes the message context.
+        provenance: Location of the row, ``file:line``.
     """
 
     messages: Sequence[Message]
@@ -61,9 +61,9 @@ class Example:
 
     Args:
         input_ids: Token ids, length N.
-        target_weights: One float a token; 0 is context, positive a target. Token 0 has no context and is never one.
-        provenance: Where the row came from, ``file:line``.
-        answers_before: How many trained answers of its conversation stand in earlier sequences.
+        target_weights: Weight of each token as a target, length N; 0 for context. Token 0 is never a target.
+        provenance: Location of the row, ``file:line``.
+        answers_before: Number of trained answers of the same conversation in earlier sequences.
     """
 
     input_ids: Sequence[int] | NDArray[np.int32]
@@ -77,13 +77,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model is given at inference, and the answer that the data set has for it.
+    """A prompt for generation, with the reference answer from the data set.
 
     Args:
         input_ids: Token ids of ``apply_chat_template(messages, add_generation_prompt=True)``.
-        reference: The answer of the data set, or ``None`` where the row ends with the user's turn.
-        provenance: Where the row came from, ``file:line``.
-        number: Of the row in its source, from 0; what is drawn for its answer depends on it.
+        reference: Reference answer from the data set, or ``None`` where the row ends with the user's turn.
+        provenance: Location of the row, ``file:line``.
+        number: Index of the row in its source, from 0; part of the seed for sampling its answer.
     """
 
     input_ids: Sequence[int]
@@ -95,7 +95,7 @@ class Prompt:
 class Batch:
     """One micro-batch, ready for the model: labels are shifted once, here, and nowhere else.
 
-    Not a dataclass on purpose: Lightning's true-precision plugins walk into dataclasses, dictionaries and tuples and
+    Deliberately not a dataclass: Lightning's true-precision plugins walk into dataclasses, dictionaries and tuples and
     would round ``target_weights`` to bfloat16.
 
     Args:
@@ -104,7 +104,7 @@ class Batch:
         position_ids: Position within its document, ``[B, N]``; a new document starts where it is 0.
         target_weights: Weight of each label, ``[B, N]``, float; 0 where there is no target.
         normalizer: Z of the whole optimizer step that this micro-batch belongs to, over all its micro-batches and all
-            ranks. ``None`` where nobody planned ahead: the module then normalizes afterwards.
+            ranks. ``None`` if steps are not planned ahead: the module then normalizes after the fact.
         provenance: ``file:line`` of each document, in order.
         parts: Number of the data set that each document comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.
@@ -151,7 +151,7 @@ class Batch:
         Rows are taken to be padded on the right, unless ``position_ids`` says otherwise.
 
         Raises:
-            InputError: When a key is missing, or a mask says anything but that rows are padded on the right.
+            InputError: If a key is missing, or the mask is not one of right padding.
 
         >>> batch = Batch.of({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])})
         >>> batch.labels.tolist(), batch.target_weights.tolist()
@@ -174,12 +174,12 @@ class Batch:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         labels = torch.full_like(ids, IGNORE)
         labels[:, :-1] = batch["labels"][:, 1:]
-        labels[:, :-1][positions[:, 1:] == 0] = IGNORE  # a document's first token is nobody's target
+        labels[:, :-1][positions[:, 1:] == 0] = IGNORE  # a document's first token is never a target
         return cls(ids, labels, positions, (labels != IGNORE).to(widest(ids.device)))
 
     @property
     def targets(self) -> Tensor:
-        """Flat index of each position that has a label, ``[T]``, in order; looked up anew when the labels change."""
+        """Flat index of each position that has a label, ``[T]``, in order; recomputed when the labels change."""
         found = self._known_targets
         if found is None:
             found = (self.labels != IGNORE).flatten().nonzero().squeeze(1)
@@ -192,7 +192,7 @@ class Batch:
         return self._targets if labels is self.labels and version == _version(labels) else None
 
     def at_targets(self, values: Tensor) -> Tensor:
-        """Of values ``[B, N]``, those where a target is, ``[T]``."""
+        """Select the entries of ``values`` ``[B, N]`` at target positions, ``[T]``."""
         return values.flatten().index_select(0, self.targets)
 
     def target_parts(self) -> Tensor:
@@ -223,7 +223,7 @@ class Batch:
         """The same batch on another device; Lightning calls it.
 
         Args:
-            device: Where to.
+            device: Target device.
             non_blocking: As in torch; by default, copies of page-locked memory do not wait for the device.
         """
 
@@ -242,7 +242,7 @@ class Batch:
         return ((self.position_ids == 0).flatten().cumsum(0) - 1).view_as(self.position_ids)
 
     def document(self, number: int) -> Batch:
-        """One of its documents as a batch of its own."""
+        """One document of the batch, as a separate batch ``[1, N]``."""
         here = self.documents() == number
         tensors = {name: getattr(self, name)[here][None] for name in self.tensors}
         of_documents = ("provenance", "parts", "lengths", "answers_before", "spans")

@@ -1,4 +1,4 @@
-"""How well answers agree with those of a data set."""
+"""Agreement of answers with the references of a data set."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scores(
     rouge: bool = False,
     bleu: bool = False,
 ) -> dict[str, float]:
-    r"""Figures between 0 and 1, each the higher the better.
+    r"""Scores between 0 and 1; higher is better.
 
     ====================  ==============================================================================================
     ``exact_match``       the share of answers that are the reference, but for space around them
@@ -31,8 +31,8 @@ def scores(
     ====================  ==============================================================================================
 
     Args:
-        answers: Of the model.
-        references: Of the data set.
+        answers: Answers of the model.
+        references: Reference answers of the data set.
         extract: A regular expression with one group, as ``####\s*(\S+)``, for ``extracted_match``.
         rouge: Whether to compute ROUGE.
         bleu: Whether to compute BLEU.

@@ -1,4 +1,4 @@
-"""How far the distributions of a model's tokens have moved from what they were."""
+"""Divergence of a model's token distributions from a reference."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _CHUNK = 256  # targets whose logits are in memory at a time
 
 
 def likeliest(scorer: Any, batch: Batch, most: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens at each target, and their log-probabilities: ``[T, K]`` each, int32 and float32.
+    """The most likely tokens at each target, and their log-probabilities: ``[T, K]`` each, int32 and float32.
 
     Args:
         scorer: A :class:`~lightning_sft.model.likelihood.LikelihoodModel`; strategies that shard it may.
-        batch: With T targets.
+        batch: Micro-batch with T targets.
         most: K, or the size of the vocabulary if that is less.
     """
 
@@ -35,16 +35,16 @@ def likeliest(scorer: Any, batch: Batch, most: int) -> tuple[Tensor, Tensor]:
 
 
 def divergence(scorer: Any, batch: Batch, ids: Tensor, log_probs: Tensor) -> Tensor:
-    """KL(p̂ ‖ p) in nats at each target, ``[T]`` float64, of what :func:`likeliest` gave and the model of now.
+    """KL(p̂ ‖ p) in nats at each target, ``[T]`` float64, between the result of :func:`likeliest` and the current model.
 
-    All tokens but the K likeliest of p̂ count as one: ``Σ_k p̂_k · log(p̂_k / p_k) + p̂_rest · log(p̂_rest / p_rest)``. By
+    All but the K most likely tokens of p̂ count as one: ``Σ_k p̂_k · log(p̂_k / p_k) + p̂_rest · log(p̂_rest / p_rest)``. By
     the data-processing inequality it is at most the divergence over the whole vocabulary.
 
     Args:
-        scorer: As there.
-        batch: As there.
-        ids: As there.
-        log_probs: As there.
+        scorer: Model that computes the logits, as for :func:`likeliest`.
+        batch: Micro-batch with T targets, the same as for :func:`likeliest`.
+        ids: Most likely token ids, ``[T, K]``, int32.
+        log_probs: Log-probabilities of these tokens, ``[T, K]``, float32.
     """
 
     def compute(model: Any, own: Batch) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Answers of a model to prompts, greedy or drawn."""
+"""Generation of answers to prompts, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Sampling:
     """How the tokens of an answer are chosen.
 
     Args:
-        temperature: The logits are divided by it; 0 takes the likeliest token.
-        top_p: Draw among the likeliest tokens that together have at least this probability.
-        top_k: Draw among so many of the likeliest tokens; 0 for all.
+        temperature: Divisor of the logits; 0 for greedy decoding.
+        top_p: Cumulative probability of the most likely tokens to sample from.
+        top_k: Number of most likely tokens to sample from; 0 for all.
         seed: What is drawn is a function of the seed, of the number of the row, and of the number of the token: neither
             the batch that a row is in nor the number of devices has a say.
     """
@@ -57,7 +57,7 @@ def draw(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     Args:
         logits: ``[B, V]``.
         uniform: ``[B]``, float64, or float32 where the device has no other.
-        sampling: With a positive temperature.
+        sampling: Sampling settings with a positive temperature.
 
     >>> logits = torch.tensor([[0.0, 2.0, 1.0]])
     >>> [draw(logits, torch.tensor([u]).double(), Sampling(1.0)).item() for u in (0.05, 0.2, 0.99)]
@@ -107,12 +107,12 @@ def answers(
     nothing else is used; or where the model has no position left.
 
     Args:
-        model: In evaluation mode.
+        model: Model in evaluation mode.
         batch: The prompts.
         max_new_tokens: Maximum number of tokens of an answer.
-        sampling: How tokens are chosen; the likeliest by default.
+        sampling: Sampling settings; greedy by default.
         in_step: Whether all ranks have to take equally many steps, since they share the model.
-        streamer: Of transformers; gets the tokens of a single prompt as they come.
+        streamer: Transformers streamer that gets the tokens of a single prompt as they are generated.
 
     Returns:
         Rows of ``source`` (``file:line``), ``prediction`` and ``reference`` (``None`` where the data has none).
@@ -187,11 +187,11 @@ def answer_all(
 
     Args:
         module: An ``SFTModule`` with a trainer.
-        prompts: The same on all ranks; at least one.
-        tokenizer: Of the model.
+        prompts: Prompts, the same on all ranks; at least one.
+        tokenizer: Tokenizer of the model.
         batch_size: Prompts that are answered at a time.
         max_new_tokens: Maximum number of tokens of an answer; as the module says by default.
-        sampling: How tokens are chosen; as the module says by default.
+        sampling: Sampling settings; by default those of the module.
 
     Raises:
         InputError: When a prompt is beyond the model's positions.

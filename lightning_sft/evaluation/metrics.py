@@ -1,4 +1,4 @@
-"""Corpus figures of the targets: exact sums on every rank, one packed reduction, one division."""
+"""Corpus metrics of the targets: exact sums on every rank, one packed reduction, one division."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def target_positions(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class CorpusLikelihood(Metric):
-    """Figures of the targets of a whole corpus, each a sum over all batches and ranks that is divided once.
+    """Metrics of the targets of a whole corpus, each a sum over all batches and ranks that is divided once.
 
     ========================  ==========================================================================================
     ``loss``                  Σ −w·log Pr / Σ w over all targets: what training minimizes
     ``perplexity``            exp(Σ −log Pr / number of targets), whatever their weights
     ``bits_per_byte``         Σ −log₂ Pr / UTF-8 bytes of the text of the targets: comparable between tokenizers
-    ``token_accuracy``        the share of targets that are the likeliest token
+    ``token_accuracy``        the share of targets that are the most likely token
     ``entropy``               Σ entropy of the prediction / number of targets, in nats
     ``loss/NAME``             ``loss`` of a data set of a mixture
     ``loss_turn/2``           ``loss`` of the second trained answer of conversations, where some have several
@@ -88,7 +88,7 @@ class CorpusLikelihood(Metric):
     Args:
         part_names: The data sets of the corpus, where it is a mixture.
         token_bytes: UTF-8 bytes of each token of the vocabulary, ``[V]``; without them there are no bits per byte.
-        dtype: Of the sums: float64, but for devices that have none.
+        dtype: Dtype of the sums: float64, or float32 on devices without it.
 
     >>> import lightning_sft
     >>> metric = CorpusLikelihood()
@@ -148,7 +148,7 @@ class CorpusLikelihood(Metric):
         self.totals = self.totals.index_add(0, torch.cat(groups), of_targets.repeat(len(groups), 1))
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures of everything seen since the last reset."""
+        """The metrics of everything seen since the last reset."""
         _, _, _, targets, _, negative_log_likelihood, size = self.totals[0].unbind()
         values = figures(self.totals[0]) | {"perplexity": (negative_log_likelihood / targets).exp()}
         if size > 0:

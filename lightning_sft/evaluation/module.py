@@ -57,7 +57,7 @@ class EvaluatedModule(LightningModule):
 
 
 class _Evaluation:
-    """Adds up what batches say of the whole data set, of each loader; used again for the next time."""
+    """Accumulates the metrics of each loader's batches over its whole data set; reused by the next evaluation."""
 
     def __init__(self) -> None:
         self._metrics: list[CorpusLikelihood] = []  # one a loader
@@ -70,7 +70,7 @@ class _Evaluation:
 
         Args:
             module: The Lightning module.
-            num_loaders: How many loaders the trainer goes through.
+            num_loaders: Number of evaluation loaders of the trainer.
         """
         tokenizer = getattr(module.trainer.datamodule, "tokenizer", None)
         if tokenizer is not self._tokenizer:  # going through a vocabulary takes a second

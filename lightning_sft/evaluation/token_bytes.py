@@ -1,4 +1,4 @@
-"""How many bytes of text each token stands for: what makes figures comparable between tokenizers."""
+"""Number of UTF-8 bytes of each token, to compare metrics between tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def token_bytes(tokenizer: Any) -> Tensor | None:
     have ``▁`` for a space and ``<0x0A>`` for a byte. ``None`` where the vocabulary is of neither kind.
 
     Args:
-        tokenizer: Of transformers, with a backend of tokenizers.
+        tokenizer: Transformers tokenizer with a ``tokenizers`` backend.
 
     >>> from lightning_sft.demos import tiny_tokenizer
     >>> table = token_bytes(tiny_tokenizer())

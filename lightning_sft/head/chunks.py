@@ -1,8 +1,8 @@
-"""What goes through the head at a time, and the gradients that come out of it, summed over chunks in float32.
+"""The head applied to one chunk of targets at a time, with gradients summed over chunks in float32.
 
-The products of a head that is one matrix are written out, so that its dtype, its copies and its sums are known: the
-matrix is cast once, products are added up in float32 by the matmul itself where torch can, and a chunk's gradient takes
-the place of its logits. Any other head (an adapter on it, hooks, packed weights) is differentiated by autograd.
+The matmuls of a plain linear head are written out to control dtypes, copies and accumulation: the matrix is cast once,
+matmuls accumulate in float32 where torch supports it, and a chunk's gradient overwrites its logits.
+Any other head (an adapter on it, hooks, packed weights) is differentiated by autograd.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_sft.types import InputError
 
 Head = nn.Module | Tensor
 
-ON_CPU = 512  # targets whose logits are in memory at a time, where nobody says how many
+ON_CPU = 512  # default number of targets whose logits are in memory at a time
 _MOST = 8192
 _SHARE = 1 / 64  # of a device's memory, for the logits of a chunk
 _BLOCK = 2**18  # entries that a CPU converts at a time: 1 MB in float32
@@ -32,10 +32,10 @@ class LinearHead:
     """``states @ weight.T + bias``, a chunk of states at a time.
 
     Args:
-        weight: ``[V, H]``.
-        bias: ``[V]`` or ``None``.
-        states: Of all targets, ``[T, H]``.
-        trained: Those of weight and bias that need a gradient.
+        weight: Weight of the head, ``[V, H]``.
+        bias: Bias of the head, ``[V]``, or ``None``.
+        states: Hidden states of all targets, ``[T, H]``.
+        trained: Subset of weight and bias that needs a gradient.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, states: Tensor, trained: Sequence[Tensor]) -> None:
@@ -48,12 +48,12 @@ class LinearHead:
         self._weight, self._bias = self._cast(weight), None if bias is None else self._cast(bias)
 
     def forward(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
-        """Output for some states, ``[chunk, V]``, and where its gradient goes: in its place."""
+        """Logits of a chunk, ``[chunk, V]``, and the buffer for their gradient: the logits themselves."""
         raw = F.linear(self._cast(self._states[chunk]), self._weight, self._bias)
         return raw, raw if self._is_differentiated else None
 
     def backward(self, chunk: slice, gradient: Tensor) -> None:
-        """Add what the gradient of a chunk's output is to that of states and parameters."""
+        """Accumulate the gradients of states and parameters from the gradient of a chunk's logits, ``[chunk, V]``."""
         beta = 0 if chunk.start == 0 else 1  # sums begin uninitialized
         if self.of_states is not None:
             _multiply(self.of_states[chunk], gradient, self._weight, beta=0)
@@ -71,9 +71,9 @@ class AnyHead:
     """A head that autograd differentiates, a chunk of states at a time.
 
     Args:
-        head: From states ``[chunk, H]`` to ``[chunk, V]``.
-        states: Of all targets, ``[T, H]``.
-        trained: Its parameters that need a gradient.
+        head: Function from states ``[chunk, H]`` to logits ``[chunk, V]``.
+        states: Hidden states of all targets, ``[T, H]``.
+        trained: Parameters of the head that need a gradient.
     """
 
     def __init__(self, head: Callable[[Tensor], Tensor], states: Tensor, trained: Sequence[Tensor]) -> None:
@@ -83,7 +83,7 @@ class AnyHead:
         self._graph: tuple[Tensor, list[Tensor]] | None = None
 
     def forward(self, chunk: slice) -> tuple[Tensor, Tensor | None]:
-        """Output for some states, ``[chunk, V]``, and where its gradient goes: autograd may need what the head gave."""
+        """Logits of a chunk, ``[chunk, V]``, and a separate buffer for their gradient: autograd may need the logits."""
         some = self._states[chunk].detach().requires_grad_(self._states.requires_grad)
         inputs = [*([some] if some.requires_grad else []), *self._trained]
         with torch.set_grad_enabled(bool(inputs)):
@@ -94,7 +94,7 @@ class AnyHead:
         return raw.detach(), torch.empty_like(raw)
 
     def backward(self, chunk: slice, gradient: Tensor) -> None:
-        """Add what the gradient of a chunk's output is to that of states and parameters."""
+        """Accumulate the gradients of states and parameters from the gradient of a chunk's logits, ``[chunk, V]``."""
         assert self._graph is not None
         (raw, inputs), self._graph = self._graph, None
         new = list(torch.autograd.grad(raw, inputs, gradient))
@@ -120,21 +120,21 @@ def on_chunks(head: Head, states: Tensor, trained: Sequence[Tensor]) -> LinearHe
 
 
 def slices(total: int, most: int, even: bool) -> Iterator[slice]:
-    """Slices of at most ``most`` that make up ``range(total)``: as even as can be, or full ones and a remainder."""
+    """Slices of at most ``most`` that make up ``range(total)``: as even as possible, or full ones and a remainder."""
     num = -(-total // most)
     bounds = [-(-total * i // num) for i in range(num + 1)] if even and num else [*range(0, total, most), total]
     yield from map(slice, bounds, bounds[1:])
 
 
 def scaled(gradient: Tensor | None, dtype: torch.dtype, factor: Tensor) -> Tensor | None:
-    """A gradient times a factor, and only then rounded; in place where nobody will ask for it again."""
+    """A gradient times a factor, and only then rounded; in place unless the graph is retained."""
     if gradient is None:
         return None
     return (gradient * factor if _keeps_graph() else gradient.mul_(factor)).to(dtype)
 
 
 def check_chunk_size(chunk_size: int | None) -> None:
-    """Refuse a number of targets that is none.
+    """Refuse an invalid chunk size.
 
     Raises:
         InputError: When it is neither ``None`` nor a positive integer.
@@ -146,7 +146,7 @@ def check_chunk_size(chunk_size: int | None) -> None:
 
 
 def automatic_chunk_size(head: Head, states: Tensor) -> int:
-    """How many targets have their logits in memory at a time where nobody says, see :func:`fitting_chunk_size`."""
+    """Default number of targets whose logits are in memory at a time, see :func:`fitting_chunk_size`."""
     if states.device.type == "cpu":
         return ON_CPU
     vocabulary = head.shape[0] if isinstance(head, Tensor) else getattr(head, "out_features", states.shape[-1])
@@ -157,7 +157,7 @@ def automatic_chunk_size(head: Head, states: Tensor) -> int:
 def fitting_chunk_size(memory: float, vocabulary: int, itemsize: int) -> int:
     """A power of two of targets, from 512 to 8,192, whose logits take at most 1/64 of a device's memory if they can.
 
-    What is free of it at the moment has no say: sums are rounded by chunks, and a resumed run is to round alike.
+    Free memory is ignored: rounding depends on the chunks, and a resumed run has to round identically.
 
     >>> fitting_chunk_size(80 * 2**30, vocabulary=152_000, itemsize=2)
     4096
@@ -168,7 +168,7 @@ def fitting_chunk_size(memory: float, vocabulary: int, itemsize: int) -> int:
 
 @cache
 def _total_memory(device: torch.device) -> float:
-    """Bytes that a device has in all; 0 where torch cannot tell."""
+    """Total memory of a device in bytes; 0 if torch does not report it."""
     try:
         return float(torch.get_device_module(device).get_device_properties(device).total_memory)
     except (AttributeError, AssertionError, RuntimeError):  # Apple's; a device that is not here
@@ -192,7 +192,7 @@ def _is_plain(head: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """What autocast, if it is on, would make of a matmul with it."""
+    """Dtype that autocast would cast a matmul with this tensor to; ``None`` if it is off."""
     kind = tensor.device.type
     if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return None
@@ -204,13 +204,13 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 
 
 def _sum_for(tensor: Tensor, num: int) -> Tensor:
-    """Where its gradient is summed up; uninitialized, unless there is nothing to come."""
+    """Buffer for the gradient of a tensor; uninitialized if ``num`` > 0, else zeros."""
     make = torch.empty_like if num else torch.zeros_like
     return make(tensor, dtype=_at_least_float32(tensor.dtype), requires_grad=False)
 
 
 def _multiply(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """``total = beta · total + a @ b``, where ``total`` may be float32 and the others 16 bits wide."""
+    """``total = beta · total + a @ b``, where ``total`` may be float32 and the others half precision."""
     if a.dtype == total.dtype:
         torch.addmm(total, a, b, beta=beta, out=total)
     elif a.is_cuda and _multiplies_into_float32(a.device, a.dtype):
@@ -224,7 +224,7 @@ def _multiply(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
 
 @cache
 def _multiplies_into_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch adds a product of 16 bits to a float32 matrix there, by trying it: CUDA's, of recent releases."""
+    """Whether a half-precision matmul can accumulate into a float32 matrix, by trying it: recent torch on CUDA."""
     a, total = torch.ones(16, 16, device=device, dtype=dtype), torch.ones(16, 16, device=device)
     dtype_out: Any = getattr(torch.ops.aten.addmm, "dtype_out", None)
     try:

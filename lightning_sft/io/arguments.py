@@ -1,6 +1,6 @@
 """Arguments checked against their annotations, in a call from Python as on the command line.
 
-jsonargparse checks the choices and types of what a command line or a YAML file gives; nobody checks a call. Here one
+jsonargparse checks the choices and types of a command line or a YAML file, but not of a call from Python. Here one
 function does, for every public constructor: choices are those of ``Literal``, ranges those of
 ``Annotated[int, Range(ge=1)]``.
 """
@@ -22,13 +22,13 @@ from lightning_sft.types import InputError
 
 
 class Range:
-    """The numbers that an argument may be, written into its annotation; NaN is in none.
+    """The range of an argument, for its annotation; NaN is in no bounded range.
 
     Args:
-        ge: The smallest.
-        gt: Or what they are greater than.
-        le: The largest.
-        lt: Or what they are less than.
+        ge: Inclusive lower bound.
+        gt: Exclusive lower bound.
+        le: Inclusive upper bound.
+        lt: Exclusive upper bound.
 
     >>> Range(ge=0, lt=1), 0.5 in Range(ge=0, lt=1), 1.0 in Range(ge=0, lt=1)
     (>= 0 and < 1, True, False)
@@ -47,7 +47,7 @@ class Range:
             and (self.lt is None or value < self.lt)
         )
 
-    def __repr__(self) -> str:  # what --help shows
+    def __repr__(self) -> str:  # shown by --help
         bounds = {">=": self.ge, ">": self.gt, "<=": self.le, "<": self.lt}
         return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None)
 
@@ -103,12 +103,12 @@ def check_arguments(of: Callable[..., Any], given: Mapping[str, Any], prefix: st
     """Refuse arguments that their annotations do not allow.
 
     Args:
-        of: A class, whose constructor is called, or a function.
-        given: Its arguments by name: ``locals()``, or ``vars(self)`` of a dataclass. What else is in it is passed over.
-        prefix: How the section of a config is called that they are in, as ``model``; the name of the class by default.
+        of: Class whose constructor is called, or function.
+        given: Arguments by name: ``locals()``, or ``vars(self)`` of a dataclass. Other names are skipped.
+        prefix: Config section of the arguments, as ``model``; by default the name of the class.
 
     Raises:
-        InputError: When one is none of the choices, out of its range, or of another type.
+        InputError: If a value is not one of the choices, out of range, or of another type.
 
     >>> check_arguments(Range, {"ge": "one"})
     Traceback (most recent call last):
@@ -127,8 +127,8 @@ def made(of: Callable[..., _T], given: Any) -> Any:
     """An object from the mapping of its arguments, as YAML and checkpoints have it; anything else as it is.
 
     Args:
-        of: The class of the object.
-        given: The mapping, the object, or ``None``.
+        of: Class of the object.
+        given: Mapping of arguments, object, or ``None``.
 
     Raises:
         InputError: When it has no such argument.
@@ -166,7 +166,7 @@ def _hints(of: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is what an annotation says; what is not known here is taken to fit."""
+    """Whether a value matches an annotation; unknown annotations match any value."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _fits(value, inner[0]) and all(value in one for one in inner[1:] if isinstance(one, Range))

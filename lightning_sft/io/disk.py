@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a hidden name, brought to the disk, and renamed."""
+"""Atomic file writes: write under a hidden name, sync to disk, rename."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from lightning_sft.types import InputError
 
 PARTIAL = ".partial"
-"""How the name of a file ends that is not complete yet."""
+"""Suffix of the names of incomplete files."""
 
 _ON_WINDOWS = os.name == "nt"
 
 
 def sync(paths: Iterable[Path]) -> None:
-    """Wait until files, and the entries of folders, are on the disk: what is renamed after that is whole there.
+    """Wait until files, and the entries of folders, are on the disk, so that a rename after that is atomic.
 
     Windows opens no folders, and syncs no file that is open for reading alone.
     """
@@ -39,9 +39,9 @@ def hidden(path: str | Path) -> Path:
 
 
 def publish(path: str | Path) -> None:
-    """Move what was written to :func:`hidden` to its own name in one go, when all of it is on the disk.
+    """Rename the file or folder at :func:`hidden` to its final name, after it has been synced to disk.
 
-    A process that is killed, or a disk that is full, leaves nothing under ``path``, or what was there before.
+    A process that is killed, or a disk that is full, leaves ``path`` missing or as it was before.
 
     Args:
         path: A file or a folder.
@@ -64,11 +64,11 @@ def remove(path: Path) -> None:
 
 
 def write(path: str | Path, text: str) -> None:
-    """Write a text file whole, or leave what was there before.
+    """Write a text file atomically.
 
     Args:
-        path: The file; its folder is made if need be.
-        text: All of it.
+        path: Path of the file; its folder is created if missing.
+        text: Content of the file.
 
     Raises:
         InputError: When it cannot be written, as on a full disk.

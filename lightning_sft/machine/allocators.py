@@ -19,7 +19,7 @@ _NAMES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # since torch 2.9, a
 
 
 def is_set() -> bool:
-    """Whether the environment says something of the allocator."""
+    """Whether the environment configures the allocator."""
     return any(name.startswith(_SETS) for name in os.environ)
 
 
@@ -45,7 +45,7 @@ def expand_segments(environment: MutableMapping[str, str]) -> bool:
     first allocates on a GPU, and processes that are started inherit it.
 
     Args:
-        environment: That of this process, before CUDA is used.
+        environment: Environment of this process, before CUDA is used.
 
     Returns:
         Whether it was asked for: on Linux with a build of torch for CUDA only.

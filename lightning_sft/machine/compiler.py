@@ -9,13 +9,13 @@ from importlib.util import find_spec
 KEEP_LESS = {"ban_recompute_materialized_backward": False}
 """Settings of ``torch._functorch.config`` under which compiled layers keep less for their backward pass.
 
-What is cheap is computed again there also if a matmul reads it: a norm's output, and the product inside an MLP. By
+Cheap operations are recomputed there even if a matmul reads their output: a norm, and the product inside an MLP. By
 count, that saves a fifth of the memory of a step of Qwen2.5-0.5B and takes three hundredths more of its time.
 """
 
 
 def compiler_missing(on_gpu: bool) -> str | None:
-    """What ``torch.compile`` lacks on this machine, or ``None``."""
+    """The requirement of ``torch.compile`` that this machine lacks, or ``None``."""
     if on_gpu and find_spec("triton") is None:
         return "it needs triton: pip install triton"
     name = os.environ.get("CXX") or "g++"

@@ -1,4 +1,4 @@
-"""Modes of torch that are left as they were: of a module, and of what is made."""
+"""Context managers that set modes of torch and of modules, and restore them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def computed_in(tensor: Tensor) -> torch.dtype:
-    """Dtype that a matmul or attention of a tensor is computed in: that of autocast where it is on."""
+    """Dtype that a matmul or attention of a tensor is computed in: the dtype of autocast if it is on."""
     return autocast_dtype(tensor.device) or tensor.dtype
 
 
@@ -57,11 +57,11 @@ def evaluating(module: Any) -> Iterator[None]:
 def in_default_dtype(model: Any) -> Iterator[None]:
     """A model of transformers computes in torch's default dtype, whatever its parameters are held in.
 
-    Those held in fewer bits, as a bfloat16 base under float32 adapters, are cast while their layer runs, so that one
-    layer at a time is there in both. Not for a forward pass that a backward pass follows.
+    Those held in fewer bits, as a bfloat16 base under float32 adapters, are cast while their layer runs, so that only
+    one layer at a time exists in both dtypes. Not for a forward pass that a backward pass follows.
 
     Args:
-        model: With or without such parameters.
+        model: Transformers model, with or without such parameters.
     """
     affected, stored = narrow(model), dict[nn.Parameter, Tensor]()
 
@@ -90,7 +90,7 @@ def in_default_dtype(model: Any) -> Iterator[None]:
 def blocks(model: Any) -> list[nn.Module]:
     """The decoder layers of a transformers model, of which it says that they must not be split; it may not say so.
 
-    FSDP2 gives what it has sharded a class derived from its own.
+    FSDP2 replaces the class of a sharded module by a subclass.
     """
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]

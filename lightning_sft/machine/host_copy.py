@@ -1,4 +1,4 @@
-"""Copies between the host and a device that do not wait for what the device has been given to do besides."""
+"""Asynchronous copies between host and device that do not wait for unrelated work on the device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 class HostCopy:
     """Copies a small tensor to the host as soon as the device has computed it.
 
-    The copy is queued at once, behind what the tensor depends on. :meth:`wait` returns when it has arrived, while the
-    device works through what was queued later: of a training step, its backward pass. A plain ``tensor.cpu()`` at that
+    The copy is queued at once, right after the operations that the tensor depends on. :meth:`wait` returns when it has
+    arrived, while the device executes work queued later, such as the backward pass. A plain ``tensor.cpu()`` at that
     point would wait for all of it, and leave the device idle until the next kernels are launched.
 
     Args:
-        tensor: On any device.
+        tensor: Tensor on any device.
 
     >>> HostCopy(torch.tensor([1.0, 2.0])).wait().tolist()
     [1.0, 2.0]

@@ -1,4 +1,4 @@
-"""Peak rates of GPUs in matrix multiplication: what MFU is a fraction of.
+"""Peak matmul rates of GPUs, the denominator of MFU.
 
 Dense rates, as vendors' data sheets give them; where a sheet has rates with 2:4 sparsity alone, half of these. Rates of
 GeForce and RTX cards are those with accumulation in float32, as torch has it. Lightning's own table mixes rates with
@@ -14,7 +14,7 @@ import torch
 
 _TERA = 1e12
 
-# what a device's name has in it: TFLOP/s in 16 bits on tensor cores, in TF32, and in float32 outside of them
+# pattern of the device's name: TFLOP/s in half precision and in TF32 on tensor cores, and in float32 without them
 _RATES: tuple[tuple[str, float, float, float], ...] = (
     # https://resources.nvidia.com/en-us-blackwell-architecture/datasheet: HGX B200, GB200
     (r"GB200", 2500.0, 1250.0, 80.0),
@@ -61,7 +61,7 @@ def peak_rate(trainer: Any) -> float | None:
     """FLOP/s of a trainer's device in the dtype that its model's matmuls are in, or ``None`` where it is not known.
 
     Args:
-        trainer: That of Lightning.
+        trainer: Lightning trainer.
     """
     device, dtype = trainer.strategy.root_device, matmul_dtype(trainer)
     if device.type != "cuda" or dtype is None:
@@ -70,10 +70,10 @@ def peak_rate(trainer: Any) -> float | None:
 
 
 def matmul_dtype(trainer: Any) -> torch.dtype | None:
-    """Dtype of the inputs of matmuls: that of autocast in mixed precision, else that of the parameters in use.
+    """Dtype of the inputs of matmuls: the dtype of autocast in mixed precision, else that of the parameters.
 
     Args:
-        trainer: That of Lightning.
+        trainer: Lightning trainer.
 
     Returns:
         ``None`` for precisions that are none of torch's dtypes, as ``transformer-engine``.
@@ -94,9 +94,9 @@ def rate_of(name: str, dtype: torch.dtype, tf32: bool = False) -> float | None:
     """FLOP/s of a GPU, dense, or ``None`` where it is not known.
 
     Args:
-        name: As ``torch.cuda.get_device_name`` has it.
-        dtype: Of the inputs of matmuls.
-        tf32: Whether those in float32 are rounded to TF32.
+        name: Device name from ``torch.cuda.get_device_name``.
+        dtype: Dtype of the inputs of matmuls.
+        tf32: Whether float32 inputs are rounded to TF32.
 
     >>> rate_of("NVIDIA H100 80GB HBM3", torch.bfloat16)
     989400000000000.0

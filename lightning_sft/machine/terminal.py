@@ -1,4 +1,4 @@
-"""What is safe to print: no character of data, file names or models moves a terminal's cursor or runs its commands."""
+"""Safe printing: no character of data, file names or models can move the terminal's cursor or run its commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PLAIN = re.compile(r"[^\x20-\x7e\n\t]")
 
 
 def printable(text: str) -> str:
-    r"""The text without what would move the cursor or turn the direction of writing; lines and tabs stay.
+    r"""The text with control and bidirectional characters escaped; newlines and tabs stay.
 
     >>> printable("a\n\tb\x1b[2J\u202e")
     'a\n\tb<U+001B>[2J<U+202E>'
@@ -30,7 +30,7 @@ def _shown(character: str) -> str:
 
 
 class Console(rich.Console):
-    r"""A console of rich that prints only what is :func:`printable`, and takes no markup out of what it is given.
+    r"""A rich console that prints only :func:`printable` text, and does not interpret markup.
 
     >>> Console(highlight=False).print("a.jsonl:1 \x1b[2J [/red]")
     a.jsonl:1 <U+001B>[2J [/red]
@@ -40,7 +40,7 @@ class Console(rich.Console):
         super().__init__(markup=markup, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """The same, before lines are broken: what is written out takes room."""
+        """Render a string, escaped before lines are wrapped: escapes take up space."""
         return super().render_str(printable(text), **settings)
 
     def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:

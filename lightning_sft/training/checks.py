@@ -1,4 +1,4 @@
-"""Checks that stop a run rather than let a wrong figure pass."""
+"""Checks that stop a run before it computes wrong results."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import torch
 from lightning_sft.training.trainer import gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
-_NAMED = 10  # samples in the message
+_NAMED = 10  # maximum number of samples in the message
 _TRIED = 200  # suspects of each rank that are computed alone: all of a large step would take minutes
 
 
 def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: Any) -> FloatingPointError:
-    """The error for a loss that is NaN or infinite, with the samples of all ranks that it comes from.
+    """The error for a non-finite loss, naming the samples of all ranks that cause it. Every rank must call this.
 
-    Documents packed together can share a NaN (0 · NaN is NaN in attention), so each suspect is computed alone once
-    more. Under strategies that shard the model every rank has to take part in each of these forward passes: a rank
-    without a suspect left computes a document of two tokens.
+    Documents packed together can share a NaN (0 · NaN is NaN in attention), so each suspect is computed again by
+    itself. Under strategies that shard the model every rank has to take part in each of these forward passes: a rank
+    with no suspects left computes a dummy document of two tokens.
 
     Args:
-        seen: The micro-batches of this rank among which the cause is looked for.
-        module: The Lightning module, which computes likelihoods. Every rank calls this.
+        seen: Micro-batches of this rank to search, each with its log-likelihood.
+        module: Lightning module that computes the log-likelihoods.
     """
     suspects = [
         (batch.provenance[number] if batch.provenance else f"document {number} of its micro-batch", batch, number)
@@ -52,7 +52,7 @@ def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: Any) -> Floa
 
 
 def check_trainer(trainer: Any, stage: str) -> None:
-    """Refuse what would make the gradient of a step wrong, or would wait for ever.
+    """Refuse settings that would make the gradient of a step wrong, or would deadlock.
 
     Args:
         trainer: The Lightning trainer.
@@ -86,14 +86,14 @@ def check_trainer(trainer: Any, stage: str) -> None:
 
 
 def check_module(callback: Any, module: Any) -> None:
-    """Refuse a Lightning module without what a callback looks into: the model of an ``SFTModule``.
+    """Refuse a Lightning module that lacks the parts of ``SFTModule`` that a callback needs.
 
     Args:
         callback: A callback of this library.
-        module: The Lightning module, which may be a user's own.
+        module: Lightning module, possibly user-defined.
 
     Raises:
-        InputError: When it has none.
+        InputError: If it is not like an ``SFTModule``.
     """
     if not hasattr(module, "scorer"):
         raise InputError(
@@ -103,11 +103,11 @@ def check_module(callback: Any, module: Any) -> None:
 
 
 def check_data(callback: Any, data: Any) -> None:
-    """Refuse a data module without what a callback asks of an ``SFTDataModule``.
+    """Refuse a data module that lacks the parts of ``SFTDataModule`` that a callback needs.
 
     Args:
         callback: A callback of this library.
-        data: The data module, which may be a user's own, or ``None``.
+        data: Data module, possibly user-defined, or ``None``.
 
     Raises:
         InputError: When it has no prompts.
@@ -159,11 +159,11 @@ def check_lengths(module: Any, name: str, longest: int) -> None:
 
 
 def check_prompts(prompts: Sequence[Prompt], positions: int | None) -> None:
-    """Refuse prompts after which a model with a table of positions has none left for an answer.
+    """Refuse prompts that fill the position table of a model and leave no room for an answer.
 
     Args:
-        prompts: To be answered.
-        positions: Size of the table; ``None`` where there is none.
+        prompts: Prompts to generate answers for.
+        positions: Size of the position table; ``None`` if the model has none.
 
     Raises:
         InputError: When there are such prompts; the first is named.
@@ -178,23 +178,23 @@ def check_prompts(prompts: Sequence[Prompt], positions: int | None) -> None:
 
 
 def check_precision(asked: Any, trainer: Any) -> None:
-    """Refuse another precision than was asked for, which Lightning would take on a CPU with no more than a warning.
+    """Refuse a precision other than the requested one; Lightning falls back on a CPU with only a warning.
 
     Args:
-        asked: As the user wrote it.
-        trainer: Made with it.
+        asked: Precision as the user wrote it.
+        trainer: Lightning trainer created with it.
 
     Raises:
-        InputError: When float16 was asked for, and cannot be had.
+        InputError: If float16 was requested but is not available.
     """
     if str(asked) in ("16", "16-mixed") and trainer.precision != "16-mixed":
         raise InputError(
-            f"trainer.precision={asked} is not to be had: a CPU does not train in float16. Use 32-true, or bf16-mixed."
+            f"trainer.precision={asked} is not available: a CPU does not train in float16. Use 32-true, or bf16-mixed."
         )
 
 
 def check_epoch(trainer: Any) -> None:
-    """Refuse epochs that cannot be divided as they would have to be.
+    """Refuse epochs that cannot be divided into whole optimizer steps or over all ranks.
 
     Raises:
         InputError: When an epoch ends inside an optimizer step of DeepSpeed, which would carry it on into the next; or
@@ -253,11 +253,11 @@ def tries_sizes(trainer: Any, streaming: bool) -> bool:
     """Whether ``Tuner.scale_batch_size`` is about to try values of ``tokens_per_batch`` in this fit.
 
     Args:
-        trainer: That of Lightning, or ``None``.
+        trainer: Lightning trainer, or ``None``.
         streaming: Whether the data are a stream.
 
     Raises:
-        InputError: When they are: what is too long for a size that is tried would be lost.
+        InputError: If they are: sequences too long for a size that is tried would be lost.
     """
     callbacks = getattr(trainer, "callbacks", ())
     tries = any(getattr(callback, "_batch_arg_name", None) == _BATCH_SIZE for callback in callbacks)
@@ -270,10 +270,10 @@ def tries_sizes(trainer: Any, streaming: bool) -> bool:
 
 
 def check_tuner(callbacks: Any) -> None:
-    """Refuse what changes, once a fit has begun, the steps or the learning rate that its schedule was made for.
+    """Refuse callbacks that change the steps or the learning rate of a schedule after the fit has begun.
 
     Args:
-        callbacks: Of the trainer. Those of a ``Tuner`` are its own, and end the fit that they try things in.
+        callbacks: Callbacks of the trainer. A ``Tuner`` adds its own, which end their trial fit; those are allowed.
 
     Raises:
         InputError: With Lightning's finders as callbacks, and with ``StochasticWeightAveraging``, which copies the

@@ -33,12 +33,12 @@ _NUM_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", 
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations of a training step: what a token, a target, and a pair of tokens that attend cost.
+    """Operations of a training step, per token, per target, and per pair of attending tokens.
 
     Args:
-        per_token: Of all matrices of the layers.
-        per_target: Of the head, which is applied to positions with a target only.
-        per_pair: Of attention, summed over the layers of each reach.
+        per_token: Operations per token in all matrices of the layers.
+        per_target: Operations per target in the head, which is applied only to positions with a target.
+        per_pair: Operations per pair of tokens in attention, summed over the layers of each reach.
 
     >>> Flops(6.0, 2.0, {("full", 0): 12.0, ("sliding", 2): 1.0}).of_pairs([3])  # 6 pairs, of which 5 are in the window
     77.0
@@ -59,15 +59,15 @@ def flops(model: Any) -> Flops | None:
 
     A matrix of n parameters takes 2n operations a token in the forward pass, 2n for the gradient of its input, and,
     where it is trained, 2n for its own. A pair of tokens takes 6 · (width of all queries + width of all values) in each
-    layer with attention: scores and weighted sums, forward and twice backward. Of experts, those that a token is routed
-    to count. What is left out, besides norms and activation functions, are the recurrences of state-space and
-    linear-attention layers. What gradient checkpointing computes again does not count: this is for MFU, not HFU.
+    layer with attention: scores and weighted sums, forward and twice backward. Only the experts that a
+    token is routed to count. Norms, activation functions, and the recurrences of state-space and linear-attention
+    layers are not counted, nor is recomputation by gradient checkpointing: this is for MFU, not HFU.
 
     Args:
-        model: Of transformers. Parameters may be sharded or quantized.
+        model: Transformers model; parameters may be sharded or quantized.
 
     Returns:
-        ``None`` where the configuration does not say what attends to what, or how many experts are active.
+        The operations, or ``None`` if the configuration does not define the attention pattern or the active experts.
     """
     config = model.config.get_text_config()
     per_pair = None if config.model_type in _LIKE_NO_OTHER else _attention(model, config)
@@ -153,7 +153,7 @@ def _first(config: Any, names: Iterable[str]) -> int | None:
 def _value(config: Any, name: str) -> Any:
     try:
         return getattr(config, name, None)
-    except RuntimeError:  # transformers' word for what differs between layers
+    except RuntimeError:  # raised by transformers for values that differ between layers
         return None
 
 
@@ -173,6 +173,6 @@ def _cost(parameter: nn.Parameter) -> int:
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:
-    """That of the whole matrix, where ZeRO-3 has taken it apart or bitsandbytes has packed it."""
+    """Shape of the whole matrix, also if ZeRO-3 has sharded it or bitsandbytes has packed it."""
     packed = getattr(parameter, "quant_state", None)
     return tuple(getattr(parameter if packed is None else packed, "ds_shape", (packed or parameter).shape))

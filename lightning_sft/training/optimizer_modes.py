@@ -1,7 +1,7 @@
 """Optimizers with two modes, as schedule-free ones: gradients are taken at other weights than those to evaluate.
 
 Such an optimizer has the methods ``train`` and ``eval``, which move the parameters in place. Moving there and back
-rounds, so what is trained is kept aside meanwhile and put back: a run does not depend on how often it is evaluated or
+rounds, so the trained values are saved meanwhile and restored: a run does not depend on how often it is evaluated or
 saved. A checkpoint has the weights to evaluate, as ``validate``, ``chat`` and ``export`` read them, and beside them
 those to train.
 """
@@ -19,27 +19,27 @@ from lightning_sft.training.optimizers import parts_of
 from lightning_sft.types import InputError
 
 TRAINED_KEY = "lightning_sft_trained_weights"
-"""Under which key a checkpoint has the weights to train, where those to evaluate are others."""
+"""Checkpoint key of the training weights, where they differ from the evaluation weights."""
 
 
 class Modes:
-    """The mode of a module's optimizers, of which some may have none.
+    """The mode of a module's optimizers; optimizers without modes are left alone.
 
     Args:
-        module: A Lightning module in a fit.
+        module: Lightning module in a fit.
     """
 
     def __init__(self, module: Any) -> None:
         self._module = module
-        self._kept: dict[str, Tensor] | None = None  # what is trained, while the parameters are those to evaluate
+        self._kept: dict[str, Tensor] | None = None  # weights in training, while the parameters are those to evaluate
         self._restored: Mapping[str, Tensor] | None = None  # the same of a checkpoint, by name
 
     def load(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the weights to train of a checkpoint, if it has others than those to evaluate."""
+        """Take a checkpoint's weights in training, if they differ from those to evaluate."""
         self._restored = checkpoint.get(TRAINED_KEY)
 
     def begin(self) -> None:
-        """Train, from the weights of the checkpoint if it has such."""
+        """Switch to training, from the checkpoint's weights in training if it has them."""
         self._kept = None if self._restored is None else dict(self._restored)
         self._restored = None
         self._train()
@@ -68,7 +68,7 @@ class Modes:
                 self.train()
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Keep both in a checkpoint: as its weights those to evaluate, and those to train where a run may go on."""
+        """Save both in a checkpoint: the evaluation weights as its weights, the training weights for resuming."""
         if not self._optimizers:
             return
         with self.evaluated():

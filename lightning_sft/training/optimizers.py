@@ -15,15 +15,15 @@ from lightning_sft.io.arguments import check_arguments
 from lightning_sft.types import InputError
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
-"""Makes an optimizer from parameter groups. It is what Lightning's command line calls so."""
+"""Function that makes an optimizer from parameter groups, named as in Lightning's CLI."""
 
 
 @dataclass(frozen=True)
 class OptimizerPart:
-    """One optimizer of several, and what it updates.
+    """One of several optimizers, with the parameters that it updates.
 
     Args:
-        optimizer: Makes the optimizer from parameter groups.
+        optimizer: Function that makes the optimizer from parameter groups.
         parameters: Patterns of parameters' names, as ``*_proj.weight``. A parameter belongs to the first part that
             matches it.
     """
@@ -36,10 +36,10 @@ class OptimizerPart:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter], lr: float | None = None) -> list[dict[str, Any]]:
-    """The trained ones: matrices as they are, norms and biases without weight decay; never a group of two meshes.
+    """Groups of the trained parameters: norms and biases have no weight decay; a group never spans two device meshes.
 
     Args:
-        parameters: Of the module.
+        parameters: Parameters of the module.
         lr: Learning rate of all groups; by default the optimizer's own.
 
     Returns:
@@ -70,8 +70,8 @@ def make_optimizer(
     """The optimizer of all trained parameters.
 
     Args:
-        make: Makes it from parameter groups; or its parts.
-        named_parameters: Of the model, trained or not.
+        make: Function that makes the optimizer from parameter groups; or the parts of a chained one.
+        named_parameters: Parameters of the model by name, trained or not.
         lr: Learning rate of all groups; by default the optimizer's own.
 
     Raises:
@@ -182,12 +182,12 @@ def clip_gradients(
     torch computes the norm of tensors of one mesh; the whole norm is the root of the sum of their squares.
 
     Args:
-        parameters: Whose gradients.
-        most: The largest joint L2 norm, or, with the algorithm ``value``, the largest entry; ``None`` clips nothing.
-        algorithm: ``norm`` (so is ``None``) or ``value``.
+        parameters: Parameters whose gradients are clipped.
+        most: Maximum joint L2 norm, or maximum absolute entry with the algorithm ``value``; ``None`` for no clipping.
+        algorithm: ``norm`` (same as ``None``) or ``value``.
 
     Returns:
-        The joint L2 norm before; ``None`` where there is no gradient.
+        The joint L2 norm before clipping, a scalar; ``None`` if there is no gradient.
     """
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     groups = list(by_mesh(with_gradient).values())
@@ -262,5 +262,5 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _num_dimensions(parameter: Any) -> int:
-    """Those of the whole parameter: under ZeRO-3 a rank holds a flat piece, and the shape is kept apart."""
+    """Dimensions of the whole parameter: under ZeRO-3 a rank holds a flat shard, and the shape is stored separately."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

@@ -14,8 +14,8 @@ def learning_rate_factor(step: int, total: int, schedule: Schedule = "cosine", w
     ``wsd`` (warm-up, stable, decay) stays at 1 and falls linearly over the last fifth of the steps.
 
     Args:
-        step: The optimizer step about to be taken, from 0.
-        total: How many optimizer steps there are.
+        step: Index of the optimizer step about to be taken, from 0.
+        total: Total number of optimizer steps.
         schedule: The shape after the warm-up.
         warmup: Steps of warm-up as a share of ``total``.
 

@@ -1,4 +1,4 @@
-"""What is logged of an optimizer step beside its loss: how much was computed, how fast, and what has been seen."""
+"""Metrics of an optimizer step beside its loss: throughput, MFU, and the tokens seen so far."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_sft.training.flops import Flops, flops
 from lightning_sft.types import Batch
 
 SEEN_KEY = "lightning_sft_seen"
-"""Under which key a checkpoint has the numbers of tokens and targets that the run has seen."""
+"""Checkpoint key of the numbers of tokens and targets that the run has seen."""
 
 NUM_COUNTS = 4
-"""How many numbers :meth:`StepMetrics.counts` gives."""
+"""Length of the tensor that :meth:`StepMetrics.counts` returns."""
 
-_STEPS = 10  # that speeds are a mean of
+_STEPS = 10  # window of the mean that rates are computed over
 _OLD_KEYS = {"fill": "packing_efficiency", "share_of_peak": "mfu"}  # are logged too, for one release
 
 
@@ -29,8 +29,8 @@ class StepMetrics:
     """Counts what optimizer steps compute, and measures their time.
 
     Nothing here waits for the device: counts are known from the shapes of batches, and are summed over ranks in the one
-    reduction that a step has anyway; what :meth:`close` is given of it is on the host. Times are those between the ends
-    of steps, reading data included; validations, and what follows them until the next micro-batch, are not.
+    reduction that a step has anyway; :meth:`close` takes its result on the host. Times are measured between the ends of
+    steps and include data loading, but not validation and anything after it until the next micro-batch.
     """
 
     def __init__(self) -> None:
@@ -48,8 +48,8 @@ class StepMetrics:
         """Begin to measure; called before the first step.
 
         Args:
-            trainer: That of Lightning.
-            model: Of transformers.
+            trainer: Lightning trainer.
+            model: Transformers model.
         """
         self._before, self.restored = self.restored or (0.0, 0.0), None
         self._done = _nothing()
@@ -61,11 +61,11 @@ class StepMetrics:
         self._marks.append((time.perf_counter(), self._done))
 
     def pause(self) -> None:
-        """Stop the time until :meth:`go_on`, unless it is stopped already."""
+        """Pause the timer until :meth:`go_on`, unless it is already paused."""
         self._pause = self._pause or time.perf_counter()
 
     def go_on(self) -> None:
-        """Go on measuring, where the time was stopped."""
+        """Resume the timer after :meth:`pause`."""
         if self._pause is not None:
             self._paused, self._pause = self._paused + time.perf_counter() - self._pause, None
 
@@ -73,7 +73,7 @@ class StepMetrics:
         """``[tokens, operations of attention, micro-batches that are not empty, positions]`` of a rank's step.
 
         Args:
-            window: Its micro-batches.
+            window: Micro-batches of the step on this rank.
         """
         tokens = filled = positions = 0
         attention = 0.0
@@ -85,12 +85,12 @@ class StepMetrics:
         return torch.tensor([tokens, attention, filled, positions], dtype=torch.float64, device="cpu")
 
     def close(self, trainer: Any, counts: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """The figures at the end of a step.
+        """The metrics at the end of a step.
 
         Args:
-            trainer: That of Lightning.
-            counts: Those of :meth:`counts`, summed over ranks, float64 on the host.
-            targets: Target tokens of all ranks, a scalar likewise.
+            trainer: Lightning trainer.
+            counts: Result of :meth:`counts` summed over ranks, ``[4]``, float64 on the host.
+            targets: Number of target tokens of all ranks, a scalar, float64 on the host.
         """
         counts, targets = counts.to(self._done), targets.to(self._done)
         tokens, attention, filled, positions = counts.unbind()
@@ -119,7 +119,7 @@ class StepMetrics:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that were allocated at a time: on a GPU by torch, else the most the process had in memory."""
+    """Peak memory in bytes: allocated by torch on a GPU, else the peak resident set size of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""What the library asks of Lightning's trainer, in one place."""
+"""Properties of Lightning's trainer that the library uses, in one place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def on_cuda(trainer: Any) -> bool:
 
 
 def division_of(trainer: Any) -> Division:
-    """How a trainer divides the work of its training; that of a single process where there is none."""
+    """How a trainer divides the work of its training; that of a single process if it is ``None``."""
     if trainer is None:
         return Division()
     of_trainer = trainer.accumulate_grad_batches, trainer.limit_train_batches, trainer.num_devices
@@ -57,10 +57,10 @@ def root_device(trainer: Any) -> torch.device:
 
 
 def divisors(trainer: Any) -> tuple[int, int]:
-    """What the gradient of a micro-batch is divided by before the optimizer gets it: accumulation, and ranks.
+    """Divisors applied to a micro-batch's gradient before the optimizer sees it: accumulation, and ranks.
 
     Lightning divides the loss by ``accumulate_grad_batches``, also in a short last window, and strategies average over
-    the data-parallel ranks. DeepSpeed, which accumulates by itself, divides by the accumulation once more.
+    the data-parallel ranks. DeepSpeed, which accumulates by itself, divides by the accumulation again.
     """
     accumulate = trainer.accumulate_grad_batches
     by_itself = trainer.strategy.handles_gradient_accumulation
@@ -68,7 +68,7 @@ def divisors(trainer: Any) -> tuple[int, int]:
 
 
 def sum_over_ranks(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over data-parallel ranks of what each has; tensor-parallel ranks have the same and are not counted twice.
+    """Sum of a tensor over data-parallel ranks; copies on tensor-parallel ranks are counted once.
 
     The reduction is over all processes, so it is divided by the copies: exact, since each adds the same to the sum.
     """
@@ -88,7 +88,7 @@ def _summed(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def position(trainer: Any) -> tuple[int, int]:
-    """The epoch, and the micro-batches of it that are done: what Lightning restores from a checkpoint.
+    """The epoch, and its micro-batches that are done, as Lightning restores them from a checkpoint.
 
     ``overfit_batches`` asks for the same micro-batches in every epoch: those of the first; so does no trainer at all.
     """
@@ -148,9 +148,9 @@ def gather(trainer: Any, value: Any) -> list[Any]:
 
 
 def first_rank_does(trainer: Any, work: Callable[[], object]) -> None:
-    """Have rank 0 do what touches the disk; every rank calls it, and gets its error.
+    """Run a disk operation on rank 0; every rank must call this, and raises its error.
 
-    For what takes moments: others wait in a collective, which long work would time out (``export.first_rank``).
+    For short operations: other ranks wait in a collective, which would time out on long work (``export.first_rank``).
 
     Raises:
         InputError: On every rank, where the work raised it.
@@ -166,7 +166,7 @@ def first_rank_does(trainer: Any, work: Callable[[], object]) -> None:
 
 
 def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
-    """Optimizer steps of the whole fit: the fewer of ``max_steps`` and what the data module has planned for its epochs.
+    """Optimizer steps of the whole fit: the minimum of ``max_steps`` and the data module's planned steps.
 
     Raises:
         InputError: When neither gives an end, and there has to be one.
@@ -187,7 +187,7 @@ def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
 
 
 def trainer_on_paper(module: Any, settings: Any) -> SimpleNamespace:
-    """What the data module asks of a trainer, without one: the devices of the settings need not be here.
+    """A stand-in with the trainer attributes that the data module needs; its devices need not be available.
 
     Args:
         module: The Lightning module that would be trained.

@@ -12,13 +12,13 @@ from lightning_sft.data.rows.sources import Source, leaves
 from lightning_sft.data.tokens.encode_rows import Rows, in_chunks
 
 Pass = Callable[[int], Iterator[Rows]]
-"""Gives the chunks of a data set once more; is told how often it has been through them in this epoch."""
+"""Function that returns the chunks of a data set for a pass, given the number of passes done in this epoch."""
 
 
 def stream(mixture: Mixture, size: int, seed: int, epoch: int) -> Iterator[tuple[int, Rows]]:
     """All rows of an epoch in chunks, each with the number of its data set.
 
-    The files of a data set come in an order of their own in each epoch; within a file rows stay as they are.
+    The files of a data set are shuffled in each epoch; within a file rows stay as they are.
 
     Args:
         mixture: The data sets.
@@ -38,11 +38,11 @@ def interleave(passes: Sequence[Pass], shares: Sequence[float | None]) -> Iterat
     """Chunks of several data sets, always of the one that is furthest behind its share of the rows so far.
 
     Without shares all have the same share, and a data set that has ended drops out: every row comes once. With shares
-    it begins anew, until each has ended at least once.
+    it starts again, until each has ended at least once.
 
     Args:
-        passes: Of each data set.
-        shares: Of each data set; all are given or none.
+        passes: Function for the passes over each data set.
+        shares: Share of each data set; given for all or none.
 
     >>> a, b = (lambda number: iter([["a"]] * 3)), (lambda number: iter([["b"]]))
     >>> "".join(rows[0] for _, rows in interleave([a, b], [None, None]))

@@ -27,11 +27,11 @@ PAD_ID = 0
 class EpochLoader:
     """The micro-batches of one rank, epoch after epoch, as the plan says.
 
-    Not a ``DataLoader`` on purpose: Lightning would give one a sampler of its own. An iteration asks for its place when
-    its first batch is wanted, so that a resumed run goes on where the killed one stopped.
+    Deliberately not a ``DataLoader``: Lightning would replace its sampler. An iteration asks for its place when
+    its first batch is wanted, so that a resumed run continues where the killed one stopped.
 
     Args:
-        examples: What the plan's indices point to.
+        examples: Examples that the plan's indices point to.
         plan: The plan of all epochs.
         rank: Data-parallel rank.
         packed: Lay examples end to end, or pad them.
@@ -98,11 +98,11 @@ def _batch(
 
 
 class PromptLoader:
-    """One rank's prompts in batches, in order. Not a ``DataLoader``: Lightning would deal a rank's share out once more.
+    """One rank's prompts in batches, in order. Not a ``DataLoader``: Lightning would shard a rank's share again.
 
     Args:
-        prompts: What this rank answers.
-        tokenizer: Of the model.
+        prompts: Prompts of this rank.
+        tokenizer: Tokenizer of the model.
         batch_size: Prompts that are answered at a time.
     """
 
@@ -122,7 +122,7 @@ class PromptBatch:
 
     Args:
         prompts: The prompts.
-        tokenizer: Pads them, and turns what is generated into text.
+        tokenizer: Tokenizer that pads prompts and decodes answers.
     """
 
     def __init__(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -145,8 +145,8 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None 
     """The id to pad with: the tokenizer's, or any that has an embedding, for it is masked wherever it stands.
 
     Args:
-        tokenizer: Its id of padding may be beyond the embeddings, where it was added and they were not resized.
-        num_embeddings: How many ids the model knows, or ``None``.
+        tokenizer: Tokenizer; an added padding token may lie beyond embeddings that were not resized.
+        num_embeddings: Number of token embeddings of the model, or ``None``.
     """
     size = math.inf if num_embeddings is None else num_embeddings
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, PAD_ID)

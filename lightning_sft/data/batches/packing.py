@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 IntArray = NDArray[np.int64]
 Packing = Literal["packed", "padded"]
-"""Sequences end to end without padding, or each in a row of its own."""
+"""Sequences end to end without padding, or each in a separate row."""
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -21,7 +21,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
     Args:
         lengths: Tokens of each sequence, at least 1.
-        capacity: Most tokens in a pack.
+        capacity: Maximum number of tokens in a pack.
 
     Returns:
         Packs of indices into ``lengths``; together they hold every index once.
@@ -51,7 +51,7 @@ def _fill(left: IntArray, room: int) -> list[int]:
     """Lengths for one pack: the longest that there is, then what fills the room best.
 
     Args:
-        left: How many sequences there are of each length; those chosen are taken from it.
+        left: Number of remaining sequences of each length; decremented for those chosen.
         room: The capacity.
     """
     chosen: list[int] = []

@@ -54,7 +54,7 @@ class Division:
 class EpochPlan:
     """Packs of a data set, and how each epoch deals them out.
 
-    Each epoch draws anew which examples of equal length trade places and in what order packs come. A step's packs are
+    Each epoch redraws which examples of equal length trade places and in what order packs come. A step's packs are
     spread so that steps differ by one pack at most, and every rank gets the same number of micro-batches, a multiple of
     ``accumulate``: missing ones are empty.
 
@@ -62,7 +62,7 @@ class EpochPlan:
         lengths: Tokens of each example.
         weights: Sum of target weights of each example.
         partition: Lengths to micro-batches of indices, as :func:`lightning_sft.data.batches.packing.pack` does.
-        draw: Which examples an epoch uses; each once by default.
+        draw: Sampler of the examples of an epoch; by default each once.
         num_ranks: Data-parallel size.
         accumulate: Micro-batches of a rank in one optimizer step.
         constant: Whether Z is the same for all steps, the mean sum of weights, and not the step's own.

@@ -21,7 +21,7 @@ class EpochSampler:
     Args:
         lengths: Tokens of each example, part after part.
         sizes: Examples of each part.
-        repeats: How often an epoch uses each example of each part, on average.
+        repeats: Average number of uses of each example per epoch, for each part.
         seed: Seed of the order among examples of equal length; ``None`` keeps it.
 
     >>> draw = EpochSampler([9, 8, 7, 6, 5, 5], sizes=[4, 2], repeats=[0.5, 2.0], seed=0)

@@ -37,9 +37,9 @@ class SplitPlan:
 
     Args:
         split: The examples.
-        plan: Of all epochs.
-        capacity: Most positions in a micro-batch.
-        packing: How they are filled.
+        plan: Plan of all epochs.
+        capacity: Maximum number of positions in a micro-batch.
+        packing: Packing strategy of micro-batches.
     """
 
     split: Split
@@ -64,10 +64,10 @@ class SplitPlan:
 
         Args:
             split: The examples.
-            work: How an epoch is divided.
-            packing: How micro-batches are filled.
-            tokens_per_batch: Most positions in a micro-batch; the next by default.
-            default: The same where the longest sequence is not longer; else that is.
+            work: Division of an epoch over ranks and steps.
+            packing: Packing strategy of micro-batches.
+            tokens_per_batch: Maximum number of positions in a micro-batch; by default ``default``.
+            default: Default of ``tokens_per_batch``, raised to the length of the longest sequence.
             constant: Whether the normalizer is the same for all steps.
             seed: Seed of the order; ``None`` takes every example once and keeps the longest first, for validation.
             at_least_longest: Whether ``tokens_per_batch`` is raised to the longest sequence, rather than refused.

@@ -1,4 +1,4 @@
-"""Data that nobody holds as a whole: read, encoded and packed block by block while the model is trained.
+"""Streamed data that is never in memory as a whole: read, encoded and packed block by block while the model is trained.
 
 The ranks tell each other the weights of the packs of a block. So each knows Z of every step beforehand, as with a plan,
 they take equally many micro-batches, and end together. What a block holds depends on the seed, the epoch and the number
@@ -34,8 +34,8 @@ class StreamLoader:
 
     Args:
         mixture: The data sets.
-        recipe: How rows become examples.
-        shape: What decides which rows a micro-batch holds.
+        recipe: Settings for encoding rows as examples.
+        shape: Settings that determine the rows of a micro-batch.
         rank: Data-parallel rank.
         gather: The values of all ranks, in order of the ranks, from that of each.
         limit: Micro-batches of a rank that an epoch will use. The Z of a step that it cuts is that of what is left.
@@ -44,7 +44,7 @@ class StreamLoader:
         full: Whether packed rows are filled up to the capacity, so that they are of one shape.
         num_workers: Worker processes that encode ahead; 0 encodes in the training process.
         place: Gives the epoch, and how many micro-batches of it are done.
-        finished: Is told by :meth:`report`, at the end of an epoch or of the training, what became of the rows of all
+        finished: Callback of :meth:`report`, at the end of an epoch or of training, for the account of the rows of all
             ranks so far, and how many target tokens each data set had.
     """
 
@@ -110,7 +110,7 @@ class StreamLoader:
         return {"shape": asdict(self.shape), "epoch": epoch, "blocks": blocks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state.
+        """Resume from a state.
 
         Raises:
             InputError: When micro-batches would not be those of the run that saved it.

@@ -19,12 +19,12 @@ from lightning_sft.types import Batch
 
 @dataclass(frozen=True)
 class StreamLayout:
-    """What decides which rows a micro-batch holds. A run goes on only with the shape that it began with.
+    """Settings that determine the rows of a micro-batch. A run resumes only with the shape that it began with.
 
     Args:
         num_ranks: Data-parallel size.
         accumulate: Micro-batches of a rank in one optimizer step.
-        capacity: Most positions in a micro-batch; longer sequences have one of their own.
+        capacity: Maximum number of positions in a micro-batch; longer sequences get a separate one.
         packing: ``packed`` or ``padded``.
         buffer_rows: Rows of a rank that are shuffled and packed among themselves.
         seed: Seed of the order.
@@ -45,9 +45,9 @@ class RankSummary:
     Args:
         weights: Sum of target weights of each of its packs.
         targets: Target tokens of each data set.
-        account: What became of its rows.
+        account: Account of the rows of the block.
         is_over: Whether its rows have ended.
-        error: Why it cannot go on.
+        error: Error that stops the stream.
     """
 
     weights: Sequence[float]
@@ -61,8 +61,8 @@ class Block:
     """What one rank has of a block, encoded and packed.
 
     Args:
-        chunks: Its rows; none when the stream has ended.
-        shape: What decides which rows a micro-batch holds.
+        chunks: Chunks of encoded rows; empty at the end of the stream.
+        shape: Settings that determine the rows of a micro-batch.
         place: Epoch, number of the block, and rank: seeds of the order.
         part_names: The data sets of the mixture.
         pad_id: Token id of padding.
@@ -112,10 +112,10 @@ def deal(
     """The packs of a rank in order, each with the Z of its step; ``None`` keeps the others company.
 
     Args:
-        weights: Of each pack of each rank.
+        weights: Total target weight of each pack of each rank.
         accumulate: Micro-batches of a rank in one optimizer step.
-        rank: Whose packs.
-        limit: How many micro-batches are used.
+        rank: Rank whose packs are dealt.
+        limit: Number of micro-batches that are used.
 
     >>> deal([[1.0, 2.0, 4.0], [8.0]], accumulate=2, rank=0)
     [(0, 1.0), (None, 1.0), (1, 14.0), (2, 14.0)]

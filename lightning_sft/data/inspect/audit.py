@@ -1,4 +1,4 @@
-"""The whole data set against thresholds: what usually goes wrong, counted."""
+"""An audit of the whole data set: counts of common problems, checked against thresholds."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Finding:
     """One line of the audit.
 
     Args:
-        check: What was counted.
+        check: Name of the check.
         limit: The share up to which (or, ``is_least``, from which) it passes.
-        count: How many.
-        total: Of how many.
+        count: Number of cases found.
+        total: Number of cases examined.
         places: ``file:line`` of the first of them.
         is_least: Whether the share has to reach the limit, and not to stay below it.
     """
@@ -96,10 +96,10 @@ def audit(
 
     Args:
         train: The documents of an epoch.
-        val: Those of the validation.
-        splits: What was read.
+        val: Documents of the validation.
+        splits: Splits by name, with the accounts of their rows.
         special_ids: Control tokens: one of them has to be the last trained token of each answer.
-        thresholds: What passes.
+        thresholds: Limits that the shares have to meet.
 
     >>> document = Document(torch.tensor([5, 6, 7]), torch.tensor([0.0, 1.0, 1.0]), "a.jsonl:1")
     >>> [(f.check, f.share) for f in audit([document] * 2, [], {}, [7], Thresholds()) if f.count]

@@ -17,7 +17,7 @@ class Document:
     Args:
         input_ids: Token ids ``[N]``.
         target_weights: The weight that each token is trained with, ``[N]``; 0 is context.
-        provenance: Where the row came from, ``file:line``.
+        provenance: Location of the row, ``file:line``.
     """
 
     input_ids: Tensor

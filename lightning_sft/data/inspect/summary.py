@@ -1,4 +1,4 @@
-"""What is going to be trained on, as tables."""
+"""Summary tables of the training data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def show_report(splits: Mapping[str, Split], train: SplitPlan) -> None:
 
 
 def show_figures(splits: Mapping[str, Split], train: SplitPlan, console: Console) -> None:
-    """Print the figures of all splits, of the mixture, and of the training epochs."""
+    """Print the statistics of all splits, of the mixture, and of the training epochs."""
     console.print(table_of(splits))
     if mixture := train.mixture:
         console.print(_table(*mixture))
@@ -46,7 +46,7 @@ def show_figures(splits: Mapping[str, Split], train: SplitPlan, console: Console
 
 
 def show_stream_report(account: RowReport, targets: Mapping[str, int]) -> None:
-    """Print what became of the rows that have been read of a stream in an epoch, and the shares of its data sets."""
+    """Print the account of the rows read from a stream in an epoch, and the shares of its data sets."""
     console = Console(soft_wrap=True)
     console.print(f"Read of the stream: {account.num_rows:,} rows, {sum(targets.values()):,} targets.", highlight=False)
     if len(targets) > 1:

@@ -16,8 +16,8 @@ class Piece:
     """The text of one token, or of several that only together make a character.
 
     Args:
-        text: What is shown; a newline is ``⏎`` and a line break.
-        ids: Its token ids.
+        text: Displayed text; a newline is shown as ``⏎`` and a line break.
+        ids: Token ids of the text.
         weight: The weight that they are trained with; 0 is context.
         is_special: Whether it is a control token of the tokenizer.
     """
@@ -32,7 +32,7 @@ class PieceReader:
     r"""Reads documents token by token.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
 
     >>> from lightning_sft.demos import tiny_tokenizer
     >>> import torch

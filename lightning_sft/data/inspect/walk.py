@@ -42,7 +42,7 @@ class EpochDocuments:
     """All documents of the first epoch, rank after rank, taken from the collated micro-batches.
 
     Args:
-        loader: Of any rank.
+        loader: Data loader of any rank.
         pad_id: Token id of padding.
     """
 

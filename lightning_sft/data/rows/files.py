@@ -40,8 +40,8 @@ class Line:
 
     Args:
         text: The line.
-        path: Its file.
-        number: Its number, from 1.
+        path: Path of the file.
+        number: Number of the row, from 1.
     """
 
     def __init__(self, text: str, path: Path, number: int) -> None:

@@ -1,4 +1,4 @@
-"""The formats that instruction data comes in, told from the keys of a row."""
+"""The formats of instruction data, inferred from the keys of a row."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Found:
     """A row whose format is known.
 
     Args:
-        name: Of the format.
+        name: Name of the format.
         question: The value of its question's key.
         answer: The value of its answer's key, or ``None`` where there is none.
         has_answer: Whether the row has an answer's key.
@@ -70,7 +70,7 @@ def find_format(
 
     Args:
         row: The row.
-        named: The format that it has; told from the keys by default.
+        named: Name of the format; by default inferred from the keys.
         columns: The row's column for a key of the format, where it has another name.
         answered: Whether the answer has to be there.
 

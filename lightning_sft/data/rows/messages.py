@@ -30,8 +30,8 @@ def to_conversation(
 
     Args:
         row: See :data:`lightning_sft.data.rows.formats.FORMATS`; a list is taken as its ``messages``.
-        provenance: Where the row came from, for error messages.
-        format: The format that the row has; told from its keys by default.
+        provenance: Location of the row, for error messages.
+        format: Format of the row; by default inferred from its keys.
         columns: The row's column for a key of the format, where it has another name.
         answered: Whether the answer has to be there; it need not for generation.
 
@@ -51,7 +51,7 @@ class Converter:
     """Rows to conversations, where every file keeps to one format.
 
     Args:
-        format: The format that all rows have; told from the keys of each by default.
+        format: Format of all rows; by default inferred from the keys of each row.
         columns: The data's column for a key of the format, where it has another name.
         answered: Whether answers have to be there.
 

@@ -20,10 +20,10 @@ class Part:
 
     Args:
         source: Files or rows, see :func:`lightning_sft.data.rows.sources.read`.
-        share: How much of an epoch it has, relative to the shares of the others. Either all parts have one or none.
+        share: Share of an epoch, relative to those of the other parts. Either all parts have one or none.
         weight: Multiplies the weight of each of its target tokens in the objective.
         format: The format of its rows, where it is not that of the data module.
-        columns: Its column for a key of the format, where they are not those of the data module.
+        columns: Column of each key of the format; by default those of the data module.
     """
 
     source: Source
@@ -47,7 +47,7 @@ class Mixture:
 
     Args:
         parts: Each data set by its name: a :class:`Part`, its arguments as a dictionary, or a source alone.
-        by: What shares are shares of, and temperatures are of the sizes of: ``rows``, or ``targets``, target tokens.
+        by: Unit of shares and sizes: ``rows``, or ``targets`` for target tokens.
         temperature: Shares in proportion to size ** (1 / temperature): 1 leaves sizes as they are, and the higher it
             is, the more alike the parts.
 
@@ -95,7 +95,7 @@ class Mixture:
         """How often an epoch uses each row of each part.
 
         Args:
-            sizes: Of each part, in rows or targets.
+            sizes: Size of each part, in rows or targets.
 
         >>> Mixture({"a": Part("a.jsonl", share=1), "b": Part("b.jsonl", share=1)}).repeats([300, 100])
         [0.6666666666666666, 2.0]

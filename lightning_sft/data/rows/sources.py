@@ -46,7 +46,7 @@ def leaves(source: Source, streaming: bool = False) -> list[Leaf]:
     """The files, data sets or lists that a source consists of, in order.
 
     Args:
-        source: As for :func:`read`.
+        source: File, folder, data set or list, as in :func:`read`.
         streaming: Whether a data set of the hub is read while it is downloaded.
 
     Raises:

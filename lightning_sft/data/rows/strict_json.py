@@ -1,4 +1,4 @@
-"""JSON that means one thing only: no NaN, no key twice, no number that does not fit, nesting of bounded depth."""
+"""Strict JSON: no NaN, no duplicate keys, no numbers out of range, bounded nesting depth."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any
 
 MAX_DEPTH = 100
-"""Lists and objects inside each other; what reads and renders rows goes through them by recursion."""
+"""Maximum nesting depth of lists and objects, since rows are read and rendered recursively."""
 
 
 def loads(text: str) -> Any:
@@ -33,7 +33,7 @@ def raw_decode(text: str, begin: int) -> tuple[Any, int]:
     """The JSON value that begins at a position of a text, and where it ends.
 
     Raises:
-        ValueError: As :func:`loads`.
+        ValueError: If the text is not strict JSON, as in :func:`loads`.
     """
     value, end = _strictly(DECODER.raw_decode, text, begin)
     _check_depth(value, text[begin:end])

@@ -38,8 +38,8 @@ def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tupl
     """The entry of a key, built if there is none.
 
     Args:
-        folder: Where entries are kept.
-        key: Its name, see :func:`key_of`.
+        folder: Folder of the cache entries.
+        key: Key of the entry, see :func:`key_of`.
         build: Gives the chunks of a new entry.
 
     Returns:

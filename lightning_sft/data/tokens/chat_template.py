@@ -29,7 +29,7 @@ from lightning_sft.data.tokens.tokenize import Segments
 from lightning_sft.types import InputError, Message
 
 FROZEN_DATE = date(2024, 7, 26)
-"""What a template that writes today's date is given: training must not depend on the day it runs."""
+"""Date for templates that print today's date: training must not depend on the day it runs."""
 
 MAX_SECONDS = 60.0
 """Of rendering one conversation; a template is a program that somebody else has written."""
@@ -230,7 +230,7 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def _frozen(template: str) -> str:
-    """The template with a ``strftime_now`` of its own, which knows no day but :data:`FROZEN_DATE`.
+    """The template with ``strftime_now`` overridden to return only :data:`FROZEN_DATE`.
 
     A macro at the beginning hides the function of transformers however it is called or renamed, and is part of the text
     that names a cache's entry. The newline after it is trimmed, so what a template renders is otherwise the same.

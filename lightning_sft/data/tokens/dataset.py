@@ -33,14 +33,14 @@ _LARGE = 4_000_000  # bytes of files that take so long, some seconds, that it pa
 
 @dataclass
 class Split:
-    """Examples of one source, or of a mixture of them, and what became of the other rows.
+    """Examples of one source, or of a mixture of them, and an account of the other rows.
 
     Args:
         name: ``train``, ``val`` or ``test``.
-        examples: What is trained on or evaluated, data set after data set.
-        account: What became of the rows.
+        examples: Examples to train on or evaluate, data set after data set.
+        account: Account of the rows that are not used whole.
         mixture: The data sets.
-        part_sizes: How many examples each has.
+        part_sizes: Number of examples of each data set.
     """
 
     name: str
@@ -84,7 +84,7 @@ def load_split(
     Args:
         name: ``train``, ``val`` or ``test``.
         source: Files or rows, see :func:`lightning_sft.data.rows.sources.read`, or several data sets.
-        recipe: How rows become examples.
+        recipe: Settings for encoding rows as examples.
         invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
         cache: Folder of encoded data sets; none by default.
         num_workers: Worker processes that encode; 0 encodes in this one. By default large files have one a core.
@@ -128,8 +128,8 @@ def load_prompts(
 
     Args:
         source: Files or rows, or several data sets, one after the other.
-        tokenizer: With a chat template.
-        format: The format of all rows; told from the keys of each by default.
+        tokenizer: Tokenizer with a chat template.
+        format: Format of all rows; by default inferred from the keys of each row.
         columns: The data's column for a key of the format.
         invalid_rows: Whether a row that cannot be used is an error, or left out.
         first: No more than so many rows of each data set.

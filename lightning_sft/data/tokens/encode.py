@@ -3,7 +3,7 @@
 Parity is the rule. The context of an answer is what the model gets at inference, token for token:
 ``apply_chat_template(messages before it, add_generation_prompt=True)``. Answers share a sequence as long as each finds
 its own context in it; where the template renders the past differently from a later turn, a new sequence begins. What
-cannot be had this way is refused.
+cannot be encoded this way is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def encode(
 
     Args:
         conversation: Every assistant turn with a positive weight is a target; a lone ``text`` is one altogether.
-        tokenizer: With a chat template.
+        tokenizer: Tokenizer with a chat template.
         normalize: ``sequence`` divides an answer's weight by its number of tokens, ``sqrt`` by the root of it.
 
     Raises:
@@ -66,7 +66,7 @@ def encode_many(
 
 
 def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """What the model is given at inference for the last answer of a conversation, and that answer.
+    """The prompt at inference for the last answer of a conversation, and that answer.
 
     Raises:
         InputError: When the template cannot render it.

@@ -36,12 +36,12 @@ class EncodingConfig:
     """How the rows of a data set become examples.
 
     Args:
-        tokenizer: With a chat template.
-        format: The format of all rows; told from the keys of each by default.
+        tokenizer: Tokenizer with a chat template.
+        format: Format of all rows; by default inferred from the keys of each row.
         columns: The data's column for a key of the format, where it has another name.
-        normalize: What target weights are scaled to.
-        max_length: Most tokens in a sequence.
-        overflow: What becomes of longer ones, which are counted: :func:`lightning_sft.data.tokens.overflow.shorten`.
+        normalize: Normalization that target weights are scaled for.
+        max_length: Maximum number of tokens in a sequence.
+        overflow: Handling of longer sequences, see :func:`lightning_sft.data.tokens.overflow.shorten`.
         weight: Multiplies all target weights.
     """
 
@@ -54,18 +54,18 @@ class EncodingConfig:
     weight: float = 1.0
 
     def of(self, part: Part) -> EncodingConfig:
-        """That of a part of a mixture, which may have a format, columns and a weight of its own."""
+        """The recipe for a part of a mixture, which may override format, columns and weight."""
         format, columns = part.format or self.format, part.columns or self.columns
         return replace(self, format=format, columns=columns, weight=part.weight)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """What some rows that follow each other have become.
+    """The result of encoding a chunk of consecutive rows.
 
     Args:
         records: Their examples, see :mod:`lightning_sft.data.tokens.examples`.
-        account: What became of the other rows.
+        account: Account of the other rows.
         part: Number of the data set that they come from.
     """
 
@@ -81,10 +81,10 @@ class Chunks(IterableDataset[Chunk | InputError]):
 
     Args:
         rows: Gives all rows in chunks, each with the number of the data set that it comes from.
-        recipes: Of each data set.
+        recipes: Recipe of each data set.
         rank: Takes the chunks ``rank``, ``rank + num_ranks``, …
         num_ranks: Among how many ranks the chunks are dealt out.
-        first: How many chunks of its own the rank leaves out at the beginning.
+        first: Number of this rank's chunks to skip at the beginning.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Chunks(IterableDataset[Chunk | InputError]):
             ahead: Chunks that each worker keeps ready.
 
         Raises:
-            InputError: That of a source, or of a sequence that is too long where ``overflow`` is ``error``.
+            InputError: If a source cannot be read, or a sequence is too long and ``overflow`` is ``error``.
         """
         settings: dict[str, Any] = {"prefetch_factor": ahead, "worker_init_fn": leave_signals} if num_workers else {}
         loader = DataLoader(self, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, **settings)

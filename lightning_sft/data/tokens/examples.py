@@ -51,7 +51,7 @@ class Examples(Sequence[Example]):
 
     @classmethod
     def open(cls, path: Path) -> Examples:
-        """The examples of a file, mapped: the pages that nobody asks for stay on disk."""
+        """The examples of a file, mapped: pages that are not accessed stay on disk."""
         return cls(list(ipc.open_stream(pa.memory_map(str(path)))))
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class Examples(Sequence[Example]):
 
     @property
     def shares_of_row(self) -> NDArray[np.float64]:
-        """What share of its row each is: 1, or less where the row gave several, which follow each other."""
+        """Share of its row that each example is: 1, or less where the row gave several, which follow each other."""
         counts = self.sequences_per_row
         return np.repeat(1 / counts, counts)
 

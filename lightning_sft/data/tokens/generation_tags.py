@@ -53,9 +53,9 @@ def marked_end(text: str, begin: int, stop: int, spans: Iterable[Span], special:
 
     Args:
         text: The rendered conversation; it ends with the answer.
-        begin: Where the answer begins: the end of the generation prompt.
-        stop: Where its stop token ends.
-        spans: What is marked.
+        begin: Start of the answer: the end of the generation prompt.
+        stop: End of the answer's stop token.
+        spans: Marked spans of the text.
         special: Matches a special token.
 
     Raises:

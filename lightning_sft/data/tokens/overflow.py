@@ -1,4 +1,4 @@
-"""Sequences longer than the model may see: what becomes of them."""
+"""Handling of sequences longer than the maximum length."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def shorten(example: Example, max_length: int, overflow: Overflow) -> list[Examp
 
     Args:
         example: Longer than ``max_length``.
-        max_length: Most tokens in a sequence.
-        overflow: What to do; ``drop`` gives none, and so does ``truncate`` where no target is left.
+        max_length: Maximum number of tokens in a sequence.
+        overflow: Strategy; ``drop`` returns nothing, and so does ``truncate`` if no target is left.
 
     Raises:
-        InputError: With ``error``; and with ``split``, for a conversation.
+        InputError: If ``overflow`` is ``error``, or is ``split`` for a conversation.
 
     >>> text = Example([5, 6, 7, 8, 9], [0.0, 1.0, 1.0, 1.0, 1.0])
     >>> [list(piece.input_ids) for piece in shorten(text, 3, "split")]

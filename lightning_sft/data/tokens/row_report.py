@@ -1,4 +1,4 @@
-"""What became of rows that are not trained on as they are: counted, with their places."""
+"""Account of the rows that are skipped, truncated or split: counts and locations."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class RowReport:
         num_rows: Rows read.
         refused: One reason a row that cannot be used, with ``file:line``.
         too_long: ``file:line`` and length of each sequence left out because it is longer than ``max_length``.
-        cut: The same of those that were truncated or split.
-        ignored: How many rows have a key that means nothing.
-        unlisted: How many there are beyond those in ``refused``, ``too_long`` and ``cut``, see :meth:`trim`.
+        cut: ``file:line`` and length of each sequence that was truncated or split.
+        ignored: Number of rows with each unused key.
+        unlisted: Number of rows beyond those listed in ``refused``, ``too_long`` and ``cut``, see :meth:`trim`.
         shortest: Tokens of the shortest sequence, before any was cut; 0 where there is none.
     """
 
@@ -51,7 +51,7 @@ class RowReport:
         self.shortest = min(filter(None, (self.shortest, other.shortest)), default=0)
 
     def trim(self, most: int) -> None:
-        """Forget the places of all but so many rows of a kind, and go on counting them: a stream has no end.
+        """Forget the places of all but so many rows of a kind, and keep counting them: a stream may be endless.
 
         >>> account = RowReport(refused=["a.jsonl:1: no", "a.jsonl:2: no"])
         >>> account.trim(1)

@@ -1,4 +1,4 @@
-"""Texts to token ids, where what texts have in common is tokenized once.
+"""Texts to token ids; parts that texts have in common are tokenized only once.
 
 A tokenizer first cuts a text at its control tokens, and nothing that it does then reaches across a cut. So the ids of a
 text are those of its segments, one after another, where each control token begins one. The prompt of an answer, and
@@ -18,7 +18,7 @@ class Segments:
     """Tokenizes many texts together, without ids that the tokenizer would add.
 
     Args:
-        backend: What makes the ids. It neither cuts nor pads from now on, as it would be told before each call.
+        backend: Backend of a fast tokenizer. Its truncation and padding are turned off.
 
     >>> from lightning_sft.demos import tiny_tokenizer
     >>> segments = Segments(tiny_tokenizer().backend_tokenizer)

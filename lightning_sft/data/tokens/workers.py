@@ -20,7 +20,7 @@ def num_cores(share: int = 1) -> int:
 
 
 def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
-    """What a loader gives, in its order.
+    """The batches of a loader, in its order.
 
     Its workers are forked with tokenizers that use one thread each: the threads of this process do not live on in
     them. Told nothing, tokenizers find out by themselves, and warn in each.
@@ -31,13 +31,13 @@ def iterate(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def leave_signals(worker: int) -> None:
-    """Have a worker process ignore what tells a run to end: its training process is told too, and ends it in time.
+    """Have a worker process ignore termination signals: the training process gets them too, and stops its workers.
 
     Ctrl-C reaches all processes of a terminal, and SLURM signals all of a job. A worker that ended at once would take
     the rest of an optimizer step with it.
 
     Args:
-        worker: Its number, of which nothing depends.
+        worker: Number of the worker, unused.
     """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):  # Windows lacks some
