@@ -1,1 +1,1 @@
-"""A model over several devices."""
+"""Models distributed over several devices."""

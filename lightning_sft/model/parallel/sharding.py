@@ -1,4 +1,4 @@
-"""Sharding of a model over devices: tensor parallelism and FSDP2 of torch, on the meshes of Lightning's strategy."""
+"""Sharding of a model: torch's tensor parallelism and FSDP2, on the meshes of Lightning's strategy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_sft.machine.contexts import blocks
 from lightning_sft.types import InputError
 
-DtypeName = Literal["bfloat16", "float32"]  # float16 would need its loss scaled
+DtypeName = Literal["bfloat16", "float32"]  # float16 would need loss scaling
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is laid out on a mesh of ``("data_parallel", "tensor_parallel")``.
+    """Layout of a model on a mesh with dimensions ``("data_parallel", "tensor_parallel")``.
 
     Args:
-        mesh: The devices.
-        compute_dtype: Dtype of the forward and backward pass; the shards, and the sums over ranks, keep their own.
-        cpu_offload: Whether shards, gradients and optimizer live in the host's memory between their uses.
+        mesh: Device mesh.
+        compute_dtype: Dtype of the forward and backward pass; shards keep their dtype, gradients are reduced in
+            float32.
+        cpu_offload: Whether to keep shards, gradients and optimizer state in host memory between uses.
     """
 
     mesh: DeviceMesh
@@ -30,14 +31,15 @@ class Sharding:
     cpu_offload: bool = False
 
     def apply(self, root: nn.Module, model: Any) -> None:
-        """Shard in place: first the matrices of a layer over tensor-parallel ranks, then all of it over the others.
+        """Shard in place: first matrices over tensor-parallel ranks, then all parameters over data-parallel ranks.
 
         Args:
-            root: What is called, with the model in it: its parameters outside of layers are gathered on its call.
-            model: The model of transformers, on any device.
+            root: Module that is called and contains the model; a call gathers its parameters outside of layers.
+            model: Model of transformers, on any device.
 
         Raises:
-            InputError: When transformers has no tensor-parallel plan for it, or one that is not of plain matrices.
+            InputError: When transformers has no tensor-parallel plan for the model, or a plan that is not supported
+                here.
         """
         if self.mesh["tensor_parallel"].size() > 1:
             _parallelize(model, self.mesh["tensor_parallel"])
@@ -58,16 +60,14 @@ class Sharding:
 
 
 def layers(model: Any) -> list[nn.Module]:
-    """The decoder layers of a transformers model: the modules of which it says that they must not be split.
+    """The decoder layers of a transformers model, as declared by its ``_no_split_modules``.
 
     Raises:
-        InputError: When it does not say so.
+        InputError: When it declares none.
     """
     found = blocks(model)
     if not found:
-        raise InputError(
-            f"{type(model).__name__} does not say which modules are its layers; they cannot be told apart."
-        )
+        raise InputError(f"{type(model).__name__} does not declare which modules are its layers (_no_split_modules).")
     return found
 
 
@@ -79,8 +79,8 @@ def _parallelize(model: Any, mesh: DeviceMesh) -> None:
     if not plan or not set(plan.values()) <= styles.keys():
         given = f"needs {sorted(set(plan.values()) - styles.keys())}" if plan else "transformers has no plan"
         raise InputError(
-            f"{type(model).__name__} cannot be split over tensor-parallel ranks: {given}; matrices can be split by "
-            "columns and rows. Set trainer.strategy.tensor_parallel_size=1, or use trainer.strategy=fsdp2."
+            f"{type(model).__name__} does not support tensor parallelism: {given}; supported are splits of "
+            "matrices by columns and rows. Set trainer.strategy.tensor_parallel_size=1, or use trainer.strategy=fsdp2."
         )
     heads = {name: getattr(model.config.get_text_config(), name, None) for name in _HEADS}
     if odd := {name: count for name, count in heads.items() if count and count % mesh.size()}:

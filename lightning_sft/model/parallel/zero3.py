@@ -1,4 +1,4 @@
-"""ZeRO-3 of DeepSpeed, where a rank holds only a piece of each parameter from the moment it is made."""
+"""DeepSpeed ZeRO-3, under which a rank holds only a partition of each parameter from its creation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_sft.types import InputError
 
 
 def loading_config(strategy: Any) -> Any:
-    """What lets transformers load weights into pieces, as long as it is referred to; ``None`` without ZeRO-3."""
+    """Config that makes transformers load partitioned weights while it is referenced; ``None`` without ZeRO-3."""
     if not getattr(strategy, "zero_stage_3", False):
         return None
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -21,7 +21,7 @@ def loading_config(strategy: Any) -> Any:
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """The whole parameters on every rank, for as long as the context lasts; they are not to be changed."""
+    """Context in which parameters are gathered on every rank, for reading only."""
     pieces = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not pieces:
         return nullcontext()
@@ -32,21 +32,21 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
 
 
 def gathered_head(head: nn.Module) -> nn.Module | Tensor:
-    """The head as it is, or, under ZeRO-3, its weight.
+    """The head itself or, under ZeRO-3, its weight.
 
-    A module lets go of its parameters after each of its calls, so each chunk of targets would gather the head anew, and
-    its gradient would find no weight. DeepSpeed gathers a weight that another module's forward pass asks for until
-    that pass is over, and again for its backward pass.
+    A module frees its parameters after each call, so each chunk of targets would gather the head again, and its
+    backward pass would find no weight. A weight that another module's forward pass reads stays gathered until that pass
+    is over, and is gathered again for its backward pass.
 
     Raises:
-        InputError: Under ZeRO-3, when the head is more than a matrix.
+        InputError: Under ZeRO-3, when the head is not a linear layer without bias.
     """
     weight = next(head.parameters())
     if not hasattr(weight, "ds_id"):
         return head
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise InputError(
-            f"Under ZeRO-3 the head must be a matrix without bias; that of this model is a {type(head).__name__}. "
+            f"Under ZeRO-3 the head must be a linear layer without bias; this model has a {type(head).__name__}. "
             "Use trainer.strategy=deepspeed_stage_2 or fsdp2."
         )
     return head.weight

@@ -1,1 +1,1 @@
-"""What of a model is trained: adapters, frozen parameters, new tokens."""
+"""Which parts of a model are trained: adapters, frozen parameters, new tokens."""
