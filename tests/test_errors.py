@@ -193,7 +193,7 @@ def test_resuming_with_other_frozen_parameters_is_refused(shell: Shell, given: l
     [path] = (tmp_path / "run").rglob("*.ckpt")
     told = shell("fit", *given, "--model.frozen", "['*.layers.1.*']", "--ckpt_path", path, "--trainer.max_epochs", 2)
     assert "model.frozen=['*.layers.0.*'], now ['*.layers.1.*']" in told
-    assert "Set the same to resume" in told
+    assert "Use the same settings to resume" in told
 
 
 def test_several_validation_loaders_have_figures_of_their_own(

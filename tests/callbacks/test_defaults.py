@@ -59,7 +59,9 @@ def test_last_without_a_checkpoint_is_an_error_where_nothing_can_begin(arguments
 def test_last_of_another_model_is_refused(arguments: list[str], tmp_path: Path) -> None:
     main(["fit", *arguments, "--ckpt_path", "last"])
     other = tiny_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"of a run of model.pretrained=.*llama, now .*other. Give this run a folder"):
+    with pytest.raises(
+        InputError, match=r"from a run with model.pretrained=.*llama, now .*other. Give this run a folder"
+    ):
         main(["fit", *arguments, "--model.pretrained", other, "--ckpt_path", "last"])
 
 
