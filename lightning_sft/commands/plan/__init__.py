@@ -1,1 +1,1 @@
-"""The memory of a step, before it is taken."""
+"""``plan``: prediction of the memory and the steps of a fit."""

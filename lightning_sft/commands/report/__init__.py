@@ -1,1 +1,1 @@
-"""A run as a page."""
+"""``report``: a run as an HTML page."""

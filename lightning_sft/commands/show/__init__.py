@@ -1,1 +1,1 @@
-"""What is trained, token by token."""
+"""``show``: the training data token by token."""

@@ -1,1 +1,1 @@
-"""Our proofs, on a user's model and data."""
+"""``verify``: the checks of the test suite on a user's model and data."""
