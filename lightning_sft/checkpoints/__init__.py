@@ -1,1 +1,1 @@
-"""Where a run is, on disk: its position, its files, what it was told."""
+"""The state of a run on disk: checkpoints, exact resume, the files of its folder."""

@@ -73,7 +73,7 @@ def test_one_process_validates_a_checkpoint_of_shards_and_refuses_to_resume_it(
     [found] = quiet_trainer().validate(SFTModule(pretrained_for_two), data, ckpt_path=path)
     [wanted] = quiet_trainer().validate(SFTModule(str(exported)), data)
     assert found["val/loss"] == wanted["val/loss"]
-    with pytest.raises(InputError, match="a strategy which shards the model has written"):
+    with pytest.raises(InputError, match="was written by a strategy that shards the model"):
         quiet_trainer(max_epochs=9).fit(SFTModule(pretrained_for_two), data, ckpt_path=path)
 
 
@@ -98,7 +98,7 @@ def test_nothing_in_the_index_of_a_distributed_checkpoint_is_run(
 ) -> None:
     bad = shutil.copytree(exports_of("fsdp2") / "fsdp2.ckpt", tmp_path / "bad.ckpt")
     (bad / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "run"), protocol=protocol))
-    with pytest.raises(InputError, match=r"It names .*(getattr|Path.touch|touch)"):
+    with pytest.raises(InputError, match=r"It refers to .*(getattr|Path.touch|touch)"):
         checkpoints.weights(bad)
     assert not (tmp_path / "run").exists()
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_cut_short_is_one_clear_error(
     with pytest.raises(InputError, match=r".metadata cannot be read, it may have been cut short"):
         checkpoints.weights(bad)
     (bad / ".metadata").unlink()
-    with pytest.raises(InputError, match=r"is no whole checkpoint: it has no .metadata"):
+    with pytest.raises(InputError, match=r"is not a complete checkpoint: it has no .metadata"):
         checkpoints.weights(bad)
     with pytest.raises(InputError, match=r"There is no checkpoint 'nowhere.ckpt'"):
         checkpoints.kind_of("nowhere.ckpt")
