@@ -140,7 +140,7 @@ def _deepspeed_weights(path: Path) -> dict[str, Tensor]:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:
         raise InputError(
-            f"{path} is a checkpoint of DeepSpeed, which is needed to read it: pip install deepspeed."
+            f"{path} is a checkpoint of DeepSpeed, which is needed to read it. Run: pip install deepspeed."
         ) from error
     harmless = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     # its files are named by rank; it prints its progress

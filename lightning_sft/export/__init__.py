@@ -1,1 +1,1 @@
-"""Checkpoints to Hugging Face folders, compared with what was trained."""
+"""Export of checkpoints to Hugging Face folders, compared with the trained model."""

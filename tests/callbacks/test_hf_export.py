@@ -100,7 +100,7 @@ def test_a_folder_that_is_in_use_is_refused_before_the_first_step(pretrained: st
         def on_train_batch_start(self, *args: Any) -> None:
             steps.append(1)
 
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         trained(pretrained, HFExport(str(tmp_path)), callbacks=[Steps(tmp_path)], enable_checkpointing=True)
     with pytest.raises(InputError, match="There is no data file"):
         trained(pretrained, HFExport(str(tmp_path / "new"), rows="nowhere.jsonl"))
