@@ -126,7 +126,7 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         model: Model with or without adapters, unsharded.
 
     Returns:
-        The same object.
+        The same model, merged in place.
     """
     new_tokens.merge(model)
     if not hasattr(model, "peft_config"):
