@@ -113,7 +113,7 @@ def test_an_unexpected_error_says_how_to_get_its_traceback(
     [
         ([1, 2], "it holds a list, not a dictionary"),
         ({"epoch": 1}, "a dictionary of epoch"),
-        ({"hyper_parameters": [1]}, "its 'hyper_parameters' are no dictionary"),
+        ({"hyper_parameters": [1]}, "its 'hyper_parameters' are not a dictionary"),
     ],
 )
 @pytest.mark.parametrize("verb", ["fit", "validate"])
@@ -122,7 +122,7 @@ def test_a_file_of_torch_that_is_no_checkpoint_is_said_so(
 ) -> None:
     torch.save(held, tmp_path / "odd.ckpt")
     told = shell(verb, *given, "--ckpt_path", tmp_path / "odd.ckpt")
-    assert "is no checkpoint of Lightning" in told
+    assert "is not a checkpoint of Lightning" in told
     assert message in told
 
 
@@ -130,7 +130,7 @@ def test_from_python_too_a_list_is_no_checkpoint(
     pretrained: str, rows: Any, quiet_trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     torch.save([1, 2], tmp_path / "odd.ckpt")
-    with pytest.raises(InputError, match="is no checkpoint of Lightning"):
+    with pytest.raises(InputError, match="is not a checkpoint of Lightning"):
         quiet_trainer().fit(SFTModule(pretrained), SFTDataModule(train=rows), ckpt_path=tmp_path / "odd.ckpt")
 
 
@@ -193,7 +193,7 @@ def test_resuming_with_other_frozen_parameters_is_refused(shell: Shell, given: l
     [path] = (tmp_path / "run").rglob("*.ckpt")
     told = shell("fit", *given, "--model.frozen", "['*.layers.1.*']", "--ckpt_path", path, "--trainer.max_epochs", 2)
     assert "model.frozen=['*.layers.0.*'], now ['*.layers.1.*']" in told
-    assert "Set the same to resume" in told
+    assert "Use the same settings to resume" in told
 
 
 def test_several_validation_loaders_have_figures_of_their_own(

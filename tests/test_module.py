@@ -283,7 +283,7 @@ def test_a_packed_batch_for_a_model_that_leaks_is_refused(tmp_path: Path, quiet_
     leaky = tiny_pretrained(tmp_path / "bloom", "bloom")
     ids = torch.tensor([[1, 2, 3, 4]])
     batch = {"input_ids": ids, "labels": ids, "position_ids": torch.tensor([[0, 1, 0, 1]])}
-    with pytest.raises(InputError, match=r"lets them see each other"):
+    with pytest.raises(InputError, match=r"they attend to each other"):
         quiet_trainer(max_steps=1).fit(SFTModule(leaky), DataLoader([batch], batch_size=None))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: whole or not there, the last few of a run."""
+"""Checkpoints to resume from: written atomically, the last few are kept."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _PATTERN = "resume-*.ckpt"
 
 
 class SafeCheckpoint(ModelCheckpoint):
-    """Saves where a run can go on: at the end of each epoch, and within one by steps or by time.
+    """Saves checkpoints to resume from: at the end of each epoch, and within an epoch by steps or by time.
 
-    A crash or a full disk never leaves half a checkpoint under the name of a whole one. ``ckpt_path="last"`` is the
-    newest good one in the folder. For the best by a metric, add a ``ModelCheckpoint`` of Lightning.
+    A crash or a full disk never leaves a partial checkpoint under a final name. ``ckpt_path="last"`` is the newest
+    valid one in the folder. For the best by a metric, add Lightning's ``ModelCheckpoint``.
 
     Args:
-        dirpath: A folder of this run alone; that of the logger by default.
-        every_n_train_steps: Optimizer steps between two checkpoints; by default only time counts.
-        every_n_minutes: Minutes between two checkpoints; null for steps alone.
-        keep_last: How many are kept.
+        dirpath: Folder of the checkpoints, not shared with other runs; by default the logger's.
+        every_n_train_steps: Number of optimizer steps between two checkpoints; ``null`` saves by time only.
+        every_n_minutes: Minutes between two checkpoints; ``null`` saves by steps only.
+        keep_last: Number of most recent checkpoints to keep.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class SafeCheckpoint(ModelCheckpoint):
         check_arguments(SafeCheckpoint, locals())
         if "://" in str(dirpath):
             raise InputError(
-                f"SafeCheckpoint writes to a disk, got dirpath={dirpath!r}. Use Lightning's ModelCheckpoint."
+                f"SafeCheckpoint writes to local disks only, got dirpath={dirpath!r}. Use Lightning's ModelCheckpoint."
             )
         super().__init__(plain(dirpath), _NAME, save_top_k=1, enable_version_counter=False)
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_train_steps, every_n_minutes, keep_last
         self._last_time, self._agreement, self._lock = 0.0, Agreement(), FolderLock()
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the folder, and remove from it what a killed process has left half written."""
+        """Find the folder, and remove partial checkpoints of killed processes from it."""
         super().setup(trainer, pl_module, stage)
         write_whole(trainer)
         if stage == "fit":
@@ -67,13 +67,15 @@ class SafeCheckpoint(ModelCheckpoint):
                 sweep(self._folder, "*.ckpt*")
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse a folder that holds another run, and a disk without room for a checkpoint.
+        """Check the folder and the disk.
 
         Raises:
-            InputError: In either case.
+            InputError: When the folder holds checkpoints of another run, or the disk has no room for a checkpoint.
         """
         self._last_time, self._agreement = time.monotonic(), Agreement()
-        self._last_global_step_saved = trainer.global_step  # what a run was resumed from need not be written again
+        self._last_global_step_saved = (
+            trainer.global_step
+        )  # the checkpoint that was resumed from need not be written again
         first_rank_does(trainer, lambda: self._check(trainer, pl_module))
 
     def _check(self, trainer: Any, module: Any) -> None:
@@ -83,39 +85,39 @@ class SafeCheckpoint(ModelCheckpoint):
         own = {Path(found).resolve() for found in folders if found}
         if others and resumed_from is None:
             raise InputError(
-                f"{folder} holds the checkpoints of another run, as {others[-1].name}. Resume that run "
-                "(--ckpt_path last), or give this one a folder of its own (trainer.default_root_dir)."
+                f"{folder} holds the checkpoints of another run, such as {others[-1].name}. Resume that run "
+                "(--ckpt_path last), or give this one a separate folder (trainer.default_root_dir)."
             )
         if others and Path(resumed_from).resolve().parent not in own:
             raise InputError(
-                f"{folder} holds the checkpoints of another run, as {others[-1].name}; this one resumes from "
-                f"{resumed_from}. Give it a folder of its own (trainer.default_root_dir), or move the others away."
+                f"{folder} holds the checkpoints of another run, such as {others[-1].name}; this one resumes from "
+                f"{resumed_from}. Give it a separate folder (trainer.default_root_dir), or move the others away."
             )
         check_disk(folder, bytes_of_checkpoint(module))
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Let others have the folder."""
+        """Release the lock on the folder."""
         super().on_exception(trainer, pl_module, exception)
         self._lock.release()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """The same."""
+        """Release the lock on the folder."""
         self._lock.release()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save between two optimizer steps, when it is time."""
+        """Save between two optimizer steps when a checkpoint is due."""
         if is_between_steps(trainer) and self._is_due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Nothing: the end of the epoch follows."""
+        """Do nothing: the end of the epoch follows."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Save at the end of an epoch, and of the training."""
+        """Save at the end of an epoch, and of training."""
         self.save(trainer)
 
     def save(self, trainer: Any) -> None:
-        """Save now, unless it has been done at this step; every process calls it."""
+        """Save now, unless this step is already saved; every process must call this."""
         if self._should_skip_saving_checkpoint(trainer):
             return
         self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -124,10 +126,10 @@ class SafeCheckpoint(ModelCheckpoint):
             self._remove_old(trainer)
 
     def _remove_old(self, trainer: Any) -> None:
-        """Keep the last few, and what the run was resumed from.
+        """Remove all but the last few checkpoints, and the one the run was resumed from.
 
-        Their order is that of their steps. Those of later steps than this one are of a run that has gone back to an
-        earlier checkpoint since: its steps are taken again, so they are the first to go.
+        Checkpoints are ordered by step. Those of later steps than the current one were saved before the run went back
+        to an earlier checkpoint; its steps are repeated, so they are removed first.
         """
         now = trainer.global_step
         resumed_from = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
@@ -157,7 +159,7 @@ class SafeCheckpoint(ModelCheckpoint):
                 logger.after_save_checkpoint(proxy(self))
 
     def _should_remove_checkpoint(self, trainer: Any, previous: str, current: str) -> bool:
-        return False  # `save` does
+        return False  # done by `save`
 
     def _find_last_checkpoints(self, trainer: Any) -> set[str]:
         found = newest([str(self.dirpath)] if self.dirpath else folders_of(trainer.default_root_dir))
@@ -165,11 +167,11 @@ class SafeCheckpoint(ModelCheckpoint):
 
 
 def save_whole(trainer: Any, path: str | Path) -> None:
-    """Save a checkpoint under a hidden name, and rename it when all processes have written their part.
+    """Save a checkpoint under a hidden name, and rename it after all processes have written their part.
 
     Args:
-        trainer: Every process of it calls this.
-        path: The file, or the folder where the strategy writes one.
+        trainer: Trainer to save; every process must call this.
+        path: Final path of the checkpoint, a file or a folder depending on the strategy.
     """
     path = Path(trainer.strategy.broadcast(str(path)))
     trainer.save_checkpoint(hidden(path), weights_only=False)

@@ -1,4 +1,4 @@
-"""What the command line adds to ``fit``: a run survives the end of its process, finds its place again, and is fast."""
+"""Callbacks that the command line adds to ``fit``: checkpointing, graceful preemption, sample log, run record."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from lightning_sft.types import InputError
 
 
 def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = True) -> list[Callback]:
-    """Those that the user has not given: kept memory, checkpoints, an end in good order, and the ledger.
+    """Default callbacks that the user has not given: memory, checkpoints, preemption, ledger, record, progress bar.
 
-    Verbs other than fit have checkpoints alone: Lightning warns where a checkpoint's callbacks are not there.
+    Verbs other than ``fit`` get only checkpointing and progress: Lightning warns if a checkpoint's callbacks are
+    missing.
 
     Args:
         trainer: Settings of the trainer.
-        goes_on: Whether the root folder is that of one run, which goes on in it. Else a logger makes one for each.
-        is_fit: Whether it is going to train.
+        goes_on: Whether the root folder belongs to one run, which resumes in it; otherwise the logger makes a folder
+            for each start.
+        is_fit: Whether the verb is ``fit``.
     """
     given = trainer.get("callbacks") or []
     given = given if isinstance(given, list) else [given]
@@ -54,23 +56,23 @@ def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = 
 
 
 def _saves_whole(callback: Callback) -> bool:
-    """Whether a run can resume from what a callback saves while it trains."""
+    """Whether a callback saves checkpoints during training that a run can resume from."""
     if isinstance(callback, ModelCheckpoint):
         return not callback.save_weights_only and (callback.save_top_k != 0 or bool(callback.save_last))
     return isinstance(callback, CheckpointCallback) and not isinstance(callback, OnExceptionCheckpoint)
 
 
 def find_last(root: str | None, callbacks: Any, pretrained: str | None, is_fit: bool) -> str | None:
-    """The newest good checkpoint of a run; ``None`` where a fit has none yet. A fit takes none of the weights alone.
+    """The newest valid checkpoint of a run, or ``None`` if a fit has none yet; a fit ignores weights-only checkpoints.
 
     Args:
         root: The trainer's ``default_root_dir``.
-        callbacks: Of the config: those that save have a ``dirpath``.
-        pretrained: What the run starts from: a checkpoint of another model is not its own.
-        is_fit: Whether a run may begin.
+        callbacks: Callbacks of the config, whose ``dirpath`` is searched.
+        pretrained: The run's ``model.pretrained``, which the checkpoint must match.
+        is_fit: Whether the verb is ``fit``, which may start without a checkpoint.
 
     Raises:
-        InputError: When there is none, and none can be made; or it is of another run.
+        InputError: When there is no checkpoint and the run cannot start without one, or it is from another run.
     """
     own = [_dirpath(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
     folders = [*(Path(path) for path in own if path), *folders_of(root or ".")]
@@ -79,13 +81,13 @@ def find_last(root: str | None, callbacks: Any, pretrained: str | None, is_fit: 
         if not is_fit:
             raise InputError(f"ckpt_path=last: there is no checkpoint in {', '.join(map(str, folders))}.")
         refuse_finished(Path(root or "."), folders)
-        rank_zero_info(f"ckpt_path=last: there is no checkpoint below {root or '.'} yet, so the run begins.")
+        rank_zero_info(f"ckpt_path=last: there is no checkpoint below {root or '.'} yet, so the run starts at step 0.")
         return None
     of = Checkpoint(path).hyper_parameters.get("pretrained")
     if None not in (of, pretrained) and of != pretrained:
         raise InputError(
-            f"ckpt_path=last is {path}, of a run of model.pretrained={of}, now {pretrained}. Give this run a folder of "
-            "its own (trainer.default_root_dir), or name the checkpoint."
+            f"ckpt_path=last is {path}, from a run with model.pretrained={of}, now {pretrained}. Give this run a "
+            "separate folder (trainer.default_root_dir), or set ckpt_path to the checkpoint."
         )
     return str(path)
 

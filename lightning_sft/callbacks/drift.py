@@ -1,4 +1,4 @@
-"""How far the model has moved from the pretrained one."""
+"""Distance of the model from the pretrained model."""
 
 from __future__ import annotations
 
@@ -25,50 +25,50 @@ from lightning_sft.training.optimizers import whole
 from lightning_sft.types import Batch, InputError, widest
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
-_ELEMENTS = 1 << 24  # of a parameter that are compared at a time
+_ELEMENTS = 1 << 24  # of a parameter, compared at a time
 
 
 class DriftMonitor(Callback):
-    """Logs how far θ has moved from the pretrained θ̂, at each validation, or where there is none, after each epoch.
+    """Logs the distance of θ from the pretrained θ̂ at each validation, or after each epoch if there is no validation.
 
-    ``drift/layer_07``: ‖θ − θ̂‖ / ‖θ̂‖ over the parameters of the layer that are trained, L2 norms in float64; likewise
-    ``drift/embeddings``, ``drift/head`` (where it is not tied to them), ``drift/other`` (as the last norm) and
-    ``drift/all``. Of a matrix with an adapter, θ − θ̂ is what the adapter adds: ``‖scale · B A‖ / ‖W‖``. θ̂ is read from
-    its files, a few rows at a time.
+    ``drift/layer_07`` is ‖θ − θ̂‖ / ‖θ̂‖ over the trained parameters of the layer, with L2 norms in float64; likewise
+    ``drift/embeddings``, ``drift/head`` (if not tied to the embeddings), ``drift/other`` (such as the last norm) and
+    ``drift/all``. For a matrix with an adapter, θ − θ̂ is the adapter's contribution: ``‖scale · B A‖ / ‖W‖``. θ̂ is read
+    from its files a few rows at a time.
 
-    ``drift/kl``: the mean over target tokens of KL(p_θ̂ ‖ p_θ) in nats, on the first sequences of the validation data,
-    with all but the ``likeliest`` tokens of p_θ̂ taken together: a lower bound, see
+    ``drift/kl`` is the mean over target tokens of KL(p_θ̂ ‖ p_θ) in nats on the first sequences of the validation data.
+    All but the ``likeliest`` tokens of p_θ̂ are merged into one outcome, which gives a lower bound, see
     :func:`~lightning_sft.evaluation.divergence.divergence`. Log-probabilities of θ̂ are computed once, before the first
-    step, and kept in checkpoints; with adapters, by switching them off. Every rank computes them on the same sequences.
+    step, and stored in checkpoints; with adapters, by disabling them. Every rank computes them on the same sequences.
 
     Args:
-        sequences: How many sequences the divergence is measured on; 0 for none.
-        likeliest: Tokens of p_θ̂ that are kept apart at each target; each takes 8 bytes.
+        sequences: Number of sequences on which the divergence is measured; 0 for none.
+        likeliest: Number of most likely tokens of p_θ̂ stored per target, at 8 bytes each.
     """
 
     def __init__(self, sequences: Index = 8, likeliest: Count = 128) -> None:
         check_arguments(DriftMonitor, locals())
         self.sequences, self.likeliest = sequences, likeliest
         self._kept: list[tuple[Tensor, Tensor]] = []
-        self._squares: dict[str, float] = {}  # ‖W‖² of matrices that have adapters
+        self._squares: dict[str, float] = {}  # ‖W‖² of matrices with adapters
 
     def state_dict(self) -> dict[str, Any]:
-        """What the pretrained model thought, for a run that goes on."""
+        """Log-probabilities of the pretrained model, kept so that a resumed run reuses them."""
         return {"kept": [list(pair) for pair in self._kept]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it from a checkpoint."""
+        """Restore the log-probabilities of the pretrained model."""
         self._kept = [(ids, log_probs) for ids, log_probs in state_dict["kept"]]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Note what the pretrained model thinks.
+        """Compute the log-probabilities of the pretrained model.
 
         Raises:
-            InputError: Under ZeRO-3, where weights are in pieces, and with a module of another kind.
+            InputError: Under ZeRO-3, where weights are partitioned, or with a module other than SFTModule.
         """
         check_module(self, pl_module)
         if getattr(trainer.strategy, "zero_stage_3", False):
-            raise InputError("DriftMonitor cannot read what ZeRO-3 has in pieces. Use deepspeed_stage_2 or fsdp2.")
+            raise InputError("DriftMonitor cannot read weights partitioned by ZeRO-3. Use deepspeed_stage_2 or fsdp2.")
         model = pl_module.model
         self._squares, self._weights = {}, None
         if trainer.is_global_zero:
@@ -81,18 +81,21 @@ class DriftMonitor(Callback):
             self._kept = []
             if trainer.global_step and not adapted:
                 self._batches = []
-                rank_zero_warn("DriftMonitor begins inside a run, whose pretrained model is not at hand: no drift/kl.")
+                rank_zero_warn(
+                    "DriftMonitor was added mid-run, so the pretrained model's log-probabilities are unknown; drift/kl "
+                    "is not logged."
+                )
         if self._batches and not self._kept:
             with evaluating(pl_module), _without_adapters(model):
                 self._kept = [likeliest(pl_module.scorer, batch, self.likeliest) for batch in self._batches]
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Measure and log."""
+        """Log the drift after a validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._measure(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """The same where there is no validation."""
+        """Log the drift after an epoch if there is no validation."""
         if not sum(trainer.num_val_batches):
             with pl_module.evaluated():
                 self._measure(trainer, pl_module)
@@ -108,13 +111,13 @@ class DriftMonitor(Callback):
     def _held_out(self, trainer: Any, module: Any) -> list[Batch]:
         splits = getattr(trainer.datamodule, "splits", {})
         if self.sequences and "val" not in splits:
-            rank_zero_info("DriftMonitor: there is no validation data of SFTDataModule, so there is no drift/kl.")
+            rank_zero_info("DriftMonitor: there is no validation data of SFTDataModule, so drift/kl is not logged.")
             return []
         examples = splits["val"].examples[: self.sequences] if self.sequences else []
         return [collate([example], packed=False).to(module.device) for example in examples]
 
     def _norms(self, model: Any) -> dict[str, float]:
-        """Relative norms by group; complete on the first rank, but every rank has to gather."""
+        """Relative norms by group; complete on rank 0 only, but every rank must call this."""
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for name, moved, was in self._squared(model):
             for group in (_group(name, model), "all"):
@@ -124,7 +127,7 @@ class DriftMonitor(Callback):
         return {group: math.sqrt(sums[group][0] / sums[group][1]) for group in in_order if sums[group][1]}
 
     def _squared(self, model: Any) -> Iterator[tuple[str, float, float]]:
-        """Name, ‖θ − θ̂‖² and ‖θ̂‖² of what is trained."""
+        """Name, ‖θ − θ̂‖² and ‖θ̂‖² of each trained matrix."""
         for given, parameter in model.named_parameters():
             name = _plain(given)
             if parameter.requires_grad and ".lora_" not in name:
@@ -143,7 +146,7 @@ class DriftMonitor(Callback):
                 yield name, added, self._squares[name]
 
     def _difference(self, name: str, now: Tensor | None) -> tuple[float, float]:
-        """‖θ − θ̂‖² and ‖θ̂‖², some rows at a time; rows that were added, of new tokens, have no θ̂."""
+        """‖θ − θ̂‖² and ‖θ̂‖², some rows at a time; added rows of new tokens have no θ̂."""
         assert self._weights is not None
         shape = self._weights.shape(name)
         step = max(1, _ELEMENTS // max(1, math.prod(shape[1:])))
@@ -159,7 +162,7 @@ class DriftMonitor(Callback):
 
 
 def _plain(name: str) -> str:
-    """The name that a parameter had before adapters were put around it."""
+    """The name of a parameter before adapters were added."""
     return name.replace(".base_layer", "")
 
 
@@ -176,7 +179,7 @@ def _name_of(model: Any, wanted: Any) -> str:
 
 
 def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
-    """Linear layers with an adapter; of DoRA the change is not B A alone, so there is none of it here."""
+    """Linear layers with an adapter, except DoRA, whose change is not B A alone."""
     return (
         (name, module)
         for name, module in model.named_modules()
@@ -188,7 +191,7 @@ def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
 def _without_adapters(model: Any) -> Iterator[None]:
     layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     for layer in layers:
-        layer._disable_adapters = True  # peft's enable_adapters would change what has a gradient, too
+        layer._disable_adapters = True  # peft's enable_adapters would also change requires_grad
     try:
         yield
     finally:

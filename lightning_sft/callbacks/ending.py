@@ -1,4 +1,4 @@
-"""Why a fit has ended, where its checkpoints are, and what to do next."""
+"""The closing message of a fit: why it ended, where its checkpoints are, and what to do next."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
 
 def why_ended(trainer: Any) -> str:
-    """Why a fit that has come to its end did so, in words."""
+    """The reason why a finished fit ended."""
     if trainer.should_stop:
         for callback in trainer.callbacks:
             if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
                 return f"EarlyStopping: {callback.stopping_reason_message.rstrip('.')}"
             if isinstance(callback, Timer) and (callback.time_remaining() or 0.0) <= 0.0:
-                return "trainer.max_time is over"
+                return "trainer.max_time reached"
         return "a callback or the module has set trainer.should_stop"
     if 0 <= trainer.max_steps <= trainer.global_step:
         return f"trainer.max_steps={trainer.max_steps} reached"
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch:
         return f"trainer.max_epochs={trainer.max_epochs} reached"
-    return "the data came to their end"
+    return "the data are exhausted"
 
 
 def ending(trainer: Any, resumed_at: int = 0) -> str:
-    """What to know of a fit that has ended: why, its checkpoints, and the commands that use them.
+    """The closing message of a fit: why it ended, its checkpoints, and the commands that use them.
 
     Args:
-        trainer: After the fit.
-        resumed_at: The step of the checkpoint that it was resumed from.
+        trainer: Trainer after the fit.
+        resumed_at: Step of the checkpoint that the fit resumed from.
     """
     step = trainer.global_step
     why = why_ended(trainer)

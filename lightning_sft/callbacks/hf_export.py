@@ -1,4 +1,4 @@
-"""Hugging Face folders out of a run, while it goes on and at its end."""
+"""Hugging Face folders written during a run and at its end."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from lightning_sft.types import Conversation, Example, InputError
 
 
 class HFExport(Callback):
-    """Writes the model as a Hugging Face folder, compared with the one in training: every rank takes part.
+    """Exports the model as Hugging Face folders and compares them with the model in training; all ranks take part.
 
-    The folder of the end is called ``final``, others ``step-N`` and ``best``. Where one does not pass, the run fails at
-    its end, and is warned before.
+    The folder written at the end is called ``final``, others ``step-N`` and ``best``. If the comparison fails, the run
+    warns during training and raises an error at the end.
 
     Args:
-        folder: Where the folders are written; ``huggingface`` beside the run's logs by default.
-        every_n_steps: Write one every so many optimizer steps; none by default.
-        at_end: Write one at the end of the training.
-        best: Write one of the best checkpoint, when the training has ended.
-        dtype: Of the weights; that of the trained ones by default. 16 bits halve a folder and round the weights.
-        max_shard_size: Of a file of weights.
-        rows: Rows to compare on; by default the first ones of the validation data.
-        max_kl: Largest mean KL(trained || exported) in nats a token; by default 1e-6, or 1e-2 where 16 bits come in.
-        gguf_converter: convert_hf_to_gguf.py of llama.cpp, to write a GGUF file too, and compare it.
-        gguf_type: How the GGUF file stores weights.
+        folder: Parent of the exported folders; by default ``huggingface`` beside the run's logs.
+        every_n_steps: Number of optimizer steps between two exports; ``None`` exports none during training.
+        at_end: Whether to export at the end of training.
+        best: Whether to export the best checkpoint after training.
+        dtype: Dtype of the exported weights; by default that of training. Half precision halves the size and rounds.
+        max_shard_size: Maximum size of a weight file.
+        rows: File of rows to compare on; by default the first rows of the validation data.
+        max_kl: Maximum mean KL(trained || exported) in nats per token; by default 1e-6, or 1e-2 with half precision.
+        gguf_converter: Path of llama.cpp's convert_hf_to_gguf.py, to also write and compare a GGUF file.
+        gguf_type: Storage type of the weights in the GGUF file.
     """
 
     def __init__(
@@ -70,21 +70,21 @@ class HFExport(Callback):
         self._error: Exception | None = None
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Nothing has been done in this fit; one whose checkpoint has made the last step trains no more."""
+        """Reset the state of the previous fit; ``on_train_start`` does not run if the last step is done already."""
         self._first, self._error = None, None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse to write over what another run has written.
+        """Refuse to overwrite another run's exports.
 
         Raises:
-            InputError: When the folder has something in it, and this run does not go on from a checkpoint; the rows
-                cannot be read; the module is of another kind; or weights would be averaged too late.
+            InputError: When the folder is not empty and this run does not resume from a checkpoint; the rows cannot be
+                read; the module is not an SFTModule; or weights would be averaged only after the export.
         """
         check_module(self, pl_module)
         if _averages(trainer.callbacks[trainer.callbacks.index(self) :]):
             raise InputError(
-                "HFExport stands before a WeightAveraging, which puts the averages into the model when the training "
-                "ends: the folder would be without them. Put HFExport after it in trainer.callbacks."
+                "HFExport comes before a WeightAveraging, which loads the averaged weights when training ends, so they "
+                "would not be exported. Put HFExport after it in trainer.callbacks."
             )
         self._begin(trainer)
         if trainer.fast_dev_run:
@@ -93,29 +93,31 @@ class HFExport(Callback):
             self._first_rank(self._check)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Write a folder after every so many optimizer steps."""
+        """Export every ``every_n_steps`` optimizer steps."""
         step, before, self._last_step = trainer.global_step, self._last_step, trainer.global_step
         is_due = self.every_n_steps is not None and step > before and step % self.every_n_steps == 0
         if is_due and (error := self._export(trainer, pl_module, f"step-{step}")):
-            rank_zero_warn(f"Step {step} was not exported, the training goes on. {error}")
+            rank_zero_warn(f"Step {step} was not exported; training continues. {error}")
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the last folder; if it fails, that is said when the last checkpoint is written too."""
+        """Export the final model; an error is raised in ``on_fit_end``, after the last checkpoint is saved."""
         if self.at_end:
             self._error = self._export(trainer, pl_module, "final")
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write the folder of the best checkpoint; and that of the end, where it failed after the last step of a run.
+        """Export the best checkpoint, and the final model if a run killed after its last step did not.
 
         Raises:
-            InputError: When one does not pass.
+            InputError: When an export fails or differs from the model in training.
         """
-        if self._first is None:  # the run has been resumed after its last step: it may not have come to this
+        if self._first is None:  # resumed after the last step: the final export may be missing
             self._begin(trainer)
             is_missing = self._first_rank(lambda: not (self._root / "final").exists())
             if self.at_end and is_missing and not trainer.fast_dev_run:
                 if _averages(trainer.callbacks):
-                    rank_zero_warn("The last folder is missing: lightning-sft export writes the averaged weights.")
+                    rank_zero_warn(
+                        "The final export is missing: use lightning-sft export to write the averaged weights."
+                    )
                 else:
                     self._error = self._export(trainer, pl_module, "final")
         if self._error is not None:
@@ -148,7 +150,7 @@ class HFExport(Callback):
             rows_to_compare({}, self.rows)
 
     def _export(self, trainer: Any, module: Any, name: str) -> Exception | None:
-        """Write a folder, and give back what every rank knows to have gone wrong."""
+        """Export a folder, and return the error, if any, on every rank."""
         first = self._first_rank
         if trainer.fast_dev_run:
             return None
@@ -158,7 +160,7 @@ class HFExport(Callback):
             rows = self._rows(trainer)
             return rows, parity.sequences(rows[1], tokenizer)
 
-        found, error = first.tried(read)  # the others may not have the file
+        found, error = first.tried(read)  # other ranks may not have the file
         if found is None:
             return error
         rows, examples = found
@@ -168,7 +170,7 @@ class HFExport(Callback):
         whole = {"hyper_parameters": dict(module.hparams), "state_dict": state, RUN_INFO_KEY: run_info(trainer)}
 
         def write() -> None:
-            module.tuning.shrink(whole, module)  # with adapters, their base is read again, as from a checkpoint
+            module.tuning.shrink(whole, module)  # with adapters, the base is read again, as from a checkpoint
             with _without_zero3(module):
                 convert(whole, tokenizer, self._root / name, rows, self.settings, live, replace=True)
 
@@ -177,7 +179,7 @@ class HFExport(Callback):
     def _rows(self, trainer: Any) -> tuple[str, Sequence[Conversation]]:
         source = getattr(trainer.datamodule, "sources", {}).get("val")
         if self.rows is None and source is not None:
-            with suppress(InputError):  # an iterator that has come to its end, say
+            with suppress(InputError):  # e.g. an exhausted iterator
                 data = trainer.datamodule
                 found = parity.held_out(as_mixture(source), data.format, data.columns)
                 return f"{len(found)} rows of the run's validation data", found
@@ -189,7 +191,7 @@ def _averages(callbacks: Sequence[Callback]) -> bool:
 
 
 def _live(trainer: Any, module: Any, examples: Sequence[Example]) -> Live:
-    """Log Pr of the targets under the model in training; every rank computes the same."""
+    """Log-probabilities of the targets under the model in training; computed on every rank."""
     with eval_mode(module):
         batches = [collate([example], packed=False).to(module.device) for example in examples]
         found = torch.cat([module(batch).log_probs.float().cpu() for batch in batches])
@@ -206,7 +208,7 @@ def _tokenizer(trainer: Any, module: Any) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _without_zero3(module: Any) -> Iterator[None]:
-    """Models are loaded whole, by this rank alone: under ZeRO-3, transformers would ask the others for their pieces."""
+    """Disable transformers' ZeRO-3 loading, which would involve all ranks: this rank alone loads whole models."""
     config = getattr(module, "_zero3", None)
     if config is None:
         yield

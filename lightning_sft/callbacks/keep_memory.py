@@ -1,4 +1,4 @@
-"""Freed memory stays with the process: a step on a CPU is then not a series of page faults."""
+"""Freed heap memory stays with the process, which avoids page faults in every step on a CPU."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning_sft.machine.allocators import keep_freed_memory
 
 
 class KeepMemory(Callback):
-    """On a CPU, has the C library keep what a step frees for the next one; see docs/performance for what it brings.
+    """On CPUs, makes glibc retain freed memory for the next step; docs/performance has measurements.
 
-    It sets the allocator of this process by glibc's ``mallopt``, so nothing is started anew. The command line adds it
-    to ``fit``; ``enabled=False`` leaves the allocator alone, and so do ``MALLOC_*`` variables of the user's own.
+    It configures the allocator of this process with ``mallopt``, so no restart is needed. The command line adds it to
+    ``fit``. ``enabled=False`` leaves the allocator alone, and so do ``MALLOC_*`` environment variables.
 
     Args:
-        enabled: Whether it does anything.
+        enabled: Whether to retain freed memory.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -26,9 +26,9 @@ class KeepMemory(Callback):
         self.enabled = enabled
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Before the model is loaded."""
+        """Configure the allocator before the model is loaded."""
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if self.enabled and stage == "fit" and on_cpu and keep_freed_memory():
             rank_zero_info(
-                "Freed memory is kept for the next step (callback KeepMemory; enabled: false hands it back)."
+                "Freed memory is retained for the next step (callback KeepMemory; enabled: false turns this off)."
             )

@@ -1,4 +1,4 @@
-"""The ledger: which samples each optimizer step has consumed, and what came of it."""
+"""The sample log (ledger): the samples and the loss of each optimizer step."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from lightning_sft.types import Batch, InputError
 
 
 class SampleLedger(Callback):
-    """Writes one line an optimizer step to ``samples.jsonl``: its loss, and the samples of all ranks.
+    """Writes one line per optimizer step to ``samples.jsonl``: its loss, and the samples of all ranks.
 
-    A run that goes on from a checkpoint cuts off the lines of steps after it, which are going to be taken once more: so
-    the ledger is that of a run that was never killed. It is written before each checkpoint, never behind one.
+    A run that resumes from a checkpoint removes the lines of later steps, which it repeats, so the ledger equals that
+    of a run that was never killed. It is written before each checkpoint, so it is never behind one.
 
     Args:
-        dirpath: Folder of the ledger; that of the logger by default, or the trainer's ``default_root_dir``.
-        every_n_steps: Steps that ranks keep to themselves before they put them together.
+        dirpath: Folder of the ledger; by default the logger's folder, or the trainer's ``default_root_dir``.
+        every_n_steps: Number of steps between two writes, for which ranks exchange their samples.
     """
 
     def __init__(self, dirpath: str | Path | None = None, every_n_steps: Count = 10) -> None:
         check_arguments(SampleLedger, locals())
         self.dirpath, self.every_n_steps = plain(dirpath), every_n_steps
         self._lock = FolderLock()
-        self._lines: list[dict[str, Any]] = []  # of steps that are not written yet; without the other ranks' samples
-        self._samples: list[list[list[str]]] = []  # this rank's, of each of these steps and its micro-batches
+        self._lines: list[dict[str, Any]] = []  # of steps not written yet; without the samples of other ranks
+        self._samples: list[list[list[str]]] = []  # of this rank, by step and micro-batch
         self._window: list[Batch] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the folder, and keep it for this process."""
+        """Find the folder and lock it for this process."""
         if stage == "fit":
             folder = trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir)
             self.path = Path(folder, LEDGER_FILE)
             self._lock.take(trainer, self.path.parent)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Cut off what is going to be done once more.
+        """Remove the lines of steps that will be repeated.
 
         Raises:
-            InputError: When a run that begins would write over one that has finished steps.
+            InputError: When a new run would overwrite a run that has finished steps.
         """
         self._lines, self._samples, self._window = [], [], []
         first_rank_does(trainer, lambda: refuse_anew(trainer, self.path.parent))
@@ -58,11 +58,11 @@ class SampleLedger(Callback):
                 rank_zero_info(f"{self.path} has no lines of steps {last + 1} to {trainer.global_step}.")
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Keep a micro-batch of the step under way."""
+        """Remember a micro-batch of the current step."""
         self._window.append(Batch.of(batch))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note a step that has been taken."""
+        """Record a finished step."""
         if not is_between_steps(trainer):
             return
         window, self._window = self._window, []
@@ -83,22 +83,22 @@ class SampleLedger(Callback):
             self._write(trainer)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """What a checkpoint has seen is on the disk before it is."""
+        """Write the lines of all steps that the checkpoint includes, before it is saved."""
         self._write(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write what is left."""
+        """Write the remaining lines."""
         self._write(trainer)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same where the fit ends with an error, unless the samples of other ranks are out of reach then."""
+        """Write the remaining lines after an error, on a single process only: other ranks may not respond."""
         if trainer.world_size == 1:
-            with suppress(InputError):  # a full disk, which is what ended it
+            with suppress(InputError):  # e.g. the full disk that ended the fit
                 self._write(trainer)
         self._lock.release()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let others have the folder."""
+        """Release the lock on the folder."""
         self._lock.release()
 
     def _write(self, trainer: Any) -> None:

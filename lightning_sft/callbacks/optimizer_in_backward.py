@@ -1,4 +1,4 @@
-"""The optimizer's step of a parameter as soon as its gradient is ready: the full set of gradients never exists."""
+"""Optimizer steps in the backward pass: the full set of gradients never exists."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_sft.types import Batch, InputError
 
 
 class OptimizerInBackward(Callback):
-    """Updates a parameter in the backward pass and frees its gradient: that saves the memory of the gradients.
+    """Updates each parameter as soon as its gradient is ready and frees the gradient, which saves memory.
 
-    The weights are bit for bit those of the ordinary step: the optimizer treats each parameter by itself, and nothing
-    in the backward pass looks at a parameter after its gradient is ready. So there can be nothing between the gradients
-    and the step that needs them all: no clipping by their norm, no accumulation, no sum over processes, no scaling of
-    float16, no normalizer that is known only at the end. ``train/gradient_norm`` is not logged.
+    The weights equal those of the ordinary step bit for bit: the optimizer treats each parameter separately, and the
+    backward pass does not use a parameter after its gradient is ready. It excludes everything that needs all gradients
+    before the step: clipping by norm, accumulation, reduction over processes, float16 loss scaling, and a normalizer
+    that is known only at the end. ``train/gradient_norm`` is not logged.
 
-    On a GPU each backward pass begins with a wait for the loss, which has to be known to be finite before anything is
-    updated; the ordinary step has no such wait.
+    On a GPU each backward pass first waits for the loss, which must be finite before anything is updated; the ordinary
+    step does not wait.
     """
 
     def __init__(self) -> None:
@@ -34,10 +34,10 @@ class OptimizerInBackward(Callback):
         self._is_sound = True
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what would not be exact, before anything is read.
+        """Refuse trainer settings under which the update would not be exact.
 
         Raises:
-            InputError: When something needs all gradients at a time.
+            InputError: When the trainer accumulates, clips, scales or reduces gradients.
         """
         if stage != "fit":
             return
@@ -45,7 +45,7 @@ class OptimizerInBackward(Callback):
             "accumulates gradients. Set trainer.accumulate_grad_batches=1": trainer.accumulate_grad_batches != 1,
             "clips them. Set trainer.gradient_clip_val=null": bool(trainer.gradient_clip_val),
             "scales them. Use trainer.precision=bf16-mixed": trainer.precision == "16-mixed",
-            "adds those of several processes. Use one device": not isinstance(trainer.strategy, SingleDeviceStrategy),
+            "reduces them over processes. Use one device": not isinstance(trainer.strategy, SingleDeviceStrategy),
         }
         for reason, holds in reasons.items():
             if holds:
@@ -55,18 +55,17 @@ class OptimizerInBackward(Callback):
                 )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to step in the backward pass.
+        """Register the optimizer steps as gradient hooks.
 
         Raises:
-            InputError: When the optimizer does not treat each parameter by itself.
+            InputError: When the optimizer does not treat each parameter separately.
         """
         [whole] = trainer.optimizers
         for kind in map(type, parts_of(whole)):
             if not f"{kind.__module__}.".startswith("torch.optim.") or issubclass(kind, torch.optim.LBFGS):
                 raise InputError(
-                    f"OptimizerInBackward needs an optimizer that treats each parameter by itself, and knows that of "
-                    f"those of torch but LBFGS; {kind.__name__} is another. Use torch.optim.AdamW, or leave the "
-                    "callback out."
+                    "OptimizerInBackward needs an optimizer of torch.optim other than LBFGS, which treats each "
+                    f"parameter separately, got {kind.__name__}. Use torch.optim.AdamW, or leave the callback out."
                 )
 
         def step(parameter: Tensor, optimizer: torch.optim.Optimizer, group: int) -> None:
@@ -84,20 +83,22 @@ class OptimizerInBackward(Callback):
         ]
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Refuse a batch whose step would have to be normalized when all its gradients are there.
+        """Refuse a batch whose gradients would have to be normalized after the backward pass.
 
         Raises:
-            InputError: When nobody has planned ahead.
+            InputError: When the batch has no normalizer.
         """
         if Batch.of(batch).normalizer is None:
-            raise InputError("OptimizerInBackward needs batches of SFTDataModule: it cannot normalize gradients late.")
+            raise InputError(
+                "OptimizerInBackward needs batches of SFTDataModule, whose normalizer is known in advance."
+            )
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        """A non-finite loss updates nothing; the module stops at it when the backward pass is done."""
+        """Skip all updates on a non-finite loss; the module raises after the backward pass."""
         self._is_sound = bool(torch.isfinite(loss))
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Leave the parameters as they were."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -105,16 +106,16 @@ class OptimizerInBackward(Callback):
 
 @contextmanager
 def only(optimizer: torch.optim.Optimizer, parameter: Tensor, group: int) -> Iterator[None]:
-    """Let an optimizer see one parameter, with the settings of its group at this moment.
+    """Restrict an optimizer to one parameter, with the current settings of its group.
 
-    Its steps would otherwise walk over all n parameters to find the one that has a gradient, n times in a backward
-    pass: 110 ms for 1.6 ms of updates were measured. Its state, and the groups that it and its schedule keep, stay as
-    they are.
+    Otherwise each step would visit all n parameters to find the one with a gradient, n times per backward pass: 110 ms
+    for 1.6 ms of updates were measured. The optimizer's state, and the groups that it and its schedule hold, are not
+    changed.
 
     Args:
-        optimizer: One that only reads its groups in a step, as those of torch do.
-        parameter: The one.
-        group: Number of its group.
+        optimizer: Optimizer whose step only reads its groups, as in torch.
+        parameter: Parameter to update.
+        group: Index of the parameter's group.
     """
     groups = optimizer.param_groups
     optimizer.param_groups = [{**groups[group], "params": [parameter]}]

@@ -1,4 +1,4 @@
-"""Preemption: on SIGTERM, Ctrl-C or the signal that SLURM sends ahead, a run saves where it is and ends."""
+"""Preemption: on SIGTERM, Ctrl-C or SLURM's advance signal, a run saves a checkpoint and exits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_sft.training.trainer import Agreement, is_between_steps
 from lightning_sft.types import InputError
 
 EX_TEMPFAIL = 75
-"""Exit code that says: try again. It is what ``sysexits.h`` calls it."""
+"""Exit code for a temporary failure, to be retried; the name is that of ``sysexits.h``."""
 
 SIGNALS = tuple(name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
 
@@ -30,9 +30,9 @@ _INTERRUPTED = b"\nInterrupted: saving a checkpoint after this step. Press Ctrl-
 
 
 class Preempted(SystemExit):
-    """The training was told to end, has saved where it is, and can resume there."""
+    """Training was interrupted by a signal and can be resumed."""
 
-    def __init__(self, reason: str = "told to end") -> None:
+    def __init__(self, reason: str = "preempted") -> None:
         super().__init__(EX_TEMPFAIL)
         self.reason = reason
 
@@ -41,73 +41,73 @@ class Preempted(SystemExit):
 
 
 class Preempt(Callback):
-    """On a signal or Ctrl-C, saves a checkpoint after the optimizer step under way, and exits with code 75.
+    """On a signal or Ctrl-C, saves a checkpoint after the current optimizer step and exits with code 75.
 
-    The signal may reach one process or all. A handler only takes note of it; at the end of each step the processes
-    agree whether one of them has been told. Lightning's own handlers broadcast at once, which can be in the middle of
-    another exchange, so that a run of two processes hangs. During a validation it need not wait for the end. A second
-    Ctrl-C ends the process at once, without a checkpoint.
+    The signal may reach one process or all. The handler only records it; at the end of each step the processes agree
+    whether any of them received one. Lightning's own handlers broadcast at once, possibly in the middle of another
+    collective, which makes a run of two processes hang. A validation is interrupted between batches. A second Ctrl-C
+    ends the process at once, without a checkpoint.
 
-    It moves to the end of ``trainer.callbacks``: when it ends the run, all others have seen the step.
+    The callback moves to the end of ``trainer.callbacks``, so all other callbacks have seen the step when it exits.
 
     Args:
-        signals: Their names. SLURM's ``--signal`` sends what it is told to, as ``USR1``; Ctrl-C is ``SIGINT``.
+        signals: Names of the signals to handle: ``SIGUSR1`` for SLURM's ``--signal=USR1``, ``SIGINT`` for Ctrl-C.
     """
 
     def __init__(self, signals: Sequence[str] = SIGNALS) -> None:
         check_arguments(Preempt, locals())
         known = signal.Signals.__members__
         if unknown := [name for name in signals if name not in known]:
-            raise InputError(f"There is no signal {', '.join(unknown)}. Expected names such as SIGTERM or SIGUSR1.")
+            raise InputError(f"Unknown signal {', '.join(unknown)}. Expected names such as SIGTERM or SIGUSR1.")
         self.signals = [known[name] for name in signals]
-        self.told: str | None = None  # by which signal
+        self.told: str | None = None  # name of the received signal
         self._agreement, self._process, self._is_first_rank = Agreement(), 0, True
         self._before: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Stand behind all other callbacks."""
+        """Move behind all other callbacks."""
         trainer.callbacks = [*(callback for callback in trainer.callbacks if callback is not self), self]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take the signals over from Lightning, which gives them back when the fit ends."""
+        """Install the signal handlers; Lightning restores its own when the fit ends."""
         self.told, self._agreement = None, Agreement()
         self._process, self._is_first_rank = os.getpid(), trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._take_note) for number in self.signals}
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give the signals back."""
+        """Restore the previous signal handlers."""
         before, self._before = self._before, {}
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """End here, between two optimizer steps, if a process has been told to."""
+        """Save and exit between two optimizer steps, if any process received a signal."""
         if is_between_steps(trainer) and self._agreement.one_says(trainer, self.told is not None):
             self._end(trainer)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """The same in a validation, where all processes are known to have equally many batches."""
+        """Save and exit during a validation in which all processes are known to have equally many batches."""
         known = trainer.world_size == 1 or isinstance(trainer.val_dataloaders, EpochLoader)
         may_end = known and trainer.state.fn == "fit" and not trainer.sanity_checking
         if may_end and self._agreement.one_says(trainer, self.told is not None):
             self._end(trainer)
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker process that was forked with this handler
+        if os.getpid() != self._process:  # a worker process, which inherited the handler by fork
             return
         self.told = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)  # a second one ends the process, even where it waits for others
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends the process even if it waits for others
             if self._is_first_rank:
                 os.write(2, _INTERRUPTED)  # print must not be called in a handler
 
     def _end(self, trainer: Any) -> None:
         path, told = self._save(trainer), self.told or "a signal on another rank"
         saved = f"saved step {trainer.global_step} to {path}. Resume with --ckpt_path last."
-        nothing = "nothing was saved, since no step has been taken. The same command begins again."
+        nothing = "nothing was saved, since no step was finished. Run the same command to start again."
         rank_zero_info(f"Received {told}; {nothing if path is None else saved}")
         raise Preempted(f"received {told}")
 

@@ -1,4 +1,4 @@
-"""One line that says how the training goes."""
+"""A progress bar with the metrics of training."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SHOWN = {
 
 
 class TrainingProgress(RichProgressBar):
-    """A progress bar with the loss, tokens a second, targets seen, learning rate, gradient norm, and the time left.
+    """A progress bar with loss, tokens per second, targets seen, learning rate, gradient norm, and the time left.
 
-    The time left is that of the whole fit, from the pace so far. Figures are read off the device no more often than
-    twice a second.
+    The time left is an estimate for the whole fit from the average pace. Metrics are read from the device at most every
+    ``every_seconds``, because that waits for it.
 
     Args:
-        every_seconds: Least time between two readings.
+        every_seconds: Minimum number of seconds between two updates of the metrics.
     """
 
     def __init__(self, every_seconds: NonNegative = 0.5) -> None:
@@ -38,13 +38,13 @@ class TrainingProgress(RichProgressBar):
         self._begin, self._first, self._total = 0.0, 0, 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to measure the pace."""
+        """Start to measure the pace."""
         super().on_train_start(trainer, pl_module)
         self._begin, self._first = time.monotonic(), trainer.global_step
         self._total = total_steps(trainer, may_be_endless=True)
 
     def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
-        """What stands behind the bar."""
+        """The metrics shown beside the bar."""
         now = time.monotonic()
         if now - self._read >= self.every_seconds or trainer.global_step >= self._total:
             found = trainer.callback_metrics

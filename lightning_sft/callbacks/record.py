@@ -1,4 +1,4 @@
-"""The record of a run: what ``lightning-sft report`` makes its page of, whatever the logger."""
+"""The record of a run, from which ``lightning-sft report`` makes its page, independent of the logger."""
 
 from __future__ import annotations
 
@@ -28,44 +28,44 @@ from lightning_sft.types import InputError
 
 
 class RunRecord(Callback):
-    """Writes ``run.json``, what a run is, and ``metrics.jsonl``, what was logged at each optimizer step and validation.
+    """Writes ``run.json``, which describes the run, and ``metrics.jsonl``, the metrics of each step and validation.
 
-    A run that goes on from a checkpoint cuts off the lines of steps after it, which are going to be taken once more.
+    A run that resumes from a checkpoint removes the lines of later steps, which it repeats.
 
     Args:
-        dirpath: Folder of the two files; that of the logger by default, or the trainer's ``default_root_dir``.
-        every_n_steps: Record every so many steps.
-        flush_every: Steps whose figures stay on the device before they are written together.
+        dirpath: Folder of the two files; by default the logger's folder, or the trainer's ``default_root_dir``.
+        every_n_steps: Number of optimizer steps between two recorded steps.
+        flush_every: Number of recorded steps whose metrics stay on the device before they are written together.
     """
 
     def __init__(self, dirpath: str | Path | None = None, every_n_steps: Count = 1, flush_every: Count = 20) -> None:
         check_arguments(RunRecord, locals())
         self.dirpath, self.every_n_steps, self.flush_every = plain(dirpath), every_n_steps, flush_every
         self._lines: list[tuple[dict[str, float], dict[str, Tensor]]] = []
-        self._untrained: dict[str, Tensor] = {}  # figures of the pretrained model
+        self._untrained: dict[str, Tensor] = {}  # metrics of the pretrained model
         self._lock, self._record = FolderLock(), dict[str, Any]()
         self._is_saving = False
-        self._validated: int | None = None  # a step whose validation, which a resumed run does again, is on the disk
+        self._validated: int | None = None  # step whose validation is already recorded, which a resumed run repeats
 
     def folder(self, trainer: Any) -> Path:
-        """Where the files are; every rank asks."""
+        """The folder of the files; every rank must call this."""
         return Path(trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Find the folder, and keep it for this process."""
+        """Find the folder and lock it for this process."""
         if stage == "fit":
             self._folder = self.folder(trainer)
             self._lock.take(trainer, self._folder)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Write what the run is, and cut off what is going to be done once more.
+        """Write the description of the run, and remove the lines of steps that will be repeated.
 
         Raises:
-            InputError: When a run that begins would write over one that has finished steps.
+            InputError: When a new run would overwrite a run that has finished steps.
         """
         self._lines, self._begin, self._record, self._is_saving = [], time.time(), {}, False
         first_rank_does(trainer, lambda: refuse_anew(trainer, self._folder))
-        facts, logged = run_info(trainer), trainer.log_dir  # which ranks tell each other
+        facts, logged = run_info(trainer), trainer.log_dir  # collective
         if not trainer.is_global_zero:
             return
         metrics = self._folder / METRICS_FILE
@@ -97,17 +97,17 @@ class RunRecord(Callback):
         self._untrained = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Note that the run has its first checkpoint: from now on, nothing else may begin in its folder."""
+        """Record that the first checkpoint is saved: from now on, no other run may start in this folder."""
         if self._is_saving:
             self._has_saved()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note a step that has been taken."""
+        """Record the metrics of a finished step."""
         if trainer.is_global_zero and is_between_steps(trainer) and trainer.global_step % self.every_n_steps == 0:
             self._note(trainer, lambda name: name == "lr" or name.startswith("train/"))
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Note the figures of a validation; a whole one before the training too (``num_sanity_val_steps=-1``)."""
+        """Record the metrics of a validation, also of a complete sanity check (``num_sanity_val_steps=-1``)."""
         if trainer.sanity_checking and trainer.num_sanity_val_steps == math.inf and not trainer.global_step:
             self._untrained = {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
         is_new = not trainer.sanity_checking and trainer.global_step != self._validated
@@ -115,27 +115,27 @@ class RunRecord(Callback):
             self._note(trainer, lambda name: not (name == "lr" or name.startswith("train/")))
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """What a checkpoint has seen is on the disk before it is."""
+        """Write the lines of all steps that the checkpoint includes, before it is saved."""
         self._write()
         self._is_saving = bool(self._record) and not self._record["saved"]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Write what is left, and why the training ended."""
+        """Write the remaining lines, and why training ended."""
         if trainer.is_global_zero and not sum(trainer.num_val_batches):
             self._note(trainer, lambda name: name.startswith("drift/"))
         self._write()
         self._end(trainer, why_ended(trainer), has_saved=self._is_saving)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """The same where the fit ends otherwise."""
-        with suppress(InputError):  # a full disk, which is what ended it
+        """Write the remaining lines, and the exception that ended training."""
+        with suppress(InputError):  # e.g. the full disk that ended the fit
             self._write()
             has_saved = self._is_saving and isinstance(exception, Preempted)
             self._end(trainer, f"{type(exception).__name__}: {exception}", has_saved)
         self._lock.release()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let others have the folder."""
+        """Release the lock on the folder."""
         self._lock.release()
 
     def _has_saved(self) -> None:
@@ -173,7 +173,7 @@ class RunRecord(Callback):
 
 
 def folder_of(trainer: Any) -> Path:
-    """The folder of a run: where its record is, or its logger writes; every rank asks."""
+    """The folder of a run, where its record is or its logger writes; every rank must call this."""
     records = [callback for callback in trainer.callbacks if isinstance(callback, RunRecord)]
     return (records[0] if records else RunRecord()).folder(trainer)
 
@@ -185,7 +185,7 @@ def _device(trainer: Any) -> str:
 
 
 def _data(data: Any) -> dict[str, Any] | None:
-    """What the report of the data module shows, where it has one."""
+    """The data module's report, or ``None`` if it has none."""
     splits = getattr(data, "splits", None)
     if not splits:
         return None

@@ -1,4 +1,4 @@
-"""What the model answers to a few prompts, before and while it is trained."""
+"""Answers of the model to a few prompts, before and during training."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _SHOWN = 400  # characters of a text in the table
 
 
 class SampleGenerations(Callback):
-    """Has the model answer the same prompts before the training and after each validation.
+    """Generates answers to the same prompts before training and after each validation.
 
-    Answers go to ``samples/step=….jsonl`` in the folder of the run, to loggers that take text (TensorBoard, Weights &
-    Biases, and others with ``log_text``), and as a table to the console. They change nothing about the training.
+    Answers are written to ``samples/step=….jsonl`` in the folder of the run, to loggers that support text (TensorBoard,
+    Weights & Biases, and others with ``log_text``), and to the console as a table. Training is not affected.
 
     Args:
-        prompts: How many of the first rows of the validation data, or of the training data where there is none; or the
-            questions themselves.
-        max_new_tokens: Most tokens of an answer; as the module says by default.
-        sampling: How tokens are chosen; as the module says by default.
-        batch_size: Prompts that are answered at a time.
+        prompts: Number of rows to take from the start of the validation data (of the training data if there is none),
+            or the questions themselves.
+        max_new_tokens: Maximum number of tokens per answer; ``null`` takes the module's setting.
+        sampling: Sampling settings; by default those of the module.
+        batch_size: Number of prompts per batch.
         console: Whether to print the table.
     """
 
@@ -50,15 +50,16 @@ class SampleGenerations(Callback):
     ) -> None:
         check_arguments(SampleGenerations, locals())
         if not prompts:
-            raise InputError("SampleGenerations.prompts is an empty list; give a number of rows, or some texts.")
+            raise InputError("SampleGenerations.prompts is an empty list. Give a number of rows or a list of texts.")
         self.prompts, self.max_new_tokens, self.sampling = plain(prompts), max_new_tokens, made(Sampling, sampling)
         self.batch_size, self.console = batch_size, console
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Find the prompts, and ask the pretrained model.
+        """Choose the prompts, and generate the answers of the pretrained model.
 
         Raises:
-            InputError: With a module or data of another kind, or a prompt that leaves no position for an answer.
+            InputError: When module or data are not those of lightning_sft, or a prompt leaves no position for an
+                answer.
         """
         check_module(self, pl_module)
         check_data(self, trainer.datamodule)
@@ -73,7 +74,7 @@ class SampleGenerations(Callback):
             self._before = {row["source"]: row["prediction"] for row, _ in rows_of(first)}
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Ask what the model has become."""
+        """Generate answers after a validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step:
             self._ask(trainer, pl_module)
 
@@ -109,7 +110,7 @@ def _question(tokenizer: Any, prompt: Prompt) -> str:
 
 
 def _log(logger: Any, rows: Sequence[dict[str, Any]], step: int) -> None:
-    """To loggers that take text; others have none of it."""
+    """Log the answers if the logger supports text."""
     if hasattr(logger, "log_text"):  # Weights & Biases
         columns = ["step", "source", "prompt", "prediction", "reference"]
         logger.log_text("samples", columns=columns, data=[[row[name] for name in columns] for row in rows], step=step)

@@ -1,4 +1,4 @@
-"""Answers in ``test``, compared with those of the data set."""
+"""Generated answers in ``test``, scored against those of the data set."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from lightning_sft.types import InputError
 
 
 class ScoreAnswers(Callback):
-    r"""Has the model answer the prompts of ``data.test``, and logs how well; also writes the answers to a file.
+    r"""Generates answers to the prompts of ``data.test``, logs their scores, and writes them to a file.
 
-    The last answer of each conversation is asked for. How tokens are chosen, and how many at most, the module says
-    (``model.sampling``, ``model.max_new_tokens``). See :mod:`lightning_sft.evaluation.answer_scores` for the figures.
+    The model generates the last answer of each conversation, with ``model.sampling`` and ``model.max_new_tokens``. See
+    :mod:`lightning_sft.evaluation.answer_scores` for the metrics.
 
     Args:
-        extract: A regular expression with one group, the part of an answer to compare: ``####\s*(\S+)`` for GSM8K. Not
-            ``str | None``, of which jsonargparse would read what begins with ``#`` as a comment.
+        extract: Regular expression with one group, the part of an answer to compare: ``####\s*(\S+)`` for GSM8K. Empty
+            for none.
         rouge: Whether to compute ROUGE.
         bleu: Whether to compute BLEU.
-        first: Ask no more than the first so many rows of each data set.
-        batch_size: Prompts that are answered at a time; ``data.predict_batch_size`` by default.
-        filename: Of the file in the folder of the logger, or in ``default_root_dir``.
+        first: Maximum number of rows of each data set; ``null`` for all.
+        batch_size: Number of prompts per batch; by default ``data.predict_batch_size``.
+        filename: Name of the file in the logger's folder, or in ``default_root_dir``.
     """
 
     def __init__(
         self,
-        extract: str = "",
+        extract: str = "",  # not `str | None`, which jsonargparse parses as YAML, where "#" begins a comment
         rouge: bool = False,
         bleu: bool = False,
         first: Count | None = None,
@@ -44,16 +44,16 @@ class ScoreAnswers(Callback):
     ) -> None:
         check_arguments(ScoreAnswers, locals())
         if extract:
-            extracted("", extract)  # refuses what is no expression before anything is computed
+            extracted("", extract)  # raises on an invalid expression before anything is computed
         self.extract, self.rouge, self.bleu = extract or None, rouge, bleu
         self.first, self.batch_size, self.filename = first, batch_size, filename
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """Refuse what it cannot ask.
+        """Check module, data and prompts.
 
         Raises:
-            InputError: With a module or data of another kind, when no row has an answer to compare with, or a prompt
-                leaves the model no position for an answer.
+            InputError: When module or data are not those of lightning_sft, no row has a reference answer, or a prompt
+                leaves no position for an answer.
         """
         check_module(self, pl_module)
         check_data(self, trainer.datamodule)
@@ -63,7 +63,7 @@ class ScoreAnswers(Callback):
             raise InputError("ScoreAnswers needs rows with answers: data.test has none.")
 
     def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Generate, write and score."""
+        """Generate, write and score the answers."""
         data = trainer.datamodule
         rows = answer_all(pl_module, self._prompts, data.tokenizer, self.batch_size or data.predict_batch_size)
         folder = Path(trainer.log_dir or trainer.default_root_dir)

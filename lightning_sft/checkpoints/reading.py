@@ -1,7 +1,7 @@
-"""Checkpoints of any strategy, read without it and without running anything that is in them.
+"""Reading checkpoints of any strategy, without the strategy and without running code stored in them.
 
-A file; a folder of torch's distributed checkpoint with ``meta.pt``, as FSDP2 and tensor parallelism write it; a folder
-of DeepSpeed. Whatever it was, it is read as the file of a single process would be: whole tensors on the CPU.
+Supported are files; folders of torch's distributed checkpoints with ``meta.pt``, as written under FSDP2 and tensor
+parallelism; and folders of DeepSpeed. All are read like the file of a single process: unsharded tensors on the CPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lightning_sft.types import InputError
 
 Kind = Literal["file", "distributed", "deepspeed"]
 
-_META = "meta.pt"  # Lightning's name for what is no tensor in a distributed checkpoint
+_META = "meta.pt"  # Lightning's file for everything but tensors in a distributed checkpoint
 _PREFIX = "state_dict."
 _OPTIMIZERS = "torchao.optim"
 
@@ -53,10 +53,10 @@ class Checkpoint:
 
     @cached_property
     def kind(self) -> Kind:
-        """Who wrote it.
+        """Which strategies wrote it.
 
         Raises:
-            InputError: When there is no checkpoint, or it is incomplete.
+            InputError: When it does not exist, or is incomplete.
         """
         path = self.path
         if path.is_file():
@@ -68,15 +68,15 @@ class Checkpoint:
         missing = [name for name in (_META, ".metadata") if not (path / name).is_file()]
         if missing:
             raise InputError(
-                f"{path} is no whole checkpoint: it has no {' and no '.join(missing)}. Expected a .ckpt file, a folder "
-                "that trainer.strategy=fsdp2 or deepspeed wrote, or the folder of a run with checkpoints. If the run "
-                "was killed while it wrote one, take an earlier one."
+                f"{path} is not a complete checkpoint: it has no {' and no '.join(missing)}. Expected a .ckpt file, a "
+                "folder written with trainer.strategy=fsdp2 or deepspeed, or the folder of a run with checkpoints. If "
+                "the run was killed while writing it, use an earlier one."
             )
         return "distributed"
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """All but its tensors: hyperparameters, counters, states of callbacks and of the data module.
+        """Everything but its tensors: hyperparameters, counters, states of callbacks and data module.
 
         Raises:
             InputError: When there is no checkpoint, or it cannot be read without running code.
@@ -94,7 +94,9 @@ class Checkpoint:
         """
         found = self.metadata.get("hyper_parameters", {})
         if not isinstance(found, dict):
-            raise InputError(f"{self.path} is no checkpoint of Lightning: its 'hyper_parameters' are no dictionary.")
+            raise InputError(
+                f"{self.path} is not a checkpoint of Lightning: its 'hyper_parameters' are not a dictionary."
+            )
         return found
 
     @property
@@ -103,9 +105,9 @@ class Checkpoint:
         return int(self.metadata.get("global_step", 0))
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights that were trained, by their names in the module, on the CPU.
+        """The weights on the CPU, by their names in the module.
 
-        Of DeepSpeed, the float32 ones of its optimizer if it has them, rather than what it rounded from them.
+        For DeepSpeed these are the float32 master weights of its optimizer, if there are any.
 
         Raises:
             InputError: When there is no checkpoint, or it cannot be read without running code.
@@ -116,7 +118,7 @@ class Checkpoint:
             return _deepspeed_weights(self.path)
         found = _load(self.path, "cpu").get("state_dict")
         if not isinstance(found, dict):
-            raise InputError(f"{self.path} is no checkpoint of a module: it has no 'state_dict'.")
+            raise InputError(f"{self.path} is not a checkpoint of a module: it has no 'state_dict'.")
         return found
 
     def whole(self) -> dict[str, Any]:
@@ -139,9 +141,9 @@ def _distributed_weights(path: Path) -> dict[str, Tensor]:
         if name.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
     }
     try:
-        with warnings.catch_warnings():  # that one process loads alone, as it should
+        with warnings.catch_warnings():  # about loading in a single process, which is intended
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(tensors, storage_reader=reader, no_dist=True)  # nothing but these is read
+            load(tensors, storage_reader=reader, no_dist=True)  # reads only these
     except CheckpointException as error:
         cause, _ = error.failures[0]
         raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(cause)}") from error
@@ -150,7 +152,7 @@ def _distributed_weights(path: Path) -> dict[str, Tensor]:
 
 def _deepspeed_weights(path: Path) -> dict[str, Tensor]:
     model_states = _of_deepspeed(path)
-    if not list(model_states[0].parent.glob("*_optim_states.pt")):  # a stage of 0 has no pieces
+    if not list(model_states[0].parent.glob("*_optim_states.pt")):  # stage 0 is not partitioned
         found: dict[str, Tensor] = _load(model_states[0], "cpu")["module"]
         return found
     try:
@@ -159,7 +161,9 @@ def _deepspeed_weights(path: Path) -> dict[str, Tensor]:
         from deepspeed.utils.tensor_fragment import fragment_address
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     except ImportError as error:
-        raise InputError(f"{path} is a checkpoint of DeepSpeed: pip install deepspeed, which reads it.") from error
+        raise InputError(
+            f"{path} is a checkpoint of DeepSpeed, which is needed to read it. Run: pip install deepspeed."
+        ) from error
     harmless = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     # its files are named by rank; it prints its progress
     with torch.serialization.safe_globals(harmless), tensors_alone(), redirect_stdout(io.StringIO()):
@@ -171,11 +175,11 @@ def _deepspeed_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _of_deepspeed(path: Path) -> list[Path]:
-    """The files of the model's states of a checkpoint of DeepSpeed, that of rank 0 first."""
+    """The model-state files of a DeepSpeed checkpoint, rank 0 first."""
     folder = path / (path / "latest").read_text(encoding="utf-8").strip()
     found = sorted(folder.glob("*_model_states.pt"))
     if not found:
-        raise InputError(f"{folder} has no *_model_states.pt, so it is no whole checkpoint of DeepSpeed.")
+        raise InputError(f"{folder} has no *_model_states.pt, so it is not a complete checkpoint of DeepSpeed.")
     return found
 
 
@@ -191,34 +195,36 @@ def _load(path: Path, device: str) -> dict[str, Any]:
     except (RuntimeError, EOFError, OSError) as error:
         raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(error)}") from error
     if not isinstance(found, dict):
-        raise InputError(f"{path} is no checkpoint of Lightning: it holds a {type(found).__name__}, not a dictionary.")
+        raise InputError(
+            f"{path} is not a checkpoint of Lightning: it holds a {type(found).__name__}, not a dictionary."
+        )
     whole: dict[str, Any] = found
     return whole
 
 
 def know_optimizer_states(path: str | Path) -> None:
-    """Let torch load the quantized states of torchao's optimizers, where a file has such: as tensors, run nothing.
+    """Allow torch to load quantized states of torchao's optimizers if a file has any, without running code.
 
-    torchao itself tells torch which of its classes are tensors, when it is imported; nothing else is let through.
+    On import, torchao registers its tensor classes with torch as safe; nothing else is allowed.
 
     Args:
-        path: A file that torch.save wrote, or any other.
+        path: A file written by torch.save, or any other file.
 
     Raises:
-        InputError: When it has such states, and torchao is not installed.
+        InputError: When the file has such states, and torchao is not installed.
     """
     names: list[str] = []
-    with suppress(ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # loading says what is wrong
+    with suppress(ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # loading reports what is wrong
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     if any(name.startswith(f"{_OPTIMIZERS}.") for name in names):
         if find_spec("torchao") is None:
-            raise InputError(f"{path} has states of an optimizer of torchao: pip install torchao, which reads them.")
+            raise InputError(f"{path} has states of a torchao optimizer, which need torchao: pip install torchao.")
         import_module(_OPTIMIZERS)
 
 
 @contextmanager
 def tensors_alone() -> Iterator[None]:
-    """torch.load as with ``weights_only=True``, also where a library asks for the contrary."""
+    """Context in which torch.load always uses ``weights_only=True``, even if a library passes ``False``."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -229,10 +235,10 @@ def tensors_alone() -> Iterator[None]:
 
 
 class _Index(pickle.Unpickler):
-    """Reads the index of a distributed checkpoint, which torch would unpickle whatever it holds."""
+    """Unpickler for the index of a distributed checkpoint, which torch would unpickle without restriction."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """What an index may consist of: records of torch, dtypes, sizes and paths."""
+        """Allow only what an index consists of: torch's records, dtypes, sizes and paths."""
         known = ("pathlib", "pathlib._local", "torch", "torch.serialization")
         if module in known or module.startswith("torch.distributed.checkpoint."):
             found: Any = super().find_class(module, name)
@@ -240,17 +246,17 @@ class _Index(pickle.Unpickler):
                 return found
             if isinstance(found, type) and (is_dataclass(found) or issubclass(found, (Enum, PurePath))):
                 return found
-        raise InputError(f"It names {module}.{name}, which no index of torch needs and which could run code.")
+        raise InputError(f"It refers to {module}.{name}, which no index of torch needs and which could run code.")
 
 
 def check_index(path: Path) -> None:
-    """Refuse a distributed checkpoint whose index holds more than an index, which torch would run on reading it.
+    """Refuse a distributed checkpoint whose index could run code when torch reads it.
 
     Args:
-        path: The folder.
+        path: Folder of the checkpoint.
 
     Raises:
-        InputError: When its index names anything else, or cannot be read.
+        InputError: When the index holds anything but an index, or cannot be read.
     """
     path = path / ".metadata"
     try:

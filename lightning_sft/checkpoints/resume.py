@@ -1,9 +1,8 @@
-"""Where a run is, so that it resumes there bit for bit: between two optimizer steps, whenever it was saved.
+"""Exact resume: the position of a run between two optimizer steps, from which it resumes bit for bit.
 
-Lightning restores its counters as they were at the moment of saving. That moment may be inside an optimizer step,
-whose gradients are lost; at the end of an epoch that ``max_steps`` has cut, which would count as done; or inside a
-validation, whose first half is lost. So a checkpoint has a :class:`RunPosition` beside them, from which the counters
-are computed.
+Lightning restores its counters as they were when saving. That may have been within an optimizer step, whose gradients
+are lost; at the end of an epoch cut by ``max_steps``, which would count as complete; or within a validation, whose
+first half is lost. So a checkpoint also holds a :class:`RunPosition`, from which the counters are computed.
 """
 
 from __future__ import annotations
@@ -26,29 +25,29 @@ from lightning_sft.training.trainer import data_parallel
 from lightning_sft.types import InputError
 
 POSITION_KEY = "lightning_sft_place"
-"""Under which key a checkpoint has the place of its run."""
+"""Checkpoint key of the run's position."""
 
 SHARDED_KEY = "lightning_sft_sharded"
-"""Under which key a loaded checkpoint says that it is the weights and facts of a sharded one."""
+"""Key that marks a loaded checkpoint as the weights and facts of a sharded one."""
 
 OPTIMIZER_KEY = "lightning_sft_optimizer"
-"""Under which key it has what was asked of its optimizer."""
+"""Checkpoint key of the requested optimizer settings."""
 
 
 @dataclass(frozen=True)
 class RunPosition:
-    """A place between two optimizer steps.
+    """A position between two optimizer steps.
 
     Args:
         epoch: Number of the epoch, from 0.
-        steps: Optimizer steps of the epoch that are done.
-        micro_batches: Micro-batches of a rank that these steps had.
-        is_last: Whether the epoch has no more of them.
-        is_validated: Whether the validation that may be due here has been run.
-        num_ranks: Data-parallel size.
-        accumulate: Micro-batches of a rank in one optimizer step.
-        seed: Of dropout and whatever else is drawn while a micro-batch is computed.
-        plan: What the order of the data depends on; ``None`` where nobody has planned it.
+        steps: Number of completed optimizer steps of the epoch.
+        micro_batches: Number of micro-batches per rank in these steps.
+        is_last: Whether the epoch has no further micro-batches.
+        is_validated: Whether the validation that may be due at this position has run.
+        num_ranks: Number of data-parallel ranks.
+        accumulate: Number of micro-batches per rank in one optimizer step.
+        seed: Seed of dropout and other random numbers in the computation of micro-batches.
+        plan: Fingerprint of the order of the data; ``None`` without a plan.
     """
 
     epoch: int
@@ -63,11 +62,11 @@ class RunPosition:
 
     @classmethod
     def of(cls, trainer: Any, seed: int) -> RunPosition:
-        """That of a trainer: after the last optimizer step, at any moment."""
+        """The position of a trainer after its last optimizer step; may be called at any time."""
         fit, loop, accumulate = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
         epochs, batches = fit.epoch_progress.current, loop.batch_progress.current
         steps = loop.automatic_optimization.optim_progress.optimizer.step.current.completed
-        if epochs.started < epochs.ready:  # Lightning sets the counters of micro-batches back a moment later
+        if epochs.started < epochs.ready:  # Lightning has not yet reset the micro-batch counters
             return cls(epochs.ready - 1, 0, 0, False, True, *_split(trainer), seed, plan_of(trainer))
         epoch, done = max(0, epochs.ready - 1), min(steps * accumulate, batches.ready)
         is_last = 0 < done == batches.ready and loop._num_ready_batches_reached()
@@ -77,15 +76,20 @@ class RunPosition:
         return cls(epoch, steps, done, is_last, is_validated, *_split(trainer), seed, plan_of(trainer))
 
     def on(self, num_ranks: int, accumulate: int, plan: str | None) -> RunPosition:
-        """The same place where an epoch is divided in another way.
+        """The same position under another division of the epoch into ranks and steps.
+
+        Args:
+            num_ranks: New number of data-parallel ranks.
+            accumulate: New number of micro-batches per rank in one optimizer step.
+            plan: Fingerprint of the new order of the data.
 
         Raises:
-            InputError: When the steps of the epoch that has begun would not be the same.
+            InputError: When the remaining steps of a started epoch would differ.
         """
         if self.plan != plan and None not in (self.plan, plan) and self.micro_batches and not self.is_last:
             raise InputError(
-                f"The checkpoint is of a run inside epoch {self.epoch}, whose data, or their order, were others: "
-                f"{self.plan}; now {plan}. Resume with the data and settings that it had, or begin a new run from its "
+                f"The checkpoint was saved within epoch {self.epoch}, and the data or their order have changed since: "
+                f"{self.plan}; now {plan}. Resume with the original data and settings, or start a new run from its "
                 "weights (lightning-sft export)."
             )
         size, new_size = self.num_ranks * self.accumulate, num_ranks * accumulate
@@ -99,17 +103,17 @@ class RunPosition:
             f"trainer.accumulate_grad_batches={size // num_ranks}" if fits else f"devices whose number divides {size}"
         )
         raise InputError(
-            f"The checkpoint is of a run of {self.num_ranks} ranks x {self.accumulate} micro-batches a step, inside "
-            f"epoch {self.epoch}; now they are {num_ranks} x {accumulate}, so its steps would have other data. Set "
-            f"{remedy}, or resume from a checkpoint at the end of an epoch."
+            f"The checkpoint was saved within epoch {self.epoch} with {self.num_ranks} ranks x {self.accumulate} "
+            f"micro-batches per step; now they are {num_ranks} x {accumulate}, so its steps would have other data. "
+            f"Set {remedy}, or resume from a checkpoint at the end of an epoch."
         )
 
     def counters(self, saved: Mapping[str, Any], accumulated: int) -> dict[str, Any]:
-        """The counters of Lightning's fit loop for this place.
+        """The counters of Lightning's fit loop for this position.
 
         Args:
-            saved: Those that it saved.
-            accumulated: Micro-batches a step had when it did.
+            saved: Counters in the checkpoint.
+            accumulated: Number of micro-batches per step when the checkpoint was saved.
         """
         loops = deepcopy(dict(saved))
         batches, total = loops["epoch_loop.batch_progress"], loops["epoch_loop.batch_progress"]["total"]["ready"]
@@ -194,22 +198,25 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
     """Set the counters of a checkpoint to its position, and return the seed of its run.
 
     Args:
-        trainer: Is going to restore it.
-        checkpoint: As saved; one without a place is left as it is.
+        trainer: Trainer that is about to restore the checkpoint.
+        checkpoint: Loaded checkpoint, changed in place; one without a position is left unchanged.
+
+    Returns:
+        The seed of the resumed run, or ``None`` without a position.
 
     Raises:
-        InputError: When the run could not go on there exactly.
+        InputError: When the run cannot resume exactly.
     """
     if SHARDED_KEY in checkpoint:
         raise InputError(
-            f"{trainer.ckpt_path} is a folder that a strategy which shards the model has written. Resume it with that "
-            "strategy (fsdp2, deepspeed_stage_*); to begin from its weights, export it (lightning-sft export) and set "
+            f"{trainer.ckpt_path} was written by a strategy that shards the model. Resume it with that strategy "
+            "(fsdp2, deepspeed_stage_*); to start from its weights, export it (lightning-sft export) and set "
             "model.pretrained to that folder."
         )
     if "callbacks" not in checkpoint:
         raise InputError(
-            f"{trainer.ckpt_path} has the weights alone (save_weights_only), from which no run can resume. Export them "
-            "(lightning-sft export) and set model.pretrained to that folder, or resume from a whole checkpoint."
+            f"{trainer.ckpt_path} has only the weights (save_weights_only), from which no run can resume. Export them "
+            "(lightning-sft export) and set model.pretrained to that folder, or resume from a full checkpoint."
         )
     if POSITION_KEY not in checkpoint:
         return None
@@ -219,24 +226,24 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
     loops["fit_loop"] = place.counters(loops["fit_loop"], saved.accumulate)
     if (now := seed_of(trainer)) != saved.seed:
         warnings.warn(
-            f"The run goes on with the seed that it began with, {saved.seed}: seed_everything={now} has no effect.",
+            f"The run resumes with its original seed, {saved.seed}: seed_everything={now} has no effect.",
             stacklevel=2,
         )
     return saved.seed
 
 
 def seed_of(trainer: Any) -> int:
-    """The seed of a run: that of ``seed_everything``, which the command line always calls, or that of the data."""
+    """The seed of a run: from ``seed_everything``, which the command line always calls, or else ``data.seed``."""
     of_data: int = getattr(trainer.datamodule, "seed", 0)
     return int(os.environ.get("PL_GLOBAL_SEED", of_data))
 
 
 def seed_micro_batch(*place: int) -> None:
-    """Seed torch, numpy and Python for a micro-batch, so that what it draws does not depend on what was drawn before.
+    """Seed torch, numpy and Python for a micro-batch, so that its random numbers do not depend on earlier draws.
 
     Args:
-        place: The seed of the run, the number of the epoch, that of the micro-batch in it, and the data-parallel rank:
-            ranks that share a micro-batch draw the same.
+        place: Seed of the run, number of the epoch, number of the micro-batch in it, and data-parallel rank; ranks that
+            share a micro-batch draw the same numbers.
 
     >>> seed_micro_batch(0, 1, 7, 0)
     >>> first = torch.rand(3)
@@ -251,7 +258,7 @@ def seed_micro_batch(*place: int) -> None:
 
 
 def plan_of(trainer: Any) -> str | None:
-    """What decides which rows a step has, in words and a checksum; ``None`` for a stream and for loaders of a user."""
+    """Fingerprint of the order of the data, or ``None`` for streams and for the user's own loaders."""
     data = trainer.datamodule
     if not hasattr(data, "planned") or data.streaming or "train" not in data.splits:
         return None
@@ -260,12 +267,12 @@ def plan_of(trainer: Any) -> str | None:
 
 @dataclass(frozen=True)
 class AskedSettings:
-    """What was asked of an optimizer, apart from what it has made of it since: some keep state in their groups.
+    """Requested settings of an optimizer, before it changes them: some optimizers keep state in their groups.
 
     Args:
-        classes: Names of its class, or of those of its parts.
-        sizes: How many parameters each group has.
-        groups: The settings of each group, as made.
+        classes: Names of the classes of the optimizer's parts.
+        sizes: Number of parameters in each group.
+        groups: Initial settings of each group.
     """
 
     classes: list[str]
@@ -274,7 +281,7 @@ class AskedSettings:
 
     @classmethod
     def of(cls, optimizer: Any) -> AskedSettings:
-        """That of an optimizer that has just been made."""
+        """The settings of a newly created optimizer."""
         groups = [{n: deepcopy(v) for n, v in g.items() if n not in _NO_SETTINGS} for g in optimizer.param_groups]
         return cls(
             [type(part).__name__ for part in parts_of(optimizer)],
@@ -283,41 +290,44 @@ class AskedSettings:
         )
 
     def check(self, saved: AskedSettings | None) -> None:
-        """Refuse the states of another optimizer, if a checkpoint has any.
+        """Refuse the state of another optimizer.
+
+        Args:
+            saved: Settings in the checkpoint, if it has any.
 
         Raises:
-            InputError: When it has another class, or other parameters.
+            InputError: When its class or its parameters differ.
         """
         if saved is None:
             return
         own, other = " and ".join(self.classes), " and ".join(saved.classes)
         if own != other:
             raise InputError(
-                f"The checkpoint has the state of {other}, but model.optimizer is {own}. Resume with the optimizer "
-                "that it had, or begin a new run from its weights (lightning-sft export)."
+                f"The checkpoint has the state of {other}, but model.optimizer is {own}. Resume with the original "
+                "optimizer, or start a new run from its weights (lightning-sft export)."
             )
         if self.sizes != saved.sizes:
             raise InputError(
-                f"The checkpoint has states of {saved.sizes} parameters in the groups of its optimizer, now they are "
-                f"{self.sizes}. Resume with the model.frozen, trained, lora and optimizers that it had."
+                f"The checkpoint has optimizer states of {saved.sizes} parameters by group, now they are "
+                f"{self.sizes}. Resume with the original model.frozen, trained, lora and optimizers."
             )
 
 
 def retune(trainer: Any, asked: AskedSettings, saved: AskedSettings | None, own: Any) -> None:
-    """Let settings that have been changed win over those of a checkpoint, and set the schedule's learning rate.
+    """Apply changed settings over those of a checkpoint, and set the schedule's learning rate.
 
-    Where nothing was changed, nothing changes, so state that an optimizer keeps among its settings is kept. The
-    schedule is that of the new number of steps from here on.
+    Unchanged settings are left as restored, so state that an optimizer keeps among its settings is preserved. From here
+    on the schedule follows the new number of steps.
 
     Args:
-        trainer: Its optimizer has the groups of a checkpoint, if there is one.
-        asked: Of the optimizer that was made now.
-        saved: Of that of the checkpoint.
-        own: The module's own ``LambdaLR``. Another one, as of a subclass or of Lightning's learning-rate finder, is
-            left as it is.
+        trainer: Trainer whose optimizers have been restored.
+        asked: Requested settings of the current optimizer.
+        saved: Requested settings in the checkpoint, or ``None``.
+        own: The module's ``LambdaLR``. Any other scheduler, from a subclass or Lightning's learning-rate finder, is not
+            changed.
     """
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    if len(groups) != len(asked.groups):  # of a subclass that makes its optimizer otherwise
+    if len(groups) != len(asked.groups):  # a subclass that creates another optimizer
         return
     is_own = [config.scheduler for config in trainer.lr_scheduler_configs] == [own]
     for number, (group, now) in enumerate(zip(groups, asked.groups, strict=True)):
@@ -325,7 +335,7 @@ def retune(trainer: Any, asked: AskedSettings, saved: AskedSettings | None, own:
         changed = {name: value for name, value in now.items() if name not in before or not _same(value, before[name])}
         if "lr" in changed and not is_own:
             warnings.warn(
-                f"The optimizer's lr={now['lr']} has no effect: the schedule of the checkpoint has that of "
+                f"The optimizer's lr={now['lr']} has no effect: the schedule of the checkpoint uses lr="
                 f"{before.get('lr')}.",
                 stacklevel=2,
             )
@@ -337,7 +347,7 @@ def retune(trainer: Any, asked: AskedSettings, saved: AskedSettings | None, own:
         own._last_lr = [group["lr"] for group in groups]
 
 
-_NO_SETTINGS = ("params", "param_names", "name")  # of a parameter group
+_NO_SETTINGS = ("params", "param_names", "name")  # keys of a parameter group
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -351,7 +361,7 @@ def _split(trainer: Any) -> tuple[int, int]:
 
 
 def _validation_has_ended(trainer: Any) -> bool:
-    """Whether a validation is over but for its last hooks, in which checkpoints are saved."""
+    """Whether a validation is complete except for its last hooks, in which checkpoints are saved."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current
     return bool(trainer.validating) and progress.completed >= sum(trainer.num_val_batches)
 

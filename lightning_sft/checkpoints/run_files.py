@@ -1,4 +1,4 @@
-"""The files of a run beside its checkpoints: the ledger, the metrics and the record, read and cut to a step."""
+"""The files of a run besides its checkpoints: ledger, metrics and record, read and truncated to a step."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ LEDGER_FILE, METRICS_FILE, RECORD_FILE = "samples.jsonl", "metrics.jsonl", "run.
 
 
 def lines_of(path: str | Path) -> Iterator[tuple[dict[str, Any], int]]:
-    """The lines of a ledger, each with the position in the file where it ends; damaged ones are skipped by name."""
+    """The lines of a ledger, each with its end position in the file; damaged ones are skipped with a warning."""
     return ((row, end) for row, end in rows_of(path) if isinstance(row.get("step"), int))
 
 
 def cut_off(path: Path, step: int) -> int:
-    """Cut a ledger off after a step; one that has nothing of this run is put aside under another name.
+    """Truncate a ledger after a step; one without earlier steps is renamed.
 
     Args:
-        path: The ledger; it need not exist.
-        step: The last that is kept.
+        path: Path of the ledger, which need not exist.
+        step: Last step to keep.
 
     Returns:
-        The last step that it has.
+        The last remaining step, or 0.
     """
     if not path.exists():
         return 0
@@ -48,16 +48,16 @@ def cut_off(path: Path, step: int) -> int:
 
 
 def refuse_anew(trainer: Any, folder: Path) -> None:
-    """Refuse to begin at step 0 in the folder of a run that has finished steps.
+    """Refuse to start at step 0 in the folder of a run that has finished steps.
 
-    A run that was killed before its first checkpoint has finished none: all of its steps are taken again.
+    A run that was killed before its first checkpoint counts as having finished none, since all its steps are repeated.
 
     Args:
-        trainer: At its first step, or at that of the checkpoint that it was resumed from.
-        folder: Of the ledger and the record.
+        trainer: Trainer at the start of training.
+        folder: Folder of the ledger and the record.
 
     Raises:
-        InputError: With what to do.
+        InputError: When the folder holds such a run; the message says how to proceed.
     """
     if trainer.global_step == 0:
         own = [str(found) for saver in trainer.checkpoint_callbacks if (found := getattr(saver, "dirpath", None))]
@@ -68,11 +68,11 @@ def refuse_finished(folder: Path, places: Iterable[str | Path]) -> None:
     """Refuse the folder of a run that has finished steps, see :func:`refuse_anew`.
 
     Args:
-        folder: Of the ledger and the record.
-        places: Where its checkpoints are.
+        folder: Folder of the ledger and the record.
+        places: Folders of the run's checkpoints.
 
     Raises:
-        InputError: With what to do.
+        InputError: When the folder holds such a run; the message says how to proceed.
     """
     folders = list(dict.fromkeys(map(Path, places)))
     files = [path for name in (LEDGER_FILE, METRICS_FILE) if (path := folder / name).is_file()]
@@ -83,19 +83,19 @@ def refuse_finished(folder: Path, places: Iterable[str | Path]) -> None:
         remedy = f"Resume it from {found} (--ckpt_path last)"
     elif found := newest(folders, resumable=False):
         remedy = (
-            f"{found} has the weights alone, from which no run can resume. To begin with these weights, export them "
+            f"{found} has only the weights, from which no run can resume. To start from these weights, export them "
             "(lightning-sft export) and set model.pretrained to that folder"
         )
     else:
-        remedy = "No checkpoint of it that can be read is left to resume from"
+        remedy = "No readable checkpoint of it is left to resume from"
     raise InputError(
-        f"The run in {folder} has finished step {steps:,}, and this one would begin at step 0 and replace its record. "
-        f"{remedy}; give a new run a folder of its own (trainer.default_root_dir)."
+        f"The run in {folder} has finished step {steps:,}, and this one would start at step 0 and replace its record. "
+        f"{remedy}; give a new run a separate folder (trainer.default_root_dir)."
     )
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` says of the run of a folder; nothing where there is none, or a damaged one."""
+    """The contents of a folder's ``run.json``; empty if it is missing or damaged."""
     path = folder / RECORD_FILE
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -103,15 +103,15 @@ def record_of(folder: Path) -> dict[str, Any]:
         found = None
     if isinstance(found, dict):
         return found
-    warnings.warn(f"Skipping {path}: it is damaged, no JSON object.", stacklevel=2)
+    warnings.warn(f"Skipping {path}: it is damaged, not a JSON object.", stacklevel=2)
     return {}
 
 
 def line_of(path: str | Path, step: int) -> dict[str, Any]:
-    """The line of a step.
+    """The ledger's line of a step.
 
     Raises:
-        InputError: When there is no ledger, or no such step in it.
+        InputError: When there is no ledger, or the step is not in it.
     """
     if not Path(path).is_file():
         raise InputError(f"There is no ledger {str(path)!r}: fit writes one, with the callback SampleLedger.")

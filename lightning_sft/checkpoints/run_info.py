@@ -1,4 +1,4 @@
-"""What is to be known of a run beside its weights: kept in its checkpoints, shown in the model card of an export."""
+"""Facts of a run besides its weights, stored in its checkpoints and shown in the model card of an export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_sft.training.optimizers import parts_of
 from lightning_sft.types import InputError
 
 RUN_INFO_KEY = "lightning_sft"
-"""Under which key a checkpoint has the facts of its run."""
+"""Checkpoint key of the facts of the run."""
 
 _PACKAGES = ("lightning-sft", "lightning", "torch", "transformers", "tokenizers", "peft", "deepspeed")
 _TRAINER = (
@@ -28,12 +28,12 @@ _DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows"
 
 
 def run_info(trainer: Any) -> dict[str, Any]:
-    """Place, figures, optimizer, settings, data and versions of a training run, as plain values.
+    """Step, metrics, optimizer, settings, data and versions of a training run, as plain values.
 
-    Every process calls it: figures that are not reduced over ranks yet are reduced now.
+    Every process must call this, since it reduces metrics over ranks.
 
     Args:
-        trainer: The Lightning trainer; its data module may be the user's own.
+        trainer: Lightning trainer; its data module may be the user's own.
     """
     data = trainer.datamodule
     return {
@@ -49,15 +49,16 @@ def run_info(trainer: Any) -> dict[str, Any]:
 
 
 def validation_data(facts: Mapping[str, Any]) -> Mixture | None:
-    """The data that :func:`run_info` noted for validation, to be read again; ``None`` where it was rows in memory.
+    """The validation data recorded by :func:`run_info`, to be read again; ``None`` if they were rows in memory.
 
-    The checkpoint may be of somebody else: files that it names one by one are read, no folder or pattern is searched.
+    The checkpoint may come from somebody else, so only individually named files are read; no folder or pattern is
+    searched.
 
     Args:
-        facts: Of a run.
+        facts: Facts of the run.
 
     Raises:
-        InputError: When a name is no file and no data set.
+        InputError: When a recorded file does not exist.
     """
     parts = facts.get("data", {}).get("val", {}).get("parts", [])
     known = {part["name"]: part for part in parts if part["source"] is not None}
@@ -84,7 +85,7 @@ def _first_files(name: str) -> list[str]:
 
 
 def _split(data: Any, name: str) -> dict[str, Any]:
-    """A split of a data module: its parts with their sources and sizes, and how many rows were left out."""
+    """A split of a data module: its parts with sources and sizes, and the number of rows left out."""
     split, mixture = data.splits[name], as_mixture(data.sources[name])
     of_part = [
         {
@@ -98,7 +99,7 @@ def _split(data: Any, name: str) -> dict[str, Any]:
         }
         for part_name, part in mixture.of_name.items()
     ]
-    if name == "train" and data.streaming:  # no more than its first rows was read beforehand
+    if name == "train" and data.streaming:  # only its first rows were read in advance
         return {"parts": of_part}
     sizes = zip(_rows_of_parts(split), split.part_sizes, strict=True)
     counted = [{"rows": rows, "sequences": sequences} for rows, sequences in sizes]
@@ -108,7 +109,7 @@ def _split(data: Any, name: str) -> dict[str, Any]:
 
 
 def _rows_of_parts(split: Any) -> list[int]:
-    """How many rows each part has; a row may have given several sequences."""
+    """Number of rows of each part; a row may yield several sequences."""
     ends = np.searchsorted(split.examples.sequences_per_row.cumsum(), np.cumsum(split.part_sizes), side="right")
     rows: list[int] = np.diff(ends, prepend=0).tolist()
     return rows
@@ -119,14 +120,14 @@ def _refused(split: Any) -> int:
 
 
 def _name_of(source: Any) -> str | list[str] | None:
-    """How a source is called, where it has a name: rows in memory have none."""
+    """The name of a source, or ``None`` for rows in memory."""
     if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
         return [str(item) for item in source]
     return str(source) if isinstance(source, (str, Path)) else None
 
 
 def _files_of(source: Any) -> list[str] | None:
-    """The first files of a source that has a name, and is still there."""
+    """The first files of a named source, or ``None`` if it no longer exists."""
     names = _name_of(source)
     if names is None:
         return None
@@ -141,7 +142,7 @@ def _optimizer(trainer: Any) -> dict[str, Any]:
     if not trainer.optimizers:
         return {}
     optimizer = trainer.optimizers[0]
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed has it wrapped
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps it
     first: dict[str, Any] = optimizer.param_groups[0]
     settings = {name: first.get(name, value) for name, value in getattr(optimizer, "defaults", {}).items()}
     settings |= {"lr": first.get("initial_lr", first.get("lr"))}

@@ -1,4 +1,4 @@
-"""One process at a time writes to the folder of a run; a second one is told who does."""
+"""A lock on the folder of a run, to which only one process at a time may write."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from lightning_sft.types import InputError
 try:
     import fcntl
 except ImportError:  # Windows has no such locks: nothing is locked there
-    fcntl = None  # type: ignore[assignment]  # where types know a module
+    fcntl = None  # type: ignore[assignment]  # the type stubs expect a module
 
 LOCK_FILE = ".lock"
 
 
 class FolderLock:
-    """Keeps a folder for the run of this process, from the start of a fit to its end.
+    """Locks a folder for the run of this process, from the start to the end of a fit.
 
-    It is a record lock of POSIX on a file in the folder. The system releases it when the process ends, however it
-    does, and worker processes do not inherit it: what a killed process has left locks nobody out. Callbacks of a run
-    share it. Where the file system has no locks, nothing is locked.
+    It is a POSIX record lock on a file in the folder. The system releases it when the process ends for whatever reason,
+    and worker processes do not inherit it, so there are no stale locks. Callbacks of a run share it. File systems
+    without locks are not locked.
     """
 
-    _held: ClassVar[dict[Path, tuple[IO[str], int]]] = {}  # of this process: the file, and how many callbacks hold it
+    _held: ClassVar[dict[Path, tuple[IO[str], int]]] = {}  # by path: the file, and the number of holders
 
     def __init__(self) -> None:
         self._path: Path | None = None
 
     def take(self, trainer: Any, folder: Path) -> None:
-        """Lock a folder, which is made if need be; every rank calls it, rank 0 holds it.
+        """Lock a folder, creating it if needed; every rank must call this, rank 0 holds the lock.
 
         Raises:
-            InputError: When another process has it, or nothing can be written there.
+            InputError: When another process holds the lock, or the folder is not writable.
         """
         self.release()
         first_rank_does(trainer, lambda: self._take(folder))
 
     def release(self) -> None:
-        """Let others have the folder."""
+        """Release the lock."""
         if self._path is None:
             return
         path, self._path = self._path, None
@@ -53,7 +53,7 @@ class FolderLock:
         if count > 1:
             self._held[path] = file, count - 1
         else:
-            with suppress(OSError):  # Windows removes no open file
+            with suppress(OSError):  # Windows does not remove open files
                 path.unlink()
             file.close()
 
@@ -71,7 +71,7 @@ class FolderLock:
 
 
 def _locked(path: Path) -> IO[str]:
-    """The file, locked by this process and with its name in it."""
+    """Lock the file and write the owner into it."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -82,8 +82,8 @@ def _locked(path: Path) -> IO[str]:
             owner = _owner(file.read())
             file.close()
             raise InputError(
-                f"{path.parent} is in use: {owner} is training there. Wait until it has ended, or give this run a "
-                "folder of its own (trainer.default_root_dir)."
+                f"{path.parent} is in use: {owner} is training there. Wait for it to end, or give this run a separate "
+                "folder (trainer.default_root_dir)."
             ) from error
         except OSError as error:
             warnings.warn(f"{path.parent} is not locked, as its file system has no locks: {error}", stacklevel=2)
@@ -102,5 +102,5 @@ def _owner(text: str) -> str:
     try:
         found = json.loads(text)
         return f"process {found['process']} on {found['host']}, since {found['since']},"
-    except (ValueError, KeyError, TypeError):  # it is just about to write it
+    except (ValueError, KeyError, TypeError):  # the owner is about to write it
         return "another process"

@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: written whole or not at all, and the newest good one found."""
+"""Writing checkpoints atomically, and finding the newest valid one of a run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ from lightning_sft.types import InputError
 
 
 class AtomicIO(TorchCheckpointIO):
-    """Writes checkpoints whole, and reads quantized states of optimizers.
+    """Writes checkpoints atomically, and reads quantized optimizer states.
 
-    Lightning's own way goes by the folder for temporary files, often of another disk.
+    Lightning's own writer goes through the folder for temporary files, which is often on another disk.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write it under another name, to the disk, and rename it."""
-        if "://" in str(path) or storage_options is not None:  # not a disk: left to Lightning
+        """Write the checkpoint under a hidden name, flush it to disk, and rename it.
+
+        Raises:
+            InputError: When it cannot be written.
+        """
+        if "://" in str(path) or storage_options is not None:  # not on a local disk: left to Lightning
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -36,19 +40,19 @@ class AtomicIO(TorchCheckpointIO):
             with hidden(path).open("wb") as file:
                 torch.save(checkpoint, file)
             publish(path)
-        except (OSError, RuntimeError) as error:  # torch.save has errors of its own for a full disk
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             remove(hidden(path))
             raise InputError(
                 f"The checkpoint {path} cannot be written: {error}. Those before it are intact."
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Load it on the CPU: of states that are tensors of a class of their own, torch refuses a callable location.
+        """Load a checkpoint on the CPU, since torch refuses a callable location for tensor subclasses.
 
-        Of a folder that a strategy which shards the model has written, the weights and the facts.
+        Of a sharded checkpoint, only weights and facts are loaded.
 
         Raises:
-            InputError: When it is no checkpoint of Lightning.
+            InputError: When it is not a checkpoint of Lightning.
         """
         if "://" not in str(path):
             if Path(path).is_dir():
@@ -59,28 +63,28 @@ class AtomicIO(TorchCheckpointIO):
             what = (
                 f"a dictionary of {', '.join(map(str, list(found)[:5]))}"
                 if isinstance(found, dict)
-                else "no dictionary"
+                else "not a dictionary"
             )
-            raise InputError(f"{path} is no checkpoint of Lightning, but {what}. Expected what a fit has saved.")
+            raise InputError(f"{path} is not a checkpoint of Lightning, but {what}. Expected a file saved by fit.")
         return found
 
 
 def write_whole(trainer: Any) -> None:
-    """Have all checkpoint files of a trainer written and read our way, also those of Lightning's ModelCheckpoint."""
+    """Make a trainer use :class:`AtomicIO` for all checkpoint files, including those of Lightning's ModelCheckpoint."""
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = AtomicIO()
 
 
 def newest(folders: Iterable[str | Path], *, resumable: bool = True) -> Path | None:
-    """The checkpoint of the latest step; those that cannot be read are skipped with a warning.
+    """The checkpoint of the latest step, or ``None``; unreadable ones are skipped with a warning.
 
-    The step is read in the checkpoints; the clock, which may have been set back, is not asked. Folders that a logger
-    has numbered (``version_3``) are of runs of their own: they come after all others, and the highest number first.
+    Steps are read from the checkpoints, not inferred from file times. Folders numbered by a logger (``version_3``)
+    belong to separate runs: they are searched after all others, highest number first.
 
     Args:
-        folders: Where to look; they need not exist.
-        resumable: Leave out checkpoints of the weights alone, from which no run can resume.
+        folders: Folders to search, which need not exist.
+        resumable: Whether to ignore weights-only checkpoints, from which no run can resume.
     """
     runs: dict[float, list[Path]] = {}
     for folder in dict.fromkeys(map(Path, folders)):
@@ -93,7 +97,7 @@ def newest(folders: Iterable[str | Path], *, resumable: bool = True) -> Path | N
             except InputError as error:
                 warnings.warn(f"Skipping {path}: {error}", stacklevel=2)
                 continue
-            if "callbacks" in saved or not resumable:  # without, it is of the weights alone
+            if "callbacks" in saved or not resumable:  # otherwise weights only
                 places[path] = _place_of(saved)
         if places:
             return max(places, key=places.__getitem__)
@@ -101,22 +105,22 @@ def newest(folders: Iterable[str | Path], *, resumable: bool = True) -> Path | N
 
 
 def _number_of(folder: Path) -> float:
-    """The number that a logger has given to the run of a folder of checkpoints; infinite where none has."""
+    """The logger's version number of a checkpoint folder's run; infinite without one."""
     found = re.fullmatch(r"version_(\d+)", folder.parent.name)
     return math.inf if found is None else int(found[1])
 
 
 def _place_of(saved: dict[str, Any]) -> tuple[int, int, bool]:
-    """How far the run of a checkpoint was: of two at the same step, one may be from before a validation."""
+    """Progress of a checkpoint's run; of two at the same step, one may precede a validation."""
     place = saved.get(POSITION_KEY, {})
     return saved.get("global_step", -1), place.get("epoch", -1), place.get("is_validated", False)
 
 
 def checkpoint_of(path: str | Path) -> str:
-    """The newest checkpoint of a run, where the path is that of a run's folder; else the path as it is.
+    """The newest checkpoint if the path is the folder of a run, otherwise the path unchanged.
 
     Args:
-        path: ``trainer.default_root_dir`` of a run, a checkpoint, or whatever else may be in place of one.
+        path: ``trainer.default_root_dir`` of a run, a checkpoint, or any other model path.
     """
     is_run = Path(path).is_dir() and not Checkpoint.is_at(path)
     found = newest(folders_of(path), resumable=False) if is_run else None
@@ -126,13 +130,13 @@ def checkpoint_of(path: str | Path) -> str:
 
 
 def folders_of(root: str | Path) -> list[Path]:
-    """Where a run writes checkpoints: below ``checkpoints``, or where loggers of Lightning make it write them."""
+    """Folders in which a run may have checkpoints: ``checkpoints``, and those below its loggers' folders."""
     root = Path(root)
     return [root / "checkpoints", *sorted(root.glob("*/*/checkpoints"))]
 
 
 def step_of(path: Path) -> int | None:
-    """The step in the name of a checkpoint of ours; ``None`` for a file with any other name.
+    """The step in the name of a SafeCheckpoint file; ``None`` for any other name.
 
     >>> step_of(Path("resume-epoch=1-step=250.ckpt")), step_of(Path("best.ckpt"))
     (250, None)
@@ -142,18 +146,18 @@ def step_of(path: Path) -> int | None:
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Remove what a process that was killed has left half written."""
+    """Remove partial files left by killed processes."""
     for path in folder.glob(f".{pattern}{PARTIAL}"):
         remove(path)
 
 
 def bytes_of_checkpoint(module: torch.nn.Module) -> int:
-    """At least how large a checkpoint is: what is trained, and two float32 values of the optimizer for each number."""
+    """Estimated checkpoint size in bytes: trained parameters, and two float32 optimizer states per element."""
     return sum(p.numel() * (p.element_size() + 8) for p in module.parameters() if p.requires_grad)
 
 
 def check_disk(folder: Path, size: int) -> None:
-    """Refuse a disk on which a checkpoint has no room.
+    """Refuse a disk without room for a checkpoint.
 
     Raises:
         InputError: When there is less room than ``size`` bytes.

@@ -1,4 +1,4 @@
-"""``lightning-sft chat``: talk to a model in the terminal, alone or beside another; or answer the lines of a pipe."""
+"""``lightning-sft chat``: talk to one model or two side by side in the terminal, or answer lines from a pipe."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from lightning_sft.types import InputError, Message
 
 _GREEDY = Sampling()
 _HELP = """/reset          forget the conversation
-/system TEXT    begin anew with this system text; without a text, with none
+/system TEXT    start over with this system prompt; without TEXT, with none
 /set KEY VALUE  temperature, top_p, top_k, seed or max_new_tokens
 /save FILE      append the conversation to a JSONL file that fit can train on
-/quit           end; so does Ctrl-D. Ctrl-C interrupts an answer"""
+/quit           exit, as does Ctrl-D; Ctrl-C interrupts an answer"""
 
 
 def chat(
@@ -38,17 +38,17 @@ def chat(
     sampling: Sampling = _GREEDY,
     device: str | None = None,
 ) -> None:
-    """Talk to a model in the terminal. Lines of a pipe are answered one by one, each in one line.
+    """Talk to a model in the terminal. Lines from a pipe are answered one by one, one line each.
 
     Args:
         model: An exported folder, a checkpoint of any strategy, the folder of a run, adapters, a hub name or a GGUF
             file.
-        compare: Another model, as the pretrained one, which answers the same beside it.
-        system: System text that the conversation begins with.
-        chat_template: A Jinja file instead of the template that the model was trained with.
-        max_new_tokens: Most tokens of an answer.
-        sampling: How tokens are chosen; the likeliest by default.
-        device: Where they answer, as cpu or cuda:1; the GPU by default, where there is one.
+        compare: A second model, such as the pretrained one, to answer the same questions side by side.
+        system: System prompt of the conversation.
+        chat_template: A Jinja file to use instead of the template that the model was trained with.
+        max_new_tokens: Maximum number of tokens per answer.
+        sampling: Sampling settings; greedy by default.
+        device: Device to run on, such as cpu or cuda:1; by default the GPU if there is one.
 
     Raises:
         InputError: When a model cannot be loaded.
@@ -68,11 +68,11 @@ def chat(
 
 @dataclass
 class Talk:
-    """One model and what was said with it.
+    """One model and its side of the conversation.
 
     Args:
-        speaker: The model.
-        messages: In order.
+        speaker: The model with its tokenizer.
+        messages: Messages so far, in order.
     """
 
     speaker: Speaker
@@ -83,10 +83,10 @@ class Session:
     """A conversation with one model, or the same questions to several.
 
     Args:
-        talks: With each model.
-        system: System text at the beginning.
-        max_new_tokens: Most tokens of an answer.
-        sampling: How tokens are chosen.
+        talks: One conversation per model.
+        system: System prompt, or ``None``.
+        max_new_tokens: Maximum number of tokens per answer.
+        sampling: Sampling settings.
     """
 
     def __init__(
@@ -100,20 +100,23 @@ class Session:
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
-        """Forget what was said, and begin with a system text, or with none."""
+        """Reset the conversation, with a system prompt or without one."""
         self.system = system or None
         for talk in self.talks:
             talk.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def ask(self, question: str, say: Callable[[int, str], None]) -> list[str]:
-        """Ask all models, one after the other, and remember what each has said.
+        """Ask all models in turn, and append question and answers to their conversations.
 
         Args:
-            question: Of the user.
-            say: Gets the number of a model and a piece of its answer.
+            question: The user's message.
+            say: Function called with the index of a model and a piece of its answer.
+
+        Returns:
+            The answers, one per model.
 
         Raises:
-            InputError: When it cannot be asked; then nothing is remembered of it.
+            InputError: When a model cannot answer; the conversations are then unchanged.
         """
         found = []
         asked = [[*talk.messages, {"role": "user", "content": question}] for talk in self.talks]
@@ -128,10 +131,10 @@ class Session:
         return found
 
     def obey(self, line: str) -> str | None:
-        """Obey a command; what is to be said of it, or ``None`` where it is the end.
+        """Run a command and return its reply, or ``None`` to exit.
 
         Raises:
-            InputError: When it is no command, or cannot be obeyed.
+            InputError: When the command is unknown or fails.
         """
         name, _, rest = line.partition(" ")
         rest = rest.strip()
@@ -139,17 +142,17 @@ class Session:
             return None
         if name == "/reset":
             self.begin(self.system)
-            return "The conversation begins anew."
+            return "Conversation reset."
         if name == "/system":
             self.begin(rest)
-            return "The conversation begins anew, " + ("with this system text." if rest else "without a system text.")
+            return "Conversation reset, " + ("with this system prompt." if rest else "without a system prompt.")
         if name == "/set":
             return self._set(*rest.partition(" ")[::2])
         if name == "/save":
             return self._save(rest)
         if name == "/help":
             return _HELP
-        raise InputError(f"{name} is no command. /help lists them.")
+        raise InputError(f"Unknown command {name}. /help lists all commands.")
 
     def _set(self, key: str, value: str) -> str:
         kinds: dict[str, Callable[[str], Any]] = {"max_new_tokens": int, "top_k": int, "seed": int}
@@ -169,7 +172,7 @@ class Session:
 
     def _save(self, name: str) -> str:
         if not name:
-            raise InputError("/save needs the name of a file, as /save chat.jsonl.")
+            raise InputError("/save needs the name of a file, such as /save chat.jsonl.")
         rows = [{"messages": talk.messages} for talk in self.talks if len(talk.messages) > 1]
         try:
             with Path(name).expanduser().open("a", encoding="utf-8") as file:
@@ -180,17 +183,17 @@ class Session:
 
 
 def answer_lines(session: Session, lines: Any, write: Callable[[str], None]) -> None:
-    r"""Answer each line with one line: it is written as inside a string of JSON, so with ``\n``.
+    r"""Answer each line with one line, escaped as in a JSON string, so newlines are ``\n``.
 
-    Of several models, a tab is between the answers.
+    Answers of several models are separated by tabs.
 
     Args:
-        session: Goes on from line to line; a line may be a command.
-        lines: Of text.
-        write: Gets each answer.
+        session: Session that continues from line to line; a line may be a command.
+        lines: Lines of text.
+        write: Function called with each answer.
 
     Raises:
-        InputError: When a line cannot be asked.
+        InputError: When a line cannot be answered, or a command fails.
     """
     for line in (line.strip() for line in lines):
         if line.startswith("/"):
@@ -203,9 +206,9 @@ def answer_lines(session: Session, lines: Any, write: Callable[[str], None]) -> 
 
 
 def _talk(session: Session, console: Console) -> None:
-    """Read questions and commands from the terminal until the end."""
-    with suppress(ImportError):  # of Windows, whose terminal does it by itself
-        import readline  # noqa: F401 - lines can then be edited, and earlier ones found again
+    """Read questions and commands from the terminal until the user exits."""
+    with suppress(ImportError):  # on Windows, where the terminal does this itself
+        import readline  # noqa: F401 - enables line editing and history
 
     names = " and ".join(talk.speaker.name for talk in session.talks)
     console.print(f"Talking to {names}. /help lists commands.", style="dim")
@@ -216,7 +219,7 @@ def _talk(session: Session, console: Console) -> None:
             console.print()
             return
         except KeyboardInterrupt:
-            console.print("\n/quit ends.", style="dim")
+            console.print("\n/quit exits.", style="dim")
             continue
         try:
             if line.startswith("/"):
@@ -231,7 +234,7 @@ def _talk(session: Session, console: Console) -> None:
 
 
 def _show_answer(session: Session, question: str, console: Console) -> None:
-    """One answer as running text; several side by side."""
+    """Print one answer as running text, several side by side."""
     if len(session.talks) == 1:
         session.ask(question, lambda number, text: console.out(text, end=""))
         console.print()

@@ -1,4 +1,4 @@
-"""A model to talk to: a folder, a hub name or a checkpoint, that answers piece by piece as it will in ``predict``."""
+"""A model to talk to, from a folder, a hub name or a checkpoint; it streams the answers that ``predict`` generates."""
 
 from __future__ import annotations
 
@@ -24,12 +24,15 @@ from lightning_sft.types import Conversation, InputError, Message
 
 
 class Speaker:
-    """A model with its tokenizer, and the template that it was trained with.
+    """A model with its tokenizer and the chat template that it was trained with.
 
     Args:
-        name: A hub name, a folder, a GGUF file, a checkpoint of any strategy, or the folder of a run that has some.
+        name: A hub name, a folder, a GGUF file, a checkpoint of any strategy, or the folder of a run with checkpoints.
         chat_template: A Jinja file to use instead of the tokenizer's template.
-        device: Where it answers; the GPU by default, where there is one.
+        device: Device to run on; by default the GPU if there is one.
+
+    Raises:
+        InputError: When the model cannot be loaded.
     """
 
     def __init__(self, name: str | Path, chat_template: str | Path | None = None, device: str | None = None) -> None:
@@ -54,25 +57,25 @@ class Speaker:
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
     ) -> str:
-        """The answer to a conversation, handed on piece by piece while it is made, and whole at the end.
+        """Generate the answer to a conversation, streamed piece by piece and returned at the end.
 
-        The prompt and the stop tokens are those of :func:`lightning_sft.evaluation.generation.answers`. If Ctrl-C
-        interrupts it, the answer is what there is by then.
+        Prompt and stop tokens are those of :func:`lightning_sft.evaluation.generation.answers`. Ctrl-C interrupts the
+        generation, and the text so far is returned.
 
         Args:
-            messages: They end with what the model is to answer.
-            say: Gets each piece of text; nothing in it moves a terminal's cursor.
-            max_new_tokens: Most tokens of the answer.
-            sampling: How tokens are chosen; the likeliest by default. Each turn draws numbers of its own.
+            messages: Messages of the conversation, ending with the one to answer.
+            say: Function called with each piece of text, from which terminal control characters are removed.
+            max_new_tokens: Maximum number of tokens of the answer.
+            sampling: Sampling settings; greedy by default. Each turn draws different random numbers.
 
         Raises:
-            InputError: When the template refuses the conversation, or it is longer than the model's context.
+            InputError: When the template refuses the conversation, or it exceeds the model's context.
         """
         prompt = replace(encode_prompt(Conversation(messages, provenance="chat"), self.tokenizer), number=len(messages))
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if context and len(prompt.input_ids) >= context:
             raise InputError(
-                f"The conversation has {len(prompt.input_ids):,} tokens, and the model was made for {context:,}. /reset"
+                f"The conversation has {len(prompt.input_ids):,} tokens, the model's context {context:,}. Use /reset."
             )
         room = min(max_new_tokens, context - len(prompt.input_ids)) if context else max_new_tokens
         pieces: list[str] = []
@@ -90,14 +93,14 @@ class Speaker:
 
 
 class _Pieces(TextStreamer):
-    """Hands text on as soon as it is certain, without the prompt and without control tokens."""
+    """Streams text as soon as it is final, without the prompt and control tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, take: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.take = take
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Hand it on."""
+        """Pass the text on."""
         if text:
             self.take(text)
 

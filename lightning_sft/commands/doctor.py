@@ -1,4 +1,4 @@
-"""``lightning-sft doctor``: versions, the machine, which fast paths are on and why others are off, and caches."""
+"""``lightning-sft doctor``: versions, hardware, fast paths and why some are off, limits, and caches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NEEDED = (
     "jsonargparse",
     "torchmetrics",
 )
-_OPTIONAL = {  # what each is for, and the extra of ours that installs it
+_OPTIONAL = {  # purpose, and the extra that installs it
     "peft": ("model.lora", "lightning-sft[peft]"),
     "bitsandbytes": ("model.quantize=4bit", "lightning-sft[quant]"),
     "torchao": ("model.quantize=8bit", "lightning-sft[quant]"),
@@ -50,14 +50,14 @@ _MALICIOUS = ("2.6.2", "2.6.3")  # wheels of lightning, GHSA-w37p-236h-pfx3
 
 @dataclass(frozen=True)
 class Item:
-    """One thing about the machine.
+    """One item of the report.
 
     Args:
-        section: Where it belongs.
-        name: What.
-        value: As it is.
-        state: Whether it is as one wants it, off, or bad; ``plain`` where that is no question.
-        remark: Why, and what to do.
+        section: Section of the report.
+        name: Name of the item.
+        value: Value as shown.
+        state: Assessment: ``good``, ``off``, ``bad``, or ``plain`` for items without one.
+        remark: Reason for the state, and what to do.
     """
 
     section: str
@@ -68,10 +68,10 @@ class Item:
 
 
 def run_doctor(args: Sequence[str] | None = None) -> list[Item]:
-    """Print all facts as a table, or with ``--json`` as JSON.
+    """Print all items as a table, or as JSON with ``--json``.
 
     Args:
-        args: Of the command line.
+        args: Command-line arguments; by default those of the process.
     """
     parser = VerbParser(prog="lightning-sft doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="Print JSON instead of a table.")
@@ -85,12 +85,12 @@ def run_doctor(args: Sequence[str] | None = None) -> list[Item]:
 
 
 def facts() -> list[Item]:
-    """Everything; it takes some seconds, since matrix products are timed and files of caches counted."""
+    """All items; this takes some seconds, since matmuls are timed and cache files counted."""
     return [*_versions(), *_machine(), *_devices(), *_fast_paths(), *_limits(), *_caches()]
 
 
 def show(found: Sequence[Item], console: Console) -> None:
-    """The facts as a table."""
+    """Print the items as a table."""
     table = Table("", "", "", box=SIMPLE_HEAD, show_header=False, pad_edge=False)
     section = ""
     for fact in found:
@@ -101,11 +101,11 @@ def show(found: Sequence[Item], console: Console) -> None:
         table.add_row(Text.assemble(_MARKS[fact.state]), fact.name, value)
     console.print(table)
     bad = sum(fact.state == "bad" for fact in found)
-    console.print(f"{bad} to look at, marked with !" if bad else "Nothing stands in the way.", highlight=False)
+    console.print(f"{bad} problems, marked with !" if bad else "No problems found.", highlight=False)
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu", size: int = 512) -> float:
-    """FLOP/s of a matrix product, the best of a few that fit into a tenth of a second."""
+    """FLOP/s of a ``size × size`` matmul: the best of those that run within a tenth of a second."""
     a, best, end = torch.ones(size, size, dtype=dtype, device=device), 0.0, time.perf_counter() + 0.1
     while not best or time.perf_counter() < end:
         begin = time.perf_counter()
@@ -142,15 +142,15 @@ def _machine() -> Iterator[Item]:
     yield Item(section, "processor", model)
     remark = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}" if "OMP_NUM_THREADS" in os.environ else ""
     is_few = threads < cores and not remark
-    yield Item(section, "cores", f"{cores}, of which torch uses {threads}", "bad" if is_few else "plain", remark)
+    yield Item(section, "cores", f"{cores}, torch uses {threads}", "bad" if is_few else "plain", remark)
     yield Item(section, "instructions", _instructions(info))
     total, available = (_meminfo(key) for key in ("MemTotal", "MemAvailable"))
     yield Item(section, "memory", f"{_size(total)}, {_size(available)} available")
     in_float32, in_bfloat16 = matmul_rate(torch.float32), matmul_rate(torch.bfloat16)
-    yield Item(section, "float32 products", _rate(in_float32))
+    yield Item(section, "float32 matmuls", _rate(in_float32))
     is_slow = in_bfloat16 < 0.5 * in_float32
-    remark = "Slow on this processor: use trainer.precision=32-true on it." if is_slow else ""
-    yield Item(section, "bfloat16 products", _rate(in_bfloat16), "off" if is_slow else "good", remark)
+    remark = "Slow on this processor: use trainer.precision=32-true." if is_slow else ""
+    yield Item(section, "bfloat16 matmuls", _rate(in_bfloat16), "off" if is_slow else "good", remark)
 
 
 def _devices() -> Iterator[Item]:
@@ -161,7 +161,7 @@ def _devices() -> Iterator[Item]:
         remark = "" if in_bf16 else "It has no bfloat16: use trainer.precision=16-mixed."
         yield Item("devices", f"cuda:{number}", what, "good" if in_bf16 else "off", remark)
         if in_bf16:
-            yield Item("devices", "  bfloat16 products", _rate(matmul_rate(torch.bfloat16, f"cuda:{number}", 4096)))
+            yield Item("devices", "  bfloat16 matmuls", _rate(matmul_rate(torch.bfloat16, f"cuda:{number}", 4096)))
     if torch.backends.mps.is_available():
         yield Item("devices", "mps", "Apple GPU", "good")
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
@@ -171,25 +171,25 @@ def _devices() -> Iterator[Item]:
 
 def _fast_paths() -> Iterator[Item]:
     section, on_gpu = "fast paths", torch.cuda.is_available()
-    yield Item(section, "attention", "by document", "good", "Packed without padding; fit says which path a model gets.")
+    yield Item(section, "attention", "per document", "good", "Packed without padding; fit reports the path of a model.")
     is_taken = False
     for name, (reason, kernel) in gpu.kernels(torch.device("cuda", 0) if on_gpu else torch.device("cpu")).items():
         state: State = "off" if kernel is None or is_taken else "good"
-        why = f": {reason}" if kernel is None else ": an earlier one is taken" if is_taken else ""
+        why = f": {reason}" if kernel is None else ": a preferred one is used" if is_taken else ""
         is_taken = is_taken or kernel is not None
-        remark = f"All documents in one call, in 16 bits{why}."
+        remark = f"All documents in one call, in half precision{why}."
         yield Item(section, f"  {name}", "on" if state == "good" else "off", state, remark)
-    why = "Soft-caps and sinks on a GPU" + ("" if on_gpu else ": it needs a GPU that torch sees")
+    why = "Soft-caps and sinks on a GPU" + ("" if on_gpu else ": it needs a GPU visible to torch")
     yield Item(section, "  FlexAttention", "on" if on_gpu else "off", "good" if on_gpu else "off", f"{why}.")
-    yield Item(section, "chunked likelihood", "on", "good", "Logits are never held whole: model.chunk_size")
+    yield Item(section, "chunked likelihood", "on", "good", "The full logits never exist: model.chunk_size")
     fuses, why = on_gpu and bool(_version("triton")), "pip install triton" if on_gpu else "it needs a GPU"
-    remark = "Softmax, figures and gradient of a chunk in one kernel" + ("." if fuses else f": {why}")
+    remark = "Softmax, metrics and gradient of a chunk in one kernel" + ("." if fuses else f": {why}")
     yield Item(section, "  fused softmax", "on" if fuses else "off", "good" if fuses else "off", remark)
     yield Item(section, "fused AdamW", "on", "good", "The default of model.optimizer.")
     yield _compiler(on_gpu)
     rust = os.environ.get("TOKENIZERS_PARALLELISM", "").lower()
     is_off = rust in ("false", "0", "off", "no", "n", "f")
-    why = "TOKENIZERS_PARALLELISM is off: encoding uses one core a process." if is_off else ""
+    why = "TOKENIZERS_PARALLELISM is off: encoding uses one core per process." if is_off else ""
     yield Item(section, "tokenizers in parallel", "off" if is_off else "on", "off" if is_off else "good", why)
     given = [
         f"{key}={os.environ[key]}"
@@ -214,7 +214,7 @@ def _limits() -> Iterator[Item]:
         is_small = free < 1 << 30
         remark = "Worker processes and NCCL need some: in Docker, --shm-size=8g." if is_small else ""
         yield Item("limits", "shared memory", f"{_size(free)} free", "bad" if is_small else "good", remark)
-    with suppress(ImportError):  # of Windows
+    with suppress(ImportError):  # on Windows
         import resource
 
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -251,7 +251,7 @@ def _instructions(info: str) -> str:
 
 
 def _meminfo(key: str) -> int:
-    """Bytes of an entry of ``/proc/meminfo``; 0 where there is none."""
+    """Bytes of an entry of ``/proc/meminfo``, or 0 if it does not exist."""
     line = next((line for line in _read("/proc/meminfo").splitlines() if line.startswith(f"{key}:")), "")
     return int(line.split()[1]) * 1024 if line else 0
 
@@ -264,12 +264,12 @@ def _read(path: str) -> str:
 
 
 def _bytes_below(path: Path) -> int:
-    """What the files below a folder take; links, as the hub's cache has, are not counted twice."""
+    """Bytes of the files below a folder; links, as in the hub's cache, are not counted twice."""
     return sum((Path(root) / name).lstat().st_size for root, _, names in os.walk(path) for name in names)
 
 
 def _size(number: float) -> str:
-    """Bytes in words.
+    """Bytes in readable units.
 
     >>> _size(93_000_000), _size(24 * 2**30)
     ('93 MB', '25.8 GB')

@@ -1,4 +1,4 @@
-"""``lightning-sft init``: looks at model, data and machine, and writes a commented YAML that ``fit`` runs."""
+"""``lightning-sft init``: inspects model, data and machine, and writes a commented YAML config for ``fit``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_sft.machine.terminal import Console, printable
 from lightning_sft.model.pretrained import context_length, load_tokenizer
 from lightning_sft.types import Conversation, InputError
 
-_LOOKED_AT = 200  # rows
+_LOOKED_AT = 200  # rows inspected
 _QUESTIONS = ("question", "query", "input", "request", "source", "text")
 _ANSWERS = ("answer", "response", "output", "reply", "target", "label")
 
@@ -42,21 +42,21 @@ def init(
         model: The pretrained model: a hub name, a folder, or a GGUF file.
         data: The training data: a file, a folder, a glob, or hf:owner/name:split.
         val: The validation data.
-        method: Train the whole model, or low-rank adapters.
-        devices: How many devices; those of this machine by default.
-        columns: The data's column for a key of the format: {prompt: question, completion: answer}.
+        method: Training method: the whole model, or low-rank adapters.
+        devices: Number of devices; by default all of this machine.
+        columns: Column of the data for each key of the format: {prompt: question, completion: answer}.
         chat_template: A Jinja file, for a model without a chat template.
         out: The file to write.
-        overwrite: Write it where there is one already.
+        overwrite: Whether to overwrite an existing file.
 
     Raises:
-        InputError: When the model or the data cannot be used, or the file is there.
+        InputError: When the model or the data cannot be used, or the file already exists.
     """
     check_arguments(init, locals())
     val, chat_template, out = plain(val), plain(chat_template), str(out)
     path, ask = Path(out), _Asker(sys.stdin.isatty())
     if path.exists() and not overwrite:
-        raise InputError(f"{out} is there already. Give another file (--out), or --overwrite true.")
+        raise InputError(f"{out} already exists. Give another file (--out), or --overwrite true.")
     model = str(model or ask("Pretrained model (a hub name, a folder, or a GGUF file)", "--model"))
     tokenizer, context = load_tokenizer(model, chat_template), context_length(model)
     data = str(data or ask("Training data (a file, a folder, a glob, or hf:owner/name:split)", "--data"))
@@ -69,7 +69,7 @@ def init(
         raise InputError(f"No row can be trained on with the chat template of {model}: {problem}")
     longest = max(len(example) for row in encoded for example in row)
     if seen.problem is not None:
-        console.print(f"fit will stop at rows that cannot be used, as this: {seen.problem}", highlight=False)
+        console.print(f"fit will stop at rows that cannot be used, such as this: {seen.problem}", highlight=False)
     if val is None and ask.is_possible:
         val = ask("Validation data (empty for none)", "--val", "") or None
     if val is not None:
@@ -87,7 +87,7 @@ def init(
 
 
 class _Asker:
-    """Asks on a terminal; elsewhere it takes defaults, and where there is none says which flag is missing."""
+    """Asks on a terminal; elsewhere uses defaults, and names the missing flag if there is none."""
 
     def __init__(self, is_possible: bool) -> None:
         self.is_possible = is_possible
@@ -104,14 +104,14 @@ class _Asker:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the first rows of the data are.
+    """Format and contents of the first rows of the data.
 
     Args:
-        format: Their format.
-        keys: Their keys.
-        columns: Which of these stand for the keys of the format, where they have other names.
-        rows: Those that can be used, as conversations.
-        problem: The first of those that cannot.
+        format: Name of the format.
+        keys: Keys of the first row.
+        columns: Column for each key of the format if the names differ, or ``None``.
+        rows: Usable rows as conversations.
+        problem: Error of the first row that cannot be used, or ``None``.
     """
 
     format: str
@@ -122,12 +122,12 @@ class Seen:
 
 
 def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
-    """Find out what the first rows of the data are.
+    """Determine format and columns from the first rows of the data.
 
     Args:
-        data: As for ``data.train``.
-        columns: The columns, where they are known.
-        ask: Asks for them, where they cannot be told.
+        data: Data source, as for ``data.train``.
+        columns: Column for each key of the format, if known.
+        ask: Asker for columns that cannot be inferred.
 
     Raises:
         InputError: When no row can be used.
@@ -163,7 +163,7 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
 
 
 def _guess(keys: list[str]) -> dict[str, str] | None:
-    """The columns of a question and its answer, by their names.
+    """The columns of question and answer, guessed from their names; ``None`` if there are none.
 
     >>> _guess(["id", "question", "answer"])
     {'prompt': 'question', 'completion': 'answer'}

@@ -13,18 +13,18 @@ from lightning_sft.training.checks import bfloat16_is_slow
 from lightning_sft.types import InputError
 
 Method = Literal["full", "lora"]
-"""Whether the whole model is trained, or adapters."""
+"""Training method: the whole model, or low-rank adapters."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the run is for.
+    """The machine that the config is written for.
 
     Args:
         accelerator: ``gpu``, ``mps`` or ``cpu``.
-        devices: How many.
-        precision: The fastest that trains well there.
-        why: Why this precision.
+        devices: Number of devices.
+        precision: Fastest precision that trains well on the device.
+        why: Reason for the precision.
     """
 
     accelerator: str
@@ -34,23 +34,23 @@ class Machine:
 
     @classmethod
     def here(cls, devices: int | None = None) -> Machine:
-        """This machine, or so many devices of its kind.
+        """This machine, with all its devices or a given number.
 
         Raises:
-            InputError: When there are not so many.
+            InputError: When ``devices`` is less than 1.
         """
         if devices is not None and devices < 1:
             raise InputError(f"devices must be at least 1, got {devices}.")
         count = torch.cuda.device_count()
         if count:
             if torch.cuda.get_device_capability()[0] >= 8:
-                return cls("gpu", devices or count, "bf16-mixed", "bfloat16 products, float32 weights")
+                return cls("gpu", devices or count, "bf16-mixed", "bfloat16 matmuls, float32 weights")
             return cls("gpu", devices or count, "16-mixed", "this GPU has no bfloat16")
         if torch.backends.mps.is_available():
             return cls("mps", 1, "32-true", "float32")
         if bfloat16_is_slow():
             return cls("cpu", devices or 1, "32-true", "this processor is slow in bfloat16, measured just now")
-        return cls("cpu", devices or 1, "bf16-mixed", "bfloat16 products, float32 weights")
+        return cls("cpu", devices or 1, "bf16-mixed", "bfloat16 matmuls, float32 weights")
 
 
 def as_yaml(
@@ -62,53 +62,54 @@ def as_yaml(
     machine: Machine,
     out: str,
 ) -> str:
-    """The file, with a comment for each key; JSON values are YAML too.
+    """The text of the YAML file, with a comment for each key. Values are written as JSON, which is valid YAML.
 
     Args:
-        model: Name, folder or file.
-        context: Most tokens that it was made for, where that is known.
-        data: ``train`` with what it is in words, and ``val``, ``columns`` and ``chat_template``, or ``None``.
-        longest: Tokens of the longest of the first sequences.
-        method: What is trained.
-        machine: What it is trained on.
-        out: Name of the file.
+        model: Hub name, folder or file of the pretrained model.
+        context: Maximum number of tokens of the model's context, if known.
+        data: Mapping with ``train`` (the source and its description), and ``val``, ``columns`` and ``chat_template``,
+            which may be ``None``.
+        longest: Number of tokens of the longest of the first sequences.
+        method: Training method.
+        machine: Machine to train on.
+        out: Path of the YAML file, for its comments.
     """
     several, lora = machine.devices > 1, method == "lora"
     (train, kind), val = data["train"], data["val"]
     lines = [
         f"# Written by lightning-sft init. Train:    lightning-sft fit --config {out}",
         f"# See what will be trained on:             lightning-sft show --config {out}",
-        f"# Prove it on this model and these data:   lightning-sft verify --config {out}",
-        "# Keys that are not here have their defaults; all of them: lightning-sft fit --print_config",
-        "seed_everything: 0 # seed of whatever is drawn; the order of the data has data.seed",
+        f"# Check it on this model and data:         lightning-sft verify --config {out}",
+        "# Other keys have their defaults; list all:  lightning-sft fit --print_config",
+        "seed_everything: 0 # global random seed; the order of the data has data.seed",
         "trainer:",
         f"  accelerator: {machine.accelerator} # what this machine has",
         f"  devices: {machine.devices} # on each node",
         f"  strategy: {'ddp' if several else 'auto'} # "
         + ("a copy of the model each; fsdp2 shards it, see docs/strategies.md" if several else "one device needs none"),
         f"  precision: {machine.precision} # {machine.why}",
-        "  max_epochs: 1 # times that each row is used",
-        "  accumulate_grad_batches: 4 # micro-batches of a device in one optimizer step",
-        "  gradient_clip_val: 1.0 # the largest norm of a step's gradient",
-        "  log_every_n_steps: 1 # optimizer steps from one logged figure to the next",
+        "  max_epochs: 1 # passes over the data",
+        "  accumulate_grad_batches: 4 # micro-batches per device in one optimizer step",
+        "  gradient_clip_val: 1.0 # maximum gradient norm",
+        "  log_every_n_steps: 1 # optimizer steps between logged metrics",
         "model:",
         f"  pretrained: {_value(model)} # a hub name, a folder, or a GGUF file",
-        "  normalize: token # every target token counts the same; or: sequence, sqrt, dataset",
+        "  normalize: token # every target token has the same weight; or: sequence, sqrt, dataset",
         "  optimizer:",
         "    class_path: torch.optim.AdamW # any optimizer of torch, or of your own by its path",
         "    init_args:",
-        f"      lr: {'2.0e-4' if lora else '2.0e-5'} # the highest learning rate, after the warm-up",
-        f"      weight_decay: {'0.0' if lora else '0.01'} # of matrices; norms and biases have none",
+        f"      lr: {'2.0e-4' if lora else '2.0e-5'} # peak learning rate, after warm-up",
+        f"      weight_decay: {'0.0' if lora else '0.01'} # for matrices only, not norms and biases",
         "      fused: true # one kernel for all parameters",
         "  schedule: cosine # down to 0 at the end; or: linear, constant, wsd",
-        "  warmup: 0.03 # share of the steps in which the learning rate rises",
-        "  gradient_checkpointing: false # true saves memory and costs a third more time",
+        "  warmup: 0.03 # fraction of steps used for linear warm-up",
+        "  gradient_checkpointing: false # true saves memory and takes a third more time",
     ]
     if lora:
         lines += [
-            "  lora: # adapters; the model's own weights stay as they are, see docs/adapters.md",
+            "  lora: # low-rank adapters; the base is frozen, see docs/adapters.md",
             "    r: 16 # rank",
-            "    alpha: 32 # scale, times r",
+            "    alpha: 32 # numerator of the scale alpha / r",
             "    dropout: 0.05 # on the input of each adapter",
         ]
     lines += ["data:", f"  train: {_value(train)} # {_value(kind)[1:-1]}"]
@@ -121,9 +122,9 @@ def as_yaml(
     if data["chat_template"]:
         lines.append(f"  chat_template: {_value(data['chat_template'])} # instead of the tokenizer's own")
     lines += [
-        f"  max_length: {context or 'null'} # most tokens in a sequence; the model was made for so many",
+        f"  max_length: {context or 'null'} # maximum number of tokens per sequence; the model's context",
         "  overflow: drop # longer ones are left out and counted; or: error, truncate, split",
-        "  tokens_per_batch: null # tokens in a micro-batch at most; null: 2,048 (16,384 on a GPU), or the longest "
+        "  tokens_per_batch: null # maximum tokens per micro-batch; null: 2,048 (16,384 on a GPU), or the longest "
         f"sequence if longer (of the first rows: {longest:,})",
         "  packing: packed # sequences end to end without padding; or: padded",
         "  invalid_rows: error # stop at a row that cannot be used; skip leaves it out and counts it",

@@ -1,4 +1,4 @@
-"""``lightning-sft replay``: the batch and the loss of an optimizer step once more, sample by sample."""
+"""``lightning-sft replay``: recompute the batch and the loss of an optimizer step, sample by sample."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from lightning_sft.types import Batch, InputError
 
 @dataclass(frozen=True)
 class Sample:
-    """What a sample had to do with the loss of a step.
+    """A sample's contribution to the loss of a step.
 
     Args:
-        provenance: Where the row came from, ``file:line``.
-        rank: Data-parallel rank that had it.
-        micro_batch: Number of its micro-batch in the step, from 1.
-        num_targets: Tokens that are trained.
-        loss: Weighted mean of −log Pr of its targets.
-        share: Of the step's loss.
+        provenance: Source of the row, ``file:line``.
+        rank: Data-parallel rank that processed the sample.
+        micro_batch: Number of the micro-batch in the step, from 1.
+        num_targets: Number of target tokens.
+        loss: Weighted mean of −log Pr of the targets, in nats.
+        share: Share of the step's loss.
     """
 
     provenance: str
@@ -53,15 +53,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Replay:
-    """A step once more.
+    """A replayed step.
 
     Args:
-        step: Its number, from 1.
-        logged: The loss that the run has logged.
-        loss: The loss now.
-        weights: With which weights.
-        is_exact: Whether these are the ones that the step was taken with.
-        samples: The largest share of the loss first.
+        step: Number of the step, from 1.
+        logged: Loss that the run logged, or ``None``.
+        loss: Recomputed loss.
+        weights: Source of the weights: a checkpoint, or the pretrained weights.
+        is_exact: Whether these are the weights that the step started from.
+        samples: Samples of the step, largest share of the loss first.
     """
 
     step: int
@@ -81,22 +81,22 @@ def replay(
     weights_of: str | Path | None = None,
     rows: Index = 20,
 ) -> Replay:
-    """Rebuild the batch of an optimizer step from the ledger, and its loss from a checkpoint.
+    """Rebuild the batch of an optimizer step from the ledger, and recompute its loss from a checkpoint.
 
     Args:
-        data: As for ``fit``.
-        module: As for ``fit``.
-        trainer: Settings of a trainer; how the step was divided is taken from the ledger.
-        step: Number of the step, from 1, as loggers and the ledger have it.
-        ledger: The ``samples.jsonl`` of the run; the newest below ``trainer.default_root_dir`` by default.
-        weights_of: The checkpoint to take; by default the nearest before the step that is still there.
-        rows: How many samples are printed, those that are most to blame first.
+        data: Data module, configured as for ``fit``.
+        module: Module, configured as for ``fit``.
+        trainer: Settings of the trainer; ranks and accumulation are taken from the ledger.
+        step: Number of the step, from 1, as in loggers and the ledger.
+        ledger: Path of the run's ``samples.jsonl``; by default the newest below ``trainer.default_root_dir``.
+        weights_of: Checkpoint with the weights; by default the last existing one before the step.
+        rows: Number of samples to print, largest share of the loss first.
 
     Raises:
-        InputError: When there is no ledger, the step is not in it, or the data are others now.
+        InputError: When there is no ledger, the step is not in it, or the data have changed.
     """
     if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
-        raise InputError("replay needs an SFTModule and an SFTDataModule, or classes made from them.")
+        raise InputError("replay needs an SFTModule and an SFTDataModule, or subclasses of them.")
     check_arguments(replay, locals())
     root = Path(trainer.default_root_dir or ".")
     path = Path(ledger) if ledger else _newest_ledger(root)
@@ -121,12 +121,12 @@ class ReplayCLI(ConfigCLI):
 def _newest_ledger(root: Path) -> Path:
     found = [*root.glob(LEDGER_FILE), *root.glob(f"*/*/{LEDGER_FILE}")]
     if not found:
-        raise InputError(f"There is no {LEDGER_FILE} below {root}. Name the run's with --ledger.")
+        raise InputError(f"There is no {LEDGER_FILE} below {root}. Give its path with --ledger.")
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
 def _checkpoint_before(step: int, folders: Iterable[Path]) -> Checkpoint | None:
-    """The checkpoint nearest before a step."""
+    """The last checkpoint before a step."""
     before: list[Checkpoint] = []
     for path in {path.resolve() for folder in folders for path in folder.glob("*.ckpt")}:
         checkpoint = Checkpoint(path)
@@ -139,7 +139,7 @@ def _checkpoint_before(step: int, folders: Iterable[Path]) -> Checkpoint | None:
 
 
 def _load(module: SFTModule, found: Checkpoint | None) -> None:
-    """Load the weights of a checkpoint, or the pretrained ones."""
+    """Load the weights of a checkpoint, or the pretrained weights."""
     if found is None:
         module.configure_model()
         return
@@ -153,7 +153,11 @@ def _load(module: SFTModule, found: Checkpoint | None) -> None:
 def _batches(
     data: SFTDataModule, module: SFTModule, trainer: Any, line: Mapping[str, Any], found: Checkpoint | None
 ) -> list[list[Batch]]:
-    """The micro-batches of each rank, from the data as they are now."""
+    """The micro-batches of each rank, rebuilt from the current data.
+
+    Raises:
+        InputError: When the samples are not those of the ledger.
+    """
     samples = line["samples"]
     data = data.preview(module, trainer, reads_stream=True)
     paper = cast(Any, data.trainer)
@@ -171,27 +175,27 @@ def _batches(
         return made
 
     loaders = [loader(rank) for rank in range(len(samples))]
-    with ThreadPoolExecutor(len(loaders)) as pool:  # ranks of a stream wait for each other
+    with ThreadPoolExecutor(len(loaders)) as pool:  # in parallel, since ranks of a stream wait for each other
         ranks = list(pool.map(exchange.guarded(lambda own: list(islice(own, len(samples[0])))), loaders))
     for rank, (batches, were) in enumerate(zip(ranks, samples, strict=True)):
         now = [[name for name in batch.provenance if name != "padding"] for batch in batches]
         if now != were:
             raise InputError(
-                f"The data are not those of step {line['step']}: rank {rank} had {were}, now {now}. Replay with the "
+                f"The data have changed since step {line['step']}: rank {rank} had {were}, now {now}. Replay with the "
                 "config and the files of the run."
             )
     return ranks
 
 
 class _Exchange:
-    """What processes do with ``all_gather``, for threads."""
+    """An ``all_gather`` between threads."""
 
     def __init__(self, number: int) -> None:
         self.shares: list[Any] = [None] * number
         self.barrier = Barrier(number)
 
     def gather(self, rank: int, share: Any) -> list[Any]:
-        """The shares of all threads, from that of each."""
+        """Gather the shares of all threads; each must call this."""
         self.shares[rank] = share
         self.barrier.wait()
         found = list(self.shares)
@@ -199,7 +203,7 @@ class _Exchange:
         return found
 
     def guarded(self, work: Callable[[Any], list[Batch]]) -> Callable[[Any], list[Batch]]:
-        """The same work, which ends that of the other threads where it fails."""
+        """Wrap a function so that its failure releases the other threads."""
 
         def run(own: Any) -> list[Batch]:
             try:
@@ -214,7 +218,7 @@ class _Exchange:
 def _losses(
     module: SFTModule, ranks: Sequence[Sequence[Batch]], line: Mapping[str, Any], trainer: Any
 ) -> tuple[float, list[Sample]]:
-    """The loss of the step, and that of each sample, computed as they were in training, dropout and all."""
+    """The loss of the step and of each sample, computed as in training, including dropout."""
     device = "cuda" if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
     precision = str(trainer.precision or "32-true")
     dtype = torch.float16 if precision.startswith("16") and device == "cuda" else torch.bfloat16
@@ -250,11 +254,11 @@ def _show(result: Replay, line: Mapping[str, Any], after: int, rows: int) -> Non
         where = str(sample.rank), str(sample.micro_batch), sample.provenance
         table.add_row(f"{sample.share:.1%}", f"{sample.loss:.4f}", f"{sample.num_targets:,}", *where)
     logged = "no loss" if result.logged is None else f"a loss of {result.logged:.6f}"
-    console.print(f"Step {result.step}, in epoch {line['epoch']}: {logged} was logged, {result.loss:.6f} is found now.")
+    console.print(f"Step {result.step}, in epoch {line['epoch']}: {logged} was logged, recomputed {result.loss:.6f}.")
     if result.is_exact:
-        console.print(f"Weights: those that it was taken with, {result.weights}.")
+        console.print(f"Weights: those the step started from, {result.weights}.")
     else:
-        console.print(f"Weights: not those that it was taken with, but those after step {after}: {result.weights}.")
+        console.print(f"Weights: not those the step started from, but those after step {after}: {result.weights}.")
     console.print(table)
     if len(result.samples) > rows:
         console.print(f"{len(result.samples) - rows} more: --rows {len(result.samples)}")

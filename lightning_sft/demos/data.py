@@ -1,7 +1,7 @@
-"""Example instruction data, made by a seed: requests at home, and the commands they stand for in a small JSON language.
+"""Synthetic instruction data from a seed: smart-home requests, and the JSON commands they stand for.
 
-A pretrained chat model answers such a request with prose. The language is strict (one spelling for every command), so
-whether it has been learnt can be counted: an answer is right or it is not.
+A pretrained chat model answers such a request with prose. The language is strict (one spelling per command), so
+learning can be measured by exact match.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ _COMMANDS = (_light, _heat, _alarm, _timer, _message, _buy)
 
 
 def command_rows(num_rows: int, seed: int = 0) -> list[dict[str, str]]:
-    """Requests and their commands, no request twice.
+    """Requests and their commands, without duplicate requests.
 
     >>> command_rows(1)[0]["prompt"], command_rows(1)[0]["completion"]
     ('I would like you to remind me of the pizza in 4 minutes', '{"do": "timer", "for": "pizza", "minutes": 4}')
@@ -89,7 +89,7 @@ def command_rows(num_rows: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def write_demo_data(folder: str | Path, num_train: int = 500, num_test: int = 100, seed: int = 0) -> tuple[Path, Path]:
-    """Write ``train.jsonl`` and ``test.jsonl``, which share no request, and return their paths."""
+    """Write ``train.jsonl`` and ``test.jsonl``, which share no requests, and return their paths."""
     rows = command_rows(num_train + num_test, seed)
     Path(folder).mkdir(parents=True, exist_ok=True)
     paths = Path(folder) / "train.jsonl", Path(folder) / "test.jsonl"

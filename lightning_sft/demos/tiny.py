@@ -1,4 +1,4 @@
-"""Small things that need no download: for doctests, tests, bug reports and the quickstart."""
+"""A tiny model and tokenizer that need no download, for doctests, tests, bug reports and the quickstart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHATML = (
 
 
 def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A tokenizer of the 256 bytes and three special tokens, with a ChatML template.
+    """A byte-level tokenizer: 256 bytes and three special tokens, with a ChatML template.
 
     >>> tokenizer = tiny_tokenizer()
     >>> tokenizer.decode(tokenizer("naïve")["input_ids"]), len(tokenizer)
@@ -36,9 +36,9 @@ def tiny_model(model_type: str = "llama", seed: int = 0, **config: Any) -> PreTr
     """A causal language model of two small layers with random weights, for :func:`tiny_tokenizer`.
 
     Args:
-        model_type: An architecture of transformers.
-        seed: Seed of the weights.
-        config: Settings that differ from the tiny ones.
+        model_type: Architecture of transformers, such as ``llama``.
+        seed: Seed of the random weights.
+        config: Config settings to override.
 
     >>> sum(p.numel() for p in tiny_model().parameters())
     13136

@@ -1,4 +1,4 @@
-"""Adapters alone, in a folder as peft reads it."""
+"""Writing only the adapters, to a folder that peft reads."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lightning_sft.types import InputError
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
-    """Write the adapters alone, as ``peft.PeftModel.from_pretrained(base_model, folder)`` reads them.
+    """Write only the adapters, for ``peft.PeftModel.from_pretrained(base_model, folder)``.
 
-    With rows of new tokens, the base model's embeddings have to be resized before: to as many as the tokenizer has.
+    With rows of new tokens, the base model's embeddings must first be resized to the size of the tokenizer.
 
     Args:
-        model: With adapters, on one process.
-        folder: Where ``adapter_model.safetensors`` and ``adapter_config.json`` go; it is made if need be.
-        base: Name or folder of the model that the adapters are for.
+        model: Unsharded model with adapters.
+        folder: Folder for ``adapter_model.safetensors`` and ``adapter_config.json``; created if needed.
+        base: Name or path of the base model.
 
     Raises:
-        InputError: When there are no adapters, or other parameters were trained too.
+        InputError: When there are no adapters, or other parameters were trained as well.
     """
     if not hasattr(model, "peft_config"):
-        raise InputError("The model has no adapters (model.lora), so they cannot be written alone. Export the model.")
+        raise InputError("The model has no adapters (model.lora), so there is nothing to write. Export the model.")
     rows = new_tokens.modules(model)
     others = [n for n, p in model.named_parameters() if p.requires_grad and not is_adapter(n) and "new_rows" not in n]
     if others:
         raise InputError(
-            f"Besides adapters, {others[0]} and {len(others) - 1} more parameters were trained, which a folder of peft "
-            "would not hold. Export the merged model."
+            f"Besides adapters, {others[0]} and {len(others) - 1} more parameters were trained, which peft's format "
+            "cannot hold. Export the merged model."
         )
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""A checkpoint to a Hugging Face folder, compared with what was trained before it gets its name."""
+"""Conversion of a checkpoint to a Hugging Face folder, compared with the trained model before it gets its name."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ from lightning_sft.types import Conversation, Example, InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _HALVES = (torch.bfloat16, torch.float16)
-_EXACT, _ROUNDED = 1e-6, 1e-2  # mean KL that passes, with float32 throughout, and where anything is rounded to 16 bits
+_EXACT, _ROUNDED = 1e-6, 1e-2  # maximum mean KL, with float32 throughout, and with any half precision
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a folder is written.
+    """Settings of an export.
 
     Args:
-        dtype: Of the weights; that of the trained ones by default.
-        max_shard_size: Of a file of weights, as ``5GB``.
-        max_kl: Largest mean KL(trained ‖ exported), in nats a token; by default 1e-6, or 1e-2 where 16 bits come in.
-        gguf_converter: llama.cpp's, which then writes a GGUF file too, see :mod:`lightning_sft.export.gguf_file`.
-        gguf_type: How the GGUF file stores weights.
+        dtype: Dtype of the exported weights; by default that of the trained weights.
+        max_shard_size: Maximum size of a weight file, such as ``5GB``.
+        max_kl: Maximum mean KL(trained ‖ exported) in nats per token; by default 1e-6, or 1e-2 with half precision.
+        gguf_converter: Path of llama.cpp's converter, to also write a GGUF file, see
+            :mod:`lightning_sft.export.gguf_file`.
+        gguf_type: Storage type of the weights in the GGUF file.
     """
 
     dtype: Dtype | None = None
@@ -53,18 +54,18 @@ class Settings:
         check_arguments(Settings, vars(self), "export")
 
     def most(self, in_16_bits: bool) -> float:
-        """The largest mean KL that passes, where 16 bits come in or not."""
+        """The maximum mean KL that passes, with half precision or without."""
         return self.max_kl if self.max_kl is not None else _ROUNDED if in_16_bits else _EXACT
 
 
 @dataclass(frozen=True)
 class Live:
-    """log Pr of the targets of sequences under the model in training, which the folder has to reproduce.
+    """Log-probabilities of targets under the model in training, which the exported folder has to reproduce.
 
     Args:
-        examples: The sequences.
-        log_probs: One value a target, ``[T]``.
-        in_16_bits: Whether the model in training computes in 16 bits.
+        examples: Sequences of the targets.
+        log_probs: Log-probability of each target, ``[T]``.
+        in_16_bits: Whether the model in training computes in half precision.
     """
 
     examples: Sequence[Example]
@@ -82,21 +83,25 @@ def export_checkpoint(
     gguf_converter: str | Path | None = None,
     gguf_type: GGUFType = "f16",
 ) -> Path:
-    """Write a checkpoint as a Hugging Face folder that plain transformers loads, and compare it with what was trained.
+    """Export a checkpoint as a Hugging Face folder for plain transformers, and compare it with the trained model.
 
     Args:
-        ckpt: The checkpoint: a file, the folder that FSDP2, tensor parallelism or DeepSpeed writes, or the folder of a
-            run, whose newest checkpoint is taken.
-        out: The folder to write; it must not exist yet.
-        dtype: Of the weights; that of the trained ones by default. 16 bits halve the folder and round the weights.
-        max_shard_size: Of a file of weights.
-        rows: Rows to compare on; by default the first ones of the run's validation data, where it can be read.
-        max_kl: Largest mean KL(trained || exported) in nats a token; by default 1e-6, or 1e-2 where 16 bits come in.
-        gguf_converter: convert_hf_to_gguf.py of llama.cpp, to write a GGUF file too, and compare it.
-        gguf_type: How the GGUF file stores weights.
+        ckpt: Checkpoint: a file; a folder written by FSDP2, tensor parallelism or DeepSpeed; or the folder of a run,
+            whose newest checkpoint is used.
+        out: Folder to write, which must not exist yet.
+        dtype: Dtype of the exported weights; by default that of the trained ones. Half precision halves the size and
+            rounds.
+        max_shard_size: Maximum size of a weight file.
+        rows: File of rows to compare on; by default the first rows of the run's validation data, if readable.
+        max_kl: Maximum mean KL(trained || exported) in nats per token; by default 1e-6, or 1e-2 with half precision.
+        gguf_converter: Path of llama.cpp's convert_hf_to_gguf.py, to also write and compare a GGUF file.
+        gguf_type: Storage type of the weights in the GGUF file.
+
+    Returns:
+        Path of the folder.
 
     Raises:
-        InputError: When the checkpoint cannot be read, or the folder does not pass; it then is kept as
+        InputError: When the checkpoint cannot be read, or the folder fails the comparison; it is then kept as
             ``OUT.failed``, or under the next free name.
     """
     check_arguments(export_checkpoint, locals(), "export")
@@ -116,7 +121,11 @@ def from_checkpoint(
     settings: Settings,
     replace: bool = False,
 ) -> Path:
-    """Convert a checkpoint on disk, see :func:`convert`."""
+    """Export a checkpoint on disk, see :func:`convert`.
+
+    Raises:
+        InputError: When the checkpoint cannot be read, or the folder fails the comparison.
+    """
     checkpoint = Checkpoint(path)
     tokenizer = tokenizer_of(checkpoint.metadata)
     return convert(checkpoint.whole(), tokenizer, out, rows, settings, replace=replace)
@@ -131,21 +140,24 @@ def convert(
     live: Live | None = None,
     replace: bool = False,
 ) -> Path:
-    """Write a checkpoint, whole on this process, as a folder, and compare.
+    """Export an unsharded checkpoint as a Hugging Face folder, and compare it with the trained model.
 
     Args:
-        checkpoint: With ``hyper_parameters`` and ``state_dict``, and what else is known of the run.
-        tokenizer: Of the training.
-        out: The folder.
-        rows: Where the rows come from, and the rows to compare on.
-        settings: How it is written.
-        live: What the model in training makes of the same rows.
-        replace: Whether a folder that is there gives way.
+        checkpoint: Checkpoint with ``hyper_parameters``, ``state_dict``, and facts of the run.
+        tokenizer: Tokenizer of the training.
+        out: Folder to write.
+        rows: Description of the rows, and the rows to compare on.
+        settings: Settings of the export.
+        live: Log-probabilities under the model in training, to compare as well.
+        replace: Whether to replace an existing folder.
+
+    Returns:
+        Path of the folder.
 
     Raises:
-        InputError: When the folder does not pass.
+        InputError: When the folder fails the comparison.
     """
-    with torch.random.fork_rng(devices=[]):  # a run that exports draws the same numbers as one that does not
+    with torch.random.fork_rng(devices=[]):  # exporting must not change the random numbers of a run
         model = restored(checkpoint)
     dtype = widest_dtype(model)
     target = getattr(torch, settings.dtype) if settings.dtype else dtype
@@ -159,7 +171,7 @@ def convert(
     if live is not None:
         report.live = _mean_difference(trained, live)
     if has_adapters(model):
-        cast_weights(model, dtype)  # adapters may be finer than their base
+        cast_weights(model, dtype)  # adapters may have higher precision than their base
         merge(model)
         report.models.append(parity.agreement("merged", trained, _in_float32(model, examples)))
     cast_weights(model, target)
@@ -187,14 +199,14 @@ def convert(
 
 
 def rows_to_compare(facts: Mapping[str, Any], rows: str | Path | None = None) -> tuple[str, Sequence[Conversation]]:
-    """Rows on which models are compared, and what they are: those given, or of the run's validation data.
+    """Rows to compare models on, with a description: given rows, the run's validation data, or built-in rows.
 
     Args:
-        facts: Of the run.
-        rows: A file of rows.
+        facts: Facts of the run.
+        rows: File of rows, or ``None``.
 
     Raises:
-        InputError: When the rows that were given cannot be read.
+        InputError: When the given rows cannot be read.
     """
     if rows is not None:
         found = parity.held_out(as_mixture(rows))
@@ -205,13 +217,13 @@ def rows_to_compare(facts: Mapping[str, Any], rows: str | Path | None = None) ->
             found = parity.held_out(mixture)
             return f"{len(found)} rows of the run's validation data", found
         why = "the run had no validation data in files"
-    except InputError as error:  # another machine, say
+    except InputError as error:  # e.g. on another machine
         why = f"the run's validation data cannot be read: {error}"
     return f"a few built-in rows ({why}; give some with rows=FILE.jsonl)", parity.built_in()
 
 
 def _in_float32(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
-    """Log Pr of all tokens at the targets, in float32 whatever they are stored in: a CPU may be slow in others."""
+    """Log-probabilities of all tokens at the targets, ``[T, V]``, in float32: CPUs may be slow in other dtypes."""
     tensors = [t for t in model.state_dict(keep_vars=True).values() if t.is_floating_point()]
     stored = [tensor.data for tensor in tensors]
     for tensor in tensors:
@@ -233,7 +245,7 @@ def _failed(folder: Path, out: Path, report: parity.Report) -> InputError:
     kept = set_aside(folder, out)
     return InputError(
         f"The exported model is not the one that was trained: {'; '.join(report.failures)}. It is in {kept}, "
-        "with what was measured in parity.json. Where weights were rounded, another dtype may do, or a higher max_kl."
+        "with the measurements in parity.json. If weights were rounded, use another dtype or a higher max_kl."
     )
 
 

@@ -1,4 +1,4 @@
-"""Trained weights to a Hugging Face folder that plain transformers loads."""
+"""Writing trained weights as a Hugging Face folder that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ def export(
     generation: GenerationConfig | None = None,
     max_shard_size: str = "5GB",
 ) -> Path:
-    """Write weights (safetensors), configurations, tokenizer and chat template; all of it, or nothing.
+    """Write weights (safetensors), configs, tokenizer and chat template atomically.
 
     Args:
-        model: The model, on one process.
-        tokenizer: With the chat template that it was trained with.
-        out: A folder that does not exist yet, or is empty.
-        generation: How the model is to generate; as it is by default. The stop token of the chat template is added.
-        max_shard_size: Of a file of weights, as ``5GB``.
+        model: Unsharded model.
+        tokenizer: Tokenizer with the chat template of the training.
+        out: Folder that does not exist yet, or is empty.
+        generation: Generation config; by default the model's. The stop token of the chat template is added.
+        max_shard_size: Maximum size of a weight file, such as ``5GB``.
+
+    Returns:
+        Path of the folder.
 
     Raises:
-        InputError: When the folder has something in it.
+        InputError: When the folder is not empty.
     """
     with whole_folder(out) as folder:
         write(model, tokenizer, folder, generation, max_shard_size)
@@ -51,9 +54,9 @@ def write(
     generation: GenerationConfig | None = None,
     max_shard_size: str = "5GB",
 ) -> None:
-    """The same into a folder that may have other files; see :func:`export`."""
+    """Write the same files into a folder that may have others, see :func:`export`."""
     before = model.config.use_cache, model.generation_config
-    model.config.use_cache = True  # training goes without, but inference wants it
+    model.config.use_cache = True  # disabled in training, but needed for inference
     model.generation_config = _stopping(generation or model.generation_config, tokenizer)
     try:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -63,26 +66,26 @@ def write(
 
 
 def widest_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that holds all weights without rounding any: from a folder, transformers loads all in one."""
+    """The dtype that holds all weights without rounding; transformers loads a folder in a single dtype."""
     return reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
 
 
 @contextmanager
 def whole_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
-    """A folder that appears under its name when all of it is on the disk, or never.
+    """Context to write a folder atomically: it appears under its name only when it is complete and on disk.
 
     Args:
-        out: Its name. What is written goes to a hidden folder of a new name beside it, which is removed at the end.
-        replace: Whether a folder of that name gives way; without it, it must not exist, or be empty.
+        out: Path of the folder. Files are written to a hidden folder beside it, which is removed at the end.
+        replace: Whether to replace an existing folder; otherwise it must not exist, or be empty.
 
     Raises:
-        InputError: When the folder has something in it.
+        InputError: When the folder is not empty.
     """
     out = Path(out)
     if not replace:
         check_is_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    own = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # nothing of anybody else is in it
+    own = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # new, so no other process writes to it
     unfinished, old = own / "unfinished", own / "old"
     unfinished.mkdir()
     try:
@@ -105,8 +108,11 @@ def set_aside(folder: Path, out: Path) -> Path:
     """Keep an unfinished folder under the first free name of ``OUT.failed``, ``OUT.failed-2``, ....
 
     Args:
-        folder: As :func:`whole_folder` gives it.
-        out: The name that it would have got.
+        folder: Unfinished folder of :func:`whole_folder`.
+        out: Path that it was meant for.
+
+    Returns:
+        The new path.
     """
     names = (out.with_name(f"{out.name}.failed{number}") for number in ("", *(f"-{i}" for i in range(2, 10_000))))
     kept = next(path for path in names if not os.path.lexists(path))
@@ -114,17 +120,17 @@ def set_aside(folder: Path, out: Path) -> Path:
 
 
 def check_is_free(out: Path) -> None:
-    """Refuse to write where there is something already.
+    """Refuse to overwrite a folder or a file.
 
     Raises:
-        InputError: When the folder has something in it.
+        InputError: When the path is a file, or a folder that is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there already. Give a new folder, or remove it first.")
+        raise InputError(f"{out} already exists. Give a new folder, or remove it first.")
 
 
 def _stopping(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """The configuration with the token at which training taught the model to stop, and one for padding."""
+    """The generation config with the stop token of the training, and a padding token."""
     generation, stop_id = deepcopy(generation), ChatTemplate.of(tokenizer).stop_id
     known = generation.eos_token_id
     stops = sorted({*(known if isinstance(known, list) else [known]), stop_id} - {None})
@@ -133,9 +139,9 @@ def _stopping(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) 
         generation.pad_token_id = tokenizer.pad_token_id
     try:
         generation.validate(strict=True)
-    except ValueError as error:  # some models are published with settings that transformers does not save
+    except ValueError as error:  # some published configs have settings that transformers refuses to save
         warnings.warn(
-            f"The generation config of the pretrained model is not saved, but one with its stop tokens: {error}",
+            f"The generation config of the pretrained model is invalid, so only its special tokens are saved: {error}",
             stacklevel=2,
         )
         kept = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

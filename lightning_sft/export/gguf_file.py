@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a GGUF file, by the converter of llama.cpp, which is no package and has to be at hand."""
+"""Conversion of a Hugging Face folder to GGUF with llama.cpp's converter, which is not a package: its path is given."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ GGUFType = Literal["f32", "f16", "bf16", "q8_0"]
 
 
 def write_gguf(folder: Path, converter: str | Path, out_type: GGUFType) -> Path:
-    """Write ``model-TYPE.gguf`` into a folder of a model.
+    """Write ``model-TYPE.gguf`` into the folder of a model.
 
     Args:
-        folder: Of the model and its tokenizer.
-        converter: ``convert_hf_to_gguf.py`` in a checkout of llama.cpp.
-        out_type: How weights are stored.
+        folder: Folder of the model and its tokenizer.
+        converter: Path of ``convert_hf_to_gguf.py`` in a checkout of llama.cpp.
+        out_type: Storage type of the weights.
+
+    Returns:
+        Path of the GGUF file.
 
     Raises:
-        InputError: When there is no converter, or it fails.
+        InputError: When the converter does not exist, or fails.
     """
     if not Path(converter).is_file():
         raise InputError(
@@ -33,5 +36,5 @@ def write_gguf(folder: Path, converter: str | Path, out_type: GGUFType) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not out.is_file():
         said = "\n".join(done.stderr.strip().splitlines()[-5:])
-        raise InputError(f"{converter} could not convert the model. It said:\n{said}")
+        raise InputError(f"{converter} could not convert the model:\n{said}")
     return out

@@ -1,4 +1,4 @@
-"""The README.md of an exported model, from what is known of its run."""
+"""The README.md of an exported model, from the facts of its run."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import yaml
 
 _WEIGHTS = {
-    "token": ("1", "the number of target tokens of the step", "every target token counts the same"),
-    "sequence": ("1 / targets of its answer", "the sum of w over the step", "every answer counts the same"),
+    "token": ("1", "the number of target tokens of the step", "every target token has the same weight"),
+    "sequence": ("1 / targets of its answer", "the sum of w over the step", "every answer has the same weight"),
     "sqrt": ("1 / √(targets of its answer)", "the sum of w over the step", "between tokens and answers"),
     "dataset": ("1", "a constant, the mean of a step", "the gradients of an epoch add up to that of L(θ)"),
 }
 _LICENSE = (
-    "Not stated. What applies are the licences of the base model and of the data; whoever publishes this model has to "
-    "look them up, and to replace `license: unknown` above."
+    "Not stated. The licences of the base model and of the data apply; before publishing this model, look them up and "
+    "replace `license: unknown` above."
 )
 
 
@@ -27,10 +27,10 @@ def model_card(
     """A model card in Markdown with YAML front matter, as the Hugging Face hub reads it.
 
     Args:
-        name: Of the model.
-        hyper_parameters: Of the module.
-        facts: Of the run, see :func:`lightning_sft.run_info.run_facts`; what is missing is left out.
-        parity: The report of the export, as plain values.
+        name: Name of the model.
+        hyper_parameters: Hyperparameters of the module.
+        facts: Facts of the run, see :func:`lightning_sft.checkpoints.run_info.run_info`; missing ones are left out.
+        parity: Report of the comparison, as plain values.
 
     >>> print(model_card("my-model", {"pretrained": "owner/base"}, {})[:53])
     ---
@@ -48,13 +48,13 @@ def model_card(
         "Licence": _LICENSE,
     }
     text = [f"---\n{yaml.safe_dump(_front_matter(base, facts), allow_unicode=True)}---\n\n# {name}"]
-    text.append(f"`{base}`, fine-tuned with lightning_sft. The tokenizer has the chat template of the training.")
+    text.append(f"`{base}`, fine-tuned with lightning_sft. The tokenizer includes the chat template used in training.")
     text += [f"## {title}\n\n{body}" for title, body in sections.items() if body]
     return "\n\n".join(text) + "\n"
 
 
 def _front_matter(base: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Only what the hub accepts: names of the hub, not paths of this machine."""
+    """The card's metadata, with hub names only, since the hub refuses local paths."""
     sources = _sources(facts.get("data", {}).get("train", {}))
     of_hub = sorted({source.split(":")[1] for source in sources if source.startswith("hf:")})
     matter = {

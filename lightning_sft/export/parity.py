@@ -1,7 +1,7 @@
-"""Whether a model that was written to a folder and read again is the one that was trained: measured, not assumed.
+"""Comparison of a model read from its exported folder with the trained model.
 
-On the targets of a few rows: KL(trained ‖ other) = Σ_v Pr(v) · (log Pr(v) − log Pr'(v)), mean and largest over targets,
-and how often both have the same most likely token.
+Measured on the targets of a few rows: KL(trained ‖ other) = Σ_v Pr(v) · (log Pr(v) − log Pr'(v)), its mean and maximum
+over targets, and how often both have the same most likely token.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.machine.terminal import Console
 from lightning_sft.types import Conversation, Example, InputError
 
-_LONGEST = 1024  # tokens of a sequence that are looked at
-_LOOKED_AT = 10_000  # rows of each part, among which are some that can be used
-_TARGETS = 512  # of all rows together: logits of each are kept
+_LONGEST = 1024  # maximum number of tokens per sequence
+_LOOKED_AT = 10_000  # maximum number of rows of each part searched for usable ones
+_TARGETS = 512  # maximum number of targets over all rows, whose logits are kept
 _BUILT_IN = (
     ("What is 17 * 23?", "17 * 23 = 391."),
     ("Write a Python function that adds two numbers.", "def add(a, b):\n    return a + b\n"),
@@ -40,13 +40,13 @@ _BUILT_IN = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a model is from the trained one.
+    """Agreement of a model with the trained model.
 
     Args:
-        name: Which model.
-        mean_kl: Mean over targets of the KL divergence, in nats.
-        max_kl: The largest of them.
-        top1: How often the most likely token is the same.
+        name: Name of the model.
+        mean_kl: Mean KL divergence over targets, in nats.
+        max_kl: Maximum KL divergence over targets, in nats.
+        top1: Share of targets with the same most likely token.
     """
 
     name: str
@@ -57,18 +57,19 @@ class Agreement:
 
 @dataclass
 class Report:
-    """What was found.
+    """Result of a comparison.
 
     Args:
-        rows: Where the rows came from.
-        most: The largest mean KL that passes.
-        targets: How many targets were looked at.
-        models: Each model that was compared with the trained one.
-        unequal_weights: Names of weights of the folder that are not bit for bit those that were to be written.
-        unequal_ids: Rows of which the folder's tokenizer gives other ids, or other targets, than that of the training.
-        live: Mean difference of log Pr of targets, under the strategy and in the precision of the training; if known.
-        dtype: Of the weights in the folder.
-        rounded_from: Of the trained weights, where it is another.
+        rows: Description of the rows.
+        most: Maximum mean KL that passes, in nats.
+        targets: Number of targets compared.
+        models: Agreement of each compared model.
+        unequal_weights: Names of weights in the folder that differ in any bit from the model that was written.
+        unequal_ids: Rows for which the folder's tokenizer yields other ids or targets than the training's.
+        live: Mean absolute difference of log Pr of targets from the model in training, under its strategy and
+            precision; ``None`` if not measured.
+        dtype: Dtype of the weights in the folder.
+        rounded_from: Dtype of the trained weights, if they were rounded.
     """
 
     rows: str
@@ -83,26 +84,26 @@ class Report:
 
     @property
     def failures(self) -> list[str]:
-        """What does not pass, in words; empty where all is well."""
+        """Messages of what fails; empty if the comparison passes."""
         found = [
             f"KL(trained ‖ {model.name}) is {model.mean_kl:.3g} on average, more than {self.most:.3g}"
             for model in self.models
             if not model.mean_kl <= self.most  # so that NaN fails
         ]
-        if self.live is not None and not self.live <= math.sqrt(2 * self.most):  # as far as such a KL lets them be
-            found.append(f"log Pr of the targets differs by {self.live:.3g} on average from that in the training")
+        if self.live is not None and not self.live <= math.sqrt(2 * self.most):  # the bound that such a KL implies
+            found.append(f"log Pr of the targets differs by {self.live:.3g} on average from the model in training")
         if self.unequal_weights:
-            found.append(f"{len(self.unequal_weights)} weights are not what was written: {self.unequal_weights[:3]}")
+            found.append(f"{len(self.unequal_weights)} weights differ from those written: {self.unequal_weights[:3]}")
         if self.unequal_ids:
             found.append(f"the tokenizer gives other ids than in the training for {self.unequal_ids[:3]}")
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """The report as plain values."""
+        """The report as plain values, for JSON."""
         return asdict(self) | {"failures": self.failures, "passed": not self.failures}
 
     def show(self) -> None:
-        """The report as a table on the terminal."""
+        """Print the report as a table."""
         table = Table(title=f"Parity on {self.targets} targets of {self.rows}", title_justify="left")
         for column in ("compared with the trained model", "mean KL", "largest KL", "same top token"):
             table.add_column(column, justify="left" if column.startswith("compared") else "right")
@@ -117,13 +118,13 @@ class Report:
 
 
 def held_out(mixture: Mixture, format: Any = None, columns: Any = None, most: int = 8) -> list[Conversation]:
-    """The first usable rows of data, as many of each part as of another.
+    """The first usable rows of data, equally many of each part.
 
     Args:
-        mixture: The data.
-        format: The format of its rows; told from their keys by default.
-        columns: The data's column for a key of the format.
-        most: How many rows.
+        mixture: Data to read.
+        format: Format of the rows; by default inferred from their keys.
+        columns: Column of the data for each key of the format.
+        most: Maximum number of rows.
 
     Raises:
         InputError: When a file is missing, or no row can be used.
@@ -139,7 +140,7 @@ def held_out(mixture: Mixture, format: Any = None, columns: Any = None, most: in
 
 
 def built_in() -> list[Conversation]:
-    """A few rows for when there are no held-out ones."""
+    """A few rows for runs without validation data."""
     return [
         Conversation([{"role": "user", "content": x}, {"role": "assistant", "content": y}], None, (0.0, 1.0), f"#{i}")
         for i, (x, y) in enumerate(_BUILT_IN, 1)
@@ -147,10 +148,10 @@ def built_in() -> list[Conversation]:
 
 
 def sequences(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """What is looked at of conversations: their beginnings, up to so many tokens and targets.
+    """The sequences to compare on: the beginnings of conversations, limited in tokens and targets.
 
     Raises:
-        InputError: When nothing is left.
+        InputError: When no target is left.
     """
     found, left = [], _TARGETS
     encoded = (row for row in encode_many(conversations, tokenizer) if not isinstance(row, InputError))
@@ -163,15 +164,15 @@ def sequences(conversations: Sequence[Conversation], tokenizer: PreTrainedTokeni
             left -= len(places)
     if not found:
         raise InputError(
-            "No row that the exported model could be compared on has a target in its first "
-            f"{_LONGEST} tokens. Give others: --rows FILE.jsonl."
+            "No row to compare the exported model on has a target in its first "
+            f"{_LONGEST} tokens. Give other rows: --rows FILE.jsonl."
         )
     return found
 
 
 @torch.no_grad()
 def log_probs(model: PreTrainedModel, examples: Iterable[Example]) -> Tensor:
-    """Log Pr of all tokens at each target of the sequences, ``[T, V]``, in evaluation mode."""
+    """Log-probabilities of all tokens at each target of the sequences, ``[T, V]``, in evaluation mode."""
     model.eval()
     found = []
     for example in examples:
@@ -182,7 +183,7 @@ def log_probs(model: PreTrainedModel, examples: Iterable[Example]) -> Tensor:
 
 
 def agreement(name: str, trained: Tensor, other: Tensor) -> Agreement:
-    """How far another model's log-probabilities ``[T, V]`` are from those of the trained one.
+    """Compare another model's log-probabilities ``[T, V]`` with those of the trained model.
 
     >>> trained = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
     >>> agreement("same", trained, trained)
@@ -196,7 +197,7 @@ def agreement(name: str, trained: Tensor, other: Tensor) -> Agreement:
 
 
 def unequal_weights(model: PreTrainedModel, reloaded: PreTrainedModel) -> list[str]:
-    """Names of the weights of a model that another does not have bit for bit."""
+    """Names of the weights that are not equal bit for bit in two models."""
     theirs = reloaded.state_dict()
     same = {name: name in theirs and _equal(own, theirs[name]) for name, own in model.state_dict().items()}
     return [name for name, is_same in same.items() if not is_same] + sorted(theirs.keys() - same.keys())
@@ -210,16 +211,16 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def unequal_ids(
     conversations: Sequence[Conversation], trained: PreTrainedTokenizerBase, reloaded: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Rows that two tokenizers do not turn into the same sequences and the same prompts."""
+    """Provenance of rows for which two tokenizers yield different sequences or prompts."""
     ours, theirs = (_ids(conversations, tokenizer) for tokenizer in (trained, reloaded))
     return [row.provenance for row, a, b in zip(conversations, ours, theirs, strict=True) if a != b]
 
 
 def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Of each row what training makes of it, and what ``apply_chat_template`` does at inference."""
-    found, template = [], ChatTemplate.of(tokenizer).text  # with its date frozen: two renders are at two times
+    """For each row its training sequences, and its prompt by ``apply_chat_template`` at inference."""
+    found, template = [], ChatTemplate.of(tokenizer).text  # with a fixed date, since the two renderings differ in time
     for row, encoded in zip(conversations, encode_many(conversations, tokenizer), strict=True):
-        trained: Any = str(encoded)  # of a refusal
+        trained: Any = str(encoded)  # message of a refusal
         if not isinstance(encoded, InputError):
             trained = [(example.input_ids, example.target_weights) for example in encoded]
         tools: Any = row.tools
@@ -227,7 +228,7 @@ def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBa
         try:
             settings: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True}
             prompt = asked and tokenizer.apply_chat_template(asked, tools=tools, **settings)
-        except Exception as error:  # whatever a template raises, the other has to raise too
+        except Exception as error:  # whatever one template raises, the other must raise as well
             prompt = str(error)
         found.append((trained, str(prompt)))
     return found
@@ -235,5 +236,5 @@ def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBa
 
 def _usable(source: Source, convert: Converter) -> Iterator[Conversation]:
     for row, where in islice((row for leaf in leaves(source) for row in leaf()), _LOOKED_AT):
-        with suppress(InputError):  # a run may leave such rows out; here they would only be in the way
+        with suppress(InputError):  # unusable rows are skipped here
             yield convert(parsed(row, where), where)

@@ -1,4 +1,4 @@
-"""The model and the tokenizer of a checkpoint, on one process."""
+"""Restoring the model and the tokenizer of a checkpoint, in one process."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ from lightning_sft.types import InputError
 
 
 def restored(checkpoint: Mapping[str, Any]) -> PreTrainedModel:
-    """The model of a checkpoint on the CPU, its weights in the dtype that they have there.
+    """The model of a checkpoint on the CPU, with its weights in the dtype of the checkpoint.
 
     Raises:
-        InputError: When the checkpoint is not of :class:`SFTModule`, or its weights are of another architecture.
+        InputError: When it was not written by :class:`SFTModule`, or its weights do not match its architecture.
     """
     known = inspect.signature(SFTModule.__init__).parameters
     given = {name: value for name, value in settings_of(checkpoint).items() if name in known}
-    of_training = dict.fromkeys(("attn_implementation", "compile_layers"))  # may need a GPU; weights know of neither
+    of_training = dict.fromkeys(
+        ("attn_implementation", "compile_layers")
+    )  # these may need a GPU, and do not affect weights
     module = SFTModule(**given | of_training)
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))
     try:
         module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading, assign=True)
     except RuntimeError as error:
-        raise InputError(f"The weights of the checkpoint are not those of its model: {error}") from error
+        raise InputError(f"The weights of the checkpoint do not match its model: {error}") from error
     assert module.model is not None
     if not has_adapters(module.model):
-        module.model.tie_weights()  # a checkpoint may hold both ends of a tie, each by itself
+        module.model.tie_weights()  # a checkpoint may store tied weights twice
     return module.model
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast what is saved of a model, in place; tables that are computed, as of rotary positions, stay as they are."""
+    """Cast parameters and persistent buffers of a model, in place; computed tables such as RoPE's stay unchanged."""
     for tensor in model.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
 
 
 def tokenizer_of(facts: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, with the chat template that it was trained with."""
+    """The tokenizer of a checkpoint, with the chat template of the training.
+
+    Raises:
+        InputError: When the tokenizer cannot be loaded, or the checkpoint was not written by :class:`SFTModule`.
+    """
     states = (state for state in facts.values() if isinstance(state, dict) and "chat_template" in state)
-    data: dict[str, Any] = next(states, {})  # under the name of the data module's class, which may be the user's own
+    data: dict[str, Any] = next(states, {})  # its key is the name of the data module's class, which may be a subclass
     own = settings_of(facts)
     tokenizer = plain_tokenizer(data.get("tokenizer") or own["pretrained"], own.get("new_tokens") or ())
     tokenizer.chat_template = data.get("chat_template") or tokenizer.chat_template
@@ -58,9 +64,9 @@ def settings_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """The hyperparameters of the module that wrote a checkpoint.
 
     Raises:
-        InputError: When it was not :class:`SFTModule`.
+        InputError: When it was not written by :class:`SFTModule`.
     """
     found: dict[str, Any] = checkpoint.get("hyper_parameters", {})
     if not found.get("hf_config"):
-        raise InputError("The checkpoint does not say which model it is of (hf_config); SFTModule did not write it.")
+        raise InputError("The checkpoint does not name its model (hf_config), so it was not written by SFTModule.")
     return found

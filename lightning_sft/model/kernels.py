@@ -1,8 +1,8 @@
-"""Kernels of a model's layers: as transformers writes them, compiled layer by layer, or Liger's.
+"""Kernels of the decoder layers: transformers' own, compiled layer by layer, or Liger's.
 
-The choice is made when training starts, since it depends on how long training lasts. A checkpoint keeps it: kernels
-differ in rounding, and a resumed run is to be the same bit for bit. Generation and callbacks run compiled layers as
-they are written (:func:`lightning_sft.machine.contexts.evaluating`).
+The choice is made when training starts, since it depends on the length of training. Checkpoints record it: kernels
+round differently, and a resumed run must be the same bit for bit. Generation and callbacks run compiled layers
+eagerly (:func:`lightning_sft.machine.contexts.evaluating`).
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ from lightning_sft.types import InputError
 KernelName = Literal["auto", "compiled", "liger", "none"]
 
 KERNELS_KEY = "lightning_sft_kernels"
-"""Under which key a checkpoint has the kernels of its run."""
+"""Checkpoint key of the kernels of the run."""
 
 COMPILES_FROM = 500
-"""Micro-batches from which on ``auto`` compiles: compiling takes about a minute, and a pass some tenths of a second."""
+"""Micro-batches from which ``auto`` compiles: compiling takes about a minute, a micro-batch some tenths of a second."""
 
-_GRAPHS = 64  # of layers, which share a limit: kinds of layers, times checkpointed or not, training or not, sizes
-_TOKENS = 24  # that Liger's kernels are tried with
-_MARK = "_lightning_sft_liger"  # attribute of the cosines of a model whose RoPE is Liger's
+_GRAPHS = 64  # recompilation limit, shared by all layers: layer types x checkpointed or not x training or not x sizes
+_TOKENS = 24  # in the input that checks Liger's kernels
+_MARK = "_lightning_sft_liger"  # attribute that marks the cosines of a model with Liger's RoPE
 
 
 @dataclass
 class Kernels:
-    """The kernels of a module's layers.
+    """Choice of kernels for a module's layers.
 
     Args:
-        asked: What the user wants.
+        asked: Kernels requested by the user.
     """
 
     asked: KernelName = "auto"
-    restored: str | None = field(default=None, init=False)  # those of the checkpoint
-    name: str | None = field(default=None, init=False)  # those in use; None before training
+    restored: str | None = field(default=None, init=False)  # the checkpoint's kernels
+    name: str | None = field(default=None, init=False)  # kernels in use; None before training
     why: str = field(default="", init=False)
 
     def begin(self, module: Any) -> None:
-        """Choose kernels and put them into the model, once; the same on all ranks.
+        """Choose kernels and install them in the model, once; the choice is the same on all ranks.
 
         Args:
             module: The Lightning module, whose training is about to start.
 
         Raises:
-            InputError: When kernels that were asked for are not available, or do not compute what the model computes.
+            InputError: When requested kernels are not available, or change the model's hidden states.
         """
         if self.name is not None:
             return
@@ -71,19 +71,19 @@ class Kernels:
                 self.name, self.why = name, "; ".join([why, *reasons])
                 break
             if self.asked == name:
-                raise InputError(f"model.kernels={name} is not available: {reason}. Set model.kernels=auto, or none.")
+                raise InputError(f"model.kernels={name} is not available: {reason}. Set model.kernels=auto or none.")
             reasons.append(f"not {name}, because {reason}")
         if self.restored not in (None, self.name):
             warnings.warn(
-                f"The run had kernels {self.restored} and continues with {self.name} ({self.why}): it is the same but "
-                "for rounding, not bit for bit.",
+                f"The run used kernels={self.restored} and resumes with {self.name} ({self.why}): results agree up to "
+                "rounding, not bit for bit.",
                 stacklevel=2,
             )
         if module.device.type != "cpu" or self.name != "none":
             rank_zero_info(f"Kernels {self.name}: {self.why}.")
 
     def _candidates(self, module: Any) -> list[tuple[str, str]]:
-        """Names in the order in which they are tried, each with the reason for it; the last is always available."""
+        """Candidates in the order they are tried, each with its reason; the last is always available."""
         if self.asked != "auto":
             return [(self.asked, "asked for")]
         none = ("none", "layers run as transformers writes them")
@@ -92,15 +92,15 @@ class Kernels:
         if module.device.type != "cuda":
             return [none]
         if getattr(module.trainer.strategy, "zero_stage_3", False):
-            return [("none", "ZeRO-3 gathers parameters in hooks, which compiled layers were not tried with")]
+            return [("none", "ZeRO-3 gathers parameters in hooks, which is untested with compiled layers")]
         passes = _passes_left(module)
         if passes is not None and passes < COMPILES_FROM:
-            return [("liger", f"{passes} micro-batches are too few for compiling to pay back"), none]
-        return [("compiled", f"from {COMPILES_FROM} micro-batches on compiling pays back"), ("liger", "fused"), none]
+            return [("liger", f"{passes} micro-batches are too few for compilation to pay off"), none]
+        return [("compiled", f"from {COMPILES_FROM} micro-batches on, compilation pays off"), ("liger", "fused"), none]
 
 
 def _passes_left(module: Any) -> int | None:
-    """Micro-batches that a rank has still to do; ``None`` where nobody knows."""
+    """Micro-batches left on this rank, or ``None`` if the number of steps is unknown."""
     try:
         steps = total_steps(module.trainer) - module.trainer.global_step
     except InputError:
@@ -109,7 +109,7 @@ def _passes_left(module: Any) -> int | None:
 
 
 def _why_not(name: str, module: Any) -> str | None:
-    """Put kernels into the model, and give the reason where that cannot be done: the model is then as before."""
+    """Install kernels; on failure the model is left unchanged and the reason is returned."""
     if name == "none":
         return None
     return _compile(module) if name == "compiled" else _try_liger(module)
@@ -119,27 +119,27 @@ def _compile(module: Any) -> str | None:
     on_gpu = module.device.type == "cuda"
     if missing := compiler_missing(on_gpu):
         return missing
-    if on_gpu and module.gradient_checkpointing == "offload":  # torch traces neither its hooks nor what is under them
+    if on_gpu and module.gradient_checkpointing == "offload":  # torch does not trace saved-tensor hooks
         return "torch does not compile layers whose inputs are offloaded (model.gradient_checkpointing=offload)"
     try:
         found = layers(module.model)
     except InputError as error:
         return str(error).rstrip(".")
-    if on_gpu:  # on a CPU time is dearer than memory
+    if on_gpu:  # on CPUs time matters more than memory
         for setting, value in KEEP_LESS.items():
             setattr(torch._functorch.config, setting, value)
-    # else random numbers of layers that are computed again come from a generator of their own, which no seed resets
+    # otherwise recomputed layers draw random numbers from a separate generator that no seed resets
     torch._functorch.config.graphsafe_rng_functionalization = False
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
     dynamo.suppress_errors = True  # a layer that cannot be compiled runs as written, with a warning
     for layer in found:
-        layer.compile(dynamic=None if on_gpu else True)  # on GPUs packs have one size; a second one makes it dynamic
+        layer.compile(dynamic=None if on_gpu else True)  # on GPUs packs have one size; a second size makes it dynamic
     return None
 
 
 def _try_liger(module: Any) -> str | None:
-    """Patch the model, and keep that if its hidden states remain what they were, up to rounding, on all ranks."""
+    """Patch the model; keep the patch only if hidden states are unchanged up to rounding on all ranks."""
     if not all(map(importlib.util.find_spec, ("liger_kernel", "triton"))):
         return "it needs liger-kernel and triton: pip install 'lightning-sft[gpu]'"
     ids = torch.randint(module.num_embeddings, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
@@ -148,8 +148,8 @@ def _try_liger(module: Any) -> str | None:
         wanted = _hidden(module, ids.to(module.device))
         reason = apply_liger(module.model)
         if reason is None and not is_close(_hidden(module, ids.to(module.device)), wanted):
-            reason = "with it hidden states differ from the model's own by more than rounding"
-    except Exception as error:  # whatever a kernel does on a device that it was not written for
+            reason = "hidden states differ from the model's own by more than rounding"
+    except Exception as error:  # a kernel may raise anything on a device it was not written for
         reason = f"it fails on this device ({type(error).__name__}: {error})"
     if module.trainer.strategy.reduce_boolean_decision(reason is None):
         return None
@@ -160,29 +160,29 @@ def _try_liger(module: Any) -> str | None:
 
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of a module, with its hooks as they are now."""
+    """A copy of a module's attributes that later hooks do not change."""
     return {name: copy(value) if isinstance(value, dict) else value for name, value in attributes.items()}
 
 
 def _hidden(module: Any, input_ids: Tensor) -> Tensor:
-    """Last hidden states at the precision of training, ``[1, N, H]``."""
+    """Last hidden states ``[1, N, H]``, at the precision of training."""
     with evaluating(module):
         hidden: Tensor = module.scorer(input_ids, lambda model, ids: hidden_states(backbone_and_head(model)[0], ids))
     return hidden
 
 
 def apply_liger(model: PreTrainedModel) -> str | None:
-    """Put Liger's RMSNorm, RoPE and SwiGLU (or GeGLU) into one model; other models of the process stay as they are.
+    """Install Liger's RMSNorm, RoPE and SwiGLU (or GeGLU) in one model, without affecting others in the process.
 
-    Liger binds new forward methods to the norms and MLPs of a model, but replaces classes and the RoPE function in the
-    architecture's module of transformers, for all models that exist or will. Classes are put back. The RoPE function
-    becomes one that calls Liger's for this model alone: it knows its cosines by a mark.
+    Liger binds new forward methods to the norms and MLPs of the model, but it also replaces classes and the RoPE
+    function in the architecture's module of transformers, which affects every model. Here the classes are restored, and
+    the RoPE function becomes a dispatcher that calls Liger's for this model only, recognized by a mark on its cosines.
 
     Args:
-        model: Changed in place. Experts are left alone: theirs are not computed in the dtype of autocast.
+        model: Model to patch in place. Experts are not patched: Liger's ignore the autocast dtype.
 
     Returns:
-        Why it cannot be done, or ``None``.
+        The reason why the model cannot be patched, or ``None`` on success.
     """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN, _apply_liger_kernel_to_instance
 
@@ -190,7 +190,7 @@ def apply_liger(model: PreTrainedModel) -> str | None:
         return f"it has no kernels for {model.config.model_type}"
     modeling = sys.modules[type(model).__module__]
     before = dict(vars(modeling))
-    # RoPE, norms and MLPs by Liger's defaults, since architectures lack some of these
+    # Liger's defaults patch RoPE, norms and MLPs; naming them would fail on architectures that lack one
     wanted = {"swiglu": False} if model._can_set_experts_implementation() else {}
     try:
         _apply_liger_kernel_to_instance(model, **wanted, cross_entropy=False, fused_linear_cross_entropy=False)
@@ -208,7 +208,7 @@ def apply_liger(model: PreTrainedModel) -> str | None:
 
 
 class _Rope:
-    """RoPE by Liger for models that it was put into, and the stock one for all others."""
+    """Dispatches to Liger's RoPE for patched models and to the stock function for all others."""
 
     def __init__(self, stock: Any, liger: Any) -> None:
         self.stock, self.liger = stock, liger

@@ -1,4 +1,4 @@
-"""The model as one module whose forward pass is the likelihood of a batch: what strategies wrap and shard."""
+"""The model as one module whose forward pass is the likelihood of a batch; strategies wrap and shard it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_sft.types import Batch, InputError
 
 
 class LikelihoodModel(nn.Module):
-    """Computes the likelihood of batches: the backbone, then the objective on its hidden states and the head.
+    """Likelihood of a batch: the backbone, then the objective on its hidden states and the head.
 
-    The head is not run by the model's own forward, so one module has to hold both: FSDP2 and DeepSpeed gather the
-    parameters of what they wrap when its forward pass begins, and tied embeddings are the backbone's and the head's.
+    Backbone and head live in one module because the model's own forward does not run the head here: FSDP2 and DeepSpeed
+    gather the parameters of the module they wrap when its forward begins, and tied embeddings belong to both.
 
     Args:
         model: The causal language model.
-        findings: What the probes found on it.
-        chunk_size: Targets whose logits are in memory at a time; ``None``: what fits the device.
+        findings: Result of probing the model.
+        chunk_size: Number of targets whose logits are in memory at a time; ``None`` chooses it for the device.
     """
 
     def __init__(self, model: PreTrainedModel, findings: ProbeResult, chunk_size: int | None = None) -> None:
@@ -37,12 +37,12 @@ class LikelihoodModel(nn.Module):
         """Last hidden states of the backbone, ``[B, N, H]``.
 
         Raises:
-            InputError: When documents share a row, but this architecture lets them see each other.
+            InputError: When documents share a row but attend to each other in this architecture.
         """
         if not self.findings.isolates_documents and batch.is_packed:
             raise InputError(
-                f"The batch has several documents in a row, but {type(self.model).__name__} lets them see each other. "
-                "Give one document a row (data.packing=padded)."
+                f"The batch has several documents per row, but in {type(self.model).__name__} they attend to each "
+                "other. Use one document per row (data.packing=padded)."
             )
         positions = batch.position_ids if self.findings.takes_positions else None
         return hidden_states(backbone_and_head(self.model)[0], batch.input_ids, positions, batch.spans)
@@ -51,8 +51,11 @@ class LikelihoodModel(nn.Module):
         """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it.
 
         Args:
-            batch: A :class:`~lightning_sft.types.Batch`, or what ``compute`` takes.
-            compute: Something else to do with the model and a batch, where its parameters are gathered as for this.
+            batch: A :class:`~lightning_sft.types.Batch`, or the input of ``compute``.
+            compute: Function of the model and ``batch`` to run instead, while the strategy has the parameters gathered.
+
+        Raises:
+            InputError: When documents share a row but attend to each other in this architecture.
         """
         if compute is not None:
             return compute(self.model, batch)
@@ -71,10 +74,10 @@ class LikelihoodModel(nn.Module):
         return likelihood.total, likelihood.weight, *of_targets
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move or cast the model, but round no buffer that transformers keeps in float32 in a model of 16 bits.
+        """Move or cast the model without rounding the buffers that transformers keeps in float32 in half precision.
 
-        Those are RoPE's frequencies and others that are computed when a model is made, and biases of routers. Under
-        ``bf16-true`` and ``16-true`` Lightning casts all that floats.
+        These are non-persistent buffers such as RoPE frequencies, and router biases. Under ``bf16-true`` and
+        ``16-true`` Lightning casts every floating-point tensor.
         """
         kept = names_kept_in_float32(self.model)
         before = [
@@ -84,7 +87,7 @@ class LikelihoodModel(nn.Module):
             if buffer is not None
             and (name in module._non_persistent_buffers_set or (kept and kept.search(f"{prefix}.{name}")))
         ]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no types
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
         for module, name, buffer in before:
             after = module._buffers[name]
             if after is not None and torch.promote_types(after.dtype, buffer.dtype) != after.dtype:

@@ -1,9 +1,9 @@
-"""Mixed precision: under autocast, what it does not cover is computed in 16 bits too.
+"""Mixed precision: half precision also for what autocast does not cover.
 
-Autocast rounds the inputs of matmuls. What lies between them follows the parameters, which are float32: embeddings,
-hence the residual stream; outputs of norms, which each matmul then rounds for itself; and experts of mixtures, whose
-``grouped_mm`` autocast does not know. Here all of it is what transformers computes when it loads the model in
-bfloat16, while parameters, their gradients and the optimizer's state stay float32. Without autocast nothing changes.
+Autocast casts the inputs of matmuls. Everything between them follows the parameters, which are float32: embeddings,
+hence the residual stream; outputs of norms, which each matmul then casts for itself; and experts, whose ``grouped_mm``
+autocast does not know. Here all of these have the dtypes of a model that transformers loads in bfloat16, while
+parameters, gradients and optimizer state stay float32. Without autocast nothing changes.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from lightning_sft.model.pretrained import names_kept_in_float32
 from lightning_sft.types import InputError
 
 EXPERTS = {stock: f"autocast_{stock}" for stock in ("grouped_mm", "batched_mm")}
-"""Names of our experts in transformers, by the stock experts that compute them."""
+"""Names under which the autocast-aware experts are registered in transformers, by the stock implementation."""
 
 
 def follow_autocast(model: PreTrainedModel) -> str | None:
-    """Let a model compute in the dtype of autocast wherever autocast is on, now or later.
+    """Make a model compute in the autocast dtype whenever autocast is on, now or later.
 
-    The residual stream and the outputs of norms follow bfloat16 alone: in float16 sums over layers overflow in some
-    models. Experts follow both.
+    The residual stream and the outputs of norms follow bfloat16 only: in float16, sums over layers overflow in some
+    models. Experts follow both dtypes.
 
     Args:
-        model: Changed in place, by hooks; its parameters are not touched.
+        model: Model to change in place, by hooks; its parameters are not touched.
 
     Returns:
-        Why the residual stream is left in float32 nevertheless, or ``None``.
+        The reason why the residual stream stays in float32, or ``None``.
     """
     _experts_follow(model)
     _keep_routers_in_float32(model)
     if getattr(model.config.get_text_config(), "residual_in_fp32", False):
-        return "its config asks for it (residual_in_fp32)"
+        return "its config sets residual_in_fp32"
     try:
         decoder_layers = layers(model)
     except InputError as error:
@@ -55,7 +55,7 @@ def follow_autocast(model: PreTrainedModel) -> str | None:
 
 
 def _rounded(value: Any) -> Any:
-    """A float32 tensor in bfloat16, where autocast is; anything else as it is."""
+    """A float32 tensor cast to bfloat16 if that is the autocast dtype; anything else unchanged."""
     if isinstance(value, Tensor) and value.dtype == torch.float32 and autocast_dtype(value.device) == torch.bfloat16:
         return value.to(torch.bfloat16)
     return value
@@ -72,7 +72,7 @@ def _with_rounded_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 
 def _in_dtype_of_input(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """A norm's output: computed in float32, or multiplied by float32 weights, it is rounded once, here."""
+    """Round a norm's output, computed in float32 or multiplied by float32 weights, once and here."""
     is_in_16_bits = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.bfloat16
     return _rounded(output) if is_in_16_bits else output
 
@@ -84,7 +84,7 @@ def _experts_follow(model: PreTrainedModel) -> None:
 
 
 def _experts(stock: str, module: nn.Module, hidden_states: Tensor, *routing: Tensor) -> Tensor:
-    """Experts of transformers with their parameters in the dtype of autocast; ``[T, H]`` to ``[T, H]``."""
+    """Stock experts with parameters in the autocast dtype; ``[T, H]`` to ``[T, H]``."""
     dtype = autocast_dtype(hidden_states.device)
     parameters = module if dtype is None else _Cast(module, dtype)
     output: Tensor = ALL_EXPERTS_FUNCTIONS[stock](parameters, hidden_states, *routing)
@@ -92,7 +92,7 @@ def _experts(stock: str, module: nn.Module, hidden_states: Tensor, *routing: Ten
 
 
 class _Cast:
-    """A module as stock experts see it, with its parameters in another dtype; gradients reach the parameters."""
+    """View of a module with its parameters cast to another dtype; gradients flow to the originals."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         self._module, self._dtype = module, dtype
@@ -103,7 +103,7 @@ class _Cast:
 
 
 def _keep_routers_in_float32(model: PreTrainedModel) -> None:
-    """What transformers keeps in float32 when it loads a model in bfloat16, as routers of DeepSeek-V3, stays so."""
+    """Exempt modules that transformers keeps in float32 in half precision, such as routers of DeepSeek-V3."""
     pattern = names_kept_in_float32(model)
     if pattern is None:
         return

@@ -35,19 +35,20 @@ def load_model(
     quantization: Any = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """The pretrained causal language model, in training mode, in torch's default dtype unless another is given.
+    """Load a pretrained causal language model, in training mode.
 
-    The default dtype is float32, or what Lightning's ``precision`` makes it while it calls ``configure_model``
-    (``bf16-true``, ``64-true``): master weights are never rounded because a checkpoint is stored in bfloat16.
+    The dtype defaults to torch's: float32, or the dtype that Lightning's ``precision`` sets while it calls
+    ``configure_model`` (``bf16-true``, ``64-true``). Master weights are thus not rounded because a checkpoint is stored
+    in bfloat16.
 
     Args:
         pretrained: A hub name, a folder, or a GGUF file (which is dequantized).
-        attn_implementation: As in transformers; ``None`` lets it choose.
-        quantization: How to quantize it, see :mod:`lightning_sft.model.tuning.quantization`.
-        dtype: Of its parameters, as for a base that is not trained.
+        attn_implementation: Attention implementation of transformers; ``None`` lets transformers choose.
+        quantization: Quantization config, see :mod:`lightning_sft.model.tuning.quantization`.
+        dtype: Dtype of the parameters; torch's default dtype if ``None``.
 
     Raises:
-        InputError: When there is no such model, it is not a causal language model, or not all of it would be loaded.
+        InputError: When the model does not exist, is not a causal language model, or would be loaded only in part.
     """
     pretrained = str(pretrained)
     given = {"attn_implementation": attn_implementation, "quantization_config": quantization}
@@ -55,16 +56,16 @@ def load_model(
     kwargs["dtype"] = dtype or torch.get_default_dtype()
     model, info = _load(AutoModelForCausalLM, pretrained, "causal language model", output_loading_info=True, **kwargs)
     _check_whole(model, pretrained, info)
-    if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the mark would forbid saving them
+    if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the marker would prevent saving them
         del model.hf_quantizer, model.config.quantization_config
     return _prepare(model)
 
 
 def model_from_config(config: dict[str, Any], attn_implementation: str | None = None) -> PreTrainedModel:
-    """The architecture that :func:`config_dict` describes, with random weights: a checkpoint fills them.
+    """Build the architecture described by :func:`config_dict` with random weights, to be filled from a checkpoint.
 
     Raises:
-        InputError: When transformers has no such architecture; code that the configuration names is not run.
+        InputError: When transformers has no such architecture; remote code named by the config is not run.
     """
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     dtype = torch.get_default_dtype()
@@ -74,22 +75,26 @@ def model_from_config(config: dict[str, Any], attn_implementation: str | None = 
             model = AutoModelForCausalLM.from_config(built, dtype=dtype, trust_remote_code=False, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a value trips over: transformers checks few of them
+    except Exception as error:  # transformers validates few values, so anything may be raised
         raise InputError(
-            f"The model's configuration (hf_config) describes no causal language model of transformers "
+            f"The model's configuration (hf_config) does not describe a causal language model of transformers "
             f"{transformers.__version__}: {' '.join(str(error).split())[:500]}"
         ) from error
     return _prepare(model)
 
 
 def config_dict(model: PreTrainedModel) -> dict[str, Any]:
-    """The model's configuration as plain values, so that it can live in a checkpoint's hyperparameters."""
+    """The model's configuration as plain values, for the hyperparameters of a checkpoint."""
     plain: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     return plain
 
 
 def load_architecture(pretrained: str) -> dict[str, Any]:
-    """The same of a pretrained model whose weights are not read."""
+    """The configuration of a pretrained model as plain values, without reading its weights.
+
+    Raises:
+        InputError: When there is no model configuration.
+    """
     config = _load(AutoConfig, pretrained, "model configuration")
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return plain
@@ -98,7 +103,7 @@ def load_architecture(pretrained: str) -> dict[str, Any]:
 def load_tokenizer(
     pretrained: str | Path, chat_template: str | Path | None = None, new_tokens: Sequence[str] = ()
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a pretrained model, with a chat template.
+    """Load the tokenizer of a pretrained model, with a chat template.
 
     Args:
         pretrained: A hub name, a folder, or a GGUF file.
@@ -106,7 +111,7 @@ def load_tokenizer(
         new_tokens: Special tokens to add.
 
     Raises:
-        InputError: When there is no tokenizer, or neither it nor the caller has a chat template.
+        InputError: When there is no tokenizer, no file ``chat_template``, or no chat template at all.
     """
     tokenizer = plain_tokenizer(pretrained, new_tokens)
     if chat_template is not None:
@@ -118,14 +123,18 @@ def load_tokenizer(
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if not tokenizer.chat_template:
         raise InputError(
-            f"The tokenizer of {str(pretrained)!r} has no chat template, so it is not known how it marks turns. "
+            f"The tokenizer of {str(pretrained)!r} has no chat template, so conversations cannot be rendered. "
             "Give one with data.chat_template=FILE.jinja, or start from an instruction-tuned model."
         )
     return tokenizer
 
 
 def plain_tokenizer(pretrained: str | Path, new_tokens: Sequence[str] = ()) -> PreTrainedTokenizerBase:
-    """The same as :func:`load_tokenizer`, whether there is a chat template or not."""
+    """Load the tokenizer of a pretrained model, with or without a chat template.
+
+    Raises:
+        InputError: When there is no tokenizer.
+    """
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, str(pretrained), "tokenizer")
     if new_tokens:
         added = [AddedToken(token, special=True, normalized=False) for token in new_tokens]
@@ -134,18 +143,18 @@ def plain_tokenizer(pretrained: str | Path, new_tokens: Sequence[str] = ()) -> P
 
 
 def new_token_ids(pretrained: str, new_tokens: Sequence[str]) -> tuple[list[int], int]:
-    """The ids that tokens have in the tokenizer of a model once they are added, and its size before that."""
+    """The ids of tokens after adding them to the tokenizer of a model, and the size of the tokenizer before that."""
     tokenizer = plain_tokenizer(pretrained, new_tokens)
     return cast(list[int], tokenizer.convert_tokens_to_ids(list(new_tokens))), len(plain_tokenizer(pretrained))
 
 
 def load_exported(folder: str | Path) -> PreTrainedModel:
-    """The model of a folder as a user of transformers loads it: in the dtype that it is stored in."""
+    """Load the model of a folder as a user of transformers would: in the dtype that it is stored in."""
     return cast(PreTrainedModel, _load(AutoModelForCausalLM, str(folder), "causal language model", dtype="auto"))
 
 
 def load_generation_config(pretrained: str) -> GenerationConfig | None:
-    """How a pretrained model was published to generate, or ``None`` where it has no such file, or is gone."""
+    """The published generation config of a pretrained model, or ``None`` if it has none or no longer exists."""
     try:
         found: GenerationConfig = GenerationConfig.from_pretrained(str(Path(pretrained).expanduser()))
     except (OSError, ValueError):
@@ -154,14 +163,14 @@ def load_generation_config(pretrained: str) -> GenerationConfig | None:
 
 
 def context_length(pretrained: str) -> int | None:
-    """How many tokens the model was made for, or ``None`` where neither its config nor its tokenizer says."""
+    """Maximum number of positions according to the model's config, or ``None`` if it does not say."""
     config = _load(AutoConfig, pretrained, "model configuration")
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
 
 
 def num_positions(model: PreTrainedModel) -> int | None:
-    """How many positions a model has a table of, learned or not; ``None`` where they are computed, and have no end."""
+    """Size of the model's table of positions, learned or fixed; ``None`` if positions are computed without limit."""
     size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     tensors = (*model.named_parameters(), *model.named_buffers())
     shapes = (getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors if re.search("wpe|pos", name))
@@ -169,69 +178,69 @@ def num_positions(model: PreTrainedModel) -> int | None:
 
 
 def names_kept_in_float32(model: PreTrainedModel) -> re.Pattern[str] | None:
-    """What transformers leaves in float32 when it loads a model in bfloat16: a pattern to search tensors' names for."""
+    """Pattern of the names of tensors that transformers keeps in float32 when it loads a model in bfloat16."""
     names = getattr(model, "_keep_in_fp32_modules_strict", None)
     return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in sorted(names))) if names else None
 
 
 _COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|(inv_freq|causal_mask|position_ids|version)$")
-"""Tensors in files of older versions that are computed today."""
+"""Names of tensors stored by older versions of transformers that are computed today."""
 
 
 def _check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint with parts that were not loaded, which an export would lack, or without some of the model's.
+    """Refuse a checkpoint that lacks weights of the model, or has parts that the model does not load.
 
-    transformers does not speak of parts that an architecture passes over on purpose, as the vision tower of a model
-    whose text is loaded alone; those are found by their names in the files.
+    An export would lack such parts. transformers does not report parts that an architecture skips on purpose, such as
+    the vision tower of a model whose text part is loaded alone; those are found by their names in the files.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if missing := sorted(parameters & set(info["missing_keys"])):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
-            f"{pretrained!r} has no weights for {missing[0]}{more}: they would be random. Give a complete "
-            "checkpoint of a causal language model."
+            f"{pretrained!r} has no weights for {missing[0]}{more}; they would be initialized at random. Use a "
+            "complete checkpoint of a causal language model."
         )
     names = [name.split(".") for name in model.state_dict()]
     left, passed_over = set(info["unexpected_keys"]), getattr(model, "_keys_to_ignore_on_load_unexpected", None)
     if passed_over:
-        ends = {".".join(parts[begin:]) for parts in names for begin in range(len(parts))}  # a backbone has no prefix
+        ends = {".".join(parts[begin:]) for parts in names for begin in range(len(parts))}  # backbones: no prefix
         ignored = re.compile("|".join(passed_over))
         for path in weight_files(pretrained):
             with safe_open(path, framework="pt") as file:
-                stored = file.keys()  # it is no dictionary
+                stored = file.keys()  # not a dictionary
                 left |= {name for name in stored if ignored.search(name) and name not in ends}
     modules = {".".join(parts[:end]) for parts in names for end in range(len(parts))}
     found = Counter(_part(name, modules) for name in left if not _COMPUTED.search(name))
     if found:
         listed = ", ".join(f"{part} ({count} tensors)" for part, count in found.most_common(5))
         raise InputError(
-            f"{pretrained!r} has parts that {type(model).__name__} does not load, so what is exported would be without "
-            f"them: {listed}. To train without them, save what is loaded by itself: "
+            f"{pretrained!r} has parts that {type(model).__name__} does not load, so an export would lack them: "
+            f"{listed}. To train without them, first save only what is loaded: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER), and the tokenizer likewise."
         )
 
 
 def _part(name: str, modules: set[str]) -> str:
-    """The outermost module of a tensor that is none of the model's."""
+    """The outermost module in a tensor's name that the model does not have."""
     parts = name.split(".")
     prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
     return next((prefix for prefix in prefixes if prefix not in modules), name)
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
-    model.config.use_cache = False  # a cache hides from transformers that documents are packed
+    model.config.use_cache = False  # with a cache transformers does not detect packed documents
     model.train()  # from_pretrained returns eval mode, and Lightning keeps the mode it finds
     return model
 
 
 @contextmanager
 def _no_foreign_code() -> Iterator[None]:
-    """Code beside a model is an error, where transformers would ask on standard input whether to run it.
+    """Raise on remote code, where transformers would ask on standard input whether to run it.
 
-    ``trust_remote_code=False`` does not reach the parts of a model that it builds by itself, such as a vision tower.
+    ``trust_remote_code=False`` does not reach parts of a model that it builds itself, such as a vision tower.
     """
     waits = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds: with none, transformers raises at once
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds; with 0, transformers raises at once
     try:
         yield
     finally:
@@ -246,19 +255,19 @@ def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
         if not path.is_file():
             raise InputError(f"There is no GGUF file {pretrained!r}.")
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    kwargs["trust_remote_code"] = False  # not said, transformers would ask whether to run it
+    kwargs["trust_remote_code"] = False  # by default transformers asks on standard input
     try:
         with _no_foreign_code():
             return auto_class.from_pretrained(**source, **kwargs)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever it trips over is in the files: transformers checks few of their values
-        where = "The folder is there" if Path(pretrained).exists() else "There is no such folder or file here"
+    except Exception as error:  # transformers validates few values of the files, so anything may be raised
+        where = "The path exists" if Path(pretrained).exists() else "There is no such folder or file here"
         said = " ".join(str(error).split())
-        if isinstance(error, pickle.UnpicklingError):  # torch's words advise to run what is in the file
+        if isinstance(error, pickle.UnpicklingError):  # torch's message advises to disable the check
             said = "a .bin file holds more than tensors, so loading it could run code; ask for safetensors"
         reason = said if isinstance(error, OSError) else f"{type(error).__name__}: {said}"
         raise InputError(
-            f"No {what} can be loaded from {pretrained!r}. {where}; expected a hub name, a folder that "
-            f"save_pretrained wrote, or a .gguf file. The loader said: {reason[:500]}"
+            f"No {what} can be loaded from {pretrained!r}. {where}; expected a hub name, a folder written by "
+            f"save_pretrained, or a .gguf file. Error of the loader: {reason[:500]}"
         ) from error

@@ -1,7 +1,7 @@
-"""What is measured on the real model before the first step, because architectures differ silently.
+"""Probes of the model before the first step, because architectures differ silently.
 
-How the head turns hidden states into logits, whether a token sees only what is before it, and whether documents packed
-into one row see each other.
+They measure how the head turns hidden states into logits, whether attention is causal, and whether documents packed
+into one row are isolated from each other.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _DOCUMENT = 12  # tokens in each document of a probe
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What the probes found.
+    """Result of probing a model.
 
     Args:
         scale: Factor on the head's output.
         softcap: Soft-cap on the scaled output, or ``None``.
-        isolates_documents: Whether documents that are packed into one row are computed as if each were alone.
-        takes_positions: Whether the backbone can be told the position of each token; else nothing can be packed.
+        isolates_documents: Whether documents packed into one row are computed as if each were alone.
+        takes_positions: Whether the backbone accepts ``position_ids``; without them nothing can be packed.
     """
 
     scale: float
@@ -44,10 +44,10 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Probe
     """Run all probes on a few random tokens, in evaluation mode and without gradients.
 
     Raises:
-        InputError: When tokens see later tokens, or the model's logits are not a scaled, soft-capped head.
+        InputError: When tokens attend to later tokens, or the logits are not a scaled, soft-capped output of the head.
     """
     weight = next(head.parameters())  # [V, H]
-    generator = torch.Generator().manual_seed(0)  # of the CPU, where a device context would have the tokens drawn
+    generator = torch.Generator().manual_seed(0)  # CPU explicitly, also under a device context
     tokens = torch.randint(weight.shape[0], (3, 1, _DOCUMENT), generator=generator, device="cpu")
     first, second, other = tokens.to(weight.device)
     with eval_mode(model):
@@ -57,8 +57,8 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Probe
         )
         if _error(changed[:, :-1], alone[:, :-1]) > _rounding(alone, of_shapes=False):
             raise InputError(
-                f"{type(model).__name__} lets a token see the tokens after it, so it is not a causal language model. "
-                "Give a decoder-only model (for some architectures: set is_decoder in its config)."
+                f"{type(model).__name__} lets tokens attend to later tokens, so it is not a causal language model. "
+                "Use a decoder-only model (for some architectures: set is_decoder in its config)."
             )
         scale, softcap = _logit_transform(model, head(alone), first)
         takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
@@ -67,7 +67,7 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Probe
 
 
 def _isolates(backbone: nn.Module, document: Tensor, others: tuple[Tensor, Tensor]) -> bool:
-    """Whether a document's states depend neither on what is packed before it nor on its being packed."""
+    """Whether a document's hidden states depend neither on the document packed before it nor on packing itself."""
     alone = hidden_states(backbone, document)
     packed, changed = (_packed(backbone, before, document)[:, before.shape[1] :] for before in others)
     return _error(packed, alone) <= _rounding(alone) and _error(changed, packed) <= _rounding(alone, of_shapes=False)
@@ -79,47 +79,47 @@ def _packed(backbone: nn.Module, *documents: Tensor) -> Tensor:
 
 
 def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> tuple[float, float | None]:
-    """Which of the known ways from the head's output to logits is this model's: the one that gives its logits."""
+    """Scale and soft-cap that turn the head's output into this model's logits, found by trying the known ones."""
     config = model.config.get_text_config()
     wanted = model(input_ids=input_ids, use_cache=False).logits
     caps = [c for c in (getattr(config, name, None) for name in _CAPS) if c]
     scales = [s for s in (getattr(config, name, None) for name in _SCALES) if s]
-    # what the config names comes first: where logits are tiny, a soft-cap cannot be told from none
+    # settings of the config come first: with tiny logits a soft-cap is indistinguishable from none
     for scale, cap in [(1.0, c) for c in caps] + [(f, None) for s in scales for f in (s, 1 / s)] + [(1.0, None)]:
         logits = transformed(raw, scale, cap)
         if logits.shape == wanted.shape and is_close(logits, wanted):
             return scale, cap
     raise InputError(
-        f"The logits of {type(model).__name__} are not its head's output, scaled or soft-capped in a known way, so the "
-        "likelihood computed from the hidden states would be wrong. This architecture is not supported."
+        f"The logits of {type(model).__name__} are not the output of its head, scaled or soft-capped in a known way, "
+        "so the likelihood computed from the hidden states would be wrong. This architecture is not supported."
     )
 
 
 def is_close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to the rounding of their dtype, of the largest entry."""
+    """Whether two tensors are equal up to rounding in their dtype, relative to the largest entry."""
     return bool((a - b).abs().max() <= _rounding(b) * b.abs().max())
 
 
 def _error(a: Tensor, b: Tensor) -> float:
-    """How far states ``[1, N, H]`` are from others: the largest relative error of a token.
+    """Largest relative error of a token between two hidden states ``[1, N, H]``.
 
-    Features are divided by their root mean square first, and the mean is over all of a token's features. So a feature a
-    thousand times as large as the others, as trained models have, cannot hide that these differ.
+    Each feature is divided by its root mean square first, and the error is averaged over a token's features, so that an
+    outlier feature a thousand times as large as the others, as in trained models, cannot mask differences in these.
     """
     a, b = a.cpu().double(), b.cpu().double()
     scale = b.square().mean((0, 1)).sqrt()
-    scale = scale.clamp(min=float(scale.median()) * 1e-3 or 1.0)  # features that are zero
+    scale = scale.clamp(min=float(scale.median()) * 1e-3 or 1.0)  # for features that are zero
     error, size = ((x / scale).square().mean(-1) for x in (a - b, b))
     return float((error / size.clamp(min=float(size.mean()) * 1e-3)).max().sqrt())
 
 
 def _rounding(states: Tensor, of_shapes: bool = True) -> float:
-    """A relative error that rounding stays below; a leak between documents is 100 times that.
+    """Upper bound on the relative error of rounding; a leak between documents is 100 times larger.
 
     Args:
-        states: What was computed.
-        of_shapes: Whether shapes differ, and kernels with them. Where they do not, results are equal bit for bit, but
-            for experts, whose loads differ.
+        states: Hidden states, ``[1, N, H]``.
+        of_shapes: Whether shapes differ, and kernels with them. With equal shapes, results are equal bit for bit except
+            in experts, whose loads differ.
     """
     is_precise = states.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(states.device.type)
     if is_precise and torch.get_float32_matmul_precision() == "highest":

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: which layers are computed again in the backward pass, and where their inputs are kept."""
+"""Gradient checkpointing: which layers are recomputed in the backward pass, and where their inputs are kept."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any, Literal
 from lightning_sft.io.arguments import Index
 
 Checkpointing = bool | Literal["offload"] | Index
-"""All layers are computed again in the backward pass; all, with inputs in host memory; or every n-th. Else none is."""
+"""``True``: recompute all layers; ``"offload"``: keep their inputs in host memory, too; n: recompute every n-th."""
 
 
 def checkpoint_layers(model: Any, setting: Checkpointing, device_type: str) -> None:
-    """Have layers of a model computed again in the backward pass, in place.
+    """Enable gradient checkpointing in the layers of a model, in place.
 
     Args:
-        model: Of transformers.
-        setting: ``model.gradient_checkpointing``.
-        device_type: Where it is trained, as ``cuda``.
+        model: Model of transformers.
+        setting: Value of ``model.gradient_checkpointing``.
+        device_type: Type of the training device, such as ``cuda``.
     """
     if not setting:
         return
     offload = setting == "offload"
     if offload and device_type == "cpu":
         warnings.warn(
-            "model.gradient_checkpointing=offload has no effect on a CPU, whose activations are in host memory anyway: "
-            "it is taken as true.",
+            "model.gradient_checkpointing=offload has no effect on a CPU, where activations are in host memory anyway; "
+            "using true.",
             stacklevel=2,
         )
         offload = False

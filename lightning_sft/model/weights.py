@@ -1,4 +1,4 @@
-"""Pretrained weights read from their files, a few rows at a time: no second copy of a model is in memory."""
+"""Pretrained weights read from their files a few rows at a time, without a second copy of the model in memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_sft.model.pretrained import load_model
 
 
 class PretrainedWeights:
-    """The weights of a pretrained model, by the names of its parameters.
+    """Weights of a pretrained model by parameter name.
 
-    What is not in safetensors files under the name that transformers gives it (another format, experts that are fused
-    on loading) is read by loading the model once more; of that, only these parameters are kept.
+    Parameters that are not in safetensors files under transformers' names (another format, experts that are fused on
+    loading) are read by loading the model a second time, and only those are kept.
 
     Args:
         pretrained: A hub name, a folder, or a GGUF file.
-        names: Those of the parameters that will be asked for.
+        names: Names of the parameters that will be read.
 
     >>> import tempfile
     >>> from lightning_sft.demos import tiny_pretrained
@@ -42,11 +42,11 @@ class PretrainedWeights:
         return name in self._files or name in self._kept
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter."""
+        """Shape of a parameter."""
         return tuple(self._slice(name).get_shape()) if name in self._files else tuple(self._kept[name].shape)
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
-        """Some of its first dimension, in the dtype of the file."""
+        """Rows ``begin:end`` of a parameter along its first dimension, in the dtype of the file."""
         found: Tensor = self._slice(name)[begin:end] if name in self._files else self._kept[name][begin:end]
         return found
 

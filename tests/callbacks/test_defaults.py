@@ -59,7 +59,9 @@ def test_last_without_a_checkpoint_is_an_error_where_nothing_can_begin(arguments
 def test_last_of_another_model_is_refused(arguments: list[str], tmp_path: Path) -> None:
     main(["fit", *arguments, "--ckpt_path", "last"])
     other = tiny_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"of a run of model.pretrained=.*llama, now .*other. Give this run a folder"):
+    with pytest.raises(
+        InputError, match=r"from a run with model.pretrained=.*llama, now .*other. Give this run a separate folder"
+    ):
         main(["fit", *arguments, "--model.pretrained", other, "--ckpt_path", "last"])
 
 
@@ -132,7 +134,7 @@ def test_checkpoints_of_the_weights_alone_serve_all_but_resuming(
     assert main(["export", "--ckpt", str(run), "--out", str(tmp_path / "out")]).is_dir()
     before = {path: path.read_bytes() for path in run.iterdir() if path.is_file()}
     for command in (["--ckpt_path", "last"], []):
-        with pytest.raises(InputError, match=r"run has finished step \d.*best.ckpt has the weights alone.*export"):
+        with pytest.raises(InputError, match=r"run has finished step \d.*best.ckpt has only the weights.*export"):
             main(["fit", *best_alone, *arguments, *command])
     before[run / "config.yaml"] = (run / "config.yaml").read_bytes()  # of the last command, for Lightning writes it
     assert {path: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
@@ -144,7 +146,7 @@ def test_resuming_from_weights_alone_is_one_message(
     main(["fit", *best_alone, *arguments])
     [path] = (tmp_path / "run").rglob("best.ckpt")
     with pytest.raises(
-        InputError, match=r"ckpt has the weights alone \(save_weights_only\), from which no run can resume"
+        InputError, match=r"ckpt has only the weights \(save_weights_only\), from which no run can resume"
     ):
         main(["fit", *arguments, "--ckpt_path", str(path), "--trainer.default_root_dir", str(tmp_path / "other")])
 
@@ -156,7 +158,7 @@ def test_nothing_begins_over_a_run_whose_checkpoints_are_gone(
     main(["fit", *arguments, "--ckpt_path", "last"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     record = (tmp_path / "run" / "run.json").read_bytes()
-    with pytest.raises(InputError, match=r"run has finished step \d.*No checkpoint.*is left.*folder of its own"):
+    with pytest.raises(InputError, match=r"run has finished step \d.*No checkpoint.*is left.*separate folder"):
         main(["fit", *arguments, *command])
     assert (tmp_path / "run" / "run.json").read_bytes() == record
 

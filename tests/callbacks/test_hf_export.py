@@ -43,7 +43,7 @@ def test_under_every_strategy_a_folder_is_what_two_processes_train(
 def test_what_fails_on_the_first_rank_reaches_all(exports_of: Callable[[str], Path]) -> None:
     out = exports_of("ddp")
     assert "InputError: The exported model is not the one that was trained" in (out / "failing.rank0").read_text()
-    assert (out / "failing.rank1").read_text().startswith("InputError: Rank 0 failed, for which this rank was waiting.")
+    assert (out / "failing.rank1").read_text().startswith("InputError: Rank 0 failed while this rank waited for it.")
     assert names(out / "failing") == ["final.failed"]
 
 
@@ -100,7 +100,7 @@ def test_a_folder_that_is_in_use_is_refused_before_the_first_step(pretrained: st
         def on_train_batch_start(self, *args: Any) -> None:
             steps.append(1)
 
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         trained(pretrained, HFExport(str(tmp_path)), callbacks=[Steps(tmp_path)], enable_checkpointing=True)
     with pytest.raises(InputError, match="There is no data file"):
         trained(pretrained, HFExport(str(tmp_path / "new"), rows="nowhere.jsonl"))
@@ -118,7 +118,7 @@ def test_an_export_that_fails_on_the_way_is_a_warning_and_at_the_end_an_error_af
     monkeypatch.setattr(lightning_sft.callbacks.hf_export, "convert", full)
     saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=3)
     export = HFExport(str(tmp_path / "out"), every_n_steps=2)
-    goes_on = pytest.warns(UserWarning, match=r"Step 2 was not exported, the training goes on\. no space")
+    goes_on = pytest.warns(UserWarning, match=r"Step 2 was not exported; training continues\. no space")
     with goes_on, pytest.raises(OSError, match="no space left"):
         trained(pretrained, export, callbacks=[saver], enable_checkpointing=True)
     assert (tmp_path / "ckpt" / "last.ckpt").is_file()

@@ -149,7 +149,7 @@ def test_nothing_is_updated_with_a_loss_that_is_no_number(tied: str, rows: list[
     [
         ({"accumulate_grad_batches": 2}, "accumulates gradients. Set trainer.accumulate_grad_batches=1, or leave"),
         ({"gradient_clip_val": 1.0}, "clips them. Set trainer.gradient_clip_val=null"),
-        ({"strategy": "ddp", "devices": 2}, "adds those of several processes. Use one device"),
+        ({"strategy": "ddp", "devices": 2}, "reduces them over processes. Use one device"),
     ],
 )
 def test_what_needs_all_gradients_is_refused_before_anything_is_read(settings: dict[str, Any], message: str) -> None:
@@ -163,7 +163,7 @@ def test_other_optimizers_and_batches_are_refused(tied: str, rows: list[dict[str
     class Own(torch.optim.SGD):
         pass
 
-    with pytest.raises(InputError, match=r"Own is another\. Use torch\.optim\.AdamW"):
+    with pytest.raises(InputError, match=r"got Own\. Use torch\.optim\.AdamW"):
         fit(tied, rows, OptimizerInBackward(), optimizer=partial(Own, lr=0.1))
     plain = DataLoader([{"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([5, 6])}], batch_size=1)
     with pytest.raises(InputError, match="needs batches of SFTDataModule"):

@@ -83,12 +83,12 @@ def test_in_a_validation_before_the_first_step_there_is_nothing_to_save(
     between = {"accumulate_grad_batches": 3, "val_check_interval": 1, "enable_checkpointing": True}
     with caplog.at_level("INFO"), pytest.raises(Preempted):
         fit(pretrained, quiet_trainer(callbacks=callbacks, **between), rows)
-    assert "nothing was saved, since no step has been taken" in caplog.text + capsys.readouterr().out
+    assert "nothing was saved, since no step was finished" in caplog.text + capsys.readouterr().out
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_an_unknown_signal_is_refused() -> None:
-    with pytest.raises(InputError, match=r"There is no signal TERM. Expected names such as SIGTERM"):
+    with pytest.raises(InputError, match=r"Unknown signal TERM. Expected names such as SIGTERM"):
         Preempt(["TERM"])
 
 

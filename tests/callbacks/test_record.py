@@ -79,7 +79,7 @@ def test_half_a_record_is_skipped_by_name_and_written_anew(pretrained: str, quie
         ({"max_steps": 3}, [], "trainer.max_steps=3 reached"),
         ({}, [], "trainer.max_epochs=1 reached"),
         ({"max_epochs": 9}, [EarlyStopping("val/loss", stopping_threshold=99.0)], "EarlyStopping: Stopping threshold"),
-        ({"max_epochs": 9}, [Timer({"milliseconds": 1})], "trainer.max_time is over"),
+        ({"max_epochs": 9}, [Timer({"milliseconds": 1})], "trainer.max_time reached"),
     ],
 )
 def test_the_record_says_why_the_run_ended(

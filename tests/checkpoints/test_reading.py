@@ -73,7 +73,7 @@ def test_one_process_validates_a_checkpoint_of_shards_and_refuses_to_resume_it(
     [found] = quiet_trainer().validate(SFTModule(pretrained_for_two), data, ckpt_path=path)
     [wanted] = quiet_trainer().validate(SFTModule(str(exported)), data)
     assert found["val/loss"] == wanted["val/loss"]
-    with pytest.raises(InputError, match="a strategy which shards the model has written"):
+    with pytest.raises(InputError, match="was written by a strategy that shards the model"):
         quiet_trainer(max_epochs=9).fit(SFTModule(pretrained_for_two), data, ckpt_path=path)
 
 
@@ -99,7 +99,7 @@ def test_nothing_in_the_index_of_a_distributed_checkpoint_is_run(
 ) -> None:
     bad = shutil.copytree(exports_of("fsdp2") / "fsdp2.ckpt", tmp_path / "bad.ckpt")
     (bad / ".metadata").write_bytes(pickle.dumps(Payload(tmp_path / "run"), protocol=protocol))
-    with pytest.raises(InputError, match=r"It names .*(getattr|Path.touch|touch)"):
+    with pytest.raises(InputError, match=r"It refers to .*(getattr|Path.touch|touch)"):
         Checkpoint(bad).weights()
     assert not (tmp_path / "run").exists()
 
@@ -151,7 +151,7 @@ def test_a_checkpoint_cut_short_is_one_clear_error(
     with pytest.raises(InputError, match=r".metadata cannot be read, it may have been cut short"):
         Checkpoint(bad).weights()
     (bad / ".metadata").unlink()
-    with pytest.raises(InputError, match=r"is no whole checkpoint: it has no .metadata"):
+    with pytest.raises(InputError, match=r"is not a complete checkpoint: it has no .metadata"):
         Checkpoint(bad).weights()
     with pytest.raises(InputError, match=r"There is no checkpoint 'nowhere.ckpt'"):
         _ = Checkpoint("nowhere.ckpt").kind

@@ -203,7 +203,7 @@ def test_seed_everything_decides_dropout_and_a_resumed_run_keeps_its_seed(
     assert first["seed"] == 5
     assert losses(tmp_path)[1] != losses(whole)[1]
     monkeypatch.setenv("PL_GLOBAL_SEED", "6")
-    with pytest.warns(UserWarning, match=r"seed that it began with, 5: seed_everything=6 has no effect"):
+    with pytest.warns(UserWarning, match=r"original seed, 5: seed_everything=6 has no effect"):
         RUNS["packed"].fit(dropping, tmp_path)
     assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[-1])["seed"] == 5
 
@@ -215,11 +215,13 @@ def test_other_data_are_refused_inside_an_epoch_and_allowed_between_two(
     other = Run(data)
     with pytest.raises(InterruptionError):
         RUNS["packed"].fit(dropping, tmp_path, StopAt(6))
-    with pytest.raises(InputError, match=r"inside epoch 0, whose data, or their order, were others: 36 sequences"):
+    with pytest.raises(
+        InputError, match=r"within epoch 0, and the data or their order have changed since: 36 sequences"
+    ):
         other.fit(dropping, tmp_path)
     RUNS["packed"].fit(dropping, tmp_path, max_epochs=1)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The run goes on with the seed")
+        warnings.filterwarnings("ignore", "The run resumes with its original seed")
         trainer = other.fit(dropping, tmp_path)
     assert trainer.current_epoch == 3
 

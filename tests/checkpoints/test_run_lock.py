@@ -43,7 +43,7 @@ def test_a_folder_in_use_is_refused_with_its_owner_and_free_when_that_is_killed(
     owner = other_process(lambda: FolderLock().take(quiet_trainer(), tmp_path / "run"))
     lock, trainer = FolderLock(), quiet_trainer()
     try:
-        with pytest.raises(InputError, match=rf"run is in use: process {owner} on .*folder of its own"):
+        with pytest.raises(InputError, match=rf"run is in use: process {owner} on .*separate folder"):
             lock.take(trainer, tmp_path / "run")
     finally:
         kill(owner)

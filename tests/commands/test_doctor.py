@@ -40,7 +40,7 @@ def test_json_has_every_fact_of_the_table(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_speed_of_bfloat16_is_measured_and_said() -> None:
-    fact = named("bfloat16 products")
+    fact = named("bfloat16 matmuls")
     assert (fact.state == "off") is bfloat16_is_slow()
     assert ("32-true" in fact.remark) is bfloat16_is_slow()
 

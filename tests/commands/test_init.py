@@ -54,7 +54,7 @@ def test_every_option_has_a_comment_and_the_file_is_strict_yaml(pretrained: str,
 
 def test_a_file_that_is_there_is_not_written_over(pretrained: str, gsm: str) -> None:
     Path("config.yaml").write_text("mine")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         init(pretrained, gsm)
     assert Path("config.yaml").read_text() == "mine"
     assert "trainer:" in init(pretrained, gsm, overwrite=True).read_text()

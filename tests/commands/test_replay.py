@@ -65,13 +65,13 @@ def test_without_the_weights_of_the_step_it_says_which_it_has_taken(
     replayed = main(["replay", *arguments, "--step", str(last["step"])]).result
     assert not replayed.is_exact
     assert replayed.loss != pytest.approx(last["loss"], rel=1e-4)
-    assert "Weights: not those that it was taken with, but those after step" in capsys.readouterr().out
+    assert "Weights: not those the step started from, but those after step" in capsys.readouterr().out
 
 
 def test_other_data_are_refused(arguments: list[str], jsonl: Any, rows: list[dict[str, str]]) -> None:
     main(["fit", *arguments, "--ckpt_path", "last"])
     jsonl(rows[1:])
-    with pytest.raises(InputError, match=r"The data are not those of step 2: rank 0 had .*, now "):
+    with pytest.raises(InputError, match=r"The data have changed since step 2: rank 0 had .*, now "):
         main(["replay", *arguments, "--step", "2"])
 
 
@@ -83,5 +83,5 @@ def test_the_sample_with_the_highest_loss_is_the_first_of_equals(arguments: list
 
 
 def test_no_ledger_is_one_message(arguments: list[str]) -> None:
-    with pytest.raises(InputError, match=r"There is no samples.jsonl below .*run. Name the run's with --ledger"):
+    with pytest.raises(InputError, match=r"There is no samples.jsonl below .*run. Give its path with --ledger"):
         main(["replay", *arguments, "--step", "1"])

@@ -18,7 +18,7 @@ def test_another_file_than_the_known_one_is_refused(tmp_path: Path, monkeypatch:
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", download)
-    with pytest.raises(InputError, match=r"has the sha256 .*, expected bcc81830"):
+    with pytest.raises(InputError, match=r"has sha256 .*, expected bcc81830"):
         fetch_demo_model(str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
 

@@ -145,7 +145,7 @@ def test_a_weight_that_is_written_wrong_is_found(ckpt: str, tmp_path: Path, monk
         weight[0] = weight[0].nextafter(torch.tensor(-9.0))
 
     monkeypatch.setattr(lightning_sft.export.convert, "write", wrong)
-    with pytest.raises(InputError, match=r"1 weights are not what was written: \['model.norm.weight'\]"):
+    with pytest.raises(InputError, match=r"1 weights differ from those written: \['model.norm.weight'\]"):
         export_checkpoint(ckpt, str(tmp_path / "out"))
 
 
@@ -166,15 +166,15 @@ def test_what_is_there_is_not_overwritten_and_what_is_no_checkpoint_of_ours_is_r
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         export_checkpoint(ckpt, str(tmp_path / "out"))
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(InputError, match="does not say which model it is of"):
+    with pytest.raises(InputError, match="does not name its model"):
         export_checkpoint(str(tmp_path / "other.ckpt"), str(tmp_path / "new"))
     saved = torch.load(ckpt, weights_only=True)
     del saved["state_dict"]["scorer.model.model.norm.weight"]
     torch.save(saved, tmp_path / "lacking.ckpt")
-    with pytest.raises(InputError, match=r"(?s)weights of the checkpoint are not those of its model.*norm.weight"):
+    with pytest.raises(InputError, match=r"(?s)weights of the checkpoint do not match its model.*norm.weight"):
         export_checkpoint(str(tmp_path / "lacking.ckpt"), str(tmp_path / "new"))
 
 

@@ -18,7 +18,7 @@ def test_a_converter_that_is_missing_or_fails_is_one_clear_error(tmp_path: Path)
     with pytest.raises(InputError, match=r"There is no converter 'nowhere.py'"):
         write_gguf(tmp_path, "nowhere.py", "f16")
     (tmp_path / "broken.py").write_text("raise SystemExit('unknown pre-tokenizer')")
-    with pytest.raises(InputError, match=r"could not convert the model. It said:\nunknown pre-tokenizer"):
+    with pytest.raises(InputError, match=r"could not convert the model:\nunknown pre-tokenizer"):
         write_gguf(tmp_path, str(tmp_path / "broken.py"), "f16")
     (tmp_path / "idle.py").write_text("")
     with pytest.raises(InputError, match="could not convert the model"):

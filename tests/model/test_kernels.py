@@ -239,9 +239,9 @@ def test_a_resumed_run_has_the_kernels_it_had(monkeypatch: pytest.MonkeyPatch) -
     short = faked(steps=1000, done=990)
     assert chosen(monkeypatch, short).name == "liger"
     assert chosen(monkeypatch, short, restored="compiled").name == "compiled"
-    with pytest.warns(UserWarning, match="kernels compiled and continues with none .* not bit for bit"):
+    with pytest.warns(UserWarning, match="kernels=compiled and resumes with none .* not bit for bit"):
         assert chosen(monkeypatch, short, restored="compiled", missing={"compiled"}).name == "none"
-    with pytest.warns(UserWarning, match="kernels compiled and continues with none"):
+    with pytest.warns(UserWarning, match="kernels=compiled and resumes with none"):
         assert chosen(monkeypatch, short, asked="none", restored="compiled").name == "none"
 
 
@@ -255,7 +255,7 @@ def test_a_checkpoint_keeps_the_kernels(pretrained: str, quiet_trainer: Make, ro
     assert torch.load(path)[KERNELS_KEY] == "none"
     saved = torch.load(path)
     torch.save(saved | {KERNELS_KEY: "liger"}, path)
-    with pytest.warns(UserWarning, match="kernels liger and continues with none"):
+    with pytest.warns(UserWarning, match="kernels=liger and resumes with none"):
         losses(quiet_trainer(max_steps=2, **saving()), pretrained, rows, "auto", ckpt_path=path)
 
 

@@ -126,7 +126,7 @@ def test_in_float16_the_residual_stream_stays_float32() -> None:
 def test_a_residual_stream_that_its_config_wants_in_float32_stays_so() -> None:
     model = tiny_model("mamba")
     assert model.config.residual_in_fp32
-    assert follow_autocast(model) == "its config asks for it (residual_in_fp32)"
+    assert follow_autocast(model) == "its config sets residual_in_fp32"
     assert not model.get_input_embeddings()._forward_hooks
 
 

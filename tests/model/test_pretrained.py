@@ -51,7 +51,7 @@ def test_the_context_length_is_the_models(pretrained: str) -> None:
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer, context_length])
 def test_a_path_that_is_no_model_is_one_error(load: object, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"can be loaded from .* The folder is there; expected a hub name"):
+    with pytest.raises(InputError, match=r"can be loaded from .* The path exists; expected a hub name"):
         load(str(tmp_path))
 
 
@@ -89,7 +89,7 @@ def test_code_that_a_checkpoint_names_is_not_run_and_nobody_is_asked(
         "known but no language model": foreign | {"model_type": "t5"},
         "a part of a known one": {"model_type": "gemma3", "vision_config": foreign | {"model_type": "shieldgemma2"}},
     }[kind]
-    with pytest.raises(InputError, match=r"\(hf_config\) describes no causal language model of transformers"):
+    with pytest.raises(InputError, match=r"\(hf_config\) does not describe a causal language model of transformers"):
         model_from_config(config)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError):
@@ -183,7 +183,7 @@ def test_a_checkpoint_with_tensors_that_no_part_of_the_model_has_is_refused(tmp_
 
 def test_a_checkpoint_without_some_of_the_weights_is_refused(tmp_path: Path) -> None:
     folder = with_tensors(tiny_pretrained(tmp_path), lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(InputError, match=r"has no weights for lm_head.weight: they would be random"):
+    with pytest.raises(InputError, match=r"has no weights for lm_head.weight; they would be initialized at random"):
         load_model(folder)
 
 
@@ -209,7 +209,7 @@ def test_of_a_composite_model_the_text_is_trained_and_all_of_it_has_a_gradient(
     module = SFTModule(composite(tmp_path, "gemma3"))
     with caplog.at_level("INFO"):
         module.configure_model()
-    assert "parameters are not trained, as model.vision_tower" in caplog.text
+    assert "parameters are not trained, such as model.vision_tower" in caplog.text
     module(collate([Example(range(5, 20), [0.0] + [1.0] * 14)])).total.backward()
     of_text = {name for name, parameter in module.model.named_parameters() if parameter.grad is not None}
     assert of_text == {name for name, parameter in module.model.named_parameters() if parameter.requires_grad}

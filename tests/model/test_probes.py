@@ -70,7 +70,7 @@ def test_logits_that_are_not_a_known_function_of_the_head_are_refused() -> None:
         return output
 
     model.forward = shifted
-    with pytest.raises(InputError, match="not its head's output, scaled or soft-capped in a known way"):
+    with pytest.raises(InputError, match="not the output of its head, scaled or soft-capped in a known way"):
         examine(model)
 
 
@@ -92,7 +92,7 @@ def test_architectures_that_leak_between_documents_are_found_out(model_type: str
 
 
 def test_a_model_that_sees_the_future_is_refused() -> None:
-    with pytest.raises(InputError, match="lets a token see the tokens after it"):
+    with pytest.raises(InputError, match="lets tokens attend to later tokens"):
         examine(tiny_model("bert", pad_token_id=0))
 
 

@@ -1,7 +1,7 @@
-"""What the C library takes from the system for a sequence of allocations: more than is in use, for it leaves holes.
+"""Memory that glibc takes from the system for a sequence of allocations, including fragmentation.
 
-Run as a program of its own, in a process that has allocated nothing else yet. Blocks are never written to, so they cost
-next to no memory, however large.
+It runs as a program in a separate, fresh process. Blocks are never written to, so they take next to no memory, however
+large.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from array import array
 from collections.abc import Iterable, Mapping
 
 Event = tuple[int, int]
-"""Number of a block and its size in bytes where it is allocated; its number and -1 where it is freed."""
+"""Index of a block with its size in bytes if it is allocated, or with -1 if it is freed."""
 
 _ALIGNMENT = 64  # of torch's tensors on the CPU
 _LARGE = 1 << 16  # smaller blocks do not move the peak
-_RECORDS = (96, 240, 40)  # bytes of what torch notes beside a tensor: small blocks that keep holes in the heap open
+_RECORDS = (96, 240, 40)  # bytes of torch's bookkeeping per tensor: small blocks that fragment the heap
 
 
 def footprint(events: Iterable[Event], settings: Mapping[int, int] | None = None) -> int | None:
-    """Most bytes that the allocator holds, as this process's environment sets it; ``None`` where it does not say.
+    """Peak bytes held by the allocator under this process's environment; ``None`` without glibc's ``mallinfo2``.
 
     Args:
-        events: The allocations.
+        events: Allocations and frees in order.
         settings: Arguments of ``mallopt``, as in :mod:`lightning_sft.machine.allocators`.
 
     >>> footprint([(0, 1000), (1, 1 << 30), (1, -1), (0, -1)]) in (None, *range(1 << 30, (1 << 30) + (1 << 20)))

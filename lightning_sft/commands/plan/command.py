@@ -1,4 +1,4 @@
-"""``lightning-sft plan``: what a fit would take, and how many steps, without the weights."""
+"""``lightning-sft plan``: predict the memory and the steps of a fit, without reading the weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lightning_sft.training.trainer import division_of, num_devices, total_steps
 from lightning_sft.types import Batch, InputError
 
 _DESCRIPTION = (
-    "Predict the memory that fit takes of each device, count its steps, and say what to change if it does not fit. "
+    "Predict the memory that fit needs on each device, count its steps, and suggest changes if it does not fit. "
     "Exits with 1 if it does not fit. The weights are not read."
 )
 
@@ -41,26 +41,26 @@ def plan(
     memory: NonNegative | None = None,
     json: bool = False,
 ) -> Prediction:
-    """Predict the memory that fit takes of each device, count its steps, and say what to change if it does not fit.
+    """Predict the memory that fit needs on each device, count its steps, and suggest changes if it does not fit.
 
-    The weights are not read: two steps are gone through with shapes alone.
+    The weights are not read: two steps run on shapes only.
 
     Args:
-        data: Gives the micro-batches.
-        module: The model, as configured.
-        trainer: Settings of a trainer: devices, strategy and precision. The devices need not be here.
-        memory: GiB that a device has, or a machine where the device is its CPU; by default what is here.
-        json: Print JSON, for machines.
+        data: Data module that provides the micro-batches.
+        module: Module, configured as for ``fit``.
+        trainer: Settings of the trainer: devices, strategy and precision. The devices need not be available.
+        memory: GiB of memory per device, or of the machine for CPUs; by default that of this machine.
+        json: Whether to print JSON.
 
     Returns:
         The prediction.
 
     Raises:
-        InputError: When the module or the data module is not ours, or the strategy is not known.
+        InputError: When module or data are not those of lightning_sft, or the strategy is not supported.
     """
     if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
         given = f"{type(module).__name__} and {type(data).__name__}"
-        raise InputError(f"plan needs an SFTModule and an SFTDataModule, or classes made from them, got {given}.")
+        raise InputError(f"plan needs an SFTModule and an SFTDataModule, or subclasses of them, got {given}.")
     check_arguments(plan, locals())
     layout = Layout.of(trainer, num_devices(trainer))
     is_stream, data = data.streaming, data.preview(module, trainer, num_ranks=layout.data_parallel)
@@ -97,21 +97,21 @@ class PlanCLI(ConfigCLI):
 
     @property
     def passes(self) -> bool:
-        """Whether it fits."""
+        """Whether the fit needs no more memory than a device has."""
         return bool(self.result.fits)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """With a help that says what it is for."""
+        """Create the parser with a description of the verb."""
         return super().init_parser(**kwargs | {"description": _DESCRIPTION})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """``--json`` is a flag without a value."""
+        """Accept ``--json`` as a flag without a value."""
         assert isinstance(args, list)
         super().parse_arguments(parser, ["--json=true" if argument == "--json" else argument for argument in args])
 
 
 def largest(planned: SplitPlan, data: SFTDataModule) -> Batch:
-    """The micro-batch of an epoch with the most positions, and of those the most targets."""
+    """The micro-batch of an epoch with the most positions and, among equals, the most targets."""
     assert data.tokenizer is not None
     examples, packed = planned.split.examples, planned.packing == "packed"
     ranks = range(planned.plan.num_ranks)
@@ -127,7 +127,7 @@ def largest(planned: SplitPlan, data: SFTDataModule) -> Batch:
 
 
 def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any, is_stream: bool) -> dict[str, Any]:
-    """Optimizer steps, micro-batches and tokens, of an epoch and in all."""
+    """Numbers of optimizer steps, micro-batches and tokens, per epoch and in total."""
     endless = module.schedule == "constant"
     epoch = SimpleNamespace(steps_per_epoch=math.inf if is_stream else data.steps_per_epoch)
     ends = SimpleNamespace(max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, datamodule=epoch)
@@ -155,7 +155,7 @@ def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any, is_stream: bo
 
 
 def _compiles(module: SFTModule, passes: int) -> bool:
-    """Whether a run of so many micro-batches has its layers compiled on a GPU; one without an end has."""
+    """Whether a run of ``passes`` micro-batches, or an endless one, compiles its layers on a GPU."""
     is_long = passes >= COMPILES_FROM or module.schedule == "constant"
     return module.kernels.asked == "compiled" or (module.kernels.asked == "auto" and is_long)
 

@@ -1,8 +1,8 @@
-"""What compiled layers keep for their backward pass, without compiling them.
+"""Activations that compiled layers save for the backward pass, determined without compiling them.
 
-``torch.compile`` traces the forward and backward pass of a layer into one graph and cuts it where the fewest bytes
-cross: what is cheap is computed again. Here the same graph is cut by the same partitioner, and both halves run op by op
-on shapes. So what kernels fuse is allocated for a moment, which a GPU never does; it is of one layer at a time.
+``torch.compile`` traces forward and backward of a layer into one graph and partitions it to minimize saved bytes, with
+cheap operations recomputed. Here the same partitioner cuts the same graph, and both halves run op by op on shapes.
+Intermediates that kernels would fuse are thus allocated for a moment, one layer at a time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from lightning_sft.model.parallel.sharding import layers
 
 
 def compile_on_paper(model: nn.Module) -> None:
-    """Let each layer of a model keep and allocate what it would compiled; layers that are alike are traced once.
+    """Make each layer of a model save and allocate what it would if compiled; identical layers are traced once.
 
-    Layers that cannot be traced on shapes, as some that choose experts, stay as they are. So do layers that are
-    computed again in the backward pass: they keep their input, compiled or not.
+    Layers that cannot be traced on shapes, such as some mixtures of experts, are not changed. Neither are checkpointed
+    layers, which save only their input, compiled or not.
 
     Args:
-        model: Of transformers, changed in place; its tensors are fake.
+        model: Model of transformers with fake tensors, changed in place.
     """
     traced: dict[Any, Callable[..., Any] | None] = {}
     for layer in layers(model):
@@ -35,7 +35,7 @@ def compile_on_paper(model: nn.Module) -> None:
 
 
 class _Compiled:
-    """The forward pass of a layer, traced at the first call of one like it."""
+    """The forward pass of a layer, traced at the first call of an identical one."""
 
     def __init__(self, layer: nn.Module, traced: dict[Any, Callable[..., Any] | None], kind: Any) -> None:
         self._layer, self._eager, self._traced, self._kind = layer, layer.forward, traced, kind

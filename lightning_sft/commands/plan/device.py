@@ -1,4 +1,4 @@
-"""What a device has for a process, and what is taken of it before there is a model."""
+"""Memory of a device: its capacity per process, and what is used before the model is loaded."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _CUDA_CONTEXT = 0.6 * GIB  # CUDA's context, cuBLAS's workspace
 
 @dataclass(frozen=True)
 class Device:
-    """One of those that a fit runs on.
+    """Memory of one of the devices that a fit runs on.
 
     Args:
         name: ``CPU`` or ``GPU``.
-        capacity: Bytes that a process may have of it; ``None`` where nobody knows.
-        base: Bytes that are taken before there is a model.
+        capacity: Bytes available to a process; ``None`` if unknown.
+        base: Bytes used before the model is loaded.
     """
 
     name: str
@@ -31,15 +31,15 @@ class Device:
 
     @classmethod
     def of(cls, accelerator: str, num_local: int, memory: float | None = None) -> Device:
-        """That of a trainer's settings; of a GPU that is not here, nobody knows what it has.
+        """The device of a trainer's settings; the capacity of a GPU that is not in this machine is unknown.
 
-        On a CPU, a process begins as this one is now, with the same packages and the data; those of a machine share
-        what it has left.
+        On CPUs, a process starts with the memory of this one (packages and data), and the processes of a machine share
+        what is available.
 
         Args:
-            accelerator: As Lightning's trainer takes it.
-            num_local: Processes on a machine.
-            memory: GiB of a device, or of a machine where the device is its CPU.
+            accelerator: Accelerator of Lightning's trainer.
+            num_local: Number of processes per machine.
+            memory: GiB of memory per device, or of the machine for CPUs; ``None`` takes that of this machine.
         """
         given = None if memory is None else memory * GIB
         if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
@@ -53,7 +53,7 @@ class Device:
 
 
 def resident() -> float:
-    """Bytes of memory that this process takes now; the most that it has taken on macOS, and 0 on Windows."""
+    """Resident memory of this process in bytes; on macOS its peak, on Windows 0."""
     try:
         return float(int(Path("/proc/self/statm").read_text().split()[1]) * PAGESIZE)
     except OSError:
@@ -66,7 +66,7 @@ def resident() -> float:
 
 
 def _available() -> float:
-    """What the machine could still give; all that it has on macOS, and infinite on Windows, which says neither here."""
+    """Available memory of the machine in bytes; on macOS all of its memory, on Windows infinite."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024.0 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
@@ -78,7 +78,7 @@ def _available() -> float:
 
 
 def _limits_of_container(root: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
-    """What a container may still take; at least an infinite amount."""
+    """Bytes left to the container, after an infinite value for machines without one."""
     yield float("inf")
     try:
         limit, used = (root / name for name in ("memory.max", "memory.current"))

@@ -1,4 +1,4 @@
-"""What the kernels of a GPU keep and allocate, without the kernels: FlashAttention's and those of the likelihood."""
+"""Stand-ins that allocate and save what GPU kernels do: FlashAttention and the fused likelihood."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_sft.head import chunks as chunked_head
 from lightning_sft.machine.contexts import computed_in
 
 ATTENTION = "kernel_on_paper"
-"""Name of the attention in transformers; its layers get no mask."""
+"""Name of the stand-in attention in transformers; its layers get no mask."""
 
 
 @contextmanager
 def likelihood_on_paper() -> Iterator[None]:
-    """While it lasts, the likelihood does as on a GPU: the softmax in one kernel, sums in float32 by the matmul."""
+    """Context in which the likelihood allocates as on a GPU: fused softmax, float32 accumulation by the matmul."""
     ours = {(objective, "fuses"): lambda raw: True, (chunked_head, "_multiply"): lambda total, a, b, beta: None}
     before = {(module, name): getattr(module, name) for module, name in ours}
     try:
@@ -44,9 +44,9 @@ def _flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def _flash_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, log_sums: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; what FlashAttention 2 has besides while it runs is allocated and freed.
+    """Gradients of query, key and value; temporary buffers of FlashAttention 2 are allocated and freed.
 
-    It adds up the query's gradient in float32, and has those of grouped keys and values once for each query head.
+    These are the query's gradient in float32, and gradients of grouped keys and values for each query head.
     """
     kept = [query.new_empty(query.shape, dtype=torch.float32), torch.empty_like(log_sums)]
     if query.shape[1] != key.shape[1]:
@@ -73,7 +73,7 @@ _flash.register_autograd(_backward, setup_context=_keep)
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
 ) -> tuple[Tensor, None]:
-    """Attention of a layer, ``[B, heads, N, head size]`` to ``[B, N, heads, head size]``, in the dtype of autocast."""
+    """Attention of a layer, ``[B, heads, N, head size]`` to ``[B, N, heads, head size]``, in the autocast dtype."""
     out, _ = _flash(*(x.to(computed_in(query)) for x in (query, key, value)))
     return out, None
 

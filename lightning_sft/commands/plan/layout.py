@@ -1,4 +1,4 @@
-"""What part of a model each device has, by the strategy of a trainer's settings."""
+"""Distribution of a model over devices, by the strategy in the trainer's settings."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from lightning_sft.machine.allocators import KEEPS, is_set
 from lightning_sft.types import InputError
 
 _DTYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
-_BUCKET = 200_000_000  # elements, as Lightning sets them for DeepSpeed
+_BUCKET = 200_000_000  # elements, Lightning's setting for DeepSpeed
 
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a model, in parameters.
+    """Sizes of a model, in parameters.
 
     Args:
-        layer: The largest of its layers.
-        others: All that is in no layer: embeddings, head, the last norm.
-        trained: What the optimizer has.
-        trained_layer: The same of a layer.
+        layer: Parameters of the largest layer.
+        others: Parameters outside of layers: embeddings, head, last norm.
+        trained: Trained parameters.
+        trained_layer: Trained parameters of the largest layer.
     """
 
     layer: int
@@ -34,20 +34,20 @@ class Model:
 
 @dataclass(frozen=True)
 class Layout:
-    """A strategy, and a precision.
+    """A strategy and a precision.
 
     Args:
-        name: As it is shown.
-        dtype: Of parameters.
-        autocast: Dtype that products are cast to, or ``None``.
-        data_parallel: Devices that see different data.
-        tensor_parallel: Devices that share each matrix.
-        stage: What data-parallel devices share: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 all.
-        compute: Dtype of what is computed where it is not that of ``dtype``.
-        is_deepspeed: Whether DeepSpeed does it, with a float32 copy of what is trained, and its buckets.
-        offloads: What is in the host's memory: ``optimizer``, or ``all``.
+        name: Display name of the strategy.
+        dtype: Dtype of the parameters.
+        autocast: Dtype of autocast, or ``None``.
+        data_parallel: Number of data-parallel ranks.
+        tensor_parallel: Number of tensor-parallel ranks.
+        stage: ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also gradients, 3 also parameters.
+        compute: Dtype of computation if it differs from ``dtype``, or ``None``.
+        is_deepspeed: Whether DeepSpeed is used, with its float32 copy of trained parameters and its buckets.
+        offloads: What is offloaded to host memory: ``optimizer``, ``all``, or an empty string.
         in_backward: Whether the optimizer steps in the backward pass.
-        keeps_memory: Whether a CPU's allocator keeps what is freed.
+        keeps_memory: Whether the allocator retains freed memory on CPUs.
     """
 
     name: str
@@ -64,14 +64,14 @@ class Layout:
 
     @classmethod
     def of(cls, settings: Any, num_devices: int) -> Layout:
-        """That of a trainer's settings.
+        """The layout of a trainer's settings.
 
         Args:
-            settings: The arguments of a trainer, as attributes.
-            num_devices: All devices, over all nodes.
+            settings: Arguments of the trainer, as attributes.
+            num_devices: Number of devices over all nodes.
 
         Raises:
-            InputError: When the strategy or the precision is not known here.
+            InputError: When the strategy or the precision is not supported.
         """
         dtype, autocast = _precision(settings.precision)
         name, own = _named(settings.strategy)
@@ -89,7 +89,7 @@ class Layout:
         if name in ("fsdp2", "fsdp2strategy", "modelparallelstrategy"):
             tensor = int(own.get("tensor_parallel_size") or 1)
             if name == "modelparallelstrategy" and own.get("tensor_parallel_size") in (None, "auto"):
-                raise InputError("plan does not know Lightning's ModelParallelStrategy; set trainer.strategy=fsdp2.")
+                raise InputError("plan does not support Lightning's ModelParallelStrategy. Set trainer.strategy=fsdp2.")
             data = num_devices // tensor
             plain |= {"data_parallel": data, "tensor_parallel": tensor, "stage": 3}
             compute = own.get("compute_dtype")
@@ -102,22 +102,22 @@ class Layout:
         if name in ("auto", "single_device", "singledevicestrategy"):
             return cls(f"DDP over {num_devices}" if num_devices > 1 else "one device", **plain)
         raise InputError(
-            f"plan does not know trainer.strategy={name!r}; it knows auto, ddp, fsdp2 and deepspeed_stage_1, _2 and _3."
+            f"plan does not support trainer.strategy={name!r}, only auto, ddp, fsdp2 and deepspeed_stage_1, _2 and _3."
         )
 
     @property
     def computes_in(self) -> torch.dtype:
-        """Dtype that parameters have while they are used."""
+        """Dtype of parameters during computation."""
         return self.compute or self.dtype
 
     @property
     def mallopt(self) -> Mapping[int, int]:
-        """Settings of the C library's allocator."""
+        """Arguments of ``mallopt`` that the fit sets."""
         return KEEPS if self.keeps_memory and not is_set() else {}
 
     @property
     def shares(self) -> dict[str, float]:
-        """What part of each kind of bytes, counted on one device in the dtype of computation, a device keeps."""
+        """Share of each kind of memory that a device keeps, relative to one device in the dtype of computation."""
         wider = self.dtype.itemsize / self.computes_in.itemsize
         shared = [1, 1 / self.data_parallel]
         of = {
@@ -130,7 +130,7 @@ class Layout:
         return of
 
     def extra(self, model: Model) -> dict[str, float]:
-        """Bytes that the strategy itself takes of each device, by what they are for."""
+        """Bytes that the strategy itself uses on each device, by purpose."""
         if self.is_deepspeed:
             copy = 0.0 if self.offloads else 4 * model.trained / self.data_parallel
             extra = {"float32 copy of what is trained": copy}
@@ -144,16 +144,14 @@ class Layout:
         return {}
 
     def _gathered(self, model: Model) -> dict[str, float]:
-        """The layer at work, the next one, and what is in no layer."""
+        """Gathered parameters: the current layer, the next one, and those outside of layers."""
         return {"gathered parameters": float((2 * model.layer + model.others) * self.computes_in.itemsize)}
 
 
 def _precision(given: Any) -> tuple[torch.dtype, torch.dtype | None]:
     width, _, how = str(given or "32-true").partition("-")
     if width not in _DTYPES or how not in ("", "true", "mixed"):
-        raise InputError(
-            f"plan does not know trainer.precision={given!r}; it knows 32-true, bf16-mixed, bf16-true, ..."
-        )
+        raise InputError(f"plan does not support trainer.precision={given!r}, only 32-true, bf16-mixed, bf16-true, ...")
     mixes = how == "mixed" or (how == "" and width in ("16", "bf16"))
     return (torch.float32, _DTYPES[width]) if mixes else (_DTYPES[width], None)
 

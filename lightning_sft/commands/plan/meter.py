@@ -1,8 +1,8 @@
-"""Counts the bytes that tensors take while code runs, without the tensors: only their shapes exist.
+"""Counts the bytes that tensors would take while code runs on shapes only.
 
-The code is the real one: a model's forward and backward pass, an optimizer's step. What is of floating point is fake
-(torch's FakeTensorMode), so a model of any size costs no memory and no products. What is of integers is real, since the
-shapes of a step depend on it: which positions have a target, which documents share a row.
+The code is the real one: a model's forward and backward pass, an optimizer's step. Floating-point tensors are fake
+(torch's FakeTensorMode), so a model of any size needs no memory and no computation. Integer tensors are real, since the
+shapes of a step depend on them: which positions have a target, which documents share a row.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ _aten = torch.ops.aten
 
 
 class Meter(TorchDispatchMode):
-    """While it is entered, tensors of floating point are fake, and every allocation is counted.
+    """Context in which floating-point tensors are fake and every allocation is counted.
 
     Args:
-        shares: What part of each kind a device has: ``{"optimizer": 0.25}`` where four share it. 1 by default.
+        shares: Share of each kind of memory on a device, such as ``{"optimizer": 0.25}`` if four share it; 1 by
+            default.
 
     >>> with Meter() as meter:
     ...     layer = meter.made("weights", lambda: nn.Linear(1000, 1000, bias=False))
@@ -41,34 +42,37 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, shares: Mapping[str, float] | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch gives it no types
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.shares: dict[str, float] = {**dict.fromkeys(KINDS, 1.0), **(shares or {})}
         self._fake = FakeTensors(allow_non_fake_inputs=True)
         self._blocks: dict[int, int] = {}  # address of a storage -> number of its block
         self._size: list[int] = []  # of each block
-        self._kind: list[Kind] = []  # of each block, at last
-        self._trace: list[tuple[int, bool]] = []  # block, and whether it comes or goes
+        self._kind: list[Kind] = []  # of each block, as reclassified
+        self._trace: list[tuple[int, bool]] = []  # block, and whether it is allocated (else freed)
         self.live: Counter[Kind] = Counter()
-        self.peaks: dict[str, Counter[Kind]] = {}  # what was live at the peak of each moment
+        self.peaks: dict[str, Counter[Kind]] = {}  # live bytes at the peak of each moment
         self._moment = ""
         self._new: Kind = KINDS[-1]
 
     def moment(self, name: str, new: Kind = "activations") -> None:
-        """Begin a stretch of time, or go on with it: its peak is kept by this name.
+        """Start or resume a phase, whose peak is recorded under this name.
 
         Args:
-            name: Its name.
-            new: What is allocated in it, as long as nobody says otherwise.
+            name: Name of the phase; empty to record nothing.
+            new: Kind of new allocations, until reclassified.
         """
         self._moment, self._new = name, new
         self._note()
 
     def made(self, kind: Kind, make: Callable[[], Any]) -> Any:
-        """What a function makes; the tensors that are left of it are of this kind.
+        """Call a function and classify the tensors that remain alive.
 
         Args:
-            kind: Of all that is still there when it is done.
-            make: The function.
+            kind: Kind of the tensors that remain after the call.
+            make: Function to call.
+
+        Returns:
+            The result of ``make``.
         """
         first = len(self._size)
         with self:
@@ -79,14 +83,14 @@ class Meter(TorchDispatchMode):
         return result
 
     def call(self, tensors: Iterable[Tensor], kind: Kind) -> None:
-        """Say what tensors are."""
+        """Classify tensors."""
         for tensor in tensors:
             block = self._blocks.get(tensor.untyped_storage()._cdata)
             if block is not None:
                 self._call(block, kind)
 
     def follow_gradients(self, model: nn.Module) -> None:
-        """From now on, the gradients of a model's parameters are counted as such."""
+        """Classify gradients of a model's parameters as soon as they are ready."""
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(
@@ -94,19 +98,21 @@ class Meter(TorchDispatchMode):
                 )
 
     def total(self, of: Mapping[Kind, int]) -> float:
-        """Bytes on a device."""
+        """Bytes on a device, given bytes by kind."""
         return sum(self.shares[kind] * size for kind, size in of.items())
 
     def events(self) -> Iterator[tuple[int, int]]:
-        """All allocations in order, see :mod:`lightning_sft.commands.plan.allocator`."""
+        """All allocations and frees in order, see :mod:`lightning_sft.commands.plan.allocator`."""
         for block, comes in self._trace:
             yield block, round(self._size[block] * self.shares[self._kind[block]]) if comes else -1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation on shapes, or for real where all it is given are integers."""
+        """Run an operation on shapes, or for real if all its inputs are integers."""
         given = tree_leaves((args, kwargs))
         num_fakes = sum(isinstance(value, FakeTensor) for value in given)
-        if num_fakes and func is _aten.index.Tensor:  # by a mask: how many it chooses is known, since masks are real
+        if (
+            num_fakes and func is _aten.index.Tensor
+        ):  # by a mask, which is real, so the number of selected entries is known
             args = (args[0], [i for index in args[1] for i in _positions(index)])
         if num_fakes and num_fakes < sum(isinstance(value, Tensor) for value in given):
             args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs))
@@ -118,11 +124,11 @@ class Meter(TorchDispatchMode):
 
     def _run(self, func: Any, args: Any, kwargs: Any, given: list[Any]) -> Any:
         try:
-            if func is _aten._grouped_mm.default:  # torch has its shape in bfloat16 only
+            if func is _aten._grouped_mm.default:  # torch implements its shapes for bfloat16 only
                 return _grouped(*args, **kwargs)
             if any(isinstance(value, FakeTensor) for value in given):
                 result = func(*args, **kwargs)
-                if func is _aten.topk.default:  # experts are chosen evenly
+                if func is _aten.topk.default:  # balance the experts
                     chosen = torch.arange(result[1].numel()).view(result[1].shape) % args[0].shape[-1]
                     return type(result)((result[0], chosen)) if type(result) is not tuple else (result[0], chosen)
                 return result
@@ -133,8 +139,8 @@ class Meter(TorchDispatchMode):
             return result if isinstance(result, Tensor) and result.is_floating_point() else func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise InputError(
-                f"The memory of this model cannot be predicted: what it computes depends on values ({func}), which are "
-                "not computed here. Try `lightning-sft fit` with trainer.max_steps=3."
+                f"The memory of this model cannot be predicted: its shapes depend on values ({func}), which are not "
+                "computed here. Try `lightning-sft fit` with trainer.max_steps=3."
             ) from error
 
     def _faked(self, tensor: Tensor) -> Tensor:
@@ -164,7 +170,7 @@ class Meter(TorchDispatchMode):
         self._kind[block] = kind
 
     def _note(self) -> None:
-        # of equal peaks the last one: an optimizer's state is known as such once its first step is over
+        # of equal peaks the last, since optimizer state is classified only after its first step
         if self._moment and self.total(self.live) >= self.total(self.peaks.get(self._moment, {})):
             self.peaks[self._moment] = self.live.copy()
 
@@ -174,7 +180,7 @@ def _positions(index: Tensor | None) -> list[Tensor | None]:
 
 
 def _grouped(a: Tensor, b: Tensor, groups: Tensor, *_: Any, **__: Any) -> Tensor:
-    """The product of each group of rows with a matrix of its own, or of the gradients of that."""
+    """Output of a grouped matmul, or of its gradients."""
     if a.dim() == b.dim() == 2:
         return a.new_empty(len(groups), a.shape[0], b.shape[1])
     return a.new_empty(*a.shape[:-1], b.shape[-1]) if a.dim() == 2 else a.new_empty(a.shape[1], b.shape[-1])

@@ -1,4 +1,4 @@
-"""What a fit takes of each device, moment by moment."""
+"""Predicted memory of a fit on each device, by phase."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LOADING = "loading"
 
 @dataclass(frozen=True)
 class Prediction:
-    """What each device needs, in bytes.
+    """Predicted memory of each device, in bytes.
 
     Args:
         layout: Strategy and precision.
-        device: What it runs on.
-        moments: At the peak of each moment, how much of what is there.
-        holes: What the allocator holds beyond what is in use.
-        rehearsal: What has been counted.
+        device: Device that the fit runs on.
+        moments: Bytes by kind at the peak of each phase.
+        holes: Bytes that the allocator holds beyond those in use.
+        rehearsal: Counts of the rehearsed steps.
     """
 
     layout: Layout
@@ -38,17 +38,17 @@ class Prediction:
 
     @property
     def peak(self) -> float:
-        """The most at any moment, with what is taken before."""
+        """Peak bytes over all phases, including what is used before the model is loaded."""
         trained = max(sum(parts.values()) for name, parts in self.moments.items() if name != LOADING)
         return self.device.base + max(trained + self.holes, sum(self.moments[LOADING].values()))
 
     @property
     def fits(self) -> bool:
-        """Whether a device has as much; also where nobody knows what it has."""
+        """Whether the peak fits the device; true if its capacity is unknown."""
         return self.device.capacity is None or self.peak <= self.device.capacity
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines to read."""
+        """The prediction as plain values, for JSON."""
         rehearsal = self.rehearsal
         return {
             "strategy": self.layout.name,
@@ -72,14 +72,14 @@ class Prediction:
 def predict(
     module: Any, batch: Batch, layout: Layout, device: Device, accumulate: int = 1, compiles: bool = False
 ) -> Prediction:
-    """Rehearse two steps, and say what they take.
+    """Rehearse two steps and predict their memory.
 
     Args:
-        module: The :class:`~lightning_sft.module.SFTModule`, as configured.
-        batch: The largest micro-batch.
+        module: The configured :class:`~lightning_sft.module.SFTModule`.
+        batch: Largest micro-batch of the epoch.
         layout: Strategy and precision.
-        device: What it runs on.
-        accumulate: Micro-batches in a step.
+        device: Device that the fit runs on.
+        accumulate: Number of micro-batches per step.
         compiles: Whether layers are compiled.
     """
     memory = (device.capacity or 0.0) if device.name == "GPU" else None
@@ -98,11 +98,11 @@ def predict(
 
 
 def _loading(module: Any, done: Rehearsal, layout: Layout, device: Device) -> dict[str, float]:
-    """Every process loads all weights; on a CPU, with the file of another dtype mapped beside them.
+    """Memory while loading: every process loads all weights; on CPUs, with the mapped file if its dtype differs.
 
-    With GPUs, sharded weights are whole in the host's memory only.
+    With GPUs, weights that will be sharded are whole only in host memory.
     """
-    counted = done.meter.peaks[FORWARD]["weights"]  # a frozen base may be in another dtype than what is trained
+    counted = done.meter.peaks[FORWARD]["weights"]  # a frozen base may differ in dtype from trained parameters
     if device.name == "GPU":
         return {"weights": layout.shares["weights"] * counted - done.saved}
     whole = counted * layout.dtype.itemsize / layout.computes_in.itemsize - done.saved

@@ -1,4 +1,4 @@
-"""The first two optimizer steps of a fit, with shapes instead of values: what they allocate."""
+"""The first two optimizer steps of a fit, run on shapes to count their allocations."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ _BYTES = {"4bit": 0.516, "8bit": 1.0}  # of a quantized parameter, with its scal
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What has been counted.
+    """Counts of the rehearsed steps.
 
     Args:
-        meter: The bytes.
-        sizes: Of the parts of the model.
-        num_parameters: All of them.
-        num_adapters: Those of adapters.
-        num_quantized: Those that are quantized.
-        chunk_size: Targets whose logits are in memory at a time.
-        logits: Bytes of the logits of one chunk of targets, in float32.
-        saved: Bytes that quantization saves.
-        unpacked: Bytes of the largest quantized matrix while it is used.
+        meter: Meter with the allocations.
+        sizes: Sizes of the parts of the model.
+        num_parameters: Number of all parameters.
+        num_adapters: Number of adapter parameters.
+        num_quantized: Number of quantized parameters.
+        chunk_size: Number of targets whose logits are in memory at a time.
+        logits: Bytes of the float32 logits of one chunk of targets.
+        saved: Bytes saved by quantization.
+        unpacked: Bytes of the largest quantized matrix when dequantized.
     """
 
     meter: Meter
@@ -71,20 +71,20 @@ def rehearse(
     memory: float | None = None,
     compiles: bool = False,
 ) -> Rehearsal:
-    """Two optimizer steps in Lightning's order, the second with two micro-batches where gradients are accumulated.
+    """Run two optimizer steps in Lightning's order, the second with two micro-batches if gradients are accumulated.
 
     Args:
-        module: The :class:`~lightning_sft.module.SFTModule`, as configured; its model is not loaded.
-        batch: The largest micro-batch.
+        module: The configured :class:`~lightning_sft.module.SFTModule`, whose model is not loaded.
+        batch: Largest micro-batch of the epoch.
         layout: Strategy and precision.
-        accumulate: Micro-batches in a step.
-        memory: Bytes that a GPU has in all; ``None`` on a CPU.
+        accumulate: Number of micro-batches per step.
+        memory: Total bytes of a GPU; ``None`` on CPUs.
         compiles: Whether layers are compiled.
 
     Raises:
         InputError: When the architecture cannot be run on shapes.
     """
-    cpu.works()  # it computes something to find out, which shapes alone cannot
+    cpu.works()  # cached here, since its check needs real values
     meter = Meter(layout.shares)
     with torch.device("meta"), default_dtype(layout.computes_in):
         model = _blank(module, layout)
@@ -107,7 +107,7 @@ def rehearse(
                 meter.moment(BACKWARD)
                 loss.backward()
                 del loss
-            meter.moment(STEP, "optimizer")  # its state comes into being here
+            meter.moment(STEP, "optimizer")  # its state is created here
             optimizer.step()
             optimizer.zero_grad()
     meter.moment("")
@@ -115,10 +115,10 @@ def rehearse(
 
 
 def _blank(module: Any, layout: Layout) -> Any:
-    """The model that ``configure_model`` would make, of whatever values."""
+    """The model that ``configure_model`` would make, with arbitrary values."""
     tuning = module.tuning
     config = module.hf_config or load_architecture(module.pretrained)
-    says_bfloat16 = config.get("dtype") == "bfloat16"  # no weights are read here, nor their headers
+    says_bfloat16 = config.get("dtype") == "bfloat16"  # neither weights nor their headers are read
     with default_dtype(tuning.base_dtype(layout.autocast, lambda: says_bfloat16)):
         model = model_from_config(config, module.attn_implementation)
     if tuning.new_tokens:
@@ -137,7 +137,7 @@ def _blank(module: Any, layout: Layout) -> Any:
 
 
 def _materialize(model: nn.Module) -> None:
-    """Give a model on the meta device parameters and buffers as if it were on the CPU; tied ones stay tied."""
+    """Replace the meta tensors of a model by CPU tensors; tied ones stay tied."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for owned in (module._parameters, module._buffers):
@@ -151,7 +151,7 @@ def _materialize(model: nn.Module) -> None:
 
 
 def _chunk_size(module: Any, model: Any, layout: Layout, memory: float | None) -> int:
-    """The module's, or what the likelihood would take on such a device."""
+    """The module's chunk size, or the one that the likelihood would choose for the device."""
     if module.chunk_size is not None or memory is None:
         return cast(int, module.chunk_size or ON_CPU)
     itemsize = (layout.autocast or layout.computes_in).itemsize
@@ -163,12 +163,12 @@ def _scorer(module: Any, model: Any, chunk_size: int, on_gpu: bool, compiles: bo
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
     asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
     if asked in (None, *NAMES.values()) and takes_positions and model._can_set_attn_implementation():
-        # as the module would, where it measures that it is exact
+        # the module's choice if it is exact
         model.set_attn_implementation(gpu_kernels.ATTENTION if on_gpu else NAMES[stock])
     findings = ProbeResult(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
     if compiles:
         compile_on_paper(model)
-    own = module.gradient_checkpointing  # inputs in host memory are counted all the same
+    own = module.gradient_checkpointing  # offloaded inputs are counted as well
     checkpoint_layers(model, True if own == "offload" else own, "meta")
     scorer = LikelihoodModel(model, findings, chunk_size)
     if module.neftune_alpha:
@@ -178,7 +178,7 @@ def _scorer(module: Any, model: Any, chunk_size: int, on_gpu: bool, compiles: bo
 
 
 def _step_in_backward(model: nn.Module, optimizer: torch.optim.Optimizer, meter: Meter) -> None:
-    """As :class:`~lightning_sft.callbacks.optimizer_in_backward.OptimizerInBackward` does."""
+    """Step like :class:`~lightning_sft.callbacks.optimizer_in_backward.OptimizerInBackward`."""
 
     def step(parameter: torch.Tensor) -> None:
         optimizer.step()
@@ -191,7 +191,7 @@ def _step_in_backward(model: nn.Module, optimizer: torch.optim.Optimizer, meter:
 
 
 def _split(model: Any, num_ranks: int) -> None:
-    """Leave of each matrix what one tensor-parallel rank has: a slice of its rows, or of its columns."""
+    """Reduce each matrix to the slice of one tensor-parallel rank, by rows or by columns."""
     plan: dict[str, str] = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
     for name, module in model.base_model.named_modules():
         style = next((how for pattern, how in plan.items() if _fits(name, pattern)), None)

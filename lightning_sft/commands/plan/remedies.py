@@ -1,4 +1,4 @@
-"""What to change where a fit does not fit, in the order of what it costs."""
+"""Changes of settings that reduce memory if a fit does not fit, cheapest first."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.types import Batch
 
 _MOST_DEVICES = 64
-_LARGE = 0.1  # of the peak
+_LARGE = 0.1  # share of the peak
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change of settings, and all those before it.
+    """A change of settings, together with all earlier ones.
 
     Args:
-        settings: As they are written in a config.
-        prediction: With them.
+        settings: All changed settings, as written in a config.
+        prediction: Prediction with these settings.
     """
 
     settings: tuple[str, ...]
@@ -32,7 +32,7 @@ class Remedy:
 
 @dataclass
 class _Draft:
-    """Settings that are tried."""
+    """Settings under trial."""
 
     module: Any
     batch: Batch
@@ -53,15 +53,15 @@ def remedies(
     least: int,
     try_out: Callable[[Any, Batch, Layout], Prediction],
 ) -> Iterator[Remedy]:
-    """One change after the other, each with those before it, until it fits or nothing is left.
+    """Accumulate changes one by one until the fit fits or none is left.
 
     Args:
-        module: As configured.
-        batch: The largest micro-batch.
-        prediction: That does not fit.
-        smaller: The largest micro-batch of at most so many positions.
-        least: Positions of the longest sequence: no micro-batch can have fewer.
-        try_out: Predicts with other settings.
+        module: Module, as configured.
+        batch: Largest micro-batch of the epoch.
+        prediction: Prediction that does not fit.
+        smaller: Function from a maximum number of positions to the largest micro-batch within it.
+        least: Number of positions of the longest sequence, the minimum for a micro-batch.
+        try_out: Function that predicts the memory with other settings.
     """
     draft = _Draft(module, batch, prediction.layout)
     while not prediction.fits:
@@ -76,7 +76,7 @@ def remedies(
 
 
 def _changes(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Batch], least: int) -> Iterator[_Draft]:
-    """Those that are left, the one that costs least first."""
+    """The remaining changes, cheapest first."""
     module, layout = draft.module, draft.layout
     activations = max(parts.get("activations", 0.0) for parts in prediction.moments.values())
     if module.gradient_checkpointing not in (True, "offload") and activations > _LARGE * prediction.peak:

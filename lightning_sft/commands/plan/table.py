@@ -1,4 +1,4 @@
-"""A prediction as tables."""
+"""Tables of a prediction for the terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_sft.machine.terminal import Console
 
 
 def show_prediction(prediction: Prediction, steps: Mapping[str, Any], console: Console) -> None:
-    """Print what a fit takes: its parameters, its steps, its memory."""
+    """Print the parameters, steps and memory of a fit."""
     rehearsal = prediction.rehearsal
     trained, total = rehearsal.sizes.trained, rehearsal.num_parameters
     rows = {"parameters": f"{total:,}", "trained": f"{trained:,} ({trained / total:.1%})"}
@@ -31,11 +31,11 @@ def show_prediction(prediction: Prediction, steps: Mapping[str, Any], console: C
 
 
 def show_remedies(remedies: Sequence[Remedy], console: Console) -> None:
-    """Print what to change, each with those before it."""
+    """Print the suggested changes, each including those before it."""
     if not remedies:
-        console.print("Nothing that plan knows would make it smaller: take a smaller model, or a larger device.")
+        console.print("No known change reduces the memory: use a smaller model or a larger device.")
         return
-    console.print("What to change, each line with those above it:", highlight=False)
+    console.print("Suggested changes, each line includes those above it:", highlight=False)
     width = max(len(remedy.settings[-1]) for remedy in remedies)
     for remedy in remedies:
         fits = ": fits" if remedy.prediction.fits else ""
@@ -43,17 +43,17 @@ def show_remedies(remedies: Sequence[Remedy], console: Console) -> None:
 
 
 def verdict(prediction: Prediction) -> str:
-    """Whether it fits, in a sentence."""
+    """A sentence that states whether the fit fits."""
     device = prediction.device
     of_all = f"{_gib(prediction.peak)} on each {device.name} at the peak"
     if device.capacity is None:
-        return f"{of_all}; what a {device.name} has is not known here: give it as --memory."
+        return f"{of_all}; the memory of a {device.name} is not known here: set --memory."
     fits = "fits into" if prediction.fits else "does not fit into"
     return f"{of_all}; it {fits} {_gib(device.capacity)}."
 
 
 def _moments(prediction: Prediction) -> Table:
-    """What is there at each moment's peak."""
+    """Table of the memory at the peak of each phase."""
     names = list(dict.fromkeys(kind for parts in prediction.moments.values() for kind, size in parts.items() if size))
     rows = [["process before it", *[""] * len(names), _figure_of(prediction.device.base)]]
     for moment, parts in prediction.moments.items():

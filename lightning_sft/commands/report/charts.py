@@ -1,4 +1,4 @@
-"""Line and bar charts as SVG that needs nothing else: readable in light and dark, and without a mouse or a script."""
+"""Self-contained SVG line and bar charts, readable in light and dark mode, and without mouse or scripts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Series = Sequence[tuple[float, float]]
 """Points of a curve, x ascending."""
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 520, 230, 52, 8, 8, 24
-_MOST = 400  # points of a curve; of more, each stands for the mean of some
+_MOST = 400  # maximum number of points per curve; longer ones are averaged in groups
 _NOISY = 40  # curves of more points are drawn lightly, with their running mean
 
 
@@ -23,14 +23,14 @@ def line_chart(
     from_zero: bool = False,
     smooth: bool = True,
 ) -> str:
-    """A card with curves over steps, a legend, and the figures as a table for who cannot see them.
+    """A card with curves over steps, a legend, and the values as a table for screen readers.
 
     Args:
-        title: Of the card.
-        curves: By name; those without points are left out. If none has any, there is no card.
-        note: Below the title.
-        x_name: What x counts.
-        from_zero: Whether 0 is on the y axis in any case.
+        title: Title of the card.
+        curves: Curves by name; empty ones are omitted, and without any the result is empty.
+        note: Note below the title.
+        x_name: Name of the x axis.
+        from_zero: Whether the y axis always includes 0.
         smooth: Whether long curves are drawn with their running mean.
 
     >>> "loss" in line_chart("Loss", {"loss": [(1, 2.0), (2, 1.0)]}), line_chart("Loss", {"loss": []})
@@ -62,13 +62,13 @@ def line_chart(
 
 
 def bar_chart(title: str, bars: Sequence[tuple[str, float]], note: str = "", axis: tuple[str, ...] = ()) -> str:
-    """A card with a bar for each figure; its name and value can be read by pointing at it, and in a table.
+    """A card with a bar per value, which tooltips and a table list.
 
     Args:
-        title: Of the card.
-        bars: Names and values that are not negative; none gives no card.
-        note: Below the title.
-        axis: Labels below the bars, spread evenly; the first and last names by default.
+        title: Title of the card.
+        bars: Names and non-negative values; without any the result is empty.
+        note: Note below the title.
+        axis: Labels below the bars, spread evenly; by default the first and last names.
     """
     if not bars:
         return ""
@@ -109,7 +109,7 @@ def ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A figure as a person writes it.
+    """A number in short, readable form.
 
     >>> [short(x) for x in (0.0, 1234567.0, 12345, 0.00002, 0.1234, 5.5)]
     ['0', '1.23M', '12,345', '2e-05', '0.123', '5.5']
@@ -124,7 +124,7 @@ def short(value: float) -> str:
 
 
 class _Place:
-    """Where points of the data are in the picture."""
+    """Mapping from data to picture coordinates."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float]) -> None:
         self.x = (x[0], x[1] if x[1] > x[0] else x[0] + 1)

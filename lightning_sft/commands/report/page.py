@@ -1,4 +1,4 @@
-"""``lightning-sft report``: a run as one page that needs nothing else, not even a network."""
+"""``lightning-sft report``: a run as one self-contained HTML page that works offline."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run: curves, drift, samples before and after, data, settings, and how to reproduce it.
 
     Args:
-        run: Its folder: ``trainer.default_root_dir``, or that of the logger.
-        out: The file to write; ``report.html`` in the folder of the run by default.
+        run: Folder of the run: ``trainer.default_root_dir``, or the logger's folder.
+        out: Path of the HTML file; by default ``report.html`` in the folder of the run.
 
     Returns:
-        The file.
+        Path of the HTML file.
+
+    Raises:
+        InputError: When there is no run, or its record is damaged.
     """
     found = Run.read(run)
     title = f"Fine-tuning of {Path(str(found.record['pretrained'])).name}"
@@ -42,8 +45,8 @@ def _head(run: Run, title: str) -> str:
     trained = f"{short(record['trained'])} of {short(record['parameters'])} parameters trained"
     started = f"{record['starts'][0]['time'].replace('T', ' ').split('+')[0]} UTC"
     more = len(record["starts"]) - 1
-    times = "" if more == 0 else ", gone on with once" if more == 1 else f", gone on with {more} times"
-    about = f"{last:,.0f} optimizer steps in {timedelta(seconds=round(run.seconds))}, begun {started}{times}"
+    times = "" if more == 0 else ", resumed once" if more == 1 else f", resumed {more} times"
+    about = f"{last:,.0f} optimizer steps in {timedelta(seconds=round(run.seconds))}, started {started}{times}"
     cards = "".join(_cards(run))
     return (
         f'<h1>{escape(title)}</h1><p>{escape(about)}</p><p class="dim">{escape(trained)} on '
@@ -59,11 +62,11 @@ def _cards(run: Run) -> Iterator[str]:
         ("val/token_accuracy", "token accuracy", "%"),
         ("train/loss", "training loss", ""),
         ("train/targets_seen", "targets seen", ""),
-        ("train/tokens_per_second", "tokens a second", ""),
+        ("train/tokens_per_second", "tokens per second", ""),
         ("train/mfu", "MFU", "%"),
         ("train/packing_efficiency", "packing efficiency", "%"),
-        ("train/peak_memory_gib", "GiB of memory at most", ""),
-        ("drift/all", "moved from the pretrained weights", "%"),
+        ("train/peak_memory_gib", "GiB of peak memory", ""),
+        ("drift/all", "distance from the pretrained weights", "%"),
         ("drift/kl", "nats of KL to the pretrained model", ""),
     ]
     for key, name, unit in shown:
@@ -85,12 +88,12 @@ def _charts(run: Run) -> str:
     speeds = {"tokens": run.metrics.get("train/tokens_per_second", [])}
     speeds["targets"] = run.metrics.get("train/targets_per_second", [])
     charts = [
-        line_chart("Loss", pair("loss"), "nats a target token, over all micro-batches and ranks of a step"),
-        line_chart("Token accuracy", pair("token_accuracy"), "share of targets that are the likeliest token"),
+        line_chart("Loss", pair("loss"), "nats per target token, over all micro-batches and ranks of a step"),
+        line_chart("Token accuracy", pair("token_accuracy"), "share of targets that are the most likely token"),
         line_chart("Entropy", pair("entropy"), "of the prediction of a target token, in nats"),
         line_chart("Gradient norm", {"before clipping": run.metrics.get("train/gradient_norm", [])}),
         line_chart("Learning rate", {"learning rate": run.metrics.get("lr", [])}, smooth=False),
-        line_chart("Throughput", speeds, "a second, over all ranks; a mean of ten steps", from_zero=True),
+        line_chart("Throughput", speeds, "per second, over all ranks; mean of ten steps", from_zero=True),
         line_chart("Loss by data set", of_parts) if of_parts else "",
         line_chart("Validation loss by place in the answer", by_position, "number of the token in its answer"),
         line_chart("Validation loss by turn", by_turn, "number of the answer in its conversation"),
@@ -105,15 +108,17 @@ def _drift(run: Run) -> str:
     last = [(f"layer {int(name.removeprefix('layer_'))}", points[-1][1]) for name, points in sorted(layers.items())]
     kl = {"KL": found.get("kl", [])}
     charts = [
-        line_chart("Distance from the pretrained weights", others, "‖θ − θ̂‖ / ‖θ̂‖ of what is trained", from_zero=True),
-        line_chart("KL to the pretrained model", kl, "nats a target, on held-out answers", from_zero=True),
+        line_chart(
+            "Distance from the pretrained weights", others, "‖θ − θ̂‖ / ‖θ̂‖ of trained parameters", from_zero=True
+        ),
+        line_chart("KL to the pretrained model", kl, "nats per target, on held-out answers", from_zero=True),
         bar_chart("Distance by layer, at the end", last, "‖θ − θ̂‖ / ‖θ̂‖"),
     ]
     return _section("Drift", "charts", charts)
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The first and the last answer to each prompt, and those between."""
+    """First and last answer to each prompt, and the answers between."""
     of_source: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         of_source.setdefault((row["source"], row["prompt"]), []).append(row)
@@ -171,8 +176,8 @@ def _reproduce(record: Mapping[str, Any]) -> str:
     again = "lightning-sft fit --config config.yaml" if record["config"] else "the command above"
     text = f"pip install {pins}\n\n{commands}"
     note = (
-        f"The same steps again: {again}, with the same data, seeds and number of devices. Which samples each step took "
-        "is in samples.jsonl; lightning-sft replay computes a step once more."
+        f"To repeat the run: {again}, with the same data, seeds and number of devices. The samples of each step are in "
+        "samples.jsonl; lightning-sft replay recomputes a step."
     )
     card = _card("Commands", f'{_pre(text)}<p class="dim">{escape(note)}</p>', "wide")
     return _section("How to reproduce", "charts", [card, _card("Versions", _pairs(versions))])

@@ -1,4 +1,4 @@
-"""What the files of a run say, for its report."""
+"""The files of a run, read for its report."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lightning_sft.types import InputError
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its folder has it.
+    """A run, read from its folder.
 
     Args:
-        folder: Where its record is.
-        record: What it is, see :class:`~lightning_sft.callbacks.record.RunRecord`.
-        metrics: What was logged, by name: steps and values.
-        seconds: That it took, over all its starts.
-        samples: What it answered, see :class:`~lightning_sft.callbacks.samples.SampleGenerations`, in order of steps.
+        folder: Folder with the record.
+        record: Description of the run, see :class:`~lightning_sft.callbacks.record.RunRecord`.
+        metrics: Logged metrics by name, as (step, value) pairs.
+        seconds: Duration in seconds, over all starts.
+        samples: Generated answers by step, see :class:`~lightning_sft.callbacks.samples.SampleGenerations`.
     """
 
     folder: Path
@@ -32,10 +32,10 @@ class Run:
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
-        """The run in a folder, or the newest of those whose loggers have folders in it.
+        """Read the run in a folder, or the newest in its loggers' subfolders.
 
         Raises:
-            InputError: When there is none.
+            InputError: When there is no run, or its record is damaged.
         """
         root = Path(path)
         found = [root / RECORD_FILE, *root.glob(f"*/{RECORD_FILE}"), *root.glob(f"*/*/{RECORD_FILE}")]
@@ -50,8 +50,7 @@ class Run:
         record = record_of(folder)
         if not record:
             raise InputError(
-                f"{folder / RECORD_FILE} is damaged, so it is not known what the run was. The run writes it again "
-                "when it resumes (--ckpt_path last)."
+                f"{folder / RECORD_FILE} is damaged. The run rewrites it when it resumes (--ckpt_path last)."
             )
         lines = [line for line, _ in lines_of(folder / METRICS_FILE)] if (folder / METRICS_FILE).is_file() else []
         metrics: dict[str, dict[float, float]] = {}
@@ -64,16 +63,16 @@ class Run:
         return cls(folder, record, curves, _seconds(lines), samples)
 
     def last(self, name: str) -> float | None:
-        """The last value of a figure."""
+        """The last value of a metric, or ``None``."""
         return self.metrics[name][-1][1] if self.metrics.get(name) else None
 
     def curves(self, prefix: str) -> dict[str, list[tuple[float, float]]]:
-        """The curves whose name begins so, by the rest of it."""
+        """The metrics whose name starts with a prefix, by the rest of the name."""
         return {name.removeprefix(prefix): own for name, own in self.metrics.items() if name.startswith(prefix)}
 
 
 def _seconds(lines: list[dict[str, Any]]) -> float:
-    """Of each start, up to its last line: there, the clock goes back."""
+    """Duration over all starts; the clock restarts with each."""
     total = before = 0.0
     for line in lines:
         total += max(0.0, line["seconds"] - before) if line["seconds"] >= before else line["seconds"]

@@ -1,4 +1,4 @@
-"""``lightning-sft show``: what will be trained on, before any training and without the model's weights."""
+"""``lightning-sft show``: the training data token by token, before training and without the model's weights."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ def show(
     html_rows: Index = 1000,
     check: Thresholds | None = None,
 ) -> list[Finding]:
-    """Show what will be trained on, token by token, and a report.
+    """Show the training data token by token, with a report.
 
-    What is shown are the tensors of the micro-batches of the first epoch. Rows that cannot be used are left out and
-    listed, whatever ``data.invalid_rows`` says.
+    Shown are the tensors of the micro-batches of the first epoch. Rows that cannot be used are skipped and listed,
+    whatever the value of ``data.invalid_rows``.
 
     Args:
-        data: Its training and validation batches are shown.
-        module: Names the tokenizer, and how weights are normalized.
-        trainer: Settings of a trainer; they decide how micro-batches are dealt out.
-        rows: How many sequences are printed, each of another micro-batch where there are enough.
-        row: Print the sequences of this row instead, given as ``file:line``.
-        html: Write a page to this file too; it can be searched, and needs nothing else.
-        html_rows: Most sequences on the page: the first of the epoch, which is in random order.
-        check: Audit the whole data set, and exit with 1 where a share is beyond its threshold. ``--check`` alone takes
+        data: Data module whose training and validation batches are shown.
+        module: Module that determines the tokenizer and the normalization of weights.
+        trainer: Settings of the trainer, which determine the distribution of micro-batches.
+        rows: Number of sequences to print, each from a different micro-batch if there are enough.
+        row: Row whose sequences are printed instead, as ``file:line``.
+        html: Path of a self-contained, searchable HTML page to write as well.
+        html_rows: Maximum number of sequences on the page: the first ones of the epoch, which is in random order.
+        check: Thresholds of an audit of the whole data set, which exits with 1 if a share exceeds one. ``--check`` uses
             the default thresholds; ``--check.max_refused 0.01``, or a section ``check`` in a YAML, changes one.
 
     Returns:
-        What the audit found; empty where it was not asked for.
+        Findings of the audit; empty without ``check``.
 
     Raises:
-        InputError: When the data module is not ours, or there is no such row.
+        InputError: When the data module is not an SFTDataModule, or the row does not exist.
     """
     if not isinstance(data, SFTDataModule):
-        raise InputError(f"show needs an SFTDataModule, or a class made from it, got {type(data).__name__}.")
+        raise InputError(f"show needs an SFTDataModule or a subclass, got {type(data).__name__}.")
     check_arguments(show, locals())
     is_stream = data.streaming
     data, fit_stops = _previewed(data, module, trainer)
@@ -80,7 +80,7 @@ def show(
         show_details(split, console)
     if is_stream:
         console.print(
-            f"\nThe training data are a stream: this is about the first {data.sample_rows:,} rows of each data set."
+            f"\nThe training data are streamed: these are the first {data.sample_rows:,} rows of each data set."
         )
     if fit_stops:
         reason = "data.invalid_rows or data.overflow is 'error'"
@@ -88,7 +88,9 @@ def show(
 
     findings: list[Finding] = []
     if check is not None:
-        once = SplitPlan.of(data.splits["train"], Division(), data.packing, data.tokens_per_batch)  # shares or not
+        once = SplitPlan.of(
+            data.splits["train"], Division(), data.packing, data.tokens_per_batch
+        )  # whatever the mixture's shares
         trained = (placed.document for placed in EpochDocuments(once.loader(0, pad_id, 0), pad_id))
         held_out = (placed.document for placed in val)
         findings = audit(trained, held_out, data.splits, reader.special_ids, check)
@@ -103,17 +105,17 @@ def show(
 
 
 class ShowCLI(ConfigCLI):
-    """The command line of ``fit`` with the arguments of :func:`show`; what it has found is its ``result``."""
+    """The command line of ``fit`` with the arguments of :func:`show`; its ``result`` is the list of findings."""
 
     verb = staticmethod(show)
 
     @property
     def passes(self) -> bool:
-        """Whether the audit, where there was one, has found nothing."""
+        """Whether all checks of the audit pass; true without an audit."""
         return all(finding.passes for finding in self.result)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """``--check`` alone asks for a check with the thresholds of the config, or the default ones."""
+        """Accept ``--check`` without a value, for the thresholds of the config or the default ones."""
         assert isinstance(args, list)
         following = [*args[1:], "--"]
         rest = [a for a, b in zip(args, following, strict=True) if not (a == "--check" and b.startswith("--"))]
@@ -121,7 +123,7 @@ class ShowCLI(ConfigCLI):
 
 
 def _previewed(data: SFTDataModule, module: LightningModule | None, trainer: Any) -> tuple[SFTDataModule, bool]:
-    """Everything that can be used, and whether there is a row at which ``fit`` would stop."""
+    """All usable rows, and whether ``fit`` would stop at a row."""
     by_row, by_length = data.invalid_rows == "error", data.overflow == "error"
     data = copy(data)
     data.invalid_rows, data.overflow = "skip", "drop" if by_length else data.overflow
@@ -133,7 +135,11 @@ def _previewed(data: SFTDataModule, module: LightningModule | None, trainer: Any
 
 
 def _at(row: str, everything: Iterable[PlacedDocument], splits: Mapping[str, Split]) -> list[PlacedDocument]:
-    """The sequences of a row; there may be none because it was refused."""
+    """The sequences of a row.
+
+    Raises:
+        InputError: When the row was refused or does not exist.
+    """
     if found := [placed for placed in everything if placed.is_at(row)]:
         return found
     for account in (split.account for split in splits.values()):

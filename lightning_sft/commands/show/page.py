@@ -1,4 +1,4 @@
-"""The page of ``lightning-sft show --html``: one file that needs nothing else, not even a network."""
+"""The page of ``lightning-sft show --html``: one self-contained file that works offline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_sft.data.inspect.token_text import Piece
 from lightning_sft.data.tokens.dataset import Split
 
 _TEMPLATE, _STYLE = Path(__file__).with_name("show.html"), Path(__file__).parents[1] / "page.css"
-_LISTED = 200  # rows named for a reason
+_LISTED = 200  # rows listed per reason
 
 
 def write_page(
@@ -29,12 +29,12 @@ def write_page(
     """Write the page.
 
     Args:
-        path: The file to write.
-        documents: Provenance, a remark and the pieces of each document that the page has.
-        splits: What was read.
-        train: The training split with its plan.
-        tokenizer: Where the tokenizer comes from.
-        findings: Of the audit, where it was asked for.
+        path: Path of the HTML file.
+        documents: Provenance, remark and pieces of each document on the page.
+        splits: Splits by name.
+        train: Training split with its epoch plan.
+        tokenizer: Name or path of the tokenizer.
+        findings: Findings of the audit, if there was one.
     """
     data = {
         "epoch": str(train),
@@ -57,7 +57,7 @@ def write_page(
 
 
 def escaped(text: str) -> str:
-    r"""JSON that no HTML parser takes for a tag: a ``<`` stands in strings alone, and there it may be ``\u003c``.
+    r"""Escape ``<`` in JSON, where it occurs only in strings, as ``\u003c``, so that no HTML parser finds a tag.
 
     >>> escaped('["</script>"]')
     '["\\u003c/script>"]'
@@ -66,7 +66,7 @@ def escaped(text: str) -> str:
 
 
 def _compact(documents: Iterable[tuple[str, str, Sequence[Piece]]]) -> dict[str, Any]:
-    """Each distinct piece once; a document as numbers of pieces, and its weights as runs of equal ones."""
+    """Distinct pieces, and each document as indices of pieces with run-length encoded weights."""
     numbers: dict[tuple[str, tuple[int, ...], bool], int] = {}
     rows = []
     for where, remark, pieces in documents:
@@ -77,7 +77,7 @@ def _compact(documents: Iterable[tuple[str, str, Sequence[Piece]]]) -> dict[str,
 
 
 def _remarks(name: str, split: Split) -> Iterator[tuple[str, int, Sequence[str]]]:
-    """What is not used as it is: why, how many, and the places of the first of them."""
+    """Rows that are not used as they are: reason, count, and the places of the first ones."""
     account = split.account
     lengths = {"longer than data.max_length": account.too_long, "cut at data.max_length": account.cut}
     for reason, places in [*by_reason(account.refused), *lengths.items()]:

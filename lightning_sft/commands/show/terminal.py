@@ -13,29 +13,29 @@ from lightning_sft.data.inspect.audit import Finding
 from lightning_sft.data.inspect.token_text import Piece
 from lightning_sft.machine.terminal import Console
 
-_TARGETS = ("#0c2b1a on #cdeed9", "#0c2b1a on #a5ddbb")  # in turn, so that one sees where a token ends
+_TARGETS = ("#0c2b1a on #cdeed9", "#0c2b1a on #a5ddbb")  # alternating, to show token boundaries
 _SPECIAL_TARGETS = ("bold #6d28d9 on #cdeed9", "bold #6d28d9 on #a5ddbb")
 _SPECIAL = "bold magenta"
 _LISTED = 3  # rows named below the table of the audit
 
 
 def show_document(pieces: Sequence[Piece], title: str, remark: str, console: Console) -> None:
-    """Print a document token by token: targets on a colored ground, context dim, control tokens in another color.
+    """Print a document token by token: targets highlighted, context dim, control tokens in another color.
 
-    Where there are no colors (a file, a pipe, ``NO_COLOR``), targets stand between « and ».
+    Without colors (a file, a pipe, ``NO_COLOR``), targets are enclosed in « and ».
 
     Args:
-        pieces: The document.
-        title: Where it comes from.
-        remark: Where it is used.
-        console: Where to print.
+        pieces: Pieces of the document.
+        title: Title, the provenance of the document.
+        remark: Place of the document in the epoch.
+        console: Console to print to.
     """
     console.print(Text.assemble("\n", (title, "bold"), (f"  {remark}", "dim")))
     console.print(_colored(pieces, marks=console.color_system is None))
 
 
 def show_legend(console: Console) -> None:
-    """Print what the colors mean."""
+    """Print the meaning of the colors."""
     legend = Text.assemble(
         "\n", (" context ", "dim"), "  ", (" target ", _TARGETS[0]), "  ", ("control token", _SPECIAL)
     )
@@ -45,7 +45,7 @@ def show_legend(console: Console) -> None:
 
 
 def show_audit(findings: Iterable[Finding], console: Console) -> None:
-    """Print the table of the audit, and the first rows of each check that does not pass."""
+    """Print the table of the audit, and the first rows of each check that fails."""
     findings = list(findings)
     table = Table("Check", box=SIMPLE_HEAD, header_style="bold")
     for column in ("count", "of", "share", "threshold", "verdict"):
@@ -61,7 +61,7 @@ def show_audit(findings: Iterable[Finding], console: Console) -> None:
 
 
 def weight_mark(weight: float) -> str:
-    """How the weight of targets is written behind them: nothing where it is 1."""
+    """The mark of a weight behind targets; empty for weights 0 and 1."""
     return "" if weight in (0, 1) else f"×{weight:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""``lightning-sft verify``: the proofs of our tests on the user's own model, data and device."""
+"""``lightning-sft verify``: the checks of the test suite on the user's model, data and device."""
 
 from __future__ import annotations
 
@@ -48,35 +48,37 @@ def verify(
     choice: Index = 0,
     out: str | Path | None = None,
 ) -> Verdict:
-    """Prove on this model, these data and this device what our tests prove on tiny ones.
+    """Run the checks of the test suite on this model, data and device.
 
     Args:
-        data: As for ``fit``.
-        module: As for ``fit``; its pretrained weights are verified.
-        trainer: Settings of a trainer: its accelerator and precision count. The checks run on one device.
-        checks: Which; all by default.
-        samples: Most sequences whose gradients and likelihoods are computed: the longest that fits, the shortest, and
-            drawn ones.
-        tokens: Most tokens of these together, and twice as many as the longest of them may have.
-        rows: Most rows whose trained ids are compared with the template.
-        in_float64: Compare gradients and likelihoods in float64 with a tolerance of 1e-6, where memory allows.
-        choice: Seed of the choice of samples and rows.
-        out: Write the verdict to this JSON file.
+        data: Data module, configured as for ``fit``.
+        module: Module, configured as for ``fit``; its pretrained weights are verified.
+        trainer: Settings of the trainer, of which accelerator and precision matter. The checks run on one device.
+        checks: Names of the checks to run; by default all.
+        samples: Maximum number of sequences whose gradients and likelihoods are computed: the longest that fits, the
+            shortest, and random ones.
+        tokens: Maximum number of tokens of these sequences together; the longest may have half as many.
+        rows: Maximum number of rows whose trained ids are compared with the template.
+        in_float64: Whether to compare gradients and likelihoods in float64, with a tolerance of 1e-6.
+        choice: Seed of the random choice of samples and rows.
+        out: Path of a JSON file for the verdict.
 
     Raises:
-        InputError: When the classes are not ours, or the data cannot be read.
+        InputError: When module or data are not those of lightning_sft, or the data cannot be read.
     """
     if not isinstance(data, SFTDataModule) or not isinstance(module, SFTModule):
-        raise InputError("verify needs an SFTModule and an SFTDataModule, or classes made from them.")
+        raise InputError("verify needs an SFTModule and an SFTDataModule, or subclasses of them.")
     check_arguments(verify, locals())
-    with_flash = (module.attn_implementation or "").startswith("flash")  # which computes in 16 bits only
+    with_flash = (module.attn_implementation or "").startswith("flash")  # which supports half precision only
     precision = "64-true" if in_float64 else "bf16-true" if with_flash else "32-true"
     screen = Console(stderr=True)
     screen.print("Reading the data")
     subject = Subject.of(module, data, trainer, samples, tokens, precision, rows, choice)
     verdict = Verdict(_about(subject), remarks=_remarks(subject))
     for number, name in enumerate(checks or CHECKS, 1):
-        screen.print(f"Check {number} of {len(checks or CHECKS)}: {name}")  # a line, for Lightning prints in between
+        screen.print(
+            f"Check {number} of {len(checks or CHECKS)}: {name}"
+        )  # a line and no status, since Lightning prints in between
         verdict.outcomes.append(_run(name, subject))
     verdict.show(Console())
     if out is not None:
@@ -91,23 +93,23 @@ class VerifyCLI(ConfigCLI):
 
     @property
     def passes(self) -> bool:
-        """Whether all checks have."""
+        """Whether all checks passed."""
         return bool(self.result.passed)
 
     def after_instantiate_classes(self) -> None:
-        """Verify."""
+        """Run the verb, with a warning if ``ckpt_path`` is set."""
         if self.config_init.get("ckpt_path"):
-            warnings.warn("ckpt_path has no effect in verify, which begins at model.pretrained.", stacklevel=2)
+            warnings.warn("ckpt_path has no effect in verify, which starts from model.pretrained.", stacklevel=2)
         super().after_instantiate_classes()
 
 
 def _run(name: CheckName, subject: Subject) -> Outcome:
-    """What a check finds; one that cannot be run has failed."""
+    """Run a check; one that raises has failed."""
     begin = time.perf_counter()
     try:
         outcome = CHECKS[name](subject)
     except (InputError, FloatingPointError, torch.OutOfMemoryError) as error:
-        outcome = Outcome(name, "", "could not be run to its end", error=str(error))
+        outcome = Outcome(name, "", "could not be completed", error=str(error))
     outcome.seconds = time.perf_counter() - begin
     return outcome
 
@@ -126,7 +128,7 @@ def _about(subject: Subject) -> dict[str, Any]:
 
 
 def _remarks(subject: Subject) -> list[str]:
-    """What the checks do not cover."""
+    """Remarks on what the checks do not cover."""
     trainer, remarks = subject.trainer, []
     longest = int(subject.data.splits["train"].examples.lengths.max())
     if longest > (most := int(subject.samples.lengths.max())):

@@ -1,4 +1,4 @@
-"""Every row's trained ids against what the inference template produces."""
+"""Check of every row's trained ids against the chat template of inference."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _POWER = {"token": 0.0, "dataset": 0.0, "sequence": 1.0, "sqrt": 0.5}
 
 
 def check_contexts(subject: Subject) -> Outcome:
-    """The context of every trained token is what the model is given at inference, and every answer is trained once.
+    """Check that every trained token has its context of inference, and every answer is trained once.
 
-    Rows are read once more, and rendered by ``apply_chat_template(messages_before, add_generation_prompt=True)`` of a
-    tokenizer loaded anew. In the sequences that would be trained, each answer must stand right behind these ids,
-    be what the template renders for it, end with its stop token, and have its weight; no other token may be trained.
-    There is no tolerance: a row is right or it is not. The date in a template is fixed (docs/contributing.md).
+    Rows are read again, and rendered by ``apply_chat_template(messages_before, add_generation_prompt=True)`` of a newly
+    loaded tokenizer. In the training sequences, each answer must directly follow these ids, equal the template's
+    rendering, end with its stop token, and have its weight; no other token may be trained. There is no tolerance. The
+    date in a template is fixed (docs/contributing.md).
     """
     outcome = Outcome(
         "contexts: trained ids",
@@ -66,14 +66,14 @@ def problems_of(
     power: float = 0.0,
     longest: int | None = None,
 ) -> list[str]:
-    """What is wrong with the sequences of a row, turn by turn; empty where nothing is.
+    """Problems of the sequences of a row, by turn; empty if there are none.
 
     Args:
-        row: With a weight for each message.
-        sequences: What would be trained.
-        tokenizer: With the template of inference.
-        power: An answer of n tokens has its weight divided by n to this power.
-        longest: Of a row that was cut or lost a sequence for it, the most tokens of a sequence; else ``None``.
+        row: Conversation with a weight for each message.
+        sequences: Training sequences of the row.
+        tokenizer: Tokenizer with the chat template of inference.
+        power: Exponent p of the normalization, which divides the weight of an answer of n tokens by n^p.
+        longest: Maximum number of tokens per sequence if the row was cut or lost a sequence; else ``None``.
     """
     problems: list[str] = []
     num_trained = sum(int(np.count_nonzero(np.asarray(s.target_weights) > 0)) for s in sequences)
@@ -107,14 +107,14 @@ def problems_of(
 
 
 def _begins_with(example: Example, context: list[int]) -> bool:
-    """Whether a sequence has the context, and its first trained token right behind: not before it, nor after."""
+    """Whether a sequence begins with the context, directly followed by its first trained token."""
     weights, begin = example.target_weights, len(context)
     is_context = list(map(int, example.input_ids[:begin])) == context
     return is_context and begin < len(weights) and weights[begin] > 0 and (begin < 2 or not weights[begin - 1] > 0)
 
 
 def _wrong(ids: list[int], begin: int, whole: list[int], tokenizer: Any, is_cut: bool) -> list[str]:
-    """What is wrong with an answer: the ids up to its end, where it begins, and the render with it."""
+    """Problems of an answer, given the ids up to its end, its beginning, and the rendering that includes it."""
     text, rendered = tokenizer.decode(ids), tokenizer.decode(whole)
     if whole[: len(ids)] != ids and not rendered.startswith(text):
         return ["what is trained is not what the template renders"]
@@ -132,20 +132,20 @@ def _wrong(ids: list[int], begin: int, whole: list[int], tokenizer: Any, is_cut:
 
 
 def _ids_at_inference(row: Conversation, turn: int, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids that the model is given before a turn, and those of the same with the turn."""
+    """Ids that the model receives at inference before a turn, and the ids including the turn."""
     message = row.messages[turn]
     if message["role"] == "text":
         ids = list(tokenizer(message["content"])["input_ids"])
         if ids[-1:] != [tokenizer.eos_token_id] and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
-        return ids[:1], ids  # a first token has no context: it is none to be trained, whatever it is
+        return ids[:1], ids  # a first token has no context, so it is never trained
     before, template = list(row.messages[:turn]), ChatTemplate.of(tokenizer).text
     both = []
     for messages, is_prompt in ((before, True), ([*before, message], False)):
         settings: dict[str, Any] = {"tools": row.tools, "chat_template": template, "add_generation_prompt": is_prompt}
         try:
             found = tokenizer.apply_chat_template(messages, return_dict=True, **settings)
-        except Exception:  # some templates want the arguments of tool calls as text
+        except Exception:  # some templates expect the arguments of tool calls as text
             found = tokenizer.apply_chat_template(list(map(_as_text, messages)), return_dict=True, **settings)
         both.append(list(map(int, found["input_ids"])))
     return both[0], both[1]
@@ -160,12 +160,12 @@ def _as_text(message: Message) -> Message:
 
 
 def _keys(split: Split) -> list[tuple[int, str]]:
-    """Of each sequence, the number of its data set and its row."""
+    """Number of the data set, and row, of each sequence."""
     return [(int(part), e.provenance) for part, e in zip(split.parts, split.examples, strict=True)]
 
 
 def _chosen(split: Split, most: int, seed: int) -> dict[tuple[int, str], list[Example]]:
-    """Rows with their sequences: that of the longest and of the shortest sequence, and drawn ones."""
+    """Chosen rows with their sequences: those of the longest and shortest sequence, and random ones."""
     keys, lengths = _keys(split), split.examples.lengths
     drawn = np.random.default_rng(seed).permutation(len(keys)).tolist()
     order = (keys[i] for i in [int(lengths.argmax()), int(lengths.argmin()), *drawn])
@@ -179,7 +179,7 @@ def _chosen(split: Split, most: int, seed: int) -> dict[tuple[int, str], list[Ex
 def _rows(
     subject: Subject, name: str, split: Split, chosen: dict[tuple[int, str], list[Example]]
 ) -> Iterator[tuple[Conversation, float, list[Example]]]:
-    """The chosen rows as conversations, read once more, with the power of their normalization and their sequences."""
+    """The chosen rows, read again as conversations, with the exponent of their normalization and their sequences."""
     data = subject.data
     for number, part in enumerate(split.mixture.of_name.values()):
         convert = Converter(part.format or data.format, part.columns or data.columns)
@@ -188,7 +188,7 @@ def _rows(
                 sequences = chosen.get((number, provenance))
                 if sequences is None:
                     continue
-                with suppress(InputError):  # the row has changed: it counts as not found
+                with suppress(InputError):  # a row that has changed counts as not found
                     row = convert(parsed(raw, provenance), provenance)
                     weights = [weight * part.weight for weight in row.weights]
                     scaled = Conversation(row.messages, row.tools, weights, provenance)

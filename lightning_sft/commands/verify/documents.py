@@ -1,4 +1,4 @@
-"""Packed documents against single ones, for this model and attention backend."""
+"""Check of packed documents against single ones, for this model and attention implementation."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lightning_sft.module import SFTModule
 from lightning_sft.types import Batch
 
 TOLERANCE = {"32-true": 1e-3, "64-true": 1e-5, "bf16-true": 0.2}
-"""Difference of log Pr of a target, in nats, from another computation of the same."""
+"""Tolerance on log Pr of a target, in nats, between two computations of the same value."""
 
 UNTOUCHED = {"32-true": 1e-4, "64-true": 1e-6, "bf16-true": 0.05}
-"""The same between two passes that differ only in the tokens of other documents: 0 but where experts are batched."""
+"""Tolerance on log Pr between passes that differ only in other documents: rounding of batched experts, else 0."""
 
 
 @torch.no_grad()
 def check_documents(subject: Subject) -> Outcome:
-    """A document in a pack has the likelihood it has alone, and no token of another document has a part in it.
+    """Check that a packed document has the same likelihood as alone, independent of the other documents.
 
-    The likelihood is that of the module on one pack of all samples, with the attention that ``fit`` would use; alone,
-    it is that of plain transformers with eager attention. The largest difference of log Pr of a target may be 1e-3 in
-    float32. Then every other document is replaced by random tokens, which may change nothing, but for 1e-4 where
-    experts compute tokens of all documents together.
+    The module computes one pack of all samples, with the attention that ``fit`` would use; plain transformers with
+    eager attention computes each document alone. The largest difference of log Pr of a target may be 1e-3 in float32.
+    Then every other document is replaced by random tokens, which may change nothing, except up to 1e-4 if experts
+    compute tokens of all documents together.
     """
     outcome = Outcome(
         "documents: packed",
@@ -44,7 +44,7 @@ def check_documents(subject: Subject) -> Outcome:
     assert module.attention is not None
     outcome.remarks.append(f"Attention: {module.attention.name}.")
     if not packed:
-        outcome.remarks.append("This model lets documents in a row see each other, so fit gives each one a row.")
+        outcome.remarks.append("Documents in a row attend to each other in this model, so fit gives each one a row.")
     own = _of_documents(module, batch)
     names = batch.provenance
     errors = _differences(names, own, alone)
@@ -62,14 +62,14 @@ def _at(subject: Subject) -> float:
 
 
 def _of_documents(module: SFTModule, batch: Batch) -> list[Tensor]:
-    """Log Pr of the targets of each document under the module, in order."""
+    """Log-probabilities of the targets of each document under the module, in order."""
     log_probs = module(batch).log_probs.cpu().double()
     of_target = batch.at_targets(batch.documents()).cpu()
     return [log_probs[of_target == number] for number in range(len(batch.provenance))]
 
 
 def _with_other_tokens(batch: Batch, parity: int, num_tokens: int) -> Batch:
-    """The batch with random tokens in every other document; its labels stay."""
+    """The batch with random tokens in every other document and unchanged labels."""
     generator = torch.Generator().manual_seed(parity)
     drawn = torch.randint(num_tokens, batch.input_ids.shape, generator=generator).to(batch.input_ids.device)
     is_changed = batch.documents() % 2 == parity
@@ -78,7 +78,7 @@ def _with_other_tokens(batch: Batch, parity: int, num_tokens: int) -> Batch:
 
 
 def _differences(names: tuple[str, ...], found: list[Tensor], wanted: list[Tensor]) -> dict[str, float]:
-    """The largest difference of each document; of rows that gave several, the largest of these."""
+    """The largest difference by row, over all its documents."""
     errors: dict[str, float] = {}
     for name, own, right in zip(names, found, wanted, strict=True):
         errors[name] = float(np.maximum(errors.get(name, 0.0), (own - right).abs().max().item()))  # NaN stays

@@ -1,4 +1,4 @@
-"""The exported folder in plain transformers against the weights that were trained."""
+"""Check of the exported folder in plain transformers against the trained model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lightning_sft.model.pretrained import load_exported
 from lightning_sft.model.tuning.adapters import has_adapters
 
 EXACT, ROUNDED = 1e-3, 0.2
-"""Difference of log Pr of a target, in nats; the second where trained weights are rounded: in 16 bits, or quantized."""
+"""Tolerances on log Pr of a target, in nats; the second for rounded weights, in half precision or quantized."""
 
 
 def check_exports(subject: Subject) -> Outcome:
-    """What ``export`` writes is, in plain transformers, the model that was trained.
+    """Check that the exported folder reproduces the trained model in plain transformers.
 
     After two steps as configured, a checkpoint is saved and exported. The folder is loaded as a user of transformers
-    does, and compared with the model that is still in memory, whose adapters are not merged: log Pr of all targets of
-    the samples in float32, up to 1e-3 nats, and, without adapters, each weight bit for bit.
+    would, and compared with the model in memory, whose adapters are not merged: log Pr of all targets of the samples in
+    float32, up to 1e-3 nats, and, without adapters, each weight bit for bit.
     """
     outcome = Outcome(
         "export",
@@ -59,6 +59,6 @@ def check_exports(subject: Subject) -> Outcome:
 
 @torch.no_grad()
 def _log_probs(model: PreTrainedModel, subject: Subject) -> dict[str, Tensor]:
-    """Log Pr of the targets of each sample in float32, by the row."""
+    """Log-probabilities of the targets of each sample in float32, by row."""
     model.float().eval()
     return {f"{e.provenance}": log_probs_alone(model, e)[0] for e in subject.samples}

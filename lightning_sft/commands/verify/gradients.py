@@ -1,4 +1,4 @@
-"""The step's gradient under several splits against one pass over the same samples."""
+"""Check of the gradient of a step, split in several ways, against one pass over the same samples."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lightning_sft.commands.verify.verdict import Case, Outcome
 from lightning_sft.data.batches.packing import Packing
 
 TOLERANCE = {"32-true": 1e-4, "64-true": 1e-6, "bf16-true": 5e-2}
-"""Relative difference of a tensor; 64-true is wider than its rounding, since some layers compute in float32 always."""
+"""Tolerance on the relative difference of a tensor; in 64-true some layers still compute in float32."""
 
 _SPLITS = (1, 2, 4)
 
 
 class Recorder(Optimizer):
-    """Keeps the gradient of a step as the optimizer gets it, and changes nothing."""
+    """Optimizer that records the gradients of a step and updates nothing."""
 
     def __init__(self, groups: Any, names: dict[int, str]) -> None:
         super().__init__(groups, {"lr": 0.0})
         self.names, self.steps = names, list[dict[str, Tensor]]()
 
     def step(self, closure: Any = None) -> Any:
-        """Compute the gradients, and keep them by the names of the parameters."""
+        """Compute the gradients, and record them by parameter name."""
         loss = closure()
         own = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         self.steps.append({self.names[id(p)]: p.grad.cpu().double() for p in own})
@@ -35,12 +35,12 @@ class Recorder(Optimizer):
 
 
 def check_gradients(subject: Subject) -> Outcome:
-    """A step's gradient is ``−∇ Σ_t w_t · log Pr(t) / Z`` over its samples, however they are split into micro-batches.
+    """Check that a step's gradient is ``−∇ Σ_t w_t · log Pr(t) / Z``, however its samples are split into micro-batches.
 
-    Each split goes through Lightning's trainer, the module and the data module as ``fit`` would, up to what the
-    optimizer gets. The reference is :mod:`lightning_sft.commands.verify.reference` on plain transformers. Compared are
-    tensors, ``‖difference‖ / ‖reference‖``, up to 1e-4 in float32 and 1e-6 in float64. Dropout and noise are off in
-    both, and parameters that begin at zero have small values.
+    Each split runs through Lightning's trainer, the module and the data module as in ``fit``, up to the optimizer. The
+    reference is :mod:`lightning_sft.commands.verify.reference` on plain transformers. The measure is
+    ``‖difference‖ / ‖reference‖`` per tensor, up to 1e-4 in float32 and 1e-6 in float64. Dropout and noise are off in
+    both, and parameters initialized to zero get small values.
     """
     outcome = Outcome(
         "gradients: of a step",
@@ -55,7 +55,7 @@ def check_gradients(subject: Subject) -> Outcome:
     module.optimizer = lambda groups: Recorder(groups, names)
     packings: list[Packing] = ["packed", "padded"] if module.isolates_documents else ["padded"]
     if len(packings) == 1:
-        outcome.remarks.append("This model is not packed, since documents in a row would see each other.")
+        outcome.remarks.append("This model is not packed, since documents in a row would attend to each other.")
     for packing in packings:
         for count in [n for n in _SPLITS if n <= len(subject.samples)]:
             settings: dict[str, Any] = {"accumulate_grad_batches": count, "precision": subject.precision}

@@ -1,6 +1,6 @@
-"""The independent side of comparisons: a document at a time, full logits of plain transformers, the formula in a loop.
+"""Reference implementation: one document at a time, full logits of plain transformers, the formula in a loop.
 
-Nothing here knows of packs, chunks, micro-batches or normalizers, and no attention has more than one document.
+It is independent of packing, chunking, micro-batches and normalizers.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from lightning_sft.types import Example
 
 
 def log_probs_alone(model: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
-    """``log Pr(t)`` of each target of a document and its weight, in float64 on the CPU, ``[T]`` each.
+    """Log-probability and weight of each target of a document, in float64 on the CPU, ``[T]`` each.
 
     Args:
-        model: Of transformers, on any device.
-        example: The document.
+        model: Model of transformers, on any device.
+        example: Document to compute.
     """
     device = next(model.parameters()).device
     ids = torch.tensor([list(map(int, example.input_ids))], device=device)  # [1, N]
@@ -29,7 +29,7 @@ def log_probs_alone(model: nn.Module, example: Example) -> tuple[Tensor, Tensor]
 
 
 def gradients_alone(model: nn.Module, examples: Iterable[Example]) -> dict[str, Tensor]:
-    """``−∇ Σ_t w_t · log Pr(t) / Σ_t w_t`` over all documents, by the name of the parameter, in float64 on the CPU."""
+    """``−∇ Σ_t w_t · log Pr(t) / Σ_t w_t`` over all documents, by parameter name, in float64 on the CPU."""
     model.zero_grad()
     total = 0.0
     for example in examples:
@@ -43,13 +43,13 @@ def gradients_alone(model: nn.Module, examples: Iterable[Example]) -> dict[str, 
 
 
 def relative_errors(found: dict[str, Tensor], wanted: dict[str, Tensor], floor: float = 1e-2) -> dict[str, float]:
-    """How far each tensor is from another, ``‖found − wanted‖ / ‖wanted‖``; of one that is not in both, 1 or more.
+    """Relative error of each tensor, ``‖found − wanted‖ / ‖wanted‖``; at least 1 for a tensor that is only in one.
 
     Args:
         found: Tensors by name.
-        wanted: What they must be.
-        floor: A tensor whose norm is less than this share of that of all is measured by the share: else the rounding of
-            the large would be that of the small.
+        wanted: Expected tensors by name.
+        floor: Minimum denominator, as a share of the norm of all tensors together, so that rounding of large tensors
+            does not count as an error of small ones.
 
     >>> round(relative_errors({"a": torch.tensor([1.0, 1.1])}, {"a": torch.tensor([1.0, 1.0])})["a"], 4)
     0.0707

@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint against the same run without an interruption."""
+"""Check of a resumed run against an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_sft.training.trainer import is_between_steps
 
 
 class Losses(Callback):
-    """Keeps the loss of each micro-batch by its step, and saves a checkpoint after one of the steps.
+    """Records the loss of each micro-batch by step, and saves a checkpoint after one of the steps.
 
     Args:
-        save_after: The step.
-        path: Of the checkpoint; none by default.
+        save_after: Step after which to save.
+        path: Path of the checkpoint; ``None`` saves none.
     """
 
     def __init__(self, save_after: int = 0, path: str | None = None) -> None:
@@ -29,12 +29,16 @@ class Losses(Callback):
         self.of_step: dict[str, list[float]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Refuse a disk without room for the checkpoint."""
+        """Check the disk space.
+
+        Raises:
+            InputError: When the disk has no room for the checkpoint.
+        """
         if self.path is not None:
             check_disk(Path(self.path).parent, bytes_of_checkpoint(pl_module))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Keep the loss; the optimizer step that it is of has been counted where it was taken."""
+        """Record the loss; if the optimizer has stepped, ``global_step`` already includes this step."""
         took = is_between_steps(trainer)
         step = trainer.global_step - took + 1
         self.of_step.setdefault(f"step {step}", []).append(float(outputs["loss"]))
@@ -43,17 +47,17 @@ class Losses(Callback):
 
 
 def check_resuming(subject: Subject) -> Outcome:
-    """A run that goes on from a checkpoint has the losses and weights of one that was never interrupted, bit by bit.
+    """Check that a resumed run equals an uninterrupted one bit for bit.
 
-    A few steps with everything as configured: optimizer, schedule, precision, dropout, adapters. After half of them a
-    checkpoint is saved; a new module and trainer go on from it. Compared are the losses of each micro-batch and all
-    weights at the end. There is no tolerance; on a GPU, deterministic kernels are asked for where there are some.
+    A few steps run with everything as configured: optimizer, schedule, precision, dropout, adapters. After half of them
+    a checkpoint is saved, from which a new module and trainer resume. The losses of each micro-batch and all weights at
+    the end are compared without tolerance; on GPUs, deterministic kernels are used where available.
     """
     steps, half = 4, 2
     outcome = Outcome(
         "resume",
-        "a run that goes on from a checkpoint repeats what it would have done, bit by bit",
-        "steps, and tensors, that are not bit for bit those of the uninterrupted run",
+        "a run that resumes from a checkpoint equals the uninterrupted run, bit for bit",
+        "steps, and tensors, that differ in any bit from the uninterrupted run",
     )
     settings: dict[str, Any] = {"max_steps": steps, "max_epochs": -1, "precision": subject.trainer.precision}
     settings["deterministic"] = "warn" if subject.device.type == "cuda" else None
@@ -76,6 +80,6 @@ def check_resuming(subject: Subject) -> Outcome:
 
 
 def _weights(trainer: Trainer) -> dict[str, Tensor]:
-    """What was trained, on the CPU."""
+    """Copies of the trained parameters on the CPU."""
     named = trainer.lightning_module.named_parameters()
     return {name: p.detach().cpu().clone() for name, p in named if p.requires_grad}

@@ -1,4 +1,4 @@
-"""What is verified: the user's module, data and device, and a few sequences of the data that stand for the rest."""
+"""The subject of the checks: the user's module, data and device, and a sample of sequences."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torc
 
 @dataclass
 class Subject:
-    """What the checks are given; each makes copies of the module, none changes it.
+    """Input of the checks, which work on copies of the module.
 
     Args:
-        module: As configured, its model not loaded.
-        data: Set up for fit.
+        module: Configured module, without its model.
+        data: Data module after ``setup("fit")``.
         trainer: Settings of the trainer.
-        samples: The sequences that are trained on.
-        precision: In which gradients and likelihoods are compared, as Lightning writes it.
-        rows: Of how many rows ids are compared.
-        seed: Of the choice of rows.
+        samples: Sequences to train on.
+        precision: Precision of the comparison of gradients and likelihoods, in Lightning's notation.
+        rows: Maximum number of rows whose ids are compared.
+        seed: Seed of the random choice of rows.
     """
 
     module: SFTModule
@@ -63,17 +63,17 @@ class Subject:
         rows: int = 10_000,
         seed: int = 0,
     ) -> Subject:
-        """Read the data, of a stream its first rows, and choose the samples.
+        """Read the data (the first rows of a stream) and choose the samples.
 
         Args:
-            module: As configured.
-            data: As configured.
-            trainer: Settings of a trainer.
-            samples: Most sequences.
-            tokens: Most tokens of them together.
-            precision: In which gradients and likelihoods are compared.
-            rows: Of how many rows ids are compared.
-            seed: Of the choice.
+            module: Configured module.
+            data: Configured data module.
+            trainer: Settings of the trainer.
+            samples: Maximum number of sequences.
+            tokens: Maximum number of tokens of these sequences together.
+            precision: Precision of the comparison of gradients and likelihoods, in Lightning's notation.
+            rows: Maximum number of rows whose ids are compared.
+            seed: Seed of the random choice of samples and rows.
         """
         data = data.preview(module, trainer)
         examples = data.splits["train"].examples
@@ -84,18 +84,18 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """The one device that the checks run on: the first that the trainer would take."""
+        """The device that the checks run on: the first that the trainer would use."""
         return self._trainer().strategy.root_device
 
     @property
     def folder(self) -> Path:
-        """Where checkpoints are written that no one keeps: on the disk of the run."""
+        """Folder for temporary checkpoints, on the disk of the run."""
         root = Path(self.trainer.default_root_dir or ".")
         root.mkdir(parents=True, exist_ok=True)
         return root
 
     def loaded(self) -> SFTModule:
-        """A copy of the module on the device with its model, in the precision of the comparison, without chance."""
+        """A copy of the module with its model on the device, in the precision of the comparison, without randomness."""
         module = self._copy(exact=True)
         with default_dtype(_DTYPES[self.precision]):
             module.configure_model()
@@ -104,12 +104,12 @@ class Subject:
         return module.to(self.device).train()
 
     def plain(self) -> PreTrainedModel:
-        """The same weights as plain transformers has them (and peft, with adapters), with eager attention."""
+        """The same weights in plain transformers (and peft, with adapters), with eager attention."""
         module = self._copy(exact=True)
         with default_dtype(_DTYPES[self.precision]):
             try:
                 model = module.tuning.load(module.pretrained, module.hf_config, "eager", None)
-            except ValueError:  # an architecture with an attention of its own
+            except ValueError:  # the architecture has its own attention implementation
                 model = module.tuning.load(module.pretrained, module.hf_config, None, None)
         without_chance(model)
         nn.Module.to(model, self.device)
@@ -124,19 +124,19 @@ class Subject:
         ckpt_path: str | None = None,
         **settings: Any,
     ) -> Trainer:
-        """Train a copy of the module on the samples, in at most so many micro-batches an epoch.
+        """Train a copy of the module on the samples.
 
         Args:
-            module: The copy; one with everything that the user has configured by default.
-            packing: That of the data by default.
-            num_micro_batches: At most.
-            ckpt_path: Where to go on.
-            settings: Of the trainer.
+            module: Module to train; by default a copy of the configured one.
+            packing: Packing of the samples; by default that of the data.
+            num_micro_batches: Maximum number of micro-batches per epoch.
+            ckpt_path: Checkpoint to resume from.
+            settings: Arguments of the trainer.
         """
         packing = packing or self.data.packing
         data = copy(self.data)
         data.num_workers, data.splits = 0, {"train": Split("train", self.samples)}
-        data.sources = {"train": (), "val": None, "test": None}  # the samples, of whatever part they are
+        data.sources = {"train": (), "val": None, "test": None}  # no parts: the samples may come from any
         data._asked = {**self.data._asked, "packing": packing}
         data.tokens_per_batch = capacity_for(self.samples.lengths, num_micro_batches, packing)
         trainer = self._trainer(**settings)
@@ -160,15 +160,15 @@ class Subject:
 
 
 def choose(lengths: NDArray[np.int64], most: int, tokens: int, seed: int) -> list[int]:
-    """Indices of sequences: the longest that fits, the shortest, and drawn ones as long as they fit.
+    """Indices of sequences: the longest that fits, the shortest, and random ones as long as they fit.
 
-    A sequence fits if another has room beside it, so that there is something to be packed with.
+    A sequence fits if it leaves room for another, so that there is something to pack it with.
 
     Args:
-        lengths: Of all sequences.
-        most: Sequences.
-        tokens: Of them together.
-        seed: Of the draw.
+        lengths: Lengths of all sequences, in tokens.
+        most: Maximum number of sequences.
+        tokens: Maximum number of tokens of these sequences together.
+        seed: Seed of the random choice.
 
     >>> choose(np.array([5, 90, 3, 7, 40, 6]), most=4, tokens=100, seed=0)
     [4, 2, 3, 5]
@@ -186,7 +186,7 @@ def choose(lengths: NDArray[np.int64], most: int, tokens: int, seed: int) -> lis
 
 
 def capacity_for(lengths: Sequence[int] | NDArray[np.int64], most: int, packing: Packing) -> int:
-    """The least capacity at which sequences fill no more micro-batches than that.
+    """The smallest capacity, in tokens, at which sequences fill at most ``most`` micro-batches.
 
     >>> capacity_for([6, 5, 4, 3], most=2, packing="packed"), capacity_for([6, 5, 4, 3], most=2, packing="padded")
     (9, 12)
@@ -199,10 +199,10 @@ def capacity_for(lengths: Sequence[int] | NDArray[np.int64], most: int, packing:
 
 
 def without_chance(model: nn.Module) -> None:
-    """Switch dropout off, and give parameters that are zero, as adapters begin, values: else others have no gradient.
+    """Disable dropout, and give parameters initialized to zero small values, without which others have no gradient.
 
     Args:
-        model: Stays in training mode, which gradient checkpointing needs.
+        model: Model to change in place; it stays in training mode, which gradient checkpointing needs.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -217,13 +217,13 @@ def without_chance(model: nn.Module) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what Lightning says of each trainer, and without the report of the data."""
+    """Suppress Lightning's messages about each trainer, and the data module's report."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "You defined a `validation_step` but have no")  # on purpose
+            warnings.filterwarnings("ignore", "You defined a `validation_step` but have no")  # intended
             yield
     finally:
         logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""What the checks of ``verify`` found: each case with its measure and tolerance, as a table and as plain values."""
+"""Results of the checks of ``verify``, as a table and as plain values."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SHOWN = 10  # failures of a check on the terminal; the JSON has all
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that was measured.
+    """A measured case of a check.
 
     Args:
-        name: What.
-        measured: How far it is from what it must be.
-        tolerance: Up to which it passes.
-        failures: Each row (``file:line``) or tensor that is further off, and how far.
+        name: Name of what was measured.
+        measured: Measured deviation.
+        tolerance: Maximum deviation that passes.
+        failures: Rows (``file:line``) or tensors beyond the tolerance, each with its deviation.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Case:
 
     @property
     def passed(self) -> bool:
-        """Whether it is within the tolerance; NaN is not."""
+        """Whether the deviation is within the tolerance; NaN is not."""
         return self.measured <= self.tolerance and not self.failures
 
     @classmethod
     def of(cls, name: str, errors: Mapping[str, float], tolerance: float) -> Case:
-        """The largest error of named things, and each that is too large, the worst first.
+        """The case of the largest of several errors, with those beyond the tolerance as failures, worst first.
 
         >>> Case.of("rows", {"a.jsonl:1": 0.5, "a.jsonl:2": 0.01, "a.jsonl:3": 0.7}, 0.1).failures
         ['a.jsonl:3: 0.7', 'a.jsonl:1: 0.5']
@@ -53,16 +53,16 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What one check found.
+    """Result of a check.
 
     Args:
-        check: Its name.
-        proves: What holds where it passes.
-        measure: What the figures of its cases are.
-        cases: What was measured.
-        remarks: What a reader has to know besides.
-        error: Why it could not be run to its end, where it could not.
-        seconds: How long it took.
+        check: Name of the check.
+        proves: Property that holds if the check passes.
+        measure: Meaning of the measured values.
+        cases: Measured cases.
+        remarks: Remarks for the reader.
+        error: Error that prevented the check from completing, or ``None``.
+        seconds: Duration in seconds.
     """
 
     check: str
@@ -75,23 +75,23 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether it ran, measured something, and all of it passed."""
+        """Whether the check completed with at least one case, and all cases passed."""
         return self.error is None and bool(self.cases) and all(case.passed for case in self.cases)
 
     def as_json(self) -> dict[str, Any]:
-        """The outcome as plain values."""
+        """The result as plain values, for JSON."""
         cases = [{**asdict(case), "failures": list(case.failures), "passed": case.passed} for case in self.cases]
         return {**asdict(self), "cases": cases, "passed": self.passed}
 
 
 @dataclass
 class Verdict:
-    """What all checks found.
+    """Results of all checks.
 
     Args:
-        about: On what they ran: model, data, rows, device, precision, versions.
-        outcomes: Of each check.
-        remarks: What they do not cover.
+        about: Description of the subject: model, data, samples, device, precision, versions.
+        outcomes: Result of each check.
+        remarks: Remarks on what the checks do not cover.
     """
 
     about: dict[str, Any]
@@ -100,18 +100,18 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether there were checks, and all passed."""
+        """Whether there was at least one check, and all passed."""
         return bool(self.outcomes) and all(outcome.passed for outcome in self.outcomes)
 
     def write(self, path: str | Path) -> None:
-        """Write it as JSON; a figure that is no number is null."""
+        """Write the verdict as JSON, with null for non-finite values."""
         found = {"passed": self.passed, "about": self.about, "checks": [o.as_json() for o in self.outcomes]}
         plain = json.loads(json.dumps({**found, "remarks": self.remarks}), parse_constant=lambda constant: None)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def show(self, console: Console) -> None:
-        """A table of all cases, and below it what failed."""
+        """Print a table of all cases, and the failures below it."""
         for key, value in self.about.items():
             console.print(f"{key}: {value}", highlight=False)
         table = Table("check", "measured", "at most", "verdict", box=SIMPLE_HEAD)
@@ -123,18 +123,18 @@ class Verdict:
                 verdict = Text("passes", "green") if case.passed else Text("FAILS", "bold red")
                 table.add_row(f"  {case.name}", _figure(case.measured), _figure(case.tolerance), verdict)
             if outcome.error is not None:
-                table.add_row("  not run to its end", "", "", Text("FAILS", "bold red"))
+                table.add_row("  not completed", "", "", Text("FAILS", "bold red"))
         console.print(table)
         for outcome in self.outcomes:
             _explain(outcome, console)
         for remark in self.remarks:
             console.print(f"Note: {remark}", highlight=False)
         style = "bold green" if self.passed else "bold red"
-        console.print("All checks pass." if self.passed else "It does not pass.", style=style)
+        console.print("All checks pass." if self.passed else "Some checks fail.", style=style)
 
 
 def _explain(outcome: Outcome, console: Console) -> None:
-    """What a check measured; and, where it failed, everything that is known of it."""
+    """Print the measure of a check, and details of its failures."""
     console.print(f"{outcome.check}: {outcome.measure}.", style="dim", highlight=False)
     for remark in outcome.remarks:
         console.print(f"  {remark}", highlight=False)
@@ -152,5 +152,5 @@ def _figure(value: float) -> str:
 
 
 def int_of(value: float) -> float:
-    """The value where it is a whole number of rows or of nothing, else something that it is not equal to."""
+    """The value if it is a whole number, otherwise a value different from it."""
     return value if value == value and abs(value) < 1e9 and value == round(value) else -1.0

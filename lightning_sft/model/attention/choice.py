@@ -1,4 +1,4 @@
-"""Which attention a model is trained with: ours where it was measured to be exact, stock attention elsewhere."""
+"""Choice of the attention a model is trained with: per-document where it is measured to be exact, else stock."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of a model.
+    """The attention implementation of a model.
 
     Args:
-        name: As in transformers' ``attn_implementation``.
-        why: Why it is this one.
+        name: Name of the implementation, as in transformers' ``attn_implementation``.
+        why: Reason for the choice.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Attention:
 
 
 def check_asked(asked: str | None, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse an attention that cannot run where it is to run, before anything is loaded.
+    """Refuse an attention implementation that cannot run on the device, before anything is loaded.
 
     Args:
-        asked: An ``attn_implementation`` of transformers, or ``None``.
-        device: Where the model will be trained.
-        dtype: What layers will be computed in, under autocast if the trainer has it.
+        asked: Requested ``attn_implementation`` of transformers, or ``None``.
+        device: Device the model will be trained on.
+        dtype: Dtype that layers compute in, which is that of autocast if the trainer uses it.
 
     Raises:
-        InputError: When FlashAttention is asked for without a GPU or in 32 bits.
+        InputError: When FlashAttention is requested without a GPU, or not in half precision.
     """
     if not _is_flash(asked):
         return
@@ -57,7 +57,7 @@ def check_asked(asked: str | None, device: torch.device, dtype: torch.dtype) -> 
         )
     if dtype not in _HALVES:
         raise InputError(
-            f"model.attn_implementation={asked} computes in 16 bits, this run in {str(dtype).removeprefix('torch.')}. "
+            f"model.attn_implementation={asked} needs half precision, got {str(dtype).removeprefix('torch.')}. "
             "Set trainer.precision=bf16-mixed, or leave model.attn_implementation out."
         )
 
@@ -70,25 +70,25 @@ def probed(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Attention, ProbeResult]:
-    """Choose the attention of a model, and probe the model with it.
+    """Choose the attention implementation of a model, and probe the model with it.
 
-    Ours is chosen if with it packed documents are computed as stock attention computes each alone.
+    Per-document attention is chosen if it computes packed documents as stock attention computes each of them alone.
 
     Args:
-        model: It is left with the attention that was chosen.
+        model: Model to probe; it is left with the chosen implementation.
         backbone: The model without its head.
-        head: From hidden states to logits.
-        asked: What the user wants; ``None`` for ours where it is available.
-        device: Where the model will be trained; by default where it is.
-        dtype: Of autocast in training, or ``None`` where there is none. FlashAttention is probed with it, on the
-            device.
+        head: The head, from hidden states to logits.
+        asked: Requested implementation; ``None`` prefers per-document attention.
+        device: Device the model will be trained on; by default the one it is on.
+        dtype: Autocast dtype of training, or ``None`` without autocast. FlashAttention is probed with it, on
+            ``device``.
 
     Raises:
-        InputError: When ours is asked for and not available, or the model cannot be trained at all.
+        InputError: When per-document attention is requested but not available, or the model cannot be trained at all.
     """
     device = model.device if device is None else device
     if asked is not None and asked not in NAMES.values():
-        chosen = Attention(asked, "it was asked for")
+        chosen = Attention(asked, "requested")
         if not _is_flash(asked):
             return chosen, probe(model, backbone, head)
         with _on(model, device), torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -115,8 +115,8 @@ def _is_flash(asked: str | None) -> bool:
 
 @contextmanager
 def _on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """While it lasts, the model is on a device."""
-    module: nn.Module = model  # whose `to` has the types of torch
+    """Move the model to a device for the duration of the context."""
+    module: nn.Module = model  # for torch's types of `to`
     before = model.device
     try:
         if before != device:
@@ -131,23 +131,23 @@ def _try_ours(
     model: PreTrainedModel, backbone: nn.Module, head: nn.Module, stock: str
 ) -> tuple[str, ProbeResult | None]:
     if not model._can_set_attn_implementation():
-        return "the architecture has attention of its own kind", None
+        return "the architecture has its own attention implementation", None
     try:
         model.set_attn_implementation(NAMES[stock])
         findings = probe(model, backbone, head)
-    except Exception as error:  # whatever an architecture does with a mask that it does not know
+    except Exception as error:  # an architecture may raise anything on an unknown mask
         if isinstance(error, torch.OutOfMemoryError) or _is_our_fault(error):
             raise
-        return f"the architecture does not take it ({type(error).__name__}: {error})", None
+        return f"the architecture does not support it ({type(error).__name__}: {error})", None
     if not findings.takes_positions:
-        return "the architecture cannot be told positions, so nothing is packed", None
+        return "the architecture does not accept position_ids, so nothing is packed", None
     if not findings.isolates_documents:
-        return "with it too documents in a row would see each other", None
+        return "documents in a row would attend to each other with it, too", None
     return "", findings
 
 
 def _is_our_fault(error: Exception) -> bool:
-    """Whether our code raised an error, or called torch so that it did; a refusal of the model is no fault."""
+    """Whether an error was raised by our code, or by torch called from it; refusing the model does not count."""
     if isinstance(error, InputError | NoEagerAttentionError):
         return False
     names = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -156,15 +156,18 @@ def _is_our_fault(error: Exception) -> bool:
 
 
 def _how(stock: str, device: torch.device) -> str:
-    """What packed documents go through on a device, and why not through anything better."""
-    alone = f"each packed document by itself, through {stock}"
+    """How packed documents are computed on a device, and why nothing faster is used."""
+    alone = f"each packed document separately, by {stock}"
     if stock != "sdpa":
-        through_flex = "packed documents through FlexAttention where it has all settings of a layer, else "
+        through_flex = "packed documents by FlexAttention where it supports all settings of a layer, else "
         return f"{through_flex if flex.usable(device) else ''}{alone}"
     if device.type != "cuda":
-        return alone if one_call(device) is None else f"all packed documents in one call; with dropout {alone}"
+        return alone if one_call(device) is None else f"all packed documents in one call; with dropout, {alone}"
     reasons = {name: reason for name, (reason, kernel) in gpu.kernels(device).items() if kernel is None}
     told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     if one_call(device) is None:
-        return f"{alone}, since no kernel takes all in one call ({told})"
-    return f"all packed documents in one call of {gpu.chosen(device).name} in 16 bits{f' (not {told})' if told else ''}"
+        return f"{alone}, since no kernel computes all in one call ({told})"
+    return (
+        f"all packed documents in one call of {gpu.chosen(device).name} in half precision"
+        f"{f' (not {told})' if told else ''}"
+    )

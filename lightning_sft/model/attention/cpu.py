@@ -1,8 +1,8 @@
-"""Attention of packed documents on a CPU, by torch's own kernels, chosen by measurement.
+"""Attention of packed documents on a CPU, by torch's kernels.
 
-All documents are one node of the graph: nothing is cut and glued again for each. In 16 bits, torch has two kernels for
-the backward pass, and that in 32 bits is the faster one for short documents (twice as fast at 128 tokens, on two cores
-with AMX), so these go through it; what comes out is more exact.
+All documents are one node of the graph, so nothing is sliced and concatenated for each. For half precision torch has
+two backward kernels, and the float32 one is faster for short documents (twice as fast at 128 tokens, on two cores with
+AMX), so these use it; it is more exact as well.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from lightning_sft.model.attention.documents import Documents, OneCall
 from lightning_sft.model.attention.operator import packed_attention, packed_attention_backward
 
-_SHORT = 320  # tokens up to which a document's backward pass is faster in 32 bits
+_SHORT = 320  # document length in tokens up to which the backward pass is faster in float32
 
 
 @cache
 def one_call() -> OneCall | None:
-    """What the operator takes on a CPU: everything but dropout, if the kernels do what torch's public function does."""
+    """What the operator supports on CPUs: all but dropout; ``None`` if torch's kernels fail their check."""
     dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
     return OneCall(dtypes) if works() else None
 
@@ -40,11 +40,11 @@ def forward(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`~lightning_sft.model.attention.operator.packed_attention`."""
-    assert not dropout, "torch's kernels for CPUs have none"
+    assert not dropout, "torch's CPU kernels have no dropout"
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     precise = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = query.new_empty(query.shape)
-    log_sums = query.new_empty(query.shape[:2], dtype=precise).T  # tokens first, as the kernels have it
+    log_sums = query.new_empty(query.shape[:2], dtype=precise).T  # tokens first, as in the kernels' layout
     q, k, v, o = map(_heads_first, (query, key, value, out))
     for queries, keys, mask in _pieces(bounds, window):
         piece = q.narrow(2, *queries), k.narrow(2, *keys), v.narrow(2, *keys)
@@ -61,7 +61,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See :func:`~lightning_sft.model.attention.operator.packed_attention_backward`."""
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    make = torch.zeros_like if window else torch.empty_like  # under a window, pieces share keys
+    make = torch.zeros_like if window else torch.empty_like  # with a window, pieces share keys
     gradients = torch.empty_like(query), make(key), make(value)
     into_q, into_k, into_v = map(_heads_first, gradients)
     g, q, k, v, o = map(_heads_first, (grad_out, query, key, value, out))
@@ -82,9 +82,9 @@ def backward(
 
 
 def _pieces(bounds: Tensor, window: int) -> Iterator[tuple[tuple[int, int], tuple[int, int], Tensor | None]]:
-    """Where queries begin and how many, the same of the keys that they see, and what of these each sees.
+    """Pieces to compute: (start, count) of the queries, (start, count) of the keys they attend to, and their mask.
 
-    The last is ``None`` where being causal says it all.
+    The mask is ``None`` if it is plainly causal.
     """
     begin, *ends = bounds.tolist()
     documents = Documents([end - start for start, end in zip([begin, *ends], ends, strict=False)], window or None)
@@ -105,13 +105,16 @@ def _added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 @cache
 def works() -> bool:
-    """Whether this torch's kernels, which it does not document, do what its public function does."""
+    """Whether the kernels of this torch, which are not documented, agree with its public function."""
     generator = torch.Generator("cpu").manual_seed(0)
     sizes, bounds = (4, 2, 2), torch.tensor([0, 5], dtype=torch.int32, device="cpu")
     given = [torch.randn(5, heads, 8, generator=generator, device="cpu").bfloat16() for heads in sizes]
     q, k, v = (x.requires_grad_() for x in given)
     try:
-        with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):  # a checkpoint would count its tensors
+        with (
+            torch.enable_grad(),
+            saved_tensors_hooks(lambda x: x, lambda x: x),
+        ):  # gradient checkpointing must not count them
             own = packed_attention(q, k, v, bounds, bounds[1], 0, 0.3, 0.0)[0]
             heads_first = _heads_first(q), _heads_first(k), _heads_first(v)
             stock: Tensor = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=0.3, enable_gqa=True)

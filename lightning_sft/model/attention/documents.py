@@ -1,4 +1,4 @@
-"""Which tokens of a row attend to which, as the lengths of its documents instead of a matrix."""
+"""The attention mask of packed documents, as their lengths instead of a matrix."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch import Tensor
 from lightning_sft.machine.contexts import computed_in
 from lightning_sft.machine.host_copy import without_waiting
 
-_LEAST_QUERIES = 128  # at a time under a sliding window: fewer cost more in calls than they save
+_LEAST_QUERIES = 128  # per piece under a sliding window: smaller pieces cost more in calls than they save
 
 
 @dataclass(frozen=True)
 class OneCall:
-    """What the operator for packed attention takes on a device, see :mod:`lightning_sft.model.attention.operator`.
+    """What the packed-attention operator supports on a device, see :mod:`lightning_sft.model.attention.operator`.
 
-    Plain values, so that compiled layers can read them without a graph break.
+    Plain values, which compiled layers read without a graph break.
 
     Args:
-        dtypes: Of queries, keys and values.
-        largest_head: Largest head size; a multiple of 8 is needed as well. ``None`` where any size will do.
-        drops_out: Whether attention weights can be dropped out.
-        small_memory: Whether the GPU's shared memory is too small for some backward passes of heads above 192.
+        dtypes: Supported dtypes of queries, keys and values.
+        largest_head: Maximum head size, which must also be a multiple of 8; ``None`` if any size is supported.
+        drops_out: Whether dropout of attention weights is supported.
+        small_memory: Whether the GPU's shared memory is too small for some backward passes of head sizes above 192.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -36,7 +36,7 @@ class OneCall:
     small_memory: bool = False
 
     def takes(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
-        """Whether the operator computes this; the last dimension of the tensors is the head size."""
+        """Whether the operator supports these tensors, ``[..., head size]``, and this dropout probability."""
         size = query.shape[-1]
         if not size == key.shape[-1] == value.shape[-1] or computed_in(query) not in self.dtypes:
             return False
@@ -48,20 +48,20 @@ class OneCall:
 
 
 class Documents:
-    """Documents laid end to end, in each of which a token attends to itself and to what is before it.
+    """Documents laid end to end, with causal attention within each.
 
-    It takes the place of the mask that transformers hands to each layer. Models pass that on and do not look into it;
-    those that do are found out when they are loaded, see :mod:`lightning_sft.model.attention.choice`.
+    It replaces the mask that transformers passes to each layer. Models pass that on without reading it; those that read
+    it are detected on loading, see :mod:`lightning_sft.model.attention.choice`.
 
     Args:
-        lengths: Tokens of each document; their sum is that of all tokens of all rows.
-        window: How many tokens a token sees, itself included, or ``None`` for all of its document.
-        device: Where the tokens are.
-        dtype: Of masks that are added to scores, or ``None`` for masks that are true where a token is seen.
+        lengths: Number of tokens of each document; they add up to the tokens of all rows.
+        window: Number of tokens that a token attends to, itself included; ``None`` for no limit within its document.
+        device: Device of the tokens.
+        dtype: Dtype of additive masks, or ``None`` for boolean masks, which are true where a token attends to another.
 
     Attributes:
-        one_call: What the operator takes on this device, or ``None`` where it has no kernel.
-        blocks: FlexAttention's block mask, or ``None`` where FlexAttention is not used.
+        one_call: What the operator supports on this device, or ``None`` if it has no kernel.
+        blocks: FlexAttention's block mask, or ``None`` if FlexAttention is not used.
 
     >>> documents = Documents([2, 3])
     >>> documents.bounds.tolist(), documents.longest.item()
@@ -83,17 +83,17 @@ class Documents:
     def found(
         cls, sees: Callable[..., Tensor], positions: Tensor, window: int | None, dtype: torch.dtype | None
     ) -> Documents | None:
-        """The documents of rows, or ``None`` where tokens see something else than what is before them in a document.
+        """The documents that a mask function describes, or ``None`` if it is not causal attention within documents.
 
-        A mask is asked at four places a token: for the token itself, the one after it, the one before it, and the
-        furthest one that it should see. Where it is not to see the one before it a document begins, or a chunk of
-        chunked attention, which is the same. The answer is waited for.
+        The mask is evaluated at four keys per token: the token itself, the next one, the previous one, and the furthest
+        one that it should attend to. A document, or a chunk of chunked attention, which is equivalent, begins where a
+        token does not attend to the previous one. The host waits for the result.
 
         Args:
-            sees: A mask function of transformers, of row, head, query and key.
+            sees: Mask function of transformers, of row, head, query and key indices.
             positions: Position of each token in its document, ``[B, N]``.
-            window: That of the mask function.
-            dtype: See above.
+            window: Sliding window of the mask function, in tokens.
+            dtype: Dtype of additive masks, or ``None`` for boolean masks.
         """
         num_rows, length = positions.shape
         here = torch.arange(length, device=positions.device)
@@ -110,33 +110,33 @@ class Documents:
         if window is not None and window < length:
             in_same = here[:-window] >= begin[:, window:]
             holds = holds & ~(ask(here[window:], here[:-window]) & in_same).any()
-        facts = torch.cat([begins.flatten(), holds[None]]).cpu()  # the one time that a device is waited for
+        facts = torch.cat([begins.flatten(), holds[None]]).cpu()  # the only synchronization with the device
         return cls(lengths_from(facts[:-1]), window, positions.device, dtype) if facts[-1] else None
 
     @cached_property
     def bounds(self) -> Tensor:
-        """Where each document begins, and the last one ends, ``[D + 1]`` of int32 on the device."""
+        """Cumulative lengths, ``[D + 1]`` of int32 on the device: starts of the documents, and the end of the last."""
         bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
         bounds = without_waiting(bounds, self.device)
-        torch._dynamo.maybe_mark_dynamic(bounds, 0)  # else the second batch has all layers compiled once more
+        torch._dynamo.maybe_mark_dynamic(bounds, 0)  # else the second batch recompiles all layers
         return bounds
 
     @cached_property
     def longest(self) -> Tensor:
-        """Tokens of the longest document, a scalar on the CPU: with an integer, layers are compiled for each value."""
+        """Length of the longest document, a CPU scalar: with an integer, layers would be recompiled for each value."""
         return torch.tensor(max(self.lengths), device="cpu")
 
     def prepare(self) -> None:
-        """Make what layers read, so that none of it is made inside a compiled layer."""
+        """Compute the tensors that layers read, so that compiled layers do not."""
         _ = self.bounds, self.longest
 
     @property
     def widest(self) -> int | None:
-        """The window, or ``None`` where no document is longer than it."""
+        """The window, or ``None`` if no document is longer than it."""
         return None if self.window is None or self.window >= max(self.lengths) else self.window
 
     def pieces(self, length: int) -> Iterator[tuple[int, int, int]]:
-        """Where to cut a document: queries from and to, and the first key that they see; a window needs few keys."""
+        """Pieces of a document: start and end of their queries, and the first key that these attend to."""
         if self.window is None or length <= self.window:
             yield 0, length, 0
             return
@@ -145,14 +145,14 @@ class Documents:
             yield begin, min(begin + step, length), max(0, begin - self.window + 1)
 
     def mask(self, begin: int, end: int, first: int) -> Tensor | None:
-        """The mask of a piece, ``[1, 1, queries, keys]``; ``None`` where being causal says it all."""
+        """The mask of a piece, ``[1, 1, queries, keys]``, or ``None`` if it is plainly causal."""
         if self.dtype is None and (self.window is None or end <= self.window):
             return None
         return self._band[:, :, begin - first : end - first, : end - first]
 
     @cached_property
     def _band(self) -> Tensor:
-        """The mask of the largest piece: those of all others are parts of it."""
+        """The mask of the largest piece, of which all other masks are slices."""
         size = max(end - first for length in set(self.lengths) for _, end, first in self.pieces(length))
         seen = torch.ones(1, 1, size, size, dtype=torch.bool, device=self.device).tril()
         if self.widest is not None:
@@ -164,7 +164,7 @@ class Documents:
 
 
 def lengths_from(begins: Tensor) -> list[int]:
-    """Lengths of documents from where they begin, a boolean tensor ``[T]`` on the CPU."""
+    """Lengths of documents, from a boolean tensor ``[T]`` on the CPU that is true where a document begins."""
     ends = torch.tensor([begins.numel()], device="cpu")
     lengths: list[int] = torch.cat([begins.nonzero()[:, 0], ends]).diff().tolist()
     return lengths

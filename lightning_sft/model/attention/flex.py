@@ -1,6 +1,6 @@
-"""FlexAttention for packed documents with soft-caps or sinks, which FlashAttention's kernels of torch do not have.
+"""FlexAttention for packed documents with soft-caps or sinks, which torch's FlashAttention kernels do not support.
 
-It has to be compiled to be fast, so it is used on a GPU only.
+It is fast only when compiled, so it is used on GPUs only.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from lightning_sft.machine.host_copy import without_waiting
 from lightning_sft.model.attention.documents import Documents
 
 _plain: Callable[..., Any] = flex_attention
-_BLOCK = 128  # tokens of a block, in queries and in keys
+_BLOCK = 128  # tokens per block of queries and of keys
 _SETTINGS = {"scaling", "dropout", "softcap", "s_aux"}
-"""Settings of an architecture's attention that change its result, and that are known here."""
+"""Supported settings of an architecture's attention that change its result."""
 _IGNORED = {"sliding_window", "position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"}
-"""Settings that do not change what eager attention computes from a mask."""
+"""Settings that do not change the result of eager attention given a mask."""
 
 
 def usable(device: torch.device) -> bool:
-    """Whether FlexAttention can be compiled for a device: an NVIDIA GPU that Triton makes kernels for."""
+    """Whether FlexAttention can be compiled for a device: an NVIDIA GPU that Triton supports."""
     if device.type != "cuda" or not torch.cuda.is_available() or torch.version.cuda is None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def block_mask(documents: Documents) -> BlockMask:
-    """Which blocks of keys each block of queries sees; counted on the CPU, so that the device is not waited for."""
+    """The block mask of documents, computed on the CPU to avoid waiting for the device."""
     lengths = torch.tensor(documents.lengths, device="cpu", dtype=torch.int32)
     here = torch.arange(sum(documents.lengths), device="cpu", dtype=torch.int32)
     begins = lengths.cumsum(0, dtype=torch.int32) - lengths
-    first = torch.repeat_interleave(begins, lengths, output_size=len(here))  # of each token's document, [T]
+    first = torch.repeat_interleave(
+        begins, lengths, output_size=len(here)
+    )  # first token that each token attends to, [T]
     if documents.window is not None:
         first = torch.maximum(first, here - (documents.window - 1))
     blocks = torch.arange(-(-len(here) // _BLOCK), device="cpu", dtype=torch.int32)
-    first_block = first[::_BLOCK] // _BLOCK  # the first query of a block sees furthest back
+    first_block = first[::_BLOCK] // _BLOCK  # the first query of a block attends furthest back
     count = blocks - first_block + 1
-    indices = (first_block[:, None] + blocks).clamp(max=len(blocks) - 1)  # the first `count` of each row are read
+    indices = (first_block[:, None] + blocks).clamp(max=len(blocks) - 1)  # only the first `count` of each row are read
     count, indices, seen_from = (without_waiting(x, documents.device) for x in (count, indices, first))
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ def block_mask(documents: Documents) -> BlockMask:
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor, settings: dict[str, Any]) -> bool:
-    """Whether :func:`attend` computes what the architecture asks for."""
+    """Whether :func:`attend` supports these tensors and all settings of the layer's attention."""
     unknown = [n for n, given in settings.items() if given is not None and n not in _SETTINGS | _IGNORED]
     one_size = query.shape[-1] == key.shape[-1] == value.shape[-1] >= 16
     return one_size and not unknown and not settings.get("dropout") and not settings.get("output_attentions")
@@ -69,16 +71,16 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of ``[1, heads, T, head size]``, as ``[1, T, heads, head size]``.
+    """Causal attention within documents, ``[1, heads, T, head size]`` to ``[1, T, heads, head size]``.
 
     Args:
-        query: Of all tokens.
-        key: Heads are a multiple of the keys'.
-        value: As keys.
-        blocks: See :func:`block_mask`.
+        query: Queries of all tokens, ``[1, heads, T, head size]``.
+        key: Keys, ``[1, groups, T, head size]``; the number of heads is a multiple of the number of groups.
+        value: Values, ``[1, groups, T, head size]``.
+        blocks: Block mask made by :func:`block_mask`.
         scale: Factor on the scores.
-        softcap: Bound of the scores, c · tanh(score / c).
-        sinks: Score of a further key without a value, ``[heads]``: it takes its share of each softmax.
+        softcap: Soft-cap c of the scores, c · tanh(score / c).
+        sinks: Score of an additional key without a value, ``[heads]``, which takes its share of each softmax.
     """
 
     def capped(score: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Attention of packed documents on a GPU in 16 bits: FlashAttention's kernels, all documents in one call.
+"""Attention of packed documents on GPUs in half precision: FlashAttention kernels, all documents in one call.
 
-torch has had FlashAttention 2 as ``aten::_flash_attention_forward`` all along, with windows, dropout and grouped heads;
-its public ``varlen_attn`` calls the same and is younger, so it is not used. FlashAttention 3 is faster on Hopper, and
-the package flash_attn stands in where torch was built without. No kernel is trusted: each is compared with attention by
-its definition once a process.
+torch has long had FlashAttention 2 as ``aten::_flash_attention_forward``, with windows, dropout and grouped heads; its
+public ``varlen_attn`` calls the same and is newer, so it is not used. FlashAttention 3 is faster on Hopper, and the
+package flash_attn is the fallback if torch was built without FlashAttention. No kernel is trusted: each is compared
+with reference attention once per process.
 """
 
 from __future__ import annotations
@@ -24,18 +24,23 @@ from lightning_sft.model.attention.documents import Documents, OneCall
 from lightning_sft.model.attention.operator import packed_attention, packed_attention_backward
 
 _LARGEST_HEAD = 256
-_SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # capabilities whose shared memory is that of consumer cards
+_SMALL_MEMORY = (
+    (8, 6),
+    (8, 9),
+    (12, 0),
+    (12, 1),
+)  # compute capabilities with the smaller shared memory of consumer cards
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation. Arguments are those of the operator, with the longest document as an integer.
+    """An implementation of the operator, which takes the operator's arguments with ``longest`` as an integer.
 
     Args:
-        name: As people call it.
-        forward: From queries, keys, values, bounds, longest, window, scale, dropout to the operator's three results.
-        backward: From what the operator's backward pass is given to the three gradients.
-        drops_out: Whether it has dropout.
+        name: Common name of the kernel.
+        forward: Function from queries, keys, values, bounds, longest, window, scale, dropout to the operator's results.
+        backward: Function from the arguments of the operator's backward pass to the three gradients.
+        drops_out: Whether the kernel supports dropout.
     """
 
     name: str
@@ -71,7 +76,7 @@ def backward(
 
 
 def one_call(device: torch.device) -> OneCall | None:
-    """What the operator takes on a GPU, or ``None`` where it has no kernel."""
+    """What the operator supports on a GPU, or ``None`` if no kernel works there."""
     found = [kernel for _, kernel in kernels(device).values() if kernel is not None]
     if not found:
         return None
@@ -80,17 +85,17 @@ def one_call(device: torch.device) -> OneCall | None:
 
 
 def chosen(device: torch.device, dropout: float = 0.0) -> Kernel:
-    """The first kernel that works on a GPU."""
+    """The first kernel that works on a GPU, and supports dropout if there is any."""
     found = (kernel for _, kernel in kernels(device).values() if kernel is not None)
     return next(kernel for kernel in found if kernel.drops_out or not dropout)
 
 
 @cache
 def kernels(device: torch.device) -> dict[str, tuple[str | None, Kernel | None]]:
-    """All kernels in the order of preference: why each is not used, or the kernel.
+    """All kernels in order of preference, each as a pair of the reason why it is unusable, and the kernel if it is not.
 
     Args:
-        device: A GPU; of another device, or where torch sees no GPU, each kernel has that as its reason.
+        device: Device to check; without a GPU, that is every kernel's reason.
     """
     made = {"flash_attn 3": _flash_attn_3, "torch's flash attention": _torchs, "flash_attn 2": _flash_attn_2}
     found: dict[str, tuple[str | None, Kernel | None]] = {}
@@ -105,21 +110,25 @@ def kernels(device: torch.device) -> dict[str, tuple[str | None, Kernel | None]]
 
 
 class _UnusableError(Exception):
-    """Why a kernel is not used."""
+    """A kernel cannot be used, for the reason in the message."""
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda" or not torch.cuda.is_available():
-        raise _UnusableError("it needs a GPU that torch sees")
+        raise _UnusableError("it needs a GPU visible to torch")
     if torch.version.cuda is None:
         raise _UnusableError("it needs an NVIDIA GPU")
     return torch.cuda.get_device_capability(device)
 
 
 def _check(kernel: Kernel, device: torch.device) -> None:
-    """Compare a kernel with attention by its definition: grouped heads, windows, two documents, both passes."""
+    """Compare a kernel with reference attention: grouped heads, windows, two documents, forward and backward.
+
+    Raises:
+        _UnusableError: When it fails or computes something else.
+    """
     for window in (0, 5):
-        hooks = saved_tensors_hooks(lambda x: x, lambda x: x)  # a checkpoint under way would count its tensors
+        hooks = saved_tensors_hooks(lambda x: x, lambda x: x)  # gradient checkpointing must not count them
         with _disable_current_modes(), torch.enable_grad(), hooks:
             generator = torch.Generator("cpu").manual_seed(0)
             given = [torch.randn(24, heads, 64, generator=generator, device="cpu") for heads in (4, 2, 2, 4)]
@@ -139,10 +148,10 @@ def _check(kernel: Kernel, device: torch.device) -> None:
                 raise _UnusableError(f"it fails on this GPU ({type(error).__name__}: {error})") from error
             for own, theirs in zip((out, *mine), (wanted, *right), strict=True):
                 if not torch.allclose(own.float(), theirs[0].transpose(0, 1), atol=0.05, rtol=0.05):
-                    raise _UnusableError("it computes something else on this GPU")
+                    raise _UnusableError("its results are wrong on this GPU")
 
 
-def _left(window: int) -> int:  # tokens before itself that a token sees; -1 for all
+def _left(window: int) -> int:  # preceding tokens that a token attends to; -1 for all
     return window - 1 if window else -1
 
 
@@ -243,5 +252,5 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise _UnusableError(f"package {str(error.name).partition('.')[0]} is not installed") from None
-    except Exception as error:  # built for another torch or CUDA, it fails as it is loaded
+    except Exception as error:  # packages built for another torch or CUDA may raise anything
         raise _UnusableError(f"package {name.partition('.')[0]} cannot be imported ({error})") from error

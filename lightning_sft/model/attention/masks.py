@@ -1,7 +1,7 @@
-"""What kind of mask an architecture asks transformers for, learnt once and without waiting for a device.
+"""The kind of mask an architecture requests from transformers, determined once and without waiting for a device.
 
 transformers describes a mask by a function of the indices of a query and a key. Most of these depend on nothing else,
-so what they say about one document they say about all, and they can be asked on the CPU.
+so their values for one document hold for all, and they can be evaluated on the CPU.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from transformers import masking_utils
 from lightning_sft.model.attention.documents import Documents, lengths_from
 from lightning_sft.types import InputError
 
-_is_plain: dict[Any, bool] = {}  # by what a mask function is, its window, and how far it was asked
+_is_plain: dict[Any, bool] = {}  # by kind of mask function, window, and length up to which it was evaluated
 
 
 class Rows:
-    """The documents of a batch, for as long as a backbone runs on it.
+    """The documents of a batch, while a backbone runs on it.
 
     Args:
         positions: Position of each token in its document, ``[B, N]``.
-        spans: Lengths of all documents in row-major order, as the host knows them; empty where it does not.
+        spans: Lengths of all documents in row-major order; empty if the host does not know them.
 
     Raises:
-        InputError: When the lengths are not those of whole rows.
+        InputError: When the lengths do not fill whole rows.
     """
 
     def __init__(self, positions: Tensor, spans: tuple[int, ...] = ()) -> None:
@@ -41,13 +41,13 @@ class Rows:
         num_rows, length = positions.shape
         if spans and not (sum(spans) == num_rows * length and set(accumulate(spans)) >= set(_ends(num_rows, length))):
             raise InputError(
-                f"Documents of {list(spans)} tokens do not fill {num_rows} rows of {length}. Give Batch.spans the "
-                "lengths of all documents row by row, padding included, or leave it out."
+                f"Documents of {list(spans)} tokens do not fill {num_rows} rows of {length}. Set Batch.spans to "
+                "the lengths of all documents row by row, padding included, or leave it out."
             )
 
     @cached_property
     def spans(self) -> list[int]:
-        """Lengths of all documents; where nobody has counted them, the device is waited for."""
+        """Lengths of all documents; if they were not given, this waits for the device."""
         return list(self._given) or lengths_from(
             (self.positions.diff(dim=1, prepend=self._before) != 1).flatten().cpu()
         )
@@ -60,24 +60,26 @@ class Rows:
 
     @cached_property
     def numbers(self) -> Tensor | None:
-        """Number of each token's document in its row, ``[B, N]``, or ``None`` where each row is one document."""
+        """Index of each token's document in its row, ``[B, N]``, or ``None`` if each row is one document."""
         return None if self.are_documents else self.counted()
 
     def counted(self) -> Tensor:
-        """Number of each token's document in its row, ``[B, N]``, counted on the device."""
+        """Index of each token's document in its row, ``[B, N]``, counted on the device from 1."""
         return (self.positions.diff(dim=1, prepend=self.positions[:, :1] - 1) != 1).cumsum(1)
 
     @property
     def _before(self) -> Tensor:
-        return self.positions[:, :1] + 1  # a position that none comes after, so that each row begins a document
+        return (
+            self.positions[:, :1] + 1
+        )  # not the predecessor of the first position, so that each row begins a document
 
     def documents(self, sees: Callable[..., Tensor], window: int | None, dtype: torch.dtype | None) -> Documents | None:
-        """The documents in which tokens see what is before them, or ``None`` where that is not what a mask says.
+        """The documents that a mask function describes, or ``None`` if it is not causal attention within documents.
 
         Args:
-            sees: A mask function of transformers.
-            window: That of the mask function.
-            dtype: See :class:`~lightning_sft.model.attention.documents.Documents`.
+            sees: Mask function of transformers, of row, head, query and key indices.
+            window: Sliding window of the mask function, in tokens.
+            dtype: Dtype of additive masks, or ``None`` for boolean masks.
         """
         within = self._within(sees)
         if within is None or not is_plain(within, window, self.positions.shape[1]):
@@ -99,7 +101,7 @@ class Rows:
 
 
 def _ends(num_rows: int, length: int) -> range:
-    """Where each row ends, in row-major order."""
+    """Ends of the rows, in row-major order."""
     return range(length, num_rows * length + 1, length)
 
 
@@ -107,20 +109,20 @@ _rows: ContextVar[Rows | None] = ContextVar("rows", default=None)
 
 
 def current() -> Rows | None:
-    """The rows that a backbone runs on, or ``None`` outside of :func:`rows_of_documents`."""
+    """The rows that a backbone is running on, or ``None`` outside of :func:`rows_of_documents`."""
     return _rows.get()
 
 
 @contextmanager
 def rows_of_documents(position_ids: Tensor | None, spans: tuple[int, ...] = ()) -> Iterator[None]:
-    """While it lasts, a model's rows are documents whose positions begin anew; elsewhere attention is stock attention.
+    """Inside this context, rows hold documents whose positions restart at 0; outside, attention is stock attention.
 
-    Generation, caches and padding masks are so never touched. transformers looks for packed documents by itself, and
-    waits for the device each time; it is told instead.
+    Generation, caches and padding masks are therefore never affected. transformers searches for packed documents
+    itself, which waits for the device each time; here it receives the known answer.
 
     Args:
         position_ids: Position of each token in its document, ``[B, N]``.
-        spans: Lengths of all documents in row-major order, padding included, where the host knows them.
+        spans: Lengths of all documents in row-major order, padding included; empty if the host does not know them.
     """
     rows = None if position_ids is None else Rows(position_ids, spans)
     find: Any = getattr(masking_utils, "find_packed_sequence_indices", None)
@@ -141,23 +143,23 @@ def rows_of_documents(position_ids: Tensor | None, spans: tuple[int, ...] = ()) 
 
 
 def is_plain(sees: Callable[..., Tensor], window: int | None, length: int) -> bool:
-    """Whether a mask function means causal attention with this window, for any indices up to a length.
+    """Whether a mask function is causal attention with this window, for all indices up to a length.
 
-    ``False`` also where it may depend on something else than the indices, as on a tensor.
+    ``False`` also if it may depend on anything but the indices, such as a tensor.
     """
     kind, length = _kind(sees), 1 << (length - 1).bit_length()
     if kind is None:
         return False
     key = kind, window, length
     if key not in _is_plain:
-        with _disable_current_modes():  # it is asked for real, also where a model runs on shapes alone
+        with _disable_current_modes():  # evaluate it even if the model runs on fake tensors
             found = Documents.found(sees, torch.arange(length, device="cpu")[None], window, None)
         _is_plain[key] = found is not None and found.lengths == [length]
     return _is_plain[key]
 
 
 def _kind(thing: Any) -> Any:
-    """What a mask function is: its code and the numbers in it. ``None`` where it knows something else."""
+    """Identity of a mask function: its code and the numbers it captures; ``None`` if it captures anything else."""
     if thing is None or isinstance(thing, bool | int | float | str):
         return type(thing), thing
     if isinstance(thing, tuple):
@@ -170,7 +172,7 @@ def _kind(thing: Any) -> Any:
 
 
 def _free(function: Any) -> dict[str, Any]:
-    """The variables of the surrounding function that a function uses."""
+    """The variables that a function captures from its enclosing scope."""
     cells = function.__closure__ or ()
     return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
 

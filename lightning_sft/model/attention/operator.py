@@ -1,16 +1,16 @@
-"""Attention of packed documents as an operator of torch: one node for autograd, no graph break under torch.compile.
+"""Attention of packed documents as a torch operator: one node for autograd, no graph break under torch.compile.
 
 Kernels are registered by :mod:`lightning_sft.model.attention.cpu` and :mod:`lightning_sft.model.attention.gpu`.
 """
 
-# Schemas are read from the annotations, so these are no strings here.
+# No `from __future__ import annotations`: torch.library reads schemas from the annotations.
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-# tagged as random, so that a compiled layer that is computed again in the backward pass drops the same weights
+# tagged as random, so that recomputing a compiled layer in the backward pass drops the same weights
 @torch.library.custom_op("lightning_sft::packed_attention", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
 def packed_attention(
     query: Tensor,
@@ -25,18 +25,21 @@ def packed_attention(
     """Causal attention within each document.
 
     Args:
-        query: ``[T, heads, head size]``, the tokens of all documents end to end; contiguous, as are keys and values.
-        key: ``[T, groups, head size]``; heads are a multiple of groups.
-        value: As keys.
-        bounds: Where each document begins, and the last one ends, ``[D + 1]`` of int32.
-        longest: Tokens of the longest document, a scalar on the CPU.
-        window: How many tokens a token sees, itself included; 0 for all of its document.
+        query: Queries of all documents end to end, ``[T, heads, head size]``, contiguous.
+        key: Keys, ``[T, groups, head size]``, contiguous; the number of heads is a multiple of the number of groups.
+        value: Values, ``[T, groups, head size]``, contiguous.
+        bounds: Cumulative lengths of the documents, ``[D + 1]`` of int32.
+        longest: Length of the longest document, a scalar on the CPU.
+        window: Number of tokens that a token attends to, itself included; 0 for no limit within its document.
         scale: Factor on the scores.
-        dropout: Probability with which an attention weight is dropped.
+        dropout: Probability of dropping an attention weight.
 
     Returns:
-        What each token gathers, ``[T, heads, head size]``; the logarithm of each softmax's denominator,
-        ``[heads, T]`` in float32 (float64 for float64); and the state of the random numbers, ``[2]`` of uint64.
+        The attention output, ``[T, heads, head size]``; the log-sum-exp of the scores, ``[heads, T]`` in float32
+        (float64 for float64); and the state of the random number generator, ``[2]`` of uint64.
+
+    Raises:
+        NotImplementedError: On devices without a kernel.
     """
     raise NotImplementedError(f"packed_attention has no kernel for {query.device.type}.")
 
@@ -56,7 +59,11 @@ def packed_attention_backward(
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values, from that of :func:`packed_attention`'s first result."""
+    """Gradients of queries, keys and values, given the gradient of :func:`packed_attention`'s output.
+
+    Raises:
+        NotImplementedError: On devices without a kernel.
+    """
     raise NotImplementedError(f"packed_attention has no kernel for {query.device.type}.")
 
 

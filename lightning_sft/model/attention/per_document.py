@@ -1,9 +1,9 @@
-"""Attention of packed documents under transformers' interfaces.
+"""Attention of packed documents behind transformers' interfaces.
 
-Where a kernel computes what the architecture's attention does, all documents go through it as one operator, on a GPU
-also through FlexAttention; elsewhere each document goes through stock attention by itself. So grouped heads, soft-caps,
-sinks, dropout and whatever else an architecture has are what they are in stock attention; only the T × T mask is gone,
-and the work on its zeros.
+Where a kernel computes what the architecture's attention does, one operator (on GPUs also FlexAttention) computes all
+documents; otherwise stock attention computes each document separately. Grouped heads, soft-caps, sinks, dropout and any
+other feature of an architecture thus work as in stock attention; only the T × T mask, and the work on its zeros, is
+gone.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lightning_sft.model.attention.masks import rows_of_documents as rows_of_doc
 from lightning_sft.model.attention.operator import packed_attention
 
 NAMES = {"sdpa": "per_document", "eager": "per_document_eager"}
-"""Names of ours in transformers, by the stock attention that documents go through."""
+"""Names of per-document attention in transformers, by the stock attention that it calls."""
 
 
 class NoEagerAttentionError(Exception):
-    """An architecture defines no eager attention where transformers' architectures do."""
+    """The module of an architecture defines no ``eager_attention_forward``."""
 
 
 def mask(stock: str, **of_transformers: Any) -> Documents | Tensor | None:
-    """What layers get as their mask: :class:`Documents` where rows hold some, else that of the stock attention."""
+    """The mask passed to layers: :class:`Documents` if rows hold several, else the mask of the stock attention."""
     make: Callable[..., Tensor | None] = sdpa_mask if stock == "sdpa" else eager_mask
     rows, length = masks.current(), of_transformers["q_length"]
     shape = (of_transformers["batch_size"], length)
@@ -48,17 +48,17 @@ def mask(stock: str, **of_transformers: Any) -> Documents | Tensor | None:
     dtype = of_transformers["dtype"] if stock == "eager" else None
     sees = of_transformers["mask_function"]
     documents = rows.documents(sees, of_transformers.get("local_size"), dtype)
-    if documents is None:  # something else than documents in a row; they are kept apart all the same
+    if documents is None:  # not causal within documents, which still have to be isolated
         apart = and_masks(sees, packed_sequence_mask_function(rows.counted()))
         return make(**of_transformers | {"mask_function": apart, "allow_is_causal_skip": False})
     if documents.lengths == [length] * shape[0] and documents.widest is None:
-        return make(**of_transformers)  # one a row
+        return make(**of_transformers)  # one document per row
     _prepare(documents, stock)
     return documents
 
 
 def _prepare(documents: Documents, stock: str) -> None:
-    """Make what layers read from documents, here and not in a compiled layer; layers share it."""
+    """Compute what layers read from documents, once for all layers and outside of compiled ones."""
     device = torch.device(documents.device)
     if stock == "sdpa" and documents.one_call is None:
         documents.one_call = one_call(device)
@@ -68,7 +68,7 @@ def _prepare(documents: Documents, stock: str) -> None:
 
 
 def one_call(device: torch.device) -> OneCall | None:
-    """What the operator takes on a device, or ``None`` where it has no kernel."""
+    """What the operator supports on a device, or ``None`` if it has no kernel."""
     if device.type == "cpu":
         return cpu.one_call()
     return gpu.one_call(device) if device.type == "cuda" else None
@@ -93,7 +93,7 @@ def attend(
     takes = documents.one_call is not None and documents.one_call.takes(query, key, value, dropout)
     if stock == "sdpa" and takes and settings.get("position_bias") is None:
         dtype, window = computed_in(query), documents.window or 0
-        # [B · N, heads, head size]; kernels return the strides they are given, and compiled layers want those of fakes
+        # [B · N, heads, head size]; contiguous, so that output strides match those of the fake kernel
         tokens = (x.transpose(1, 2).flatten(0, 1).to(dtype).contiguous() for x in (query, key, value))
         out = packed_attention(*tokens, documents.bounds, documents.longest, window, scale, dropout)[0]
         return out.view(query.shape[0], -1, *out.shape[1:]), None
@@ -110,10 +110,10 @@ def _stock(stock: str, module: nn.Module) -> Callable[..., Any]:
 
 
 def eager_of(module: nn.Module) -> Callable[..., Any]:
-    """The eager attention of the architecture that a layer is of.
+    """The eager attention function of a layer's architecture.
 
     Raises:
-        NoEagerAttentionError: When its file has none.
+        NoEagerAttentionError: When the architecture's module defines none.
     """
     for kind in type(module).__mro__:
         function: Callable[..., Any] | None = getattr(sys.modules[kind.__module__], "eager_attention_forward", None)
@@ -122,8 +122,8 @@ def eager_of(module: nn.Module) -> Callable[..., Any]:
     raise NoEagerAttentionError(f"{type(module).__name__} has no eager_attention_forward")
 
 
-# not compiled, since lengths differ from batch to batch
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
+# not compiled, since lengths vary between batches
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # untyped in torch
 def _each(
     stock: str,
     module: nn.Module,

@@ -1,4 +1,4 @@
-"""Work that one rank does for all: whole weights gathered on it, and the others waiting for its result or its error."""
+"""Work that rank 0 does for all ranks: they wait for its result or error, and unsharded weights are gathered on it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class FirstRank:
-    """Runs work on rank 0; every rank has to call it, and gets what it returned, or the error that it raised.
+    """Runs a function on rank 0; every rank must call it, and receives the result or the error.
 
-    The others wait in a process group of their own, on the CPU: writing a large model may take longer than collectives
-    on a device are given. Without processes, the work is simply done.
+    The other ranks wait in a separate CPU process group, because writing a large model may exceed the timeout of
+    collectives on a device. Without a process group the function is just called.
 
     >>> FirstRank()(lambda: 1 + 1)
     2
@@ -33,11 +33,14 @@ class FirstRank:
         self.is_here = self.group is None or dist.get_rank() == 0
 
     def __call__(self, work: Callable[[], T]) -> T:
-        """The result of the work.
+        """The result of ``work`` on rank 0.
+
+        Args:
+            work: Function to call on rank 0; its result is pickled.
 
         Raises:
-            InputError: On every rank, where the work raised it.
-            RuntimeError: On other ranks, where the work raised anything else.
+            InputError: On every rank, if ``work`` raised it.
+            RuntimeError: On the other ranks, if ``work`` raised anything else.
         """
         result, error = self.tried(work)
         if error is not None:
@@ -45,8 +48,8 @@ class FirstRank:
         return cast(T, result)
 
     def tried(self, work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-        """The result of the work, and the error that it raised: no rank goes on as if nothing were wrong."""
-        outcome: list[Any] = [None, None, False]  # result, error in words, whether it is one of the user's making
+        """The result of ``work`` on rank 0, and the error if it raised one, on every rank."""
+        outcome: list[Any] = [None, None, False]  # result, error message, whether it is an InputError
         raised: Exception | None = None
         if self.is_here:
             try:
@@ -57,17 +60,17 @@ class FirstRank:
             torch.distributed.broadcast_object_list(outcome, src=0, group=self.group)
         result, message, is_of_user = outcome
         if message is not None and raised is None:
-            text = f"Rank 0 failed, for which this rank was waiting. {message}"
+            text = f"Rank 0 failed while this rank waited for it. {message}"
             raised = InputError(text) if is_of_user else RuntimeError(text)
         return result, raised
 
 
 def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """Copies of all weights and buffers of a module on the CPU, whole, one after the other, however they are sharded.
+    """Gather unsharded CPU copies of all weights and buffers of a module, one at a time.
 
     Args:
-        module: The module; every rank has to call this.
-        keep: Whether this rank wants them; else they are gathered, and nothing is returned.
+        module: Module, sharded or not; every rank must call this.
+        keep: Whether to return the copies on this rank; otherwise the result is empty.
     """
     found = {}
     for name, value in module.state_dict(keep_vars=True).items():
@@ -75,7 +78,7 @@ def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
             continue
         with gathered([value] if isinstance(value, nn.Parameter) else []):
             whole: Any = value.detach()
-            if hasattr(whole, "full_tensor"):  # on its device, also where it is offloaded to the host
+            if hasattr(whole, "full_tensor"):  # gathered on the device, even if offloaded to the host
                 whole = whole.to(whole.device_mesh.device_type).full_tensor()
             if keep:
                 found[name] = whole.to("cpu", copy=True)

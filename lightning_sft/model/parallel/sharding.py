@@ -17,17 +17,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from lightning_sft.machine.contexts import blocks
 from lightning_sft.types import InputError
 
-DtypeName = Literal["bfloat16", "float32"]  # float16 would need its loss scaled
+DtypeName = Literal["bfloat16", "float32"]  # float16 would need loss scaling
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a model is laid out on a mesh of ``("data_parallel", "tensor_parallel")``.
+    """Layout of a model on a mesh with dimensions ``("data_parallel", "tensor_parallel")``.
 
     Args:
-        mesh: The devices.
-        compute_dtype: Dtype of the forward and backward pass; the shards, and the sums over ranks, keep their own.
-        cpu_offload: Whether shards, gradients and optimizer live in the host's memory between their uses.
+        mesh: Device mesh.
+        compute_dtype: Dtype of the forward and backward pass; shards keep their dtype, gradients are reduced in
+            float32.
+        cpu_offload: Whether to keep shards, gradients and optimizer state in host memory between uses.
     """
 
     mesh: DeviceMesh
@@ -35,14 +36,15 @@ class Sharding:
     cpu_offload: bool = False
 
     def apply(self, root: nn.Module, model: Any) -> None:
-        """Shard in place: first the matrices of a layer over tensor-parallel ranks, then all of it over the others.
+        """Shard in place: first matrices over tensor-parallel ranks, then all parameters over data-parallel ranks.
 
         Args:
-            root: What is called, with the model in it: its parameters outside of layers are gathered on its call.
-            model: The model of transformers, on any device.
+            root: Module that is called and contains the model; a call gathers its parameters outside of layers.
+            model: Model of transformers, on any device.
 
         Raises:
-            InputError: When transformers has no tensor-parallel plan for it, or one that is not of plain matrices.
+            InputError: When transformers has no tensor-parallel plan for the model, or a plan that is not supported
+                here.
         """
         if self.mesh["tensor_parallel"].size() > 1:
             _parallelize(model, self.mesh["tensor_parallel"])
@@ -63,16 +65,14 @@ class Sharding:
 
 
 def layers(model: Any) -> list[nn.Module]:
-    """The decoder layers of a transformers model: the modules of which it says that they must not be split.
+    """The decoder layers of a transformers model, as declared by its ``_no_split_modules``.
 
     Raises:
-        InputError: When it does not say so.
+        InputError: When it declares none.
     """
     found = blocks(model)
     if not found:
-        raise InputError(
-            f"{type(model).__name__} does not say which modules are its layers; they cannot be told apart."
-        )
+        raise InputError(f"{type(model).__name__} does not declare which modules are its layers (_no_split_modules).")
     return found
 
 
@@ -84,8 +84,8 @@ def _parallelize(model: Any, mesh: DeviceMesh) -> None:
     if not plan or not set(plan.values()) <= styles.keys():
         given = f"needs {sorted(set(plan.values()) - styles.keys())}" if plan else "transformers has no plan"
         raise InputError(
-            f"{type(model).__name__} cannot be split over tensor-parallel ranks: {given}; matrices can be split by "
-            "columns and rows. Set trainer.strategy.tensor_parallel_size=1, or use trainer.strategy=fsdp2."
+            f"{type(model).__name__} does not support tensor parallelism: {given}; supported are splits of "
+            "matrices by columns and rows. Set trainer.strategy.tensor_parallel_size=1, or use trainer.strategy=fsdp2."
         )
     heads = {name: getattr(model.config.get_text_config(), name, None) for name in _HEADS}
     if odd := {name: count for name, count in heads.items() if count and count % mesh.size()}:
@@ -99,7 +99,7 @@ _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
 def loading_config(strategy: Any) -> Any:
-    """What lets transformers load weights into pieces, as long as it is referred to; ``None`` without ZeRO-3."""
+    """Config that makes transformers load partitioned weights while it is referenced; ``None`` without ZeRO-3."""
     if not getattr(strategy, "zero_stage_3", False):
         return None
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -108,7 +108,7 @@ def loading_config(strategy: Any) -> Any:
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
-    """The whole parameters on every rank, for as long as the context lasts; they are not to be changed."""
+    """Context in which parameters are gathered on every rank, for reading only."""
     pieces = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not pieces:
         return nullcontext()
@@ -119,21 +119,21 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
 
 
 def gathered_head(head: nn.Module) -> nn.Module | Tensor:
-    """The head as it is, or, under ZeRO-3, its weight.
+    """The head itself or, under ZeRO-3, its weight.
 
-    A module lets go of its parameters after each of its calls, so each chunk of targets would gather the head anew, and
-    its gradient would find no weight. DeepSpeed gathers a weight that another module's forward pass asks for until
-    that pass is over, and again for its backward pass.
+    A module frees its parameters after each call, so each chunk of targets would gather the head again, and its
+    backward pass would find no weight. A weight that another module's forward pass reads stays gathered until that pass
+    is over, and is gathered again for its backward pass.
 
     Raises:
-        InputError: Under ZeRO-3, when the head is more than a matrix.
+        InputError: Under ZeRO-3, when the head is not a linear layer without bias.
     """
     weight = next(head.parameters())
     if not hasattr(weight, "ds_id"):
         return head
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise InputError(
-            f"Under ZeRO-3 the head must be a matrix without bias; that of this model is a {type(head).__name__}. "
+            f"Under ZeRO-3 the head must be a linear layer without bias; this model has a {type(head).__name__}. "
             "Use trainer.strategy=deepspeed_stage_2 or fsdp2."
         )
     return head.weight

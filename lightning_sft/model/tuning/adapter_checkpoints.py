@@ -1,4 +1,4 @@
-"""Checkpoints that hold what was trained and not the base: megabytes instead of gigabytes."""
+"""Checkpoints of the trained parameters without the base: megabytes instead of gigabytes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "use_cache", "qua
 
 
 def samples(model: nn.Module, count: int = 8) -> Tensor:
-    """A few entries of every plain parameter: cheap, and other weights have others.
+    """A few entries of every parameter that is not quantized: a cheap fingerprint of the weights.
 
     Args:
-        model: Before anything is put into it.
-        count: Entries of a parameter.
+        model: Pretrained model, before adapters are added.
+        count: Number of entries per parameter.
     """
     floating = [p.detach() for p in model.parameters() if p.is_floating_point()]
     plain = [p.flatten() for p in floating if not is_traceable_wrapper_subclass(p)]
@@ -28,12 +28,12 @@ def samples(model: nn.Module, count: int = 8) -> Tensor:
 
 
 def shrink(checkpoint: dict[str, Any], module: nn.Module, base: Tensor) -> None:
-    """Leave only what is trained in a checkpoint, and note what it was trained on.
+    """Reduce a checkpoint to the trained tensors, and record a fingerprint of the base.
 
     Args:
-        checkpoint: Of the module, with whole tensors; other ranks than 0 may have none of them.
-        module: With adapters.
-        base: Samples of the pretrained weights.
+        checkpoint: Checkpoint of the module with unsharded tensors; ranks other than 0 may have none of them.
+        module: Module with adapters.
+        base: Fingerprint of the pretrained weights, see :func:`samples`.
     """
     kept = _kept(module)
     checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in kept}
@@ -44,44 +44,46 @@ def shrink(checkpoint: dict[str, Any], module: nn.Module, base: Tensor) -> None:
 
 
 def check(checkpoint: dict[str, Any], module: Any, base: Tensor | None) -> None:
-    """Refuse a checkpoint whose weights are not those of this module; torch cannot, since the base is missing.
+    """Refuse a checkpoint that does not match the module; torch cannot check this, since the base is missing.
 
     Args:
-        checkpoint: Of any module; its tensors may have been loaded already, and taken out.
-        module: Configured.
-        base: Samples of its base, if it has adapters.
+        checkpoint: Checkpoint of any module; its tensors may already have been loaded and removed.
+        module: Module whose model has been configured.
+        base: Fingerprint of the module's base, see :func:`samples`; ``None`` without adapters.
 
     Raises:
-        InputError: When it was written with other adapters, on another base, or without any.
+        InputError: When it was written with other adapters, with another base, or without adapters.
     """
     saved, found = checkpoint.get("hyper_parameters", {}), checkpoint.get(ADAPTERS_KEY)
     if base is None:
         if found is not None or saved.get("lora"):
-            raise InputError(f"The checkpoint is of a run with adapters, {_shown(saved)}. Set the same here.")
+            raise InputError(f"The checkpoint is from a run with adapters, {_shown(saved)}. Use the same settings.")
         return
     if not saved.get("lora"):
         raise InputError(
-            "The checkpoint is of a run without adapters, but model.lora is set. Leave it out to go on with that run; "
-            "to train adapters on its result, export that (lightning-sft export) and take it as model.pretrained."
+            "The checkpoint is from a run without adapters, but model.lora is set. Remove model.lora to resume it; "
+            "to train adapters on its result, export it (lightning-sft export) and use it as model.pretrained."
         )
     given = None if found is None else {name: tuple(shape) for name, shape in found["shapes"].items()}
-    if found is None and "state_dict" in checkpoint:  # all of it, of a strategy that keeps checkpoints whole
+    if (
+        found is None and "state_dict" in checkpoint
+    ):  # a full checkpoint, from a strategy that cannot load a partial one
         given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     wanted = _kept(module) if found is not None else module.state_dict()
     expected = {name: tuple(value.shape) for name, value in wanted.items()}
     if given is not None and given != expected:
         names = sorted(name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name))
         raise InputError(
-            f"The checkpoint does not fit: {names[0]} is {given.get(names[0], 'missing')} in it and "
-            f"{expected.get(names[0], 'missing')} here, and so for {len(names)} in all. It is of a run with "
-            f"{_shown(saved)}. Set the same, and the same model.frozen and model.trained."
+            f"The checkpoint does not match the model: {names[0]} is {given.get(names[0], 'missing')} in the file "
+            f"and {expected.get(names[0], 'missing')} here ({len(names)} mismatches in all). It is from a run with "
+            f"{_shown(saved)}. Use the same settings, including model.frozen and model.trained."
         )
     if found is not None:
         _check_base(_tensor(found["base"]), base, saved.get("hf_config") or {}, module)
 
 
 def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
-    """Add the base, as the module has it, to what is loaded into it: so nothing is missing, or warned of."""
+    """Add the module's own base to the state to load, so that no key is missing."""
     if ADAPTERS_KEY in checkpoint and "state_dict" in checkpoint:
         for name, parameter in module.named_parameters(remove_duplicate=False):
             checkpoint["state_dict"].setdefault(name, parameter)
@@ -92,16 +94,18 @@ def _check_base(saved: Tensor, base: Tensor, config: dict[str, Any], module: Any
     differs = [k for k in config.keys() & now.keys() if k not in _VOLATILE and config[k] != now[k]]
     if differs:
         changes = ", ".join(f"{key}: {config[key]} then, {now[key]} now" for key in sorted(differs))
-        raise InputError(f"The base {module.pretrained!r} is not that of the adapters: {changes}. {_REMEDY}")
+        raise InputError(
+            f"The base {module.pretrained!r} is not the one the adapters were trained on: {changes}. {_REMEDY}"
+        )
     if saved.shape != base.shape or not _same(saved, base):
-        raise InputError(f"The base {module.pretrained!r} has other weights than those of the adapters. {_REMEDY}")
+        raise InputError(f"The weights of {module.pretrained!r} are not those the adapters were trained on. {_REMEDY}")
 
 
-_REMEDY = "Give the model that they were trained on as model.pretrained; it may have moved."
+_REMEDY = "Set model.pretrained to the original base; its path may have changed."
 
 
 def _plain(base: Tensor) -> dict[str, Any]:
-    """A tensor as plain values, which are there even where a checkpoint is read without its tensors."""
+    """A tensor as plain values, which remain when a checkpoint is read without its tensors."""
     return {"dtype": str(base.dtype).removeprefix("torch."), "values": base.tolist()}
 
 
@@ -110,7 +114,7 @@ def _tensor(plain: dict[str, Any]) -> Tensor:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Equal; or, read in two dtypes, equal up to the rounding of the coarser one."""
+    """Whether two fingerprints are equal; in different dtypes, up to the rounding of the coarser one."""
     if a.dtype == b.dtype:
         return torch.equal(a, b)
     error = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
@@ -118,7 +122,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _kept(module: nn.Module) -> dict[str, Tensor]:
-    """What is trained, and what a state has besides parameters, as statistics of a norm."""
+    """Trained parameters and persistent buffers, such as running statistics."""
     trained = {n: p for n, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     saved = module.state_dict().keys()
     return trained | {n: b for n, b in module.named_buffers(remove_duplicate=False) if n in saved}

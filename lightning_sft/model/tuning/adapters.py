@@ -1,6 +1,6 @@
-"""Adapters of peft inside a model of transformers: put in, and merged.
+"""Injecting peft adapters into a transformers model, and merging them.
 
-They are injected in place, so the model stays the PreTrainedModel that everything else here works on.
+Adapters are injected in place, so the model stays the PreTrainedModel that the rest of the package expects.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ ADAPTER_NAME = "default"
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters: ``W x + (alpha / r) · B A x``, of which only A and B are trained (Hu et al. 2021, LoRA).
+    """Low-rank adapters: ``W x + (alpha / r) · B A x``, where only A and B are trained (Hu et al. 2021, LoRA).
 
     Args:
         r: Rank of the adapters.
-        alpha: Their scale, times r.
-        dropout: Dropout on the input of each adapter.
-        targets: Names of the modules that get one, as ``[q_proj, v_proj]``; by default all linear ones but the head.
-        exclude: Names of modules that get none.
-        dora: Train the lengths of the columns apart from their directions (Liu et al. 2024, DoRA).
-        rslora: Scale by ``alpha / √r`` instead (Kalajdzievski 2023, rsLoRA).
-        init: How A begins; B begins with zeros, so that the first step starts at the pretrained model.
-        base_dtype: Dtype that the frozen base is rounded to, and held in under ``bf16-mixed``; by default bfloat16
-            there if it is stored in bfloat16, else float32. What is trained is float32 in either case.
+        alpha: Numerator of the scale ``alpha / r``.
+        dropout: Dropout probability on the input of each adapter.
+        targets: Names of the modules to adapt, such as ``[q_proj, v_proj]``; by default all linear layers but the head.
+        exclude: Names of modules to leave without adapters.
+        dora: Whether to train magnitude and direction of the weights separately (Liu et al. 2024, DoRA).
+        rslora: Whether to scale by ``alpha / √r`` instead (Kalajdzievski 2023, rsLoRA).
+        init: Initialization of A; B starts at zero, so that training starts at the pretrained model.
+        base_dtype: Dtype that the frozen base is rounded to, and stored in under ``bf16-mixed``; by default bfloat16
+            there if the checkpoint is stored in bfloat16, else float32. Trained parameters are always float32.
     """
 
     r: Count = 16
@@ -57,16 +57,16 @@ class Lora:
 
     @classmethod
     def of(cls, given: Lora | Mapping[str, Any] | None) -> Lora | None:
-        """The same from the plain dictionary that a checkpoint has of it."""
+        """Convert the plain dictionary of a config or checkpoint; other values are returned unchanged."""
         found: Lora | None = made(cls, given)
         return found
 
 
 def inject(model: PreTrainedModel, lora: Lora) -> None:
-    """Put adapters into a model, in place, and freeze all the rest.
+    """Inject adapters into a model, in place, and freeze all other parameters.
 
     Raises:
-        InputError: Without peft, or when a name is that of no module, or of tied embeddings.
+        InputError: When peft is missing, or a name matches no module or tied embeddings.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -88,13 +88,13 @@ def inject(model: PreTrainedModel, lora: Lora) -> None:
         with (
             _as_if_wide(model),
             warnings.catch_warnings(),
-        ):  # where experts are fused, those of two matrices share the rank of one
+        ):  # fused experts of two matrices share one rank
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
             inject_adapter_in_model(config, model, ADAPTER_NAME)
     except ValueError as error:
         raise InputError(f"model.lora cannot be put into {type(model).__name__}: {error}") from error
     for layer in _layers(model).values():
-        if lora.dora:  # its lengths are those of the matrices; it casts these to the dtype of its input, so that stays
+        if lora.dora:  # magnitudes are computed from the matrices; DoRA keeps casting to the dtype of its input
             layer.lora_variant[ADAPTER_NAME].init(layer, ADAPTER_NAME)
         else:
             layer._cast_input_dtype = _unless_autocast
@@ -108,25 +108,25 @@ def widen(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether there are adapters in it, or rows of new tokens trained apart from their matrix."""
+    """Whether the model has adapters, or rows of new tokens that are trained separately from their matrix."""
     return hasattr(model, "peft_config") or bool(new_tokens.modules(model))
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter is that of an adapter."""
+    """Whether a parameter belongs to an adapter."""
     return ".lora_" in name
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """Write adapters and rows of new tokens into the weights, in place: what is left is a plain model.
+    """Merge adapters and rows of new tokens into the weights, in place, which leaves a plain model.
 
-    A quantized base becomes a plain one first, of the very values that the adapters were trained on.
+    A quantized base is dequantized first, to exactly the values that the adapters were trained on.
 
     Args:
-        model: With or without adapters, on one process.
+        model: Model with or without adapters, unsharded.
 
     Returns:
-        The same object.
+        The same model, merged in place.
     """
     new_tokens.merge(model)
     if not hasattr(model, "peft_config"):
@@ -150,22 +150,22 @@ def _check_names(model: PreTrainedModel, lora: Lora) -> None:
     unknown = [target for target in given if not any(name == target or name.endswith(f".{target}") for name in names)]
     if unknown:
         leaves = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
-        raise InputError(f"model.lora names {unknown}, but there is no such module. The linear ones are {leaves}.")
+        raise InputError(f"model.lora names {unknown}, which match no module. The linear layers are {leaves}.")
     if model.config.get_text_config().tie_word_embeddings and lora.targets != "all-linear":
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         tied = [name for name, module in model.named_modules() if module in ends]
         if wrong := [t for t in lora.targets if any(name == t or name.endswith(f".{t}") for name in tied)]:
             raise InputError(
-                f"model.lora.targets has {wrong}, but embeddings and head are tied in this model: merging an adapter "
-                "into one would change the other. Leave it out, or train the matrix itself: model.trained=['*embed*']."
+                f"model.lora.targets includes {wrong}, but embeddings and head are tied in this model, so merging an "
+                "adapter into one would change the other. Remove it, or train the matrix: model.trained=['*embed*']."
             )
 
 
 @contextmanager
 def _as_if_wide(model: nn.Module) -> Iterator[None]:
-    """Parameters held in fewer bits than torch's default have values of that dtype, all 0, which take no memory.
+    """Replace low-precision parameters by zeros in torch's default dtype, which take no memory.
 
-    peft makes adapters in the dtype of their matrix. Their first values then do not depend on what the base is held in.
+    peft creates adapters in the dtype of their matrix. Their initial values thus do not depend on the base dtype.
     """
     held = {parameter: parameter.data for parameter in narrow(model)}
     for parameter in held:
@@ -178,15 +178,15 @@ def _as_if_wide(model: nn.Module) -> Iterator[None]:
 
 
 def _unless_autocast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The input of an adapter, in the dtype of its weights; autocast would only cast it back, each time to a new copy.
+    """Cast the input of an adapter to the dtype of its weights, except under autocast, which would cast it back.
 
-    So the adapters of query, key and value keep one tensor for their backward pass, and not three.
+    The adapters of query, key and value thus save one tensor for the backward pass instead of three copies.
     """
     return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """The layers that peft has put around modules, by name."""
+    """The layers that peft has wrapped around modules, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -196,7 +196,7 @@ def _unload(model: PreTrainedModel, merged: bool) -> None:
     layers = _layers(model)
     for name, layer in layers.items():
         if name.removesuffix(".base_layer") in layers.keys() - {name}:
-            continue  # fused experts have an adapter around another: the outer one takes both out
+            continue  # fused experts have nested adapters: the outer one removes both
         if hasattr(layer, "unload_and_optionally_merge_module"):
             base = layer.unload_and_optionally_merge_module(merge=merged, safe_merge=False, adapter_names=None)
         else:

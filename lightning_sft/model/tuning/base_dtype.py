@@ -1,7 +1,7 @@
-"""The dtype that a frozen base is held in under adapters: bfloat16 where that rounds nothing, or where it is asked for.
+"""Dtype of the frozen base under adapters: bfloat16 if that rounds nothing, or on request.
 
-Under ``bf16-mixed`` every matmul reads its matrix in bfloat16. A float32 base that is not trained gains nothing from
-its other 16 bits, but takes twice the memory, and autocast keeps a bfloat16 copy for the backward pass as well.
+Under ``bf16-mixed`` every matmul reads its matrix in bfloat16. A frozen float32 base gains nothing from its other 16
+bits but takes twice the memory, and autocast also keeps a bfloat16 copy for the backward pass.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ BaseDtype = Literal["bfloat16", "float32"]
 def base_dtype(
     asked: BaseDtype | None, autocast: torch.dtype | None, is_stored_in_bfloat16: Callable[[], bool]
 ) -> torch.dtype:
-    """Which dtype to load a base in.
+    """Choose the dtype to load a base in.
 
-    Without a wish it is bfloat16 where products are computed in bfloat16 and all weights are stored in it, so that the
-    values are the same in either dtype: a checkpoint of the run can be resumed and exported in both.
+    The default is bfloat16 if matmuls compute in bfloat16 and all weights are stored in it, so that the values are the
+    same in either dtype: a checkpoint of the run can be resumed and exported in both.
 
     Args:
-        asked: The user's choice.
-        autocast: Dtype that matmuls are cast to, or ``None``.
-        is_stored_in_bfloat16: Called only where it matters.
+        asked: Dtype requested by the user, or ``None``.
+        autocast: Dtype of autocast, or ``None``.
+        is_stored_in_bfloat16: Function that tells whether all weights are stored in bfloat16; called only if needed.
 
     >>> base_dtype("bfloat16", None, bool), base_dtype(None, torch.bfloat16, bool)
     (torch.bfloat16, torch.float32)
@@ -42,15 +42,15 @@ def base_dtype(
 
 
 def is_stored_in_bfloat16(pretrained: str) -> bool:
-    """Whether every floating-point tensor of its safetensors files is bfloat16, by their headers.
+    """Whether every floating-point tensor of a model's safetensors files is bfloat16, according to their headers.
 
     Args:
-        pretrained: A hub name, whose files are downloaded if they are not here, a folder, or a GGUF file.
+        pretrained: A hub name, whose files are downloaded if they are not cached; a folder; or a GGUF file.
     """
     found: set[str] = set()
     for path in weight_files(pretrained):
         with safe_open(path, framework="pt") as file:
-            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, it is no mapping
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118, not a mapping
     return {dtype for dtype in found if dtype.startswith(("F", "BF"))} == {"BF16"}
 
 
@@ -64,6 +64,6 @@ def weight_files(pretrained: str) -> list[str]:
                 return [path]
             shards = json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()
             return [str(cached_file(source, shard)) for shard in sorted(set(shards))]
-        except OSError:  # no such file, or no such model: loading says so
+        except OSError:  # no such file or model, which loading reports
             continue
     return []

@@ -1,4 +1,4 @@
-"""Noise on embeddings in training."""
+"""NEFTune: noise on embeddings during training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from lightning_sft.types import IGNORE, Batch
 
 
 def add_noise(scorer: nn.Module, model: PreTrainedModel, alpha: float) -> None:
-    """Add ``alpha / √(N · H) · ε`` with ε uniform in (−1, 1) to embeddings in training (Jain et al. 2023, NEFTune).
+    """Add ``alpha / √(N · H) · ε``, ε uniform in (−1, 1), to embeddings during training (Jain et al. 2023, NEFTune).
 
-    N is the length of a document, up to its last target: of each by itself where several share a row, and without the
-    padding where each has its own, so its noise is as large either way. It comes from torch's generator.
+    N is the length of a document up to its last target, whether it shares a row with others or is padded, so the noise
+    does not depend on packing. It is drawn from torch's default generator.
 
     Args:
-        scorer: Called with a :class:`Batch`; there is noise only while it runs, in training mode.
-        model: The model in it.
-        alpha: 5 to 15 in the paper.
+        scorer: Module that contains the model; noise is added only while it runs on a :class:`Batch` in training mode.
+        model: Model whose embeddings receive the noise.
+        alpha: Scale of the noise, 5 to 15 in the paper.
     """
     under_way: list[Tensor] = []
 
@@ -43,7 +43,7 @@ def add_noise(scorer: nn.Module, model: PreTrainedModel, alpha: float) -> None:
 
 
 def lengths(batch: Batch) -> Tensor:
-    """The length, up to the last target, of the document that each position is in, ``[B, N]``.
+    """Length, up to the last target, of the document of each position, ``[B, N]``.
 
     >>> from lightning_sft.data.batches.collate import collate
     >>> from lightning_sft.types import Example
@@ -53,6 +53,6 @@ def lengths(batch: Batch) -> Tensor:
     """
     documents = batch.documents()
     ends = torch.where(batch.labels != IGNORE, batch.position_ids + 2, 1)  # a label is the token after its position
-    count = len(batch.spans) or int(documents.max()) + 1  # the latter waits for the device
+    count = len(batch.spans) or int(documents.max()) + 1  # without spans this waits for the device
     longest = ends.new_ones(count).scatter_reduce(0, documents.flatten(), ends.flatten(), "amax")
     return longest[documents]

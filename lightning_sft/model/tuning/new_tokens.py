@@ -1,4 +1,4 @@
-"""New special tokens: ids for them in the tokenizer, rows for them in the embeddings and in the head."""
+"""New special tokens: their ids in the tokenizer, their rows in the embeddings and in the head."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_sft.types import InputError, widest
 
 
 def resize(model: PreTrainedModel, ids: Sequence[int], num_known: int) -> None:
-    """Rows for new tokens, each the mean of those that the model was trained with (Hewitt 2021).
+    """Add rows for new tokens, each initialized to the mean of the pretrained rows (Hewitt 2021).
 
-    The matrices only grow when they have no spare rows left; spare ones, which no token had, begin at the mean too.
+    The matrices grow only if they have no spare rows left; spare rows that get a token start at the mean, too.
 
     Args:
-        model: The model.
-        ids: Token ids; what is below ``num_known`` has a row already.
+        model: Model to resize in place.
+        ids: Token ids of the new tokens; ids below ``num_known`` already have a row.
         num_known: Size of the tokenizer before the tokens were added.
     """
     size = max(ids, default=-1) + 1
@@ -35,20 +35,24 @@ def resize(model: PreTrainedModel, ids: Sequence[int], num_known: int) -> None:
 
 
 def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
-    """Make the rows of these tokens parameters of their own, ``new_rows``; their matrices stay as they are.
+    """Make the rows of these tokens separate parameters, ``new_rows``; the matrices stay as they are.
 
-    So no gradient or optimizer state of the size of the vocabulary is needed, and no other row decays.
+    This needs no gradient or optimizer state of the size of the vocabulary, and no other row decays.
+
+    Args:
+        model: Model to change in place.
+        ids: Token ids of the rows to train.
 
     Raises:
-        InputError: When the model does more with a row than to look it up and scale it, or it has an adapter.
+        InputError: When the model does more than look up and scale a row, or embeddings or head have an adapter.
     """
     rows: dict[int, nn.Parameter] = {}
     indices = torch.tensor(sorted(ids))
     for module in _matrices(model, tied=True):
         if hasattr(module, "base_layer"):
             raise InputError(
-                "model.new_tokens trains rows of the embeddings and the head, which then cannot have adapters as well. "
-                "Leave them out of model.lora.targets."
+                "model.new_tokens trains rows of the embeddings and the head, which cannot have adapters as well. "
+                "Remove them from model.lora.targets."
             )
         weight, here = module.weight, indices.to(module.weight.device)
         if id(weight) not in rows:
@@ -59,18 +63,18 @@ def train_rows(model: PreTrainedModel, ids: Sequence[int]) -> None:
         module._of_new_rows = module.register_forward_hook(_in_head if before is None else _in_embedding)
         if before is not None and not torch.equal(module(here), before):
             raise InputError(
-                f"The embeddings of {type(model).__name__} ({type(module).__name__}) are more than a table, so rows of "
-                "new tokens cannot be trained apart. Train all of it: model.trained=['*embed*']."
+                f"The embeddings of {type(model).__name__} ({type(module).__name__}) are more than a lookup table, so "
+                "rows of new tokens cannot be trained separately. Train the whole module: model.trained=['*embed*']."
             )
 
 
 def modules(model: nn.Module) -> dict[str, Any]:
-    """The embeddings, and the head, whose rows of new tokens are trained apart, by name."""
+    """Embeddings and head if their rows of new tokens are trained separately, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "new_rows")}
 
 
 def merge(model: nn.Module) -> None:
-    """Write the rows into their matrices, and leave no trace of them."""
+    """Write the rows into their matrices, and remove the separate parameters."""
     for module in modules(model).values():
         with torch.no_grad():
             module.weight[module.new_ids] = module.new_rows.to(module.weight.dtype)
@@ -79,7 +83,7 @@ def merge(model: nn.Module) -> None:
 
 
 def _matrices(model: PreTrainedModel, tied: bool = False) -> list[Any]:
-    """Embeddings and head; where they are tied only the first, unless asked for both."""
+    """Embeddings and head; if they are tied, only the embeddings, unless ``tied`` asks for both."""
     first, last = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = getattr(last, "weight", None) is first.weight
     return [first, last] if tied or not is_tied else [first]

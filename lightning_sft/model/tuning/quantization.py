@@ -1,4 +1,4 @@
-"""Pretrained weights in 4 or 8 bits, for adapters to be trained on: less memory, and the base is rounded."""
+"""Quantization of the base under adapters to 4 or 8 bits: less memory, but a rounded base."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ _NEEDS = {"4bit": "bitsandbytes", "8bit": "torchao"}
 
 
 def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
-    """How transformers is to quantize linear layers while it loads them; embeddings, head and norms stay as they are.
+    """Config with which transformers quantizes linear layers on loading; embeddings, head and norms are not quantized.
 
-    4 bits are NF4 of bitsandbytes, with the scales quantized too (Dettmers et al. 2023, QLoRA). 8 bits are int8 of
-    torchao, of the weights alone: LLM.int8 of bitsandbytes quantizes activations as well, by what else is in the
-    micro-batch, so the likelihood of a document would depend on its neighbors.
+    4 bits are bitsandbytes' NF4 with double quantization (Dettmers et al. 2023, QLoRA). 8 bits are torchao's
+    weight-only
+    int8: LLM.int8 of bitsandbytes also quantizes activations, depending on the rest of the micro-batch, so the
+    likelihood of a document would depend on its neighbors.
 
     Args:
-        bits: How many.
-        compute_dtype: Dtype of the products with 4-bit weights.
+        bits: Number of bits, ``4bit`` or ``8bit``.
+        compute_dtype: Dtype of the matmuls with 4-bit weights.
 
     Raises:
-        InputError: When the package for it is not installed.
+        InputError: When the required package is not installed.
     """
     if find_spec(_NEEDS[bits]) is None:
         raise InputError(
-            f"model.quantize={bits} needs {_NEEDS[bits]}, which this machine does not have: "
-            "pip install 'lightning-sft[quant]', or leave it out."
+            f"model.quantize={bits} needs {_NEEDS[bits]}, which is not installed: "
+            "pip install 'lightning-sft[quant]', or leave model.quantize out."
         )
     if bits == "8bit":
         from torchao.quantization import Int8WeightOnlyConfig
@@ -49,14 +50,14 @@ def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
 
 
 def prepare(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """Have 4-bit layers compute in a dtype, whatever they were saved with, and stay differentiable; in place.
+    """Make 4-bit layers compute in a dtype, whatever they were saved with, and keep them differentiable; in place.
 
-    bitsandbytes repacks 4-bit weights for inference, on CPUs with bfloat16 instructions, at the first forward pass in
-    evaluation mode, and for good: a fit would then continue with matmuls in bfloat16 whose inputs get no gradient (seen
-    with 0.50).
+    On CPUs with bfloat16 instructions, bitsandbytes permanently repacks 4-bit weights for inference at the first
+    forward pass in evaluation mode: training would then continue with bfloat16 matmuls whose inputs get no gradient
+    (seen with 0.50).
 
     Args:
-        model: Quantized or not.
+        model: Model, quantized or not.
         compute_dtype: Dtype of the matmuls with 4-bit weights.
     """
     for module in model.modules():
@@ -67,15 +68,15 @@ def prepare(model: nn.Module, compute_dtype: torch.dtype) -> None:
 
 
 def check_stored(model: PreTrainedModel, pretrained: str, has_adapters: bool) -> None:
-    """Refuse weights that are quantized in their files, but for adapters on those of a kind that we can dequantize.
+    """Refuse pre-quantized weights, except as a base of adapters in a format that can be dequantized.
 
     Args:
-        model: As it was loaded.
-        pretrained: Its name.
-        has_adapters: Whether adapters are trained, and not the model.
+        model: Model as loaded.
+        pretrained: Hub name or path of the model, for messages.
+        has_adapters: Whether adapters are trained instead of the model.
 
     Raises:
-        InputError: When they cannot be trained on.
+        InputError: When the weights are quantized, and cannot be trained on.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None or not quantizer.pre_quantized:
@@ -86,26 +87,26 @@ def check_stored(model: PreTrainedModel, pretrained: str, has_adapters: bool) ->
     if not has_adapters:
         raise InputError(
             f"The weights of {pretrained!r} are quantized ({method}), and rounded weights cannot be trained. Train "
-            "adapters on them (model.lora.r=16), or give the model as it was before it was quantized."
+            "adapters on them (model.lora.r=16), or use the model before quantization."
         )
     if not ((method == "bitsandbytes" and settings.load_in_4bit) or (method == "torchao" and "WeightOnly" in kind)):
         raise InputError(
-            f"The weights of {pretrained!r} are quantized by {method}; adapters are trained on 4-bit weights of "
-            "bitsandbytes and on weight-only ones of torchao. Give the model as it was before it was quantized; "
-            "model.quantize rounds it while it is loaded."
+            f"The weights of {pretrained!r} are quantized with {method}; adapters can be trained on 4-bit weights "
+            "of bitsandbytes and weight-only quantization of torchao. Use the model before quantization; "
+            "model.quantize quantizes it on loading."
         )
 
 
 def is_quantized(model: PreTrainedModel) -> bool:
-    """Whether transformers has quantized it."""
+    """Whether transformers has quantized the model."""
     return getattr(model, "hf_quantizer", None) is not None
 
 
 def keep_out_of_broadcasts(module: nn.Module) -> None:
-    """Quantized matrices are the same on all ranks, and DDP, which sends those of rank 0 to all, cannot handle them.
+    """Exclude quantized matrices, equal on all ranks, from DDP's initial broadcast, which does not support them.
 
     Args:
-        module: What DDP is going to wrap.
+        module: Module that DDP is going to wrap.
     """
     packed = [name for name, parameter in module.named_parameters() if is_packed(parameter)]
     if packed:
@@ -113,7 +114,7 @@ def keep_out_of_broadcasts(module: nn.Module) -> None:
 
 
 def dequantize(model: PreTrainedModel) -> None:
-    """Plain linear layers of the values that the quantized ones stand for, in place."""
+    """Replace quantized linear layers by plain ones of the same values, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_packed(module.weight):
             weight = _values(module.weight)
@@ -121,13 +122,13 @@ def dequantize(model: PreTrainedModel) -> None:
             plain.weight.data, plain.bias = weight, module.bias
             model.set_submodule(name, plain)
     quantizer: Any = model.hf_quantizer
-    quantizer.remove_quantization_config(model)  # the marks would forbid saving it
+    quantizer.remove_quantization_config(model)  # these markers would prevent saving the model
     for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(mark, None)
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether it is a quantized matrix."""
+    """Whether a weight is a quantized matrix."""
     return hasattr(weight, "quant_state") or is_traceable_wrapper_subclass(weight.data)
 
 

@@ -1,4 +1,4 @@
-"""What of a pretrained model is trained, and what stays as it is: adapters, frozen parameters, new tokens."""
+"""What to train in a pretrained model: adapters, frozen parameters, new tokens."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from lightning_sft.types import InputError
 
 @dataclass
 class TuningConfig:
-    """What is trained, and what a checkpoint has of it.
+    """What is trained, and what checkpoints store of it.
 
     Args:
-        lora: Adapters, which are then all that is trained, but for ``trained``.
-        quantize: Bits of the pretrained weights, which adapters are trained on.
-        new_tokens: Special tokens to add to tokenizer and model; with adapters, of the embeddings only their rows are
+        lora: Settings of the adapters; only they and ``trained`` are trained then.
+        quantize: Bits of the quantized base under the adapters, ``4bit`` or ``8bit``.
+        new_tokens: Special tokens to add to tokenizer and model; with adapters, only their rows of the embeddings are
             trained.
-        frozen: Patterns of names of parameters that are not trained, as ``*.layers.0.*``.
-        trained: Patterns of those that are trained all the same, adapters or not.
+        frozen: Patterns of the names of parameters to freeze, such as ``*.layers.0.*``.
+        trained: Patterns of parameters to train even if ``frozen`` matches them, or in addition to adapters.
     """
 
     lora: Lora | None = None
@@ -39,17 +39,17 @@ class TuningConfig:
     new_tokens: Sequence[str] = ()
     frozen: Sequence[str] = ()
     trained: Sequence[str] = ()
-    _base: torch.Tensor | None = field(default=None, init=False)  # samples of the weights that adapters are for
+    _base: torch.Tensor | None = field(default=None, init=False)  # fingerprint of the weights under the adapters
 
     def hyper_parameters(self) -> dict[str, Any]:
-        """The adapters as plain values, since a checkpoint holds no objects."""
+        """The settings of the adapters as plain values, since a checkpoint holds no objects."""
         return {"lora": None if self.lora is None else asdict(self.lora)}
 
     def _check(self, trainer: Any) -> None:
-        """Refuse what would not work, or not be exact, before anything is loaded.
+        """Refuse settings that would not work, or not be exact, before anything is loaded.
 
         Raises:
-            InputError: When settings exclude each other, or the strategy cannot have them.
+            InputError: When settings exclude each other, or the strategy does not support them.
         """
         if self.quantize is not None and self.lora is None:
             raise InputError(
@@ -67,41 +67,47 @@ class TuningConfig:
             )
         if (self.lora or self.new_tokens) and getattr(strategy, "zero_stage_3", False):
             raise InputError(
-                "Under ZeRO-3 neither adapters (model.lora) nor model.new_tokens can be put into a model whose "
-                "parameters are in pieces. Use trainer.strategy=deepspeed_stage_2, fsdp2 or ddp."
+                "Under ZeRO-3 neither adapters (model.lora) nor model.new_tokens can be added to a model whose "
+                "parameters are partitioned. Use trainer.strategy=deepspeed_stage_2, fsdp2 or ddp."
             )
         mesh = _mesh(strategy)
         if self.lora and mesh is not None and mesh["tensor_parallel"].size() > 1:
             raise InputError(
-                "Adapters (model.lora) cannot be split over tensor-parallel ranks. Set "
+                "Adapters (model.lora) do not support tensor parallelism. Set "
                 "trainer.strategy.tensor_parallel_size=1, or leave model.lora out."
             )
 
     def _check_quantized(self, what: str, trainer: Any) -> None:
-        """Refuse what packed weights cannot be combined with."""
+        """Refuse settings that quantized weights cannot be combined with.
+
+        Raises:
+            InputError: With ``base_dtype``, or a strategy that shards.
+        """
         asked = None if self.lora is None else self.lora.base_dtype
         if asked is not None:
             raise InputError(
-                f"How the base is stored, {what} says, and so does model.lora.base_dtype={asked}. Leave one of the two "
-                "out."
+                f"Both {what} and model.lora.base_dtype={asked} determine how the base is stored. Remove one of them."
             )
         strategy = None if trainer is None else trainer.strategy
         if _mesh(strategy) or getattr(strategy, "config", None):
             raise InputError(
-                f"Packed weights cannot be sharded by {type(strategy).__name__}, so {what} cannot be trained on "
-                "with it. Use a single device or trainer.strategy=ddp, or weights that are not quantized."
+                f"Quantized weights cannot be sharded by {type(strategy).__name__}, so {what} cannot be used with "
+                "it. Use a single device or trainer.strategy=ddp, or weights that are not quantized."
             )
 
     def load(
         self, pretrained: str, hf_config: dict[str, Any] | None, attention: str | None, trainer: Any
     ) -> PreTrainedModel:
-        """The model with all that is to be trained in it.
+        """Load or build the model, with adapters and new tokens added and parameters frozen.
 
         Args:
-            pretrained: The base. With adapters it is always read; without, only if there is no ``hf_config``.
-            hf_config: Architecture of a model whose weights a checkpoint brings.
-            attention: Implementation of attention.
-            trainer: That of Lightning, or ``None``.
+            pretrained: Hub name or path of the base. It is read with adapters, or if ``hf_config`` is ``None``.
+            hf_config: Architecture of a model whose weights are loaded from a checkpoint later.
+            attention: Attention implementation of transformers; ``None`` lets transformers choose.
+            trainer: Lightning trainer, or ``None``.
+
+        Raises:
+            InputError: When settings exclude each other, or the model cannot be loaded.
         """
         self._check(trainer)
         if hf_config is not None and self.lora is None:
@@ -109,7 +115,7 @@ class TuningConfig:
         else:
             if self.quantize is not None and load_architecture(pretrained).get("quantization_config"):
                 raise InputError(
-                    f"The weights of {pretrained!r} are quantized already, so model.quantize={self.quantize} has no "
+                    f"The weights of {pretrained!r} are already quantized, so model.quantize={self.quantize} has no "
                     "effect. Leave it out."
                 )
             in_bfloat16 = trainer is not None and "bf16" in str(trainer.precision)
@@ -123,15 +129,15 @@ class TuningConfig:
             prepare(model, dtype)
             self._base = None if self.lora is None else adapter_checkpoints.samples(model)
             if autocast is None and own is torch.bfloat16:
-                widen(model.parameters())  # rounded; without autocast, a product takes no two dtypes
+                widen(model.parameters())  # the values are rounded; without autocast, matmuls do not mix dtypes
             is_unasked = self.lora is not None and self.lora.base_dtype is None and not is_quantized(model)
             if is_unasked and in_bfloat16 and own is torch.float32:
                 rank_zero_info(_HINT)
             self._prepare(model, pretrained)
         if untrained := choose(model, self.frozen, self.trained):
             rank_zero_info(
-                f"{len(untrained)} parameters are not trained, as {untrained[0]}: the architecture freezes them, or "
-                "text does not go through them."
+                f"{len(untrained)} parameters are not trained, such as {untrained[0]}: the architecture freezes "
+                "them, or text does not use them."
             )
         if self.lora is not None:
             widen(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -144,27 +150,31 @@ class TuningConfig:
         return base_dtype(self.lora.base_dtype, autocast, is_stored_in_bfloat16)
 
     def shrink(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
-        """Of a model with adapters, keep only what is trained, where the strategy can load that."""
+        """With adapters, reduce a checkpoint to the trained tensors if the strategy can load such a checkpoint."""
         if self._base is not None and _keeps_only_adapters(module.trainer.strategy):
             adapter_checkpoints.shrink(checkpoint, module, self._base)
 
     def complete(self, checkpoint: dict[str, Any], module: LightningModule) -> None:
-        """Refuse the checkpoint of other adapters, or of another base; add the base to one that has adapters alone."""
+        """Refuse a checkpoint of other adapters or another base; add the base to a checkpoint without it.
+
+        Raises:
+            InputError: When it does not match the module, or training resumes with other ``frozen`` or ``trained``.
+        """
         adapter_checkpoints.check(checkpoint, module, self._base)
         saved = checkpoint.get("hyper_parameters", {})
         given = {name: (saved.get(name) or [], getattr(self, name)) for name in ("frozen", "trained")}
         changes = [f"model.{name}={then}, now {now}" for name, (then, now) in given.items() if list(then) != list(now)]
         if changes and module._trainer is not None and module.trainer.training:
             raise InputError(
-                f"The checkpoint is of a run with {'; '.join(changes)}: the state of its optimizer is of other "
-                "parameters. Set the same to resume; to change it, export the checkpoint and take that as "
+                f"The checkpoint is from a run with {'; '.join(changes)}, so its optimizer state belongs to other "
+                "parameters. Use the same settings to resume; to change them, export the checkpoint and use it as "
                 "model.pretrained."
             )
         adapter_checkpoints.complete(checkpoint, module)
 
     def _prepare(self, model: PreTrainedModel, pretrained: str) -> None:
         ids: list[int] = []
-        with torch.random.fork_rng():  # the adapters' first values have to be the same on all ranks
+        with torch.random.fork_rng():  # initial values of the adapters have to be equal on all ranks
             torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))
             if self.new_tokens:
                 ids, num_known = new_token_ids(pretrained, self.new_tokens)
@@ -176,13 +186,13 @@ class TuningConfig:
 
 
 _HINT = (
-    "The base under the adapters is not stored in bfloat16, so it is held in float32, which rounds nothing. "
-    "model.lora.base_dtype=bfloat16 rounds it, and halves its memory."
+    "The base under the adapters is not stored in bfloat16, so it is kept in float32 without rounding. "
+    "model.lora.base_dtype=bfloat16 rounds it and halves its memory."
 )
 
 
 def _keeps_only_adapters(strategy: Any) -> bool:
-    """Whether a checkpoint without the base can be loaded: torch's distributed ones, and DeepSpeed's, are whole."""
+    """Whether the strategy can load a checkpoint without the base; DeepSpeed and distributed checkpoints cannot."""
     if getattr(strategy, "config", None) is not None:  # DeepSpeed
         return False
     return _mesh(strategy) is None or not strategy._save_distributed_checkpoint

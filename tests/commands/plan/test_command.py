@@ -65,7 +65,7 @@ def test_devices_that_are_not_here_can_be_planned_for(plan: Any, config: dict[st
     config["trainer"] |= {"accelerator": "gpu", "devices": 4, "strategy": "fsdp2", "precision": "bf16-mixed"}
     text = plan()
     assert "FSDP2 over 4" in text
-    assert "what a GPU has is not known here" in text
+    assert "the memory of a GPU is not known here" in text
     assert "it fits into 80.00 GiB" in plan("--memory", "80")
     config["trainer"]["strategy"] = {
         "class_path": "lightning_sft.strategies.FSDP2Strategy",

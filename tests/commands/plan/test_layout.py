@@ -77,7 +77,7 @@ def test_precisions(precision: Any, dtype: torch.dtype, autocast: torch.dtype | 
 
 
 def test_what_is_not_known_is_refused() -> None:
-    with pytest.raises(InputError, match=r"plan does not know trainer.strategy='xla'; it knows auto, ddp, fsdp2"):
+    with pytest.raises(InputError, match=r"plan does not support trainer.strategy='xla', only auto, ddp, fsdp2"):
         layout("xla")
-    with pytest.raises(InputError, match=r"plan does not know trainer.precision='transformer-engine'"):
+    with pytest.raises(InputError, match=r"plan does not support trainer.precision='transformer-engine'"):
         layout("auto", "transformer-engine")

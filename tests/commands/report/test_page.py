@@ -63,7 +63,7 @@ def test_each_start_of_a_run_has_its_command_and_time_adds_up(run: Path) -> None
     assert Run.read(run).seconds == 11
     text = write_report(str(run), str(run / "other" / "page.html")).read_text(encoding="utf-8")
     assert "lightning-sft fit &#x27;a b&#x27;" in text
-    assert "gone on with once" in text
+    assert "resumed once" in text
 
 
 def test_the_newest_run_below_a_folder_is_found_and_no_run_is_an_error(run: Path, tmp_path: Path) -> None:

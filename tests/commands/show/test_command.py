@@ -156,7 +156,7 @@ def test_a_data_module_of_another_kind_is_refused(config: dict[str, Any], tmp_pa
     (tmp_path / "other.yaml").write_text(
         yaml.safe_dump({"data": {"class_path": "lightning.pytorch.demos.boring_classes.BoringDataModule"}})
     )
-    with pytest.raises(InputError, match=r"show needs an SFTDataModule, or a class made from it, got BoringDataModule"):
+    with pytest.raises(InputError, match=r"show needs an SFTDataModule or a subclass, got BoringDataModule"):
         main(["show", "--model.pretrained", config["model"]["pretrained"], "--config", str(tmp_path / "other.yaml")])
 
 
@@ -181,5 +181,5 @@ def test_a_mixture_is_shown_with_its_realized_shares_and_audited_row_by_row(
 def test_of_a_stream_the_first_rows_are_shown(show: Any, config: dict[str, Any]) -> None:
     text = show("--data.streaming", "true", "--data.buffer_rows", "5")
     assert re.search(r"rows +5 ", text)
-    assert "this is about the first 5 rows of each data set" in text
+    assert "these are the first 5 rows of each data set" in text
     assert SHOWN not in text

@@ -41,7 +41,9 @@ def test_ours_is_chosen_where_it_keeps_documents_apart(model_type: str, settings
     assert findings.isolates_documents
 
 
-@pytest.mark.parametrize(("model_type", "why"), [("bloom", "of its own kind"), ("biogpt", "would see each other")])
+@pytest.mark.parametrize(
+    ("model_type", "why"), [("bloom", "its own attention"), ("biogpt", "would attend to each other")]
+)
 def test_stock_attention_stays_where_ours_is_not_exact_and_the_reason_is_told(model_type: str, why: str) -> None:
     model = tiny_model(model_type)
     before = model.config._attn_implementation
@@ -61,7 +63,7 @@ def test_an_architecture_that_looks_into_its_mask_keeps_stock_attention(monkeypa
     monkeypatch.setattr(type(model.model.layers[0]), "forward", looks)
     chosen, findings = choose(model)
     assert chosen.name == model.config._attn_implementation == "sdpa"
-    assert "does not take it (TypeError" in chosen.why
+    assert "does not support it (TypeError" in chosen.why
     assert findings.isolates_documents
 
 
@@ -89,9 +91,7 @@ def test_flash_attention_on_a_cpu_is_one_message_before_anything_is_loaded(asked
 
 def test_flash_attention_in_32_bits_is_refused_and_in_16_bits_is_not() -> None:
     gpu = torch.device("cuda", 0)
-    with pytest.raises(
-        InputError, match=r"computes in 16 bits, this run in float32\. Set trainer.precision=bf16-mixed"
-    ):
+    with pytest.raises(InputError, match=r"needs half precision, got float32\. Set trainer.precision=bf16-mixed"):
         check_asked("flash_attention_2", gpu, torch.float32)
     for dtype in (torch.bfloat16, torch.float16):
         check_asked("flash_attention_2", gpu, dtype)
@@ -125,7 +125,7 @@ def test_the_reason_names_the_kernel_and_why_no_better_one_is_used(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     model = tiny_model()
     chosen, _ = probed(model, *backbone_and_head(model), device=torch.device("cuda", 0))
-    assert "one call of torch's flash attention in 16 bits" in chosen.why
+    assert "one call of torch's flash attention in half precision" in chosen.why
     assert "flash_attn 3: it needs compute capability 9.0" in chosen.why
 
 

@@ -123,5 +123,5 @@ def test_outside_of_it_transformers_is_as_it_was() -> None:
 def test_lengths_that_are_not_those_of_whole_rows_are_refused(spans: tuple[int, ...]) -> None:
     positions = torch.arange(4).expand(2, 4)
     assert Rows(positions, (4, 3, 1)).spans == [4, 3, 1]
-    with pytest.raises(InputError, match=r"do not fill 2 rows of 4\. Give Batch\.spans"):
+    with pytest.raises(InputError, match=r"do not fill 2 rows of 4\. Set Batch\.spans"):
         Rows(positions, spans)

@@ -98,9 +98,9 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path: Path, pretrained: s
         again(ckpt_path=with_adapters, lora=Lora(r=8))
     with pytest.raises(InputError, match="The checkpoint does not fit"):
         again(ckpt_path=with_adapters, trained=["*norm*"])
-    with pytest.raises(InputError, match="is of a run with adapters"):
+    with pytest.raises(InputError, match="is from a run with adapters"):
         again(ckpt_path=with_adapters, lora=None)
-    with pytest.raises(InputError, match="is of a run without adapters"):
+    with pytest.raises(InputError, match="is from a run without adapters"):
         again(ckpt_path=without)
 
 

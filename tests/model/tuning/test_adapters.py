@@ -137,7 +137,7 @@ def test_adapters_go_where_they_are_told_to(pretrained: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora": Lora(targets=["q_proj", "qq"])}, r"names \['qq'\], but there is no such module"),
+        ({"lora": Lora(targets=["q_proj", "qq"])}, r"names \['qq'\], which match no module"),
         ({"lora": Lora(exclude=["qq"])}, r"names \['qq'\]"),
         ({"lora": Lora(targets=["norm"])}, "cannot be put into LlamaForCausalLM"),
         ({"lora": Lora(), "frozen": ["*lora*"]}, "leaves nothing to train"),

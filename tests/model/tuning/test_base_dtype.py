@@ -88,7 +88,7 @@ def test_what_is_not_stored_in_bfloat16_is_rounded_only_when_asked(
         caplog.clear()
         with caplog.at_level("INFO"):
             module = configured(quiet_trainer, pretrained)
-        assert "model.lora.base_dtype=bfloat16 rounds it, and halves its memory" in caplog.text
+        assert "model.lora.base_dtype=bfloat16 rounds it and halves its memory" in caplog.text
         assert dtypes(module) == ({torch.float32}, {torch.float32})
         plain = AutoModelForCausalLM.from_pretrained(pretrained, dtype=torch.float32).model.layers[0].mlp.up_proj.weight
         assert torch.equal(module.model.model.layers[0].mlp.up_proj.base_layer.weight, plain)
@@ -233,7 +233,7 @@ def test_a_base_that_was_rounded_is_merged_as_it_was_trained_on(
 @pytest.mark.parametrize(
     ("precision", "settings", "message"),
     [
-        ("bf16-mixed", {"lora": Lora(base_dtype="bfloat16"), "quantize": "4bit"}, "Leave one of the two out"),
+        ("bf16-mixed", {"lora": Lora(base_dtype="bfloat16"), "quantize": "4bit"}, "Remove one of them"),
         ("bf16-true", {"lora": Lora(base_dtype="float32")}, "casts the whole model, so model.lora.base_dtype=float32"),
     ],
 )

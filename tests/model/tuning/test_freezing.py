@@ -50,8 +50,8 @@ def test_a_tied_head_is_known_by_both_names(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"frozen": ["layers.0"]}, "model.frozen has 'layers.0', which is the name of no parameter"),
-        ({"frozen": ["*"], "trained": ["nrom"]}, "model.trained has 'nrom', which is the name of no parameter"),
+        ({"frozen": ["layers.0"]}, "model.frozen has 'layers.0', which matches no parameter"),
+        ({"frozen": ["*"], "trained": ["nrom"]}, "model.trained has 'nrom', which matches no parameter"),
         ({"frozen": ["*"]}, r"model.frozen=\['\*'\] leaves nothing to train"),
         ({"trained": ["*norm*"]}, r"are trained already.*set model.frozen=\['\*'\] and model.trained"),
         ({"lora": Lora(), "frozen": ["*embed*"]}, "are frozen already"),

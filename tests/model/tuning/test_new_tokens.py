@@ -94,7 +94,7 @@ def test_embeddings_that_do_more_are_refused(pretrained: str, monkeypatch: pytes
 
 def test_adapters_on_the_same_matrices_are_refused(pretrained: str) -> None:
     for target in ("embed_tokens", "lm_head"):
-        with pytest.raises(InputError, match="which then cannot have adapters as well"):
+        with pytest.raises(InputError, match="which cannot have adapters as well"):
             module_of(pretrained, Lora(targets=[target, "q_proj"]))
 
 

@@ -61,15 +61,15 @@ def trainer(**strategy: Any) -> Any:
         (
             TuningConfig(Lora(), quantize="4bit"),
             {"device_mesh": {"tensor_parallel": [0]}},
-            "Packed weights cannot be sharded",
+            "Quantized weights cannot be sharded",
         ),
         (
             TuningConfig(Lora(), quantize="4bit"),
             {"config": {"zero_optimization": {}}},
-            "Packed weights cannot be sharded",
+            "Quantized weights cannot be sharded",
         ),
         (TuningConfig(Lora()), {"zero_stage_3": True}, "Under ZeRO-3 neither adapters"),
-        (TuningConfig(new_tokens=["<|a|>"]), {"zero_stage_3": True}, r"nor model\.new_tokens can be put into"),
+        (TuningConfig(new_tokens=["<|a|>"]), {"zero_stage_3": True}, r"nor model\.new_tokens can be added to"),
         (
             TuningConfig(Lora()),
             {"device_mesh": {"tensor_parallel": SimpleNamespace(size=lambda: 2)}},
