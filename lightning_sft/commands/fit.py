@@ -100,7 +100,10 @@ def run(args: ArgsType) -> SFTCLI:
     Args:
         args: The verb and its arguments, or a configuration as a mapping.
     """
-    settings = {"save_config_kwargs": {"overwrite": True}, "parser_kwargs": {"prog": "lightning-sft"}}
+    settings: dict[str, Any] = {
+        "save_config_kwargs": {"overwrite": True},
+        "parser_kwargs": {"prog": "lightning-sft"},
+    }
     with unwrapped():
         return SFTCLI(**_for_classes(args), **settings, args=_classes_first(args))
 
