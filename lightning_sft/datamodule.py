@@ -40,29 +40,30 @@ class SFTDataModule(LightningDataModule):
     """Reads instruction data, encodes it with the model's chat template, and plans its micro-batches.
 
     Args:
-        train: Files, a folder, a glob, ``hf:owner/name:split`` or rows, see
+        train: Training data: files, a folder, a glob, ``hf:owner/name:split`` or rows, see
             :func:`lightning_sft.data.rows.sources.read`; or several data sets, see
             :class:`lightning_sft.data.rows.mixture.Mixture`.
-        val: The same, for validation.
-        test: The same, for ``test``.
-        predict: The same, for ``predict``; answers may be missing.
-        format: The format of all rows; told from the keys of each by default.
-        columns: The data's column for a key of the format: ``{prompt: question, completion: answer}``.
-        tokenizer: A hub name, a folder or a GGUF file; the model's own by default.
-        chat_template: A Jinja file to use instead of the tokenizer's template.
-        max_length: Most tokens in a sequence. The model's context by default.
-        overflow: Longer ones are an error, left out (``drop``), truncated, or, plain texts, split; and counted.
-        tokens_per_batch: Most positions in a micro-batch. By default 2,048, or 16,384 on a GPU, or the longest
-            sequence if that is longer.
+        val: Validation data; takes the same forms as ``train``.
+        test: Test data; takes the same forms as ``train``.
+        predict: Prompts for ``predict``; takes the same forms as ``train``, and answers may be missing.
+        format: Format of all rows; detected from the keys of each row by default.
+        columns: Column of the data for each key of the format: ``{prompt: question, completion: answer}``.
+        tokenizer: Hub name, folder or GGUF file of the tokenizer; the model's own by default.
+        chat_template: Jinja file to use instead of the tokenizer's template.
+        max_length: Maximum number of tokens per sequence; the model's context length by default.
+        overflow: Treatment of longer sequences: an ``error``, left out (``drop``), truncated, or, for plain text,
+            split; all are counted.
+        tokens_per_batch: Maximum number of positions per micro-batch; by default 2,048, or 16,384 on a GPU, or the
+            longest sequence if that is longer.
         packing: ``packed`` lays documents end to end without padding, ``padded`` gives each a row.
-        invalid_rows: Whether a row that cannot be used stops everything, or is left out and counted.
-        predict_batch_size: Prompts that are answered at a time.
-        num_workers: Worker processes that encode, and collate ahead; 0 does both in the training process. By default
-            large files and streams are encoded by all cores, and batches collated in the training process.
-        streaming: Read the training data while it is trained on, in bounded memory: for data larger than memory or
-            disk. A schedule needs ``trainer.max_steps`` then.
-        buffer_rows: Rows of a stream that each rank shuffles and packs among themselves.
-        cache: Folder where encoded files are kept, so that the next start does not encode them again; null for none.
+        invalid_rows: Whether a row that cannot be used is an ``error``, or is left out and counted (``skip``).
+        predict_batch_size: Number of prompts answered at a time.
+        num_workers: Number of worker processes that encode, and collate ahead; 0 does both in the training process. By
+            default all cores encode large files and streams, and the training process collates.
+        streaming: Read the training data while training, in bounded memory: for data larger than memory or disk. A
+            schedule then needs ``trainer.max_steps``.
+        buffer_rows: Number of rows of a stream that each rank shuffles and packs at a time.
+        cache: Folder of encoded files, so that the next start does not encode them again; null for none.
         seed: Seed of the order of the training data.
     """
 

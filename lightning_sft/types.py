@@ -109,7 +109,7 @@ class Batch:
         parts: Number of the data set that each document comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.
         lengths: Tokens of each document, 0 for one of padding; empty where nobody has counted them.
-        answers_before: Of each document, how many trained answers of its conversation stand in earlier sequences.
+        answers_before: Number of trained answers of each document's conversation that stand in earlier sequences.
         spans: Positions of each document in order, padding included: they add up to B · N. Empty where nobody has
             counted them. It is known on the host, so that attention need not ask the device where documents begin.
         targets: Flat index ``[T]`` of each position that has a label. By default, it is looked up when first asked for,
@@ -224,7 +224,7 @@ class Batch:
 
         Args:
             device: Target device.
-            non_blocking: As in torch; by default, copies of page-locked memory do not wait for the device.
+            non_blocking: Whether the host does not wait for the copy; by default only for page-locked memory.
         """
 
         def moved(tensor: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ BANNED = {
     r"\bin good order\b": "gracefully",
     r"\bmost tokens\b": "maximum number of tokens (most tokens are a majority)",
     r"\btold to end\b": "received SIGTERM, preempted",
-    r"(?<!`)\blikeliest\b(?!`)": "most likely",
+    r"(?<!`)\blikeliest\b(?![`:])": "most likely",
     r"\bmatrix products?\b": "matmul",
     r"\bin 16 bits?\b": "in half precision",
     r"(?<![<./-])\bfigures?\b(?!>)": "metric, where it is logged; chart, where it is drawn; number",
@@ -105,8 +105,8 @@ def dependent(text: str) -> str | None:
     for pattern, begins in DEPENDENT.items():
         if re.match(pattern, text, re.I):
             return f"begins with {begins}"
-    if len(re.findall(r"\w+", text)) < 3 and not UNIT.search(text):
-        return "has fewer than three words and no unit"
+    if len(re.findall(r"\w+", text)) < 2 and not UNIT.search(text):
+        return "is one word, without a unit"
     return None
 
 

@@ -20,7 +20,7 @@ from lightning_sft.callbacks.preempt import Preempted
 from lightning_sft.checkpoints.run_files import METRICS_FILE, RECORD_FILE, cut_off, lines_of, record_of, refuse_anew
 from lightning_sft.checkpoints.run_info import run_info
 from lightning_sft.checkpoints.run_lock import FolderLock
-from lightning_sft.data.inspect.summary import figures, histogram, targets_in_words
+from lightning_sft.data.inspect.summary import counts, histogram, targets_in_words
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.io.disk import append, write
 from lightning_sft.training.trainer import first_rank_does, is_between_steps
@@ -189,7 +189,7 @@ def _data(data: Any) -> dict[str, Any] | None:
     splits = getattr(data, "splits", None)
     if not splits:
         return None
-    shown: dict[str, Any] = {"splits": {name: figures(split) for name, split in splits.items()}}
+    shown: dict[str, Any] = {"splits": {name: counts(split) for name, split in splits.items()}}
     shown["remarks"] = [text for name, split in splits.items() for text in split.account.remarks(name)]
     if "train" in splits:
         shown |= {"histogram": histogram(splits["train"].lengths, 24), "targets": targets_in_words(splits["train"])}

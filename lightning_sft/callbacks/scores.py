@@ -73,4 +73,5 @@ class ScoreAnswers(Callback):
         rank_zero_info(f"{len(rows)} answers: {folder / self.filename}")
         pairs = [row["prediction"] for row in rows], [row["reference"] for row in rows]
         found = scores(*pairs, self.extract, self.rouge, self.bleu)
+        found["normalised_match"] = found["normalized_match"]  # the old key, for one release
         pl_module.log_dict({f"test/{name}": value for name, value in found.items()}, batch_size=1, sync_dist=True)

@@ -65,9 +65,9 @@ def with_own_defaults(
     parsed again, with that class as the default.
 
     Args:
-        parser: Of the arguments.
-        parse: Parses them with it.
-        subcommands: The parsers of its subcommands.
+        parser: Parser of the arguments.
+        parse: Function that parses them with it.
+        subcommands: Parsers of its subcommands.
     """
     config = parse()
     name = config.get("subcommand")

@@ -62,7 +62,7 @@ class SFTCLI(LightningCLI):
             self._checkpoint_config = Checkpoint(path).hyper_parameters.get("hf_config")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """With checkpoints, an end in good order and a ledger, where the user has none of their own."""
+        """Add checkpoints, graceful preemption and a sample log, unless the user has configured their own."""
         return super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
 
     def _defaults(self, config: Mapping[str, Any]) -> list[Callback]:

@@ -23,7 +23,7 @@ from lightning_sft.checkpoints.writing import folders_of
 from lightning_sft.commands.base import ConfigCLI
 from lightning_sft.data.batches.stream import StreamLoader
 from lightning_sft.datamodule import SFTDataModule
-from lightning_sft.evaluation.metrics import figures, sums
+from lightning_sft.evaluation.metrics import metrics_of, sums
 from lightning_sft.io.arguments import Count, Index, check_arguments
 from lightning_sft.machine.terminal import Console
 from lightning_sft.module import SFTModule
@@ -243,7 +243,7 @@ def _losses(
     total = torch.stack(totals).sum(0)
     whole = total[0].item()
     shares = [Sample(**{**vars(sample), "share": sample.share / whole}) for sample in found]
-    return figures(total)["loss"].float().item(), sorted(shares, key=lambda sample: -sample.share)
+    return metrics_of(total)["loss"].float().item(), sorted(shares, key=lambda sample: -sample.share)
 
 
 def _show(result: Replay, line: Mapping[str, Any], after: int, rows: int) -> None:

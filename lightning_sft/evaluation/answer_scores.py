@@ -23,7 +23,7 @@ def scores(
 
     ====================  ==============================================================================================
     ``exact_match``       the share of answers that are the reference, but for space around them
-    ``normalised_match``  the same for :func:`normalized` texts
+    ``normalized_match``  the same for :func:`normalized` texts
     ``extracted_match``   the share whose :func:`extracted` part is that of the reference
     ``rouge1``            F-measure of words, of torchmetrics; ``rouge2`` of pairs of words
     ``rougeL``            F-measure of the longest common subsequence of words, of torchmetrics
@@ -41,12 +41,12 @@ def scores(
         InputError: When the expression is none, has no group, or does not match every reference.
 
     >>> scores(["The cat.", "so #### 1,000"], ["cat", "#### 1000"], extract=r"(?:#### )?(\S+)$")
-    {'exact_match': 0.0, 'normalised_match': 0.5, 'extracted_match': 1.0}
+    {'exact_match': 0.0, 'normalized_match': 0.5, 'extracted_match': 1.0}
     """
     pairs = list(zip(answers, references, strict=True))
     found = {
         "exact_match": _share(answer.strip() == reference.strip() for answer, reference in pairs),
-        "normalised_match": _share(normalized(answer) == normalized(reference) for answer, reference in pairs),
+        "normalized_match": _share(normalized(answer) == normalized(reference) for answer, reference in pairs),
     }
     if extract is not None:
         wanted = [extracted(reference, extract) for reference in references]

@@ -108,7 +108,7 @@ def answers(
 
     Args:
         model: Model in evaluation mode.
-        batch: The prompts.
+        batch: Prompts to answer.
         max_new_tokens: Maximum number of tokens of an answer.
         sampling: Sampling settings; greedy by default.
         in_step: Whether all ranks have to take equally many steps, since they share the model.

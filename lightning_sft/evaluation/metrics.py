@@ -28,7 +28,7 @@ def sums(likelihood: LogLikelihood) -> Tensor:
     return torch.stack([x.detach().to(dtype) for x in found])
 
 
-def figures(totals: Tensor) -> dict[str, Tensor]:
+def metrics_of(totals: Tensor) -> dict[str, Tensor]:
     """What the sums over a corpus say: the token-weighted mean loss, the share of targets predicted, mean entropy."""
     negative_log_likelihood, weight, correct, targets, entropy = totals[:5].unbind()
     return {"loss": negative_log_likelihood / weight, "token_accuracy": correct / targets, "entropy": entropy / targets}
@@ -45,8 +45,8 @@ def sums_by_part(likelihood: LogLikelihood, batch: Batch | None) -> Tensor:
 
 
 def metrics_by_part(totals: Tensor, part_names: Sequence[str]) -> dict[str, Tensor]:
-    """:func:`figures` of a corpus, and the ``loss/name`` of each data set that has targets in it."""
-    return figures(totals[0]) | _losses(totals[1:], [f"loss/{name}" for name in part_names])
+    """:func:`metrics_of` of a corpus, and the ``loss/name`` of each data set that has targets in it."""
+    return metrics_of(totals[0]) | _losses(totals[1:], [f"loss/{name}" for name in part_names])
 
 
 def target_positions(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class CorpusLikelihood(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The metrics of everything seen since the last reset."""
         _, _, _, targets, _, negative_log_likelihood, size = self.totals[0].unbind()
-        values = figures(self.totals[0]) | {"perplexity": (negative_log_likelihood / targets).exp()}
+        values = metrics_of(self.totals[0]) | {"perplexity": (negative_log_likelihood / targets).exp()}
         if size > 0:
             values["bits_per_byte"] = negative_log_likelihood / size / torch.log(torch.tensor(2.0, dtype=size.dtype))
         losses = _losses(self.totals[1:], self.names)
@@ -167,4 +167,4 @@ def _of_targets(likelihood: LogLikelihood, batch: Batch) -> Tensor:
 
 
 def _losses(totals: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-    return {name: figures(own)["loss"] for name, own in zip(names, totals, strict=True) if own[1]}
+    return {name: metrics_of(own)["loss"] for name, own in zip(names, totals, strict=True) if own[1]}

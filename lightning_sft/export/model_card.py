@@ -41,7 +41,7 @@ def model_card(
     sections = {
         "Objective": _objective(str(hyper_parameters.get("normalize", "token"))),
         "Data": _data(facts.get("data", {})),
-        f"Figures at step {facts.get('step', '?')}": _table(facts.get("metrics", {})),
+        f"Metrics at step {facts.get('step', '?')}": _table(facts.get("metrics", {})),
         "Settings": _settings(hyper_parameters, facts),
         "Parity of this folder with the trained model": _parity(parity),
         "Versions": _table(facts.get("versions", {})),
@@ -88,9 +88,9 @@ def _data(data: Mapping[str, Any]) -> str:
         for part in found.get("parts", []):
             source = ", ".join(_sources({"parts": [part]})) or "rows in memory"
             of_mixture = f"{part['name']}: " if part.get("name") else ""
-            figures = ["streamed" if part.get(kind) is None else f"{part[kind]:,}" for kind in ("rows", "sequences")]
+            counts = ["streamed" if part.get(kind) is None else f"{part[kind]:,}" for kind in ("rows", "sequences")]
             weights = f"{part['share'] if part.get('share') is not None else ''} | {part.get('weight', 1)}"
-            rows.append(f"| {split} | {of_mixture}{source} | {' | '.join(figures)} | {weights} |")
+            rows.append(f"| {split} | {of_mixture}{source} | {' | '.join(counts)} | {weights} |")
     if not rows:
         return ""
     head = "| split | source | rows | sequences | share | weight |\n|---|---|---|---|---|---|\n"

@@ -11,9 +11,9 @@ def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", c
 
     Args:
         given: Words of a message, or what was typed.
-        known: What there is.
-        prefix: Of known names, in the question.
-        cutoff: How alike they have to be, from 0 to 1, whatever their case; names with dots share much, and need more.
+        known: Valid names.
+        prefix: Prefix of the suggested name in the question.
+        cutoff: Minimum similarity, from 0 to 1, ignoring case; by default higher for dotted names, which share more.
 
     >>> did_you_mean(["fti"], ["fit", "test"])
     ' Did you mean fit?'

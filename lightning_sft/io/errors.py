@@ -31,8 +31,8 @@ class OneLine:
         """Say what is wrong, and exit with 2 as argparse does.
 
         Args:
-            message: Of jsonargparse.
-            ex: What it caught.
+            message: Message of jsonargparse.
+            ex: Exception that it caught.
         """
         if not self.exit_on_error:  # one of several types of an argument is tried
             super().error(message, ex)  # type: ignore[misc]  # of the parser that it is mixed into
@@ -69,7 +69,7 @@ def unexpected(error: Exception) -> str:
     """What went wrong, for the shell: of an error that nobody has foreseen, its kind, and where its traceback is.
 
     Args:
-        error: Any.
+        error: Exception to describe.
     """
     text, where = f"{type(error).__name__}: {error}".strip().rstrip(".:"), "add --debug to see it"
     settings: dict[str, Any] = {"encoding": "utf-8", "prefix": "lightning-sft-", "suffix": ".txt", "delete": False}

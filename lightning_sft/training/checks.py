@@ -124,8 +124,8 @@ def check_ids(module: Any, name: str, largest: int, tokenizer: Any) -> None:
 
     Args:
         module: The Lightning module, or ``None``; it may say ``num_embeddings``.
-        name: Of the split.
-        largest: Token id in it.
+        name: Name of the split.
+        largest: Largest token id in it.
         tokenizer: Name of the tokenizer.
 
     Raises:
@@ -144,7 +144,7 @@ def check_lengths(module: Any, name: str, longest: int) -> None:
 
     Args:
         module: The Lightning module, or ``None``; it may say ``num_positions``.
-        name: Of the split.
+        name: Name of the split.
         longest: Tokens of the longest sequence, or that one may have.
 
     Raises:

@@ -27,7 +27,7 @@ def test_the_last_match_counts_without_commas_in_numbers_and_a_final_stop(answer
 def test_matches_are_shares_of_all_answers() -> None:
     references = ["#### 1", "#### 2", "#### 3,000", "#### 4"]
     answers = ["#### 1 ", "The: 2", "so it is #### 3000", "4"]
-    wanted = {"exact_match": 0.25, "normalised_match": 0.75, "extracted_match": 0.5}
+    wanted = {"exact_match": 0.25, "normalized_match": 0.75, "extracted_match": 0.5}
     assert scores(answers, references, GSM8K) == wanted
 
 

@@ -90,7 +90,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], note: str = "", axi
     said = f"{title}: {len(bars)} bars, the highest {short(top)}"
     svg = _svg(said, "".join(parts))
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{short(value)}</td></tr>" for name, value in bars)
-    return _card(title, note, "", svg, f"<details><summary>Figures</summary><table>{rows}</table></details>")
+    return _card(title, note, "", svg, f"<details><summary>Values</summary><table>{rows}</table></details>")
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
@@ -183,7 +183,7 @@ def _table(curves: dict[str, list[tuple[float, float]]], x_name: str) -> str:
     for x in chosen:
         cells = "".join(f"<td>{short(of[x]) if x in of else '–'}</td>" for of in by_x.values())
         rows += f"<tr><td>{short(x)}</td>{cells}</tr>"
-    return f"<details><summary>Figures</summary><table><tr><th>{escape(x_name)}</th>{head}</tr>{rows}</table></details>"
+    return f"<details><summary>Values</summary><table><tr><th>{escape(x_name)}</th>{head}</tr>{rows}</table></details>"
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -18,7 +18,7 @@ from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.plan import Division
 from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
-from lightning_sft.data.inspect.summary import show_details, show_figures
+from lightning_sft.data.inspect.summary import show_counts, show_details
 from lightning_sft.data.inspect.token_text import PieceReader
 from lightning_sft.data.inspect.walk import EpochDocuments, PlacedDocument
 from lightning_sft.data.tokens.dataset import Split
@@ -75,7 +75,7 @@ def show(
         show_document(reader.read(placed.document), placed.document.provenance, placed.remark, console)
     show_legend(console)
 
-    show_figures(data.splits, data.planned("train"), console)
+    show_counts(data.splits, data.planned("train"), console)
     for split in data.splits.values():
         show_details(split, console)
     if is_stream:

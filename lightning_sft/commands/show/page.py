@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import Finding
-from lightning_sft.data.inspect.summary import by_reason, figures, histogram, targets_in_words
+from lightning_sft.data.inspect.summary import by_reason, counts, histogram, targets_in_words
 from lightning_sft.data.inspect.token_text import Piece
 from lightning_sft.data.tokens.dataset import Split
 
@@ -38,10 +38,10 @@ def write_page(
     """
     data = {
         "epoch": str(train),
-        "figures": {"steps an epoch": f"{train.plan.num_steps:,}", "full": f"{train.fill:.0%}"},
+        "counts": {"steps an epoch": f"{train.plan.num_steps:,}", "full": f"{train.fill:.0%}"},
         "mixture": train.mixture,
         "tokenizer": tokenizer,
-        "splits": {name: figures(split) for name, split in splits.items()},
+        "splits": {name: counts(split) for name, split in splits.items()},
         "histogram": histogram(train.split.lengths, num_bins=24),
         "total": len(train.split.examples),
         "targets": targets_in_words(train.split),

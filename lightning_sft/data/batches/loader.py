@@ -121,7 +121,7 @@ class PromptBatch:
     """Prompts padded on the left, for generation; a plain class for the reason that :class:`Batch` is one.
 
     Args:
-        prompts: The prompts.
+        prompts: Prompts to answer.
         tokenizer: Tokenizer that pads prompts and decodes answers.
     """
 

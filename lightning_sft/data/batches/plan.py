@@ -24,7 +24,7 @@ class MicroBatch:
     """What one rank computes at a time.
 
     Args:
-        examples: Indices of the examples; empty where a rank only keeps the others company.
+        examples: Indices of the examples; empty if the rank only participates to keep collectives in step.
         normalizer: Z of the optimizer step it belongs to.
     """
 

@@ -109,7 +109,7 @@ class Block:
 def deal(
     weights: Sequence[Sequence[float]], accumulate: int, rank: int, limit: float = math.inf
 ) -> list[tuple[int | None, float]]:
-    """The packs of a rank in order, each with the Z of its step; ``None`` keeps the others company.
+    """The packs of a rank in order, each with the Z of its step; ``None`` is an empty micro-batch.
 
     Args:
         weights: Total target weight of each pack of each rank.

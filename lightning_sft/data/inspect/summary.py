@@ -26,7 +26,7 @@ _BAR = 40  # characters of the longest bar
 def show_report(splits: Mapping[str, Split], train: SplitPlan) -> None:
     """Print the account of all splits and the plan of the training epochs."""
     console = Console(soft_wrap=True)
-    show_figures(splits, train, console)
+    show_counts(splits, train, console)
     remarks = [remark for name, split in splits.items() for remark in split.account.remarks(name)]
     if train.plan.num_steps < _FEW_STEPS:
         remarks.append(
@@ -37,7 +37,7 @@ def show_report(splits: Mapping[str, Split], train: SplitPlan) -> None:
         console.print(remark, style="yellow", highlight=False)
 
 
-def show_figures(splits: Mapping[str, Split], train: SplitPlan, console: Console) -> None:
+def show_counts(splits: Mapping[str, Split], train: SplitPlan, console: Console) -> None:
     """Print the statistics of all splits, of the mixture, and of the training epochs."""
     console.print(table_of(splits))
     if mixture := train.mixture:
@@ -79,11 +79,11 @@ def show_details(split: Split, console: Console) -> None:
 
 def table_of(splits: Mapping[str, Split]) -> Table:
     """The account of the splits, side by side."""
-    columns = [figures(split) for split in splits.values()]
+    columns = [counts(split) for split in splits.values()]
     return _table(["Data", *splits], *([name, *(column[name] for column in columns)] for name in columns[0]))
 
 
-def figures(split: Split) -> dict[str, str]:
+def counts(split: Split) -> dict[str, str]:
     """The account of a split, as it is shown. A row is expanded when it gives more than one sequence."""
     tokens, account = int(split.lengths.sum()), split.account
     counts = {

@@ -53,7 +53,7 @@ class EpochDocuments:
         return (placed for batch in self._batches() for placed in batch)
 
     def first(self, count: int) -> list[PlacedDocument]:
-        """Documents of as many different micro-batches as there are: their first ones, then their second ones, ..."""
+        """``count`` documents from different micro-batches: the first of each, then the second of each, ..."""
         turns = zip_longest(*islice(self._batches(), count))
         return [placed for turn in turns for placed in turn if placed is not None][:count]
 

@@ -39,7 +39,7 @@ class Line:
     """A row that is still a line of JSON: who needs another row has not parsed this one.
 
     Args:
-        text: The line.
+        text: Text of the line.
         path: Path of the file.
         number: Number of the row, from 1.
     """

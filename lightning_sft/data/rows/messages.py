@@ -29,7 +29,7 @@ def to_conversation(
     the row multiplies.
 
     Args:
-        row: See :data:`lightning_sft.data.rows.formats.FORMATS`; a list is taken as its ``messages``.
+        row: Row of the data in one of :data:`lightning_sft.data.rows.formats.FORMATS`; a list is its ``messages``.
         provenance: Location of the row, for error messages.
         format: Format of the row; by default inferred from its keys.
         columns: The row's column for a key of the format, where it has another name.

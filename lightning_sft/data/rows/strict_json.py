@@ -1,4 +1,4 @@
-"""Strict JSON: no NaN, no duplicate keys, no numbers out of range, bounded nesting depth."""
+"""Strict JSON: no NaN, no duplicate keys, every number in range, bounded nesting depth."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Chunk:
     """The result of encoding a chunk of consecutive rows.
 
     Args:
-        records: Their examples, see :mod:`lightning_sft.data.tokens.examples`.
+        records: Examples of the usable rows, see :mod:`lightning_sft.data.tokens.examples`.
         account: Account of the other rows.
         part: Number of the data set that they come from.
     """

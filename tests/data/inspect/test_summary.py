@@ -11,7 +11,7 @@ import pytest
 from lightning_sft.data.batches.packing import pack
 from lightning_sft.data.batches.plan import Division, EpochPlan
 from lightning_sft.data.batches.split_plan import SplitPlan
-from lightning_sft.data.inspect.summary import by_reason, figures, histogram, show_details, show_report
+from lightning_sft.data.inspect.summary import by_reason, counts, histogram, show_details, show_report
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.examples import Examples, to_record_batch
 from lightning_sft.data.tokens.row_report import RowReport
@@ -38,7 +38,7 @@ def printed(split: Split) -> str:
 
 
 def test_every_row_is_accounted_for() -> None:
-    assert figures(SPLIT) == {
+    assert counts(SPLIT) == {
         "rows": "5",
         "refused": "2",
         "left out": "1",
