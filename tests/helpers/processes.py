@@ -118,6 +118,7 @@ def _begin(module: str, arguments: Sequence[str], environment: dict[str, str], o
         os.dup2(file, descriptor)
         os.close(file)
     faulthandler.enable()
+    multiprocessing.set_start_method(None, force=True)  # its own processes are begun as those of any program
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
