@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from lightning_sft.main import main
 from tests.helpers.gradients import ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -100,17 +101,15 @@ def test_two_nodes_take_the_steps_of_one_process(nodes: list[str], pretrained: s
     assert losses(both) == pytest.approx(losses(alone), rel=1e-5)
 
 
-def test_the_job_of_slurm_is_a_script_whose_command_is_known() -> None:
+def test_the_job_of_slurm_is_a_script_whose_command_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = TORCHRUN.with_name("slurm.sbatch")
     subprocess.run(["bash", "-n", str(job)], check=True)
     [line] = [line for line in job.read_text().splitlines() if line.startswith("srun lightning-sft")]
     command = line.split()[2:]
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_sft", *command, "--print_config"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "num_nodes: 2" in done.stdout
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stop:
+        main([*command, "--print_config"])
+    assert not stop.value.code
+    assert "num_nodes: 2" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import PredictionWriter
 from lightning_sft.evaluation.generation import Sampling
 from lightning_sft.main import main
-from tests.helpers.processes import torchrun
+from tests.helpers.processes import run
 
 
 def flags(pretrained: str, path: str, out: Path) -> list[str]:
@@ -24,8 +25,10 @@ def test_two_processes_write_every_row_once_in_the_order_of_the_input(
     pretrained: str, jsonl: Any, tmp_path: Path
 ) -> None:
     path = jsonl([{"prompt": "a" * n, "completion": str(n)} for n in (3, 9, 1, 4, 7)])
+    two = ["--trainer.devices", "2"]
     main(["predict", *flags(pretrained, path, tmp_path / "one")])
-    torchrun("lightning_sft", "predict", *flags(pretrained, path, tmp_path / "two"), "--trainer.devices", "2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]  # the real one
+    run([*torchrun, "-m", "lightning_sft", "predict", *flags(pretrained, path, tmp_path / "two"), *two])
     one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))
     assert [json.loads(line)["reference"] for line in one.splitlines()] == ["3", "9", "1", "4", "7"]
     assert one == two

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from lightning_sft.callbacks.preempt import Preempt, Preempted
 from lightning_sft.checkpoints.resume import POSITION_KEY
 from lightning_sft.checkpoints.run_files import lines_of
 from lightning_sft.types import InputError
-from tests.helpers.processes import ROOT
+from tests.helpers.processes import Ended, fork
 
 Make = Callable[..., Trainer]
 
@@ -114,13 +112,11 @@ def test_the_step_that_it_ends_after_is_in_the_files_of_the_run_whatever_the_ord
     assert record["saved"]
 
 
-def interrupted(
-    pretrained: str, folder: Path, name: str, times: int, **settings: Any
-) -> subprocess.CompletedProcess[str]:
+def interrupted(pretrained: str, folder: Path, name: str, times: int, **settings: Any) -> Ended:
     """A run whose processes are all sent a signal in its first step."""
     own = [pretrained, str(folder), name, str(times), json.dumps(settings)]
-    command = [sys.executable, "-m", "tests.helpers.interrupting", *own]
-    return subprocess.run(command, start_new_session=True, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    [ended] = fork("tests.helpers.interrupting", *own, timeout=120, fails=True)
+    return ended
 
 
 @pytest.mark.parametrize(
@@ -129,15 +125,15 @@ def interrupted(
 def test_a_signal_to_all_processes_leaves_data_workers_alone_so_that_the_step_can_be_taken(
     pretrained: str, tmp_path: Path, name: str, settings: dict[str, Any]
 ) -> None:
-    process = interrupted(pretrained, tmp_path, name, times=1, num_workers=2, **settings)
-    assert process.returncode == 75, process.stderr
+    ended = interrupted(pretrained, tmp_path, name, times=1, num_workers=2, **settings)
+    assert ended.code == 75, ended.errors
     [path] = (tmp_path / "checkpoints").glob("*.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] == 1
     told = "Interrupted: saving a checkpoint after this step. Press Ctrl-C again to end at once"
-    assert process.stderr.count(told) == (name == "SIGINT")
-    assert f"Received {name}; saved step 1 to {path}. Resume with --ckpt_path last." in process.stderr
+    assert ended.errors.count(told) == (name == "SIGINT")
+    assert f"Received {name}; saved step 1 to {path}. Resume with --ckpt_path last." in ended.errors
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(pretrained: str, tmp_path: Path) -> None:
-    assert interrupted(pretrained, tmp_path, "SIGINT", times=2).returncode == -signal.SIGINT
+    assert interrupted(pretrained, tmp_path, "SIGINT", times=2).code == -signal.SIGINT
     assert not list((tmp_path / "checkpoints").glob("*.ckpt"))

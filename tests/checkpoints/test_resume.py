@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +21,7 @@ from lightning_sft.checkpoints.resume import POSITION_KEY, RunPosition, seed_mic
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.schedules import learning_rate_factor
 from lightning_sft.types import InputError
-from tests.helpers.processes import run
+from tests.helpers.processes import fork
 from tests.helpers.resuming import RUNS, TRAIN, Run, losses
 
 Make = Callable[..., Trainer]
@@ -261,9 +260,9 @@ def test_other_steps_are_refused_inside_an_epoch_with_the_setting_that_keeps_the
 
 def results(pretrained: str, folder: Path, plan: dict[str, Any], timeout: float = 500) -> dict[str, dict[str, Any]]:
     """What tests.helpers.resuming has found, in a process of its own: a forked one must not have computed gradients."""
-    command = [sys.executable, "-m", "tests.helpers.resuming", pretrained, str(folder), json.dumps(plan)]
-    printed = run(command, timeout=timeout, without=["PL_GLOBAL_SEED"])
-    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    command = ["tests.helpers.resuming", pretrained, str(folder), json.dumps(plan)]
+    [ended] = fork(*command, timeout=timeout, without=["PL_GLOBAL_SEED"])
+    found = [json.loads(line) for line in ended.printed.splitlines() if line.startswith("{")]
     return {result["run"]: result for result in found}
 
 
@@ -283,8 +282,9 @@ def test_runs_that_are_killed_and_told_to_end_go_on_to_the_bit_and_with_other_ra
 
 def fuzz(folder: Path, first_seed: int, resumes: int, timeout: float) -> dict[str, Any]:
     """What tests.fuzzing has found, in a process of its own."""
-    command = [sys.executable, "-m", "tests.fuzzing", str(folder), str(first_seed), str(resumes)]
-    found: dict[str, Any] = json.loads(run(command, timeout=timeout, without=["PL_GLOBAL_SEED"]).splitlines()[-1])
+    command = ["tests.fuzzing", str(folder), str(first_seed), str(resumes)]
+    [ended] = fork(*command, timeout=timeout, without=["PL_GLOBAL_SEED"])
+    found: dict[str, Any] = json.loads(ended.printed.splitlines()[-1])
     return found
 
 

@@ -31,6 +31,7 @@ class Tell(Callback):
 
 
 if __name__ == "__main__":
+    os.setpgrp()  # signals are sent to this process and its data workers alone
     pretrained, folder, name, times, settings = sys.argv[1:]
     trainer = Trainer(
         accelerator="cpu",
