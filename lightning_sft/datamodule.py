@@ -29,6 +29,7 @@ from lightning_sft.data.tokens.overflow import Overflow
 from lightning_sft.data.tokens.workers import num_cores
 from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments, plain
 from lightning_sft.model.pretrained import context_length, load_tokenizer
+from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.training.checks import check_ids, check_lengths, check_prompts, tries_sizes
 from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, position, trainer_on_paper
 from lightning_sft.types import InputError, Normalize, Prompt
@@ -193,7 +194,7 @@ class SFTDataModule(LightningDataModule):
             work, seed = division_of(self.trainer), self.seed if name == "train" else None
             if name != "train":
                 work = Division(work.rank, work.num_ranks)
-            settings: dict[str, Any] = {"constant": self._normalize == "dataset", "seed": seed}
+            settings: dict[str, Any] = {"constant": NORMALIZATIONS[self._normalize].is_constant, "seed": seed}
             settings |= {"at_least_longest": self._tries_sizes, "default": self._default_tokens}
             split = self.splits[name]
             self._planned[key] = SplitPlan.of(split, work, self.packing, self.tokens_per_batch, **settings)

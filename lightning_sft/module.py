@@ -52,6 +52,7 @@ from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
 from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
 from lightning_sft.model.tuning.tuning import TuningConfig
+from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
@@ -203,7 +204,7 @@ class SFTModule(EvaluatedModule):
             self._sums = self._summed()
         accumulate, num_ranks = divisors(self.trainer)
         if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
-            if self.normalize != "token":
+            if NORMALIZATIONS[self.normalize].is_planned:
                 raise InputError(f"model.normalize={self.normalize} needs batches of SFTDataModule, which plans ahead.")
             if self.trainer.strategy.handles_gradient_accumulation:
                 raise InputError("DeepSpeed needs batches of SFTDataModule: its gradients cannot be normalized late.")

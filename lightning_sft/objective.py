@@ -24,6 +24,8 @@ With states in float64, all of it is float64.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +33,55 @@ from torch import Tensor
 
 from lightning_sft.head.chunks import Head, automatic_chunk_size, check_chunk_size, on_chunks, scaled, slices
 from lightning_sft.head.fused_softmax import fused_softmax, fuses
-from lightning_sft.types import IGNORE, InputError, LogLikelihood
+from lightning_sft.types import IGNORE, InputError, LogLikelihood, Normalize
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """A row of the table above.
+
+    Args:
+        weight: The weight w_t of a target, in words.
+        total: The divisor Z, in words.
+        meaning: What follows for the objective.
+        is_planned: Whether w_t or Z depends on more than the step's own targets, so that the data module has to plan.
+        is_constant: Whether Z is the same for all steps of an epoch.
+    """
+
+    weight: str
+    total: str
+    meaning: str
+    is_planned: bool = True
+    is_constant: bool = False
+
+
+NORMALIZATIONS: dict[Normalize, Normalization] = {
+    "token": Normalization(
+        "1", "the number of target tokens of the step", "every target token has the same weight", is_planned=False
+    ),
+    "sequence": Normalization(
+        "1 / targets of its answer", "the sum of w over the step", "every answer has the same weight"
+    ),
+    "sqrt": Normalization("1 / √(targets of its answer)", "the sum of w over the step", "between tokens and answers"),
+    "dataset": Normalization(
+        "1", "a constant, the mean of a step", "the gradients of an epoch add up to that of L(θ)", is_constant=True
+    ),
+}
+
+
+def target_weight(normalize: Normalize, num_targets: int, weight: float = 1.0) -> float:
+    """The weight w_t of each target of an answer.
+
+    Args:
+        normalize: A row of the table above.
+        num_targets: Number of target tokens of the answer.
+        weight: Weight of the answer in the data.
+
+    >>> target_weight("token", 4), target_weight("sequence", 4), target_weight("sqrt", 4)
+    (1.0, 0.25, 0.5)
+    """
+    return weight / {"sequence": num_targets, "sqrt": math.sqrt(num_targets)}.get(normalize, 1)
+
 
 _CACHED = 2**18  # logits per softmax block on a CPU: 1 MB in float32
 _UNFUSED = 2**26  # the same on other devices without the fused kernel: 256 MB

@@ -18,9 +18,9 @@ from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.export import parity
 from lightning_sft.export.convert import Dtype, Live, Settings, convert, from_checkpoint, rows_to_compare
-from lightning_sft.export.folder import check_is_free
 from lightning_sft.export.gguf_file import GGUFType
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments
+from lightning_sft.io.disk import check_is_free
 from lightning_sft.machine.contexts import eval_mode
 from lightning_sft.model.parallel.rank_zero import FirstRank, whole_state
 from lightning_sft.model.pretrained import load_tokenizer

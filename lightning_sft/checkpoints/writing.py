@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.checkpoints.reading import Checkpoint, know_optimizer_states
 from lightning_sft.checkpoints.resume import POSITION_KEY, SHARDED_KEY
-from lightning_sft.io.disk import PARTIAL, hidden, publish, remove
+from lightning_sft.io.disk import PARTIAL, remove, whole
 from lightning_sft.types import InputError
 
 
@@ -37,11 +37,9 @@ class AtomicIO(TorchCheckpointIO):
             return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
-            with hidden(path).open("wb") as file:
+            with whole(path) as [partial], partial.open("wb") as file:
                 torch.save(checkpoint, file)
-            publish(path)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            remove(hidden(path))
             raise InputError(
                 f"The checkpoint {path} cannot be written: {error}. Those before it are intact."
             ) from error

@@ -17,11 +17,12 @@ from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, validation_data
 from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.export import parity
-from lightning_sft.export.folder import check_is_free, set_aside, whole_folder, widest_dtype, write
+from lightning_sft.export.folder import set_aside, widest_dtype, write
 from lightning_sft.export.gguf_file import GGUFType, write_gguf
 from lightning_sft.export.model_card import model_card
 from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
 from lightning_sft.io.arguments import NonNegative, check_arguments
+from lightning_sft.io.disk import check_is_free, whole_folder
 from lightning_sft.model.pretrained import load_exported, load_generation_config, load_model, load_tokenizer
 from lightning_sft.model.tuning.adapters import has_adapters, merge
 from lightning_sft.types import Conversation, Example, InputError

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import reduce
 from pathlib import Path
-from tempfile import mkdtemp
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.chat_template import ChatTemplate
-from lightning_sft.io.disk import sync
-from lightning_sft.types import InputError
+from lightning_sft.io.disk import whole_folder
 
 
 def export(
@@ -70,40 +65,6 @@ def widest_dtype(model: PreTrainedModel) -> torch.dtype:
     return reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
 
 
-@contextmanager
-def whole_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
-    """Context to write a folder atomically: it appears under its name only when it is complete and on disk.
-
-    Args:
-        out: Path of the folder. Files are written to a hidden folder beside it, which is removed at the end.
-        replace: Whether to replace an existing folder; otherwise it must not exist, or be empty.
-
-    Raises:
-        InputError: When the folder is not empty.
-    """
-    out = Path(out)
-    if not replace:
-        check_is_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    own = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # new, so no other process writes to it
-    unfinished, old = own / "unfinished", own / "old"
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        sync([*unfinished.rglob("*"), unfinished])
-        if out.exists():
-            out.rename(old)
-        try:
-            unfinished.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-        sync([out.parent])
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
-
-
 def set_aside(folder: Path, out: Path) -> Path:
     """Keep an unfinished folder under the first free name of ``OUT.failed``, ``OUT.failed-2``, ....
 
@@ -117,16 +78,6 @@ def set_aside(folder: Path, out: Path) -> Path:
     names = (out.with_name(f"{out.name}.failed{number}") for number in ("", *(f"-{i}" for i in range(2, 10_000))))
     kept = next(path for path in names if not os.path.lexists(path))
     return folder.rename(kept)
-
-
-def check_is_free(out: Path) -> None:
-    """Refuse to overwrite a folder or a file.
-
-    Raises:
-        InputError: When the path is a file, or a folder that is not empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} already exists. Give a new folder, or remove it first.")
 
 
 def _stopping(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

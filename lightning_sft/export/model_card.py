@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
-_WEIGHTS = {
-    "token": ("1", "the number of target tokens of the step", "every target token has the same weight"),
-    "sequence": ("1 / targets of its answer", "the sum of w over the step", "every answer has the same weight"),
-    "sqrt": ("1 / √(targets of its answer)", "the sum of w over the step", "between tokens and answers"),
-    "dataset": ("1", "a constant, the mean of a step", "the gradients of an epoch add up to that of L(θ)"),
-}
+from lightning_sft.objective import NORMALIZATIONS
+from lightning_sft.types import Normalize
+
 _LICENSE = (
     "Not stated. The licences of the base model and of the data apply; before publishing this model, look them up and "
     "replace `license: unknown` above."
@@ -74,11 +71,12 @@ def _sources(split: Mapping[str, Any]) -> list[str]:
 
 
 def _objective(normalize: str) -> str:
-    weight, total, meaning = _WEIGHTS.get(normalize, _WEIGHTS["token"])
+    own = NORMALIZATIONS.get(cast(Normalize, normalize), NORMALIZATIONS["token"])
     return (
         "    θ̃ = argmax_θ L(θ),   L(θ) = Σ_(x,y)∈D log Pr_θ(y | x),   log Pr_θ(y | x) = Σ_i log Pr_θ(y_i | x, y_<i)\n\n"
         "One step minimizes −Σ_t w_t · log Pr_θ(t | its context) / Z over the target tokens t of all its micro-batches "
-        f"and ranks. `normalize: {normalize}`: w is {weight}, times the weights of the data; Z is {total}: {meaning}."
+        f"and ranks. `normalize: {normalize}`: w is {own.weight}, times the weights of the data; Z is {own.total}: "
+        f"{own.meaning}."
     )
 
 

@@ -7,7 +7,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from lightning_sft.types import InputError
@@ -63,6 +65,69 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole(*paths: str | Path) -> Iterator[list[Path]]:
+    """Hidden names under which files are written; they get their own, in order, when the context ends without an error.
+
+    Args:
+        paths: The names of the files.
+    """
+    partial = [hidden(path) for path in paths]
+    try:
+        yield partial
+        sync(partial)
+        for hidden_name, path in zip(partial, paths, strict=True):
+            hidden_name.replace(path)
+        sync({Path(path).parent for path in paths})
+    finally:
+        for path in partial:
+            remove(path)
+
+
+@contextmanager
+def whole_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
+    """Context to write a folder atomically: it appears under its name only when it is complete and on disk.
+
+    Args:
+        out: Path of the folder. Files are written to a hidden folder beside it, which is removed at the end.
+        replace: Whether to replace an existing folder; otherwise it must not exist, or be empty.
+
+    Raises:
+        InputError: When the folder is not empty.
+    """
+    out = Path(out)
+    if not replace:
+        check_is_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(mkdtemp(prefix=f".{out.name}.", dir=out.parent))  # new, so no other process writes to it
+    unfinished, old = own / "unfinished", own / "old"
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        sync([*unfinished.rglob("*"), unfinished])
+        if out.exists():
+            out.rename(old)
+        try:
+            unfinished.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        sync([out.parent])
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+
+
+def check_is_free(out: Path) -> None:
+    """Refuse to overwrite a folder or a file.
+
+    Raises:
+        InputError: When the path is a file, or a folder that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} already exists. Give a new folder, or remove it first.")
+
+
 def write(path: str | Path, text: str) -> None:
     """Write a text file atomically.
 
@@ -76,11 +141,9 @@ def write(path: str | Path, text: str) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        hidden(path).write_text(text, encoding="utf-8")
-        publish(path)
+        with whole(path) as [partial]:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        if path.parent.is_dir():
-            hidden(path).unlink(missing_ok=True)
         raise _unwritten(path, error) from error
 
 

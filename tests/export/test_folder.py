@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_sft.demos import CHATML, tiny_tokenizer
-from lightning_sft.export.folder import export, whole_folder
+from lightning_sft.export.folder import export
+from lightning_sft.io.disk import whole_folder
 from lightning_sft.model.pretrained import load_exported, load_model
 from lightning_sft.types import InputError
 

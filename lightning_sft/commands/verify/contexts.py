@@ -22,6 +22,7 @@ from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.types import Conversation, Example, InputError, Message
 
 _POWER = {"token": 0.0, "dataset": 0.0, "sequence": 1.0, "sqrt": 0.5}
+"""Of w_t = 1 / targets ** power: its own table, since a check that shared that of the objective would prove nothing."""
 
 
 def check_contexts(subject: Subject) -> Outcome:

@@ -23,6 +23,7 @@ from lightning_sft.data.batches.stream_blocks import Block, RankSummary, StreamL
 from lightning_sft.data.rows.mixture import Mixture
 from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig
 from lightning_sft.data.tokens.row_report import RowReport
+from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.types import Batch, InputError, Normalize
 
 _ROWS_AT_A_TIME = 256  # of a chunk
@@ -161,8 +162,8 @@ def check_stream(mixture: Mixture, normalize: Normalize) -> None:
     Raises:
         InputError: When something would have to be known of all of the data beforehand, or a source can be read once.
     """
-    if normalize == "dataset":
-        raise InputError("model.normalize=dataset needs all of the data beforehand: set data.streaming=false.")
+    if NORMALIZATIONS[normalize].is_constant:
+        raise InputError(f"model.normalize={normalize} needs all of the data beforehand: set data.streaming=false.")
     if mixture.temperature is not None or mixture.by != "rows":
         raise InputError(
             "How large the parts of a stream are is not known beforehand, so there is no temperature, and shares are "

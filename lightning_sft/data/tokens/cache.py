@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from importlib.metadata import version
@@ -27,7 +25,7 @@ from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode_rows import Chunk, EncodingConfig
 from lightning_sft.data.tokens.examples import Examples, save
 from lightning_sft.data.tokens.row_report import RowReport
-from lightning_sft.io.disk import sync
+from lightning_sft.io.disk import whole
 from lightning_sft.types import InputError
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
@@ -56,7 +54,7 @@ def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tupl
             except InputError as error:
                 if data.exists():
                     rank_zero_warn(f"{data} is damaged ({error}), so the data are encoded again.")
-                _build(folder / f"{key}.building", data, account, build())
+                _build(data, account, build())
     return _opened(data, account)
 
 
@@ -101,7 +99,7 @@ def _opened(data: Path, account: Path) -> tuple[Examples, RowReport]:
         raise InputError(str(error)) from error
 
 
-def _build(building: Path, data: Path, account: Path, chunks: Iterable[Chunk]) -> None:
+def _build(data: Path, account: Path, chunks: Iterable[Chunk]) -> None:
     total, count = RowReport(), 0
 
     def batches() -> Iterator[Any]:
@@ -111,19 +109,10 @@ def _build(building: Path, data: Path, account: Path, chunks: Iterable[Chunk]) -
             count += len(chunk.records)
             yield chunk.records
 
-    shutil.rmtree(building, ignore_errors=True)  # of a process that was killed: we have its lock
-    building.mkdir()
-    try:
-        written = [building / path.name for path in (data, account)]
-        save(batches(), written[0])
-        entry = {"examples": count, "bytes": written[0].stat().st_size, "account": total.as_json()}
-        written[1].write_text(json.dumps(entry), encoding="utf-8")
-        sync(written)
-        for path in (data, account):
-            os.replace(building / path.name, path)
-        sync([data.parent])
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with whole(data, account) as (examples, entry):  # also over those of a process that was killed: we have its lock
+        save(batches(), examples)
+        written = {"examples": count, "bytes": examples.stat().st_size, "account": total.as_json()}
+        entry.write_text(json.dumps(written), encoding="utf-8")
 
 
 def _digest(path: Path) -> str:

@@ -8,13 +8,13 @@ cannot be encoded this way is refused.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.chat_template import ChatTemplate, in_time, texts_in
+from lightning_sft.objective import target_weight
 from lightning_sft.types import Conversation, Example, InputError, Normalize, Prompt
 
 
@@ -170,7 +170,7 @@ def _assemble(
         if context[: len(ids)] != ids:  # seen from here, the past is not what the earlier answers were trained in
             yield Example(ids, target_weights, conversation.provenance, begin)
             ids, target_weights, begin = [], [], number
-        weight = answer.weight / {"sequence": len(target), "sqrt": math.sqrt(len(target))}.get(normalize, 1)
+        weight = target_weight(normalize, len(target), answer.weight)
         target_weights = target_weights + [0.0] * (len(context) - len(ids)) + [weight] * len(target)
         target_weights[0] = 0.0  # the first token has no context: of a text, where nothing stands before it
         ids = context + target
