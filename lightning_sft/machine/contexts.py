@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from transformers import PreTrainedModel
 
 KEEP_LESS = {"ban_recompute_materialized_backward": False}
 """Settings of ``torch._functorch.config`` under which compiled layers keep less for their backward pass.
@@ -34,7 +38,7 @@ def computed_in(tensor: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def evaluating(module: Any) -> Iterator[None]:
+def evaluating(module: LightningModule) -> Iterator[None]:
     """Evaluation mode without gradients, at the precision of the trainer; afterwards all modes are what they were.
 
     Compiled layers run as they are written: each new length of an answer would be compiled anew.
@@ -54,7 +58,7 @@ def evaluating(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def in_default_dtype(model: Any) -> Iterator[None]:
+def in_default_dtype(model: PreTrainedModel) -> Iterator[None]:
     """A model of transformers computes in torch's default dtype, whatever its parameters are held in.
 
     Those held in fewer bits, as a bfloat16 base under float32 adapters, are cast while their layer runs, so that one
@@ -87,7 +91,7 @@ def in_default_dtype(model: Any) -> Iterator[None]:
             hook.remove()
 
 
-def blocks(model: Any) -> list[nn.Module]:
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers of a transformers model, of which it says that they must not be split; it may not say so.
 
     FSDP2 gives what it has sharded a class derived from its own.

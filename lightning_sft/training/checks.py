@@ -6,19 +6,22 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_sft.training.trainer import gather
+from lightning_sft.training.trainer import callbacks_of, gather
 from lightning_sft.training.tuner import check_tuner
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 _NAMED = 10  # samples in the message
 _TRIED = 200  # suspects of each rank that are computed alone: all of a large step would take minutes
 
 
-def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: Any) -> FloatingPointError:
+def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: LightningModule) -> FloatingPointError:
     """The error for a loss that is NaN or infinite, with the samples of all ranks that it comes from.
 
     Documents packed together can share a NaN (0 · NaN is NaN in attention), so each suspect is computed alone once
@@ -52,7 +55,7 @@ def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: Any) -> Floa
     )
 
 
-def check_trainer(trainer: Any, stage: str) -> None:
+def check_trainer(trainer: Trainer, stage: str) -> None:
     """Refuse what would make the gradient of a step wrong, or would wait for ever.
 
     Args:
@@ -78,15 +81,15 @@ def check_trainer(trainer: Any, stage: str) -> None:
         )
     if trainer.precision == "16-true" and trainer.strategy.root_device.type == "cpu":
         raise InputError("A CPU does not train in float16. Use trainer.precision=32-true, or bf16-mixed.")
-    if any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in trainer.callbacks):
+    if any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in callbacks_of(trainer)):
         raise InputError(
             "GradientAccumulationScheduler changes how many micro-batches a step has after steps have been planned. "
             "Use a constant trainer.accumulate_grad_batches."
         )
-    check_tuner(trainer.callbacks)
+    check_tuner(callbacks_of(trainer))
 
 
-def check_module(callback: Any, module: Any) -> None:
+def check_module(callback: Callback, module: LightningModule) -> None:
     """Refuse a Lightning module without what a callback looks into: the model of an ``SFTModule``.
 
     Args:
@@ -103,7 +106,7 @@ def check_module(callback: Any, module: Any) -> None:
         )
 
 
-def check_data(callback: Any, data: Any) -> None:
+def check_data(callback: Callback, data: LightningDataModule | None) -> None:
     """Refuse a data module without what a callback asks of an ``SFTDataModule``.
 
     Args:
@@ -139,7 +142,7 @@ def check_prompts(prompts: Sequence[Prompt], positions: int | None) -> None:
         )
 
 
-def check_precision(asked: Any, trainer: Any) -> None:
+def check_precision(asked: Any, trainer: Trainer) -> None:
     """Refuse another precision than was asked for, which Lightning would take on a CPU with no more than a warning.
 
     Args:
@@ -155,7 +158,7 @@ def check_precision(asked: Any, trainer: Any) -> None:
         )
 
 
-def check_epoch(trainer: Any) -> None:
+def check_epoch(trainer: Trainer) -> None:
     """Refuse epochs that cannot be divided as they would have to be.
 
     Raises:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
 
 ARGUMENT = "tokens_per_batch"
 
 
-def tries_sizes(trainer: Any, streaming: bool) -> bool:
+def tries_sizes(trainer: Trainer | None, streaming: bool) -> bool:
     """Whether ``Tuner.scale_batch_size`` is about to try values of ``tokens_per_batch`` in this fit.
 
     Args:
@@ -29,7 +33,7 @@ def tries_sizes(trainer: Any, streaming: bool) -> bool:
     return tries
 
 
-def check_tuner(callbacks: Any) -> None:
+def check_tuner(callbacks: Iterable[Callback]) -> None:
     """Refuse what changes, once a fit has begun, the steps or the learning rate that its schedule was made for.
 
     Args:
