@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,8 +22,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sft.training.optimizers import parts_of
-from lightning_sft.training.trainer import data_parallel
+from lightning_sft.training.trainer import data_parallel, datamodule_of
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loops.progress import _ProcessedTracker
+
+    from lightning_sft.datamodule import SFTDataModule
 
 POSITION_KEY = "lightning_sft_place"
 """Under which key a checkpoint has the place of its run."""
@@ -62,10 +68,10 @@ class RunPosition:
     plan: str | None
 
     @classmethod
-    def of(cls, trainer: Any, seed: int) -> RunPosition:
+    def of(cls, trainer: Trainer, seed: int) -> RunPosition:
         """That of a trainer: after the last optimizer step, at any moment."""
         fit, loop, accumulate = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
-        epochs, batches = fit.epoch_progress.current, loop.batch_progress.current
+        epochs, batches = cast("_ProcessedTracker", fit.epoch_progress.current), loop.batch_progress.current
         steps = loop.automatic_optimization.optim_progress.optimizer.step.current.completed
         if epochs.started < epochs.ready:  # Lightning sets the counters of micro-batches back a moment later
             return cls(epochs.ready - 1, 0, 0, False, True, *_split(trainer), seed, plan_of(trainer))
@@ -154,13 +160,13 @@ class RunState:
         """Note the module's own schedule, as opposed to one of a subclass or a callback."""
         self._schedule = schedule
 
-    def begin(self, trainer: Any) -> None:
+    def begin(self, trainer: Trainer) -> None:
         """Let settings that have changed since the checkpoint take effect, see :func:`retune`."""
         if self._asked is not None:
             retune(trainer, self._asked, self._saved, self._schedule)
         self._schedule = None  # else copies of the module would have an optimizer
 
-    def seed_micro_batch(self, trainer: Any, number: int) -> None:
+    def seed_micro_batch(self, trainer: Trainer, number: int) -> None:
         """Seed the draws of a micro-batch, see :func:`seed_micro_batch`.
 
         Args:
@@ -171,14 +177,14 @@ class RunState:
             self._seed = seed_of(trainer)
         seed_micro_batch(self._seed, trainer.current_epoch, number, data_parallel(trainer)[0])
 
-    def save(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
+    def save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Add the run's position and its optimizer's settings to a checkpoint."""
         if self._asked is not None:
             checkpoint[OPTIMIZER_KEY] = asdict(self._asked)
         seed = seed_of(trainer) if self._seed is None else self._seed
         checkpoint[POSITION_KEY] = asdict(RunPosition.of(trainer, seed))
 
-    def load(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
+    def load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Take the position and the settings of a checkpoint, see :func:`restore`.
 
         Raises:
@@ -190,7 +196,7 @@ class RunState:
             self._asked.check(self._saved)
 
 
-def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
+def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> int | None:
     """Set the counters of a checkpoint to its position, and return the seed of its run.
 
     Args:
@@ -225,9 +231,9 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
     return saved.seed
 
 
-def seed_of(trainer: Any) -> int:
+def seed_of(trainer: Trainer) -> int:
     """The seed of a run: that of ``seed_everything``, which the command line always calls, or that of the data."""
-    of_data: int = getattr(trainer.datamodule, "seed", 0)
+    of_data: int = getattr(datamodule_of(trainer), "seed", 0)
     return int(os.environ.get("PL_GLOBAL_SEED", of_data))
 
 
@@ -250,9 +256,9 @@ def seed_micro_batch(*place: int) -> None:
     random.seed(python_seed)
 
 
-def plan_of(trainer: Any) -> str | None:
+def plan_of(trainer: Trainer) -> str | None:
     """What decides which rows a step has, in words and a checksum; ``None`` for a stream and for loaders of a user."""
-    data = trainer.datamodule
+    data = cast("SFTDataModule", datamodule_of(trainer))  # or a user's own
     if not hasattr(data, "planned") or data.streaming or "train" not in data.splits:
         return None
     return str(data.planned("train").plan.fingerprint)
@@ -273,7 +279,7 @@ class AskedSettings:
     groups: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, optimizer: Any) -> AskedSettings:
+    def of(cls, optimizer: Optimizer) -> AskedSettings:
         """That of an optimizer that has just been made."""
         groups = [{n: deepcopy(v) for n, v in g.items() if n not in _NO_SETTINGS} for g in optimizer.param_groups]
         return cls(
@@ -303,7 +309,7 @@ class AskedSettings:
             )
 
 
-def retune(trainer: Any, asked: AskedSettings, saved: AskedSettings | None, own: Any) -> None:
+def retune(trainer: Trainer, asked: AskedSettings, saved: AskedSettings | None, own: LambdaLR | None) -> None:
     """Let settings that have been changed win over those of a checkpoint, and set the schedule's learning rate.
 
     Where nothing was changed, nothing changes, so state that an optimizer keeps among its settings is kept. The
@@ -319,21 +325,21 @@ def retune(trainer: Any, asked: AskedSettings, saved: AskedSettings | None, own:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if len(groups) != len(asked.groups):  # of a subclass that makes its optimizer otherwise
         return
-    is_own = [config.scheduler for config in trainer.lr_scheduler_configs] == [own]
+    own = own if [config.scheduler for config in trainer.lr_scheduler_configs] == [own] else None
     for number, (group, now) in enumerate(zip(groups, asked.groups, strict=True)):
         before = now if saved is None else saved.groups[number]
         changed = {name: value for name, value in now.items() if name not in before or not _same(value, before[name])}
-        if "lr" in changed and not is_own:
+        if "lr" in changed and own is None:
             warnings.warn(
                 f"The optimizer's lr={now['lr']} has no effect: the schedule of the checkpoint has that of "
                 f"{before.get('lr')}.",
                 stacklevel=2,
             )
         group.update({name: value for name, value in changed.items() if name != "lr"})
-        if is_own:
+        if own is not None:
             group["initial_lr"] = own.base_lrs[number] = now["lr"]
             group["lr"] = now["lr"] * own.lr_lambdas[number](own.last_epoch)
-    if is_own:
+    if own is not None:
         own._last_lr = [group["lr"] for group in groups]
 
 
@@ -346,11 +352,11 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _split(trainer: Any) -> tuple[int, int]:
+def _split(trainer: Trainer) -> tuple[int, int]:
     return data_parallel(trainer)[1], trainer.accumulate_grad_batches
 
 
-def _validation_has_ended(trainer: Any) -> bool:
+def _validation_has_ended(trainer: Trainer) -> bool:
     """Whether a validation is over but for its last hooks, in which checkpoints are saved."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current
     return bool(trainer.validating) and progress.completed >= sum(trainer.num_val_batches)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning_sft.io.arguments import Index
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Checkpointing = bool | Literal["offload"] | Index
 """All layers are computed again in the backward pass; all, with inputs in host memory; or every n-th. Else none is."""
 
 
-def checkpoint_layers(model: Any, setting: Checkpointing, device_type: str) -> None:
+def checkpoint_layers(model: PreTrainedModel, setting: Checkpointing, device_type: str) -> None:
     """Have layers of a model computed again in the backward pass, in place.
 
     Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_sft.machine.contexts import blocks
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DtypeName = Literal["bfloat16", "float32"]  # float16 would need its loss scaled
 
@@ -29,7 +32,7 @@ class Sharding:
     compute_dtype: DtypeName | None = None
     cpu_offload: bool = False
 
-    def apply(self, root: nn.Module, model: Any) -> None:
+    def apply(self, root: nn.Module, model: PreTrainedModel) -> None:
         """Shard in place: first the matrices of a layer over tensor-parallel ranks, then all of it over the others.
 
         Args:
@@ -43,7 +46,7 @@ class Sharding:
             _parallelize(model, self.mesh["tensor_parallel"])
         self._fully_shard(root, model)
 
-    def _fully_shard(self, root: nn.Module, model: Any) -> None:
+    def _fully_shard(self, root: nn.Module, model: PreTrainedModel) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         settings: dict[str, Any] = {"mesh": self.mesh["data_parallel"]}
@@ -57,7 +60,7 @@ class Sharding:
         fully_shard(root, **settings)
 
 
-def layers(model: Any) -> list[nn.Module]:
+def layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers of a transformers model: the modules of which it says that they must not be split.
 
     Raises:
@@ -71,7 +74,7 @@ def layers(model: Any) -> list[nn.Module]:
     return found
 
 
-def _parallelize(model: Any, mesh: DeviceMesh) -> None:
+def _parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}

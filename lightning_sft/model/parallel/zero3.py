@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
 from lightning_sft.types import InputError
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
-def loading_config(strategy: Any) -> Any:
+
+def loading_config(strategy: Strategy | None) -> Any:
     """What lets transformers load weights into pieces, as long as it is referred to; ``None`` without ZeRO-3."""
     if not getattr(strategy, "zero_stage_3", False):
         return None
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    return HfDeepSpeedConfig(dict(strategy.config))
+    return HfDeepSpeedConfig(dict(cast(Any, strategy).config))
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
