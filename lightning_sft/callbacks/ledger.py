@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.checkpoints.run_files import LEDGER_FILE, cut_off, refuse_anew
@@ -38,14 +38,14 @@ class SampleLedger(Callback):
         self._samples: list[list[list[str]]] = []  # this rank's, of each of these steps and its micro-batches
         self._window: list[Batch] = []
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, and keep it for this process."""
         if stage == "fit":
             folder = trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir)
             self.path = Path(folder, LEDGER_FILE)
             self._lock.take(trainer, self.path.parent)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cut off what is going to be done once more.
 
         Raises:
@@ -58,11 +58,13 @@ class SampleLedger(Callback):
             if last < trainer.global_step:
                 rank_zero_info(f"{self.path} has no lines of steps {last + 1} to {trainer.global_step}.")
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep a micro-batch of the step under way."""
         self._window.append(Batch.of(batch))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Note a step that has been taken."""
         if not is_between_steps(trainer):
             return
@@ -83,26 +85,26 @@ class SampleLedger(Callback):
         if len(self._lines) >= self.every_n_steps:
             self._write(trainer)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """What a checkpoint has seen is on the disk before it is."""
         self._write(trainer)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what is left."""
         self._write(trainer)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """The same where the fit ends with an error, unless the samples of other ranks are out of reach then."""
         if trainer.world_size == 1:
             with suppress(InputError):  # a full disk, which is what ended it
                 self._write(trainer)
         self._lock.release()
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let others have the folder."""
         self._lock.release()
 
-    def _write(self, trainer: Any) -> None:
+    def _write(self, trainer: Trainer) -> None:
         lines, samples, self._lines, self._samples = self._lines, self._samples, [], []
         if not lines:  # on any rank
             return

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -33,7 +33,7 @@ class OptimizerInBackward(Callback):
         self._hooks: list[RemovableHandle] = []
         self._is_sound = True
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what would not be exact, before anything is read.
 
         Raises:
@@ -54,7 +54,7 @@ class OptimizerInBackward(Callback):
                     "callback out."
                 )
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to step in the backward pass.
 
         Raises:
@@ -83,7 +83,7 @@ class OptimizerInBackward(Callback):
             if parameter.requires_grad
         ]
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Refuse a batch whose step would have to be normalized when all its gradients are there.
 
         Raises:
@@ -92,11 +92,11 @@ class OptimizerInBackward(Callback):
         if Batch.of(batch).normalizer is None:
             raise InputError("OptimizerInBackward needs batches of SFTDataModule: it cannot normalize gradients late.")
 
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """A non-finite loss updates nothing; the module stops at it when the backward pass is done."""
         self._is_sound = bool(torch.isfinite(loss))
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the parameters as they were."""
         for hook in self._hooks:
             hook.remove()
