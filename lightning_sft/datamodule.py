@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
@@ -135,7 +135,7 @@ class SFTDataModule(LightningDataModule):
 
     def preview(
         self,
-        module: Any,
+        module: LightningModule | None,
         settings: Any,
         *,
         num_ranks: int | None = None,
@@ -356,7 +356,7 @@ class SFTDataModule(LightningDataModule):
             self.packing = "padded"
 
 
-def keeps_documents_apart(module: Any) -> bool:
+def keeps_documents_apart(module: LightningModule | None) -> bool:
     """Whether documents may be packed into a row, as ``module.isolates_documents`` says; warns where not, or unsaid.
 
     Args:

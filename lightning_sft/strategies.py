@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 
 from lightning_sft.checkpoints.reading import check_index, tensors_alone
 from lightning_sft.io.arguments import Count, check_arguments
@@ -73,7 +73,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: parameters and optimizer sharded over devices")
 
 
-def layout(strategy: Any) -> tuple[DtypeName | None, bool]:
+def layout(strategy: Strategy) -> tuple[DtypeName | None, bool]:
     """Compute dtype and CPU offload of an FSDP2 strategy; ``(None, False)`` for any other strategy.
 
     Under ``bf16-mixed`` parameters are gathered in bfloat16, so that autocast does not cast them: it would

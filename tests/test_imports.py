@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -27,10 +28,27 @@ FILES = {
 }
 
 
+SETTINGS = {  # arguments named trainer that are the settings of one, which a verb gets without making a trainer
+    *("commands.plan.command.plan", "commands.plan.command.steps_of"),
+    *("commands.replay.replay", "commands.replay._batches", "commands.replay._losses"),
+    *("commands.show.command.show", "commands.show.command._previewed"),
+    *("commands.verify.command.verify", "commands.verify.subject.Subject", "commands.verify.subject.of"),
+}
+
+
+def executed(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run: ``if TYPE_CHECKING:`` imports types alone, which may come from anywhere."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node = ast.Module(node.orelse, [])
+        yield node
+        yield from executed(node)
+
+
 def imported(path: Path) -> set[str]:
     """Modules that a file imports, also inside functions; those of ours without the name of the package."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in executed(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -38,6 +56,17 @@ def imported(path: Path) -> set[str]:
             modules = {name for name in members if name.removeprefix("lightning_sft.") in FILES}
             found |= modules or {node.module}
     return {name.removeprefix("lightning_sft.") for name in found}
+
+
+def annotations(path: Path) -> Iterator[tuple[str, str, str]]:
+    """The arguments of each function and the fields of each class: its name, theirs, and their annotations."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+                yield node.name, argument.arg, ast.unparse(argument.annotation) if argument.annotation else "Any"
+        elif isinstance(node, ast.ClassDef):
+            for field in (field for field in node.body if isinstance(field, ast.AnnAssign)):
+                yield node.name, ast.unparse(field.target), ast.unparse(field.annotation)
 
 
 def place(name: str) -> int:
@@ -55,6 +84,16 @@ def test_a_file_imports_only_from_its_own_package_and_those_before_it(name: str)
 def test_no_files_import_each_other_in_a_circle() -> None:
     edges = {name: (imported(path) & FILES.keys()) - {name} for name, path in FILES.items()}
     TopologicalSorter(edges).prepare()  # raises CycleError
+
+
+def test_a_trainer_and_a_module_of_lightning_have_its_types() -> None:
+    untyped = {
+        f"{name}.{of}"
+        for name, path in FILES.items()
+        for of, argument, annotation in annotations(path)
+        if argument in ("trainer", "pl_module") and "Any" in annotation.split(" | ")
+    }
+    assert untyped == SETTINGS
 
 
 @pytest.mark.parametrize("name", sorted(FILES))

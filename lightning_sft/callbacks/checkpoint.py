@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from weakref import proxy
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sft.checkpoints.run_lock import FolderLock
@@ -57,7 +58,7 @@ class SafeCheckpoint(ModelCheckpoint):
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_train_steps, every_n_minutes, keep_last
         self._last_time, self._agreement, self._lock = 0.0, Agreement(), FolderLock()
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, and remove partial checkpoints of killed processes from it."""
         super().setup(trainer, pl_module, stage)
         write_whole(trainer)
@@ -66,7 +67,7 @@ class SafeCheckpoint(ModelCheckpoint):
             if trainer.is_global_zero:
                 sweep(self._folder, "*.ckpt*")
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the folder and the disk.
 
         Raises:
@@ -78,7 +79,7 @@ class SafeCheckpoint(ModelCheckpoint):
         )  # the checkpoint that was resumed from need not be written again
         first_rank_does(trainer, lambda: self._check(trainer, pl_module))
 
-    def _check(self, trainer: Any, module: Any) -> None:
+    def _check(self, trainer: Trainer, module: LightningModule) -> None:
         folder, resumed_from = self._folder, trainer.ckpt_path
         others = [path for path in sorted(folder.glob(_PATTERN)) if step_of(path) is not None]
         folders = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
@@ -88,35 +89,37 @@ class SafeCheckpoint(ModelCheckpoint):
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}. Resume that run "
                 "(--ckpt_path last), or give this one a separate folder (trainer.default_root_dir)."
             )
-        if others and Path(resumed_from).resolve().parent not in own:
+        if others and Path(str(resumed_from)).resolve().parent not in own:
             raise InputError(
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}; this one resumes from "
                 f"{resumed_from}. Give it a separate folder (trainer.default_root_dir), or move the others away."
             )
         check_disk(folder, bytes_of_checkpoint(module))
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Release the lock on the folder."""
         super().on_exception(trainer, pl_module, exception)
         self._lock.release()
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the lock on the folder."""
         self._lock.release()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save between two optimizer steps when a checkpoint is due."""
         if is_between_steps(trainer) and self._is_due(trainer):
             self.save(trainer)
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: the end of the epoch follows."""
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save at the end of an epoch, and of training."""
         self.save(trainer)
 
-    def save(self, trainer: Any) -> None:
+    def save(self, trainer: Trainer) -> None:
         """Save now, unless this step is already saved; every process must call this."""
         if self._should_skip_saving_checkpoint(trainer):
             return
@@ -125,7 +128,7 @@ class SafeCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             self._remove_old(trainer)
 
-    def _remove_old(self, trainer: Any) -> None:
+    def _remove_old(self, trainer: Trainer) -> None:
         """Remove all but the last few checkpoints, and the one the run was resumed from.
 
         Checkpoints are ordered by step. Those of later steps than the current one were saved before the run went back
@@ -143,7 +146,7 @@ class SafeCheckpoint(ModelCheckpoint):
     def _folder(self) -> Path:
         return Path(str(self.dirpath))
 
-    def _is_due(self, trainer: Any) -> bool:
+    def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             return True
         if self.every_n_minutes is None:
@@ -151,22 +154,22 @@ class SafeCheckpoint(ModelCheckpoint):
         is_late = time.monotonic() - self._last_time >= 60 * self.every_n_minutes
         return self._agreement.one_says(trainer, is_late and trainer.is_global_zero)
 
-    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         save_whole(trainer, filepath)
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
-    def _should_remove_checkpoint(self, trainer: Any, previous: str, current: str) -> bool:
+    def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         return False  # done by `save`
 
-    def _find_last_checkpoints(self, trainer: Any) -> set[str]:
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         found = newest([str(self.dirpath)] if self.dirpath else folders_of(trainer.default_root_dir))
         return set() if found is None else {str(found)}
 
 
-def save_whole(trainer: Any, path: str | Path) -> None:
+def save_whole(trainer: Trainer, path: str | Path) -> None:
     """Save a checkpoint under a hidden name, and rename it after all processes have written their part.
 
     Args:

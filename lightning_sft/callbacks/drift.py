@@ -7,12 +7,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.evaluation.divergence import divergence, likeliest
@@ -22,7 +22,13 @@ from lightning_sft.model.tuning.adapters import ADAPTER_NAME
 from lightning_sft.model.weights import PretrainedWeights
 from lightning_sft.training.checks import check_module
 from lightning_sft.training.optimizers import whole
+from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import Batch, InputError, widest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightning_sft.module import SFTModule
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 _ELEMENTS = 1 << 24  # of a parameter, compared at a time
@@ -60,7 +66,7 @@ class DriftMonitor(Callback):
         """Restore the log-probabilities of the pretrained model."""
         self._kept = [(ids, log_probs) for ids, log_probs in state_dict["kept"]]
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute the log-probabilities of the pretrained model.
 
         Raises:
@@ -69,12 +75,15 @@ class DriftMonitor(Callback):
         check_module(self, pl_module)
         if getattr(trainer.strategy, "zero_stage_3", False):
             raise InputError("DriftMonitor cannot read weights partitioned by ZeRO-3. Use deepspeed_stage_2 or fsdp2.")
-        model = pl_module.model
+        module = cast("SFTModule", pl_module)
+        model = module.model
+        assert model is not None
+        assert module.scorer is not None
         self._squares, self._weights = {}, None
         if trainer.is_global_zero:
             names = [_plain(n) for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
             names += [f"{_plain(n)}.weight" for n, _ in _adapted(model)]
-            self._weights = PretrainedWeights(pl_module.pretrained, names)
+            self._weights = PretrainedWeights(module.pretrained, names)
         self._batches = self._held_out(trainer, pl_module)
         adapted = next(_adapted(model), None) is not None
         if len(self._kept) != len(self._batches):
@@ -87,36 +96,39 @@ class DriftMonitor(Callback):
                 )
         if self._batches and not self._kept:
             with evaluating(pl_module), _without_adapters(model):
-                self._kept = [likeliest(pl_module.scorer, batch, self.likeliest) for batch in self._batches]
+                self._kept = [likeliest(module.scorer, batch, self.likeliest) for batch in self._batches]
 
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the drift after a validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._measure(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the drift after an epoch if there is no validation."""
         if not sum(trainer.num_val_batches):
-            with pl_module.evaluated():
+            with cast("SFTModule", pl_module).evaluated():
                 self._measure(trainer, pl_module)
 
-    def _measure(self, trainer: Any, pl_module: Any) -> None:
-        found = trainer.strategy.broadcast(self._norms(pl_module.model))
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast("SFTModule", pl_module)
+        assert module.model is not None
+        assert module.scorer is not None
+        found = trainer.strategy.broadcast(self._norms(module.model))
         if self._batches:
             pairs = zip(self._batches, self._kept, strict=True)
             with evaluating(pl_module):
-                found["kl"] = torch.cat([divergence(pl_module.scorer, b, *kept) for b, kept in pairs]).mean().item()
+                found["kl"] = torch.cat([divergence(module.scorer, b, *kept) for b, kept in pairs]).mean().item()
         pl_module.log_dict({f"drift/{name}": value for name, value in found.items()}, batch_size=1, sync_dist=True)
 
-    def _held_out(self, trainer: Any, module: Any) -> list[Batch]:
-        splits = getattr(trainer.datamodule, "splits", {})
+    def _held_out(self, trainer: Trainer, module: LightningModule) -> list[Batch]:
+        splits = getattr(datamodule_of(trainer), "splits", {})
         if self.sequences and "val" not in splits:
             rank_zero_info("DriftMonitor: there is no validation data of SFTDataModule, so drift/kl is not logged.")
             return []
         examples = splits["val"].examples[: self.sequences] if self.sequences else []
         return [collate([example], packed=False).to(module.device) for example in examples]
 
-    def _norms(self, model: Any) -> dict[str, float]:
+    def _norms(self, model: PreTrainedModel) -> dict[str, float]:
         """Relative norms by group; complete on rank 0 only, but every rank must call this."""
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for name, moved, was in self._squared(model):
@@ -126,7 +138,7 @@ class DriftMonitor(Callback):
         in_order = sorted(sums, key=lambda group: (group == "all", group))
         return {group: math.sqrt(sums[group][0] / sums[group][1]) for group in in_order if sums[group][1]}
 
-    def _squared(self, model: Any) -> Iterator[tuple[str, float, float]]:
+    def _squared(self, model: PreTrainedModel) -> Iterator[tuple[str, float, float]]:
         """Name, ‖θ − θ̂‖² and ‖θ̂‖² of each trained matrix."""
         for given, parameter in model.named_parameters():
             name = _plain(given)
@@ -166,7 +178,7 @@ def _plain(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
-def _group(name: str, model: Any) -> str:
+def _group(name: str, model: PreTrainedModel) -> str:
     if layer := _LAYER.search(f".{name}"):
         return f"layer_{int(layer[1]):02d}"
     ends = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
@@ -174,11 +186,11 @@ def _group(name: str, model: Any) -> str:
     return next((group for group, end in ends.items() if _plain(_name_of(model, end)) == module), "other")
 
 
-def _name_of(model: Any, wanted: Any) -> str:
+def _name_of(model: PreTrainedModel, wanted: nn.Module) -> str:
     return next((name for name, module in model.named_modules() if module is wanted), "")
 
 
-def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
+def _adapted(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
     """Linear layers with an adapter, except DoRA, whose change is not B A alone."""
     return (
         (name, module)
@@ -188,8 +200,8 @@ def _adapted(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _without_adapters(model: Any) -> Iterator[None]:
-    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+def _without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
     for layer in layers:
         layer._disable_adapters = True  # peft's enable_adapters would also change requires_grad
     try:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
+from lightning_sft.training.trainer import callbacks_of
 
-def why_ended(trainer: Any) -> str:
+
+def why_ended(trainer: Trainer) -> str:
     """The reason why a finished fit ended."""
     if trainer.should_stop:
-        for callback in trainer.callbacks:
+        for callback in callbacks_of(trainer):
             if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
                 return f"EarlyStopping: {callback.stopping_reason_message.rstrip('.')}"
             if isinstance(callback, Timer) and (callback.time_remaining() or 0.0) <= 0.0:
@@ -24,7 +26,7 @@ def why_ended(trainer: Any) -> str:
     return "the data are exhausted"
 
 
-def ending(trainer: Any, resumed_at: int = 0) -> str:
+def ending(trainer: Trainer, resumed_at: int = 0) -> str:
     """The closing message of a fit: why it ended, its checkpoints, and the commands that use them.
 
     Args:

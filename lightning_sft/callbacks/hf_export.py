@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,12 @@ from lightning_sft.model.parallel.rank_zero import FirstRank, whole_state
 from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_module
+from lightning_sft.training.trainer import callbacks_of, datamodule_of, is_fast_dev_run
 from lightning_sft.types import Conversation, Example, InputError
+
+if TYPE_CHECKING:
+    from lightning_sft.datamodule import SFTDataModule
+    from lightning_sft.module import SFTModule
 
 
 class HFExport(Callback):
@@ -69,11 +74,11 @@ class HFExport(Callback):
         self._last_step = 0
         self._error: Exception | None = None
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset the state of the previous fit; ``on_train_start`` does not run if the last step is done already."""
         self._first, self._error = None, None
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse to overwrite another run's exports.
 
         Raises:
@@ -81,30 +86,33 @@ class HFExport(Callback):
                 read; the module is not an SFTModule; or weights would be averaged only after the export.
         """
         check_module(self, pl_module)
-        if _averages(trainer.callbacks[trainer.callbacks.index(self) :]):
+        callbacks = callbacks_of(trainer)
+        if _averages(callbacks[callbacks.index(self) :]):
             raise InputError(
                 "HFExport comes before a WeightAveraging, which loads the averaged weights when training ends, so they "
                 "would not be exported. Put HFExport after it in trainer.callbacks."
             )
         self._begin(trainer)
-        if trainer.fast_dev_run:
+        if is_fast_dev_run(trainer):
             rank_zero_info("HFExport writes nothing under trainer.fast_dev_run.")
         elif trainer.global_step == 0:
             self._first_rank(self._check)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Export every ``every_n_steps`` optimizer steps."""
         step, before, self._last_step = trainer.global_step, self._last_step, trainer.global_step
         is_due = self.every_n_steps is not None and step > before and step % self.every_n_steps == 0
         if is_due and (error := self._export(trainer, pl_module, f"step-{step}")):
             rank_zero_warn(f"Step {step} was not exported; training continues. {error}")
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the final model; an error is raised in ``on_fit_end``, after the last checkpoint is saved."""
         if self.at_end:
             self._error = self._export(trainer, pl_module, "final")
 
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export the best checkpoint, and the final model if a run killed after its last step did not.
 
         Raises:
@@ -113,8 +121,8 @@ class HFExport(Callback):
         if self._first is None:  # resumed after the last step: the final export may be missing
             self._begin(trainer)
             is_missing = self._first_rank(lambda: not (self._root / "final").exists())
-            if self.at_end and is_missing and not trainer.fast_dev_run:
-                if _averages(trainer.callbacks):
+            if self.at_end and is_missing and not is_fast_dev_run(trainer):
+                if _averages(callbacks_of(trainer)):
                     rank_zero_warn(
                         "The final export is missing: use lightning-sft export to write the averaged weights."
                     )
@@ -122,7 +130,7 @@ class HFExport(Callback):
                     self._error = self._export(trainer, pl_module, "final")
         if self._error is not None:
             raise self._error
-        if not self.best or trainer.fast_dev_run:
+        if not self.best or is_fast_dev_run(trainer):
             return
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not path:
@@ -135,7 +143,7 @@ class HFExport(Callback):
 
         self._first_rank(write)
 
-    def _begin(self, trainer: Any) -> None:
+    def _begin(self, trainer: Trainer) -> None:
         self._root = Path(self.folder) if self.folder else Path(trainer.log_dir or ".") / "huggingface"
         self._first, self._error, self._last_step = FirstRank(), None, trainer.global_step
 
@@ -149,10 +157,10 @@ class HFExport(Callback):
         if self.rows is not None:
             rows_to_compare({}, self.rows)
 
-    def _export(self, trainer: Any, module: Any, name: str) -> Exception | None:
+    def _export(self, trainer: Trainer, pl_module: LightningModule, name: str) -> Exception | None:
         """Export a folder, and return the error, if any, on every rank."""
-        first = self._first_rank
-        if trainer.fast_dev_run:
+        first, module = self._first_rank, cast("SFTModule", pl_module)
+        if is_fast_dev_run(trainer):
             return None
         tokenizer = _tokenizer(trainer, module)
 
@@ -176,11 +184,11 @@ class HFExport(Callback):
 
         return first.tried(write)[1]
 
-    def _rows(self, trainer: Any) -> tuple[str, Sequence[Conversation]]:
-        source = getattr(trainer.datamodule, "sources", {}).get("val")
+    def _rows(self, trainer: Trainer) -> tuple[str, Sequence[Conversation]]:
+        data = cast("SFTDataModule", datamodule_of(trainer))  # or a user's own
+        source = getattr(data, "sources", {}).get("val")
         if self.rows is None and source is not None:
             with suppress(InputError):  # e.g. an exhausted iterator
-                data = trainer.datamodule
                 found = parity.held_out(as_mixture(source), data.format, data.columns)
                 return f"{len(found)} rows of the run's validation data", found
         return rows_to_compare({}, self.rows)
@@ -190,7 +198,7 @@ def _averages(callbacks: Sequence[Callback]) -> bool:
     return any(isinstance(callback, WeightAveraging) for callback in callbacks)
 
 
-def _live(trainer: Any, module: Any, examples: Sequence[Example]) -> Live:
+def _live(trainer: Trainer, module: SFTModule, examples: Sequence[Example]) -> Live:
     """Log-probabilities of the targets under the model in training; computed on every rank."""
     with eval_mode(module):
         batches = [collate([example], packed=False).to(module.device) for example in examples]
@@ -201,13 +209,13 @@ def _live(trainer: Any, module: Any, examples: Sequence[Example]) -> Live:
     return Live(examples, found, in_16_bits=not is_whole)
 
 
-def _tokenizer(trainer: Any, module: Any) -> PreTrainedTokenizerBase:
-    found = getattr(trainer.datamodule, "tokenizer", None)
+def _tokenizer(trainer: Trainer, module: SFTModule) -> PreTrainedTokenizerBase:
+    found = getattr(datamodule_of(trainer), "tokenizer", None)
     return found if isinstance(found, PreTrainedTokenizerBase) else load_tokenizer(module.pretrained)
 
 
 @contextmanager
-def _without_zero3(module: Any) -> Iterator[None]:
+def _without_zero3(module: LightningModule) -> Iterator[None]:
     """Disable transformers' ZeRO-3 loading, which would involve all ranks: this rank alone loads whole models."""
     config = getattr(module, "_zero3", None)
     if config is None:

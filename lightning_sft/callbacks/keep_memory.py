@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.io.arguments import check_arguments
@@ -25,7 +23,7 @@ class KeepMemory(Callback):
         check_arguments(KeepMemory, locals())
         self.enabled = enabled
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Configure the allocator before the model is loaded."""
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if self.enabled and stage == "fit" and on_cpu and keep_freed_memory():

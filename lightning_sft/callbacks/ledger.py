@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.checkpoints.run_files import LEDGER_FILE, cut_off, refuse_anew
@@ -37,14 +37,14 @@ class SampleLedger(Callback):
         self._samples: list[list[list[str]]] = []  # of this rank, by step and micro-batch
         self._window: list[Batch] = []
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder and lock it for this process."""
         if stage == "fit":
             folder = trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir)
             self.path = Path(folder, LEDGER_FILE)
             self._lock.take(trainer, self.path.parent)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the lines of steps that will be repeated.
 
         Raises:
@@ -57,11 +57,13 @@ class SampleLedger(Callback):
             if last < trainer.global_step:
                 rank_zero_info(f"{self.path} has no lines of steps {last + 1} to {trainer.global_step}.")
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember a micro-batch of the current step."""
         self._window.append(Batch.of(batch))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Record a finished step."""
         if not is_between_steps(trainer):
             return
@@ -82,26 +84,26 @@ class SampleLedger(Callback):
         if len(self._lines) >= self.every_n_steps:
             self._write(trainer)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the lines of all steps that the checkpoint includes, before it is saved."""
         self._write(trainer)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the remaining lines."""
         self._write(trainer)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the remaining lines after an error, on a single process only: other ranks may not respond."""
         if trainer.world_size == 1:
             with suppress(InputError):  # e.g. the full disk that ended the fit
                 self._write(trainer)
         self._lock.release()
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the lock on the folder."""
         self._lock.release()
 
-    def _write(self, trainer: Any) -> None:
+    def _write(self, trainer: Trainer) -> None:
         lines, samples, self._lines, self._samples = self._lines, self._samples, [], []
         if not lines:  # on any rank
             return

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -33,7 +33,7 @@ class OptimizerInBackward(Callback):
         self._hooks: list[RemovableHandle] = []
         self._is_sound = True
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse trainer settings under which the update would not be exact.
 
         Raises:
@@ -54,7 +54,7 @@ class OptimizerInBackward(Callback):
                     "callback out."
                 )
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Register the optimizer steps as gradient hooks.
 
         Raises:
@@ -82,7 +82,7 @@ class OptimizerInBackward(Callback):
             if parameter.requires_grad
         ]
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Refuse a batch whose gradients would have to be normalized after the backward pass.
 
         Raises:
@@ -93,11 +93,11 @@ class OptimizerInBackward(Callback):
                 "OptimizerInBackward needs batches of SFTDataModule, whose normalizer is known in advance."
             )
 
-    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Skip all updates on a non-finite loss; the module raises after the backward pass."""
         self._is_sound = bool(torch.isfinite(loss))
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()

@@ -7,15 +7,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.io.arguments import check_arguments
 from lightning_sft.io.disk import write
-from lightning_sft.training.trainer import data_parallel, gather
+from lightning_sft.training.trainer import data_parallel, datamodule_of, gather
 from lightning_sft.types import Prompt
+
+if TYPE_CHECKING:
+    from lightning_sft.datamodule import SFTDataModule
 
 
 class PredictionWriter(Callback):
@@ -34,16 +37,16 @@ class PredictionWriter(Callback):
         self._rows: dict[int, dict[str, Any]] = {}  # those that this rank knows, by number
         self._key = ""
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the data module leave out what has been answered, and hand out the longest prompts first."""
-        data = trainer.datamodule
+        data = cast("SFTDataModule", datamodule_of(trainer))  # or a user's own
         if stage == "predict" and hasattr(data, "predict_only"):
             prompts = data.prompts_of("predict")
             answered = self._answered(trainer, prompts)
             left = [prompt for prompt in prompts if prompt.number not in answered]
             data.predict_only(sorted(left, key=lambda prompt: -len(prompt.input_ids)))
 
-    def _answered(self, trainer: Any, prompts: Sequence[Prompt]) -> set[int]:
+    def _answered(self, trainer: Trainer, prompts: Sequence[Prompt]) -> set[int]:
         """The numbers of the prompts that need not be answered again, but for one; every rank calls it."""
         self._key, self._rows = _key(trainer, prompts), {}
         for part in self._parts():
@@ -56,14 +59,20 @@ class PredictionWriter(Callback):
             rank_zero_info(f"{len(known):,} of {len(prompts):,} prompts have been answered before.")
         return known if len(known) < len(prompts) else known - {prompts[-1].number}
 
-    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a file of this rank, with what it knows; those of another model or of other prompts are overwritten."""
         self._file = self._part(data_parallel(trainer)[0])
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._append(json.dumps(self._key), *map(json.dumps, self._rows.items()), mode="w")
 
     def on_predict_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Add a batch's rows."""
         rank, num_ranks = data_parallel(trainer)
@@ -75,7 +84,7 @@ class PredictionWriter(Callback):
         self._rows |= found
         self._append(*map(json.dumps, found.items()))
 
-    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of all ranks and write them on the first."""
         rows = {number: row for share in gather(trainer, self._rows) for number, row in share.items()}
         self._rows = {}
@@ -97,7 +106,7 @@ class PredictionWriter(Callback):
             file.write("".join(f"{line}\n" for line in lines))
 
 
-def _key(trainer: Any, prompts: Sequence[Prompt]) -> str:
+def _key(trainer: Trainer, prompts: Sequence[Prompt]) -> str:
     """A digest of all that answers depend on."""
     module = trainer.lightning_module
     digest = hashlib.sha256()

@@ -8,9 +8,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -18,7 +18,7 @@ from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole
 from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.io.arguments import check_arguments
-from lightning_sft.training.trainer import Agreement, is_between_steps
+from lightning_sft.training.trainer import Agreement, callbacks_of, is_between_steps
 from lightning_sft.types import InputError
 
 EX_TEMPFAIL = 75
@@ -64,30 +64,39 @@ class Preempt(Callback):
         self._agreement, self._process, self._is_first_rank = Agreement(), 0, True
         self._before: dict[signal.Signals, Any] = {}
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Move behind all other callbacks."""
-        trainer.callbacks = [*(callback for callback in trainer.callbacks if callback is not self), self]
+        others = [callback for callback in callbacks_of(trainer) if callback is not self]
+        cast(Any, trainer).callbacks = [*others, self]
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Install the signal handlers; Lightning restores its own when the fit ends."""
         self.told, self._agreement = None, Agreement()
         self._process, self._is_first_rank = os.getpid(), trainer.is_global_zero
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._take_note) for number in self.signals}
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the previous signal handlers."""
         before, self._before = self._before, {}
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Save and exit between two optimizer steps, if any process received a signal."""
         if is_between_steps(trainer) and self._agreement.one_says(trainer, self.told is not None):
             self._end(trainer)
 
     def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Save and exit during a validation in which all processes are known to have equally many batches."""
         known = trainer.world_size == 1 or isinstance(trainer.val_dataloaders, EpochLoader)
@@ -104,14 +113,14 @@ class Preempt(Callback):
             if self._is_first_rank:
                 os.write(2, _INTERRUPTED)  # print must not be called in a handler
 
-    def _end(self, trainer: Any) -> None:
+    def _end(self, trainer: Trainer) -> None:
         path, told = self._save(trainer), self.told or "a signal on another rank"
         saved = f"saved step {trainer.global_step} to {path}. Resume with --ckpt_path last."
         nothing = "nothing was saved, since no step was finished. Run the same command to start again."
         rank_zero_info(f"Received {told}; {nothing if path is None else saved}")
         raise Preempted(f"received {told}")
 
-    def _save(self, trainer: Any) -> Path | None:
+    def _save(self, trainer: Trainer) -> Path | None:
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         safe = [saver for saver in savers if isinstance(saver, SafeCheckpoint)]
         if safe:

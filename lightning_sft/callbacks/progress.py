@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
 from lightning_sft.io.arguments import NonNegative, check_arguments
@@ -37,13 +38,13 @@ class TrainingProgress(RichProgressBar):
         self.every_seconds, self._read, self._shown = every_seconds, 0.0, dict[str, Any]()
         self._begin, self._first, self._total = 0.0, 0, 0
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start to measure the pace."""
         super().on_train_start(trainer, pl_module)
         self._begin, self._first = time.monotonic(), trainer.global_step
         self._total = total_steps(trainer, may_be_endless=True)
 
-    def get_metrics(self, trainer: Any, pl_module: Any) -> dict[str, Any]:
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The metrics shown beside the bar."""
         now = time.monotonic()
         if now - self._read >= self.every_seconds or trainer.global_step >= self._total:

@@ -6,13 +6,14 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sft.callbacks.ending import why_ended
@@ -23,8 +24,11 @@ from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.data.inspect.summary import counts, histogram, targets_in_words
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.io.disk import append, write
-from lightning_sft.training.trainer import first_rank_does, is_between_steps
+from lightning_sft.training.trainer import callbacks_of, datamodule_of, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning_sft.datamodule import SFTDataModule
 
 
 class RunRecord(Callback):
@@ -47,17 +51,17 @@ class RunRecord(Callback):
         self._is_saving = False
         self._validated: int | None = None  # step whose validation is already recorded, which a resumed run repeats
 
-    def folder(self, trainer: Any) -> Path:
+    def folder(self, trainer: Trainer) -> Path:
         """The folder of the files; every rank must call this."""
         return Path(trainer.strategy.broadcast(self.dirpath or trainer.log_dir or trainer.default_root_dir))
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder and lock it for this process."""
         if stage == "fit":
             self._folder = self.folder(trainer)
             self._lock.take(trainer, self._folder)
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the description of the run, and remove the lines of steps that will be repeated.
 
         Raises:
@@ -89,24 +93,26 @@ class RunRecord(Callback):
             "parameters": sum(p.numel() for p in pl_module.parameters()),
             "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "facts": facts,
-            "data": _data(trainer.datamodule),
+            "data": _data(datamodule_of(trainer)),
         }
         self._write_record()
         if not trainer.global_step:
             self._add(trainer, self._untrained)
         self._untrained = {}
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record that the first checkpoint is saved: from now on, no other run may start in this folder."""
         if self._is_saving:
             self._has_saved()
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Record the metrics of a finished step."""
         if trainer.is_global_zero and is_between_steps(trainer) and trainer.global_step % self.every_n_steps == 0:
             self._note(trainer, lambda name: name == "lr" or name.startswith("train/"))
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metrics of a validation, also of a complete sanity check (``num_sanity_val_steps=-1``)."""
         if trainer.sanity_checking and trainer.num_sanity_val_steps == math.inf and not trainer.global_step:
             self._untrained = {name: value.detach().clone() for name, value in trainer.callback_metrics.items()}
@@ -114,19 +120,19 @@ class RunRecord(Callback):
         if trainer.is_global_zero and trainer.state.fn == "fit" and is_new:
             self._note(trainer, lambda name: not (name == "lr" or name.startswith("train/")))
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the lines of all steps that the checkpoint includes, before it is saved."""
         self._write()
         self._is_saving = bool(self._record) and not self._record["saved"]
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the remaining lines, and why training ended."""
         if trainer.is_global_zero and not sum(trainer.num_val_batches):
             self._note(trainer, lambda name: name.startswith("drift/"))
         self._write()
         self._end(trainer, why_ended(trainer), has_saved=self._is_saving)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the remaining lines, and the exception that ended training."""
         with suppress(InputError):  # e.g. the full disk that ended the fit
             self._write()
@@ -134,7 +140,7 @@ class RunRecord(Callback):
             self._end(trainer, f"{type(exception).__name__}: {exception}", has_saved)
         self._lock.release()
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the lock on the folder."""
         self._lock.release()
 
@@ -142,7 +148,7 @@ class RunRecord(Callback):
         self._is_saving, self._record["saved"] = False, True
         self._write_record()
 
-    def _end(self, trainer: Any, reason: str, has_saved: bool) -> None:
+    def _end(self, trainer: Trainer, reason: str, has_saved: bool) -> None:
         if self._record:
             self._record["starts"][-1]["end"] = {"step": trainer.global_step, "reason": reason}
             self._record["saved"] |= has_saved
@@ -152,10 +158,10 @@ class RunRecord(Callback):
     def _write_record(self) -> None:
         write(self._folder / RECORD_FILE, json.dumps(self._record, ensure_ascii=False, indent=1))
 
-    def _note(self, trainer: Any, is_wanted: Any) -> None:
+    def _note(self, trainer: Trainer, is_wanted: Callable[[str], bool]) -> None:
         self._add(trainer, {name: value for name, value in trainer.callback_metrics.items() if is_wanted(name)})
 
-    def _add(self, trainer: Any, chosen: dict[str, Tensor]) -> None:
+    def _add(self, trainer: Trainer, chosen: dict[str, Tensor]) -> None:
         if not chosen:
             return
         at = {"step": trainer.global_step, "epoch": trainer.current_epoch, "seconds": time.time() - self._begin}
@@ -172,20 +178,21 @@ class RunRecord(Callback):
         append(self._folder / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in short))
 
 
-def folder_of(trainer: Any) -> Path:
+def folder_of(trainer: Trainer) -> Path:
     """The folder of a run, where its record is or its logger writes; every rank must call this."""
-    records = [callback for callback in trainer.callbacks if isinstance(callback, RunRecord)]
+    records = [callback for callback in callbacks_of(trainer) if isinstance(callback, RunRecord)]
     return (records[0] if records else RunRecord()).folder(trainer)
 
 
-def _device(trainer: Any) -> str:
+def _device(trainer: Trainer) -> str:
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{trainer.world_size} × {name}"
 
 
-def _data(data: Any) -> dict[str, Any] | None:
+def _data(datamodule: LightningDataModule | None) -> dict[str, Any] | None:
     """The data module's report, or ``None`` if it has none."""
+    data = cast("SFTDataModule", datamodule)
     splits = getattr(data, "splits", None)
     if not splits:
         return None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
@@ -19,7 +19,14 @@ from lightning_sft.io.arguments import Count, check_arguments, made, plain
 from lightning_sft.io.disk import rows_of, write
 from lightning_sft.machine.terminal import Console
 from lightning_sft.training.checks import check_data, check_module, check_prompts
+from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import InputError, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lightning_sft.datamodule import SFTDataModule
+    from lightning_sft.module import SFTModule
 
 SAMPLES_FOLDER = "samples"
 _SHOWN = 400  # characters of a text in the table
@@ -54,7 +61,7 @@ class SampleGenerations(Callback):
         self.prompts, self.max_new_tokens, self.sampling = plain(prompts), max_new_tokens, made(Sampling, sampling)
         self.batch_size, self.console = batch_size, console
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the prompts, and generate the answers of the pretrained model.
 
         Raises:
@@ -62,10 +69,12 @@ class SampleGenerations(Callback):
                 answer.
         """
         check_module(self, pl_module)
-        check_data(self, trainer.datamodule)
-        self._chosen = _prompts(trainer.datamodule, self.prompts)
+        check_data(self, datamodule_of(trainer))
+        data = cast("SFTDataModule", datamodule_of(trainer))
+        assert data.tokenizer is not None
+        self._chosen = _prompts(data, self.prompts)
         check_prompts(self._chosen, getattr(pl_module, "num_positions", None))
-        self._questions = [_question(trainer.datamodule.tokenizer, prompt) for prompt in self._chosen]
+        self._questions = [_question(data.tokenizer, prompt) for prompt in self._chosen]
         self._folder, self._before = folder_of(trainer) / SAMPLES_FOLDER, {}
         first = self._folder / "step=00000000.jsonl"
         if trainer.global_step == 0:
@@ -73,14 +82,15 @@ class SampleGenerations(Callback):
         elif first.is_file():
             self._before = {row["source"]: row["prediction"] for row, _ in rows_of(first)}
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate answers after a validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step:
             self._ask(trainer, pl_module)
 
-    def _ask(self, trainer: Any, module: Any) -> None:
-        tokenizer = trainer.datamodule.tokenizer
-        rows = answer_all(module, self._chosen, tokenizer, self.batch_size, self.max_new_tokens, self.sampling)
+    def _ask(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data, module = cast("SFTDataModule", datamodule_of(trainer)), cast("SFTModule", pl_module)
+        assert data.tokenizer is not None
+        rows = answer_all(module, self._chosen, data.tokenizer, self.batch_size, self.max_new_tokens, self.sampling)
         step = trainer.global_step
         if not trainer.is_global_zero:
             return
@@ -97,15 +107,16 @@ class SampleGenerations(Callback):
             Console().print(_table(rows, self._before, step))
 
 
-def _prompts(data: Any, wanted: int | Sequence[str]) -> list[Prompt]:
+def _prompts(data: SFTDataModule, wanted: int | Sequence[str]) -> list[Prompt]:
     if isinstance(wanted, int):
         name = "val" if data.sources["val"] is not None else "train"
         return list(data.prompts_of(name, wanted))[:wanted]
     rows = [{"prompt": text} for text in wanted]
+    assert data.tokenizer is not None
     return load_prompts(rows, data.tokenizer)
 
 
-def _question(tokenizer: Any, prompt: Prompt) -> str:
+def _question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     return str(tokenizer.decode(list(prompt.input_ids), skip_special_tokens=True))
 
 

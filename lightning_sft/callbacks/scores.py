@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.evaluation.answer_scores import extracted, scores
@@ -14,7 +14,12 @@ from lightning_sft.evaluation.generation import answer_all
 from lightning_sft.io.arguments import Count, check_arguments
 from lightning_sft.io.disk import write
 from lightning_sft.training.checks import check_data, check_module
+from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning_sft.datamodule import SFTDataModule
+    from lightning_sft.module import SFTModule
 
 
 class ScoreAnswers(Callback):
@@ -48,7 +53,7 @@ class ScoreAnswers(Callback):
         self.extract, self.rouge, self.bleu = extract or None, rouge, bleu
         self.first, self.batch_size, self.filename = first, batch_size, filename
 
-    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check module, data and prompts.
 
         Raises:
@@ -56,16 +61,18 @@ class ScoreAnswers(Callback):
                 leaves no position for an answer.
         """
         check_module(self, pl_module)
-        check_data(self, trainer.datamodule)
-        prompts = trainer.datamodule.prompts_of("test", self.first)
+        data = datamodule_of(trainer)
+        check_data(self, data)
+        prompts = cast("SFTDataModule", data).prompts_of("test", self.first)
         self._prompts = [prompt for prompt in prompts if prompt.reference is not None]
         if not self._prompts:
             raise InputError("ScoreAnswers needs rows with answers: data.test has none.")
 
-    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, write and score the answers."""
-        data = trainer.datamodule
-        rows = answer_all(pl_module, self._prompts, data.tokenizer, self.batch_size or data.predict_batch_size)
+        data, module = cast("SFTDataModule", datamodule_of(trainer)), cast("SFTModule", pl_module)
+        assert data.tokenizer is not None
+        rows = answer_all(module, self._prompts, data.tokenizer, self.batch_size or data.predict_batch_size)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         if trainer.is_global_zero:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

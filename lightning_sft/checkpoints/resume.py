@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,8 +21,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sft.training.optimizers import parts_of
-from lightning_sft.training.trainer import data_parallel
+from lightning_sft.training.trainer import data_parallel, datamodule_of
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loops.progress import _ProcessedTracker
+
+    from lightning_sft.datamodule import SFTDataModule
 
 POSITION_KEY = "lightning_sft_place"
 """Checkpoint key of the run's position."""
@@ -61,10 +67,10 @@ class RunPosition:
     plan: str | None
 
     @classmethod
-    def of(cls, trainer: Any, seed: int) -> RunPosition:
+    def of(cls, trainer: Trainer, seed: int) -> RunPosition:
         """The position of a trainer after its last optimizer step; may be called at any time."""
         fit, loop, accumulate = trainer.fit_loop, trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
-        epochs, batches = fit.epoch_progress.current, loop.batch_progress.current
+        epochs, batches = cast("_ProcessedTracker", fit.epoch_progress.current), loop.batch_progress.current
         steps = loop.automatic_optimization.optim_progress.optimizer.step.current.completed
         if epochs.started < epochs.ready:  # Lightning has not yet reset the micro-batch counters
             return cls(epochs.ready - 1, 0, 0, False, True, *_split(trainer), seed, plan_of(trainer))
@@ -158,13 +164,13 @@ class RunState:
         """Note the module's own schedule, as opposed to one of a subclass or a callback."""
         self._schedule = schedule
 
-    def begin(self, trainer: Any) -> None:
+    def begin(self, trainer: Trainer) -> None:
         """Let settings that have changed since the checkpoint take effect, see :func:`retune`."""
         if self._asked is not None:
             retune(trainer, self._asked, self._saved, self._schedule)
         self._schedule = None  # else copies of the module would have an optimizer
 
-    def seed_micro_batch(self, trainer: Any, number: int) -> None:
+    def seed_micro_batch(self, trainer: Trainer, number: int) -> None:
         """Seed the draws of a micro-batch, see :func:`seed_micro_batch`.
 
         Args:
@@ -175,14 +181,14 @@ class RunState:
             self._seed = seed_of(trainer)
         seed_micro_batch(self._seed, trainer.current_epoch, number, data_parallel(trainer)[0])
 
-    def save(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
+    def save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Add the run's position and its optimizer's settings to a checkpoint."""
         if self._asked is not None:
             checkpoint[OPTIMIZER_KEY] = asdict(self._asked)
         seed = seed_of(trainer) if self._seed is None else self._seed
         checkpoint[POSITION_KEY] = asdict(RunPosition.of(trainer, seed))
 
-    def load(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
+    def load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Take the position and the settings of a checkpoint, see :func:`restore`.
 
         Raises:
@@ -194,7 +200,7 @@ class RunState:
             self._asked.check(self._saved)
 
 
-def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
+def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> int | None:
     """Set the counters of a checkpoint to its position, and return the seed of its run.
 
     Args:
@@ -232,9 +238,9 @@ def restore(trainer: Any, checkpoint: dict[str, Any]) -> int | None:
     return saved.seed
 
 
-def seed_of(trainer: Any) -> int:
+def seed_of(trainer: Trainer) -> int:
     """The seed of a run: from ``seed_everything``, which the command line always calls, or else ``data.seed``."""
-    of_data: int = getattr(trainer.datamodule, "seed", 0)
+    of_data: int = getattr(datamodule_of(trainer), "seed", 0)
     return int(os.environ.get("PL_GLOBAL_SEED", of_data))
 
 
@@ -257,9 +263,9 @@ def seed_micro_batch(*place: int) -> None:
     random.seed(python_seed)
 
 
-def plan_of(trainer: Any) -> str | None:
+def plan_of(trainer: Trainer) -> str | None:
     """Fingerprint of the order of the data, or ``None`` for streams and for the user's own loaders."""
-    data = trainer.datamodule
+    data = cast("SFTDataModule", datamodule_of(trainer))  # or a user's own
     if not hasattr(data, "planned") or data.streaming or "train" not in data.splits:
         return None
     return str(data.planned("train").plan.fingerprint)
@@ -280,7 +286,7 @@ class AskedSettings:
     groups: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, optimizer: Any) -> AskedSettings:
+    def of(cls, optimizer: Optimizer) -> AskedSettings:
         """The settings of a newly created optimizer."""
         groups = [{n: deepcopy(v) for n, v in g.items() if n not in _NO_SETTINGS} for g in optimizer.param_groups]
         return cls(
@@ -313,7 +319,7 @@ class AskedSettings:
             )
 
 
-def retune(trainer: Any, asked: AskedSettings, saved: AskedSettings | None, own: Any) -> None:
+def retune(trainer: Trainer, asked: AskedSettings, saved: AskedSettings | None, own: LambdaLR | None) -> None:
     """Apply changed settings over those of a checkpoint, and set the schedule's learning rate.
 
     Unchanged settings are left as restored, so state that an optimizer keeps among its settings is preserved. From here
@@ -329,21 +335,21 @@ def retune(trainer: Any, asked: AskedSettings, saved: AskedSettings | None, own:
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if len(groups) != len(asked.groups):  # a subclass that creates another optimizer
         return
-    is_own = [config.scheduler for config in trainer.lr_scheduler_configs] == [own]
+    own = own if [config.scheduler for config in trainer.lr_scheduler_configs] == [own] else None
     for number, (group, now) in enumerate(zip(groups, asked.groups, strict=True)):
         before = now if saved is None else saved.groups[number]
         changed = {name: value for name, value in now.items() if name not in before or not _same(value, before[name])}
-        if "lr" in changed and not is_own:
+        if "lr" in changed and own is None:
             warnings.warn(
                 f"The optimizer's lr={now['lr']} has no effect: the schedule of the checkpoint uses lr="
                 f"{before.get('lr')}.",
                 stacklevel=2,
             )
         group.update({name: value for name, value in changed.items() if name != "lr"})
-        if is_own:
+        if own is not None:
             group["initial_lr"] = own.base_lrs[number] = now["lr"]
             group["lr"] = now["lr"] * own.lr_lambdas[number](own.last_epoch)
-    if is_own:
+    if own is not None:
         own._last_lr = [group["lr"] for group in groups]
 
 
@@ -356,11 +362,11 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _split(trainer: Any) -> tuple[int, int]:
+def _split(trainer: Trainer) -> tuple[int, int]:
     return data_parallel(trainer)[1], trainer.accumulate_grad_batches
 
 
-def _validation_has_ended(trainer: Any) -> bool:
+def _validation_has_ended(trainer: Trainer) -> bool:
     """Whether a validation is complete except for its last hooks, in which checkpoints are saved."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current
     return bool(trainer.validating) and progress.completed >= sum(trainer.num_val_batches)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.checkpoints.writing import newest
@@ -47,7 +48,7 @@ def cut_off(path: Path, step: int) -> int:
     return int(kept[-1][0])
 
 
-def refuse_anew(trainer: Any, folder: Path) -> None:
+def refuse_anew(trainer: Trainer, folder: Path) -> None:
     """Refuse to start at step 0 in the folder of a run that has finished steps.
 
     A run that was killed before its first checkpoint counts as having finished none, since all its steps are repeated.

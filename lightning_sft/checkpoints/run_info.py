@@ -6,14 +6,21 @@ from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
-from lightning_sft.data.rows.sources import files_of
+from lightning_sft.data.rows.sources import Source, files_of
 from lightning_sft.training.optimizers import parts_of
+from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lightning_sft.data.tokens.dataset import Split
+    from lightning_sft.datamodule import SFTDataModule
 
 RUN_INFO_KEY = "lightning_sft"
 """Checkpoint key of the facts of the run."""
@@ -27,7 +34,7 @@ _FILES = 8  # of a part; an export reads a few rows
 _DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed")
 
 
-def run_info(trainer: Any) -> dict[str, Any]:
+def run_info(trainer: Trainer) -> dict[str, Any]:
     """Step, metrics, optimizer, settings, data and versions of a training run, as plain values.
 
     Every process must call this, since it reduces metrics over ranks.
@@ -35,7 +42,7 @@ def run_info(trainer: Any) -> dict[str, Any]:
     Args:
         trainer: Lightning trainer; its data module may be the user's own.
     """
-    data = trainer.datamodule
+    data = datamodule_of(trainer)
     return {
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,
@@ -43,7 +50,7 @@ def run_info(trainer: Any) -> dict[str, Any]:
         "optimizer": _optimizer(trainer),
         "trainer": {"strategy": type(trainer.strategy).__name__} | _plain(trainer, _TRAINER),
         "data_module": {"class": type(data).__name__} | _plain(data, _DATA),
-        "data": {name: _split(data, name) for name in getattr(data, "splits", {})},
+        "data": {name: _split(cast("SFTDataModule", data), name) for name in getattr(data, "splits", {})},
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
 
@@ -84,9 +91,9 @@ def _first_files(name: str) -> list[str]:
     return [str(file) for file in files_of(name)[:_FILES]]
 
 
-def _split(data: Any, name: str) -> dict[str, Any]:
+def _split(data: SFTDataModule, name: str) -> dict[str, Any]:
     """A split of a data module: its parts with sources and sizes, and the number of rows left out."""
-    split, mixture = data.splits[name], as_mixture(data.sources[name])
+    split, mixture = data.splits[name], as_mixture(cast(Mixture | Source, data.sources[name]))
     of_part = [
         {
             "name": part_name,
@@ -108,14 +115,14 @@ def _split(data: Any, name: str) -> dict[str, Any]:
     return {"parts": parts, "targets": split.num_targets, **left_out}
 
 
-def _rows_of_parts(split: Any) -> list[int]:
+def _rows_of_parts(split: Split) -> list[int]:
     """Number of rows of each part; a row may yield several sequences."""
     ends = np.searchsorted(split.examples.sequences_per_row.cumsum(), np.cumsum(split.part_sizes), side="right")
     rows: list[int] = np.diff(ends, prepend=0).tolist()
     return rows
 
 
-def _refused(split: Any) -> int:
+def _refused(split: Split) -> int:
     return len(split.account.refused) + int(split.account.unlisted["refused"])
 
 
@@ -138,7 +145,7 @@ def _files_of(source: Any) -> list[str] | None:
     return found[:_FILES]
 
 
-def _optimizer(trainer: Any) -> dict[str, Any]:
+def _optimizer(trainer: Trainer) -> dict[str, Any]:
     if not trainer.optimizers:
         return {}
     optimizer = trainer.optimizers[0]

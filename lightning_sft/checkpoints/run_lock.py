@@ -9,10 +9,13 @@ import warnings
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, TYPE_CHECKING, ClassVar
 
 from lightning_sft.training.trainer import first_rank_does
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 try:
     import fcntl
@@ -35,7 +38,7 @@ class FolderLock:
     def __init__(self) -> None:
         self._path: Path | None = None
 
-    def take(self, trainer: Any, folder: Path) -> None:
+    def take(self, trainer: Trainer, folder: Path) -> None:
         """Lock a folder, creating it if needed; every rank must call this, rank 0 holds the lock.
 
         Raises:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.checkpoints.reading import Checkpoint, know_optimizer_states
@@ -67,7 +68,7 @@ class AtomicIO(TorchCheckpointIO):
         return found
 
 
-def write_whole(trainer: Any) -> None:
+def write_whole(trainer: Trainer) -> None:
     """Make a trainer use :class:`AtomicIO` for all checkpoint files, including those of Lightning's ModelCheckpoint."""
     strategy = trainer.strategy
     if type(strategy.checkpoint_io) is TorchCheckpointIO:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,10 +13,15 @@ from lightning_sft.model.parallel.sharding import gathered
 from lightning_sft.objective import transformed
 from lightning_sft.types import Batch
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lightning_sft.model.likelihood import LikelihoodModel
+
 _CHUNK = 256  # targets whose logits are in memory at a time
 
 
-def likeliest(scorer: Any, batch: Batch, most: int) -> tuple[Tensor, Tensor]:
+def likeliest(scorer: LikelihoodModel, batch: Batch, most: int) -> tuple[Tensor, Tensor]:
     """The most likely tokens at each target, and their log-probabilities: ``[T, K]`` each, int32 and float32.
 
     Args:
@@ -25,7 +30,7 @@ def likeliest(scorer: Any, batch: Batch, most: int) -> tuple[Tensor, Tensor]:
         most: K, or the size of the vocabulary if that is less.
     """
 
-    def compute(model: Any, own: Batch) -> list[tuple[Tensor, Tensor]]:
+    def compute(model: PreTrainedModel, own: Batch) -> list[tuple[Tensor, Tensor]]:
         chunks = _log_probs(scorer, own)
         top = [chunk.topk(min(most, chunk.shape[1])) for chunk in chunks]
         return [(found.indices.int().cpu(), found.values.float().cpu()) for found in top]
@@ -34,7 +39,7 @@ def likeliest(scorer: Any, batch: Batch, most: int) -> tuple[Tensor, Tensor]:
     return torch.cat([ids for ids, _ in found]), torch.cat([values for _, values in found])
 
 
-def divergence(scorer: Any, batch: Batch, ids: Tensor, log_probs: Tensor) -> Tensor:
+def divergence(scorer: LikelihoodModel, batch: Batch, ids: Tensor, log_probs: Tensor) -> Tensor:
     """KL(p̂ ‖ p) in nats at each target, ``[T]`` float64, between the result of :func:`likeliest` and the current model.
 
     All but the K most likely tokens of p̂ count as one: ``Σ_k p̂_k · log(p̂_k / p_k) + p̂_rest · log(p̂_rest / p_rest)``. By
@@ -47,7 +52,7 @@ def divergence(scorer: Any, batch: Batch, ids: Tensor, log_probs: Tensor) -> Ten
         log_probs: Log-probabilities of these tokens, ``[T, K]``, float32.
     """
 
-    def compute(model: Any, own: Batch) -> list[Tensor]:
+    def compute(model: PreTrainedModel, own: Batch) -> list[Tensor]:
         found, begin = [], 0
         for chunk in _log_probs(scorer, own):
             at = slice(begin, begin + len(chunk))
@@ -65,7 +70,7 @@ def _coarse(before: Tensor, now: Tensor) -> Tensor:
     return ((before.exp() * (before - now)).sum(1) + of_rest).clamp(min=0)
 
 
-def _log_probs(scorer: Any, batch: Batch) -> Iterator[Tensor]:
+def _log_probs(scorer: LikelihoodModel, batch: Batch) -> Iterator[Tensor]:
     """Log-probabilities of the vocabulary at each target, ``[chunk, V]`` at a time."""
     _, head = backbone_and_head(scorer.model)
     states = scorer.hidden(batch).flatten(0, 1).index_select(0, batch.targets)

@@ -6,12 +6,12 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.batches.loader import PAD_ID, PromptBatch, PromptLoader
 from lightning_sft.io.arguments import AboveZero, Index, NonNegative, check_arguments, made
@@ -20,6 +20,9 @@ from lightning_sft.model.pretrained import num_positions
 from lightning_sft.training.checks import check_prompts
 from lightning_sft.training.trainer import data_parallel, gather
 from lightning_sft.types import InputError, Prompt, widest
+
+if TYPE_CHECKING:
+    from lightning_sft.module import SFTModule
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ def answers(
     ]
 
 
-def room(model: Any, prompts: Sequence[Prompt]) -> float:
+def room(model: PreTrainedModel, prompts: Sequence[Prompt]) -> float:
     """The number of tokens that an answer to the longest prompt may have; infinite where positions are computed."""
     positions = num_positions(model)
     return math.inf if positions is None else positions - max(len(prompt.input_ids) for prompt in prompts)
@@ -173,9 +176,9 @@ def _until(stops: Collection[int | None], ids: list[int]) -> list[int]:
 
 
 def answer_all(
-    module: Any,
+    module: SFTModule,
     prompts: Sequence[Prompt],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
     sampling: Sampling | None = None,
@@ -196,6 +199,8 @@ def answer_all(
     Raises:
         InputError: When a prompt is beyond the model's positions.
     """
+    assert module.model is not None
+    assert module.scorer is not None
     rank, num_ranks = data_parallel(module.trainer)
     strategy = module.trainer.strategy
     in_step = strategy.restore_checkpoint_after_setup  # as those have it that shard the model

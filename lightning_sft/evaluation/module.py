@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,7 +12,11 @@ from torch import Tensor
 from lightning_sft.evaluation.metrics import CorpusLikelihood
 from lightning_sft.evaluation.token_bytes import token_bytes
 from lightning_sft.training.checks import not_finite
+from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import Batch, LogLikelihood, widest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class EvaluatedModule(LightningModule):
@@ -61,24 +65,24 @@ class _Evaluation:
 
     def __init__(self) -> None:
         self._metrics: list[CorpusLikelihood] = []  # one a loader
-        self._tokenizer: Any = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._token_bytes: Tensor | None = None  # of its vocabulary
         self._not_finite: list[tuple[Batch, LogLikelihood]] = []  # batches whose loss is non-finite
 
-    def begin(self, module: Any, num_loaders: int) -> None:
+    def begin(self, module: LightningModule, num_loaders: int) -> None:
         """Forget an evaluation that was interrupted, and see what the tokens stand for.
 
         Args:
             module: The Lightning module.
             num_loaders: Number of evaluation loaders of the trainer.
         """
-        tokenizer = getattr(module.trainer.datamodule, "tokenizer", None)
+        tokenizer = getattr(datamodule_of(module.trainer), "tokenizer", None)
         if tokenizer is not self._tokenizer:  # going through a vocabulary takes a second
             self._tokenizer, self._token_bytes = tokenizer, token_bytes(tokenizer)
         self._metrics = [self._new_metric(module.device) for _ in range(num_loaders)]
         self._not_finite = []
 
-    def add(self, module: Any, batch: Batch | Mapping[str, Any], loader: int = 0) -> None:
+    def add(self, module: LightningModule, batch: Batch | Mapping[str, Any], loader: int = 0) -> None:
         """Compute the likelihood of a batch, and add it to the metrics of its loader."""
         batch = Batch.of(batch)
         if batch.part_names != self._metrics[loader].part_names:  # the first batch of a mixture
@@ -91,7 +95,7 @@ class _Evaluation:
     def _new_metric(self, device: torch.device, part_names: Sequence[str] = ()) -> CorpusLikelihood:
         return CorpusLikelihood(part_names, self._token_bytes, widest(device)).to(device)
 
-    def close(self, module: Any) -> dict[str, Tensor]:
+    def close(self, module: LightningModule) -> dict[str, Tensor]:
         """The metrics, the same on all ranks; of several loaders with the suffix that Lightning gives to its own.
 
         Raises:

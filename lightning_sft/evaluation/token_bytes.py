@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
-def token_bytes(tokenizer: Any) -> Tensor | None:
+def token_bytes(tokenizer: PreTrainedTokenizerBase | None) -> Tensor | None:
     r"""UTF-8 bytes of each token of the vocabulary, ``[V]`` int64; 0 for control tokens, which are no text.
 
     They add up to the bytes of a text: tokens of byte-level vocabularies have a character for each byte, and others
@@ -27,7 +30,7 @@ def token_bytes(tokenizer: Any) -> Tensor | None:
     [1, 1, 1, 1, 1, 1, 0]
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
+    if tokenizer is None or backend is None:
         return None
     state = json.loads(backend.to_str())
     decoder = json.dumps(state["decoder"], ensure_ascii=False)

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from transformers import PreTrainedModel
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -40,7 +44,7 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(module: Any) -> Iterator[None]:
+def evaluating(module: LightningModule) -> Iterator[None]:
     """:func:`eval_mode` at the precision of the trainer.
 
     Compiled layers run eagerly: each new length of an answer would be compiled again.
@@ -54,7 +58,7 @@ def evaluating(module: Any) -> Iterator[None]:
 
 
 @contextmanager
-def in_default_dtype(model: Any) -> Iterator[None]:
+def in_default_dtype(model: PreTrainedModel) -> Iterator[None]:
     """A model of transformers computes in torch's default dtype, whatever its parameters are held in.
 
     Those held in fewer bits, as a bfloat16 base under float32 adapters, are cast while their layer runs, so that only
@@ -87,7 +91,7 @@ def in_default_dtype(model: Any) -> Iterator[None]:
             hook.remove()
 
 
-def blocks(model: Any) -> list[nn.Module]:
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers of a transformers model, of which it says that they must not be split; it may not say so.
 
     FSDP2 replaces the class of a sharded module by a subclass.

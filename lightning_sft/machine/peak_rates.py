@@ -8,9 +8,12 @@ sparsity, without tensor cores, and for pairs of cards.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 _TERA = 1e12
 
@@ -57,7 +60,7 @@ _RATES: tuple[tuple[str, float, float, float], ...] = (
 _SLOWER = re.compile(r"\b(MIG|Laptop|Max-Q|D)\b")  # parts and variants of cards that have names like the whole ones
 
 
-def peak_rate(trainer: Any) -> float | None:
+def peak_rate(trainer: Trainer) -> float | None:
     """FLOP/s of a trainer's device in the dtype that its model's matmuls are in, or ``None`` where it is not known.
 
     Args:
@@ -69,7 +72,7 @@ def peak_rate(trainer: Any) -> float | None:
     return rate_of(torch.cuda.get_device_name(device), dtype, rounds_to_tf32())
 
 
-def matmul_dtype(trainer: Any) -> torch.dtype | None:
+def matmul_dtype(trainer: Trainer) -> torch.dtype | None:
     """Dtype of the inputs of matmuls: the dtype of autocast in mixed precision, else that of the parameters.
 
     Args:

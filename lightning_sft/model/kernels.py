@@ -12,7 +12,7 @@ import sys
 import warnings
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,6 +26,9 @@ from lightning_sft.model.parallel.sharding import layers
 from lightning_sft.model.probes import is_close
 from lightning_sft.training.trainer import total_steps
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning_sft.module import SFTModule
 
 KernelName = Literal["auto", "compiled", "liger", "none"]
 
@@ -53,7 +56,7 @@ class Kernels:
     name: str | None = field(default=None, init=False)  # kernels in use; None before training
     why: str = field(default="", init=False)
 
-    def begin(self, module: Any) -> None:
+    def begin(self, module: SFTModule) -> None:
         """Choose kernels and install them in the model, once; the choice is the same on all ranks.
 
         Args:
@@ -82,7 +85,7 @@ class Kernels:
         if module.device.type != "cpu" or self.name != "none":
             rank_zero_info(f"Kernels {self.name}: {self.why}.")
 
-    def _candidates(self, module: Any) -> list[tuple[str, str]]:
+    def _candidates(self, module: SFTModule) -> list[tuple[str, str]]:
         """Candidates in the order they are tried, each with its reason; the last is always available."""
         if self.asked != "auto":
             return [(self.asked, "asked for")]
@@ -99,7 +102,7 @@ class Kernels:
         return [("compiled", f"from {COMPILES_FROM} micro-batches on, compilation pays off"), ("liger", "fused"), none]
 
 
-def _passes_left(module: Any) -> int | None:
+def _passes_left(module: SFTModule) -> int | None:
     """Micro-batches left on this rank, or ``None`` if the number of steps is unknown."""
     try:
         steps = total_steps(module.trainer) - module.trainer.global_step
@@ -108,19 +111,20 @@ def _passes_left(module: Any) -> int | None:
     return int(steps * module.trainer.accumulate_grad_batches)
 
 
-def _why_not(name: str, module: Any) -> str | None:
+def _why_not(name: str, module: SFTModule) -> str | None:
     """Install kernels; on failure the model is left unchanged and the reason is returned."""
     if name == "none":
         return None
     return _compile(module) if name == "compiled" else _try_liger(module)
 
 
-def _compile(module: Any) -> str | None:
+def _compile(module: SFTModule) -> str | None:
     on_gpu = module.device.type == "cuda"
     if missing := compiler_missing(on_gpu):
         return missing
     if on_gpu and module.gradient_checkpointing == "offload":  # torch does not trace saved-tensor hooks
         return "torch does not compile layers whose inputs are offloaded (model.gradient_checkpointing=offload)"
+    assert module.model is not None
     try:
         found = layers(module.model)
     except InputError as error:
@@ -138,10 +142,12 @@ def _compile(module: Any) -> str | None:
     return None
 
 
-def _try_liger(module: Any) -> str | None:
+def _try_liger(module: SFTModule) -> str | None:
     """Patch the model; keep the patch only if hidden states are unchanged up to rounding on all ranks."""
     if not all(map(importlib.util.find_spec, ("liger_kernel", "triton"))):
         return "it needs liger-kernel and triton: pip install 'lightning-sft[gpu]'"
+    assert module.model is not None
+    assert module.num_embeddings is not None
     ids = torch.randint(module.num_embeddings, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     before = {part: _copied(part.__dict__) for part in module.model.modules()}
     try:
@@ -164,8 +170,9 @@ def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
     return {name: copy(value) if isinstance(value, dict) else value for name, value in attributes.items()}
 
 
-def _hidden(module: Any, input_ids: Tensor) -> Tensor:
+def _hidden(module: SFTModule, input_ids: Tensor) -> Tensor:
     """Last hidden states ``[1, N, H]``, at the precision of training."""
+    assert module.scorer is not None
     with evaluating(module):
         hidden: Tensor = module.scorer(input_ids, lambda model, ids: hidden_states(backbone_and_head(model)[0], ids))
     return hidden

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning_sft.io.arguments import Index
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Checkpointing = bool | Literal["offload"] | Index
 """``True``: recompute all layers; ``"offload"``: keep their inputs in host memory, too; n: recompute every n-th."""
 
 
-def checkpoint_layers(model: Any, setting: Checkpointing, device_type: str) -> None:
+def checkpoint_layers(model: PreTrainedModel, setting: Checkpointing, device_type: str) -> None:
     """Enable gradient checkpointing in the layers of a model, in place.
 
     Args:

@@ -6,18 +6,21 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_sft.training.trainer import gather
+from lightning_sft.training.trainer import callbacks_of, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 _NAMED = 10  # maximum number of samples in the message
 _TRIED = 200  # suspects of each rank that are computed alone: all of a large step would take minutes
 
 
-def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: Any) -> FloatingPointError:
+def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: LightningModule) -> FloatingPointError:
     """The error for a non-finite loss, naming the samples of all ranks that cause it. Every rank must call this.
 
     Documents packed together can share a NaN (0 · NaN is NaN in attention), so each suspect is computed again by
@@ -51,7 +54,7 @@ def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: Any) -> Floa
     )
 
 
-def check_trainer(trainer: Any, stage: str) -> None:
+def check_trainer(trainer: Trainer, stage: str) -> None:
     """Refuse settings that would make the gradient of a step wrong, or would deadlock.
 
     Args:
@@ -77,15 +80,15 @@ def check_trainer(trainer: Any, stage: str) -> None:
         )
     if trainer.precision == "16-true" and trainer.strategy.root_device.type == "cpu":
         raise InputError("A CPU does not train in float16. Use trainer.precision=32-true, or bf16-mixed.")
-    if any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in trainer.callbacks):
+    if any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in callbacks_of(trainer)):
         raise InputError(
             "GradientAccumulationScheduler changes how many micro-batches a step has after steps have been planned. "
             "Use a constant trainer.accumulate_grad_batches."
         )
-    check_tuner(trainer.callbacks)
+    check_tuner(callbacks_of(trainer))
 
 
-def check_module(callback: Any, module: Any) -> None:
+def check_module(callback: Callback, module: LightningModule) -> None:
     """Refuse a Lightning module that lacks the parts of ``SFTModule`` that a callback needs.
 
     Args:
@@ -102,7 +105,7 @@ def check_module(callback: Any, module: Any) -> None:
         )
 
 
-def check_data(callback: Any, data: Any) -> None:
+def check_data(callback: Callback, data: LightningDataModule | None) -> None:
     """Refuse a data module that lacks the parts of ``SFTDataModule`` that a callback needs.
 
     Args:
@@ -119,7 +122,7 @@ def check_data(callback: Any, data: Any) -> None:
         )
 
 
-def check_ids(module: Any, name: str, largest: int, tokenizer: Any) -> None:
+def check_ids(module: LightningModule | None, name: str, largest: int, tokenizer: Any) -> None:
     """Refuse token ids that the model has no embeddings for.
 
     Args:
@@ -139,7 +142,7 @@ def check_ids(module: Any, name: str, largest: int, tokenizer: Any) -> None:
         )
 
 
-def check_lengths(module: Any, name: str, longest: int) -> None:
+def check_lengths(module: LightningModule | None, name: str, longest: int) -> None:
     """Refuse sequences that are longer than the table of positions of the model.
 
     Args:
@@ -177,7 +180,7 @@ def check_prompts(prompts: Sequence[Prompt], positions: int | None) -> None:
         )
 
 
-def check_precision(asked: Any, trainer: Any) -> None:
+def check_precision(asked: Any, trainer: Trainer) -> None:
     """Refuse a precision other than the requested one; Lightning falls back on a CPU with only a warning.
 
     Args:
@@ -193,7 +196,7 @@ def check_precision(asked: Any, trainer: Any) -> None:
         )
 
 
-def check_epoch(trainer: Any) -> None:
+def check_epoch(trainer: Trainer) -> None:
     """Refuse epochs that cannot be divided into whole optimizer steps or over all ranks.
 
     Raises:
@@ -249,7 +252,7 @@ def warn_if_bfloat16_is_slow() -> None:
         )
 
 
-def tries_sizes(trainer: Any, streaming: bool) -> bool:
+def tries_sizes(trainer: Trainer | None, streaming: bool) -> bool:
     """Whether ``Tuner.scale_batch_size`` is about to try values of ``tokens_per_batch`` in this fit.
 
     Args:
@@ -269,7 +272,7 @@ def tries_sizes(trainer: Any, streaming: bool) -> bool:
     return tries
 
 
-def check_tuner(callbacks: Any) -> None:
+def check_tuner(callbacks: Iterable[Callback]) -> None:
     """Refuse callbacks that change the steps or the learning rate of a schedule after the fit has begun.
 
     Args:

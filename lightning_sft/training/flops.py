@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Reach = tuple[Literal["full", "sliding", "chunked"], int]
 """Which keys a query sees: all before it, those of a window of so many tokens, or those of its chunk of so many."""
@@ -54,7 +57,7 @@ class Flops:
         return sum(cost * sum(_pairs(n, reach) for n in lengths) for reach, cost in self.per_pair.items())
 
 
-def flops(model: Any) -> Flops | None:
+def flops(model: PreTrainedModel) -> Flops | None:
     """Model FLOPs of a training step, as in appendix B of PaLM (https://arxiv.org/abs/2204.02311), by document.
 
     A matrix of n parameters takes 2n operations a token in the forward pass, 2n for the gradient of its input, and,
@@ -105,7 +108,7 @@ def _triangle(n: int) -> int:
     return n * (n + 1) // 2
 
 
-def _attention(model: Any, config: Any) -> dict[Reach, float] | None:
+def _attention(model: PreTrainedModel, config: Any) -> dict[Reach, float] | None:
     types = _value(config, "layer_types") or _value(config, "attention_layers")
     if types is None and getattr(model, "_is_stateful", False):  # recurrent, as RWKV
         return {}

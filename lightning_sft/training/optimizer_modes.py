@@ -10,13 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_sft.training.optimizers import parts_of
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+    from lightning.pytorch.strategies import Strategy
 
 TRAINED_KEY = "lightning_sft_trained_weights"
 """Checkpoint key of the training weights, where they differ from the evaluation weights."""
@@ -29,7 +34,7 @@ class Modes:
         module: Lightning module in a fit.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: LightningModule) -> None:
         self._module = module
         self._kept: dict[str, Tensor] | None = None  # weights in training, while the parameters are those to evaluate
         self._restored: Mapping[str, Tensor] | None = None  # the same of a checkpoint, by name
@@ -96,12 +101,12 @@ class Modes:
                     parameter.copy_(kept[name])
 
 
-def has_modes(optimizer: Any) -> bool:
+def has_modes(optimizer: Optimizer) -> bool:
     """Whether an optimizer has a training and an evaluation mode."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
-def check_strategy(optimizer: Any, strategy: Any) -> None:
+def check_strategy(optimizer: Optimizer, strategy: Strategy) -> None:
     """Refuse optimizers that a strategy would not train or save as they are.
 
     Raises:

@@ -105,7 +105,7 @@ def make_optimizer(
     return Chained(parts)
 
 
-def parts_of(optimizer: Any) -> list[Any]:
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers that one consists of; itself, if it is no :class:`Chained`."""
     return list(getattr(optimizer, "parts", [optimizer]))
 

@@ -6,14 +6,19 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from lightning_sft.machine.peak_rates import peak_rate
 from lightning_sft.training.flops import Flops, flops
+from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import Batch
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from transformers import PreTrainedModel
 
 SEEN_KEY = "lightning_sft_seen"
 """Checkpoint key of the numbers of tokens and targets that the run has seen."""
@@ -44,7 +49,7 @@ class StepMetrics:
         self._paused = 0.0
         self._pause: float | None = None
 
-    def begin(self, trainer: Any, model: Any) -> None:
+    def begin(self, trainer: Trainer, model: PreTrainedModel | None) -> None:
         """Begin to measure; called before the first step.
 
         Args:
@@ -54,8 +59,8 @@ class StepMetrics:
         self._before, self.restored = self.restored or (0.0, 0.0), None
         self._done = _nothing()
         self._peak = peak_rate(trainer)
-        self._flops = flops(model) if self._peak else None
-        self._capacity = getattr(trainer.datamodule, "positions_per_batch", None)
+        self._flops = flops(cast("PreTrainedModel", model)) if self._peak else None  # configure_model has loaded it
+        self._capacity = getattr(datamodule_of(trainer), "positions_per_batch", None)
         self._marks.clear()
         self._paused, self._pause = 0.0, None
         self._marks.append((time.perf_counter(), self._done))
@@ -84,7 +89,7 @@ class StepMetrics:
             attention += self._flops.of_pairs(lengths) if self._flops else 0.0
         return torch.tensor([tokens, attention, filled, positions], dtype=torch.float64, device="cpu")
 
-    def close(self, trainer: Any, counts: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def close(self, trainer: Trainer, counts: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """The metrics at the end of a step.
 
         Args:

@@ -6,15 +6,35 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lightning_sft.data.batches.plan import Division
 from lightning_sft.types import InputError
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-def data_parallel(trainer: Any) -> tuple[int, int]:
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks, in the order in which they are called; Lightning declares no type for the attribute."""
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    return callbacks
+
+
+def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
+    """The trainer's data module, which may be a user's own; Lightning declares no type for the attribute."""
+    datamodule: LightningDataModule | None = cast(Any, trainer).datamodule
+    return datamodule
+
+
+def is_fast_dev_run(trainer: Trainer) -> bool:
+    """Whether the trainer tries a few batches only; Lightning declares no type for the attribute."""
+    return bool(cast(Any, trainer).fast_dev_run)
+
+
+def data_parallel(trainer: Trainer | None) -> tuple[int, int]:
     """Rank and size of the data-parallel group: not those of the world, where tensors are parallel too.
 
     Args:
@@ -24,21 +44,22 @@ def data_parallel(trainer: Any) -> tuple[int, int]:
     return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
 
 
-def on_cuda(trainer: Any) -> bool:
+def on_cuda(trainer: Trainer | None) -> bool:
     """Whether a trainer, which may be one on paper, trains on CUDA devices; without a trainer, none does."""
     strategy = getattr(trainer, "strategy", None)
     return strategy is not None and bool(strategy.root_device.type == "cuda")
 
 
-def division_of(trainer: Any) -> Division:
+def division_of(trainer: Trainer | None) -> Division:
     """How a trainer divides the work of its training; that of a single process if it is ``None``."""
     if trainer is None:
         return Division()
-    of_trainer = trainer.accumulate_grad_batches, trainer.limit_train_batches, trainer.num_devices
-    return Division(*data_parallel(trainer), *of_trainer)
+    rank, num_ranks = data_parallel(trainer)
+    accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
+    return Division(rank, num_ranks, accumulate, limit, trainer.num_devices)
 
 
-def autocast_dtype(trainer: Any) -> torch.dtype | None:
+def autocast_dtype(trainer: Trainer | None) -> torch.dtype | None:
     """Dtype that layers compute in under the trainer's autocast, or ``None`` where there is no autocast.
 
     Args:
@@ -48,7 +69,7 @@ def autocast_dtype(trainer: Any) -> torch.dtype | None:
     return None if trainer is None else dtypes.get(str(trainer.precision))
 
 
-def root_device(trainer: Any) -> torch.device:
+def root_device(trainer: Trainer | None) -> torch.device:
     """The device that the trainer trains on; without a trainer the first GPU, or the CPU where there is none."""
     if trainer is not None:
         device: torch.device = trainer.strategy.root_device
@@ -56,7 +77,7 @@ def root_device(trainer: Any) -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def divisors(trainer: Any) -> tuple[int, int]:
+def divisors(trainer: Trainer) -> tuple[int, int]:
     """Divisors applied to a micro-batch's gradient before the optimizer sees it: accumulation, and ranks.
 
     Lightning divides the loss by ``accumulate_grad_batches``, also in a short last window, and strategies average over
@@ -67,7 +88,7 @@ def divisors(trainer: Any) -> tuple[int, int]:
     return accumulate * (accumulate if by_itself else 1), data_parallel(trainer)[1]
 
 
-def sum_over_ranks(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
+def sum_over_ranks(trainer: Trainer, tensor: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over data-parallel ranks; copies on tensor-parallel ranks are counted once.
 
     The reduction is over all processes, so it is divided by the copies: exact, since each adds the same to the sum.
@@ -76,7 +97,7 @@ def sum_over_ranks(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
     return _summed(trainer, tensor) / copies
 
 
-def _summed(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
+def _summed(trainer: Trainer, tensor: torch.Tensor) -> torch.Tensor:
     """The sum over all processes, queued on the device.
 
     Lightning's ``strategy.reduce`` calls ``barrier`` first, and that of nccl lets the host wait for the device.
@@ -87,18 +108,18 @@ def _summed(trainer: Any, tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def position(trainer: Any) -> tuple[int, int]:
+def position(trainer: Trainer | None) -> tuple[int, int]:
     """The epoch, and its micro-batches that are done, as Lightning restores them from a checkpoint.
 
     ``overfit_batches`` asks for the same micro-batches in every epoch: those of the first; so does no trainer at all.
     """
     if trainer is None:
         return 0, 0
-    epoch = 0 if trainer.overfit_batches else trainer.current_epoch
+    epoch = 0 if cast(Any, trainer).overfit_batches else trainer.current_epoch
     return epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
 
-def is_between_steps(trainer: Any) -> bool:
+def is_between_steps(trainer: Trainer) -> bool:
     """Whether the optimizer step of the micro-batch under way has been taken; asked when it ends."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
@@ -116,7 +137,7 @@ class Agreement:
         self.seconds = seconds
         self._steps_left, self._between, self._begin = 0, 0, 0.0
 
-    def one_says(self, trainer: Any, yes: bool) -> bool:
+    def one_says(self, trainer: Trainer, yes: bool) -> bool:
         """Whether a process has said yes; every process calls it after the same steps."""
         if trainer.world_size == 1:
             return yes
@@ -137,7 +158,7 @@ class Agreement:
 _MOST_STEPS = 10  # between two times that processes ask each other
 
 
-def gather(trainer: Any, value: Any) -> list[Any]:
+def gather(trainer: Trainer | None, value: Any) -> list[Any]:
     """The values of all data-parallel ranks, in order of the ranks, from that of each; every process has to call it."""
     rank, num_ranks = data_parallel(trainer)
     if num_ranks == 1:
@@ -147,7 +168,7 @@ def gather(trainer: Any, value: Any) -> list[Any]:
     return [of_rank for _, of_rank in sorted(dict(found).items())]
 
 
-def first_rank_does(trainer: Any, work: Callable[[], object]) -> None:
+def first_rank_does(trainer: Trainer, work: Callable[[], object]) -> None:
     """Run a disk operation on rank 0; every rank must call this, and raises its error.
 
     For short operations: other ranks wait in a collective, which would time out on long work (``export.first_rank``).
@@ -165,18 +186,18 @@ def first_rank_does(trainer: Any, work: Callable[[], object]) -> None:
         raise InputError(message)
 
 
-def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
+def total_steps(trainer: Trainer, *, may_be_endless: bool = False) -> int:
     """Optimizer steps of the whole fit: the minimum of ``max_steps`` and the data module's planned steps.
 
     Raises:
         InputError: When neither gives an end, and there has to be one.
     """
     ends: list[float] = [trainer.max_steps] if trainer.max_steps > 0 else []
-    per_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
+    per_epoch = getattr(datamodule_of(trainer), "steps_per_epoch", None)
     if per_epoch is None and not ends:
         ends.append(trainer.estimated_stepping_batches)  # reads the user's own loader
-    elif per_epoch is not None and (trainer.max_epochs or 0) > 0:
-        ends.append(per_epoch * int(trainer.max_epochs))  # infinite for a stream, whose end nobody knows
+    elif per_epoch is not None and (epochs := trainer.max_epochs or 0) > 0:
+        ends.append(per_epoch * epochs)  # infinite for a stream, whose end nobody knows
     if ends and 0 < min(ends) < math.inf:
         return int(min(ends))
     if may_be_endless:
@@ -186,7 +207,7 @@ def total_steps(trainer: Any, *, may_be_endless: bool = False) -> int:
     )
 
 
-def trainer_on_paper(module: Any, settings: Any) -> SimpleNamespace:
+def trainer_on_paper(module: LightningModule | None, settings: Any) -> SimpleNamespace:
     """A stand-in with the trainer attributes that the data module needs; its devices need not be available.
 
     Args:

@@ -70,7 +70,7 @@ def plan(
 
     compiles = device.name == "GPU" and _compiles(module, steps["steps in all"] * work.accumulate)
 
-    def try_out(module: Any, batch: Batch, layout: Layout) -> Prediction:
+    def try_out(module: SFTModule, batch: Batch, layout: Layout) -> Prediction:
         return predict(module, batch, layout, device, work.accumulate, compiles)
 
     planned = data.planned("train")
@@ -130,7 +130,7 @@ def steps_of(data: SFTDataModule, module: SFTModule, trainer: Any, is_stream: bo
     """Numbers of optimizer steps, micro-batches and tokens, per epoch and in total."""
     endless = module.schedule == "constant"
     epoch = SimpleNamespace(steps_per_epoch=math.inf if is_stream else data.steps_per_epoch)
-    ends = SimpleNamespace(max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, datamodule=epoch)
+    ends: Any = SimpleNamespace(max_steps=trainer.max_steps, max_epochs=trainer.max_epochs, datamodule=epoch)
     total = total_steps(ends, may_be_endless=endless)
     of_all = {"steps in all": total, "of warm-up": math.ceil(module.warmup * total)}
     if is_stream:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
 
 from lightning_sft.machine.compiler import KEEP_LESS
 from lightning_sft.model.parallel.sharding import layers
 
 
-def compile_on_paper(model: nn.Module) -> None:
+def compile_on_paper(model: PreTrainedModel) -> None:
     """Make each layer of a model save and allocate what it would if compiled; identical layers are traced once.
 
     Layers that cannot be traced on shapes, such as some mixtures of experts, are not changed. Neither are checkpointed

@@ -13,6 +13,7 @@ from lightning_sft.commands.plan.layout import Layout
 from lightning_sft.commands.plan.meter import KINDS
 from lightning_sft.commands.plan.rehearsal import FORWARD, Rehearsal, rehearse
 from lightning_sft.model.pretrained import load_architecture
+from lightning_sft.module import SFTModule
 from lightning_sft.types import Batch
 
 LOADING = "loading"
@@ -70,7 +71,7 @@ class Prediction:
 
 
 def predict(
-    module: Any, batch: Batch, layout: Layout, device: Device, accumulate: int = 1, compiles: bool = False
+    module: SFTModule, batch: Batch, layout: Layout, device: Device, accumulate: int = 1, compiles: bool = False
 ) -> Prediction:
     """Rehearse two steps and predict their memory.
 
@@ -97,7 +98,7 @@ def predict(
     return Prediction(layout, device, moments, holes, done)
 
 
-def _loading(module: Any, done: Rehearsal, layout: Layout, device: Device) -> dict[str, float]:
+def _loading(module: SFTModule, done: Rehearsal, layout: Layout, device: Device) -> dict[str, float]:
     """Memory while loading: every process loads all weights; on CPUs, with the mapped file if its dtype differs.
 
     With GPUs, weights that will be sharded are whole only in host memory.

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lightning_sft.commands.plan import gpu_kernels
 from lightning_sft.commands.plan.compiled import compile_on_paper
@@ -28,6 +29,7 @@ from lightning_sft.model.recompute import checkpoint_layers
 from lightning_sft.model.tuning.adapters import inject, is_adapter, widen
 from lightning_sft.model.tuning.freezing import choose
 from lightning_sft.model.tuning.neftune import add_noise
+from lightning_sft.module import SFTModule
 from lightning_sft.training.optimizers import make_optimizer
 from lightning_sft.types import Batch
 
@@ -64,7 +66,7 @@ class Rehearsal:
 
 
 def rehearse(
-    module: Any,
+    module: SFTModule,
     batch: Batch,
     layout: Layout,
     accumulate: int = 1,
@@ -114,7 +116,7 @@ def rehearse(
     return _facts(meter, module, model, head, chunk_size)
 
 
-def _blank(module: Any, layout: Layout) -> Any:
+def _blank(module: SFTModule, layout: Layout) -> PreTrainedModel:
     """The model that ``configure_model`` would make, with arbitrary values."""
     tuning = module.tuning
     config = module.hf_config or load_architecture(module.pretrained)
@@ -150,15 +152,17 @@ def _materialize(model: nn.Module) -> None:
                     cast(dict[str, Any], owned)[name] = made[id(tensor)]
 
 
-def _chunk_size(module: Any, model: Any, layout: Layout, memory: float | None) -> int:
+def _chunk_size(module: SFTModule, model: PreTrainedModel, layout: Layout, memory: float | None) -> int:
     """The module's chunk size, or the one that the likelihood would choose for the device."""
     if module.chunk_size is not None or memory is None:
-        return cast(int, module.chunk_size or ON_CPU)
+        return module.chunk_size or ON_CPU
     itemsize = (layout.autocast or layout.computes_in).itemsize
     return fitting_chunk_size(memory, model.get_output_embeddings().weight.shape[0], itemsize)
 
 
-def _scorer(module: Any, model: Any, chunk_size: int, on_gpu: bool, compiles: bool) -> LikelihoodModel:
+def _scorer(
+    module: SFTModule, model: PreTrainedModel, chunk_size: int, on_gpu: bool, compiles: bool
+) -> LikelihoodModel:
     config = model.config.get_text_config()
     takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
     asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
@@ -190,7 +194,7 @@ def _step_in_backward(model: nn.Module, optimizer: torch.optim.Optimizer, meter:
             parameter.register_post_accumulate_grad_hook(step)
 
 
-def _split(model: Any, num_ranks: int) -> None:
+def _split(model: PreTrainedModel, num_ranks: int) -> None:
     """Reduce each matrix to the slice of one tensor-parallel rank, by rows or by columns."""
     plan: dict[str, str] = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
     for name, module in model.base_model.named_modules():
@@ -213,7 +217,7 @@ def _autocast(layout: Layout) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=layout.autocast, cache_enabled=False)
 
 
-def _facts(meter: Meter, module: Any, model: Any, head: nn.Module, chunk_size: int) -> Rehearsal:
+def _facts(meter: Meter, module: SFTModule, model: PreTrainedModel, head: nn.Module, chunk_size: int) -> Rehearsal:
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     of_layers = [(_count(layer), _count(layer, only_trained=True)) for layer in layers(model)]
     sizes = Model(

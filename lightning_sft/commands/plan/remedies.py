@@ -11,6 +11,7 @@ from lightning_sft.commands.plan.layout import Layout
 from lightning_sft.commands.plan.prediction import LOADING, Prediction
 from lightning_sft.commands.plan.rehearsal import LOSS
 from lightning_sft.model.tuning.adapters import Lora
+from lightning_sft.module import SFTModule
 from lightning_sft.types import Batch
 
 _MOST_DEVICES = 64
@@ -34,7 +35,7 @@ class Remedy:
 class _Draft:
     """Settings under trial."""
 
-    module: Any
+    module: SFTModule
     batch: Batch
     layout: Layout
     settings: tuple[str, ...] = ()
@@ -46,12 +47,12 @@ class _Draft:
 
 
 def remedies(
-    module: Any,
+    module: SFTModule,
     batch: Batch,
     prediction: Prediction,
     smaller: Callable[[int], Batch],
     least: int,
-    try_out: Callable[[Any, Batch, Layout], Prediction],
+    try_out: Callable[[SFTModule, Batch, Layout], Prediction],
 ) -> Iterator[Remedy]:
     """Accumulate changes one by one until the fit fits or none is left.
 

@@ -114,9 +114,9 @@ def _begins_with(example: Example, context: list[int]) -> bool:
     return is_context and begin < len(weights) and weights[begin] > 0 and (begin < 2 or not weights[begin - 1] > 0)
 
 
-def _wrong(ids: list[int], begin: int, whole: list[int], tokenizer: Any, is_cut: bool) -> list[str]:
+def _wrong(ids: list[int], begin: int, whole: list[int], tokenizer: PreTrainedTokenizerBase, is_cut: bool) -> list[str]:
     """Problems of an answer, given the ids up to its end, its beginning, and the rendering that includes it."""
-    text, rendered = tokenizer.decode(ids), tokenizer.decode(whole)
+    text, rendered = str(tokenizer.decode(ids)), str(tokenizer.decode(whole))
     if whole[: len(ids)] != ids and not rendered.startswith(text):
         return ["what is trained is not what the template renders"]
     if is_cut:
@@ -132,7 +132,7 @@ def _wrong(ids: list[int], begin: int, whole: list[int], tokenizer: Any, is_cut:
     return [f"{rest.strip()[:40]!r} of the answer is not trained"] if rest.strip() else []
 
 
-def _ids_at_inference(row: Conversation, turn: int, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _ids_at_inference(row: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Ids that the model receives at inference before a turn, and the ids including the turn."""
     message = row.messages[turn]
     if message["role"] == "text":
@@ -145,7 +145,7 @@ def _ids_at_inference(row: Conversation, turn: int, tokenizer: Any) -> tuple[lis
     for messages, is_prompt in ((before, True), ([*before, message], False)):
         settings: dict[str, Any] = {"tools": row.tools, "chat_template": template, "add_generation_prompt": is_prompt}
         try:
-            found = tokenizer.apply_chat_template(messages, return_dict=True, **settings)
+            found: Any = tokenizer.apply_chat_template(messages, return_dict=True, **settings)
         except Exception:  # some templates expect the arguments of tool calls as text
             found = tokenizer.apply_chat_template(list(map(_as_text, messages)), return_dict=True, **settings)
         both.append(list(map(int, found["input_ids"])))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightning_sft.export.convert import Settings, from_checkpoint
 from lightning_sft.export.parity import held_out, unequal_weights
 from lightning_sft.model.pretrained import load_exported
 from lightning_sft.model.tuning.adapters import has_adapters
+from lightning_sft.module import SFTModule
 
 EXACT, ROUNDED = 1e-3, 0.2
 """Tolerances on log Pr of a target, in nats; the second for rounded weights, in half precision or quantized."""
@@ -37,7 +38,8 @@ def check_exports(subject: Subject) -> Outcome:
     )
     settings: dict[str, Any] = {"max_steps": 2, "max_epochs": -1, "precision": subject.trainer.precision}
     trainer = subject.fit(None, None, 2, **settings)
-    module: Any = trainer.lightning_module
+    module = cast(SFTModule, trainer.lightning_module)
+    assert module.model is not None
     mixture = subject.data.splits["train"].mixture
     rows = ("rows of the training data", held_out(mixture, subject.data.format, subject.data.columns))
     with tempfile.TemporaryDirectory(dir=subject.folder) as folder, quiet():

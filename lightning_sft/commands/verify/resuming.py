@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_sft.checkpoints.writing import bytes_of_checkpoint, check_disk
@@ -28,7 +28,7 @@ class Losses(Callback):
         self.save_after, self.path = save_after, path
         self.of_step: dict[str, list[float]] = {}
 
-    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the disk space.
 
         Raises:
@@ -37,7 +37,9 @@ class Losses(Callback):
         if self.path is not None:
             check_disk(Path(self.path).parent, bytes_of_checkpoint(pl_module))
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Record the loss; if the optimizer has stepped, ``global_step`` already includes this step."""
         took = is_between_steps(trainer)
         step = trainer.global_step - took + 1

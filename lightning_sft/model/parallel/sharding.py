@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_sft.machine.contexts import blocks
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+    from transformers import PreTrainedModel
 
 DtypeName = Literal["bfloat16", "float32"]  # float16 would need loss scaling
 
@@ -35,7 +39,7 @@ class Sharding:
     compute_dtype: DtypeName | None = None
     cpu_offload: bool = False
 
-    def apply(self, root: nn.Module, model: Any) -> None:
+    def apply(self, root: nn.Module, model: PreTrainedModel) -> None:
         """Shard in place: first matrices over tensor-parallel ranks, then all parameters over data-parallel ranks.
 
         Args:
@@ -50,7 +54,7 @@ class Sharding:
             _parallelize(model, self.mesh["tensor_parallel"])
         self._fully_shard(root, model)
 
-    def _fully_shard(self, root: nn.Module, model: Any) -> None:
+    def _fully_shard(self, root: nn.Module, model: PreTrainedModel) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         settings: dict[str, Any] = {"mesh": self.mesh["data_parallel"]}
@@ -64,7 +68,7 @@ class Sharding:
         fully_shard(root, **settings)
 
 
-def layers(model: Any) -> list[nn.Module]:
+def layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers of a transformers model, as declared by its ``_no_split_modules``.
 
     Raises:
@@ -76,7 +80,7 @@ def layers(model: Any) -> list[nn.Module]:
     return found
 
 
-def _parallelize(model: Any, mesh: DeviceMesh) -> None:
+def _parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
@@ -98,13 +102,13 @@ def _parallelize(model: Any, mesh: DeviceMesh) -> None:
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
-def loading_config(strategy: Any) -> Any:
+def loading_config(strategy: Strategy | None) -> Any:
     """Config that makes transformers load partitioned weights while it is referenced; ``None`` without ZeRO-3."""
     if not getattr(strategy, "zero_stage_3", False):
         return None
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    return HfDeepSpeedConfig(dict(strategy.config))
+    return HfDeepSpeedConfig(dict(cast(Any, strategy).config))
 
 
 def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 ADAPTERS_KEY = "adapters"
 _SETTINGS = ("lora", "new_tokens", "quantize")
@@ -43,7 +46,7 @@ def shrink(checkpoint: dict[str, Any], module: nn.Module, base: Tensor) -> None:
     }
 
 
-def check(checkpoint: dict[str, Any], module: Any, base: Tensor | None) -> None:
+def check(checkpoint: dict[str, Any], module: LightningModule, base: Tensor | None) -> None:
     """Refuse a checkpoint that does not match the module; torch cannot check this, since the base is missing.
 
     Args:
@@ -89,7 +92,7 @@ def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
             checkpoint["state_dict"].setdefault(name, parameter)
 
 
-def _check_base(saved: Tensor, base: Tensor, config: dict[str, Any], module: Any) -> None:
+def _check_base(saved: Tensor, base: Tensor, config: dict[str, Any], module: LightningModule) -> None:
     now = module.hparams.get("hf_config") or {}
     differs = [k for k in config.keys() & now.keys() if k not in _VOLATILE and config[k] != now[k]]
     if differs:

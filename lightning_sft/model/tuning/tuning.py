@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from lightning_sft.model.pretrained import load_architecture, load_model, model_from_config, new_token_ids
@@ -45,7 +47,7 @@ class TuningConfig:
         """The settings of the adapters as plain values, since a checkpoint holds no objects."""
         return {"lora": None if self.lora is None else asdict(self.lora)}
 
-    def _check(self, trainer: Any) -> None:
+    def _check(self, trainer: Trainer | None) -> None:
         """Refuse settings that would not work, or not be exact, before anything is loaded.
 
         Raises:
@@ -77,7 +79,7 @@ class TuningConfig:
                 "trainer.strategy.tensor_parallel_size=1, or leave model.lora out."
             )
 
-    def _check_quantized(self, what: str, trainer: Any) -> None:
+    def _check_quantized(self, what: str, trainer: Trainer | None) -> None:
         """Refuse settings that quantized weights cannot be combined with.
 
         Raises:
@@ -96,7 +98,7 @@ class TuningConfig:
             )
 
     def load(
-        self, pretrained: str, hf_config: dict[str, Any] | None, attention: str | None, trainer: Any
+        self, pretrained: str, hf_config: dict[str, Any] | None, attention: str | None, trainer: Trainer | None
     ) -> PreTrainedModel:
         """Load or build the model, with adapters and new tokens added and parameters frozen.
 
@@ -191,12 +193,12 @@ _HINT = (
 )
 
 
-def _keeps_only_adapters(strategy: Any) -> bool:
+def _keeps_only_adapters(strategy: Strategy) -> bool:
     """Whether the strategy can load a checkpoint without the base; DeepSpeed and distributed checkpoints cannot."""
     if getattr(strategy, "config", None) is not None:  # DeepSpeed
         return False
-    return _mesh(strategy) is None or not strategy._save_distributed_checkpoint
+    return _mesh(strategy) is None or not cast(ModelParallelStrategy, strategy)._save_distributed_checkpoint
 
 
-def _mesh(strategy: Any) -> Any:
+def _mesh(strategy: Strategy | None) -> DeviceMesh | None:
     return getattr(strategy, "device_mesh", None)
