@@ -44,7 +44,7 @@ def line_chart(
     lowest = min(*ys, 0.0) if from_zero else min(ys)
     x_ticks, y_ticks = ticks(min(xs), max(xs), 6), ticks(lowest, max(ys), 5)
     low, high = min(y_ticks[0], lowest), max(y_ticks[-1], max(ys))
-    place = _Place((min(xs), max(xs)), (low, high))
+    place = _Scale((min(xs), max(xs)), (low, high))
     parts = [_axes(place, x_ticks, y_ticks, x_name)]
     for number, points in enumerate(drawn.values()):
         is_noisy = smooth and len(points) > _NOISY
@@ -74,7 +74,7 @@ def bar_chart(title: str, bars: Sequence[tuple[str, float]], note: str = "", axi
         return ""
     top = max(max(value for _, value in bars), 1e-30)
     y_ticks = ticks(0.0, top, 5)
-    place = _Place((0, len(bars)), (0.0, max(top, y_ticks[-1])))
+    place = _Scale((0, len(bars)), (0.0, max(top, y_ticks[-1])))
     parts = [_axes(place, [], y_ticks, "")]
     step = place.at(1, 0)[0] - place.at(0, 0)[0]
     for number, (name, value) in enumerate(bars):
@@ -123,7 +123,7 @@ def short(value: float) -> str:
     return f"{value:.2g}" if size < 0.001 else f"{value:.3g}"
 
 
-class _Place:
+class _Scale:
     """Mapping from data to picture coordinates."""
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float]) -> None:
@@ -142,7 +142,7 @@ class _Place:
         return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in self.all(points))
 
 
-def _axes(place: _Place, x_ticks: Sequence[float], y_ticks: Sequence[float], x_name: str) -> str:
+def _axes(place: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_name: str) -> str:
     parts = []
     for tick in y_ticks:
         y = place.at(place.x[0], tick)[1]

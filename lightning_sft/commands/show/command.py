@@ -18,9 +18,9 @@ from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.plan import Division
 from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
+from lightning_sft.data.inspect.documents import EpochDocuments, PlacedDocument
 from lightning_sft.data.inspect.summary import show_counts, show_details
 from lightning_sft.data.inspect.token_text import PieceReader
-from lightning_sft.data.inspect.walk import EpochDocuments, PlacedDocument
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import Index, check_arguments

@@ -69,7 +69,7 @@ def key_of(files: Files | None, recipe: EncodingConfig) -> str | None:
         return None
     depends_on = [
         [(library, version(library)) for library in _LIBRARIES],
-        [_digest(file) for file in sorted(Path(__file__).parents[1].rglob("*.py"))],
+        [_digest(file) for file in _code()],
         {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "tokenizer"},
         ChatTemplate.of(recipe.tokenizer).text,
         recipe.tokenizer.special_tokens_map,
@@ -78,6 +78,12 @@ def key_of(files: Files | None, recipe: EncodingConfig) -> str | None:
     ]
     text = json.dumps(depends_on, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _code() -> list[Path]:
+    """The files of the package that decide what a row becomes: all of ``data/``, and what it computes weights with."""
+    data = Path(__file__).parents[1]
+    return [*sorted(data.rglob("*.py")), *(data.with_name(name) for name in ("objective.py", "types.py"))]
 
 
 def _opened(data: Path, account: Path) -> tuple[Examples, RowReport]:

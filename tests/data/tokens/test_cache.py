@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from pyarrow import ipc
 
+import lightning_sft
 from lightning_sft.data.rows.sources import files_behind
 from lightning_sft.data.tokens import cache as caching
 from lightning_sft.data.tokens.cache import cached
@@ -52,6 +53,19 @@ def count_builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     build = caching._build
     monkeypatch.setattr(caching, "_build", lambda *args: (builds.append(1), build(*args)))
     return builds
+
+
+def test_an_entry_depends_on_all_files_that_decide_what_a_row_becomes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digested: list[Path] = []
+    digest = caching._digest
+    monkeypatch.setattr(caching, "_digest", lambda file: (digested.append(Path(file)), digest(file))[1])
+    key_of(str(path), RECIPE)
+    package = Path(lightning_sft.__file__).parent
+    needed = {package / "objective.py", package / "types.py", *(package / "data").rglob("*.py")}
+    assert len(needed) > 30
+    assert set(digested) == {*needed, path}
 
 
 def test_a_second_start_reads_what_the_first_has_encoded(path: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -103,7 +117,7 @@ def test_another_content_or_name_is_another_entry_and_another_time_is_not(path: 
 def test_our_own_code_and_the_frozen_date_are_in_the_key(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = key_of(str(path), RECIPE)
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "__file__", str(path))  # another folder, without code
+        patch.setattr(caching, "_code", lambda: [path])  # other code
         assert key_of(str(path), RECIPE) != first
     dated = "{% set now = strftime_now %}{{ now('%Y') }}" + CHATML
     first = key_of(str(path), EncodingConfig(tiny_tokenizer(dated)))

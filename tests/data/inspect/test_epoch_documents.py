@@ -9,7 +9,7 @@ import pytest
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.packing import pack
 from lightning_sft.data.batches.plan import EpochPlan
-from lightning_sft.data.inspect.walk import EpochDocuments
+from lightning_sft.data.inspect.documents import EpochDocuments
 from lightning_sft.types import Example
 
 EXAMPLES = [Example([i] * (2 + i % 3), [0] + [1.0] * (1 + i % 3), f"data/a.jsonl:{i}") for i in range(1, 18)]
