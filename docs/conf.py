@@ -26,7 +26,7 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 nitpicky = True  # names that lead nowhere are errors
-nitpick_ignore_regex = [("py:class", r"[<>]=? .*|Path|Optimizer")]  # ranges, and names of annotations
+nitpick_ignore_regex = [("py:class", r"[<>]=? .*|Path|Optimizer|ArgsType")]  # ranges, and names of annotations
 intersphinx_mapping = write_inventories(DOCS.parent / "build" / "inventories")
 
 html_theme = "furo"

@@ -348,13 +348,18 @@ class SFTModule(EvaluatedModule):
         return self._modes.evaluated()
 
     @property
+    def run_seed(self) -> int | None:
+        """Seed of the random draws of this run, a resumed run's original one; ``None`` before the first micro-batch."""
+        return self._run.seed
+
+    @property
     def model(self) -> PreTrainedModel | None:
         """The model of transformers; ``None`` before it is loaded."""
         return None if self.scorer is None else self.scorer.model
 
     @property
     def isolates_documents(self) -> bool:
-        """Whether documents may share a row: the data module asks before it packs."""
+        """Whether documents may share a row; asked by the data module before it packs."""
         return self.scorer is None or self.scorer.findings.isolates_documents
 
     @property

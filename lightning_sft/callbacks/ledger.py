@@ -76,7 +76,7 @@ class SampleLedger(Callback):
                 "epoch": trainer.current_epoch,
                 "micro_batch": batch_idx + 1 - len(window),
                 "accumulate": trainer.accumulate_grad_batches,
-                "seed": getattr(pl_module, "_seed", None),
+                "seed": getattr(pl_module, "run_seed", None),
                 "loss": None if loss is None else loss.item(),
                 "normalizer": window[0].normalizer,
             }

@@ -146,7 +146,7 @@ class RunState:
     """
 
     def __init__(self) -> None:
-        self._seed: int | None = None
+        self.seed: int | None = None
         self._asked: AskedSettings | None = None
         self._saved: AskedSettings | None = None
         self._schedule: LambdaLR | None = None
@@ -177,15 +177,15 @@ class RunState:
             trainer: The Lightning trainer.
             number: Number of the micro-batch in the epoch, from 0.
         """
-        if self._seed is None:
-            self._seed = seed_of(trainer)
-        seed_micro_batch(self._seed, trainer.current_epoch, number, data_parallel(trainer)[0])
+        if self.seed is None:
+            self.seed = seed_of(trainer)
+        seed_micro_batch(self.seed, trainer.current_epoch, number, data_parallel(trainer)[0])
 
     def save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Add the run's position and its optimizer's settings to a checkpoint."""
         if self._asked is not None:
             checkpoint[OPTIMIZER_KEY] = asdict(self._asked)
-        seed = seed_of(trainer) if self._seed is None else self._seed
+        seed = seed_of(trainer) if self.seed is None else self.seed
         checkpoint[POSITION_KEY] = asdict(RunPosition.of(trainer, seed))
 
     def load(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ class RunState:
         Raises:
             InputError: When the run cannot resume from it exactly.
         """
-        self._seed = restore(trainer, checkpoint)
+        self.seed = restore(trainer, checkpoint)
         self._saved = AskedSettings(**checkpoint[OPTIMIZER_KEY]) if OPTIMIZER_KEY in checkpoint else None
         if self._asked is not None:  # some strategies load the checkpoint after the optimizer is made
             self._asked.check(self._saved)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.optim import AdamW
 
-from lightning_sft import module
+from lightning_sft.checkpoints import resume
 from lightning_sft.commands.verify.resuming import check_resuming
 from tests.helpers.verifying import LORA, subject
 
@@ -23,7 +23,7 @@ def test_it_passes_with_dropout_and_noise_and_leaves_no_checkpoint(pretrained: s
 def test_dropout_that_is_not_seeded_again_is_found(
     pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "seed_micro_batch", lambda *place: None)
+    monkeypatch.setattr(resume, "seed_micro_batch", lambda *place: None)
     losses, weights = check_resuming(subject(pretrained, tmp_path, **LORA)).cases
     assert [failure.partition(":")[0] for failure in losses.failures] == ["step 3", "step 4"]
     assert not weights.passed
