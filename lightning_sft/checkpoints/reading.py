@@ -76,7 +76,7 @@ class Checkpoint:
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
-        """Everything but its tensors: hyperparameters, counters, states of callbacks and data module.
+        """Everything but its tensors, so hyperparameters, counters, and states of callbacks and data module.
 
         Raises:
             InputError: When there is no checkpoint, or it cannot be read without running code.
