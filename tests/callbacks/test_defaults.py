@@ -158,7 +158,7 @@ def test_nothing_begins_over_a_run_whose_checkpoints_are_gone(
     main(["fit", *arguments, "--ckpt_path", "last"])
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     record = (tmp_path / "run" / "run.json").read_bytes()
-    with pytest.raises(InputError, match=r"run has finished step \d.*No checkpoint.*is left.*separate folder"):
+    with pytest.raises(InputError, match=r"run has finished step \d.*No readable checkpoint.*is left.*separate folder"):
         main(["fit", *arguments, *command])
     assert (tmp_path / "run" / "run.json").read_bytes() == record
 

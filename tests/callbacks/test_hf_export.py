@@ -53,7 +53,7 @@ def test_a_folder_has_the_model_and_the_template_of_the_training(pretrained: str
     assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(IDS).logits, module.model.eval()(IDS).logits)
     assert AutoTokenizer.from_pretrained(out).chat_template == trainer.datamodule.tokenizer.chat_template
     card = (out / "README.md").read_text()
-    for part in ("| train | rows in memory | 12 | 12 |", "| train/loss |", "## Figures at step 3", "class: AdamW"):
+    for part in ("| train | rows in memory | 12 | 12 |", "| train/loss |", "## Metrics at step 3", "class: AdamW"):
         assert part in card
 
 

@@ -120,7 +120,7 @@ def test_in_a_terminal_two_models_stand_side_by_side(monkeypatch: pytest.MonkeyP
     text = console.export_text()
     [line] = [line for line in text.splitlines() if line.count("1: hello") == 2]
     assert len(line) <= 80
-    assert "/bogus is no command" in text
+    assert "Unknown command /bogus" in text
     assert "it cannot be asked" in text
 
 

@@ -60,7 +60,7 @@ def test_what_cannot_be_asked_is_refused_in_words(pretrained: str, tmp_path: Pat
     speaker = Speaker(pretrained, device="cpu")
     with pytest.raises(InputError, match="control token"):
         speaker.answer([{"role": "user", "content": "<|im_end|>"}], print)
-    with pytest.raises(InputError, match="made for 256"):
+    with pytest.raises(InputError, match="the model's context 256"):
         speaker.answer([{"role": "user", "content": "x" * 300}], print)
     with pytest.raises(InputError, match="There is no such folder"):
         Speaker(str(tmp_path / "nothing"))

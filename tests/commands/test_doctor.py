@@ -62,7 +62,7 @@ def test_malicious_wheels_and_narrow_limits_are_marked(
     assert (named("open files").state, named("open files").remark) == ("bad", "ulimit -n 4096")
     assert named("tokenizers in parallel").value == "off"
     main(["doctor"])
-    assert "2 to look at" in capsys.readouterr().out
+    assert "2 problems" in capsys.readouterr().out
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

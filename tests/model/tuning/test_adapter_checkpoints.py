@@ -81,7 +81,7 @@ def test_a_checkpoint_loads_without_a_trainer_and_exports(
     moved = tiny_pretrained(tmp_path / "moved")
     SFTModule.load_from_checkpoint(ckpt, weights_only=True, pretrained=moved)
     for other, message in (
-        ({"seed": 1}, "other weights"),
+        ({"seed": 1}, "not those the adapters were trained on"),
         ({"rms_norm_eps": 1e-3}, "rms_norm_eps: 1e-06 then, 0.001 now"),
     ):
         base = tiny_pretrained(tmp_path / message[:5], **other)
@@ -94,9 +94,9 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path: Path, pretrained: s
     fit(quiet_trainer, pretrained, with_adapters.parent, max_steps=3)
     fit(quiet_trainer, pretrained, without.parent, max_steps=3, lora=None)
     again = partial(fit, quiet_trainer, pretrained, tmp_path / "again", max_steps=4)
-    with pytest.raises(InputError, match="The checkpoint does not fit"):
+    with pytest.raises(InputError, match="The checkpoint does not match the model"):
         again(ckpt_path=with_adapters, lora=Lora(r=8))
-    with pytest.raises(InputError, match="The checkpoint does not fit"):
+    with pytest.raises(InputError, match="The checkpoint does not match the model"):
         again(ckpt_path=with_adapters, trained=["*norm*"])
     with pytest.raises(InputError, match="is from a run with adapters"):
         again(ckpt_path=with_adapters, lora=None)

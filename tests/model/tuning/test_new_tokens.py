@@ -88,7 +88,7 @@ def test_scaled_embeddings_scale_new_rows_too(tmp_path: Path) -> None:
 def test_embeddings_that_do_more_are_refused(pretrained: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = torch.nn.Embedding.forward
     monkeypatch.setattr(torch.nn.Embedding, "forward", lambda self, ids: plain(self, ids) + 1)
-    with pytest.raises(InputError, match="more than a table"):
+    with pytest.raises(InputError, match="more than a lookup table"):
         module_of(pretrained, Lora())
 
 

@@ -73,7 +73,7 @@ def trainer(**strategy: Any) -> Any:
         (
             TuningConfig(Lora()),
             {"device_mesh": {"tensor_parallel": SimpleNamespace(size=lambda: 2)}},
-            "tensor-parallel ranks",
+            "tensor parallelism",
         ),
     ],
 )
