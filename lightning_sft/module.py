@@ -216,9 +216,7 @@ class SFTModule(EvaluatedModule):
 
         The host waits for the sums of the forward pass only, while the device works on the backward pass.
         """
-        accumulates_by_itself = (
-            self.trainer.strategy.handles_gradient_accumulation
-        )  # this hook is called every micro-batch
+        accumulates_by_itself = self.trainer.strategy.handles_gradient_accumulation  # then called every micro-batch
         if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
             return
         window, self._window = self._window, []
@@ -271,9 +269,7 @@ class SFTModule(EvaluatedModule):
         # Lightning refuses to clip where a fused optimizer would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed frees them itself
-            optimizer.register_step_post_hook(
-                lambda *_: optimizer.zero_grad()
-            )  # frees them before the next forward pass
+            optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())  # before the next forward pass
         self._run.made(optimizer)
         return optimizer
 

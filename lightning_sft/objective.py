@@ -167,9 +167,8 @@ class _ChunkedSum(torch.autograd.Function):
         log_probs, entropy = torch.empty_like(weights), torch.empty_like(weights)
         correct = torch.empty_like(targets, dtype=torch.bool)
         chunked = on_chunks(head, states, trained)
-        for chunk in slices(
-            len(targets), chunk_size, even=states.is_cpu
-        ):  # on GPUs, equal shapes reuse the same kernels
+        # on GPUs, chunks of equal shapes reuse the same kernels
+        for chunk in slices(len(targets), chunk_size, even=states.is_cpu):
             raw, gradient = chunked.forward(chunk)  # [chunk, V] each
             of_targets = (x[chunk] for x in (targets, weights, log_probs, correct, entropy))
             _softmax(raw, transformation, gradient, *of_targets)

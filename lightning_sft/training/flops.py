@@ -165,9 +165,8 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, part in module.named_modules(remove_duplicate=False):
         if not isinstance(part, nn.Embedding):
             for own, parameter in part.named_parameters(recurse=False):
-                if sum(n > 1 for n in _shape(parameter)) > 1 and not own.endswith(
-                    ("bias", "A_log")
-                ):  # added, or scaled by
+                is_added = own.endswith(("bias", "A_log"))  # or scales
+                if sum(n > 1 for n in _shape(parameter)) > 1 and not is_added:
                     yield name, parameter
 
 

@@ -111,10 +111,8 @@ def works() -> bool:
     given = [torch.randn(5, heads, 8, generator=generator, device="cpu").bfloat16() for heads in sizes]
     q, k, v = (x.requires_grad_() for x in given)
     try:
-        with (
-            torch.enable_grad(),
-            saved_tensors_hooks(lambda x: x, lambda x: x),
-        ):  # gradient checkpointing must not count them
+        # with hooks of its own, so that gradient checkpointing does not count what is saved here
+        with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
             own = packed_attention(q, k, v, bounds, bounds[1], 0, 0.3, 0.0)[0]
             heads_first = _heads_first(q), _heads_first(k), _heads_first(v)
             stock: Tensor = F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=0.3, enable_gqa=True)

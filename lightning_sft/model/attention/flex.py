@@ -36,9 +36,8 @@ def block_mask(documents: Documents) -> BlockMask:
     lengths = torch.tensor(documents.lengths, device="cpu", dtype=torch.int32)
     here = torch.arange(sum(documents.lengths), device="cpu", dtype=torch.int32)
     begins = lengths.cumsum(0, dtype=torch.int32) - lengths
-    first = torch.repeat_interleave(
-        begins, lengths, output_size=len(here)
-    )  # first token that each token attends to, [T]
+    # first token that each token attends to, [T]
+    first = torch.repeat_interleave(begins, lengths, output_size=len(here))
     if documents.window is not None:
         first = torch.maximum(first, here - (documents.window - 1))
     blocks = torch.arange(-(-len(here) // _BLOCK), device="cpu", dtype=torch.int32)

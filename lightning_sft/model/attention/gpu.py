@@ -24,12 +24,7 @@ from lightning_sft.model.attention.documents import Documents, OneCall
 from lightning_sft.model.attention.operator import packed_attention, packed_attention_backward
 
 _LARGEST_HEAD = 256
-_SMALL_MEMORY = (
-    (8, 6),
-    (8, 9),
-    (12, 0),
-    (12, 1),
-)  # compute capabilities with the smaller shared memory of consumer cards
+_SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # compute capabilities of consumer cards: less shared memory
 
 
 @dataclass(frozen=True)

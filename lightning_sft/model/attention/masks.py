@@ -69,9 +69,8 @@ class Rows:
 
     @property
     def _before(self) -> Tensor:
-        return (
-            self.positions[:, :1] + 1
-        )  # not the predecessor of the first position, so that each row begins a document
+        # not the predecessor of the first position, so that each row begins a document
+        return self.positions[:, :1] + 1
 
     def documents(self, sees: Callable[..., Tensor], window: int | None, dtype: torch.dtype | None) -> Documents | None:
         """The documents that a mask function describes, or ``None`` if it is not causal attention within documents.

@@ -68,9 +68,7 @@ def check(checkpoint: dict[str, Any], module: LightningModule, base: Tensor | No
             "to train adapters on its result, export it (lightning-sft export) and use it as model.pretrained."
         )
     given = None if found is None else {name: tuple(shape) for name, shape in found["shapes"].items()}
-    if (
-        found is None and "state_dict" in checkpoint
-    ):  # a full checkpoint, from a strategy that cannot load a partial one
+    if found is None and "state_dict" in checkpoint:  # full, from a strategy that cannot load a partial one
         given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     wanted = _kept(module) if found is not None else module.state_dict()
     expected = {name: tuple(value.shape) for name, value in wanted.items()}

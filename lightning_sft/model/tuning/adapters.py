@@ -85,10 +85,7 @@ def inject(model: PreTrainedModel, lora: Lora) -> None:
             init_lora_weights=True if lora.init == "kaiming" else lora.init,
             task_type="CAUSAL_LM",
         )
-        with (
-            _as_if_wide(model),
-            warnings.catch_warnings(),
-        ):  # fused experts of two matrices share one rank
+        with _as_if_wide(model), warnings.catch_warnings():  # fused experts of two matrices share one rank
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
             inject_adapter_in_model(config, model, ADAPTER_NAME)
     except ValueError as error:
