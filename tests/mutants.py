@@ -1,7 +1,7 @@
 """Mutation testing: break one expression of a module at a time, and see whether its tests notice.
 
     pip install cosmic-ray
-    python -m tests.mutants [objective schedules ...]
+    python -m tests.mutants [objective training/schedules ...]
 
 The mutations are cosmic-ray's, which would start Python for each of them; here torch and transformers are imported
 once, and each mutation runs in a fork. Prints those that no test noticed: where, which, and the line before and after.
@@ -28,12 +28,12 @@ PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 
 TESTS = {
     "objective": ["tests/test_objective.py", "tests/test_likelihood_precision.py"],
-    "schedules": ["tests/training/test_schedules.py"],
-    "metrics": ["tests/evaluation/test_metrics.py"],
-    "resume": ["tests/checkpoints/test_resume.py"],
-    "data/plan": ["tests/data/batches/test_plan.py"],
-    "data/packing": ["tests/data/batches/test_packing.py"],
-    "data/encode": ["tests/data/tokens/test_encode.py"],
+    "training/schedules": ["tests/training/test_schedules.py"],
+    "evaluation/metrics": ["tests/evaluation/test_metrics.py"],
+    "checkpoints/resume": ["tests/checkpoints/test_resume.py"],
+    "data/batches/plan": ["tests/data/batches/test_plan.py"],
+    "data/batches/packing": ["tests/data/batches/test_packing.py"],
+    "data/tokens/encode": ["tests/data/tokens/test_encode.py"],
 }
 """The tests that are to notice, beside the module's own doctests."""
 
