@@ -294,7 +294,7 @@ class SFTModule(EvaluatedModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make random draws, such as dropout, a function of the micro-batch's position, so that a run can resume."""
-        self._step_metrics.go_on()
+        self._step_metrics.resume()
         self._run.seed_micro_batch(self.trainer, batch_idx)
 
     def on_validation_start(self) -> None:

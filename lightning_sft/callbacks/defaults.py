@@ -23,7 +23,7 @@ from lightning_sft.checkpoints.writing import folders_of, newest
 from lightning_sft.types import InputError
 
 
-def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = True) -> list[Callback]:
+def default_callbacks(trainer: Mapping[str, Any], resumes: bool, is_fit: bool = True) -> list[Callback]:
     """Default callbacks that the user has not given: memory, checkpoints, preemption, ledger, record, progress bar.
 
     Verbs other than ``fit`` get only checkpointing and progress: Lightning warns if a checkpoint's callbacks are
@@ -31,7 +31,7 @@ def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = 
 
     Args:
         trainer: Settings of the trainer.
-        goes_on: Whether the root folder belongs to one run, which resumes in it; otherwise the logger makes a folder
+        resumes: Whether the root folder belongs to one run, which resumes in it; otherwise the logger makes a folder
             for each start.
         is_fit: Whether the verb is ``fit``.
     """
@@ -47,11 +47,11 @@ def default_callbacks(trainer: Mapping[str, Any], goes_on: bool, is_fit: bool = 
         added.append(Preempt())
     for kind in (SampleLedger, RunRecord):
         if is_fit and not any(isinstance(callback, kind) for callback in given):
-            added.append(kind(str(root) if goes_on else None))
+            added.append(kind(str(root) if resumes else None))
     if trainer.get("enable_progress_bar") is not False and not any(isinstance(own, ProgressBar) for own in given):
         added.append(TrainingProgress())
     if not any(map(_saves_whole, given)):
-        added.append(SafeCheckpoint(str(root / "checkpoints") if goes_on else None))
+        added.append(SafeCheckpoint(str(root / "checkpoints") if resumes else None))
     return added
 
 

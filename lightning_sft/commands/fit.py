@@ -47,8 +47,8 @@ class SFTCLI(LightningCLI):
         """Build the architecture from the checkpoint, where there is one: the pretrained weights are not needed."""
         self._checkpoint_config = None
         config, path = self._own_config, self._get(self.config, "ckpt_path")
-        self._goes_on = path == "last"
-        if self._goes_on:
+        self._resumes = path == "last"
+        if self._resumes:
             model = config.get("model.init_args.pretrained", config.get("model.pretrained"))
             root, own = config.get("trainer.default_root_dir"), config.get("trainer.callbacks")
             path = find_last(root, own, model, self.subcommand == "fit")
@@ -66,7 +66,7 @@ class SFTCLI(LightningCLI):
         return super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
 
     def _defaults(self, config: Mapping[str, Any]) -> list[Callback]:
-        return default_callbacks(config, self._goes_on, is_fit=self.subcommand == "fit")
+        return default_callbacks(config, self._resumes, is_fit=self.subcommand == "fit")
 
     @property
     def _own_config(self) -> Namespace:
@@ -87,7 +87,7 @@ class SFTCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Hand the checkpoint to the trainer, and its architecture to the module; the saved config still says last."""
-        if self._goes_on:
+        if self._resumes:
             self.config_init[self.subcommand]["ckpt_path"] = self._found
         check_precision(self._own_config.get("trainer.precision"), self.trainer)
         if self._checkpoint_config and isinstance(self.model, SFTModule):

@@ -66,10 +66,10 @@ class StepMetrics:
         self._marks.append((time.perf_counter(), self._done))
 
     def pause(self) -> None:
-        """Pause the timer until :meth:`go_on`, unless it is already paused."""
+        """Pause the timer until :meth:`resume`, unless it is already paused."""
         self._pause = self._pause or time.perf_counter()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Resume the timer after :meth:`pause`."""
         if self._pause is not None:
             self._paused, self._pause = self._paused + time.perf_counter() - self._pause, None

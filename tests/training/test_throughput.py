@@ -86,8 +86,8 @@ def test_speeds_are_means_over_ten_steps_without_the_time_of_validations(monkeyp
         now[0] += 50
         figures.pause()
         now[0] += 7
-        figures.go_on()
-        figures.go_on()
+        figures.resume()
+        figures.resume()
     assert found["tokens_per_second"] == 16 / 2
     assert found["targets_per_second"] == 12 / 2
     pairs = 4 * (4 * 5 / 2)
