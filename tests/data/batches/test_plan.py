@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_sft.data.batches.packing import pack
-from lightning_sft.data.batches.plan import EpochPlan, MicroBatch
+from lightning_sft.data.batches.plan import Division, EpochPlan, MicroBatch
 from lightning_sft.data.batches.sampling import EpochSampler
 
 CASES = given(
@@ -132,3 +132,18 @@ def test_the_defaults_are_one_rank_all_micro_batches_and_the_seed_0() -> None:
     lengths = [60, 50, 40, 30]
     plan = EpochPlan(lengths, [1.0] * 4, partial(pack, capacity=64))
     assert plan.fingerprint == make(lengths, 1, limit=4, seed=0).fingerprint
+
+
+def test_a_constant_normalizer_counts_each_example_as_often_as_an_epoch_uses_it() -> None:
+    lengths, weights = [2] * 8, [1.0] * 4 + [3.0] * 4
+    draw = EpochSampler(lengths, [4, 4], [2.0, 0.5], seed=0)  # 2 * 4 * 1 + 0.5 * 4 * 3 = 14 an epoch
+    plan = EpochPlan(lengths, weights, partial(pack, capacity=4), draw=draw, constant=True)
+    normalizers = {micro.normalizer for micro in plan.micro_batches(epoch=0, rank=0)}
+    assert normalizers == {14 / plan.num_steps}
+
+
+def test_by_default_one_process_takes_all_of_an_epoch_in_steps_of_one_micro_batch() -> None:
+    assert Division() == Division(rank=0, num_ranks=1, accumulate=1, limit=1.0, num_local=1)
+    plan = EpochPlan([2] * 8, [1.0] * 8, partial(pack, capacity=4))
+    assert len(plan.micro_batches(epoch=0, rank=0)) == len(plan.packs) == plan.num_steps == 4
+    assert len({MicroBatch((0,), 1.0), MicroBatch((0,), 1.0), Division(), Division()}) == 2  # values, not places
