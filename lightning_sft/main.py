@@ -111,6 +111,13 @@ def _run(verb: str, given: list[str]) -> Any:
     return _imported("jsonargparse:auto_cli")(found, args=given[1:], as_positional=verb == "report", **parser)
 
 
+def _main_or_kept_help() -> Any:
+    """``main``; the help of a verb is read where it was made before."""
+    if sys.argv[2:] in (["--help"], ["-h"]) and sys.argv[1] in VERBS:
+        _imported("lightning_sft.commands.kept_help:print_help")(sys.argv[1], main)
+    return main()
+
+
 def _imported(target: str) -> Any:
     """What ``module:name`` stands for."""
     module, _, name = target.partition(":")
@@ -156,7 +163,7 @@ def console() -> None:
     if sys.argv[1:2] == ["fit"]:
         _imported("lightning_sft.machine.allocators:expand_segments")(os.environ)
     try:
-        result = main()
+        result = _main_or_kept_help()
     except Exception as error:
         if debug:
             raise
