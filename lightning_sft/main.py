@@ -111,10 +111,12 @@ def _run(verb: str, given: list[str]) -> Any:
     return _imported("jsonargparse:auto_cli")(found, args=given[1:], as_positional=verb == "report", **parser)
 
 
-def _main_or_kept_help() -> Any:
-    """``main``; the help of a verb is read where it was made before."""
+def _from_shell() -> Any:
+    """``main``, but the help of a verb is read where it was made before, and ``fit`` sets CUDA's allocator up first."""
     if sys.argv[2:] in (["--help"], ["-h"]) and sys.argv[1] in VERBS:
         _imported("lightning_sft.commands.kept_help:print_help")(sys.argv[1], main)
+    if sys.argv[1:2] == ["fit"]:
+        _imported("lightning_sft.machine.allocators:expand_segments")(os.environ)
     return main()
 
 
@@ -160,10 +162,8 @@ def console() -> None:
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed package
-    if sys.argv[1:2] == ["fit"]:
-        _imported("lightning_sft.machine.allocators:expand_segments")(os.environ)
     try:
-        result = _main_or_kept_help()
+        result = _from_shell()
     except Exception as error:
         if debug:
             raise
