@@ -156,3 +156,12 @@ def test_the_sums_of_a_batch_are_those_of_its_data_sets() -> None:
     assert metrics_by_part(sums_by_part(likelihood, batch), batch.part_names).keys() == {
         *("loss", "token_accuracy", "entropy", "loss/a", "loss/b")
     }
+
+
+def test_metrics_are_those_of_all_data_sets_together_and_a_loss_for_each_that_has_targets() -> None:
+    totals = torch.tensor(
+        [[12.0, 4.0, 2.0, 4.0, 8.0], [10.0, 2.0, 1.0, 3.0, 6.0], [2.0, 2.0, 1.0, 1.0, 2.0], [0.0] * 5]
+    )
+    found = {name: value.item() for name, value in metrics_by_part(totals, ("a", "b", "none")).items()}
+    assert found == {"loss": 3.0, "token_accuracy": 0.5, "entropy": 2.0, "loss/a": 5.0, "loss/b": 1.0}
+    assert not CorpusLikelihood(token_bytes=torch.ones(3)).state_dict()  # a checkpoint is not to hold the vocabulary
