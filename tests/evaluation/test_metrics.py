@@ -129,6 +129,12 @@ def test_turns_are_left_out_where_every_conversation_has_one_answer() -> None:
     assert metric.compute().keys() == of_corpus | {"loss_position/1", "loss_position/2-10"}
 
 
+def test_turns_are_there_from_the_second_answer_on() -> None:
+    metric, batch = CorpusLikelihood(), collate([Example([1, 2, 3, 4], [0.0, 1.0, 0.0, 1.0])])
+    metric.update(log_likelihood(torch.randn(1, 4, 4), torch.randn(5, 4), batch.labels, batch.target_weights), batch)
+    assert {"loss_turn/1", "loss_turn/2"} <= metric.compute().keys()
+
+
 def test_a_text_that_is_a_target_from_its_second_token_on_is_one_answer() -> None:
     texts = collate([Example([5, 6, 7], [0.0, 1.0, 1.0]), Example([8, 9], [0.0, 1.0])])
     assert [place.tolist() for place in target_positions(texts)] == [[1, 1, 1], [1, 2, 1]]
