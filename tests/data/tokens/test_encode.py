@@ -330,3 +330,17 @@ def test_a_template_that_draws_at_random_is_refused(head: str) -> None:
 @pytest.mark.timeout(60)
 def test_marks_are_looked_for_in_linear_time() -> None:
     assert not has_marks("{#" * 200_000)
+
+
+@pytest.mark.parametrize("weight", [0.5, 1.0])
+def test_only_turns_of_an_assistant_are_trained_whatever_the_weight(weight: float) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    with pytest.raises(InputError, match=r"turn 1: a user turn has the weight .*; only an assistant's can be trained"):
+        encode(Conversation(messages, weights=[weight, 1.0]), tiny_tokenizer())
+
+
+def test_control_tokens_in_the_description_of_a_tool_are_refused() -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    tools = [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]
+    with pytest.raises(InputError, match=r"a tool's description contains the control token '<\|im_end\|>'"):
+        encode(Conversation(messages, tools=tools), tiny_tokenizer())
