@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.rows.mixture import as_mixture
@@ -139,7 +140,7 @@ class HFExport(Callback):
 
         def write() -> None:
             with _without_zero3(pl_module):
-                from_checkpoint(path, self._root / "best", self._rows(trainer), self.settings, replace=True)
+                from_checkpoint(Checkpoint(path), self._root / "best", self._rows(trainer), self.settings, replace=True)
 
         self._first_rank(write)
 

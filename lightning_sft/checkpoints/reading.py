@@ -12,7 +12,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from enum import Enum
 from functools import cached_property
 from importlib import import_module
@@ -32,7 +32,6 @@ _PREFIX = "state_dict."
 _OPTIMIZERS = "torchao.optim"
 
 
-@dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk, whatever strategy wrote it; read when asked for, and nothing in it is run.
 
@@ -40,10 +39,8 @@ class Checkpoint:
         path: The file or folder.
     """
 
-    path: Path
-
     def __init__(self, path: str | Path) -> None:
-        object.__setattr__(self, "path", Path(path))
+        self.path = Path(path)
 
     @staticmethod
     def is_at(path: str | Path) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
+from functools import partial
 
+from lightning_sft.commands.kept_help import captured
 from lightning_sft.io.errors import VerbParser
 
 _DESCRIPTION = "Print a completion script for bash: verbs, options and their choices."
@@ -47,7 +49,9 @@ def completion(main: Callable[[list[str]], object], verbs: Sequence[str], args: 
     VerbParser(prog="lightning-sft completion", description=_DESCRIPTION).parse_args(list(args))
     options: dict[str, dict[str, str]] = {}
     for verb in verbs:
-        if (text := _help(main, verb)) is not None:
+        with redirect_stderr(io.StringIO()):
+            text, code = captured(partial(main, [verb, "--help"]))
+        if not code:
             options[verb] = dict(_OPTION.findall(text))
     chosen = [
         f'      "{verb} {option}") words="{choices.replace(",", " ")}" ;;'
@@ -58,14 +62,3 @@ def completion(main: Callable[[list[str]], object], verbs: Sequence[str], args: 
     listed = [f'        {verb}) words="{" ".join(own)}" ;;' for verb, own in options.items()]
     lines = {"verbs": " ".join([*options, "completion"]), "choices": "\n".join(chosen), "options": "\n".join(listed)}
     return _SCRIPT % lines
-
-
-def _help(main: Callable[[list[str]], object], verb: str) -> str | None:
-    """What ``--help`` prints; ``None`` where there is no such verb."""
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed), redirect_stderr(io.StringIO()):
-            main([verb, "--help"])
-    except SystemExit as end:
-        return None if end.code else printed.getvalue()
-    return printed.getvalue()

@@ -105,7 +105,8 @@ def run(args: ArgsType) -> SFTCLI:
         "parser_kwargs": {"prog": "lightning-sft"},
     }
     with unwrapped():
-        return SFTCLI(**_for_classes(args), **settings, args=_classes_first(args))
+        own = _own_classes(args)
+        return SFTCLI(**_for_classes(own), **settings, args=_classes_first(own, args))
 
 
 def run_config_verb(cli: type[ConfigCLI], args: list[str]) -> ConfigCLI:
@@ -119,25 +120,26 @@ def run_config_verb(cli: type[ConfigCLI], args: list[str]) -> ConfigCLI:
         SystemExit: With 1 when it finds what does not pass.
     """
     with unwrapped():
-        done = cli(
-            **_for_classes(args),
-            parser_kwargs={"prog": f"lightning-sft {args[0]}"},
-            args=_classes_first(args)[1:],
-            run=False,
-        )
+        own, prog = _own_classes(args), {"prog": f"lightning-sft {args[0]}"}
+        done = cli(**_for_classes(own), parser_kwargs=prog, args=_classes_first(own, args)[1:], run=False)
     if not done.passes:
         sys.exit(1)
     return done
 
 
-def _for_classes(args: ArgsType) -> dict[str, Any]:
+def _own_classes(args: ArgsType) -> dict[str, str]:
+    """The classes that the user brings, for ``model``, ``data`` or both."""
+    found = {key: _own_class(key, args) for key in ("model", "data")}
+    return {key: name for key, name in found.items() if name is not None}
+
+
+def _for_classes(own: Mapping[str, str]) -> dict[str, Any]:
     """Settings of a command line for our classes, or for those that the user brings."""
-    own_model, own_data = _own_class("model", args), _own_class("data", args)
     return {
-        "model_class": LightningModule if own_model else SFTModule,
-        "datamodule_class": LightningDataModule if own_data else SFTDataModule,
-        "subclass_mode_model": own_model is not None,
-        "subclass_mode_data": own_data is not None,
+        "model_class": LightningModule if "model" in own else SFTModule,
+        "datamodule_class": LightningDataModule if "data" in own else SFTDataModule,
+        "subclass_mode_model": "model" in own,
+        "subclass_mode_data": "data" in own,
         "seed_everything_default": 0,
         "trainer_defaults": {"max_epochs": 1},
         "auto_configure_optimizers": False,
@@ -145,12 +147,11 @@ def _for_classes(args: ArgsType) -> dict[str, Any]:
     }
 
 
-def _classes_first(args: Any) -> Any:
+def _classes_first(own: Mapping[str, str], args: Any) -> Any:
     """The arguments with the user's classes named first: a config's section is then read as that of the class."""
     if not isinstance(args, list) or args[0].startswith("-"):
         return args
-    named = [f"--{key}={name}" for key in ("model", "data") if (name := _own_class(key, args))]
-    return [args[0], *named, *args[1:]]
+    return [args[0], *(f"--{key}={name}" for key, name in own.items()), *args[1:]]
 
 
 def _own_class(key: str, args: Any) -> str | None:

@@ -30,16 +30,26 @@ def print_help(verb: str, make: Callable[[], object]) -> None:
         if text := path.read_text(encoding="utf-8"):
             sys.stdout.write(text)
             sys.exit(0)
-    printed, code = io.StringIO(), None
+    text, code = captured(make)
+    sys.stdout.write(text)
+    if not code:
+        _keep(path, text, verb)
+    sys.exit(code)
+
+
+def captured(make: Callable[[], object]) -> tuple[str, str | int | None]:
+    """What a help prints to standard output, and its exit code.
+
+    Args:
+        make: Function that prints the help and exits.
+    """
+    printed = io.StringIO()
     try:
         with redirect_stdout(printed):
             make()
     except SystemExit as end:
-        code = end.code
-    sys.stdout.write(printed.getvalue())
-    if not code:
-        _keep(path, printed.getvalue(), verb)
-    sys.exit(code)
+        return printed.getvalue(), end.code
+    return printed.getvalue(), None
 
 
 def _key(verb: str) -> str:

@@ -111,12 +111,12 @@ def export_checkpoint(
     check_is_free(Path(out))
     found = rows_to_compare(metadata.get(RUN_INFO_KEY, {}), rows)
     return from_checkpoint(
-        checkpoint.path, Path(out), found, Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type)
+        checkpoint, Path(out), found, Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type)
     )
 
 
 def from_checkpoint(
-    path: str | Path,
+    checkpoint: Checkpoint,
     out: Path,
     rows: tuple[str, Sequence[Conversation]],
     settings: Settings,
@@ -127,7 +127,6 @@ def from_checkpoint(
     Raises:
         InputError: When the checkpoint cannot be read, or the folder fails the comparison.
     """
-    checkpoint = Checkpoint(path)
     tokenizer = tokenizer_of(checkpoint.metadata)
     return convert(checkpoint.whole(), tokenizer, out, rows, settings, replace=replace)
 

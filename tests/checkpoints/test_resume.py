@@ -1,4 +1,4 @@
-"""A run that is interrupted anywhere goes on to the bit; see tests/helpers/resuming.py for those that are killed."""
+"""A run that is interrupted anywhere resumes bit for bit; see tests/helpers/resuming.py for those that are killed."""
 
 from __future__ import annotations
 

@@ -7,18 +7,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import io
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_sft
 from lightning_sft import callbacks
+from lightning_sft.commands.kept_help import captured
 from lightning_sft.main import VERBS, main
 
 PACKAGES = {
@@ -43,10 +43,8 @@ def classes() -> Iterator[str]:
 
 def options(verb: str) -> Iterator[str]:
     """Options of a verb, as its help has them."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        main([verb, "--help"])
-    found = dict.fromkeys(re.findall(r"^  (?:-\w, )?(--[\w.-]+)", said.getvalue(), flags=re.MULTILINE))
+    said, _ = captured(partial(main, [verb, "--help"]))
+    found = dict.fromkeys(re.findall(r"^  (?:-\w, )?(--[\w.-]+)", said, flags=re.MULTILINE))
     for option in found:
         section = option.removeprefix("--").partition(".")[0]
         if section in OWN or (section != "trainer" and verb not in ("fit", "validate", "test", "predict")):

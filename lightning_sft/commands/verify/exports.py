@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.writing import bytes_of_checkpoint, check_disk
 from lightning_sft.commands.verify.reference import log_probs_alone
 from lightning_sft.commands.verify.subject import Subject, quiet
@@ -46,7 +47,7 @@ def check_exports(subject: Subject) -> Outcome:
         check_disk(Path(folder), 2 * bytes_of_checkpoint(module))
         path, out = str(Path(folder) / "trained.ckpt"), Path(folder) / "exported"
         trainer.save_checkpoint(path)
-        from_checkpoint(path, out, rows, Settings())
+        from_checkpoint(Checkpoint(path), out, rows, Settings())
         exported = load_exported(out)
         module.cpu()
         if not has_adapters(module.model):
