@@ -47,12 +47,14 @@ class Conversation:
         tools: Tool descriptions handed to the chat template, or ``None``.
         weights: Weight of each message's tokens as targets; 0 makes the message context.
         provenance: Location of the row, ``file:line``.
+        template_kwargs: Variables for the chat template, over those of the run: ``{"enable_thinking": False}``.
     """
 
     messages: Sequence[Message]
     tools: Sequence[Any] | None = None
     weights: Sequence[float] = ()
     provenance: str = "?"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

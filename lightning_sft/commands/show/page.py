@@ -85,3 +85,5 @@ def _remarks(name: str, split: Split) -> Iterator[tuple[str, int, Sequence[str]]
             yield f"{name}: {reason}", len(places), places[:_LISTED]
     for key, count in account.ignored.most_common():
         yield f"{name}: the key {key!r}, which is ignored", count, []
+    for what, count in account.notes.most_common():
+        yield f"{name}: {what}", count, [account.noted[what]]

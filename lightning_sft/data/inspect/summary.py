@@ -75,6 +75,9 @@ def show_details(split: Split, console: Console) -> None:
             console.print(f"  {_some(places)}", highlight=False)
     for key, count in account.ignored.most_common():
         console.print(f"\n{count:,} rows have the key {key!r}, which is ignored", style="yellow", highlight=False)
+    for what, count in account.notes.most_common():
+        console.print(f"\n{count:,} rows: {what}", style="yellow", highlight=False)
+        console.print(f"  the first is {account.noted[what]}", highlight=False)
 
 
 def table_of(splits: Mapping[str, Split]) -> Table:

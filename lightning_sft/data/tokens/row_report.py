@@ -22,6 +22,8 @@ class RowReport:
         too_long: ``file:line`` and length of each sequence left out because it is longer than ``max_length``.
         cut: ``file:line`` and length of each sequence that was truncated or split.
         ignored: Number of rows with each unused key.
+        notes: Number of rows of which something has to be said though they are used, for each such thing.
+        noted: ``file:line`` of the first of them.
         unlisted: Number of rows beyond those listed in ``refused``, ``too_long`` and ``cut``, see :meth:`trim`.
         shortest: Tokens of the shortest sequence, before any was cut; 0 where there is none.
     """
@@ -31,6 +33,8 @@ class RowReport:
     too_long: list[str] = field(default_factory=list)
     cut: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+    noted: dict[str, str] = field(default_factory=dict)
     unlisted: Counter[str] = field(default_factory=Counter)
     shortest: int = 0
 
@@ -47,8 +51,21 @@ class RowReport:
         self.too_long += other.too_long
         self.cut += other.cut
         self.ignored += other.ignored
+        self.notes += other.notes
+        self.noted = other.noted | self.noted
         self.unlisted += other.unlisted
         self.shortest = min(filter(None, (self.shortest, other.shortest)), default=0)
+
+    def note(self, what: str, place: str) -> None:
+        """Count a row that is used, and of which this has to be said.
+
+        >>> account = RowReport()
+        >>> account.note("the template does not show the tools", "a.jsonl:1")
+        >>> account.notes
+        Counter({'the template does not show the tools': 1})
+        """
+        self.notes[what] += 1
+        self.noted.setdefault(what, place)
 
     def trim(self, most: int) -> None:
         """Forget the places of all but so many rows of a kind, and keep counting them: a stream may be endless.
@@ -76,6 +93,7 @@ class RowReport:
         if self.ignored:
             keys = ", ".join(f"{key!r} ({count} rows)" for key, count in self.ignored.most_common())
             said.append(f"keys without a meaning in their format are ignored: {keys}")
+        said += [f"{what}: {count} rows, the first is {self.noted[what]}" for what, count in self.notes.most_common()]
         return [f"{name}: {remark}" for remark in said]
 
     def refusal(self, name: str) -> InputError:
@@ -89,7 +107,7 @@ class RowReport:
     @classmethod
     def of_json(cls, values: Mapping[str, Any]) -> RowReport:
         """An account from what :meth:`as_json` gave."""
-        return cls(**{**values, **{name: Counter(values[name]) for name in ("ignored", "unlisted")}})
+        return cls(**{**values, **{name: Counter(values[name]) for name in ("ignored", "notes", "unlisted")}})
 
 
 def some(reasons: list[str], count: int) -> str:
