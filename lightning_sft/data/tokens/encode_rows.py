@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.formats import FormatName
-from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
 from lightning_sft.data.tokens.encode import encode_many
@@ -100,7 +100,7 @@ class Chunks(IterableDataset[Chunk | InputError]):
     def __iter__(self) -> Iterator[Chunk | InputError]:
         worker = get_worker_info()
         turn, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        converters = [Converter(recipe.format, recipe.columns) for recipe in self.recipes]
+        converters = [Converter(Reading(recipe.format, recipe.columns)) for recipe in self.recipes]
         try:
             for number, (part, rows) in enumerate(self.rows()):
                 own, is_others = divmod(number - self.rank, self.num_ranks)
