@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ def key_of(files: Files | None, recipe: EncodingConfig) -> str | None:
     depends_on = [
         [(library, version(library)) for library in _LIBRARIES],
         [_digest(file) for file in _code()],
-        {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "tokenizer"},
+        {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "tokenizer"}
+        | {"template": asdict(recipe.template)},
         ChatTemplate.of(recipe.tokenizer).text,
         recipe.tokenizer.special_tokens_map,
         backend.to_str(),

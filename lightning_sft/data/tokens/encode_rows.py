@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -20,7 +20,8 @@ from lightning_sft.data.rows.formats import FormatName
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
-from lightning_sft.data.tokens.encode import encode_many
+from lightning_sft.data.tokens.chat_template import TemplateConfig
+from lightning_sft.data.tokens.encode import Encoded, encode_all
 from lightning_sft.data.tokens.examples import to_record_batch
 from lightning_sft.data.tokens.overflow import Overflow, shorten
 from lightning_sft.data.tokens.row_report import RowReport
@@ -43,6 +44,7 @@ class EncodingConfig:
         max_length: Maximum number of tokens in a sequence.
         overflow: Handling of longer sequences, see :func:`lightning_sft.data.tokens.overflow.shorten`.
         weight: Multiplies all target weights.
+        template: How conversations are rendered.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -52,6 +54,7 @@ class EncodingConfig:
     max_length: int | None = None
     overflow: Overflow = "drop"
     weight: float = 1.0
+    template: TemplateConfig = field(default_factory=TemplateConfig)
 
     def of(self, part: Part) -> EncodingConfig:
         """The recipe for a part of a mixture, which may override format, columns and weight."""
@@ -142,15 +145,17 @@ def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) 
     convert.ignored = Counter()
     conversations = [_attempt(convert, recipe.weight, *row) for row in rows]
     good = [conversation for conversation in conversations if isinstance(conversation, Conversation)]
-    sequences = iter(encode_many(good, recipe.tokenizer, recipe.normalize))
+    encoded = encode_all(good, recipe.tokenizer, recipe.normalize, recipe.template)
     account, examples = RowReport(num_rows=len(rows), ignored=convert.ignored), []
-    for conversation in conversations:
-        result = next(sequences) if isinstance(conversation, Conversation) else conversation
-        if isinstance(result, InputError):
-            account.refused.append(str(result))
+    for (_, place), conversation in zip(rows, conversations, strict=True):
+        result = next(encoded) if isinstance(conversation, Conversation) else Encoded(refusal=conversation)
+        if result.refusal is not None:
+            account.refused.append(str(result.refusal))
             continue
-        account.add(RowReport(shortest=min(map(len, result))))
-        examples += [piece for example in result for piece in _fitted(example, recipe, account)]
+        for note in sorted(result.notes):
+            account.note(note, place)
+        account.add(RowReport(shortest=min(map(len, result.examples))))
+        examples += [piece for example in result.examples for piece in _fitted(example, recipe, account)]
     return Chunk(to_record_batch(examples), account, part)
 
 
