@@ -68,7 +68,7 @@ def read_tokens(
 
 
 def _numbers(values: Any, what: str, length: int) -> NDArray[np.float64]:
-    """Finite numbers, as many as there are ids."""
+    """Finite numbers, one for each id."""
     is_list = isinstance(values, (list, tuple))
     if not is_list or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
         raise InputError(f"{what} must be a list of numbers, got {shown(values)}.")
