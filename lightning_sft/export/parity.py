@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Mixture
 from lightning_sft.data.rows.sources import Source, leaves, parsed
 from lightning_sft.data.tokens.chat_template import ChatTemplate
@@ -132,7 +132,7 @@ def held_out(mixture: Mixture, format: Any = None, columns: Any = None, most: in
     found: list[Conversation] = []
     each = -(-most // len(mixture.parts))
     for part in mixture.of_name.values():
-        convert = Converter(part.format or format, part.columns or columns)
+        convert = Converter(Reading(part.format or format, part.columns or columns))
         found += islice(_usable(part.source, convert), each)
     if not found:
         raise InputError("No row of the data can be used to compare the trained and the exported model.")

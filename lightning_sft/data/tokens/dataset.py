@@ -15,7 +15,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.formats import FormatName
-from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Mixture, as_mixture
 from lightning_sft.data.rows.sources import Source, files_behind, leaves, read, size_of
 from lightning_sft.data.tokens.cache import cached, key_of
@@ -139,7 +139,7 @@ def load_prompts(
     """
     found: list[Prompt] = []
     for part in as_mixture(source).of_name.values():
-        convert, begin = Converter(part.format or format, part.columns or columns, answered=False), len(found)
+        convert, begin = Converter(Reading(part.format or format, part.columns or columns), answered=False), len(found)
         for row, where in read(part.source):
             if first is not None and len(found) - begin >= first:
                 break

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.formats import FormatName
-from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
 from lightning_sft.data.tokens.encode import Encoded, encode_all
 from lightning_sft.data.tokens.examples import to_record_batch
+from lightning_sft.data.tokens.given_ids import weighted
 from lightning_sft.data.tokens.overflow import Overflow, shorten
 from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.data.tokens.template import TemplateConfig
@@ -103,7 +104,7 @@ class Chunks(IterableDataset[Chunk | InputError]):
     def __iter__(self) -> Iterator[Chunk | InputError]:
         worker = get_worker_info()
         turn, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        converters = [Converter(recipe.format, recipe.columns) for recipe in self.recipes]
+        converters = [Converter(Reading(recipe.format, recipe.columns)) for recipe in self.recipes]
         try:
             for number, (part, rows) in enumerate(self.rows()):
                 own, is_others = divmod(number - self.rank, self.num_ranks)
@@ -143,12 +144,12 @@ def in_chunks(leaves: Iterable[Leaf], size: int, first: int | None = None) -> It
 def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) -> Chunk:
     """One call of the tokenizer for all rows."""
     convert.ignored = Counter()
-    conversations = [_attempt(convert, recipe.weight, *row) for row in rows]
+    conversations = [_attempt(convert, recipe, *row) for row in rows]
     good = [conversation for conversation in conversations if isinstance(conversation, Conversation)]
     encoded = encode_all(good, recipe.tokenizer, recipe.normalize, recipe.template)
     account, examples = RowReport(num_rows=len(rows), ignored=convert.ignored), []
     for (_, place), conversation in zip(rows, conversations, strict=True):
-        result = next(encoded) if isinstance(conversation, Conversation) else Encoded(refusal=conversation)
+        result = next(encoded) if isinstance(conversation, Conversation) else conversation
         if result.refusal is not None:
             account.refused.append(str(result.refusal))
             continue
@@ -159,13 +160,16 @@ def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) 
     return Chunk(to_record_batch(examples), account, part)
 
 
-def _attempt(convert: Converter, weight: float, row: Any, provenance: str) -> Conversation | InputError:
+def _attempt(convert: Converter, recipe: EncodingConfig, row: Any, provenance: str) -> Conversation | Encoded:
+    """A conversation to encode; or what there is already, of a row of token ids or one that is refused."""
     row = parsed(row, provenance)
     try:
-        conversation = convert(row, provenance)
+        read = convert.read(row, provenance)
     except InputError as error:
-        return error
-    return replace(conversation, weights=[own * weight for own in conversation.weights])
+        return Encoded(refusal=error)
+    if isinstance(read, Example):
+        return Encoded([weighted(read, recipe.normalize, recipe.weight)])
+    return replace(read, weights=[own * recipe.weight for own in read.weights])
 
 
 def _fitted(example: Example, recipe: EncodingConfig, account: RowReport) -> Sequence[Example]:
