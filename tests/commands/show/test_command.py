@@ -86,11 +86,11 @@ def test_a_config_that_fit_has_saved_can_be_shown(
 
 def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: dict[str, Any], jsonl: Any) -> None:
     config["data"]["train"] = jsonl(
-        [GOOD, {"prompt": "a", "completion": ""}, {"promt": "[/b]"}, {"prompt": "x" * 300, "completion": "y"}]
+        [GOOD, {"prompt": "a", "completion": 7}, {"promt": "[/b]"}, {"prompt": "x" * 300, "completion": "y"}]
     )
     del config["data"]["tokens_per_batch"]
     text = show()
-    assert re.search(r"1 refused: turn 2: the answer is empty.*\n  \S*train.jsonl:2\n", text)
+    assert re.search(r"1 refused: 'completion' must be a string.*\n  \S*train.jsonl:2\n", text)
     assert re.search(r"1 refused: the keys.*\n  \S*train.jsonl:3\n", text)
     assert re.search(r"1 left out, longer than data.max_length\n  \S*train.jsonl:4 \(\d+ tokens\)\n", text)
     assert "fit stops at these rows: data.invalid_rows or data.overflow is 'error'" in text
@@ -98,8 +98,8 @@ def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: 
 
 
 def test_a_row_that_is_not_used_says_why(show: Any, config: dict[str, Any], jsonl: Any) -> None:
-    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": ""}])
-    with pytest.raises(InputError, match=r"The row is not used. .*train.jsonl:2: turn 2: the answer is empty"):
+    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": 7}])
+    with pytest.raises(InputError, match=r"The row is not used. .*train.jsonl:2: 'completion' must be a string"):
         show("--row", "train.jsonl:2")
     with pytest.raises(InputError, match=r"There is no row 'train.jsonl:3' in the data. Expected a place such as"):
         show("--row", "train.jsonl:3")
