@@ -17,7 +17,8 @@ from tests.helpers.pages import ROOT, code, commands, is_key, options, page, sec
 SOURCE = ROOT / "lightning_sft"
 PAGE = page("troubleshooting.md")
 ROWS = (
-    *("rows/turns", "rows/messages", "rows/formats", "rows/files", "batches/split_plan"),
+    *("rows/turns", "rows/calls", "rows/values", "rows/given_turns", "rows/messages", "rows/formats"),
+    *("rows/dialects", "rows/other_data", "rows/token_rows", "rows/files", "batches/split_plan"),
     *("tokens/encode", "tokens/chat_template", "tokens/generation_tags", "tokens/overflow"),
 )
 

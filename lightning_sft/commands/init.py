@@ -12,7 +12,7 @@ from rich.prompt import Prompt
 
 from lightning_sft.commands.init_yaml import Machine, Method, as_yaml
 from lightning_sft.data.rows.formats import find_format
-from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.sources import read
 from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.io.arguments import Count, check_arguments, plain
@@ -149,7 +149,7 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
             question = ask(f"Which column is the question ({names})", "--columns '{prompt: …, completion: …}'")
             answer = ask(f"Which column is the answer ({names})", "--columns '{prompt: …, completion: …}'")
             columns = {"prompt": question, "completion": answer}
-    convert, found = Converter(None, columns), list[Conversation]()
+    convert, found = Converter(Reading(columns=columns)), list[Conversation]()
     problem: InputError | None = None
     for row, provenance in rows:
         try:

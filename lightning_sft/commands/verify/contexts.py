@@ -183,7 +183,7 @@ def _rows(
     """The chosen rows, read again as conversations, with the exponent of their normalization and their sequences."""
     data = subject.data
     for number, part in enumerate(split.mixture.of_name.values()):
-        convert = Converter(part.format or data.format, part.columns or data.columns)
+        convert = Converter(data.reading.of(part))
         for leaf in leaves(part.source):
             for raw, provenance in leaf():
                 sequences = chosen.get((number, provenance))

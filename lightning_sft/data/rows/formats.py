@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from lightning_sft.data.rows.other_data import refuse_other_data
 from lightning_sft.types import InputError
 
-FormatName = Literal["chat", "sharegpt", "prompt-completion", "alpaca", "text"]
+FormatName = Literal["chat", "sharegpt", "prompt-completion", "alpaca", "xlam", "text", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -19,23 +20,38 @@ class Format:
         question: The key that tells the format, with the prompt or the whole conversation.
         answers: The names that the answer's key may have; none where the question has everything.
         optional: Keys that may be there. Every format may have a ``weight``.
+        all_answers: Whether a row may have several of the answers, as it may have labels and a mask.
     """
 
     question: str
     answers: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    all_answers: bool = False
 
     def __str__(self) -> str:
         return ", ".join(filter(None, (self.question, " or ".join(self.answers))))
 
 
+_OF_CHAT = ("system", "tools", "chat_template_kwargs")
+MASKS = ("labels", "assistant_masks", "completion_mask", "loss_mask")
+
 FORMATS: dict[str, Format] = {
-    "chat": Format("messages", (), ("system", "tools")),
-    "sharegpt": Format("conversations", (), ("system", "tools")),
-    "prompt-completion": Format("prompt", ("completion",), ("system", "tools")),
-    "alpaca": Format("instruction", ("output", "response"), ("input", "system", "tools")),
+    "chat": Format("messages", (), _OF_CHAT),
+    "sharegpt": Format("conversations", (), _OF_CHAT),
+    "prompt-completion": Format("prompt", ("completion",), ("reasoning_content", *_OF_CHAT)),
+    "alpaca": Format("instruction", ("output", "response"), ("input", "history", "reasoning_content", *_OF_CHAT)),
+    "xlam": Format("query", ("answers",), _OF_CHAT),
     "text": Format("text"),
+    "tokens": Format("input_ids", MASKS, ("attention_mask", "position_ids"), all_answers=True),
 }
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "messages": ("conversation", "dialogue", "dialog"),
+    "input": ("context",),
+    "system": ("system_prompt",),
+    "tools": ("functions",),
+}
+"""Columns that are read as a key of a format where the row does not have that key."""
+
 _KEYS = {"weight"}.union(*((f.question, *f.answers, *f.optional) for f in FORMATS.values()))
 
 
@@ -46,18 +62,26 @@ class Found:
     Args:
         name: Name of the format.
         question: The value of its question's key.
-        answer: The value of its answer's key, or ``None`` where there is none.
-        has_answer: Whether the row has an answer's key.
+        answers: The values of its answers' keys: one, or none where there is no answer, or several of token ids.
         optional: The values of its optional keys that are there and not null.
         ignored: The keys of the row that mean nothing in its format.
     """
 
     name: str
     question: Any
-    answer: Any
-    has_answer: bool
+    answers: Mapping[str, Any]
     optional: Mapping[str, Any]
     ignored: frozenset[str]
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the row has an answer's key."""
+        return bool(self.answers)
+
+    @property
+    def answer(self) -> Any:
+        """The value of its answer's key, or ``None`` where there is none."""
+        return next(iter(self.answers.values()), None)
 
 
 def find_format(
@@ -75,31 +99,49 @@ def find_format(
         answered: Whether the answer has to be there.
 
     Raises:
-        InputError: When it is none, or more than one, or has two answers.
+        InputError: When it is none, or more than one, or has two answers, or is data of another kind of training.
 
     >>> find_format({"question": "1 + 1?", "answer": "2"}, columns={"prompt": "question", "completion": "answer"}).name
     'prompt-completion'
     """
     columns = columns or {}
     _check_names(named, columns)
-    taken = set(columns.values()) - columns.keys()  # a column that is another key is not the key of its own name
-    here = {key: row[columns.get(key, key)] for key in _KEYS - taken if columns.get(key, key) in row}
+    where = _columns_of(row, columns)
+    here = {key: row[column] for key, column in where.items()}
     name = _name(here, row, named, columns, answered)
     form = FORMATS[name]
     answers = [key for key in form.answers if key in here and (key in columns or not columns.keys() & form.answers)]
-    if len(answers) > 1:
+    if form.all_answers:
+        answers = [key for key in answers if here[key] is not None]
+    elif len(answers) > 1:
         answers = [key for key in answers if here[key] is not None] or answers[:1]
-    if len(answers) > 1:
-        raise InputError(
-            f"the row has both {answers[0]!r} and {answers[1]!r}. Say which is the answer: "
-            f"data.columns={{{answers[0]}: {answers[0]}}} or {{{answers[0]}: {answers[1]}}}."
-        )
+        if len(answers) > 1:
+            raise InputError(
+                f"the row has both {answers[0]!r} and {answers[1]!r}. Say which is the answer: "
+                f"data.columns={{{answers[0]}: {answers[0]}}} or {{{answers[0]}: {answers[1]}}}."
+            )
     optional = {key: here[key] for key in (*form.optional, "weight") if here.get(key) is not None}
-    used = {columns.get(key, key) for key in (form.question, *answers, *form.optional, "weight")}
-    answer = here[answers[0]] if answers else None
-    return Found(
-        name, here[form.question], answer, bool(answers), optional, frozenset(str(key) for key in row.keys() - used)
-    )
+    used = {where.get(key) for key in (form.question, *answers, *form.optional, "weight")}
+    ignored = frozenset(str(key) for key in row if key not in used)
+    return Found(name, here[form.question], {key: here[key] for key in answers}, optional, ignored)
+
+
+def _columns_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
+    """The row's column for each key of a format that it has."""
+    taken = set(columns.values()) - columns.keys()  # a column that is another key is not the key of its own name
+    where = {key: columns.get(key, key) for key in _KEYS - taken if columns.get(key, key) in row}
+    for key, names in OTHER_NAMES.items():
+        if key in columns:
+            continue
+        filled = [name for name in names if name in row and name not in taken and row[name] not in (None, "")]
+        if filled and key in where and row[key] not in (None, ""):
+            raise InputError(
+                f"the row has both {key!r} and {filled[0]!r}. Say which is meant: data.columns={{{key}: {key}}} or "
+                f"{{{key}: {filled[0]}}}."
+            )
+        if filled:
+            where[key] = filled[0]
+    return where
 
 
 def _name(
@@ -112,20 +154,20 @@ def _name(
             raise InputError(f"the keys {_sorted(row)} are not those of {named}: {form}{with_columns}.")
         return named
     filled = {key for key, value in here.items() if value is not None}
+    found: list[str] = []
     for keys, complete in ((filled, True), (here.keys(), True), (here.keys(), answered)):
         if found := [name for name, form in FORMATS.items() if _has(form, keys, complete)]:
             break
+    if len(found) > 1 and "text" in found:  # beside messages or columns, it is what a template made of them
+        found.remove("text")
+    if len(found) < 2:
+        refuse_other_data(row, found[0] if found else None, columns.values())
     if len(found) == 1:
         return found[0]
     if found:
         raise InputError(
             f"the keys {_sorted(row)} are of several formats at once: {' and '.join(found)}. "
             "Say which with data.format."
-        )
-    if "instances" in row:
-        raise InputError(
-            "the row nests its answers in 'instances', which is not read. Write one row for each of them, with "
-            "'instruction', 'input' and 'output'."
         )
     expected = "; ".join(f"{name}: {form}" for name, form in FORMATS.items())
     raise InputError(

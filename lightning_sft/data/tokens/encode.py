@@ -9,24 +9,50 @@ cannot be encoded this way is refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.tokens.chat_template import ChatTemplate, in_time, texts_in
+from lightning_sft.data.tokens.chat_template import ChatTemplate
+from lightning_sft.data.tokens.render import in_time
+from lightning_sft.data.tokens.rendering import Answer, Rendering
+from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.tokenize import Beginning, Ids
 from lightning_sft.objective import target_weight
 from lightning_sft.types import Conversation, Example, InputError, Normalize, Prompt
 
+_AT_ONCE = 16 << 20  # characters of rendered text that are tokenized together
+
+
+@dataclass
+class Encoded:
+    """What became of a conversation.
+
+    Args:
+        examples: Its training sequences.
+        refusal: Why it has none.
+        notes: What has to be said of it though it is used.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    refusal: InputError | None = None
+    notes: set[str] = field(default_factory=set)
+
 
 def encode(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, normalize: Normalize = "token"
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    normalize: Normalize = "token",
+    config: TemplateConfig | None = None,
 ) -> list[Example]:
     """The training sequences of a conversation: one, or more where the template rewrites earlier turns.
 
     Args:
-        conversation: Every assistant turn with a positive weight is a target; a lone ``text`` is one altogether.
+        conversation: Every turn with a positive weight is a target; a lone ``text`` is one altogether.
         tokenizer: Tokenizer with a chat template.
         normalize: ``sequence`` divides an answer's weight by its number of tokens, ``sqrt`` by the root of it.
+        config: How it is rendered.
 
     Raises:
         InputError: When there is no answer, parity is not possible, or the template renders for too long.
@@ -38,69 +64,108 @@ def encode(
     >>> tokenizer.decode([i for i, w in zip(example.input_ids, example.target_weights) if w > 0])
     'Yo<|im_end|>'
     """
-    [result] = encode_many([conversation], tokenizer, normalize)
+    [result] = encode_many([conversation], tokenizer, normalize, config)
     if isinstance(result, InputError):
         raise result
     return result
 
 
 def encode_many(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, normalize: Normalize = "token"
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    normalize: Normalize = "token",
+    config: TemplateConfig | None = None,
 ) -> list[list[Example] | InputError]:
-    """The same for many at once, with one call of the tokenizer; a refusal stands in the place of its sequences."""
-    template = ChatTemplate.of(tokenizer)
-    drafts = [_drafted(conversation, template) for conversation in conversations]
-    texts = [text for draft in drafts if isinstance(draft, list) for answer in draft for text in answer.texts]
-    ids = iter(template.token_ids(texts))
-    results: list[list[Example] | InputError] = []
-    for conversation, draft in zip(conversations, drafts, strict=True):
-        if isinstance(draft, InputError):
-            results.append(draft)
-            continue
-        pairs = [(next(ids), next(ids)) for _ in draft]  # all are taken from the iterator, also before a refusal
-        try:
-            results.append(list(_assemble(conversation, draft, pairs, template, normalize)))
-        except InputError as error:
-            results.append(error)
-    return results
+    """The same for many at once; a refusal stands in the place of its sequences."""
+    found = encode_all(conversations, tokenizer, normalize, config)
+    return [each.refusal or [_in_lists(example) for example in each.examples] for each in found]
 
 
-def encode_prompt(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The prompt at inference for the last answer of a conversation, and that answer.
+def encode_all(
+    conversations: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    normalize: Normalize = "token",
+    config: TemplateConfig | None = None,
+) -> Iterator[Encoded]:
+    """The same with what has to be said of each; ids and weights are arrays.
+
+    Conversations are rendered and tokenized so many at a time that their text stays small.
+    """
+    template = ChatTemplate.of(tokenizer, config)
+    drafts: list[_Draft] = []
+    size = 0
+    for conversation in conversations:
+        drafts.append(_drafted(conversation, template))
+        size += sum(len(run.text) for run in drafts[-1].runs)
+        if size > _AT_ONCE:
+            yield from _finished(drafts, template, normalize)
+            drafts, size = [], 0
+    yield from _finished(drafts, template, normalize)
+
+
+def encode_prompt(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig | None = None
+) -> Prompt:
+    """The prompt at inference for the last answer of a conversation, and that answer as it is trained.
 
     Raises:
         InputError: When the template cannot render it.
     """
-    template, messages, reference = ChatTemplate.of(tokenizer), list(conversation.messages), None
-    if messages[-1]["role"] == "assistant":
-        reference = messages.pop()["content"]
+    template, messages = ChatTemplate.of(tokenizer, config), conversation.messages
+    turn = len(messages) - (messages[-1]["role"] == "assistant")
     try:
-        if messages and messages[-1]["role"] == "text":
+        if turn and messages[turn - 1]["role"] == "text":
             raise InputError("a plain text has no prompt to answer. Give rows with prompts.")
-        _refuse_control_tokens(conversation, template)
         with in_time():
-            text = template.render(messages, conversation.tools, generation=True)
+            rendering = Rendering(template, conversation)
+            text, reference = rendering.prompt(turn), None
+            if turn < len(messages):
+                reference = _reference(rendering, turn, template)
         [ids] = template.token_ids([text])
     except (InputError, TimeoutError) as error:
         raise InputError(f"{conversation.provenance}: {error}") from error
     return Prompt(ids, reference, conversation.provenance)
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """One answer as text: its turn and weight, what stands before it, and itself with its stop token."""
+def _reference(rendering: Rendering, turn: int, template: ChatTemplate) -> str:
+    """What is trained of an answer as generated text is decoded; of one that cannot be trained, its text."""
+    try:
+        answer = rendering.answer(turn)
+    except InputError:
+        return str(rendering.messages[-1]["content"])
+    before, both = template.segments.beginnings([(answer.text, [answer.begin, answer.end])])[0]
+    own = both.after(before)
+    if own is None:
+        [own_ids] = template.token_ids([answer.own])
+    else:
+        own_ids = own.tolist()
+    return str(template.tokenizer.decode(own_ids, skip_special_tokens=True))
 
-    turn: int
-    weight: float
-    prompt: str
+
+@dataclass
+class _Run:
+    """Trained turns whose texts each begin with all of the one before: they may share a sequence.
+
+    Args:
+        text: Text of the last, which has all of them.
+        turns: Number, weight and place in the text of each.
+    """
+
     text: str
-
-    @property
-    def texts(self) -> tuple[str, str]:
-        return self.prompt, self.prompt + self.text
+    turns: list[tuple[int, float, Answer]]
 
 
-def _drafted(conversation: Conversation, template: ChatTemplate) -> list[_Answer] | InputError:
+@dataclass
+class _Draft:
+    """A conversation as text: its trained turns, or why it cannot be used."""
+
+    conversation: Conversation
+    runs: list[_Run] = field(default_factory=list)
+    refusal: InputError | None = None
+    notes: set[str] = field(default_factory=set)
+
+
+def _drafted(conversation: Conversation, template: ChatTemplate) -> _Draft:
     """The same as :func:`_draft`; a template that takes too long stops everything.
 
     Raises:
@@ -113,78 +178,153 @@ def _drafted(conversation: Conversation, template: ChatTemplate) -> list[_Answer
         raise InputError(f"{conversation.provenance}: {error}.") from error
 
 
-def _draft(conversation: Conversation, template: ChatTemplate) -> list[_Answer] | InputError:
-    """The answers of a conversation as text, or why it cannot be used."""
-    where, messages = conversation.provenance, conversation.messages
+def _draft(conversation: Conversation, template: ChatTemplate) -> _Draft:
+    draft, where, messages = _Draft(conversation), conversation.provenance, conversation.messages
     weights = conversation.weights or [float(message["role"] in ("assistant", "text")) for message in messages]
-    answers: list[_Answer] = []
     try:
-        _refuse_control_tokens(conversation, template)
+        rendering = Rendering(template, conversation)
+        draft.notes = rendering.notes
         for turn, (message, weight) in enumerate(zip(messages, weights, strict=True)):
             where = f"{conversation.provenance}: turn {turn + 1}"
-            if weight > 0 and message["role"] == "text":
-                if not message["content"].strip():
-                    raise InputError("the text is empty. Remove the row.")
-                answers.append(_Answer(turn, weight, template.beginning, message["content"] + template.end))
-            elif weight > 0 and message["role"] == "assistant":
-                if not message["content"].strip() and not message.get("tool_calls"):
-                    raise InputError("the answer is empty. Remove the row, or give the answer a text.")
-                texts = template.prompt_and_answer(messages[: turn + 1], conversation.tools)
-                answers.append(_Answer(turn, weight, *texts))
-            elif weight > 0:
-                raise InputError(
-                    f"a {message['role']} turn has the weight {weight}; only an assistant's can be trained."
-                )
+            if weight > 0:
+                if message["role"] == "text":
+                    answer: Answer | None = _of_text(message["content"], template)
+                elif message["role"] != "assistant":
+                    answer = rendering.turn(turn)
+                elif turn:
+                    answer = rendering.answer(turn)
+                else:
+                    rendering.notes.add("the assistant opens the conversation: without a prompt, that turn is context")
+                    answer = None
+                if answer is not None:
+                    _append(draft.runs, turn, weight, answer)
+        if draft.runs and messages[-1]["role"] != "text":
+            rendering.unseen(draft.runs[-1].text)
     except InputError as error:
-        return InputError(f"{where}: {error}")
-    if not answers:
-        if any(message["role"] in ("assistant", "text") for message in messages):
+        draft.refusal = InputError(f"{where}: {error}")
+    if not draft.runs and draft.refusal is None:
+        if "the assistant opens" in " ".join(draft.notes):
+            why = "its only answer opens the conversation, so at inference there is no prompt for it. Add a user's turn"
+        elif any(message["role"] in ("assistant", "text") for message in messages):
             why = "all its answers have the weight 0, so nothing would be trained. Remove the row, or give one a weight"
         else:
             why = "the row has no answer: no assistant turn"
-        return InputError(f"{conversation.provenance}: {why}.")
-    return answers
+        draft.refusal = InputError(f"{conversation.provenance}: {why}.")
+    if draft.refusal:
+        draft.runs = []
+    return draft
+
+
+def _of_text(text: str, template: ChatTemplate) -> Answer:
+    if not text.strip():
+        raise InputError("the text is empty. Remove the row.")
+    begin, whole = len(template.beginning), template.beginning + text + template.end
+    return Answer(whole, begin, len(whole), begin)
+
+
+def _append(runs: list[_Run], turn: int, weight: float, answer: Answer) -> None:
+    """Put a turn into the last run, if its text begins with all that is there, or else into a new one."""
+    last = runs[-1].turns[-1][2] if runs else None
+    if last is not None and (answer.text is last.text or answer.text.startswith(last.text[: last.end])):
+        runs[-1].text = answer.text
+        runs[-1].turns.append((turn, weight, answer))
+    else:
+        runs.append(_Run(answer.text, [(turn, weight, answer)]))
+
+
+def _finished(drafts: Sequence[_Draft], template: ChatTemplate, normalize: Normalize) -> Iterator[Encoded]:
+    """Drafts tokenized with one call of the tokenizer."""
+    runs = [run for draft in drafts for run in draft.runs]
+    places = [[p for _, _, answer in run.turns for p in (answer.begin, answer.trained, answer.end)] for run in runs]
+    try:
+        found = iter(template.segments.beginnings([(run.text, own) for run, own in zip(runs, places, strict=True)]))
+    except InputError:  # of one row: which, is found one by one
+        if len(drafts) > 1:
+            for draft in drafts:
+                yield from _finished([draft], template, normalize)
+            return
+        raise
+    for draft in drafts:
+        encoded = Encoded([], draft.refusal, draft.notes)
+        own_ids = [next(found) for _ in draft.runs]  # all are taken from the iterator, also before a refusal
+        try:
+            encoded.examples = list(_assemble(draft, own_ids, template, normalize))
+        except InputError as error:
+            encoded.refusal = error
+        yield encoded
 
 
 def _assemble(
-    conversation: Conversation,
-    answers: Sequence[_Answer],
-    pairs: Sequence[tuple[list[int], list[int]]],
-    template: ChatTemplate,
-    normalize: Normalize,
+    draft: _Draft, ids: Sequence[Sequence[Beginning]], template: ChatTemplate, normalize: Normalize
 ) -> Iterator[Example]:
-    """Sequences from the ids of each answer's prompt, and of prompt and answer together."""
-    ids: list[int] = []
-    target_weights: list[float] = []
-    begin = 0
-    for number, (answer, (context, both)) in enumerate(zip(answers, pairs, strict=True)):
-        if both[: len(context)] == context:
-            target = both[len(context) :]
-        else:  # the boundary merges: the prompt stays what it is at inference, the answer is tokenized by itself
-            [target] = template.token_ids([answer.text])
-            if template.tokenizer.decode(context + target) != template.tokenizer.decode(both):
+    """Sequences from the ids of each run up to where each of its turns begins and ends."""
+    provenance, answers_before = draft.conversation.provenance, 0
+    for run, places in zip(draft.runs, ids, strict=True):
+        sequence: _Sequence | None = None
+        for number, (turn, weight, answer) in enumerate(run.turns):
+            context, trained, both = places[3 * number : 3 * number + 3]
+            apart: Ids | None = None
+            own, masked = both.after(context), trained.after(context)
+            if own is None:  # the boundary merges: the prompt stays what it is at inference, the answer is apart
+                own = apart = _apart(context, both, answer, f"{provenance}: turn {turn + 1}", template)
+                masked = None if answer.trained > answer.begin else own[:0]
+            if masked is None or not np.array_equal(own[: len(masked)], masked):
                 raise InputError(
-                    f"{conversation.provenance}: turn {answer.turn + 1}: the tokenizer cannot tokenize the answer "
-                    "apart from the prompt before it."
+                    f"{provenance}: turn {turn + 1}: a token reaches over the end of the thought, so it cannot be "
+                    "masked exactly. Set data.thoughts=split to train it too."
                 )
-        if context[: len(ids)] != ids:  # seen from here, the past is not what the earlier answers were trained in
-            yield Example(ids, target_weights, conversation.provenance, begin)
-            ids, target_weights, begin = [], [], number
-        weight = target_weight(normalize, len(target), answer.weight)
-        target_weights = target_weights + [0.0] * (len(context) - len(ids)) + [weight] * len(target)
-        target_weights[0] = 0.0  # the first token has no context: of a text, where nothing stands before it
-        ids = context + target
-    yield Example(ids, target_weights, conversation.provenance, begin)
+            if sequence is not None and not sequence.continues(context):
+                yield sequence.example(provenance)
+                sequence = None
+            if sequence is None:
+                sequence = _Sequence(answers_before)
+            value = target_weight(normalize, len(own) - len(masked), weight)
+            end = both if apart is None else np.concatenate([context.ids, apart])
+            sequence.append(context, len(masked), len(own), value, end)
+            answers_before += 1
+        if sequence is not None:
+            yield sequence.example(provenance)
 
 
-def _refuse_control_tokens(conversation: Conversation, template: ChatTemplate) -> None:
-    for turn, message in enumerate(conversation.messages, 1):
-        for text in texts_in(message):
-            if found := template.special.search(text):
-                raise InputError(
-                    f"turn {turn} ({message['role']}) contains the control token {found.group()!r}, which would begin "
-                    "or end a turn. Remove it from the text."
-                )
-    for text in texts_in(conversation.tools or []):
-        if found := template.special.search(text):
-            raise InputError(f"a tool's description contains the control token {found.group()!r}. Remove it.")
+def _apart(context: Beginning, both: Beginning, answer: Answer, where: str, template: ChatTemplate) -> Ids:
+    """Ids of an answer by itself.
+
+    Raises:
+        InputError: When they are not what follows on the prompt.
+    """
+    [own] = template.token_ids([answer.own])
+    if template.tokenizer.decode([*context.ids.tolist(), *own]) != template.tokenizer.decode(both.ids.tolist()):
+        raise InputError(f"{where}: the tokenizer cannot tokenize the answer apart from the prompt before it.")
+    return np.array(own, np.int32)
+
+
+class _Sequence:
+    """A training sequence in the making: each turn that is added begins with all of the turns before."""
+
+    def __init__(self, answers_before: int) -> None:
+        self.answers_before = answers_before
+        self._spans: list[tuple[int, int, float]] = []
+        self._end: Beginning | Ids = np.zeros(0, np.int32)
+
+    def continues(self, context: Beginning) -> bool:
+        """Whether a context begins with all that is there, in ids; never after an answer that was tokenized apart."""
+        return isinstance(self._end, Beginning) and context.after(self._end) is not None
+
+    def append(self, context: Beginning, num_masked: int, num_own: int, weight: float, end: Beginning | Ids) -> None:
+        """Add a turn: its context, how many of its tokens come first without weight, and all up to its end."""
+        self._spans.append((context.length + num_masked, context.length + num_own, weight))
+        self._end = end
+
+    def example(self, provenance: str) -> Example:
+        """All of it."""
+        ids = self._end.ids if isinstance(self._end, Beginning) else self._end
+        weights = np.zeros(len(ids))
+        for begin, end, weight in self._spans:
+            weights[begin:end] = weight
+        weights[0] = 0.0  # the first token has no context: of a text, where nothing stands before it
+        return Example(ids, weights, provenance, self.answers_before)
+
+
+def _in_lists(example: Example) -> Example:
+    ids, weights = np.asarray(example.input_ids).tolist(), np.asarray(example.target_weights).tolist()
+    return replace(example, input_ids=ids, target_weights=weights)

@@ -7,8 +7,8 @@ on how many workers there are, and a rank of a stream takes every ``num_ranks``-
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -16,14 +16,15 @@ import pyarrow as pa
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.rows.formats import FormatName
-from lightning_sft.data.rows.messages import Converter
+from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
-from lightning_sft.data.tokens.encode import encode_many
+from lightning_sft.data.tokens.encode import Encoded, encode_all
 from lightning_sft.data.tokens.examples import to_record_batch
+from lightning_sft.data.tokens.given_ids import weighted
 from lightning_sft.data.tokens.overflow import Overflow, shorten
 from lightning_sft.data.tokens.row_report import RowReport
+from lightning_sft.data.tokens.template import TemplateConfig
 from lightning_sft.data.tokens.workers import iterate, leave_signals
 from lightning_sft.types import Conversation, Example, InputError, Normalize
 
@@ -37,26 +38,25 @@ class EncodingConfig:
 
     Args:
         tokenizer: Tokenizer with a chat template.
-        format: Format of all rows; by default inferred from the keys of each row.
-        columns: The data's column for a key of the format, where it has another name.
+        reading: How rows are read.
         normalize: Normalization that target weights are scaled for.
         max_length: Maximum number of tokens in a sequence.
         overflow: Handling of longer sequences, see :func:`lightning_sft.data.tokens.overflow.shorten`.
         weight: Multiplies all target weights.
+        template: How conversations are rendered; by default as the tokenizer says.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    format: FormatName | None = None
-    columns: Mapping[str, str] | None = None
+    reading: Reading = field(default_factory=Reading)
     normalize: Normalize = "token"
     max_length: int | None = None
     overflow: Overflow = "drop"
     weight: float = 1.0
+    template: TemplateConfig | None = None
 
     def of(self, part: Part) -> EncodingConfig:
-        """The recipe for a part of a mixture, which may override format, columns and weight."""
-        format, columns = part.format or self.format, part.columns or self.columns
-        return replace(self, format=format, columns=columns, weight=part.weight)
+        """The recipe for a part of a mixture, which may override how its rows are read, and has a weight."""
+        return replace(self, reading=self.reading.of(part), weight=part.weight)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Chunks(IterableDataset[Chunk | InputError]):
     def __iter__(self) -> Iterator[Chunk | InputError]:
         worker = get_worker_info()
         turn, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        converters = [Converter(recipe.format, recipe.columns) for recipe in self.recipes]
+        converters = [Converter(recipe.reading) for recipe in self.recipes]
         try:
             for number, (part, rows) in enumerate(self.rows()):
                 own, is_others = divmod(number - self.rank, self.num_ranks)
@@ -140,27 +140,32 @@ def in_chunks(leaves: Iterable[Leaf], size: int, first: int | None = None) -> It
 def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) -> Chunk:
     """One call of the tokenizer for all rows."""
     convert.ignored = Counter()
-    conversations = [_attempt(convert, recipe.weight, *row) for row in rows]
+    conversations = [_attempt(convert, recipe, *row) for row in rows]
     good = [conversation for conversation in conversations if isinstance(conversation, Conversation)]
-    sequences = iter(encode_many(good, recipe.tokenizer, recipe.normalize))
+    encoded = encode_all(good, recipe.tokenizer, recipe.normalize, recipe.template)
     account, examples = RowReport(num_rows=len(rows), ignored=convert.ignored), []
-    for conversation in conversations:
-        result = next(sequences) if isinstance(conversation, Conversation) else conversation
-        if isinstance(result, InputError):
-            account.refused.append(str(result))
+    for (_, place), conversation in zip(rows, conversations, strict=True):
+        result = next(encoded) if isinstance(conversation, Conversation) else conversation
+        if result.refusal is not None:
+            account.refused.append(str(result.refusal))
             continue
-        account.add(RowReport(shortest=min(map(len, result))))
-        examples += [piece for example in result for piece in _fitted(example, recipe, account)]
+        for note in sorted(result.notes):
+            account.note(note, place)
+        account.add(RowReport(shortest=min(map(len, result.examples))))
+        examples += [piece for example in result.examples for piece in _fitted(example, recipe, account)]
     return Chunk(to_record_batch(examples), account, part)
 
 
-def _attempt(convert: Converter, weight: float, row: Any, provenance: str) -> Conversation | InputError:
+def _attempt(convert: Converter, recipe: EncodingConfig, row: Any, provenance: str) -> Conversation | Encoded:
+    """A conversation to encode; or what there is already, of a row of token ids or one that is refused."""
     row = parsed(row, provenance)
     try:
-        conversation = convert(row, provenance)
+        read = convert.read(row, provenance)
     except InputError as error:
-        return error
-    return replace(conversation, weights=[own * weight for own in conversation.weights])
+        return Encoded(refusal=error)
+    if isinstance(read, Example):
+        return Encoded([weighted(read, recipe.normalize, recipe.weight)])
+    return replace(read, weights=[own * recipe.weight for own in read.weights])
 
 
 def _fitted(example: Example, recipe: EncodingConfig, account: RowReport) -> Sequence[Example]:

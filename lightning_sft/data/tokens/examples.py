@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -117,11 +116,11 @@ def to_record_batch(examples: Iterable[Example]) -> pa.RecordBatch:
     """Examples as one record batch."""
     examples = list(examples)
     begins = _begins(examples)
-    weights = _flat((example.target_weights for example in examples), np.float64, begins[-1])
+    weights = _flat((example.target_weights for example in examples), np.float64)
     run_begins = np.union1d(begins, np.flatnonzero(np.diff(weights)) + 1)
     runs_before = np.searchsorted(run_begins, begins)
     columns = [
-        _list_array(begins, _flat((example.input_ids for example in examples), np.int32, begins[-1])),
+        _list_array(begins, _flat((example.input_ids for example in examples), np.int32)),
         _list_array(runs_before, np.diff(run_begins).astype(np.int32)),
         _list_array(runs_before, weights[run_begins[:-1]]),
         _text_array([example.provenance.encode() for example in examples]),
@@ -151,8 +150,8 @@ def _begins(lists: Iterable[Sized]) -> NDArray[np.int64]:
     return np.cumsum([0, *map(len, lists)], dtype=np.int64)
 
 
-def _flat(lists: Iterable[Iterable[Any]], dtype: Any, count: int) -> NDArray[Any]:
-    return np.fromiter(chain.from_iterable(lists), dtype, count)
+def _flat(lists: Iterable[Sequence[Any] | NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *(np.asarray(own, dtype) for own in lists)])
 
 
 def _array(values: NDArray[Any]) -> pa.Array:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_sft.types import InputError, Message
@@ -32,18 +31,17 @@ def has_marks(template: str) -> bool:
 
 
 def render_with_marks(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], tools: Any
+    variables: Mapping[str, Any], template: str, messages: Sequence[Message], tools: Any
 ) -> tuple[str, list[Span]]:
     """The text that ``apply_chat_template`` gives, and the spans of it that the template marks.
 
-    >>> from lightning_sft.demos import tiny_tokenizer
     >>> template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
-    >>> render_with_marks(tiny_tokenizer(), template, [{"content": "Hi"}, {"content": "Yo"}], None)
+    >>> render_with_marks({}, template, [{"content": "Hi"}, {"content": "Yo"}], None)
     ('Hi;Yo;', [(0, 2), (3, 5)])
     """
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
     settings: dict[str, Any] = {"chat_template": template, "return_assistant_tokens_mask": True}
-    rendered: Any = render_jinja_template([given], tools, **settings | tokenizer.special_tokens_map)
+    rendered: Any = render_jinja_template([given], tools, **settings | dict(variables))
     [text], [spans] = rendered
     return text, spans
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
+import json
+from typing import Any, get_args
 
 import pytest
 
-from lightning_sft.data.rows.messages import Converter, to_conversation
+from lightning_sft.data.rows.messages import Converter, Reading, TrainOn, to_conversation
 from lightning_sft.types import InputError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
@@ -34,6 +35,26 @@ def calling(*arguments: dict[str, Any]) -> dict[str, Any]:
         ({"messages": [SYSTEM, USER, ANSWER, USER, ANSWER]}, [SYSTEM, USER, ANSWER, USER, ANSWER]),
         ({"messages": [USER, ANSWER], "system": "Be kind."}, [SYSTEM, USER, ANSWER]),
         ([USER, ANSWER], [USER, ANSWER]),
+        ({"instruction": "", "input": "Hi", "output": "Yo"}, [USER, ANSWER]),
+        ({"instruction": "Hi", "context": "", "response": "Yo"}, [USER, ANSWER]),
+        ({"instruction": "Hi", "context": "x", "response": "Yo"}, [{"role": "user", "content": "Hi\n\nx"}, ANSWER]),
+        ({"instruction": "Hi", "output": "Yo", "history": [["Hi", "Yo"]] * 2}, [USER, ANSWER] * 3),
+        ({"instruction": "Hi", "output": "Yo", "history": "[]"}, [USER, ANSWER]),
+        ({"instruction": "Hi", "output": "Yo", "text": "### Hi ### Yo"}, [USER, ANSWER]),
+        ({"messages": [USER, ANSWER], "text": "<|user|>Hi<|assistant|>Yo"}, [USER, ANSWER]),
+        ({"prompt": "Hi", "completion": "Yo", "system_prompt": "Be kind."}, [SYSTEM, USER, ANSWER]),
+        ({"messages": [USER, ANSWER], "system": [{"type": "text", "text": "Be kind."}]}, [SYSTEM, USER, ANSWER]),
+        ({"messages": json.dumps([USER, ANSWER])}, [USER, ANSWER]),
+        ({"conversation": [USER, ANSWER]}, [USER, ANSWER]),
+        ({"conversations": ["Hi", "Yo", "Hi", "Yo"], "source": "x"}, [USER, ANSWER, USER, ANSWER]),
+        ({"conversation": [{"system": "Be kind.", "input": "Hi", "output": "Yo"}]}, [SYSTEM, USER, ANSWER]),
+        ({"conversation": [{"input": "Hi", "output": "Yo"}] * 2}, [USER, ANSWER] * 2),
+        ({"prompt": USER, "completion": {"from": "gpt", "value": "Yo"}}, [USER, ANSWER]),
+        ({"query": "Hi", "answers": '[{"name": "weather", "arguments": {}}]'}, [USER, calling({})]),
+        (
+            {"prompt": "Hi", "completion": "Yo", "reasoning_content": "Hm"},
+            [USER, {**ANSWER, "reasoning_content": "Hm"}],
+        ),
         ({"messages": [USER, ANSWER], "prompt": None, "completion": None}, [USER, ANSWER]),
         ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]}, [USER, ANSWER]),
         ({"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Yo"}]}, [USER, ANSWER]),
@@ -117,12 +138,38 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
             {"prompt": "Hi", "completion": "Yo", "messages": [USER]},
             "of several formats at once: chat and prompt-completion. Say which with data.format",
         ),
-        ({"text": "x", "instruction": "Hi", "output": "Yo"}, "several formats at once: alpaca and text"),
         (
             {"instruction": "Hi", "output": "Yo", "response": "Ya"},
             r"f:1: the row has both 'output' and 'response'\. Say which is the answer: data.columns={output: output}",
         ),
         ({"instruction": "Hi", "instances": [{"output": "Yo"}]}, "the row nests its answers in 'instances'"),
+        (
+            {"instruction": "Hi", "input": "a", "context": "b", "output": "Yo"},
+            "both 'input' and 'context'. .*{input: context}",
+        ),
+        ({"instruction": "Hi", "output": "Yo", "history": ["Hi"]}, r"'history' must be a list of \[question, answer\]"),
+        ({"prompt": [USER], "completion": [USER, ANSWER]}, "the answer begins with the prompt's first message"),
+        ({"prompt": "Hi", "completion": "Yo", "label": False}, "'label' is false: .* data.columns={weight: label}"),
+        ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "a preference pair, .* data.columns={completion: chosen}"),
+        ({"prompt": "Hi", "completion": "Yo", "chosen": "a", "rejected": "b"}, "a preference pair"),
+        ({"question": "Hi", "chosen": "a", "rejected": "b"}, "{prompt: question, completion: chosen}"),
+        ({"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "{messages: chosen}"),
+        (
+            {"messages": [USER, ANSWER, USER], "chosen": ANSWER, "rejected": ANSWER},
+            "{prompt: messages, completion: chosen}",
+        ),
+        ({"instruction": "Hi", "chosen": "a", "rejected": "b"}, "{output: chosen}"),
+        ({"chosen": "a", "rejected": "b"}, "{text: chosen}"),
+        ({"text": "Hi", "role": "prompter", "parent_id": None}, "the row is a message of a conversation tree"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 1]}, "nothing says which of them to learn. Add 'labels'"),
+        ({"data": ["Hi", "Yo"]}, "'data' looks like messages: str 'Hi'. .* data.columns={messages: data}"),
+        ({"turns": [USER, ANSWER]}, "data.columns={messages: turns}"),
+        ({"messages": [USER, ANSWER], "chat_template_kwargs": 3}, "'chat_template_kwargs' must be an object"),
+        (
+            {"messages": [USER, ANSWER], "chat_template_kwargs": {"tools": []}},
+            "sets 'tools', which is set for each row",
+        ),
+        ({"prompt": "Hi", "completion": [USER, ANSWER], "reasoning_content": "Hm"}, "needs an answer of one message"),
         ({"prompt": 3, "completion": "Yo"}, "f:1: 'prompt' must be a string, got int 3"),
         ({"prompt": "Hi", "completion": None}, "'completion' must be a string, got NoneType"),
         ({"prompt": "Hi", "completion": []}, "'completion' must be a list of .* got list"),
@@ -200,9 +247,63 @@ def test_keys_without_a_meaning_are_counted() -> None:
     convert = Converter()
     convert({"messages": [USER, ANSWER], "parallel_tool_calls": False}, "f:1")
     assert convert.ignored == {"parallel_tool_calls": 1}
-    convert = Converter(columns={"prompt": "question", "completion": "answer"})
+    convert = Converter(Reading(columns={"prompt": "question", "completion": "answer"}))
     convert({"question": "Hi", "answer": "Yo", "prompt": "x"}, "f:1")
     assert convert.ignored == {"prompt": 1}
+
+
+def test_the_remedies_of_preference_rows_and_verdicts_work() -> None:
+    pair = {"chosen": "Yo", "rejected": "No"}
+    assert to_conversation({"prompt": "Hi", **pair}, columns={"completion": "chosen"}).messages == [USER, ANSWER]
+    whole = {"chosen": [USER, ANSWER], "rejected": [USER]}
+    assert to_conversation(whole, columns={"messages": "chosen"}).messages == [USER, ANSWER]
+    assert to_conversation({**whole, "messages": [USER, ANSWER]}).messages == [USER, ANSWER]  # what was chosen
+    before = {"conversations": [USER], "chosen": ANSWER, "rejected": ANSWER}
+    columns = {"prompt": "conversations", "completion": "chosen"}
+    assert to_conversation(before, columns=columns).messages == [USER, ANSWER]
+    for label in (True, False):
+        row = {"prompt": "Hi", "completion": "Yo", "label": label}
+        assert to_conversation(row, columns={"weight": "label"}).weights == [0, label]
+        assert to_conversation(row, format="prompt-completion").weights == [0, 1]
+
+
+def test_what_is_trained_on_is_chosen_by_turn() -> None:
+    turns = [SYSTEM, USER, ANSWER, USER, ANSWER]
+    weights = {
+        name: to_conversation({"messages": turns, "weight": 2}, train_on=name).weights for name in get_args(TrainOn)
+    }
+    assert weights == {"all": [0, 0, 2, 0, 2], "last": [0, 0, 0, 0, 2], "prompts": [2, 2, 2, 2, 2]}
+    flagged = [USER, ANSWER, USER, {**ANSWER, "weight": 0.5}, {**USER, "train": False}]
+    assert to_conversation(flagged, train_on="last").weights == [0, 0, 0, 0.5, 0]
+    assert to_conversation(flagged, train_on="prompts").weights == [1, 1, 1, 0.5, 0]
+    asked = {"prompt": [USER, ANSWER, USER], "completion": "Yo"}
+    assert to_conversation(asked, train_on="prompts").weights == [1, 1, 1, 1]
+    with pytest.raises(InputError, match="train_on"):
+        to_conversation(asked, train_on="first")  # type: ignore[arg-type]
+
+
+def test_a_system_prompt_is_for_conversations_that_have_none() -> None:
+    kind = Reading(system="Be kind.")
+    assert Converter(kind)([USER, ANSWER], "row 1").messages == [SYSTEM, USER, ANSWER]
+    assert Converter(kind)([USER, ANSWER], "row 1").weights == [0, 0, 1]
+    own = {"role": "system", "content": "Be brief."}
+    assert Converter(kind)([own, USER, ANSWER], "row 1").messages == [own, USER, ANSWER]
+    assert Converter(kind)({"prompt": "Hi", "completion": "Yo", "system": "Be brief."}, "row 1").messages[0] == own
+    assert Converter(kind)({"text": "x"}, "row 1").messages == [{"role": "text", "content": "x"}]
+
+
+@pytest.mark.parametrize("given", [{"enable_thinking": False}, '{"enable_thinking": false}'])
+def test_variables_of_the_template_belong_to_the_conversation(given: Any) -> None:
+    row = {"prompt": "Hi", "completion": "Yo", "chat_template_kwargs": given}
+    assert to_conversation(row).template_kwargs == {"enable_thinking": False}
+    assert to_conversation({"prompt": "Hi", "completion": "Yo"}).template_kwargs == {}
+
+
+def test_ignored_keys_of_messages_are_counted_once_a_row() -> None:
+    convert = Converter(Reading(message_keys={"mood": "ignored"}))
+    convert([{**USER, "timestamp": 1, "mood": "x"}, {**ANSWER, "timestamp": 2}], "row 1")
+    convert([{**USER, "timestamp": 1}, ANSWER], "row 2")
+    assert convert.ignored == {"messages[].timestamp": 2, "messages[].mood": 1}
 
 
 def test_a_file_keeps_to_one_format() -> None:
@@ -231,7 +332,7 @@ def test_a_named_format_is_not_mixed() -> None:
     with pytest.raises(InputError, match=r"a.jsonl:2: the keys .* are of several formats at once"):
         told(rows[1], "a.jsonl:2")
     for order in (rows, rows[::-1]):
-        named = Converter(format="chat")
+        named = Converter(Reading("chat"))
         assert [named(row, f"a.jsonl:{n}").messages for n, row in enumerate(order, 1)] == [[USER, ANSWER]] * 2
     with pytest.raises(InputError, match=r"a.jsonl:3: the keys \['completion', 'prompt'\] are not those of chat"):
         named({"prompt": "Hey", "completion": "Ho"}, "a.jsonl:3")

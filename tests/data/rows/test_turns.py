@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_sft.data.rows.turns import ROLES, read_turn
+from lightning_sft.data.rows.dialects import CALLERS, ROLES, Dialect
+from lightning_sft.data.rows.turns import Turn, read_turns
 from lightning_sft.types import InputError
+
+
+def read_turn(message: Any) -> Turn:
+    [turn] = read_turns(message)
+    return turn
 
 
 def calling(*arguments: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -29,7 +35,7 @@ CALL_PART = {"type": "tool_call", "value": '{"name": "weather", "arguments": {"c
 @pytest.mark.parametrize(("alias", "role"), ROLES.items())
 @pytest.mark.parametrize("names", [("role", "content"), ("from", "value")])
 def test_roles_have_one_name(alias: str, role: str, names: tuple[str, str]) -> None:
-    content = '{"name": "weather", "arguments": {}}' if alias == "function_call" else "x"
+    content = '{"name": "weather", "arguments": {}}' if alias in CALLERS else "x"
     assert read_turn(dict(zip(names, (alias, content), strict=True)))[0]["role"] == role
 
 
@@ -84,15 +90,18 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
     [
         (None, "expected {'role', 'content'} or {'from', 'value'}, got NoneType"),
         ({"content": "x"}, "expected .* got dict {'content': 'x'}"),
-        ({"role": "bot", "content": "x"}, "the role must be one of system, .* got str 'bot'"),
+        ({"role": "fool", "content": "x"}, "the role must be one of system, .* got str 'fool'. .* data.roles"),
         ({"role": ["user"], "content": "x"}, r"the role must be one of .* got list \['user'\]"),
         ({"from": None, "value": "x"}, "the role must be one of .* got NoneType"),
         ({"role": "user"}, r"'content' \(user\) must be a string, got NoneType"),
         ({"from": "gpt", "value": None}, r"'value' \(assistant\) must be a string"),
         ({"role": "user", "content": 3}, r"'content' \(user\) must be a string, got int 3"),
         ({"role": "user", "content": "x\udc80"}, r"'content' \(user\) has half a character at 1: str '\\udc80'"),
-        ({"role": "user", "content": "x", "name": "A"}, r"the keys \['name'\] have no meaning in .* role 'user'"),
-        ({"role": "user", "value": "x", "content": "x"}, r"the keys \['value'\] have no meaning"),
+        (
+            {"role": "user", "content": "x", "mood": "A"},
+            r"the keys \['mood'\] have no meaning in .* role 'user'. .*data.message_keys={key: ignored}",
+        ),
+        ({"role": "user", "value": "x", "content": "y"}, r"the keys \['value'\] have no meaning"),
         ({"role": "user", "content": "x", 3: 1, "a": 1}, r"the keys \['3', 'a'\] have no meaning"),
         ({"role": "tool", "content": "x", "name": 3}, "'name' must be a string, got int 3"),
         (
@@ -132,7 +141,8 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
         ({"role": "assistant", "content": [TEXT, THOUGHT]}, "part 2 of the content is reasoning, which stands before"),
         ({"role": "assistant", "content": [CALL_PART, TEXT]}, "part 2 of the content is text, which stands before"),
         ({"role": "assistant", "content": [{**CALL_PART, "value": "{"}]}, "part 1 of the content: not valid JSON"),
-        ({"role": "assistant", "tool_calls": "x"}, "'tool_calls' must be a list, got str 'x'"),
+        ({"role": "assistant", "tool_calls": "x"}, "'tool_calls': not valid JSON: .* got str 'x'"),
+        ({"role": "assistant", "tool_calls": {"a": 1}}, "'tool_calls' must be a list, got dict"),
         ({"role": "assistant", "tool_calls": ["x"]}, "tool call 1 must be an object with 'function', got str 'x'"),
         (
             {"role": "assistant", "tool_calls": [call(), {}]},
@@ -140,7 +150,8 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
         ),
         ({"role": "assistant", "tool_calls": [{"function": "x"}]}, "tool call 1 must be a function with"),
         ({"role": "assistant", "tool_calls": [call(type="custom")]}, "tool call 1 must be a function with"),
-        ({"role": "assistant", "tool_calls": [call(index=0)]}, "tool call 1 must be a function with .* nothing else"),
+        ({"role": "assistant", "tool_calls": [call(mood=0)]}, "tool call 1 must be a function with .* nothing else"),
+        ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}, "input": {}}]}, "must be a function with"),
         ({"role": "assistant", "tool_calls": [call(id=3)]}, "the id of tool call 1 must be a string"),
         (
             {"role": "assistant", "tool_calls": [{"name": 3, "arguments": {}}]},
@@ -150,12 +161,11 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
             {"role": "assistant", "tool_calls": [call("{")]},
             "the arguments of tool call 1: not valid JSON: .* got str '{'",
         ),
-        ({"role": "assistant", "tool_calls": [call("")]}, "the arguments of tool call 1: not valid JSON"),
         ({"role": "assistant", "tool_calls": [call('{"a": 1, "a": 2}')]}, "not valid JSON: the key 'a' is there twice"),
         ({"role": "assistant", "tool_calls": [call('{"a": NaN}')]}, "not valid JSON: NaN is no JSON value"),
         ({"role": "assistant", "tool_calls": [call("[" * 10_000)]}, "it is nested too deeply"),
         ({"role": "assistant", "tool_calls": [call("[1]")]}, r"must be an object or its JSON text, got list \[1\]"),
-        ({"role": "assistant", "tool_calls": [call(None)]}, "must be an object or its JSON text, got NoneType"),
+        ({"role": "assistant", "tool_calls": [call(3)]}, "must be an object or its JSON text, got int 3"),
         ({"role": "assistant", "tool_calls": [call({"a": float("inf")})]}, "JSON has no value such as float inf"),
         ({"role": "assistant", "tool_calls": [call({"a": 10**5000})]}, "an integer of 16,610 bits is too long"),
         ({"role": "assistant", "tool_calls": [call({1: 2})]}, "a key in the arguments of tool call 1 must be a string"),
@@ -171,6 +181,111 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
 def test_what_is_no_message_is_one_error_that_says_what_was_expected(turn: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_turn(turn)
+
+
+@pytest.mark.parametrize(
+    ("message", "turn"),
+    [
+        ({"role": "User", "content": "Hi"}, {"role": "user", "content": "Hi"}),
+        ({"role": "prompter", "text": "Hi"}, {"role": "user", "content": "Hi"}),
+        ({"speaker": "bot", "text": "Yo"}, {"role": "assistant", "content": "Yo"}),
+        ({"author": "human", "message": "Hi"}, {"role": "user", "content": "Hi"}),
+        ({"sender": "ai", "utterance": "Yo"}, {"role": "assistant", "content": "Yo"}),
+        ({"type": "human", "content": "Hi"}, {"role": "user", "content": "Hi"}),
+        ({"role": "user", "content": "Hi", "text": "Hi"}, {"role": "user", "content": "Hi"}),
+        ({"role": "user", "content": "Hi", "speaker": "Ann", "type": "message"}, {"role": "user", "content": "Hi"}),
+        ({"role": "assistant", "content": "Yo", "thinking": "Hm", "reasoning": "Hm"}, {"reasoning_content": "Hm"}),
+        ({"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": "{}"}}, calling({})),
+        ({"role": "assistant", "content": "Yo", "function_call": {}}, {"content": "Yo"}),
+        ({"role": "assistant", "tool_calls": json.dumps([call(ROME)])}, calling(ROME)),
+        ({"role": "assistant", "tool_calls": [{"name": "weather", "args": ROME, "type": "tool_call"}]}, calling(ROME)),
+        ({"role": "assistant", "tool_calls": [{"name": "weather", "parameters": ROME}]}, calling(ROME)),
+        ({"role": "assistant", "tool_calls": [call(""), call(None), {"name": "weather"}]}, calling({}, {}, {})),
+        ({"from": "tool_call", "value": [{"name": "weather", "arguments": ROME}]}, calling(ROME)),
+        ({"role": "function", "name": "weather", "content": "21"}, {"role": "tool", "name": "weather"}),
+        ({"role": "ipython", "content": {"output": "é"}}, {"role": "tool", "content": '{"output": "é"}'}),
+        ({"role": "tool", "content": ["a", {"b": None}]}, {"content": '["a", {"b": null}]'}),
+        (
+            {"role": "tool", "content": [{"type": "text", "text": "2"}, {"type": "text", "text": "1"}]},
+            {"content": "21"},
+        ),
+        ({"role": "tool", "content": 21}, {"content": "21"}),
+        (
+            {"role": "assistant", "content": [{"type": "output_text", "text": "Yo", "annotations": []}]},
+            {"content": "Yo"},
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "Hm", "signature": "Ep=="},
+                    {"type": "text", "text": "Yo", "citations": []},
+                    {"type": "tool_use", "id": "t1", "name": "weather", "input": ROME, "cache_control": {"a": 1}},
+                ],
+            },
+            {"content": "Yo", "reasoning_content": "Hm", "tool_calls": [call(ROME, id="t1")]},
+        ),
+    ],
+)
+def test_dialects_have_one_normal_form(message: dict[str, Any], turn: dict[str, Any]) -> None:
+    read, weight = read_turn(message)
+    assert read == {**read, **turn}
+    assert read.keys() <= {"role", "content"} | turn.keys()
+    assert weight is None
+
+
+def test_results_in_a_users_message_are_turns_of_the_tool_before_it() -> None:
+    parts = [
+        {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "21"}], "is_error": False},
+        {"type": "tool_result", "tool_use_id": "t2"},
+    ]
+    tools = [({"role": "tool", "content": text, "tool_call_id": id_}, None) for text, id_ in (("21", "t1"), ("", "t2"))]
+    assert read_turns({"role": "user", "content": parts}) == tools
+    parts.append({"type": "text", "text": "And Rome?"})
+    assert read_turns({"role": "user", "content": parts}) == [*tools, ({"role": "user", "content": "And Rome?"}, None)]
+    with pytest.raises(InputError, match="only a user's message carries results of tools"):
+        read_turns({"role": "assistant", "content": parts})
+    with pytest.raises(InputError, match="a tool_result has 'tool_use_id', 'content' and nothing else"):
+        read_turns({"role": "user", "content": [{**parts[0], "mood": 3}]})
+    with pytest.raises(InputError, match="has a part of the type 'image', and only texts can be trained on"):
+        read_turns({"role": "user", "content": [{"type": "tool_result", "content": [{"type": "image", "source": {}}]}]})
+
+
+@pytest.mark.parametrize(
+    ("more", "names"),
+    [
+        ({"timestamp": 3, "annotations": [], "index": 1}, {"timestamp", "annotations", "index"}),
+        ({"name": "Ann", "refusal": None, "images": [], "extra": {}, "note": ""}, {"name", "images", "extra", "note"}),
+        ({"text": "Yo", "value": "Yo"}, {"text", "value"}),
+        ({"content": [{**TEXT, "cache_control": {"type": "ephemeral"}}]}, {"content[].cache_control"}),
+        ({"tool_calls": [call(index=0)]}, {"tool_calls[].index"}),
+        ({"tool_calls": [], "reasoning": None}, set()),
+    ],
+)
+def test_keys_that_say_nothing_are_ignored_and_named(more: dict[str, Any], names: set[str]) -> None:
+    ignored: set[str] = set()
+    read_turns({"role": "assistant", "content": "Yo", **more}, ignored=ignored)
+    assert ignored == {f"messages[].{name}" for name in names}
+
+
+@pytest.mark.parametrize("key", ["refusal", "images", "audio"])
+def test_a_key_that_may_say_something_is_no_key_to_ignore(key: str) -> None:
+    with pytest.raises(InputError, match=rf"the keys \['{key}'\] have no meaning"):
+        read_turns({"role": "assistant", "content": "Yo", key: ["x"]})
+
+
+def test_names_of_ones_own_come_before_the_common_ones() -> None:
+    dialect = Dialect(
+        {"narrator": "user", "user": "assistant"}, {"said": "content", "mood": "ignored", "text": "ignored"}
+    )
+    ignored: set[str] = set()
+    [(turn, _)] = read_turns({"role": "Narrator", "said": "Hi", "mood": "sad", "text": "x"}, dialect, ignored)
+    assert (turn, ignored) == ({"role": "user", "content": "Hi"}, {"messages[].mood", "messages[].text"})
+    assert read_turns({"role": "user", "content": "Hi"}, dialect) == [({"role": "assistant", "content": "Hi"}, None)]
+    with pytest.raises(InputError, match=r"data.roles={a: boss}: 'boss' is no role. .* one of system, user"):
+        Dialect({"a": "boss"}, {})
+    with pytest.raises(InputError, match=r"data.message_keys={a: b}: 'b' is no key of a message. .* role, content"):
+        Dialect({}, {"a": "b"})
 
 
 VALUES = st.recursive(

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
 
-from lightning_sft.data.tokens import chat_template as templates
+from lightning_sft.data.tokens import render as templates
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode, encode_many, encode_prompt
 from lightning_sft.data.tokens.generation_tags import has_marks

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.data.tokens import dataset
 from lightning_sft.data.tokens.dataset import Split, load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
@@ -34,6 +35,23 @@ def test_workers_change_neither_examples_nor_the_account(jsonl: Callable[..., st
     assert len(alone.account.refused) == 9
     assert [e.provenance for e in both.examples] == [e.provenance for e in alone.examples]
     assert [list(e.input_ids) for e in both.examples] == [list(e.input_ids) for e in alone.examples]
+
+
+def test_rows_of_token_ids_are_trained_as_they_are(jsonl: Callable[..., str], monkeypatch: Any) -> None:
+    [text] = load([GOOD], 0, monkeypatch).examples
+    labels = [i if w else -100 for i, w in zip(text.input_ids, text.target_weights, strict=True)]
+    row = {"input_ids": [int(i) for i in text.input_ids], "labels": [int(label) for label in labels]}
+    refused = {**row, "labels": [-100] * len(labels)}
+    path = jsonl([row, refused, {**row, "weight": 3}, {**row, "id": 1}])
+    mixture = Mixture({"ids": Part(path, weight=0.5)})
+    split = load(mixture, 0, monkeypatch, normalize="sequence", max_length=len(labels))
+    own, heavy, _ = split.examples
+    assert list(own.input_ids) == row["input_ids"]
+    assert sum(own.target_weights) == pytest.approx(0.5)
+    assert [bool(w) for w in own.target_weights] == [label != -100 for label in labels]
+    assert sum(heavy.target_weights) == pytest.approx(1.5)
+    assert (len(split.account.refused), split.account.ignored) == (1, {"id": 1})
+    assert len(load([path], 0, monkeypatch, max_length=len(labels) - 1, overflow="truncate").account.cut) == 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -1,0 +1,104 @@
+"""The messages of a row as they were given, in order, whatever columns they are in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_sft.data.rows.formats import Found
+from lightning_sft.data.rows.values import decoded, shown, text_of
+from lightning_sft.types import InputError
+
+Given = tuple[Any, bool]
+"""A message as it was given, and whether it may be a target."""
+
+_CONVERSATIONS = {"chat": "messages", "sharegpt": "conversations"}
+
+
+def given_turns(found: Found) -> list[Given]:
+    """The messages of a row whose format is known.
+
+    Raises:
+        InputError: When a column is not what its format says.
+    """
+    system = found.optional.get("system")
+    turns: list[Given] = [({"role": "system", "content": system}, False)] if system else []
+    if system and not isinstance(system, list):
+        text_of(system, "'system'")
+    if found.name in _CONVERSATIONS:
+        return turns + [(message, True) for message in _conversation(found.question, _CONVERSATIONS[found.name])]
+    question = found.question
+    if found.name == "alpaca":
+        turns += _history(found.optional.get("history"))
+        texts = [text_of(question, "'instruction'"), text_of(found.optional.get("input", ""), "'input'")]
+        question = "\n\n".join(text for text in texts if text.strip()) or question
+    asked = _side(question, "user", "prompt" if found.name != "xlam" else "query")
+    turns += [(message, False) for message in asked]
+    if found.has_answer:
+        answered = _answers(found)
+        if len(answered) > 1 and answered[0] == asked[0]:
+            raise InputError(
+                "the answer begins with the prompt's first message: it is a whole conversation. Take it alone with "
+                "data.columns={messages: …}."
+            )
+        turns += [(message, True) for message in answered]
+    return turns
+
+
+def _answers(found: Found) -> list[Any]:
+    if found.name == "xlam":
+        return [{"role": "tool_call", "content": found.answer}]
+    answers = _side(found.answer, "assistant", "completion")
+    if (reasoning := found.optional.get("reasoning_content")) is not None:
+        if len(answers) > 1 or "reasoning_content" in answers[0]:
+            raise InputError("'reasoning_content' of the row needs an answer of one message without its own. Keep one.")
+        answers = [{**answers[0], "reasoning_content": reasoning}]
+    return answers
+
+
+def _history(history: Any) -> list[Given]:
+    """Earlier exchanges, each a question and its answer."""
+    if not history:
+        return []
+    pairs = decoded(history, "'history'")
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise InputError(f"'history' must be a list of [question, answer], got {shown(pairs)}.")
+    return [
+        ({"role": role, "content": text}, True)
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+
+
+def _conversation(value: Any, key: str) -> list[Any]:
+    """The messages of a conversation: a list of them or its JSON text, texts that take turns, or pairs."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = decoded(value, repr(key))
+    messages = _listed(value, key)
+    if all(isinstance(message, str) for message in messages):
+        roles = ("user", "assistant")
+        return [{"role": roles[number % 2], "content": text} for number, text in enumerate(messages)]
+    return [message for given in messages for message in _pair(given)]
+
+
+def _pair(given: Any) -> list[Any]:
+    """A message; or what an exchange has in one object, as ``{"input": ..., "output": ...}``."""
+    if not isinstance(given, Mapping) or not {"input", "output"} <= given.keys() <= {"system", "input", "output"}:
+        return [given]
+    system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
+    return [*system, {"role": "user", "content": given["input"]}, {"role": "assistant", "content": given["output"]}]
+
+
+def _side(value: Any, role: str, key: str) -> list[Any]:
+    """One side of a prompt and its completion: a text, a message, or messages."""
+    if isinstance(value, list):
+        return _listed(value, key)
+    if isinstance(value, Mapping):
+        return [value]
+    return [{"role": role, "content": text_of(value, repr(key))}]
+
+
+def _listed(value: Any, key: str) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{key!r} must be a list of {{'role', 'content'}} or {{'from', 'value'}}, got {shown(value)}.")
+    return value

@@ -1,0 +1,92 @@
+"""Values of rows, checked: texts, weights and JSON."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from typing import Any
+
+from lightning_sft.data.rows import strict_json
+from lightning_sft.types import InputError
+
+_DEEPEST, _LONGEST = 64, 4096  # levels of JSON, bits of an integer: Python does not write much longer ones
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 60
+
+
+def shown(value: Any) -> str:
+    """A value with its type, cut short."""
+    try:
+        return f"{type(value).__name__} {_repr.repr(value)}"
+    except ValueError:  # an integer of thousands of digits
+        return type(value).__name__
+
+
+def text_of(value: Any, what: str) -> str:
+    """The value, if it is a text.
+
+    Raises:
+        InputError: When it is none.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"{what} must be a string, got {shown(value)}.")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{what} has half a character at {error.start}: {shown(value[error.start])}.") from error
+    return value
+
+
+def weight_of(value: Any, what: str) -> float:
+    """The value, if it is a weight; CSV has it as text.
+
+    Raises:
+        InputError: When it is no finite number of at least 0.
+    """
+    try:
+        weight = math.nan if isinstance(value, bool) or not isinstance(value, (int, float, str)) else float(value)
+    except (ValueError, OverflowError):
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise InputError(f"{what} must be a finite number that is not negative, got {shown(value)}.")
+    return weight
+
+
+def decoded(value: Any, what: str) -> Any:
+    """The value of a JSON text, also of one that was encoded twice; anything else as it is.
+
+    Raises:
+        InputError: When a text is no JSON.
+    """
+    for _ in range(3):
+        if isinstance(value, str):
+            try:
+                value = strict_json.loads(value)
+            except ValueError as error:
+                raise InputError(f"{what}: not valid JSON: {error}; got {shown(value)}.") from error
+    return value
+
+
+def check_json(value: Any, what: str, depth: int = 0) -> None:
+    """Check that a value is one that JSON has, so that a template can write it.
+
+    Raises:
+        InputError: When it is none.
+    """
+    if depth > _DEEPEST:
+        raise InputError(f"{what}: nested more than {_DEEPEST} deep.")
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            text_of(key, f"a key in {what}")
+            check_json(inner, what, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            check_json(inner, what, depth + 1)
+    elif isinstance(value, str):
+        text_of(value, f"a text in {what}")
+    elif isinstance(value, int):
+        if value.bit_length() > _LONGEST:
+            raise InputError(f"{what}: an integer of {value.bit_length():,} bits is too long.")
+    elif value is not None and not (isinstance(value, float) and math.isfinite(value)):
+        raise InputError(f"{what}: JSON has no value such as {shown(value)}.")

@@ -1,0 +1,201 @@
+"""What a template makes of an answer of a certain shape, learnt by rendering it with a sentinel in each field.
+
+An answer has fields: its text, its reasoning, and of each tool call the name and every key and value of its arguments.
+A template may drop one, as most drop the reasoning, and looking for the field's own text in the render would not show
+that where the text stands there twice. Sentinels do: each is a text that stands nowhere else.
+
+What follows the last sentinel is how the template ends an answer. Rendered once more with a further turn, it shows
+which part of this belongs to the answer, and which to whatever comes next. What generation stops at is in the former;
+or, where a template puts nothing after an answer, it is what begins the next turn.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_sft.types import Message
+
+Shape = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a template writes answers of a shape.
+
+    Args:
+        lost: Names of the fields that are not in its render.
+        tail: What follows the last field in a conversation that ends with the answer.
+        stop: What follows it up to and with the stop token; empty where there is none.
+        before: What stands between the prompt and the first field.
+        between: What stands between the reasoning and the next field; empty without a reasoning.
+    """
+
+    lost: tuple[str, ...] = ()
+    tail: str = ""
+    stop: str = ""
+    before: str = ""
+    between: str = ""
+
+
+@dataclass
+class Sentinels:
+    """An answer in which each field has a text of its own.
+
+    Args:
+        message: The answer.
+        fields: Name of each field, by the text that it has now, in order.
+    """
+
+    message: Message
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+def shape_of(message: Message) -> Shape:
+    """All of an answer but the texts and numbers in it."""
+    fields = tuple(bool((message.get(key) or "").strip()) for key in ("reasoning_content", "content"))
+    calls = tuple(_structure(call["function"].get("arguments")) for call in message.get("tool_calls") or ())
+    return *fields, calls
+
+
+def with_sentinels(message: Message) -> Sentinels:
+    """An answer of the same shape with a sentinel in each field.
+
+    >>> with_sentinels({"role": "assistant", "content": "Hi"})
+    Sentinels(message={'role': 'assistant', 'content': 'Xq0000qX'}, fields={'Xq0000qX': 'the text'})
+    """
+    made = Sentinels(dict(message))
+    for key, name in (("reasoning_content", "the reasoning"), ("content", "the text")):
+        if (message.get(key) or "").strip():
+            made.message[key] = _sentinel(made, name)
+    if message.get("tool_calls"):
+        calls = []
+        for number, call in enumerate(message["tool_calls"], 1):
+            function = {**call["function"], "name": _sentinel(made, f"the name of tool call {number}")}
+            if "arguments" in function:
+                function["arguments"] = _marked(function["arguments"], made, f"an argument of tool call {number}")
+            calls.append({**call, "function": function})
+        made.message["tool_calls"] = calls
+    return made
+
+
+def learn(
+    answer: Sentinels,
+    prompt: str,
+    whole: str,
+    onwards: str | None,
+    stops: re.Pattern[str],
+    known: Collection[str],
+    always_prompts: bool,
+) -> Ending:
+    """How a template ends an answer.
+
+    Args:
+        answer: The answer, with sentinels.
+        prompt: What stands before it at inference.
+        whole: The conversation up to and with the answer.
+        onwards: The same with a further turn, up to the text of that turn; ``None`` where the template has none.
+        stops: Matches an added token that may stop an answer.
+        known: Tokens that the tokenizer or the model's generation config says generation stops at.
+        always_prompts: Whether the template ends any conversation with the prompt of the next answer.
+    """
+    begin = len(prompt) if whole.startswith(prompt) else 0
+    places = {text: whole.find(text, begin) for text in answer.fields}
+    lost = tuple(dict.fromkeys(name for text, name in answer.fields.items() if places[text] < 0))
+    found = sorted((place, text) for text, place in places.items() if place >= 0)
+    if not found:
+        return Ending(lost)
+    place, last = found[-1]
+    tail = whole[place + len(last) :]
+    before, between = whole[begin : found[0][0]] if begin else "", ""
+    if len(found) > 1 and answer.fields[found[0][1]] == "the reasoning":
+        between = whole[found[0][0] + len(found[0][1]) : found[1][0]]
+    after = ""
+    if onwards is not None and (at := onwards.rfind(last)) >= 0:
+        after = onwards[at + len(last) :]
+    return Ending(lost, tail, _stop(tail, after, always_prompts, stops, known), before, between)
+
+
+def _stop(tail: str, after: str, always_prompts: bool, stops: re.Pattern[str], known: Collection[str]) -> str:
+    """What follows an answer, up to and with the token that stops it."""
+    shared = num_shared(tail, after) if after else len(tail)
+    closing = [token for token in stops.finditer(tail) if token.end() <= shared]
+    if always_prompts:  # behind the first one, the next turn may begin
+        closing = closing[:1]
+    if closing:
+        chosen = next((token for token in closing if token.group() in known), closing[-1])
+        return tail[: chosen.end()]
+    if token := next((token for token in stops.finditer(tail) if token.group() in known), None):
+        return tail[: token.end()]
+    if tokens := list(stops.finditer(tail)):
+        return tail[: tokens[-1].end()]
+    token = stops.search(after)
+    return after[: token.end()] if token and not after[: token.start()].strip() else ""
+
+
+def num_shared(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning.
+
+    >>> num_shared("abcd", "abxd"), num_shared("ab", "abc")
+    (2, 2)
+    """
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def values_in(value: Any) -> Iterator[Any]:
+    """Every key and value in nested lists and mappings."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from values_in(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from values_in(inner)
+    else:
+        yield value
+
+
+def is_written(value: Any, text: str) -> bool:
+    """Whether a value of an argument stands in a text, in one of the ways in which templates write values."""
+    if not isinstance(value, str):
+        return True  # that numbers are written at all, the sentinels have shown
+    ways: tuple[Callable[[str], str], ...] = (
+        str,
+        lambda own: json.dumps(own, ensure_ascii=False)[1:-1],
+        lambda own: json.dumps(own)[1:-1],
+        lambda own: repr(own)[1:-1],
+        str.strip,
+    )
+    return any(way(value) in text for way in ways)
+
+
+def _sentinel(made: Sentinels, name: str, kind: type = str) -> Any:
+    number = len(made.fields)
+    value: Any = f"Xq{number:04d}qX" if kind is str else kind(70_413_000 + number) + (0.5 if kind is float else 0)
+    made.fields[str(value)] = name
+    return value
+
+
+def _marked(value: Any, made: Sentinels, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return {_sentinel(made, name): _marked(inner, made, name) for inner in value.values()}
+    if isinstance(value, (list, tuple)):
+        return [_marked(inner, made, name) for inner in value]
+    if isinstance(value, bool) or value is None or value == "":
+        return value
+    return _sentinel(made, name, type(value) if type(value) in (int, float) else str)
+
+
+def _structure(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return "{", *map(_structure, value.values())
+    if isinstance(value, (list, tuple)):
+        return "[", *map(_structure, value)
+    return value if isinstance(value, bool) or value is None or value == "" else type(value).__name__

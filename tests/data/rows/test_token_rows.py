@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_sft.data.rows.messages import Converter, Reading
+from lightning_sft.types import Example, InputError
+
+IDS = [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("row", "ids", "weights"),
+    [
+        ({"labels": [-100, -100, 7, 8]}, IDS, [0, 0, 1, 1]),
+        ({"labels": IDS}, IDS, [0, 1, 1, 1]),
+        ({"assistant_masks": [0, 0, 1, 1], "labels": None}, IDS, [0, 0, 1, 1]),
+        ({"completion_mask": [False, True, True, False]}, IDS, [0, 1, 1, 0]),
+        ({"loss_mask": [0, 0.5, 0, 2], "weight": 0.5}, IDS, [0, 0.25, 0, 1]),
+        ({"completion_mask": [0, 1, 1, 1], "assistant_masks": [1, 1, 0, 1]}, IDS, [0, 1, 0, 1]),
+        ({"labels": [-100, 6, 7, -100], "attention_mask": [1, 1, 1, 0]}, IDS[:3], [0, 1, 1]),
+        ({"labels": [-100, -100, 7, 8], "attention_mask": [0, 1, 1, 1]}, IDS[1:], [0, 1, 1]),
+        ({"labels": IDS, "position_ids": [0, 1, 2, 3], "text": "x"}, IDS, [0, 1, 1, 1]),
+    ],
+)
+def test_token_ids_are_an_example_as_they_are(row: dict[str, Any], ids: list[int], weights: list[float]) -> None:
+    example = Converter().read({"input_ids": IDS, **row}, "f:1")
+    assert isinstance(example, Example)
+    assert (list(example.input_ids), list(example.target_weights)) == (ids, weights)
+    assert example.provenance == "f:1"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": "x"}, "f:1: 'input_ids' must be a list of numbers, got str 'x'"),
+        ({"input_ids": [1, 2.5, 3, 4]}, "'input_ids' must be a list of token ids, integers from 0"),
+        ({"input_ids": [1, -2, 3, 4]}, "must be a list of token ids"),
+        ({"input_ids": [1, 2**31, 3, 4]}, "must be a list of token ids"),
+        ({"input_ids": []}, "must be a list of token ids"),
+        ({"labels": [6, 7, 8, -100]}, "they are shifted later.; at 0 they have 6 where the id is 5"),
+        ({"labels": [-100, 7, 8]}, "'labels' has 3 values for 4 ids"),
+        ({"labels": [-100, None, 7, 8]}, "'labels' must be a list of numbers"),
+        ({"labels": [-100] * 4}, "no token of the row is to be trained"),
+        ({"labels": [5, -100, -100, -100]}, "no token of the row is to be trained"),
+        ({"loss_mask": [0, -1, 0, 1]}, "'loss_mask' must have 0, 1 or a positive weight for each id, got -1"),
+        ({"labels": IDS, "attention_mask": [1, 0, 1, 1]}, "'attention_mask' must be 1 at one stretch"),
+        ({"labels": IDS, "attention_mask": [0] * 4}, "'attention_mask' must be 1 at one stretch"),
+        ({"labels": IDS, "attention_mask": [1, 1, 1, 0]}, "'attention_mask' is 0 at a token that is to be trained"),
+        ({"labels": IDS, "position_ids": [0, 1, 0, 1]}, "'position_ids' do not count from 0: .* several documents"),
+    ],
+)
+def test_what_is_no_row_of_token_ids_is_refused(row: dict[str, Any], message: str) -> None:
+    given = {"input_ids": IDS, **row}
+    if not given.keys() & {"labels", "loss_mask"}:
+        given["labels"] = [-100, 6, 7, 8]
+    with pytest.raises(InputError, match=message):
+        Converter(Reading("tokens")).read(given, "f:1")
+
+
+def test_token_ids_have_no_messages() -> None:
+    with pytest.raises(InputError, match="f:1: a row of token ids has no messages"):
+        Converter()({"input_ids": IDS, "labels": IDS}, "f:1")
