@@ -137,8 +137,16 @@ def _stop(tail: str, after: str, always_prompts: bool, stops: re.Pattern[str], k
 
 
 def num_shared(a: str, b: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    return next((number for number, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    """How many characters two texts have in common at their beginning.
+
+    >>> num_shared("abcd", "abxd"), num_shared("ab", "abc")
+    (2, 2)
+    """
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
 
 
 def values_in(value: Any) -> Iterator[Any]:

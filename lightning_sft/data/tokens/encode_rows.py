@@ -20,12 +20,12 @@ from lightning_sft.data.rows.formats import FormatName
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
-from lightning_sft.data.tokens.chat_template import TemplateConfig
 from lightning_sft.data.tokens.encode import Encoded, encode_all
 from lightning_sft.data.tokens.examples import to_record_batch
 from lightning_sft.data.tokens.given_ids import weighted
 from lightning_sft.data.tokens.overflow import Overflow, shorten
 from lightning_sft.data.tokens.row_report import RowReport
+from lightning_sft.data.tokens.template import TemplateConfig
 from lightning_sft.data.tokens.workers import iterate, leave_signals
 from lightning_sft.types import Conversation, Example, InputError, Normalize
 

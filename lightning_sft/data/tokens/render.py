@@ -20,6 +20,7 @@ from threading import current_thread, main_thread
 from typing import Any, overload
 
 from jinja2 import Environment, nodes
+from jinja2.runtime import LoopContext
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lightning_sft.data.tokens.generation_tags import Span, has_marks, render_with_marks
@@ -32,6 +33,10 @@ MAX_SECONDS = 60.0
 """Of rendering one conversation; a template is a program that somebody else has written."""
 
 _OF_DICT = frozenset(dir(dict))
+_HARMLESS = {
+    str: frozenset({"split", "strip", "lstrip", "rstrip", "startswith", "endswith", "replace", "lower", "upper"}),
+    LoopContext: frozenset({"index", "index0", "first", "last", "previtem", "nextitem", "length", "revindex"}),
+}
 _ONWARDS = frozenset({"index", "index0", "first", "previtem", "cycle", "changed", "depth", "depth0"})  # of a loop
 
 
@@ -95,7 +100,9 @@ class Renderer:
         refuse_random(self.text)
         environment = _compile_jinja_template(self.text).environment.overlay()
         environment.getattr = _quick_getattr(environment)
-        return environment.from_string(self.text)
+        compiled = environment.from_string(self.text)
+        compiled.globals = dict(compiled.globals)  # a chain of dictionaries would be walked at each render
+        return compiled
 
     @cached_property
     def _can_be_traced(self) -> bool:
@@ -253,12 +260,17 @@ def _looks_back(node: nodes.Node) -> bool:
 
 
 def _quick_getattr(environment: Environment) -> Any:
-    """What ``message.content`` is in the sandbox, without its checks where it is a key of a plain dictionary."""
-    checked = environment.getattr
+    """What ``message.content`` is in the sandbox, without its checks where they find nothing."""
+    checked, namespace = environment.getattr, environment.globals.get("namespace")
 
     def looked_up(obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute in obj and attribute not in _OF_DICT:
-            return obj[attribute]
+        kind = type(obj)
+        if kind is dict and attribute not in _OF_DICT:  # a key, or nothing
+            return obj[attribute] if attribute in obj else environment.undefined(obj=obj, name=attribute)
+        if attribute in _HARMLESS.get(kind, ()):
+            return getattr(obj, attribute)
+        if kind is namespace and attribute[0] != "_":  # it has what the template has put there, and nothing else
+            return getattr(obj, attribute, environment.undefined(obj=obj, name=attribute))
         return checked(obj, attribute)
 
     return looked_up

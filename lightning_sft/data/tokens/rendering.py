@@ -1,0 +1,315 @@
+"""One conversation as a template renders it: the prompt of each turn at inference, and what is trained after it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning_sft.data.tokens import control_tokens
+from lightning_sft.data.tokens.answer_shape import (
+    Ending,
+    is_written,
+    learn,
+    num_shared,
+    shape_of,
+    values_in,
+    with_sentinels,
+)
+from lightning_sft.data.tokens.generation_tags import Span, marked_end
+from lightning_sft.data.tokens.render import Trace
+from lightning_sft.data.tokens.template import Template
+from lightning_sft.types import Conversation, InputError, Message
+
+_OPENING = re.compile(r"(?:<(?P<tag>think\w*|thought\w*|reason\w*|seed:think)>|\[(?P<mark>THINK)\])(?P<space>\s*)\Z")
+_INLINE = re.compile(r"(?s)\s*<(think|thinking)>(?P<thought>.*?)</\1>\s*(?P<text>.*)\Z")
+_TAGS = re.compile(r"</?think\w*>")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One trained turn as text.
+
+    Args:
+        text: A text that has the turn and all before it; turns may share one.
+        begin: Where the turn begins, and its prompt ends.
+        end: Where it ends, with its stop token.
+        trained: Where what is trained of it begins.
+    """
+
+    text: str
+    begin: int
+    end: int
+    trained: int
+
+    @property
+    def own(self) -> str:
+        """The text of the turn."""
+        return self.text[self.begin : self.end]
+
+
+class Rendering:
+    """One conversation, as a template renders it.
+
+    Args:
+        template: The template.
+        conversation: The conversation.
+
+    Raises:
+        InputError: When a text of it has a control token, and those are refused.
+    """
+
+    def __init__(self, template: Template, conversation: Conversation) -> None:
+        self.template, config = template, template.config
+        self.variables = {**config.variables, **conversation.template_kwargs}
+        self.notes: set[str] = set()
+        messages, self.tools = list(conversation.messages), conversation.tools
+        if config.thoughts != "keep":
+            messages = list(map(_with_thought_apart, messages))
+        messages, self.tools, found = control_tokens.treated(
+            messages, self.tools, template.special, config.control_tokens
+        )
+        if found:
+            self.notes.add(f"control tokens in their texts are {found}")
+        self.shift = 0
+        if [message["role"] for message in messages[:2]] == ["system", "user"] and template.merges_system:
+            text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            messages, self.shift = [{**messages[1], "content": text}, *messages[2:]], 1
+            self.notes.add("the chat template refuses system turns, so theirs begins the user's turn")
+        self.messages = messages
+
+    def prompt(self, turn: int) -> str:
+        """What stands before a turn at inference.
+
+        Raises:
+            InputError: When the template refuses what is before it.
+        """
+        return self._text(turn - self.shift, generation=True)[0]
+
+    def ending(self, turn: int) -> Ending:
+        """How the template ends the answer of a turn.
+
+        Raises:
+            InputError: When the template refuses it.
+        """
+        return self._ending(turn - self.shift, self.messages[turn - self.shift])
+
+    def answer(self, turn: int) -> Answer:
+        """The answer of a turn with all before it.
+
+        Raises:
+            InputError: When it cannot be trained in the context that inference gives it.
+        """
+        at = turn - self.shift
+        message, traced = self.messages[at], self._traced_turn(at)
+        marks: list[Span] = []
+        if traced is None:
+            prompt, (whole, marks) = self._text(at, generation=True)[0], self._text(at + 1, generation=False)
+            begin, text = len(prompt), whole if whole.startswith(prompt) else prompt
+            rest = whole[begin:] if text is whole else self._joined(prompt, whole)
+        else:
+            text, begin, rest = traced
+        ending = self._ending(at, message)
+        has_fields = any(shape_of(message))
+        plain = ending if has_fields else self._ending(at, _PLAIN)
+        problem = self._problem(message, text[max(0, begin - 32) : begin], rest, plain)
+        if not has_fields:
+            self.notes.add("an answer is empty, and its stop token alone is trained")
+        if not problem:
+            assert rest is not None
+            own, thought = rest[: len(rest) - len(plain.tail)] + plain.stop, ending.between
+            reasoning = (message.get("reasoning_content") or "").strip()
+            trained = own.find(reasoning) + len(reasoning) + len(thought) if reasoning else 0
+            if marks or self.template.renderer_for(self.tools, self.variables).has_marks:
+                last = marked_end(text, begin, begin + len(own), marks, self.template.added)
+                own = text[begin:last]
+        else:
+            if message.get("tool_calls"):
+                raise InputError(problem)
+            plain = plain if plain.stop else self._ending(at, _PLAIN)
+            if not plain.stop:
+                raise InputError(problem)
+            own, trained = self._raw(text[:begin], message, plain.stop)
+            self.notes.add(_BY_ITSELF)
+        if self.template.config.thoughts != "mask":
+            trained = 0
+        if not text.startswith(own, begin):
+            text = text[:begin] + own
+        return Answer(text, begin, begin + len(own), begin + trained)
+
+    def turn(self, turn: int) -> Answer:
+        """A turn that is no assistant's, with all before it: what the template adds for it.
+
+        Raises:
+            InputError: When the template refuses it, or does not write its text.
+        """
+        at = turn - self.shift
+        if at < 0:
+            raise InputError("the system turn is merged into the user's, so it cannot be trained by itself.")
+        trace = self._trace
+        if trace and trace.begins[at + 1] and not trace.end and (trace.begins[at] or not at):
+            text, begin, end = trace.text, trace.begins[at], trace.begins[at + 1]
+        else:
+            text = self._text(at + 1, generation=False)[0]
+            before = self._text(at, generation=False)[0] if at else ""
+            begin, end = num_shared(before, text), len(text)
+        end = begin + len(text[begin:end].rstrip())
+        if self.messages[at]["content"].strip() not in text[begin:end]:
+            raise InputError(f"the chat template does not write the {self.messages[at]['role']} turn as it is.")
+        return Answer(text, begin, end, begin)
+
+    def unseen(self, prompt: str) -> None:
+        """Note what of the conversation a prompt does not show, though it is there."""
+        for tool in self.tools or ():
+            if str(tool.get("function", tool).get("name", "")) not in prompt:
+                self.notes.add("the chat template does not show the tools")
+        for message in self.messages:
+            if message["role"] == "system" and message["content"].strip() not in prompt:
+                self.notes.add("the chat template does not show a system turn")
+
+    @cached_property
+    def _trace(self) -> Trace | None:
+        if sum(message["role"] == "assistant" for message in self.messages) < 3:
+            return None
+        return self.template.trace(self.messages, self.tools, self.variables)
+
+    def _traced_turn(self, at: int) -> tuple[str, int, str | None] | None:
+        """The text of a turn with all before it, where it begins there, and what follows its prompt."""
+        trace = self._trace
+        if trace is None or not trace.begins[at] or not trace.begins[at + 1]:
+            return None
+        begin = trace.begins[at]
+        if not trace.text.startswith(trace.prompt, begin):
+            return trace.text[:begin] + trace.prompt, begin + len(trace.prompt), None
+        begin += len(trace.prompt)
+        return trace.text, begin, trace.text[begin : trace.begins[at + 1]] + trace.end
+
+    def _text(self, end: int, generation: bool) -> tuple[str, list[Span]]:
+        return self.template.rendered(self.messages[:end], self.tools, generation, self.variables)
+
+    def _ending(self, at: int, message: Message) -> Ending:
+        roles = tuple(m["role"] for m in self.messages[max(0, at - 2) : at])
+        shown = json.dumps(self.variables, sort_keys=True, default=str) if self.variables else ""
+        key = shape_of(message), roles, at > 2, bool(self.tools), shown
+        return self.template.ending(key, lambda: self._learn(at, message))
+
+    def _learn(self, at: int, message: Message) -> Ending:
+        template, before = self.template, self.messages[:at]
+        answer = with_sentinels(message)
+        prompt = self._text(at, generation=True)[0]
+        whole = template.rendered([*before, answer.message], self.tools, False, self.variables)[0]
+        calls = answer.message.get("tool_calls") or ()
+        following: list[Message] = [{"role": "user", "content": "XqnextqX"}]
+        if calls:
+            following = [
+                {"role": "tool", "name": call["function"]["name"], "tool_call_id": call.get("id", "call00001")}
+                | {"content": "XqnextqX"}
+                for call in calls
+            ]
+        try:
+            onwards = template.rendered([*before, answer.message, *following], self.tools, False, self.variables)[0]
+            onwards = onwards.partition("XqnextqX")[0]
+        except InputError:
+            onwards = None
+        return learn(answer, prompt, whole, onwards, template.added, template.known_stops, template.always_prompts)
+
+    def _problem(self, message: Message, opening: str, rest: str | None, ending: Ending) -> str:
+        """Why what the template writes of an answer cannot be trained; empty where it can."""
+        if rest is None:
+            return (
+                "what the chat template puts before an answer is not what it puts before a generated one, so the "
+                "answer would be trained in a context that the model never gets. Give a template where both agree: "
+                "data.chat_template."
+            )
+        lost = _value_of(ending.lost[0], message) if ending.lost else ""
+        place = _OPENING.search(opening)
+        shown = (place.group() if place else "") + rest
+        for text in ("" if lost else message.get("reasoning_content") or "", message.get("content") or ""):
+            if any(part.strip() not in shown for part in ([text] if text.strip() in shown else _TAGS.split(text))):
+                lost = lost or _short(text.strip())
+        for call in () if lost else message.get("tool_calls") or ():
+            for value in (call["function"]["name"], *values_in(call["function"].get("arguments"))):
+                if not is_written(value, rest):
+                    lost = lost or _short(value)
+        if lost:
+            return (
+                f"the chat template does not render {lost} of the answer as it is. Use a template that does "
+                "(data.chat_template), or take it out of the row."
+            )
+        if not ending.stop:
+            return _NO_STOP
+        return "" if rest.endswith(ending.tail) else "the chat template ends the answer in its own way."
+
+    def _joined(self, prompt: str, whole: str) -> str | None:
+        """What follows a prompt in a render that parts from it at its end, in space or where it begins a thought."""
+        shared = num_shared(prompt, whole)
+        opened = _OPENING.search(prompt, shared)
+        if (opened is None and prompt[shared:].strip()) or (opened and opened.start() > shared):
+            return None
+        self.notes.add(_BY_ITSELF)
+        return (self._closing(opened) if opened else "") + whole[shared:]
+
+    def _closing(self, opened: re.Match[str]) -> str:
+        """What ends a thought that a prompt begins, where it is left empty."""
+        tag, space = opened["tag"] or opened["mark"], opened["space"]
+        closing = "[/THINK]" if tag == "THINK" else f"</{tag}>"
+        if closing not in "".join(self.template.sources.values()):
+            return ""
+        self.notes.add("the prompt begins a thought, which is trained to be empty")
+        return f"{space}{closing}{2 * space}"
+
+    def _raw(self, prompt: str, message: Message, stop: str) -> tuple[str, int]:
+        """The text of an answer as the model would write it after a prompt, and where its text begins behind a thought.
+
+        Raises:
+            InputError: When it has a thought, and the prompt has ended it.
+        """
+        thought, text = (message.get(key) or "" for key in ("reasoning_content", "content"))
+        opened = _OPENING.search(prompt)
+        if opened and not thought and (inline := _INLINE.match(text)):  # it begins with the prompt's end
+            return text[inline.start("thought") :].removeprefix(opened["space"]) + stop, 0
+        if opened:
+            notes = set(self.notes)
+            thought += self._closing(opened)
+            self.notes = notes if message.get("reasoning_content") else self.notes
+        elif thought:
+            if prompt.rstrip().endswith("</think>"):
+                raise InputError(
+                    "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
+                    "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
+                )
+            thought = f"<think>\n{thought}\n</think>\n\n"
+        return thought + text + stop, len(thought)
+
+
+_PLAIN: Message = {"role": "assistant", "content": "x"}
+_BY_ITSELF = "the answer is put behind the prompt by itself, since the chat template writes the past in another way"
+_NO_STOP = (
+    "the chat template puts no stop token after the answer, so the model would never learn to stop. Add the "
+    "end-of-turn token to the template: data.chat_template."
+)
+
+
+def _with_thought_apart(message: Message) -> Message:
+    """An answer whose text begins with a thought in tags, with the thought as its reasoning."""
+    found = _INLINE.match(message["content"]) if message["role"] == "assistant" else None
+    if found is None or message.get("reasoning_content"):
+        return message
+    return {**message, "content": found["text"], "reasoning_content": found["thought"].strip()}
+
+
+def _value_of(field: str, message: Message) -> str:
+    """What a message has in a field that answer_shape names; arguments are named."""
+    found: dict[str, str | None] = {
+        "the reasoning": message.get("reasoning_content"),
+        "the text": message.get("content"),
+    }
+    for number, call in enumerate(message.get("tool_calls") or (), 1):
+        found[f"the name of tool call {number}"] = call["function"]["name"]
+    value = found.get(field)
+    return _short(value.strip()) if value else field
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
