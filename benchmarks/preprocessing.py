@@ -27,6 +27,7 @@ from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from lightning_sft.data.batches.split_plan import SplitPlan
+from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.tokens.dataset import load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.training.trainer import Division
@@ -38,7 +39,7 @@ def ours(
     path: str, tokenizer: Any, columns: dict[str, str], num_workers: int = 0, cache: Path | None = None
 ) -> tuple[int, int, int]:
     """Targets, tokens and packs."""
-    recipe = EncodingConfig(tokenizer, columns=columns, max_length=LENGTH)
+    recipe = EncodingConfig(tokenizer, Reading(columns=columns), max_length=LENGTH)
     split = load_split("train", path, recipe, num_workers=num_workers, cache=cache)
     plan = SplitPlan.of(split, Division(), tokens_per_batch=LENGTH, seed=0).plan
     return split.num_targets, int(split.lengths.sum()), len(plan.packs)

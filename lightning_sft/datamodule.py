@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -21,16 +22,25 @@ from lightning_sft.data.batches.stream import StreamLoader, check_stream
 from lightning_sft.data.batches.stream_blocks import StreamLayout
 from lightning_sft.data.inspect.summary import show_report, show_stream_report
 from lightning_sft.data.rows.formats import FormatName
+from lightning_sft.data.rows.messages import Reading, TrainOn
 from lightning_sft.data.rows.mixture import Mixture, as_mixture
 from lightning_sft.data.rows.sources import Source
+from lightning_sft.data.tokens.control_tokens import Treatment
 from lightning_sft.data.tokens.dataset import Split, load_prompts, load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.data.tokens.overflow import Overflow
+from lightning_sft.data.tokens.template import TemplateConfig, Thoughts, configure, configured
 from lightning_sft.data.tokens.workers import num_cores
 from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments, plain
-from lightning_sft.model.pretrained import context_length, load_tokenizer
+from lightning_sft.model.pretrained import context_length, load_tokenizer, stop_ids
 from lightning_sft.objective import NORMALIZATIONS
-from lightning_sft.training.checks import check_ids, check_lengths, check_prompts, tries_sizes
+from lightning_sft.training.checks import (
+    check_ids,
+    check_lengths,
+    check_prompts,
+    keeps_documents_apart,
+    tries_sizes,
+)
 from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, position, trainer_on_paper
 from lightning_sft.types import InputError, Normalize, Prompt
 
@@ -49,8 +59,19 @@ class SFTDataModule(LightningDataModule):
         predict: Prompts for ``predict``; takes the same forms as ``train``, and answers may be missing.
         format: Format of all rows; detected from the keys of each row by default.
         columns: Column of the data for each key of the format: ``{prompt: question, completion: answer}``.
+        system: System prompt of conversations that have none.
+        train_on: Target turns of a conversation: ``all`` answers, the ``last`` one alone, or with ``prompts`` every
+            other turn too.
+        roles: Role (system, user, assistant or tool) for each name that the data have for one.
+        message_keys: Key of a message for each name that the data have for one; ``ignored`` where it says nothing.
         tokenizer: Hub name, folder or GGUF file of the tokenizer; the model's own by default.
         chat_template: Jinja file to use instead of the tokenizer's template.
+        chat_template_kwargs: Variables of the chat template, as ``{enable_thinking: false}``; ``today`` is the date
+            that it is told, by default 2024-07-26. A row's own ``chat_template_kwargs`` come first.
+        control_tokens: Treatment of control tokens in the texts of a conversation: tokenized as plain ``text``, a
+            reason to ``refuse`` the row, or ``as_is``, as the tokens that they are.
+        thoughts: Treatment of reasoning: ``keep`` it as it stands, ``split`` it off an answer that has it in
+            ``<think>`` tags, or split it off and ``mask`` it, so that it is context.
         max_length: Maximum number of tokens per sequence; the model's context length by default.
         overflow: Treatment of longer sequences: an ``error``, left out (``drop``), truncated, or, for plain text,
             split; all are counted.
@@ -89,12 +110,20 @@ class SFTDataModule(LightningDataModule):
         buffer_rows: Count = 4096,
         cache: str | Path | None = "~/.cache/lightning-sft/data",
         seed: Index = 0,
+        system: str | None = None,
+        train_on: TrainOn = "all",
+        roles: dict[str, str] | None = None,
+        message_keys: dict[str, str] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        control_tokens: Treatment = "text",
+        thoughts: Thoughts = "keep",
     ) -> None:
         super().__init__()
         check_arguments(SFTDataModule, locals(), "data")
         given = {"train": train, "val": val, "test": test, "predict": predict}
         self.sources: dict[str, Mixture | Source | None] = {name: plain(source) for name, source in given.items()}
-        self.format, self.columns = format, plain(columns)
+        self.reading = Reading(format, plain(columns), system, train_on, plain(roles), plain(message_keys))
+        self.template = TemplateConfig(plain(chat_template_kwargs) or {}, control_tokens, thoughts)
         self.tokenizer_name: str | None = plain(tokenizer)
         self.chat_template: str | None = plain(chat_template)
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
@@ -246,8 +275,8 @@ class SFTDataModule(LightningDataModule):
         if source is None:
             raise InputError(f"There are no prompts: set data.{name} to a JSONL or JSON file.")
         skips: Literal["error", "skip"] = "error" if name == "predict" else self.invalid_rows
-        settings: dict[str, Any] = {"format": self.format, "columns": self.columns, "invalid_rows": skips}
-        prompts = load_prompts(source, cast(Any, self.tokenizer), **settings, first=first)
+        tokenizer = cast(PreTrainedTokenizerBase, self.tokenizer)
+        prompts = load_prompts(source, tokenizer, self.reading, invalid_rows=skips, first=first)
         self._check_prompts(name, prompts)
         return prompts
 
@@ -259,7 +288,8 @@ class SFTDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What an export needs to give the model its tokenizer back: plain strings."""
         template = None if self.tokenizer is None else self.tokenizer.chat_template
-        return {"tokenizer": self.tokenizer_name, "chat_template": template}
+        config = self.template if self.tokenizer is None else configured(self.tokenizer)
+        return {"tokenizer": self.tokenizer_name, "chat_template": template, "template": asdict(config)}
 
     @property
     def _module(self) -> Any:
@@ -284,7 +314,7 @@ class SFTDataModule(LightningDataModule):
         max_length = self.max_length
         if self.streaming and self.tokens_per_batch:  # of a stream, nobody knows the longest sequence beforehand
             max_length = min(self.tokens_per_batch, max_length or self.tokens_per_batch)
-        return EncodingConfig(self.tokenizer, self.format, self.columns, self._normalize, max_length, self.overflow)
+        return EncodingConfig(self.tokenizer, self.reading, self._normalize, max_length, self.overflow)
 
     def _mixture(self, name: str) -> Mixture:
         return as_mixture(cast(Mixture | Source, self.sources[name]))
@@ -320,6 +350,8 @@ class SFTDataModule(LightningDataModule):
         if self._encoded_for != (name, pretrained, self._normalize, new_tokens):
             self._encoded_for, self.splits = (name, pretrained, self._normalize, new_tokens), {}
             self.tokenizer_name, self.tokenizer = name, load_tokenizer(name, self.chat_template, new_tokens)
+            stops = stop_ids(pretrained or name)
+            configure(self.tokenizer, replace(self.template, stop_ids=stops))
             self.max_length = self._asked["max_length"] or context_length(pretrained or name)
 
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:
@@ -354,27 +386,3 @@ class SFTDataModule(LightningDataModule):
         check_lengths(self._module, name, int(longest or 0))
         if self.packing == "packed" and not keeps_documents_apart(self._module):
             self.packing = "padded"
-
-
-def keeps_documents_apart(module: LightningModule | None) -> bool:
-    """Whether documents may be packed into a row, as ``module.isolates_documents`` says; warns where not, or unsaid.
-
-    Args:
-        module: The Lightning module, or ``None``.
-    """
-    if module is None:
-        return True
-    said = getattr(module, "isolates_documents", None)
-    if said is None:
-        rank_zero_warn(
-            f"data.packing=packed puts several documents into a row, and {type(module).__name__} does not say whether "
-            "its model keeps them apart by batch.position_ids. If it does, set isolates_documents = True on the class; "
-            "if not, use data.packing=padded."
-        )
-        return True
-    if not said:
-        rank_zero_warn(
-            "In this model, documents packed into one row see each other (measured on it just now). Each gets a "
-            "row of its own instead, as with data.packing=padded: exact, but slower."
-        )
-    return bool(said)

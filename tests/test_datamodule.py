@@ -10,9 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_sft import SFTDataModule, SFTModule, datamodule
-from lightning_sft.datamodule import keeps_documents_apart
 from lightning_sft.demos import CHATML, tiny_pretrained, tiny_tokenizer
-from lightning_sft.training.checks import check_ids
+from lightning_sft.training.checks import check_ids, keeps_documents_apart
 from lightning_sft.types import InputError
 
 Make = Callable[..., Trainer]

@@ -190,7 +190,7 @@ class HFExport(Callback):
         source = getattr(data, "sources", {}).get("val")
         if self.rows is None and source is not None:
             with suppress(InputError):  # e.g. an exhausted iterator
-                found = parity.held_out(as_mixture(source), data.format, data.columns)
+                found = parity.held_out(as_mixture(source), data.reading)
                 return f"{len(found)} rows of the run's validation data", found
         return rows_to_compare({}, self.rows)
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from lightning_sft.callbacks.record import folder_of
 from lightning_sft.data.inspect.token_text import visible
+from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.tokens.dataset import load_prompts
 from lightning_sft.evaluation.generation import Sampling, answer_all
 from lightning_sft.io.arguments import Count, check_arguments, made, plain
@@ -113,7 +114,7 @@ def _prompts(data: SFTDataModule, wanted: int | Sequence[str]) -> list[Prompt]:
         return list(data.prompts_of(name, wanted))[:wanted]
     rows = [{"prompt": text} for text in wanted]
     assert data.tokenizer is not None
-    return load_prompts(rows, data.tokenizer)
+    return load_prompts(rows, data.tokenizer, Reading(system=data.reading.system))
 
 
 def _question(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:

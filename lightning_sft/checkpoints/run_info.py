@@ -99,8 +99,8 @@ def _split(data: SFTDataModule, name: str) -> dict[str, Any]:
             "name": part_name,
             "source": _name_of(part.source),
             **({"files": _files_of(part.source)} if name == "val" else {}),
-            "format": part.format or data.format,
-            "columns": part.columns or data.columns,
+            "format": part.format or data.reading.format,
+            "columns": part.columns or data.reading.columns,
             "share": part.share,
             "weight": part.weight,
         }

@@ -136,7 +136,7 @@ def answers(
     most, begin = int(min(max_new_tokens, left)), batch.input_ids.shape[1]
     sampling, numbers = sampling or Sampling(), [prompt.number for prompt in batch.prompts]
     of_model = model.generation_config.eos_token_id
-    stops = {*(of_model if isinstance(of_model, list) else [of_model]), batch.stop_id} - {None}
+    stops = {*(of_model if isinstance(of_model, list) else [of_model]), *batch.stop_ids} - {None}
     settings = GenerationConfig(max_new_tokens=most, pad_token_id=PAD_ID, eos_token_id=sorted(stops) or None)
     with _generating_as(model, settings):
         generated: Any = cast(Any, model).generate(

@@ -82,9 +82,9 @@ def set_aside(folder: Path, out: Path) -> Path:
 
 def _stopping(generation: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """The generation config with the stop token of the training, and a padding token."""
-    generation, stop_id = deepcopy(generation), ChatTemplate.of(tokenizer).stop_id
+    generation, stop_ids = deepcopy(generation), ChatTemplate.of(tokenizer).stop_ids
     known = generation.eos_token_id
-    stops = sorted({*(known if isinstance(known, list) else [known]), stop_id} - {None})
+    stops = sorted({*(known if isinstance(known, list) else [known]), *stop_ids} - {None})
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id

@@ -117,13 +117,12 @@ class Report:
             console.print(Text.assemble(("✗", "red"), f" {failure}"))
 
 
-def held_out(mixture: Mixture, format: Any = None, columns: Any = None, most: int = 8) -> list[Conversation]:
+def held_out(mixture: Mixture, reading: Reading | None = None, most: int = 8) -> list[Conversation]:
     """The first usable rows of data, equally many of each part.
 
     Args:
         mixture: Data to read.
-        format: Format of the rows; by default inferred from their keys.
-        columns: Column of the data for each key of the format.
+        reading: How rows are read.
         most: Maximum number of rows.
 
     Raises:
@@ -132,7 +131,7 @@ def held_out(mixture: Mixture, format: Any = None, columns: Any = None, most: in
     found: list[Conversation] = []
     each = -(-most // len(mixture.parts))
     for part in mixture.of_name.values():
-        convert = Converter(Reading(part.format or format, part.columns or columns))
+        convert = Converter((reading or Reading()).of(part))
         found += islice(_usable(part.source, convert), each)
     if not found:
         raise InputError("No row of the data can be used to compare the trained and the exported model.")
@@ -218,7 +217,7 @@ def unequal_ids(
 
 def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """For each row its training sequences, and its prompt by ``apply_chat_template`` at inference."""
-    found, template = [], ChatTemplate.of(tokenizer).text  # with a fixed date, since the two renderings differ in time
+    found, template = [], ChatTemplate.of(tokenizer)
     for row, encoded in zip(conversations, encode_many(conversations, tokenizer), strict=True):
         trained: Any = str(encoded)  # message of a refusal
         if not isinstance(encoded, InputError):
@@ -226,7 +225,9 @@ def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBa
         tools: Any = row.tools
         asked = [message for message in row.messages if message["role"] != "text"][:-1]
         try:
-            settings: dict[str, Any] = {"chat_template": template, "add_generation_prompt": True}
+            variables = {**template.config.variables, **row.template_kwargs}
+            dated = template.text_for(tools, variables)  # with a fixed date, since the two renderings differ in time
+            settings: dict[str, Any] = {"chat_template": dated, "add_generation_prompt": True, **variables}
             prompt = asked and tokenizer.apply_chat_template(asked, tools=tools, **settings)
         except Exception as error:  # whatever one template raises, the other must raise as well
             prompt = str(error)

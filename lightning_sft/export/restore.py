@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_sft.data.tokens.template import TemplateConfig, configure
 from lightning_sft.model.pretrained import plain_tokenizer
 from lightning_sft.model.tuning.adapters import has_adapters
 from lightning_sft.module import SFTModule
@@ -56,6 +57,7 @@ def tokenizer_of(facts: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     own = settings_of(facts)
     tokenizer = plain_tokenizer(data.get("tokenizer") or own["pretrained"], own.get("new_tokens") or ())
     tokenizer.chat_template = data.get("chat_template") or tokenizer.chat_template
+    configure(tokenizer, TemplateConfig(**data.get("template", {})))
     return tokenizer
 
 

@@ -153,6 +153,14 @@ def load_exported(folder: str | Path) -> PreTrainedModel:
     return cast(PreTrainedModel, _load(AutoModelForCausalLM, str(folder), "causal language model", dtype="auto"))
 
 
+def stop_ids(pretrained: str) -> tuple[int, ...]:
+    """Ids of the tokens that generation stops at, by the published generation config of a model; none without one."""
+    generation = load_generation_config(pretrained)
+    found = None if generation is None else generation.eos_token_id
+    ids: list[int] = found if isinstance(found, list) else [] if found is None else [found]
+    return tuple(ids)
+
+
 def load_generation_config(pretrained: str) -> GenerationConfig | None:
     """The published generation config of a pretrained model, or ``None`` if it has none or no longer exists."""
     try:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sft.training.trainer import callbacks_of, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
@@ -301,3 +302,27 @@ def check_tuner(callbacks: Iterable[Callback]) -> None:
 
 
 _BATCH_SIZE = "tokens_per_batch"
+
+
+def keeps_documents_apart(module: LightningModule | None) -> bool:
+    """Whether documents may be packed into a row, as ``module.isolates_documents`` says; warns where not, or unsaid.
+
+    Args:
+        module: The Lightning module, or ``None``.
+    """
+    if module is None:
+        return True
+    said = getattr(module, "isolates_documents", None)
+    if said is None:
+        rank_zero_warn(
+            f"data.packing=packed puts several documents into a row, and {type(module).__name__} does not say whether "
+            "its model keeps them apart by batch.position_ids. If it does, set isolates_documents = True on the class; "
+            "if not, use data.packing=padded."
+        )
+        return True
+    if not said:
+        rank_zero_warn(
+            "In this model, documents packed into one row see each other (measured on it just now). Each gets a "
+            "row of its own instead, as with data.packing=padded: exact, but slower."
+        )
+    return bool(said)

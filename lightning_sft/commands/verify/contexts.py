@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.commands.verify.subject import Subject
 from lightning_sft.commands.verify.verdict import Case, Outcome
-from lightning_sft.data.rows.messages import Converter, Reading
+from lightning_sft.data.rows.messages import Converter
 from lightning_sft.data.rows.sources import leaves, parsed
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.dataset import Split
@@ -183,7 +183,7 @@ def _rows(
     """The chosen rows, read again as conversations, with the exponent of their normalization and their sequences."""
     data = subject.data
     for number, part in enumerate(split.mixture.of_name.values()):
-        convert = Converter(Reading(part.format or data.format, part.columns or data.columns))
+        convert = Converter(data.reading.of(part))
         for leaf in leaves(part.source):
             for raw, provenance in leaf():
                 sequences = chosen.get((number, provenance))

@@ -42,7 +42,7 @@ def check_exports(subject: Subject) -> Outcome:
     module = cast(SFTModule, trainer.lightning_module)
     assert module.model is not None
     mixture = subject.data.splits["train"].mixture
-    rows = ("rows of the training data", held_out(mixture, subject.data.format, subject.data.columns))
+    rows = ("rows of the training data", held_out(mixture, subject.data.reading))
     with tempfile.TemporaryDirectory(dir=subject.folder) as folder, quiet():
         check_disk(Path(folder), 2 * bytes_of_checkpoint(module))
         path, out = str(Path(folder) / "trained.ckpt"), Path(folder) / "exported"

@@ -127,7 +127,7 @@ class PromptBatch:
 
     def __init__(self, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> None:
         self.prompts, self.tokenizer = prompts, tokenizer
-        self.stop_id = ChatTemplate.of(tokenizer).stop_id
+        self.stop_ids = ChatTemplate.of(tokenizer).stop_ids
         longest = max(len(prompt.input_ids) for prompt in prompts)
         padding = [longest - len(prompt.input_ids) for prompt in prompts]
         rows = [[PAD_ID] * n + list(prompt.input_ids) for n, prompt in zip(padding, prompts, strict=True)]

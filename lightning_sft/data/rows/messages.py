@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from lightning_sft.data.rows.calls import read_tools
 from lightning_sft.data.rows.dialects import COMMON, Dialect
 from lightning_sft.data.rows.formats import Found, find_format
 from lightning_sft.data.rows.given_turns import Given, given_turns
+from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.token_rows import read_tokens
 from lightning_sft.data.rows.turns import Turn, read_turns
 from lightning_sft.data.rows.values import check_json, decoded, shown, text_of, weight_of
@@ -23,6 +24,7 @@ from lightning_sft.types import Conversation, Example, InputError
 TrainOn = Literal["all", "last", "prompts"]
 """What is a target: all answers, the last answer alone, or answers and every other turn."""
 
+_OF_PARTS = ("format", "columns", "system", "train_on")
 _NO_VARIABLES = frozenset({"messages", "conversation", "tools", "add_generation_prompt", "tokenize", "chat_template"})
 
 
@@ -37,6 +39,7 @@ class Reading:
         train_on: Target turns: ``all`` answers, the ``last`` one alone, or with ``prompts`` every other turn too.
         roles: Role (system, user, assistant or tool) for each name that the data have for one.
         message_keys: Key of a message for each name that the data have for one; ``ignored`` where it says nothing.
+        chat_template_kwargs: Variables of the chat template for all rows, where a row does not set them.
 
     Raises:
         InputError: When an argument is not of its kind.
@@ -48,10 +51,17 @@ class Reading:
     train_on: TrainOn = "all"
     roles: Mapping[str, str] | None = None
     message_keys: Mapping[str, str] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_arguments(Reading, vars(self), "data")
         assert self.dialect is not None
+
+    def of(self, part: Part) -> Reading:
+        """The same for a part of a mixture, which may override some of it."""
+        own = {name: value for name in _OF_PARTS if (value := getattr(part, name)) is not None}
+        variables = {**(self.chat_template_kwargs or {}), **(part.chat_template_kwargs or {})}
+        return replace(self, **own, chat_template_kwargs=variables)
 
     @cached_property
     def dialect(self) -> Dialect:
@@ -194,8 +204,8 @@ def _read(found: Found, reading: Reading, provenance: str, ignored: set[str]) ->
     if reading.system is not None and not any(message["role"] == "system" for message in messages):
         messages.insert(0, {"role": "system", "content": reading.system})
         weights.insert(0, scale * (reading.train_on == "prompts"))
-    tools, variables = read_tools(found.optional.get("tools")), _variables(found.optional.get("chat_template_kwargs"))
-    return Conversation(messages, tools, weights, provenance, variables)
+    tools, own = read_tools(found.optional.get("tools")), _variables(found.optional.get("chat_template_kwargs"))
+    return Conversation(messages, tools, weights, provenance, {**(reading.chat_template_kwargs or {}), **own})
 
 
 def _turns(given: Sequence[Given], dialect: Dialect, ignored: set[str]) -> list[tuple[Turn, bool]]:

@@ -24,6 +24,10 @@ class Part:
         weight: Multiplies the weight of each of its target tokens in the objective.
         format: The format of its rows, where it is not that of the data module.
         columns: Column of each key of the format; by default those of the data module.
+        system: System prompt of its conversations that have none, where it is not that of the data module.
+        train_on: Target turns of its conversations, where they are not those of the data module: ``all`` answers, the
+            ``last`` one, or with ``prompts`` every other turn too.
+        chat_template_kwargs: Variables of the chat template for its rows, over those of the data module.
     """
 
     source: Source
@@ -31,9 +35,13 @@ class Part:
     weight: Positive = 1.0
     format: FormatName | None = None
     columns: dict[str, str] | None = None
+    system: str | None = None
+    train_on: Literal["all", "last", "prompts"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.source, self.columns = plain(self.source), plain(self.columns)
+        self.chat_template_kwargs = plain(self.chat_template_kwargs)
         check_arguments(Part, vars(self))
 
 

@@ -28,6 +28,7 @@ from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.io.disk import whole
 from lightning_sft.types import InputError
 
+_APART = ("tokenizer", "reading", "template")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _SMALL = _READ = 1 << 20  # bytes
 
@@ -67,12 +68,14 @@ def key_of(files: Files | None, recipe: EncodingConfig) -> str | None:
     backend = getattr(recipe.tokenizer, "backend_tokenizer", None)
     if files is None or backend is None or size_of(files) < _SMALL:
         return None
+    template = ChatTemplate.of(recipe.tokenizer, recipe.template)
     depends_on = [
         [(library, version(library)) for library in _LIBRARIES],
         [_digest(file) for file in _code()],
-        {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name != "tokenizer"}
-        | {"template": asdict(recipe.template)},
-        ChatTemplate.of(recipe.tokenizer).text,
+        {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name not in _APART},
+        asdict(recipe.reading),
+        asdict(template.config),
+        template.text,
         recipe.tokenizer.special_tokens_map,
         backend.to_str(),
         [(name, [(str(file), _digest(file)) for file in own]) for name, own in files],

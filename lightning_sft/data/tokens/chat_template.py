@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.rendering import Rendering
-from lightning_sft.data.tokens.template import Template, TemplateConfig
+from lightning_sft.data.tokens.template import Template, TemplateConfig, configured
 from lightning_sft.types import Conversation, InputError, Message
 
 
@@ -36,7 +36,7 @@ class ChatTemplate(Template):
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig | None = None) -> ChatTemplate:
         """The template of a tokenizer; made once."""
-        settings = json.dumps(asdict(config or TemplateConfig()), sort_keys=True, default=str)
+        settings = json.dumps(asdict(config or configured(tokenizer)), sort_keys=True, default=str)
         return _chat_template(tokenizer, json.dumps([tokenizer.chat_template, tokenizer.special_tokens_map]), settings)
 
     def prompt_and_answer(self, messages: Sequence[Message], tools: Any) -> tuple[str, str]:

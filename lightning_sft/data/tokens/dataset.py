@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.rows.formats import FormatName
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Mixture, as_mixture
 from lightning_sft.data.rows.sources import Source, files_behind, leaves, read, size_of
@@ -118,9 +117,8 @@ def load_split(
 def load_prompts(
     source: Source | Mixture,
     tokenizer: PreTrainedTokenizerBase,
+    reading: Reading | None = None,
     *,
-    format: FormatName | None = None,
-    columns: Mapping[str, str] | None = None,
     invalid_rows: Literal["error", "skip"] = "error",
     first: int | None = None,
 ) -> list[Prompt]:
@@ -129,8 +127,7 @@ def load_prompts(
     Args:
         source: Files or rows, or several data sets, one after the other.
         tokenizer: Tokenizer with a chat template.
-        format: Format of all rows; by default inferred from the keys of each row.
-        columns: The data's column for a key of the format.
+        reading: How rows are read.
         invalid_rows: Whether a row that cannot be used is an error, or left out.
         first: No more than so many rows of each data set.
 
@@ -139,7 +136,7 @@ def load_prompts(
     """
     found: list[Prompt] = []
     for part in as_mixture(source).of_name.values():
-        convert, begin = Converter(Reading(part.format or format, part.columns or columns), answered=False), len(found)
+        convert, begin = Converter((reading or Reading()).of(part), answered=False), len(found)
         for row, where in read(part.source):
             if first is not None and len(found) - begin >= first:
                 break

@@ -7,7 +7,7 @@ on how many workers there are, and a rank of a stream takes every ``num_ranks``-
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -16,7 +16,6 @@ import pyarrow as pa
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.rows.formats import FormatName
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
@@ -39,28 +38,25 @@ class EncodingConfig:
 
     Args:
         tokenizer: Tokenizer with a chat template.
-        format: Format of all rows; by default inferred from the keys of each row.
-        columns: The data's column for a key of the format, where it has another name.
+        reading: How rows are read.
         normalize: Normalization that target weights are scaled for.
         max_length: Maximum number of tokens in a sequence.
         overflow: Handling of longer sequences, see :func:`lightning_sft.data.tokens.overflow.shorten`.
         weight: Multiplies all target weights.
-        template: How conversations are rendered.
+        template: How conversations are rendered; by default as the tokenizer says.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    format: FormatName | None = None
-    columns: Mapping[str, str] | None = None
+    reading: Reading = field(default_factory=Reading)
     normalize: Normalize = "token"
     max_length: int | None = None
     overflow: Overflow = "drop"
     weight: float = 1.0
-    template: TemplateConfig = field(default_factory=TemplateConfig)
+    template: TemplateConfig | None = None
 
     def of(self, part: Part) -> EncodingConfig:
-        """The recipe for a part of a mixture, which may override format, columns and weight."""
-        format, columns = part.format or self.format, part.columns or self.columns
-        return replace(self, format=format, columns=columns, weight=part.weight)
+        """The recipe for a part of a mixture, which may override how its rows are read, and has a weight."""
+        return replace(self, reading=self.reading.of(part), weight=part.weight)
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ class Chunks(IterableDataset[Chunk | InputError]):
     def __iter__(self) -> Iterator[Chunk | InputError]:
         worker = get_worker_info()
         turn, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        converters = [Converter(Reading(recipe.format, recipe.columns)) for recipe in self.recipes]
+        converters = [Converter(recipe.reading) for recipe in self.recipes]
         try:
             for number, (part, rows) in enumerate(self.rows()):
                 own, is_others = divmod(number - self.rank, self.num_ranks)

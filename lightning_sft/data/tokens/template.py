@@ -41,6 +41,22 @@ class TemplateConfig:
     stop_ids: Sequence[int] = ()
 
 
+def configure(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -> None:
+    """Say how conversations are rendered for a tokenizer wherever nothing else is said."""
+    tokenizer.template_config = config  # type: ignore[attr-defined]  # it goes to worker processes with the tokenizer
+
+
+def configured(tokenizer: PreTrainedTokenizerBase) -> TemplateConfig:
+    """How conversations are rendered for a tokenizer.
+
+    >>> from lightning_sft.demos import tiny_tokenizer
+    >>> configured(tiny_tokenizer()).control_tokens
+    'text'
+    """
+    found: TemplateConfig | None = getattr(tokenizer, "template_config", None)
+    return found or TemplateConfig()
+
+
 class Template:
     """The chat template of a tokenizer, or several by name.
 
@@ -50,7 +66,7 @@ class Template:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: TemplateConfig | None = None) -> None:
-        self.tokenizer, self.config = tokenizer, config or TemplateConfig()
+        self.tokenizer, self.config = tokenizer, config or configured(tokenizer)
         source = tokenizer.chat_template
         self.sources: Mapping[str, str] = source if isinstance(source, dict) else {"default": str(source)}
         written = "".join(self.sources.values())
