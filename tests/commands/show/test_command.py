@@ -86,7 +86,7 @@ def test_a_config_that_fit_has_saved_can_be_shown(
 
 def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: dict[str, Any], jsonl: Any) -> None:
     config["data"]["train"] = jsonl(
-        [GOOD, {"prompt": "a", "completion": 3}, {"promt": "[/b]"}, {"prompt": "x" * 300, "completion": "y"}]
+        [GOOD, {"prompt": "a", "completion": 7}, {"promt": "[/b]"}, {"prompt": "x" * 300, "completion": "y"}]
     )
     del config["data"]["tokens_per_batch"]
     text = show()
@@ -98,7 +98,7 @@ def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: 
 
 
 def test_a_row_that_is_not_used_says_why(show: Any, config: dict[str, Any], jsonl: Any) -> None:
-    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": 3}])
+    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": 7}])
     with pytest.raises(InputError, match=r"The row is not used. .*train.jsonl:2: 'completion' must be a string"):
         show("--row", "train.jsonl:2")
     with pytest.raises(InputError, match=r"There is no row 'train.jsonl:3' in the data. Expected a place such as"):
