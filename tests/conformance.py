@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from lightning_sft.data.tokens.chat_template import FROZEN_DATE
 from lightning_sft.data.tokens.encode import encode
+from lightning_sft.data.tokens.render import FROZEN_DATE
 from lightning_sft.types import Conversation, Example, InputError
 
 

@@ -38,7 +38,7 @@ def fit(pretrained: str, *flags: Any) -> Any:
             [],
             r"train.jsonl:2: the keys .*'promt'.* are of no known format",
         ),
-        (GOOD + '{"prompt": "Hi", "completion": ""}\n', [], r"train.jsonl:2: turn 2: the answer is empty"),
+        (GOOD + '{"prompt": "Hi", "completion": 7}\n', [], r"train.jsonl:2: 'completion' must be a string"),
         ('{"messages": [{"role": "user", "content": "Hi"}]}\n', [], "train.jsonl:1: the row has no answer"),
         (GOOD, ["--data.max_length", 5], "data.max_length=5 is less than the"),
         (GOOD, ["--data.tokens_per_batch", 5], r"train.jsonl:1: the sequence has .* more than data.tokens_per_batch=5"),
@@ -87,11 +87,11 @@ def test_a_tokenizer_of_another_model(pretrained: str, tmp_path: Path, jsonl: An
 
 def test_rows_left_out_are_counted_and_listed(pretrained: str, jsonl: Any, capsys: pytest.CaptureFixture[str]) -> None:
     path = jsonl(
-        GOOD * 2 + '{"prompt": "Hi", "completion": ""}\n' + json.dumps({"prompt": "x" * 300, "completion": "y"})
+        GOOD * 2 + '{"prompt": "Hi", "completion": 7}\n' + json.dumps({"prompt": "x" * 300, "completion": "y"})
     )
     fit(pretrained, "--data.train", path, "--data.invalid_rows", "skip")
     text = capsys.readouterr().out
     assert "1 of 4 rows cannot be used" in text
-    assert "train.jsonl:3: turn 2: the answer is empty" in text
+    assert "train.jsonl:3: 'completion' must be a string" in text
     assert "1 sequences are longer than data.max_length" in text
     assert "train.jsonl:4" in text

@@ -71,7 +71,7 @@ def test_a_stream_says_what_it_left_out_also_when_the_training_ends_first(
     max_steps: int,
     num_rows: int,
 ) -> None:
-    bad = {"prompt": "a", "completion": ""}
+    bad = {"prompt": "a", "completion": 7}
     data = SFTDataModule(train=[bad, *rows, bad], streaming=True, buffer_rows=4, invalid_rows="skip")
     quiet_trainer(max_steps=max_steps).fit(SFTModule(pretrained, schedule="constant"), data)
     said = capsys.readouterr().out

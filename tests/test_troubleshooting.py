@@ -77,8 +77,6 @@ def test_keys_named_are_those_of_fit() -> None:
 @pytest.mark.parametrize(
     ("row", "fragment"),
     [
-        ({"prompt": "Hi", "completion": "I end<|im_end|>"}, "contains the control token …, which would begin or end"),
-        ({"prompt": "Hi", "completion": " "}, "the answer is empty. Remove the row, or give the answer a text."),
         ({"question": "Hi", "answer": "Hello"}, "are of no known format"),
         ({"messages": [{"role": "user", "content": "Hi"}]}, "the row has no answer: no assistant turn"),
     ],

@@ -90,8 +90,8 @@ def test_elsewhere_it_says_which_flag_is_missing(pretrained: str, monkeypatch: p
 def test_data_that_cannot_be_used_are_refused_with_the_reason(pretrained: str, jsonl: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="said"):
         init(pretrained, jsonl([{"said": "Hi", "replied": "Hello"}]))
-    with pytest.raises(InputError, match=r"No row can be trained on.*the answer is empty"):
-        init(pretrained, jsonl([{"prompt": "Hi", "completion": " "}]))
+    with pytest.raises(InputError, match=r"No row can be trained on.*the row has no answer|the row has no answer"):
+        init(pretrained, jsonl([{"messages": [{"role": "user", "content": "Hi"}]}]))
     with pytest.raises(InputError, match="no data file"):
         init(pretrained, "nowhere.jsonl")
     tiny_tokenizer(None).save_pretrained(tmp_path / "bare")

@@ -39,7 +39,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "train": ("train",),
     "weight": ("weight",),
-    "loss_weight": ("loss_weight",),
+    "loss_weight": ("loss_weight", "loss_scale"),
 }
 """The keys that a message may have, each with its names; the first that is there counts."""
 

@@ -14,6 +14,7 @@ import io
 import json
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import inf
@@ -32,7 +33,7 @@ MAX_EXPANSION = 200
 _FREE = 1 << 30  # bytes that any file may unpack to
 _BLOCK = 1 << 20  # bytes that are read at once
 _AT_A_TIME = 64  # rows of a table: a dictionary may hold each of them once
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
 
 class Line:
@@ -207,7 +208,7 @@ def _without_dictionaries(batch: Any) -> Any:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, with their ends and without a byte order mark."""
+    """The lines of a text file, with their ends and without byte order marks: files put together have several."""
     unpacked, most = 0, inf if path.suffix in _TEXT else _most_unpacked(path)
     with _open(path) as file:
         for number, line in enumerate(iter(partial(file.readline, MAX_ROW + 1), b""), 1):
@@ -217,7 +218,7 @@ def _lines(path: Path) -> Iterator[str]:
             if unpacked > most:
                 raise _expands(path)
             try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield line.removeprefix(BOM_UTF8).decode()
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, number, error, error.start) from error
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from lightning_sft.data.rows.other_data import refuse_other_data
 from lightning_sft.types import InputError
 
-FormatName = Literal["chat", "sharegpt", "prompt-completion", "alpaca", "xlam", "text", "tokens"]
+FormatName = Literal["chat", "sharegpt", "prompt-completion", "alpaca", "query", "text", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format("conversations", (), _OF_CHAT),
     "prompt-completion": Format("prompt", ("completion",), ("reasoning_content", *_OF_CHAT)),
     "alpaca": Format("instruction", ("output", "response"), ("input", "history", "reasoning_content", *_OF_CHAT)),
-    "xlam": Format("query", ("answers",), _OF_CHAT),
+    "query": Format("query", ("response", "answers"), ("history", *_OF_CHAT)),
     "text": Format("text"),
     "tokens": Format("input_ids", MASKS, ("attention_mask", "position_ids"), all_answers=True),
 }
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "messages": ("conversation", "dialogue", "dialog"),
     "input": ("context",),
-    "system": ("system_prompt",),
+    "system": ("system_prompt", "system_message"),
     "tools": ("functions",),
 }
 """Columns that are read as a key of a format where the row does not have that key."""

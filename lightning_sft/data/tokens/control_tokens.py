@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -47,11 +48,14 @@ def treated(
     Raises:
         InputError: When there are some, and ``treatment`` is ``refuse``; or in the name of an argument.
     """
-    places = {f"turn {number} ({message['role']})": message for number, message in enumerate(messages, 1)}
-    found = _found(places, special) or _found({"a tool's description": list(tools or ())}, special)
-    if found is None:
+    places: dict[str, Any] = {
+        f"turn {number} ({message['role']})": message for number, message in enumerate(messages, 1)
+    }
+    places["a tool's description"] = list(tools or ())
+    found = list(_found(places, special))
+    if not found:
         return messages, tools, ""
-    where, token, is_key = found
+    where, token, is_key = max(found, key=itemgetter(2))
     if treatment == "as_is":
         return messages, tools, "left as the tokens that they are"
     if treatment == "refuse" or is_key:
@@ -79,13 +83,12 @@ def marked_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         raise InputError(f"{error}. Remove it from the row.") from error
 
 
-def _found(places: Mapping[str, Any], special: re.Pattern[str]) -> tuple[str, str, bool] | None:
-    """Where a control token is, the token, and whether it stands in a key, which cannot be marked."""
+def _found(places: Mapping[str, Any], special: re.Pattern[str]) -> Iterator[tuple[str, str, bool]]:
+    """Where control tokens are, the first of each text, and whether it stands in a key, which cannot be marked."""
     for where, value in places.items():
         for text, is_key in _texts(value):
             if match := special.search(text):
-                return where, match.group(), is_key
-    return None
+                yield where, match.group(), is_key
 
 
 def _texts(value: Any) -> Iterator[tuple[str, bool]]:

@@ -103,11 +103,13 @@ class Rendering:
         """
         at = turn - self.shift
         message, traced = self.messages[at], self._traced_turn(at)
-        marks: list[Span] = []
+        marks: list[Span] | None = None
         if traced is None:
-            prompt, (whole, marks) = self._text(at, generation=True)[0], self._text(at + 1, generation=False)
+            prompt, (whole, spans) = self._text(at, generation=True)[0], self._text(at + 1, generation=False)
             begin, text = len(prompt), whole if whole.startswith(prompt) else prompt
             rest = whole[begin:] if text is whole else self._joined(prompt, whole)
+            if text is whole and self.template.renderer_for(self.tools, self.variables).has_marks:
+                marks = spans
         else:
             text, begin, rest = traced
         ending = self._ending(at, message)
@@ -121,7 +123,7 @@ class Rendering:
             own, thought = rest[: len(rest) - len(plain.tail)] + plain.stop, ending.between
             reasoning = (message.get("reasoning_content") or "").strip()
             trained = own.find(reasoning) + len(reasoning) + len(thought) if reasoning else 0
-            if marks or self.template.renderer_for(self.tools, self.variables).has_marks:
+            if marks is not None:
                 last = marked_end(text, begin, begin + len(own), marks, self.template.added)
                 own = text[begin:last]
         else:

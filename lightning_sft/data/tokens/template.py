@@ -43,7 +43,7 @@ class TemplateConfig:
 
 def configure(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -> None:
     """Say how conversations are rendered for a tokenizer wherever nothing else is said."""
-    tokenizer.template_config = config  # type: ignore[attr-defined]  # it goes to worker processes with the tokenizer
+    tokenizer.template_config = config  # it goes to worker processes with the tokenizer
 
 
 def configured(tokenizer: PreTrainedTokenizerBase) -> TemplateConfig:

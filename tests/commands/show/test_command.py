@@ -86,11 +86,11 @@ def test_a_config_that_fit_has_saved_can_be_shown(
 
 def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: dict[str, Any], jsonl: Any) -> None:
     config["data"]["train"] = jsonl(
-        [GOOD, {"prompt": "a", "completion": ""}, {"promt": "[/b]"}, {"prompt": "x" * 300, "completion": "y"}]
+        [GOOD, {"prompt": "a", "completion": 7}, {"promt": "[/b]"}, {"prompt": "x" * 300, "completion": "y"}]
     )
     del config["data"]["tokens_per_batch"]
     text = show()
-    assert re.search(r"1 refused: turn 2: the answer is empty.*\n  \S*train.jsonl:2\n", text)
+    assert re.search(r"1 refused: 'completion' must be a string.*\n  \S*train.jsonl:2\n", text)
     assert re.search(r"1 refused: the keys.*\n  \S*train.jsonl:3\n", text)
     assert re.search(r"1 left out, longer than data.max_length\n  \S*train.jsonl:4 \(\d+ tokens\)\n", text)
     assert "fit stops at these rows: data.invalid_rows or data.overflow is 'error'" in text
@@ -98,8 +98,8 @@ def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: 
 
 
 def test_a_row_that_is_not_used_says_why(show: Any, config: dict[str, Any], jsonl: Any) -> None:
-    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": ""}])
-    with pytest.raises(InputError, match=r"The row is not used. .*train.jsonl:2: turn 2: the answer is empty"):
+    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": 7}])
+    with pytest.raises(InputError, match=r"The row is not used. .*train.jsonl:2: 'completion' must be a string"):
         show("--row", "train.jsonl:2")
     with pytest.raises(InputError, match=r"There is no row 'train.jsonl:3' in the data. Expected a place such as"):
         show("--row", "train.jsonl:3")
@@ -129,7 +129,16 @@ def test_the_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["show", "--help"])
     text = capsys.readouterr().out
-    for flag in ("--rows ", "--row ", "--html ", "--html_rows ", "--check ", "--data.train ", "--model.normalize "):
+    for flag in (
+        "--rows ",
+        "--row ",
+        "--html ",
+        "--html_rows ",
+        "--check ",
+        "--clean ",
+        "--data.train ",
+        "--model.normalize ",
+    ):
         assert flag in text
 
 
@@ -176,6 +185,24 @@ def test_a_mixture_is_shown_with_its_realized_shares_and_audited_row_by_row(
     assert re.search(r"maths +8 +0.25 +12.5% +12.5% +1 *\n", text)
     assert re.search(r"\[chat\] +8 +1.75 +87.5% +87.5% +0.5 *\n", text)
     assert re.search(r"duplicated +0 +16 ", text)
+
+
+def test_clean_writes_the_usable_rows_and_says_what_is_left_out(
+    show: Any, config: dict[str, Any], jsonl: Any, tmp_path: Path
+) -> None:
+    config["data"]["train"] = jsonl(
+        [GOOD, {"prompt": "a", "completion": 3}, {"prompt": "x" * 300, "completion": "y"}, {**GOOD, "weight": 2}]
+    )
+    del config["data"]["tokens_per_batch"]
+    out = tmp_path / "new" / "out.jsonl"
+    text = show("--clean", str(out))
+    assert f"Usable rows: 2 in {out}" in text
+    assert "Of 4 rows, 1 are refused; 1 sequences are longer than data.max_length" in text
+    first, second = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    assert first == {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    assert second["messages"][1] == {"role": "assistant", "content": "Yo", "weight": 2.0}
+    with pytest.raises(InputError, match=r"clean needs all rows, .* set data\.streaming=false"):
+        show("--clean", str(out), "--data.streaming", "true")
 
 
 def test_of_a_stream_the_first_rows_are_shown(show: Any, config: dict[str, Any]) -> None:

@@ -171,16 +171,16 @@ def test_files_of_a_stream_come_in_another_order_each_epoch(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_used_is_counted_over_ranks_and_said_at_the_end() -> None:
-    bad = [*ROWS[:20], {"prompt": "x", "completion": 5}, {"prompt": "x", "completion": "y" * 300, "id": 1}]
+    bad = [*ROWS[:20], {"prompt": "x", "completion": 7}, {"prompt": "x", "completion": "y" * 300, "id": 1}]
     batches, account, _ = accounted(bad, EncodingConfig(TOKENIZER, max_length=100))
     assert sum(len(name) for name in names(batches)) == 20
     assert (account.num_rows, len(account.refused), len(account.too_long), account.ignored["id"]) == (22, 1, 1, 1)
 
 
 def test_a_row_that_cannot_be_used_is_an_error_when_it_is_reached() -> None:
-    batches = iter(loader([*ROWS[:20], {"prompt": "x", "completion": 5}]))
+    batches = iter(loader([*ROWS[:20], {"prompt": "x", "completion": 7}]))
     assert names([next(batches)])
-    with pytest.raises(InputError, match=r"row 21: [\s\S]*data.invalid_rows=skip"):
+    with pytest.raises(InputError, match=r"row 21: 'completion' must be a string[\s\S]*data.invalid_rows=skip"):
         list(batches)
 
 

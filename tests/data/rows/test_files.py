@@ -49,6 +49,20 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
     assert [row for row, _ in read_file(path)] == [{"a": 1}]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '\ufeff{"a": 1}\n\ufeff{"a": 1}\n'),
+        ("a.json", '\ufeff{"a": 1}\n\ufeff{"a": 1}\n'),
+        ("a.csv", "\ufeffa\n1\n\ufeff1"),
+    ],
+)
+def test_files_that_were_put_together_have_several_byte_order_marks(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert [{key: int(value) for key, value in row.items()} for row, _ in read_file(path)] == [{"a": 1}] * 2
+
+
 BAD: list[tuple[str, Any, str]] = [
     ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON"),
     ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: not valid JSON"),

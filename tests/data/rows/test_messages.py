@@ -51,6 +51,11 @@ def calling(*arguments: dict[str, Any]) -> dict[str, Any]:
         ({"conversation": [{"input": "Hi", "output": "Yo"}] * 2}, [USER, ANSWER] * 2),
         ({"prompt": USER, "completion": {"from": "gpt", "value": "Yo"}}, [USER, ANSWER]),
         ({"query": "Hi", "answers": '[{"name": "weather", "arguments": {}}]'}, [USER, calling({})]),
+        ({"query": "Hi", "response": "Yo", "history": [["Hi", "Yo"]]}, [USER, ANSWER] * 2),
+        (
+            {"conversation": [{"human": "Hi", "assistant": "Yo"}] * 2, "system": "Be kind."},
+            [SYSTEM, *[USER, ANSWER] * 2],
+        ),
         (
             {"prompt": "Hi", "completion": "Yo", "reasoning_content": "Hm"},
             [USER, {**ANSWER, "reasoning_content": "Hm"}],
@@ -150,6 +155,9 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
         ({"instruction": "Hi", "output": "Yo", "history": ["Hi"]}, r"'history' must be a list of \[question, answer\]"),
         ({"prompt": [USER], "completion": [USER, ANSWER]}, "the answer begins with the prompt's first message"),
         ({"prompt": "Hi", "completion": "Yo", "label": False}, "'label' is false: .* data.columns={weight: label}"),
+        ({"messages": [USER, ANSWER], "label": True}, "'label' is true: .* data.format=chat"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "the row has 'images', and only texts .* data.format=chat"),
+        ({"chosen_messages": [USER, ANSWER], "rejected_messages": [USER]}, "{messages: chosen_messages}"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "a preference pair, .* data.columns={completion: chosen}"),
         ({"prompt": "Hi", "completion": "Yo", "chosen": "a", "rejected": "b"}, "a preference pair"),
         ({"question": "Hi", "chosen": "a", "rejected": "b"}, "{prompt: question, completion: chosen}"),

@@ -94,7 +94,7 @@ def test_losses_of_parts_are_those_of_a_run_on_each_alone(
 
 
 def test_a_part_without_a_usable_row_is_named(tmp_path: Path) -> None:
-    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "x", "completion": ""}))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "x", "completion": 7}))
     mixture = Mixture({"a": Part(SHORT), "b": str(tmp_path / "b.jsonl")})
     with pytest.raises(InputError, match="train, b: no row can be used"):
         load_split("train", mixture, EncodingConfig(tiny_tokenizer()), invalid_rows="skip")

@@ -19,6 +19,7 @@ import pytest
 from pyarrow import ipc
 
 import lightning_sft
+from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.rows.sources import files_behind
 from lightning_sft.data.tokens import cache as caching
 from lightning_sft.data.tokens.cache import cached
@@ -26,6 +27,7 @@ from lightning_sft.data.tokens.dataset import load_split
 from lightning_sft.data.tokens.encode_rows import Chunk, EncodingConfig
 from lightning_sft.data.tokens.examples import save, to_record_batch
 from lightning_sft.data.tokens.row_report import RowReport
+from lightning_sft.data.tokens.template import TemplateConfig
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Example, InputError
 
@@ -87,8 +89,11 @@ def test_a_second_start_reads_what_the_first_has_encoded(path: Path, tmp_path: P
         {"max_length": 300},
         {"overflow": "truncate"},
         {"weight": 0.5},
-        {"format": "prompt-completion"},
-        {"columns": {"prompt": "prompt"}},
+        {"reading": Reading(format="prompt-completion")},
+        {"reading": Reading(columns={"prompt": "prompt"})},
+        {"reading": Reading(train_on="last")},
+        {"template": TemplateConfig({"enable_thinking": False})},
+        {"template": TemplateConfig(thoughts="mask")},
         {"tokenizer": tiny_tokenizer(CHATML + " ")},
     ],
     ids=lambda changed: next(iter(changed)),
@@ -122,7 +127,7 @@ def test_our_own_code_and_the_frozen_date_are_in_the_key(path: Path, monkeypatch
     dated = "{% set now = strftime_now %}{{ now('%Y') }}" + CHATML
     first = key_of(str(path), EncodingConfig(tiny_tokenizer(dated)))
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_sft.data.tokens.chat_template.FROZEN_DATE", date(2025, 1, 1))
+        patch.setattr("lightning_sft.data.tokens.template.FROZEN_DATE", date(2025, 1, 1))
         assert key_of(str(path), EncodingConfig(tiny_tokenizer(dated))) != first
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.tokens import dataset
 from lightning_sft.data.tokens.dataset import load_prompts, load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
@@ -21,18 +22,18 @@ def load(rows: list[dict[str, Any]], **settings: Any) -> Any:
 
 
 def test_refused_rows_stop_everything_and_are_listed() -> None:
-    rows = [GOOD, {**GOOD, "completion": ""}, {"messages": [{"role": "user", "content": "x"}]}]
+    rows = [GOOD, {**GOOD, "completion": 7}, {"messages": [{"role": "user", "content": "x"}]}]
     with pytest.raises(InputError) as error:
         load(rows)
     text = str(error.value)
     assert "2 of 3 rows cannot be used" in text
-    assert "row 2: turn 2: the answer is empty" in text
+    assert "row 2: 'completion' must be a string" in text
     assert "row 3: the row has no answer" in text
     assert "data.invalid_rows=skip" in text
 
 
 def test_skipped_rows_are_counted_and_said() -> None:
-    split = load([GOOD, {**GOOD, "completion": ""}], invalid_rows="skip")
+    split = load([GOOD, {**GOOD, "completion": 7}], invalid_rows="skip")
     assert (split.account.num_rows, len(split.examples), len(split.account.refused)) == (2, 1, 1)
     assert "1 of 2 rows cannot be used" in split.account.remarks("train")[0]
 
@@ -52,7 +53,7 @@ def test_a_max_length_below_every_sequence_says_how_long_the_shortest_is() -> No
 
 def test_nothing_left_is_an_error_even_when_rows_may_be_skipped() -> None:
     with pytest.raises(InputError, match="no row can be used"):
-        load([{**GOOD, "completion": ""}], invalid_rows="skip")
+        load([{**GOOD, "completion": 7}], invalid_rows="skip")
 
 
 def test_ignored_keys_are_counted_and_said() -> None:
@@ -63,7 +64,7 @@ def test_ignored_keys_are_counted_and_said() -> None:
 
 
 def test_rows_are_accounted_for_in_order_however_many_are_read_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [{**GOOD, "completion": "" if i % 3 == 2 else f"Yo {i}"} if i % 3 else {"id": i} for i in range(7)]
+    rows = [{**GOOD, "completion": 7 if i % 3 == 2 else f"Yo {i}"} if i % 3 else {"id": i} for i in range(7)]
     monkeypatch.setattr(dataset, "_ROWS_AT_A_TIME", 2)
     split = load(rows, invalid_rows="skip")
     assert split.account.num_rows == 7
@@ -75,9 +76,9 @@ def test_rows_are_accounted_for_in_order_however_many_are_read_at_a_time(monkeyp
 def test_columns_of_other_names_and_a_named_format() -> None:
     rows = [{"question": "Hi", "answer": "Yo", "text": "x"}]
     columns = {"prompt": "question", "completion": "answer"}
-    mapped = load(rows, columns=columns, format="prompt-completion")
+    mapped = load(rows, reading=Reading("prompt-completion", columns))
     assert list(mapped.examples[0].input_ids) == list(load([GOOD]).examples[0].input_ids)
-    [prompt] = load_prompts(rows, tiny_tokenizer(), columns=columns, format="prompt-completion")
+    [prompt] = load_prompts(rows, tiny_tokenizer(), Reading("prompt-completion", columns))
     assert prompt.reference == "Yo"
 
 
@@ -90,7 +91,7 @@ def test_mixed_formats_of_a_file_are_refused(tmp_path: Path) -> None:
 
 def test_only_a_few_of_many_refused_rows_are_named() -> None:
     with pytest.raises(InputError, match=r"\.\.\. and 15 more"):
-        load([{**GOOD, "completion": ""}] * 20)
+        load([{**GOOD, "completion": 7}] * 20)
 
 
 def test_what_is_too_long_is_cut_as_asked_counted_and_said() -> None:

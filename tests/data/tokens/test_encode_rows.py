@@ -27,7 +27,7 @@ def load(source: Any, num_workers: int, monkeypatch: pytest.MonkeyPatch, **setti
 
 def test_workers_change_neither_examples_nor_the_account(jsonl: Callable[..., str], monkeypatch: Any) -> None:
     """Also not which format a file is said to have: that of its first good row, whoever reads it."""
-    rows = [{"x": 1}, *([GOOD] * 4), {"instruction": "a", "output": "b"}, {**GOOD, "completion": 5}] * 3
+    rows = [{"x": 1}, *([GOOD] * 4), {"instruction": "a", "output": "b"}, {**GOOD, "completion": 7}] * 3
     path = jsonl([{**row, "id": i} for i, row in enumerate(rows)])
     alone = load([path], 0, monkeypatch)
     both = load([path], 2, monkeypatch)

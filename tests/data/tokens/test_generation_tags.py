@@ -147,7 +147,7 @@ def test_marks_are_accepted_where_each_character_of_the_answer_is_marked_and_non
         assert marked_end(text, begin, stop, marks, re.compile("[#~]")) == (10 if 9 in marked else 9)
 
 
-@pytest.mark.parametrize("name", sorted(MARKED.keys() - {"cohere2_training"}))
+@pytest.mark.parametrize("name", sorted(MARKED))
 def test_marks_of_real_templates_train_what_is_trained_without_them_or_are_refused(name: str) -> None:
     marked, plain = tokenizer_for(MARKED[name]), tokenizer_for(unmarked(MARKED[name]))
     assert not has_marks(str(plain.chat_template))
@@ -160,13 +160,3 @@ def test_marks_of_real_templates_train_what_is_trained_without_them_or_are_refus
             assert REFUSED[name] in found
             refusals.add(kind)
     assert bool(refusals) == (name in REFUSED)
-
-
-def test_of_a_stop_in_two_tokens_as_many_are_trained_as_are_marked() -> None:
-    text = MARKED["cohere2_training"]
-    both, first = tokenizer_for(text), tokenizer_for(unmarked(text))
-    given = conversation("turns", both)
-    assert targets(encode(given, first), first) == "Yo<|END_RESPONSE|>Nothing.<|END_RESPONSE|>"
-    stop = "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
-    assert targets(encode(given, both), both) == f"Yo{stop}Nothing.{stop}"
-    assert len(encode(given, both)) == 1
