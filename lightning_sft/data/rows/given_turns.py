@@ -51,7 +51,7 @@ def _answers(found: Found) -> list[Any]:
         return [{"role": "tool_call", "content": found.answer}]
     answers = _side(found.answer, "assistant", "completion")
     if (reasoning := found.optional.get("reasoning_content")) is not None:
-        if len(answers) > 1 or "reasoning_content" in answers[0]:
+        if len(answers) > 1 or not isinstance(answers[0], Mapping) or "reasoning_content" in answers[0]:
             raise InputError("'reasoning_content' of the row needs an answer of one message without its own. Keep one.")
         answers = [{**answers[0], "reasoning_content": reasoning}]
     return answers
