@@ -4,7 +4,7 @@ An answer has fields: its text, its reasoning, and of each tool call the name an
 A template may drop one, as most drop the reasoning, and looking for the field's own text in the render would not show
 that where the text stands there twice. Sentinels do: each is a text that stands nowhere else.
 
-What follows the last sentinel is how the template ends an answer. Rendered once more with a further turn, it shows
+What follows the last sentinel is how the template ends an answer. Rendered again with a further turn, it shows
 which part of this belongs to the answer, and which to whatever comes next. What generation stops at is in the former;
 or, where a template puts nothing after an answer, it is what begins the next turn.
 """
@@ -97,7 +97,7 @@ def learn(
         answer: The answer, with sentinels.
         prompt: What stands before it at inference.
         whole: The conversation up to and with the answer.
-        onwards: The same with a further turn, up to the text of that turn; ``None`` where the template has none.
+        onwards: Conversation with a further turn, up to the text of that turn; ``None`` where the template has none.
         stops: Matches an added token that may stop an answer.
         known: Tokens that the tokenizer or the model's generation config says generation stops at.
         always_prompts: Whether the template ends any conversation with the prompt of the next answer.

@@ -19,7 +19,7 @@ from lightning_sft.data.rows.mixture import Mixture, as_mixture
 from lightning_sft.data.rows.sources import Source, files_behind, leaves, read, size_of
 from lightning_sft.data.tokens.cache import cached, key_of
 from lightning_sft.data.tokens.encode import encode_prompt
-from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig, Rows, in_chunks
+from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig, Lane, in_chunks
 from lightning_sft.data.tokens.examples import Examples
 from lightning_sft.data.tokens.row_report import RowReport, some
 from lightning_sft.data.tokens.workers import num_cores
@@ -97,7 +97,7 @@ def load_split(
     mixture, account, found = as_mixture(source), RowReport(), []
     for part_name, part in mixture.of_name.items():
         title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
-        chunks = Chunks(partial(_rows, part.source, first), [own_recipe])
+        chunks = Chunks(partial(_lanes, part.source, first), [own_recipe])
         files = files_behind(part.source) if first is None else None
         key = key_of(files, own_recipe) if cache else None
         is_large = files is not None and size_of(files) >= _LARGE
@@ -148,8 +148,9 @@ def load_prompts(
     return found
 
 
-def _rows(source: Source, first: int | None) -> Iterator[tuple[int, Rows]]:
-    return ((0, rows) for rows in in_chunks(leaves(source, streaming=first is not None), _ROWS_AT_A_TIME, first))
+def _lanes(source: Source, first: int | None) -> list[Lane]:
+    files = leaves(source, streaming=first is not None)
+    return [((0, rows) for rows in in_chunks(files, _ROWS_AT_A_TIME, first))]
 
 
 def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str | None) -> tuple[Examples, RowReport]:
