@@ -185,7 +185,8 @@ def _sentinel(made: Sentinels, name: str, kind: type = str) -> Any:
 
 def _marked(value: Any, made: Sentinels, name: str) -> Any:
     if isinstance(value, Mapping):
-        return {_sentinel(made, name): _marked(inner, made, name) for inner in value.values()}
+        names = [_sentinel(made, name) for _ in value]  # in the order of the keys, since some templates sort them
+        return {names[rank]: _marked(value[key], made, name) for key, rank in zip(value, _ranks(value), strict=True)}
     if isinstance(value, (list, tuple)):
         return [_marked(inner, made, name) for inner in value]
     if isinstance(value, bool) or value is None or value == "":
@@ -193,9 +194,15 @@ def _marked(value: Any, made: Sentinels, name: str) -> Any:
     return _sentinel(made, name, type(value) if type(value) in (int, float) else str)
 
 
+def _ranks(keys: Collection[str]) -> list[int]:
+    """The place of each key among them all, sorted as by jinja2's ``dictsort``."""
+    ordered = sorted(keys, key=str.lower)
+    return [ordered.index(key) for key in keys]
+
+
 def _structure(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return "{", *map(_structure, value.values())
+        return "{", *zip(_ranks(value), map(_structure, value.values()), strict=True)
     if isinstance(value, (list, tuple)):
         return "[", *map(_structure, value)
     return value if isinstance(value, bool) or value is None or value == "" else type(value).__name__
