@@ -22,10 +22,7 @@ def given_turns(found: Found) -> list[Given]:
     Raises:
         InputError: When a column is not what its format says.
     """
-    system = found.optional.get("system")
-    turns: list[Given] = [({"role": "system", "content": system}, False)] if system else []
-    if system and not isinstance(system, list):
-        text_of(system, "'system'")
+    turns: list[Given] = [(message, False) for message in _system(found.optional.get("system"))]
     if found.name in _CONVERSATIONS:
         return turns + [(message, True) for message in _conversation(found.question, _CONVERSATIONS[found.name])]
     question, key = found.question, "query" if found.name == "query" else "prompt"
@@ -44,6 +41,15 @@ def given_turns(found: Found) -> list[Given]:
             )
         turns += [(message, True) for message in answered]
     return turns
+
+
+def _system(system: Any) -> list[Any]:
+    """The system prompt of a row: a text, parts, or a message."""
+    if isinstance(system, Mapping):
+        return [{**system, "role": "system"}]
+    if system and not isinstance(system, list):
+        text_of(system, "'system'")
+    return [{"role": "system", "content": system}] if system else []
 
 
 def _answers(found: Found) -> list[Any]:
