@@ -105,6 +105,11 @@ class Dialect:
         }
 
     @cached_property
+    def flags(self) -> frozenset[str]:
+        """The names of the keys that give a message its weight."""
+        return frozenset(name for key in ("loss", "train", "weight", "loss_weight") for name in self.names[key])
+
+    @cached_property
     def ignored(self) -> frozenset[str]:
         """The keys that say nothing."""
         return IGNORED.union(name for name, meaning in self.keys.items() if meaning == IGNORE)

@@ -52,7 +52,8 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Columns that are read as a key of a format where the row does not have that key."""
 
-_KEYS = {"weight"}.union(*((f.question, *f.answers, *f.optional) for f in FORMATS.values()))
+_OTHERS = frozenset(name for names in OTHER_NAMES.values() for name in names)
+_KEYS = frozenset({"weight"}).union(*((f.question, *f.answers, *f.optional) for f in FORMATS.values()))
 
 
 @dataclass(frozen=True)
@@ -128,13 +129,19 @@ def find_format(
 
 def _columns_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
     """The row's column for each key of a format that it has."""
-    taken = set(columns.values()) - columns.keys()  # a column that is another key is not the key of its own name
-    where = {key: columns.get(key, key) for key in _KEYS - taken if columns.get(key, key) in row}
+    where = {key: key for key in row if key in _KEYS}
+    if columns:
+        for column in columns.values():  # one that is another key is not the key of its own name
+            where.pop(column, None)
+        where = {key: column for key, column in where.items() if key not in columns}
+        where |= {key: column for key, column in columns.items() if column in row}
+    if _OTHERS.isdisjoint(row):
+        return where
     for key, names in OTHER_NAMES.items():
         if key in columns:
             continue
-        filled = [name for name in names if name in row and name not in taken and row[name] not in (None, "")]
-        if filled and key in where and row[key] not in (None, ""):
+        filled = [name for name in names if row.get(name) not in (None, "") and name not in columns.values()]
+        if filled and key in where and row[where[key]] not in (None, ""):
             raise InputError(
                 f"the row has both {key!r} and {filled[0]!r}. Say which is meant: data.columns={{{key}: {key}}} or "
                 f"{{{key}: {filled[0]}}}."
@@ -156,7 +163,7 @@ def _name(
     filled = {key for key, value in here.items() if value is not None}
     found: list[str] = []
     for keys, complete in ((filled, True), (here.keys(), True), (here.keys(), answered)):
-        if found := [name for name, form in FORMATS.items() if _has(form, keys, complete)]:
+        if found := [n for n, form in FORMATS.items() if form.question in keys and _has(form, keys, complete)]:
             break
     if len(found) > 1 and "text" in found:  # beside messages or columns, it is what a template made of them
         found.remove("text")

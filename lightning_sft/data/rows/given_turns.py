@@ -84,7 +84,9 @@ def _conversation(value: Any, key: str) -> list[Any]:
 
 def _pair(given: Any) -> list[Any]:
     """A message; or both of an exchange that is one object, as ``{"input": ..., "output": ...}``."""
-    keys = given.keys() - {"system"} if isinstance(given, Mapping) else set()
+    if not isinstance(given, Mapping) or "role" in given or "from" in given:
+        return [given]
+    keys = given.keys() - {"system"}
     pair = next((pair for pair in _PAIRS if keys == set(pair)), None)
     if pair is None:
         return [given]

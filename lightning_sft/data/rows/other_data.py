@@ -11,6 +11,7 @@ from lightning_sft.types import InputError
 _TREE = ("parent_id", "message_tree_id")
 _VERDICTS = ("label", "kto_tag")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_TELLING = frozenset((*_VERDICTS, *_MEDIA))  # of a row that has the keys of a format
 
 
 def refuse_other_data(row: Mapping[str, Any], name: str | None, mapped: Iterable[str]) -> None:
@@ -31,6 +32,8 @@ def refuse_other_data(row: Mapping[str, Any], name: str | None, mapped: Iterable
     lightning_sft.types.InputError: the row is a preference pair, with 'chosen' and 'rejected'. To learn the chosen \
 answers: data.columns={completion: chosen}.
     """
+    if name is not None and name != "text" and not any(key in _TELLING or str(key)[:6] == "chosen" for key in row):
+        return
     mapped = set(mapped)
     chosen = next((key for key in row if _is_chosen(row, key) and not mapped & {key, _rejected(key)}), None)
     question = row.get("messages", row.get("conversations"))

@@ -55,10 +55,12 @@ def read_turns(given: Any, dialect: Dialect = COMMON, ignored: set[str] | None =
             "the role must be one of system, user, assistant and tool, or a known name of one, got "
             f"{shown(alias)}. Say what it stands for with data.roles={{name: role}}."
         )
-    weight = _flags(left, names)
+    weight = None if dialect.flags.isdisjoint(left) else _flags(left, names)
     content, what = _content(given, left, role, names["content"], ignored)
     message: Message = {"role": role}
     results: list[Message] = []
+    if not left and isinstance(content, str) and role != "tool" and alias.lower() not in CALLERS:
+        return [({**message, "content": text_of(content, what)}, weight)]
     if role == "tool":
         message["content"] = read_result(content, what)
         for name in ("name", "tool_call_id"):
@@ -109,8 +111,8 @@ def _content(
     """The content of a message, and what it is called there; other keys that repeat it say nothing."""
     key = next((name for keys in (left, given) for name in names if name in keys), names[0])
     content = left.pop(key, None)
-    for name in names:
-        if content is not None and name in left and left[name] == content:
+    for name in names if left and content is not None else ():
+        if name in left and left[name] == content:
             del left[name]
             ignored.add(f"messages[].{name}")
     return content, f"{key!r} ({role})"
@@ -226,8 +228,11 @@ def _result(part: Mapping[str, Any], what: str, ignored: set[str]) -> Message:
 
 def _filled(part: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
     """The keys of a part that say something, but for its type."""
-    ignored.update(f"messages[].content[].{key}" for key in _NOTHING & part.keys() if part[key] is not None)
-    return {key: value for key, value in part.items() if value is not None and key not in _NOTHING and key != "type"}
+    filled = {key: value for key, value in part.items() if value is not None and key != "type"}
+    for key in () if _NOTHING.isdisjoint(filled) else _NOTHING & filled.keys():
+        ignored.add(f"messages[].content[].{key}")
+        del filled[key]
+    return filled
 
 
 def _take(left: dict[str, Any], names: tuple[str, ...]) -> Any:

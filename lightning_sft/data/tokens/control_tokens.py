@@ -20,7 +20,7 @@ Treatment = Literal["text", "refuse", "as_is"]
 """What becomes of a control token in a text: plain text, a refusal of the row, or the token that it is."""
 
 _MARKUP = re.compile(r"<(/?)(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]")
-_MARK = mark_control_tokens("x", re.compile("x"))[0]
+_MARK, _, _END = mark_control_tokens("x", re.compile("x"))
 
 
 def pattern_of(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
@@ -69,6 +69,11 @@ def treated(
 def is_marked(text: str) -> bool:
     """Whether a rendered text has marks."""
     return _MARK in text
+
+
+def unmarked(text: str) -> str:
+    """A text without its marks."""
+    return text.replace(_MARK, "").replace(_END, "")
 
 
 def marked_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

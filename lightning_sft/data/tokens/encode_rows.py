@@ -191,6 +191,8 @@ def _fitted(example: Example, recipe: EncodingConfig, account: RowReport) -> Seq
     if recipe.max_length is None or len(example) <= recipe.max_length:
         return [example]
     pieces = shorten(example, recipe.max_length, recipe.overflow)
+    if pieces and recipe.overflow == "truncate_prompt":
+        account.note("the beginning is cut off, so answers lack a part of their context", example.provenance)
     (account.cut if pieces else account.too_long).append(f"{example.provenance} ({len(example):,} tokens)")
     return pieces
 

@@ -120,7 +120,7 @@ class Rendering:
             self.notes.add("an answer is empty, and its stop token alone is trained")
         if not problem:
             assert rest is not None
-            own, thought = rest[: len(rest) - len(plain.tail)] + plain.stop, ending.between
+            own, thought = self._stopped(rest, plain), ending.between
             reasoning = (message.get("reasoning_content") or "").strip()
             trained = own.find(reasoning) + len(reasoning) + len(thought) if reasoning else 0
             if marks is not None:
@@ -241,7 +241,15 @@ class Rendering:
             )
         if not ending.stop:
             return _NO_STOP
-        return "" if rest.endswith(ending.tail) else "the chat template ends the answer in its own way."
+        return "" if self._stopped(rest, ending) else "the chat template ends the answer in its own way."
+
+    def _stopped(self, rest: str, ending: Ending) -> str:
+        """What follows the prompt up to and with the stop token; empty where it ends in another way than was learnt."""
+        if rest.endswith(ending.tail):
+            return rest[: len(rest) - len(ending.tail)] + ending.stop
+        token = self.template.added.search(ending.stop)
+        stop = ending.stop[token.start() :] if token else ending.stop
+        return rest.rstrip() if ending.tail.rstrip() == ending.stop and rest.rstrip().endswith(stop) else ""
 
     def _joined(self, prompt: str, whole: str) -> str | None:
         """What follows a prompt in a render that parts from it at its end, in space or where it begins a thought."""
