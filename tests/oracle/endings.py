@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.oracle.fields import fields_of, spellings
-from tests.oracle.inference import Inference, Message, control_tokens
+from tests.oracle.fields import Leaf, Message, missing, spellings
+from tests.oracle.inference import Inference, control_tokens
 
 NEXT = "zqvNextvqz"
 
@@ -39,24 +39,24 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
         Exception: Whatever the template raises on the conversation up to its answer.
     """
     prompt, whole = inference.prompt(turn), inference.text(turn + 1, generation=False)
+    values = inference.fields(turn)
     behind = whole.startswith(prompt)
     shared = len(prompt) if behind else _shared(prompt, whole)
     written = whole[shared:]
-    fields_end = _fields_end(inference.messages[turn - inference.merged], written)
+    fields_end = _fields_end(values, written)
     stops = _pattern(known)
+    whole_answer = behind and not missing(values, written)
     if found := stops.search(written, fields_end):
-        if behind and not stops.search(written[:fields_end]):
-            return Ending(written[: found.end()], written, (found.group(),))
-        return Ending(None, written, (found.group(),))
+        own = written[: found.end()] if whole_answer and not stops.search(written[:fields_end]) else None
+        return Ending(own, written, (found.group(),))
     following = _following(inference, turn)
-    message = inference.messages[turn - inference.merged]
     at = following.find(written[:fields_end].rstrip(), max(0, shared - 64)) if written[:fields_end].strip() else -1
-    after = following[at + len(written[:fields_end].rstrip()) :] if at >= 0 else _after_fields(message, following)
+    after = following[at + len(written[:fields_end].rstrip()) :] if at >= 0 else following[_fields_end(values, following) :]
     found = stops.search(after) or _pattern(control_tokens(inference.tokenizer)).search(after)
     if found is None:
         return Ending(None, written, ())
     stop = after[: found.end()]
-    own = written[:fields_end].rstrip() + stop if behind and not after[: found.start()].strip() else None
+    own = written[:fields_end].rstrip() + stop if whole_answer and not after[: found.start()].strip() else None
     return Ending(own, written, (found.group(),))
 
 
@@ -76,21 +76,12 @@ def _following(inference: Inference, turn: int) -> str:
         return ""
 
 
-def _fields_end(message: Message, written: str) -> int:
+def _fields_end(values: Sequence[Leaf], written: str) -> int:
     """Where the last field of an answer ends in what is written of it."""
     ends = [0]
-    for value in fields_of(_as_text(message)):
+    for value in values:
         ends.append(max([written.rfind(way) + len(way) for way in spellings(value) if way and way in written] or [0]))
     return max(ends)
-
-
-def _after_fields(message: Message, following: str) -> str:
-    return following[_fields_end(message, following) :]
-
-
-def _as_text(message: Message) -> Message:
-    content = message.get("content")
-    return {**message, "content": content[0]["text"]} if isinstance(content, list) else message
 
 
 def _shared(a: str, b: str) -> int:

@@ -9,9 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_sft.types import Conversation
-from tests.oracle.inference import MARKUP, Message
 
+Message = Mapping[str, Any]
 Leaf = str | int | float | bool | None
+
+MARKUP = re.compile(
+    r"</?(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]"
+)
+"""Tags that a text may have as the tokens that they are: they begin and end no turn."""
 
 
 def texts_of(content: str) -> list[str]:
@@ -28,8 +33,9 @@ def fields_of(message: Message) -> Iterator[Leaf]:
     for key in ("reasoning_content", "content"):
         yield from texts_of(message.get(key) or "")
     for call in message.get("tool_calls") or ():
+        arguments = call["function"].get("arguments")
         yield call["function"]["name"]
-        yield from _leaves(call["function"].get("arguments"))
+        yield from _leaves(json.loads(arguments) if isinstance(arguments, str) else arguments)
 
 
 def _leaves(value: Any) -> Iterator[Leaf]:

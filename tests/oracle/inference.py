@@ -14,14 +14,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-Message = Mapping[str, Any]
+from tests.oracle.fields import MARKUP, Leaf, Message, fields_of
 
-MARKUP = re.compile(
-    r"<(/?)(think|thinking|thought|tool_\w+|function|parameter|arg_\w+|tools|answer|reasoning)>|\[/?THINK\]"
-)
-"""Tags that a text may have as the tokens that they are: they begin and end no turn."""
-
-_FIRST_MARK = 0xE000  # of the private use area: stands in a render for a control token of a text
+_OPEN, _CLOSE, _FIRST_MARK = "\ue000", "\ue001", 0xE100  # of the private use area, for control tokens of texts
 
 
 class Clock:
@@ -69,9 +64,15 @@ class Inference:
         """The text that a turn is generated after."""
         return self.text(turn, generation=True)
 
-    def context(self, turn: int) -> list[int]:
-        """The ids that a turn is generated after."""
-        return self.ids(self.prompt(turn)) if self.hidden else self._tokenized(self.messages[: turn - self.merged])
+    def contexts(self, turn: int) -> list[list[int]]:
+        """The ids that a turn is generated after: one way, or two where a text has control tokens.
+
+        As plain text these may be tokenized together with what is around them, or apart as transformers does it.
+        """
+        messages = self.messages[: turn - self.merged]
+        if not self.hidden:
+            return [self._tokenized(messages)]
+        return [self.ids(self.prompt(turn)), self._tokenized(self._without_marks(messages), sanitize_control_tokens=True)]
 
     def ids(self, text: str) -> list[int]:
         """Ids of a rendered text, with what stands for a control token of a message as plain text."""
@@ -87,16 +88,28 @@ class Inference:
             text = text.replace(chr(_FIRST_MARK + number), token)
         return text
 
-    def _tokenized(self, messages: Sequence[Message]) -> list[int]:
+    def fields(self, turn: int) -> list[Leaf]:
+        """What an answer says, as it would stand in a rendered text."""
+        message = self.messages[turn - self.merged]
+        if isinstance(message.get("content"), list):
+            message = {**message, "content": message["content"][0]["text"]}
+        return [self._with_marks(value) if isinstance(value, str) else value for value in fields_of(message)]
+
+    def _tokenized(self, messages: Sequence[Message], **more: Any) -> list[int]:
         with patch.object(chat_template_utils, "datetime", Clock):
             ids: list[int] = self.tokenizer.apply_chat_template(
-                list(messages), tools=self.tools, add_generation_prompt=True, return_dict=True, **self.variables
+                list(messages),
+                tools=self._without_marks(self.tools),
+                add_generation_prompt=True,
+                return_dict=True,
+                **more,
+                **self.variables,
             )["input_ids"]
         return ids
 
     def _render(self, messages: Sequence[Message], generation: bool, tools: Any = ...) -> str:
         with patch.object(chat_template_utils, "datetime", Clock):
-            return str(
+            text = str(
                 self.tokenizer.apply_chat_template(
                     list(messages),
                     tools=self.tools if tools is ... else tools,
@@ -105,6 +118,12 @@ class Inference:
                     **self.variables,
                 )
             )
+        return self._with_marks(text)
+
+    def _with_marks(self, text: str) -> str:
+        for number, token in enumerate(self.hidden):
+            text = text.replace(f"{_OPEN}{token}{_CLOSE}", chr(_FIRST_MARK + number))
+        return text.replace(_OPEN, "").replace(_CLOSE, "")
 
     def _hide(self, value: Any) -> Any:
         """The same value with a mark for each control token of its texts."""
@@ -114,10 +133,17 @@ class Inference:
             return {self._hide(key): self._hide(inner) for key, inner in value.items()}
         return [self._hide(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
+    def _without_marks(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace(_OPEN, "").replace(_CLOSE, "")
+        if isinstance(value, Mapping):
+            return {self._without_marks(key): self._without_marks(inner) for key, inner in value.items()}
+        return [self._without_marks(inner) for inner in value] if isinstance(value, list) else value
+
     def _mark(self, match: re.Match[str]) -> str:
         if match.group() not in self.hidden:
             self.hidden.append(match.group())
-        return chr(_FIRST_MARK + self.hidden.index(match.group()))
+        return f"{_OPEN}{match.group()}{_CLOSE}"  # the template sees what it would see without marks
 
     def _take_form(self, name: str, change: Callable[[list[Message]], list[Message]], needed: Callable[[], bool]) -> None:
         if needed():

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_sft.types import Conversation, Example
 from tests.oracle.endings import Ending, ending_of
-from tests.oracle.fields import fields_of, marked, missing
+from tests.oracle.fields import marked, missing
 from tests.oracle.inference import Inference, control_tokens
 
 Encode = Callable[[Conversation], Sequence[Example]]
@@ -83,17 +83,19 @@ def _spans(conversation: Conversation, inference: Inference, examples: Sequence[
     begins: dict[int, tuple[Example, int]] = {}
     for turn in trained_turns(conversation):
         try:
-            context = inference.context(turn)
+            contexts = inference.contexts(turn)
         except Exception as error:
             raise Wrong(f"turn {turn + 1}: the template raises on its prompt, {error!r}, and yet is trained") from error
-        found = [
-            example
-            for example in examples
+        found = {
+            (number, len(context))
+            for number, example in enumerate(examples)
+            for context in contexts
             if list(example.input_ids[: len(context)]) == context and sum(example.target_weights[len(context) :][:1])
-        ]
+        }
         if len(found) != 1:
             raise Wrong(f"turn {turn + 1} is trained {len(found)} times in the context that inference gives it")
-        begins[turn] = (found[0], len(context))
+        [(number, begin)] = found
+        begins[turn] = (examples[number], begin)
     spans = {}
     for turn, (example, begin) in begins.items():
         weights = list(example.target_weights)
@@ -120,11 +122,7 @@ def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending) -
         raise Wrong(f"{where}: {text!r} does not end with {' or '.join(ending.stops)}")
     if stop_ids & set(ids[:-1]):
         raise Wrong(f"{where}: {text!r} goes on after its stop")
-    message = inference.messages[turn - inference.merged]
-    content = message.get("content")
-    if isinstance(content, list):
-        message = {**message, "content": content[0]["text"]}
-    values = [inference.shown(value) if isinstance(value, str) else value for value in fields_of(message)]
+    values = [inference.shown(value) if isinstance(value, str) else value for value in inference.fields(turn)]
     if lost := missing(values, text):
         raise Wrong(f"{where}: {text!r} has no {lost[0]!r}")
     if ending.own is not None:
@@ -136,12 +134,15 @@ def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending) -
 def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list[int], own: str) -> None:
     """The ids are those of the text that the template writes, behind the prompt or by itself."""
     tokenizer, where = inference.tokenizer, f"turn {turn + 1}"
+    before = inference.ids(inference.prompt(turn)) if inference.hidden else context
     whole = inference.ids(inference.prompt(turn) + own)
-    if whole[: len(context)] == context:
-        expected = whole[len(context) :]
-    else:
-        expected = inference.ids(own)
-    if ids != expected:
+    expected = whole[len(before) :] if whole[: len(before)] == before else inference.ids(own)
+    is_same = ids == expected
+    if inference.hidden:  # what is plain text may be tokenized apart
+        added = tokenizer.added_tokens_decoder
+        is_same = [n for n in ids if n in added] == [n for n in expected if n in added]
+        is_same = is_same and _decoded(tokenizer, context, ids) == inference.shown(own)
+    if not is_same:
         given, wanted = _decoded(tokenizer, context, ids), inference.shown(own)
         raise Wrong(f"{where}: trained is {given!r}, the template writes {wanted!r}, as tokens {ids} and {expected}")
 
@@ -168,7 +169,7 @@ def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversat
     spans = _spans(other.conversation, _inference(tokenizer, other.conversation), encode(other.conversation))
     for turn, span in spans.items():
         text = _decoded(tokenizer, list(span.example.input_ids[: span.begin]), span.ids)
-        if lost := [value for value in other.sentinels[turn] if str(value) not in text]:
+        if lost := [value for value in other.sentinels[turn] if str(value).strip() not in text]:
             raise Wrong(f"turn {turn + 1}: of fields with sentinels, {lost[0]!r} is not in {text!r}")
 
 

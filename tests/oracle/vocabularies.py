@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from tests.oracle.families import family_of
-from tests.oracle.inference import MARKUP
+from tests.oracle.fields import MARKUP
 
 CONTROL = re.compile(
     r"</?s>|<\|?[A-Za-z_/][\w:/▁]*\|?>|<｜[^｜<>{}]+｜>|\[/?[A-Z_]{2,}\]|\]~b\]|\[e~\[|\]~!b\[|\]<\]minimax\[>\["
