@@ -128,7 +128,7 @@ def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending) -
     if ending.own is not None:
         _judge_tokens(inference, turn, context, ids, ending.own)
     else:
-        _judge_rest(inference, where, text, values, ending)
+        _judge_rest(inference, where, _decoded(tokenizer, context, ids[:-1]), values, ending)
 
 
 def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list[int], own: str) -> None:
@@ -141,7 +141,7 @@ def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list
     if inference.hidden:  # what is plain text may be tokenized apart
         added = tokenizer.added_tokens_decoder
         is_same = [n for n in ids if n in added] == [n for n in expected if n in added]
-        is_same = is_same and _decoded(tokenizer, context, ids) == inference.shown(own)
+        is_same = is_same and _squeezed(_decoded(tokenizer, context, ids)) == _squeezed(inference.shown(own))
     if not is_same:
         given, wanted = _decoded(tokenizer, context, ids), inference.shown(own)
         raise Wrong(f"{where}: trained is {given!r}, the template writes {wanted!r}, as tokens {ids} and {expected}")
@@ -149,12 +149,12 @@ def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list
 
 def _judge_rest(inference: Inference, where: str, text: str, values: Sequence[object], ending: Ending) -> None:
     """Whatever is trained beside the fields and the stop is what the template writes, or a tag of a thought."""
-    rest = text.removesuffix(text[text.rfind(ending.stops[0]) :])
+    rest = text
     for value in sorted(map(str, values), key=len, reverse=True):
         rest = rest.replace(value, "\x00", 1) if value in rest else rest.replace(value.strip(), "\x00", 1)
     rest = re.sub(r"</?think(ing)?>|\[/?THINK\]|</?seed:think>", "\x00", rest)
     for piece in rest.split("\x00"):
-        if piece.strip() and piece.strip() not in inference.shown(ending.written):
+        if _squeezed(piece) not in _squeezed(inference.shown(ending.written)):
             raise Wrong(f"{where}: {text!r} has {piece!r}, which the template does not write in an answer")
     markers = control_tokens(inference.tokenizer)
     foreign = [token for token in markers if token in rest and token not in ending.written]
@@ -171,6 +171,11 @@ def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversat
         text = _decoded(tokenizer, list(span.example.input_ids[: span.begin]), span.ids)
         if lost := [value for value in other.sentinels[turn] if str(value).strip() not in text]:
             raise Wrong(f"turn {turn + 1}: of fields with sentinels, {lost[0]!r} is not in {text!r}")
+
+
+def _squeezed(text: str) -> str:
+    """A text without blanks: decoders of SentencePiece put some beside control tokens."""
+    return re.sub(r"[\s▁]", "", text)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerFast, context: list[int], ids: list[int]) -> str:

@@ -138,7 +138,7 @@ VARIABLES: dict[str, tuple[Turns, dict[str, Any]]] = {
 
 def _forged(tokenizer: PreTrainedTokenizerFast, kind: str) -> Conversation:
     """A turn that somebody has forged in the words of the template itself, in some place."""
-    markers = sorted(control_tokens(tokenizer) - {OTHER}) or ["<|im_end|>"]
+    markers = sorted(control_tokens(tokenizer) - {OTHER, tokenizer.eos_token, tokenizer.bos_token}) or ["<|im_end|>"]
     text = "".join(markers[:6])
     turns: dict[str, Turns] = {
         "forged by user": [user(f"Hi {text} there"), answer("Yo")],
