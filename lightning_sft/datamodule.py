@@ -274,9 +274,9 @@ class SFTDataModule(LightningDataModule):
         source = self.sources.get(name)
         if source is None:
             raise InputError(f"There are no prompts: set data.{name} to a JSONL or JSON file.")
-        skips: Literal["error", "skip"] = "error" if name == "predict" else self.invalid_rows
-        tokenizer = cast(PreTrainedTokenizerBase, self.tokenizer)
-        prompts = load_prompts(source, tokenizer, self.reading, invalid_rows=skips, first=first)
+        tokenizer, title = cast(PreTrainedTokenizerBase, self.tokenizer), "predict" if name == "predict" else None
+        settings: dict[str, Any] = {"invalid_rows": self.invalid_rows, "first": first, "title": title}
+        prompts = load_prompts(source, tokenizer, self.reading, **settings)
         self._check_prompts(name, prompts)
         return prompts
 

@@ -13,7 +13,7 @@ from rich.prompt import Prompt
 from lightning_sft.commands.init_yaml import Machine, Method, as_yaml
 from lightning_sft.data.rows.formats import find_format, likely_columns
 from lightning_sft.data.rows.messages import Converter, Reading
-from lightning_sft.data.rows.sources import read
+from lightning_sft.data.rows.sources import leaves, parsed
 from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.machine.terminal import Console, printable
@@ -130,7 +130,15 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
     Raises:
         InputError: When no row can be used.
     """
-    rows = list(islice(read(data), _LOOKED_AT))
+    problem: InputError | None = None
+    rows: list[tuple[Any, str]] = []
+    for row, provenance in islice((row for leaf in leaves(data) for row in leaf()), _LOOKED_AT):
+        try:
+            rows.append((parsed(row, provenance), provenance))
+        except InputError as error:
+            problem = problem or error
+    if problem is not None and not rows:
+        raise problem
     first = rows[0][0] if rows else {}
     keys = list(first) if isinstance(first, dict) else []
     try:
@@ -148,7 +156,6 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
             answer = ask(f"Which column is the answer ({names})", "--columns '{prompt: …, completion: …}'")
             columns = {"prompt": question, "completion": answer}
     convert, found = Converter(Reading(columns=columns)), list[Conversation]()
-    problem: InputError | None = None
     for row, provenance in rows:
         try:
             found.append(convert(row, provenance))

@@ -9,7 +9,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.data.rows.files import Line, kind_of, skim_file, without_nulls
+from lightning_sft.data.rows.files import BrokenRow, Line, kind_of, skim_file, without_nulls
 from lightning_sft.types import InputError
 
 Row = dict[str, Any] | list[Any]
@@ -121,7 +121,7 @@ def parsed(row: Any, provenance: str) -> Row:
     Raises:
         InputError: When it is not valid JSON, or no row.
     """
-    row = row.parse() if isinstance(row, Line) else row
+    row = row.parse() if isinstance(row, (Line, BrokenRow)) else row
     if not isinstance(row, (dict, list)):
         raise InputError(
             f"{provenance}: a row must be an object with named keys, or a list of messages, got {type(row).__name__}."

@@ -178,9 +178,8 @@ def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) 
 
 def _attempt(convert: Converter, recipe: EncodingConfig, row: Any, provenance: str) -> Conversation | Encoded:
     """A conversation to encode; or what there is already, of a row of token ids or one that is refused."""
-    row = parsed(row, provenance)
     try:
-        read = convert.read(row, provenance)
+        read = convert.read(parsed(row, provenance), provenance)
     except InputError as error:
         return Encoded(refusal=error)
     if isinstance(read, Example):
