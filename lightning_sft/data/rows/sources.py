@@ -181,10 +181,12 @@ def files_behind(source: Source) -> Files | None:
     """
     if (names := _names(source)) is None:
         return None
-    found = []
+    found: Files = []
     for name in names:
         data = data_set(name)
-        files = files_of(name) if data is None else [Path(file["filename"]) for file in data.cache_files]
+        files: list[File] = (
+            [Path(file["filename"]) for file in data.cache_files] if data is not None else files_of(name)
+        )
         found.append((name, files))
     return found
 
