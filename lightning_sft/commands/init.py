@@ -11,7 +11,7 @@ from typing import Any
 from rich.prompt import Prompt
 
 from lightning_sft.commands.init_yaml import Machine, Method, as_yaml
-from lightning_sft.data.rows.formats import find_format
+from lightning_sft.data.rows.formats import find_format, likely_columns
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.sources import leaves, parsed
 from lightning_sft.data.tokens.encode import encode_many
@@ -21,8 +21,6 @@ from lightning_sft.model.pretrained import context_length, load_tokenizer
 from lightning_sft.types import Conversation, InputError
 
 _LOOKED_AT = 200  # rows inspected
-_QUESTIONS = ("question", "query", "input", "request", "source", "text")
-_ANSWERS = ("answer", "response", "output", "reply", "target", "label")
 
 
 def init(
@@ -148,7 +146,7 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
     except InputError as error:
         if columns or not keys:
             raise
-        columns = _guess(keys)
+        columns = likely_columns(keys)
         if columns is None:
             if not ask.is_possible:
                 raise
@@ -167,15 +165,3 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
         raise problem or InputError(f"{data} has no rows.")
     whole = {"messages": first} if isinstance(first, list) else first
     return Seen(find_format(whole, None, columns).name, keys or ["a list of messages"], columns, found, problem)
-
-
-def _guess(keys: list[str]) -> dict[str, str] | None:
-    """The columns of question and answer, guessed from their names; ``None`` if there are none.
-
-    >>> _guess(["id", "question", "answer"])
-    {'prompt': 'question', 'completion': 'answer'}
-    """
-    of_name = {key.lower(): key for key in keys}
-    question = next((of_name[name] for name in _QUESTIONS if name in of_name), None)
-    answer = next((of_name[name] for name in _ANSWERS if name in of_name), None)
-    return {"prompt": question, "completion": answer} if question and answer else None

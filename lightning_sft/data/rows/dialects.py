@@ -30,7 +30,7 @@ CALLERS = frozenset({"function_call", "function-call", "tool_call"})
 
 KEYS: dict[str, tuple[str, ...]] = {
     "role": ("role", "from", "speaker", "author", "sender", "type"),
-    "content": ("content", "value", "text", "message", "utterance"),
+    "content": ("content", "value", "text", "message", "utterance", "parts"),
     "reasoning_content": ("reasoning_content", "thinking", "reasoning"),
     "tool_calls": ("tool_calls",),
     "function_call": ("function_call",),

@@ -45,13 +45,15 @@ FORMATS: dict[str, Format] = {
     "tokens": Format("input_ids", MASKS, ("attention_mask", "position_ids"), all_answers=True),
 }
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
-    "messages": ("conversation", "dialogue", "dialog"),
+    "messages": ("conversation", "dialogue", "dialog", "contents"),
     "input": ("context",),
-    "system": ("system_prompt", "system_message"),
+    "system": ("system_prompt", "system_message", "systemInstruction"),
     "tools": ("functions",),
 }
 """Columns that are read as a key of a format where the row does not have that key."""
 
+_QUESTIONS = ("prompt", "question", "query", "problem", "instruction", "input", "request", "source", "text")
+_ANSWERS = ("completion", "answer", "response", "solution", "output", "reply", "target", "label")
 _OTHERS = frozenset(name for names in OTHER_NAMES.values() for name in names)
 _KEYS = frozenset({"weight"}).union(*((f.question, *f.answers, *f.optional) for f in FORMATS.values()))
 
@@ -127,6 +129,18 @@ def find_format(
     return Found(name, here[form.question], {key: here[key] for key in answers}, optional, ignored)
 
 
+def likely_columns(keys: Iterable[str]) -> dict[str, str] | None:
+    """The columns of question and answer, guessed from their names; ``None`` if there are none.
+
+    >>> likely_columns(["id", "question", "answer"])
+    {'prompt': 'question', 'completion': 'answer'}
+    """
+    of_name = {key.lower(): key for key in keys}
+    question = next((of_name[name] for name in _QUESTIONS if name in of_name), None)
+    answer = next((of_name[name] for name in _ANSWERS if name in of_name), None)
+    return {"prompt": question, "completion": answer} if question and answer else None
+
+
 def _columns_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
     """The row's column for each key of a format that it has."""
     where = {key: key for key in row if key in _KEYS}
@@ -177,9 +191,11 @@ def _name(
             "Say which with data.format."
         )
     expected = "; ".join(f"{name}: {form}" for name, form in FORMATS.items())
+    likely = likely_columns(map(str, row)) or {"prompt": "question", "completion": "answer"}
+    mapped = ", ".join(f"{key}: {column}" for key, column in likely.items())
     raise InputError(
         f"the keys {_sorted(row)} are of no known format{with_columns}. Expected {expected}. "
-        "Other names can be mapped: data.columns={prompt: question, completion: answer}."
+        f"Other names can be mapped: data.columns={{{mapped}}}."
     )
 
 

@@ -22,10 +22,7 @@ def given_turns(found: Found) -> list[Given]:
     Raises:
         InputError: When a column is not what its format says.
     """
-    system = found.optional.get("system")
-    turns: list[Given] = [({"role": "system", "content": system}, False)] if system else []
-    if system and not isinstance(system, list):
-        text_of(system, "'system'")
+    turns: list[Given] = [(message, False) for message in _system(found.optional.get("system"))]
     if found.name in _CONVERSATIONS:
         return turns + [(message, True) for message in _conversation(found.question, _CONVERSATIONS[found.name])]
     question, key = found.question, "query" if found.name == "query" else "prompt"
@@ -46,12 +43,21 @@ def given_turns(found: Found) -> list[Given]:
     return turns
 
 
+def _system(system: Any) -> list[Any]:
+    """The system prompt of a row: a text, parts, or a message."""
+    if isinstance(system, Mapping):
+        return [{**system, "role": "system"}]
+    if system and not isinstance(system, list):
+        text_of(system, "'system'")
+    return [{"role": "system", "content": system}] if system else []
+
+
 def _answers(found: Found) -> list[Any]:
     if "answers" in found.answers:
         return [{"role": "tool_call", "content": found.answer}]
     answers = _side(found.answer, "assistant", "completion")
     if (reasoning := found.optional.get("reasoning_content")) is not None:
-        if len(answers) > 1 or "reasoning_content" in answers[0]:
+        if len(answers) > 1 or not isinstance(answers[0], Mapping) or "reasoning_content" in answers[0]:
             raise InputError("'reasoning_content' of the row needs an answer of one message without its own. Keep one.")
         answers = [{**answers[0], "reasoning_content": reasoning}]
     return answers

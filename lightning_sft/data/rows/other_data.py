@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_sft.data.rows.values import shown
+from lightning_sft.data.rows.values import flag_of, shown
 from lightning_sft.types import InputError
 
 _TREE = ("parent_id", "message_tree_id")
@@ -42,10 +42,10 @@ answers: data.columns={completion: chosen}.
             f"the row is a preference pair, with {chosen!r} and {_rejected(chosen)!r}. To learn the chosen answers: "
             f"data.columns={{{_columns_of_chosen(row, chosen)}}}."
         )
-    verdict = next((key for key in _VERDICTS if isinstance(row.get(key), bool) and key not in mapped), None)
+    verdict = next((key for key in _VERDICTS if flag_of(row.get(key)) is not None and key not in mapped), None)
     if name is not None and verdict is not None:
         raise InputError(
-            f"{verdict!r} is {str(row[verdict]).lower()}: the row says whether its answer is wanted, as KTO's do. To "
+            f"{verdict!r} is {row[verdict]}: the row says whether its answer is wanted, as KTO's do. To "
             f"learn the wanted ones: data.columns={{weight: {verdict}}} with data.invalid_rows=skip; to learn all: "
             f"data.format={name}."
         )

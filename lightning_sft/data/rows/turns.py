@@ -187,7 +187,7 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
     texts: dict[int, list[str]] = {0: [], 1: []}
     found, last = _Parts(), 0
     for number, part in enumerate(parts, 1):
-        what = f"part {number} of the content"
+        what, part = f"part {number} of the content", _typed(part)
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "tool_result":
             found.results.append(_result(part, what, ignored))
@@ -215,12 +215,25 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
     return found
 
 
+def _typed(part: Any) -> Any:
+    """A part with its type: Gemini's and Bedrock's have none, and are told by their one key."""
+    if not isinstance(part, Mapping) or "type" in part or len(part) != 1:
+        return part
+    [(key, value)] = part.items()
+    if key == "functionCall":
+        return {"type": "tool_call", "value": [value]}
+    if key == "functionResponse" and isinstance(value, Mapping):
+        return {"type": "tool_result", "content": value.get("response"), "name": value.get("name")}
+    return {"type": "text", "text": value} if key == "text" else part
+
+
 def _result(part: Mapping[str, Any], what: str, ignored: set[str]) -> Message:
     """Anthropic's result of a tool, as a turn of the tool."""
     filled = _filled(part, ignored)
     turn: Message = {"role": "tool", "content": read_result(filled.pop("content", ""), what)}
-    if "tool_use_id" in filled:
-        turn["tool_call_id"] = text_of(filled.pop("tool_use_id"), "'tool_use_id'")
+    for key, name in (("name", "name"), ("tool_use_id", "tool_call_id")):
+        if key in filled:
+            turn[name] = text_of(filled.pop(key), repr(key))
     if filled:
         raise InputError(f"{what}: a tool_result has 'tool_use_id', 'content' and nothing else, got {shown(part)}.")
     return turn

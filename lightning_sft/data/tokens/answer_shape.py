@@ -133,7 +133,8 @@ def _stop(tail: str, after: str, always_prompts: bool, stops: re.Pattern[str], k
     if tokens := list(stops.finditer(tail)):
         return tail[: tokens[-1].end()]
     token = stops.search(after)
-    return after[: token.end()] if token and not after[: token.start()].strip() else ""
+    begins_next = token and after[: token.start()].rstrip() == tail.rstrip()
+    return after[: token.end()] if token and begins_next else ""
 
 
 def num_shared(a: str, b: str) -> int:

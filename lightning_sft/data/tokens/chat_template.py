@@ -92,7 +92,7 @@ class ChatTemplate(Template):
             answer = {"role": "assistant", "content": "" if more else "y", **more}
             try:
                 rendering = Rendering(self, Conversation([asked, answer], tools))
-                tokens = self.added.findall(rendering.ending(1).stop)
+                tokens = self.endings.findall(rendering.ending(1).stop)
             except InputError:
                 continue
             ids |= {int(self.tokenizer.convert_tokens_to_ids(token)): None for token in tokens[-1:]}  # type: ignore[arg-type]

@@ -34,10 +34,11 @@ def pattern_of(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[
     return any_of({token for token in own if not _MARKUP.fullmatch(token)} | always)
 
 
-def any_added(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches any added token but those of whitespace."""
+def ending_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches any added token that may end or begin a turn: none of space, and no tag of a thought or tool call."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    return any_of({token for token in {*added, *tokenizer.all_special_tokens} if token.strip()})
+    kept = {token for token in added if token.strip() and not _MARKUP.fullmatch(token)}
+    return any_of(kept.union(token for token in tokenizer.all_special_tokens if token.strip()))
 
 
 def treated(

@@ -118,6 +118,29 @@ def test_a_check_that_fails_exits_with_1(show: Any, config: dict[str, Any], json
         show("--check", "--check.min_targets", "0.99")
 
 
+def test_tools_that_the_template_does_not_show_fail_the_check(show: Any, config: dict[str, Any], jsonl: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    config["data"]["train"] = jsonl([{"messages": turns, "tools": tools}, {"messages": turns}], "tools.jsonl")
+    config["data"]["val"] = None
+    text = show("--check.max_not_shown", "0.5", "--check.max_duplicated", "1")
+    assert re.search(r"tools not shown +1 +2 +50.00% +≤ 50.00% +passes", text)
+    with pytest.raises(SystemExit):
+        show("--check")
+
+
+def test_a_duplicate_is_named_with_what_it_repeats(
+    show: Any, config: dict[str, Any], jsonl: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"Say {i % 60}", "completion": f"{i % 60}"} for i in range(80)]
+    config["data"] |= {"train": jsonl(rows), "val": None}
+    with pytest.raises(SystemExit):
+        show("--check")
+    named = re.findall(r"train.jsonl:(\d+) \(repeats \S*train.jsonl:(\d+)\)", capsys.readouterr().out)
+    assert len(named) == 20
+    assert all(abs(int(a) - int(b)) == 60 for a, b in named)
+
+
 def test_an_unknown_threshold_is_refused_with_its_name(show: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         show("--check.max_refusd", "0.1")

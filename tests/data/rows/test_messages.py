@@ -133,6 +133,8 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
     [
         ({"question": "Hi", "reply": "Yo"}, r"f:1: the keys \['question', 'reply'\] are of no known format"),
         ({"question": "Hi", "answer": "Yo"}, "data.columns={prompt: question, completion: answer}"),
+        ({"Problem": "Hi", "solution": "Yo"}, "data.columns={prompt: Problem, completion: solution}"),
+        ({"a": "Hi"}, "data.columns={prompt: question, completion: answer}"),
         ({}, "of no known format"),
         ({"prompt": "Hi"}, "of no known format"),
         ({f"k{i:02}": 0 for i in range(20)}, r"'k11', '\.\.\. and 8 more'\]"),
@@ -154,8 +156,8 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
         ),
         ({"instruction": "Hi", "output": "Yo", "history": ["Hi"]}, r"'history' must be a list of \[question, answer\]"),
         ({"prompt": [USER], "completion": [USER, ANSWER]}, "the answer begins with the prompt's first message"),
-        ({"prompt": "Hi", "completion": "Yo", "label": False}, "'label' is false: .* data.columns={weight: label}"),
-        ({"messages": [USER, ANSWER], "label": True}, "'label' is true: .* data.format=chat"),
+        ({"prompt": "Hi", "completion": "Yo", "label": False}, "'label' is False: .* data.columns={weight: label}"),
+        ({"messages": [USER, ANSWER], "label": True}, "'label' is True: .* data.format=chat"),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, "the row has 'images', and only texts .* data.format=chat"),
         ({"chosen_messages": [USER, ANSWER], "rejected_messages": [USER]}, "{messages: chosen_messages}"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "a preference pair, .* data.columns={completion: chosen}"),
@@ -269,9 +271,9 @@ def test_the_remedies_of_preference_rows_and_verdicts_work() -> None:
     before = {"conversations": [USER], "chosen": ANSWER, "rejected": ANSWER}
     columns = {"prompt": "conversations", "completion": "chosen"}
     assert to_conversation(before, columns=columns).messages == [USER, ANSWER]
-    for label in (True, False):
+    for label in (True, False, "true", "False"):
         row = {"prompt": "Hi", "completion": "Yo", "label": label}
-        assert to_conversation(row, columns={"weight": "label"}).weights == [0, label]
+        assert to_conversation(row, columns={"weight": "label"}).weights == [0, label in (True, "true")]
         assert to_conversation(row, format="prompt-completion").weights == [0, 1]
 
 

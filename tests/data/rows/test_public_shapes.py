@@ -130,6 +130,26 @@ SHAPES: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             *[{"role": "tool", "content": "21", "tool_call_id": "t1"}, YO],
         ],
     ),
+    "the contents of Gemini": (
+        {
+            "systemInstruction": {"role": "system", "parts": [{"text": "Be kind."}]},
+            "contents": [
+                {"role": "user", "parts": [{"text": "Hi"}]},
+                {"role": "model", "parts": [{"functionCall": {"name": "weather", "args": ROME}}]},
+                {"role": "user", "parts": [{"functionResponse": {"name": "weather", "response": {"degrees": 21}}}]},
+                {"role": "model", "parts": [{"text": "Y"}, {"text": "o"}]},
+            ],
+        },
+        [KIND, HI, CALLING, {"role": "tool", "content": '{"degrees": 21}', "name": "weather"}, YO],
+    ),
+    "the messages of Bedrock": (
+        {
+            "schemaVersion": "bedrock-conversation-2024",
+            "system": [{"text": "Be kind."}],
+            "messages": [{**HI, "content": [{"text": "Hi"}]}, {**YO, "content": [{"text": "Yo"}]}],
+        },
+        [KIND, HI, YO],
+    ),
     "a run of LangChain": (
         {
             "messages": [

@@ -1,0 +1,92 @@
+"""Where an answer ends: at the first token that generation stops at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tests.oracle.fields import Leaf, Message, missing, spellings
+from tests.oracle.inference import Inference, control_tokens
+
+NEXT = "zqvNextvqz"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What the template says of the end of an answer.
+
+    Args:
+        own: All that is to be trained, stop and all, where the template writes it behind the prompt; else ``None``.
+        written: What the template writes of the answer, wherever that begins.
+        stops: Tokens that may end it.
+    """
+
+    own: str | None
+    written: str
+    stops: tuple[str, ...]
+
+
+def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
+    """Render a turn, and one that follows it.
+
+    Args:
+        inference: The conversation.
+        turn: An answer.
+        known: EOS of the tokenizer, and of the model's generation config.
+
+    Raises:
+        Exception: Whatever the template raises on the conversation up to its answer.
+    """
+    prompt, whole = inference.prompt(turn), inference.text(turn + 1, generation=False)
+    values = inference.fields(turn)
+    behind = whole.startswith(prompt)
+    shared = len(prompt) if behind else _shared(prompt, whole)
+    written = whole[shared:]
+    fields_end = _fields_end(values, written)
+    stops = _pattern(known)
+    whole_answer = behind and not missing(values, written)
+    if found := stops.search(written, fields_end):
+        own = written[: found.end()] if whole_answer and not stops.search(written[:fields_end]) else None
+        return Ending(own, written, (found.group(),))
+    following = _following(inference, turn)
+    at = following.find(written[:fields_end].rstrip(), max(0, shared - 64)) if written[:fields_end].strip() else -1
+    after = following[at + len(written[:fields_end].rstrip()) :] if at >= 0 else following[_fields_end(values, following) :]
+    found = stops.search(after) or _pattern(control_tokens(inference.tokenizer)).search(after)
+    if found is None:
+        return Ending(None, written, ())
+    stop = after[: found.end()]
+    own = written[:fields_end].rstrip() + stop if whole_answer and not after[: found.start()].strip() else None
+    return Ending(own, written, (found.group(),))
+
+
+def _following(inference: Inference, turn: int) -> str:
+    """The conversation up to a turn, with one more of the user or of the tools, up to the text of that one."""
+    at = turn - inference.merged
+    messages = list(inference.messages[: at + 1])
+    role = "tool" if messages[-1].get("tool_calls") else "user"
+    content = [{"type": "text", "text": NEXT}] if "parts" in inference.forms else NEXT
+    more: Message = {"role": role, "content": content}
+    if role == "tool":
+        call = messages[-1]["tool_calls"][-1]
+        more = {**more, "name": call["function"]["name"], "tool_call_id": call.get("id", "0")}
+    try:
+        return inference.text([*messages, more], generation=False).partition(NEXT)[0]
+    except Exception:
+        return ""
+
+
+def _fields_end(values: Sequence[Leaf], written: str) -> int:
+    """Where the last field of an answer ends in what is written of it."""
+    ends = [0]
+    for value in values:
+        ends.append(max([written.rfind(way) + len(way) for way in spellings(value) if way and way in written] or [0]))
+    return max(ends)
+
+
+def _shared(a: str, b: str) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _pattern(tokens: Sequence[str] | set[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")

@@ -1,0 +1,211 @@
+"""Judges the training sequences of a conversation: exact, or in which way they are wrong."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerFast
+
+from lightning_sft.types import Conversation, Example
+from tests.oracle.endings import Ending, ending_of
+from tests.oracle.fields import marked, missing
+from tests.oracle.inference import Inference, control_tokens
+
+Encode = Callable[[Conversation], Sequence[Example]]
+
+
+class Wrong(AssertionError):
+    """A training sequence teaches something else than the conversation says."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Trained tokens of one answer: ``input_ids[begin:end]`` of an example."""
+
+    example: Example
+    begin: int
+    end: int
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self.example.input_ids[self.begin : self.end])
+
+
+def judge(
+    tokenizer: PreTrainedTokenizerFast,
+    conversation: Conversation,
+    examples: Sequence[Example],
+    encode: Encode | None = None,
+    stops: Sequence[str] = (),
+) -> None:
+    """Hold the sequences of a conversation against what a server would render and generate.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        conversation: The conversation.
+        examples: What ``encode`` has made of it.
+        encode: Encodes the same conversation with sentinels; ``None`` leaves that out.
+        stops: Tokens that generation stops at by the model's generation config, besides the tokenizer's EOS.
+
+    Raises:
+        Wrong: When an answer is trained in another context than it would be generated in, loses a field, does not end
+            at its stop, or has more than the answer; or when anything else is trained.
+    """
+    inference = _inference(tokenizer, conversation)
+    known = [token for token in (tokenizer.eos_token, *stops) if token]
+    spans = _spans(conversation, inference, examples)
+    for turn, span in spans.items():
+        try:
+            ending = ending_of(inference, turn, known)
+        except Exception as error:
+            raise Wrong(f"turn {turn + 1} is trained, but the template raises {error!r}") from error
+        _judge_answer(inference, turn, span, ending)
+    if encode is not None and spans:
+        _judge_sentinels(tokenizer, conversation, encode)
+
+
+def trained_turns(conversation: Conversation) -> list[int]:
+    """The turns that have to be trained: answers with a weight, but not one that opens the conversation."""
+    weights = conversation.weights or [1.0] * len(conversation.messages)
+    turns = enumerate(zip(conversation.messages, weights, strict=True))
+    return [turn for turn, (message, weight) in turns if turn and message["role"] == "assistant" and weight > 0]
+
+
+def _inference(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Inference:
+    variables = getattr(conversation, "template_kwargs", {})
+    return Inference(tokenizer, conversation.messages, conversation.tools, variables)
+
+
+def _spans(conversation: Conversation, inference: Inference, examples: Sequence[Example]) -> dict[int, Span]:
+    """The trained tokens of each answer, found by its context."""
+    begins: dict[int, tuple[Example, int]] = {}
+    for turn in trained_turns(conversation):
+        try:
+            contexts = inference.contexts(turn)
+        except Exception as error:
+            raise Wrong(f"turn {turn + 1}: the template raises on its prompt, {error!r}, and yet is trained") from error
+        found = {
+            (number, len(context))
+            for number, example in enumerate(examples)
+            for context in contexts
+            if list(example.input_ids[: len(context)]) == context and sum(example.target_weights[len(context) :][:1])
+        }
+        if len(found) != 1:
+            raise Wrong(f"turn {turn + 1} is trained {len(found)} times in the context that inference gives it")
+        [(number, begin)] = found
+        begins[turn] = (examples[number], begin)
+    spans = {}
+    for turn, (example, begin) in begins.items():
+        weights = list(example.target_weights)
+        zero = next((n for n in range(begin, len(weights)) if weights[n] == 0), len(weights))
+        others = [other for own, other in begins.values() if own is example and other > begin]
+        spans[turn] = Span(example, begin, min([zero, *others]))
+    trained = sum(sum(weight != 0 for weight in example.target_weights) for example in examples)
+    if trained != sum(span.end - span.begin for span in spans.values()):
+        raise Wrong(f"{trained} tokens are trained, and the answers behind their contexts have another number")
+    for span in spans.values():
+        if len({span.example.target_weights[n] for n in range(span.begin, span.end)}) != 1:
+            raise Wrong("tokens of one answer have different weights")
+    return spans
+
+
+def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending) -> None:
+    tokenizer, where = inference.tokenizer, f"turn {turn + 1}"
+    context, ids = list(span.example.input_ids[: span.begin]), span.ids
+    text = _decoded(tokenizer, context, ids)
+    if not ending.stops:
+        raise Wrong(f"{where}: nothing that generation could stop at follows it, and yet {text!r} is trained")
+    stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in ending.stops}
+    if ids[-1] not in stop_ids:
+        raise Wrong(f"{where}: {text!r} does not end with {' or '.join(ending.stops)}")
+    if stop_ids & set(ids[:-1]):
+        raise Wrong(f"{where}: {text!r} goes on after its stop")
+    values = [inference.shown(value) if isinstance(value, str) else value for value in inference.fields(turn)]
+    if lost := missing(values, text):
+        raise Wrong(f"{where}: {text!r} has no {lost[0]!r}")
+    if ending.own is not None:
+        _judge_tokens(inference, turn, context, ids, ending.own)
+    else:
+        _judge_rest(inference, where, _decoded(tokenizer, context, ids[:-1]), values, ending)
+
+
+def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list[int], own: str) -> None:
+    """The ids are those of the text that the template writes, behind the prompt or by itself."""
+    tokenizer, where = inference.tokenizer, f"turn {turn + 1}"
+    before = inference.ids(inference.prompt(turn)) if inference.hidden else context
+    whole = inference.ids(inference.prompt(turn) + own)
+    expected = whole[len(before) :] if whole[: len(before)] == before else inference.ids(own)
+    is_same = ids == expected
+    if inference.hidden:  # what is plain text may be tokenized apart
+        added = tokenizer.added_tokens_decoder
+        is_same = [n for n in ids if n in added] == [n for n in expected if n in added]
+        is_same = is_same and _squeezed(_decoded(tokenizer, context, ids)) == _squeezed(inference.shown(own))
+    if not is_same:
+        given, wanted = _decoded(tokenizer, context, ids), inference.shown(own)
+        raise Wrong(f"{where}: trained is {given!r}, the template writes {wanted!r}, as tokens {ids} and {expected}")
+
+
+def _judge_rest(inference: Inference, where: str, text: str, values: Sequence[object], ending: Ending) -> None:
+    """Whatever is trained beside the fields and the stop is what the template writes, or a tag of a thought."""
+    rest = text
+    for value in sorted(map(str, values), key=len, reverse=True):
+        rest = rest.replace(value, "\x00", 1) if value in rest else rest.replace(value.strip(), "\x00", 1)
+    rest = re.sub(r"</?think(ing)?>|\[/?THINK\]|</?seed:think>", "\x00", rest)
+    for piece in rest.split("\x00"):
+        if _squeezed(piece) not in _squeezed(inference.shown(ending.written)):
+            raise Wrong(f"{where}: {text!r} has {piece!r}, which the template does not write in an answer")
+    markers = control_tokens(inference.tokenizer)
+    foreign = [token for token in markers if token in rest and token not in ending.written]
+    if foreign:
+        raise Wrong(f"{where}: {text!r} has {foreign[0]} in it")
+
+
+def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, encode: Encode) -> None:
+    """With a sentinel in each field, each is trained in its own answer."""
+    hidden = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
+    other = marked(conversation, hidden)
+    spans = _spans(other.conversation, _inference(tokenizer, other.conversation), encode(other.conversation))
+    for turn, span in spans.items():
+        text = _decoded(tokenizer, list(span.example.input_ids[: span.begin]), span.ids)
+        if lost := [value for value in other.sentinels[turn] if str(value).strip() not in text]:
+            raise Wrong(f"turn {turn + 1}: of fields with sentinels, {lost[0]!r} is not in {text!r}")
+
+
+def _squeezed(text: str) -> str:
+    """A text without blanks: decoders of SentencePiece put some beside control tokens."""
+    return re.sub(r"[\s▁]", "", text)
+
+
+def _decoded(tokenizer: PreTrainedTokenizerFast, context: list[int], ids: list[int]) -> str:
+    before = _decode(tokenizer, context)
+    both = _decode(tokenizer, context + ids)
+    return both[len(before) :] if both.startswith(before) else _decode(tokenizer, ids)
+
+
+def _decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def mutations(example: Example) -> Iterator[tuple[str, Example]]:
+    """Wrong sequences that are close to a right one."""
+    ids, weights = list(example.input_ids), list(example.target_weights)
+    trained = [n for n, weight in enumerate(weights) if weight > 0]
+    first, last = trained[0], trained[-1]
+
+    def with_weights(**changes: float) -> Example:
+        own = list(weights)
+        for place, weight in changes.items():
+            own[int(place[1:])] = weight
+        return Example(ids, own)
+
+    yield "one token early", with_weights(**{f"_{first - 1}": weights[first]})
+    yield "one token late", with_weights(**{f"_{first}": 0.0})
+    yield "the stop is missing", with_weights(**{f"_{last}": 0.0})
+    yield "another weight", with_weights(**{f"_{last}": weights[last] / 2})
+    yield "another context", Example([ids[1], *ids[1:]], weights)
+    yield "everything is trained", Example(ids, [1.0] * len(ids))
+    yield "one token more", Example([*ids, ids[first]], [*weights, weights[last]])
+    yield "one token lost", Example(ids[:first] + ids[first + 1 :], weights[:first] + weights[first + 1 :])
+    yield "shifted", Example(ids, [*weights[1:], 0.0])
