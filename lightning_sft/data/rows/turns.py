@@ -145,8 +145,11 @@ def _calls(left: dict[str, Any], names: Mapping[str, tuple[str, ...]]) -> list[A
         calls = decoded(calls, "'tool_calls'")
     if not isinstance(calls, list):
         raise InputError(f"'tool_calls' must be a list, got {shown(calls)}.")
-    former = _take(left, names["function_call"])
-    return calls if former in (None, "", {}) else [*calls, former]
+    if (former := _take(left, names["function_call"])) in (None, "", {}):
+        return calls
+    if calls:
+        raise InputError("the tool calls are there twice: in 'tool_calls' and in 'function_call'. Keep one.")
+    return [former]
 
 
 def _refuse_others(left: dict[str, Any], dialect: Dialect, alias: str, ignored: set[str]) -> None:
@@ -189,14 +192,14 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
     for number, part in enumerate(parts, 1):
         what, part = f"part {number} of the content", _typed(part)
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "tool_result":
+        if kind == "tool_result" and not last:
             found.results.append(_result(part, what, ignored))
             continue
         if kind in _TEXTS:
             part, kind = {**part, "type": "text"}, "text"
-        if not isinstance(kind, str) or kind not in _PARTS:
+        if not isinstance(kind, str) or (kind not in _PARTS and kind != "tool_result"):
             raise InputError(f"{what} must be of the type {', '.join(_PARTS)} or tool_result, got {shown(part)}.")
-        if _PARTS[kind] < last:
+        if _PARTS.get(kind, 0) < last:
             raise InputError(f"{what} is {kind}, which stands before the parts of other types. Put it there.")
         last = _PARTS[kind]
         if kind == "tool_use":
