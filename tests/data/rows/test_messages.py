@@ -280,6 +280,13 @@ def test_the_remedies_of_preference_rows_and_verdicts_work() -> None:
         assert to_conversation(row, format="prompt-completion").weights == [0, 1]
 
 
+@pytest.mark.parametrize("more", [{"label": True}, {"parent_id": "1", "author": "x"}, {"role": "x"}, {"chosen": 1}])
+def test_texts_with_columns_of_their_own_are_texts(more: dict[str, Any]) -> None:
+    convert = Converter()
+    assert convert({"text": "Hi", **more}, "row 1").messages == [{"role": "text", "content": "Hi"}]
+    assert convert.ignored == dict.fromkeys(more, 1)
+
+
 def test_what_is_trained_on_is_chosen_by_turn() -> None:
     turns = [SYSTEM, USER, ANSWER, USER, ANSWER]
     weights = {
