@@ -25,6 +25,7 @@ from lightning_sft.types import Conversation, InputError, Message
 
 _OPENING = re.compile(r"(?:<(?P<tag>think\w*|thought\w*|reason\w*|seed:think)>|\[(?P<mark>THINK)\])(?P<space>\s*)\Z")
 _INLINE = re.compile(r"(?s)\s*<(think|thinking)>(?P<thought>.*?)</\1>\s*(?P<text>.*)\Z")
+_THOUGHT_WORD = re.compile(r"\s*((think|thought|thinking|reasoning)\s*)?")
 _EMPTY_THOUGHT = re.compile(r"\s*(<think\w*>\s*)?</think\w*>")
 _TAGS = re.compile(r"</?think\w*>")
 
@@ -266,12 +267,12 @@ class Rendering:
         return rest.rstrip() if ending.tail.rstrip() == ending.stop and rest.rstrip().endswith(stop) else ""
 
     def _joined(self, prompt: str, whole: str) -> str | None:
-        """What follows a prompt in a render that parts from it at its end, in space and tokens or tags of a thought."""
+        """What follows a prompt in a render that parts from it at its end: in space, or in a thought that it opens."""
         shared = num_shared(prompt, whole)
         for pattern, text in product((self.template.endings, _TAGS), (prompt, whole)):
             inside = (found for found in pattern.finditer(text, max(0, shared - 64), shared + 64))
             shared = min([shared, *(found.start() for found in inside if found.start() < shared < found.end())])
-        if _TAGS.sub("", self.template.endings.sub("", prompt[shared:])).strip():
+        if not _THOUGHT_WORD.fullmatch(_TAGS.sub("", self.template.endings.sub("", prompt[shared:]))):
             return None
         self.notes.add(_BY_ITSELF)
         opened = _OPENING.search(prompt, shared)
