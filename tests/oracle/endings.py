@@ -51,7 +51,9 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
         return Ending(own, written, (found.group(),))
     following = _following(inference, turn)
     at = following.find(written[:fields_end].rstrip(), max(0, shared - 64)) if written[:fields_end].strip() else -1
-    after = following[at + len(written[:fields_end].rstrip()) :] if at >= 0 else following[_fields_end(values, following) :]
+    after = (
+        following[at + len(written[:fields_end].rstrip()) :] if at >= 0 else following[_fields_end(values, following) :]
+    )
     found = stops.search(after) or _pattern(control_tokens(inference.tokenizer)).search(after)
     if found is None:
         return Ending(None, written, ())

@@ -26,7 +26,9 @@ def control_tokens_of(template: str) -> list[str]:
     """What looks like a control token in a template, or in what it renders."""
     found = {match.group() for match in CONTROL.finditer(template)}
     if "<|" in template and not family_of(template).plain:
-        found |= {f"<|{role}|>" for role in ("user", "assistant", "system", "tool") if re.search(rf"\W{role}\W", template)}
+        found |= {
+            f"<|{role}|>" for role in ("user", "assistant", "system", "tool") if re.search(rf"\W{role}\W", template)
+        }
     return sorted(found)
 
 
