@@ -41,7 +41,7 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     prompt, whole = inference.prompt(turn), inference.text(turn + 1, generation=False)
     values = inference.fields(turn)
     behind = whole.startswith(prompt)
-    shared = len(prompt) if behind else _shared(prompt, whole)
+    shared = len(prompt) if behind else inference.shared(prompt, whole)
     written = whole[shared:]
     fields_end = _fields_end(values, written)
     stops = _pattern(known)
@@ -50,8 +50,8 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
         own = written[: found.end()] if whole_answer and not stops.search(written[:fields_end]) else None
         return Ending(own, written, (found.group(),))
     following = _following(inference, turn)
-    at = following.find(written[:fields_end].rstrip(), max(0, shared - 64)) if written[:fields_end].strip() else -1
-    after = following[at + len(written[:fields_end].rstrip()) :] if at >= 0 else following[_fields_end(values, following) :]
+    following = following[len(prompt) if following.startswith(prompt) else inference.shared(prompt, following) :]
+    after = following[_fields_end(values, following) :]
     found = stops.search(after) or _pattern(control_tokens(inference.tokenizer)).search(after)
     if found is None:
         return Ending(None, written, ())
@@ -82,10 +82,6 @@ def _fields_end(values: Sequence[Leaf], written: str) -> int:
     for value in values:
         ends.append(max([written.rfind(way) + len(way) for way in spellings(value) if way and way in written] or [0]))
     return max(ends)
-
-
-def _shared(a: str, b: str) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _pattern(tokens: Sequence[str] | set[str]) -> re.Pattern[str]:

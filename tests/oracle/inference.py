@@ -82,6 +82,16 @@ class Inference:
         renamed = self._added.sub(lambda match: _name(match.group()), text)
         return self._renamed.encode(self.shown(renamed), add_special_tokens=False).ids
 
+    def shared(self, prompt: str, whole: str) -> int:
+        """How far a render begins with a prompt, up to the beginning of a token that both have in another way."""
+        pairs = enumerate(zip(prompt, whole, strict=False))
+        end = next((n for n, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
+        for text in (prompt, whole):
+            for token in self._added.finditer(text):
+                if token.start() < end < token.end():
+                    end = token.start()
+        return end
+
     def shown(self, text: str) -> str:
         """A rendered text with the control tokens of messages in it."""
         for number, token in enumerate(self.hidden):

@@ -92,6 +92,8 @@ def _spans(conversation: Conversation, inference: Inference, examples: Sequence[
             for context in contexts
             if list(example.input_ids[: len(context)]) == context and sum(example.target_weights[len(context) :][:1])
         }
+        if len(found) > 1:  # a context may begin within a trained answer
+            found = {(number, begin) for number, begin in found if not examples[number].target_weights[begin - 1]}
         if len(found) != 1:
             raise Wrong(f"turn {turn + 1} is trained {len(found)} times in the context that inference gives it")
         [(number, begin)] = found
@@ -150,16 +152,24 @@ def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list
 def _judge_rest(inference: Inference, where: str, text: str, values: Sequence[object], ending: Ending) -> None:
     """Whatever is trained beside the fields and the stop is what the template writes, or a tag of a thought."""
     rest = text
+    written = inference.shown(ending.written)
+    if unsaid := _unsaid(inference, text, written):
+        raise Wrong(f"{where}: {text!r} has no {unsaid}, which the template writes in the answer")
     for value in sorted(map(str, values), key=len, reverse=True):
         rest = rest.replace(value, "\x00", 1) if value in rest else rest.replace(value.strip(), "\x00", 1)
     rest = re.sub(r"</?think(ing)?>|\[/?THINK\]|</?seed:think>", "\x00", rest)
     for piece in rest.split("\x00"):
-        if _squeezed(piece) not in _squeezed(inference.shown(ending.written)):
+        if _squeezed(piece) not in _squeezed(written):
             raise Wrong(f"{where}: {text!r} has {piece!r}, which the template does not write in an answer")
     markers = control_tokens(inference.tokenizer)
-    foreign = [token for token in markers if token in rest and token not in ending.written]
+    foreign = [token for token in markers if token in rest and token not in written]
     if foreign:
         raise Wrong(f"{where}: {text!r} has {foreign[0]} in it")
+
+
+def _unsaid(inference: Inference, text: str, written: str) -> str:
+    """A token before the first field that the template writes and the answer has not."""
+    return ""
 
 
 def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, encode: Encode) -> None:
