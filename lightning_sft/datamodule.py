@@ -73,8 +73,8 @@ class SFTDataModule(LightningDataModule):
         thoughts: Treatment of reasoning: ``keep`` it as it stands, ``split`` it off an answer that has it in
             ``<think>`` tags, or split it off and ``mask`` it, so that it is context.
         max_length: Maximum number of tokens per sequence; the model's context length by default.
-        overflow: Treatment of longer sequences: an ``error``, left out (``drop``), truncated, or, for plain text,
-            split; all are counted.
+        overflow: Treatment of longer sequences: an ``error``, left out (``drop``), cut at the end (``truncate``) or at
+            the beginning (``truncate_prompt``), or, for plain text, split; all are counted.
         tokens_per_batch: Maximum number of positions per micro-batch; by default 2,048, or 16,384 on a GPU, or the
             longest sequence if that is longer.
         packing: ``packed`` lays documents end to end without padding, ``padded`` gives each a row.
@@ -274,9 +274,9 @@ class SFTDataModule(LightningDataModule):
         source = self.sources.get(name)
         if source is None:
             raise InputError(f"There are no prompts: set data.{name} to a JSONL or JSON file.")
-        skips: Literal["error", "skip"] = "error" if name == "predict" else self.invalid_rows
-        tokenizer = cast(PreTrainedTokenizerBase, self.tokenizer)
-        prompts = load_prompts(source, tokenizer, self.reading, invalid_rows=skips, first=first)
+        tokenizer, title = cast(PreTrainedTokenizerBase, self.tokenizer), "predict" if name == "predict" else None
+        settings: dict[str, Any] = {"invalid_rows": self.invalid_rows, "first": first, "title": title}
+        prompts = load_prompts(source, tokenizer, self.reading, **settings)
         self._check_prompts(name, prompts)
         return prompts
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_sft.data.rows.messages import to_conversation
+from lightning_sft.data.rows.messages import Converter
 from lightning_sft.main import main
+from lightning_sft.types import Conversation
 from tests.helpers.pages import blocks
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,8 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
 def test_the_rows_of_the_data_page_are_rows() -> None:
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     for line in blocks(page, "json")[0].splitlines():
-        assert to_conversation(json.loads(line)).weights[-1] > 0
+        read = Converter().read(json.loads(line), "f:1")
+        assert (read.weights if isinstance(read, Conversation) else read.target_weights)[-1] > 0
 
 
 def test_the_commands_and_the_code_of_the_page_on_resuming_run(

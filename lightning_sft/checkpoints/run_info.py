@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
 from lightning_sft.data.rows.sources import Source, files_of
+from lightning_sft.data.tokens.template import TemplateConfig
 from lightning_sft.training.optimizers import parts_of
 from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import InputError
@@ -31,6 +34,7 @@ _TRAINER = (
     *("max_steps", "max_epochs", "num_nodes", "world_size"),
 )
 _FILES = 8  # of a part; an export reads a few rows
+_OF_PARTS = ("system", "train_on", "chat_template_kwargs")
 _DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed")
 
 
@@ -50,13 +54,21 @@ def run_info(trainer: Trainer) -> dict[str, Any]:
         "optimizer": _optimizer(trainer),
         "trainer": {"strategy": type(trainer.strategy).__name__} | _plain(trainer, _TRAINER),
         "data_module": {"class": type(data).__name__} | _plain(data, _DATA),
+        "reading": _different(getattr(data, "reading", None), Reading()),
+        "template": _different(getattr(data, "template", None), TemplateConfig()),
         "data": {name: _split(cast("SFTDataModule", data), name) for name in getattr(data, "splits", {})},
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
 
 
-def validation_data(facts: Mapping[str, Any]) -> Mixture | None:
-    """The validation data recorded by :func:`run_info`, to be read again; ``None`` if they were rows in memory.
+def _different(settings: Any, defaults: Any) -> dict[str, Any]:
+    """The settings that are not the default ones."""
+    own = {} if settings is None else asdict(settings)
+    return {key: value for key, value in own.items() if value != getattr(defaults, key)}
+
+
+def validation_data(facts: Mapping[str, Any]) -> tuple[Mixture, Reading] | None:
+    """The validation data recorded by :func:`run_info`, and how they are read; ``None`` if they were rows in memory.
 
     The checkpoint may come from somebody else, so only individually named files are read; no folder or pattern is
     searched.
@@ -71,8 +83,11 @@ def validation_data(facts: Mapping[str, Any]) -> Mixture | None:
     known = {part["name"]: part for part in parts if part["source"] is not None}
     if not known:
         return None
-    made = {name: Part(_files(p), format=p["format"], columns=p["columns"]) for name, p in known.items()}
-    return Mixture(dict(made))
+    made = {
+        name: Part(_files(part), **{key: part.get(key) for key in ("format", "columns", *_OF_PARTS)})
+        for name, part in known.items()
+    }
+    return Mixture(dict(made)), Reading(**facts.get("reading", {}))
 
 
 def _files(part: Mapping[str, Any]) -> list[str]:
@@ -101,6 +116,7 @@ def _split(data: SFTDataModule, name: str) -> dict[str, Any]:
             **({"files": _files_of(part.source)} if name == "val" else {}),
             "format": part.format or data.reading.format,
             "columns": part.columns or data.reading.columns,
+            **{key: value for key in _OF_PARTS if (value := getattr(part, key)) is not None},
             "share": part.share,
             "weight": part.weight,
         }

@@ -126,9 +126,9 @@ class Session:
                 say(number, text)
 
             found.append(talk.speaker.answer(messages, piece, self.max_new_tokens, self.sampling))
-        for talk, messages, text in zip(self.talks, asked, found, strict=True):
-            talk.messages = [*messages, {"role": "assistant", "content": text}]
-        return found
+        for talk, messages, message in zip(self.talks, asked, found, strict=True):
+            talk.messages = [*messages, message]
+        return [message["content"] for message in found]
 
     def obey(self, line: str) -> str | None:
         """Run a command and return its reply, or ``None`` to exit.

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.batches.loader import PromptBatch
+from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode_prompt
 from lightning_sft.evaluation.generation import Sampling, answers
 from lightning_sft.export.restore import restored, tokenizer_of
@@ -56,11 +57,12 @@ class Speaker:
         say: Callable[[str], None],
         max_new_tokens: int = 512,
         sampling: Sampling | None = None,
-    ) -> str:
+    ) -> Message:
         """Generate the answer to a conversation, streamed piece by piece and returned at the end.
 
-        Prompt and stop tokens are those of :func:`lightning_sft.evaluation.generation.answers`. Ctrl-C interrupts the
-        generation, and the text so far is returned.
+        Prompt and stop tokens are those of :func:`lightning_sft.evaluation.generation.answers`. The answer is the turn
+        that the chat template would write as what was generated, so the next prompt is one that training has made, too.
+        Ctrl-C interrupts the generation, and the text so far is the answer.
 
         Args:
             messages: Messages of the conversation, ending with the one to answer.
@@ -86,10 +88,11 @@ class Speaker:
 
         batch = PromptBatch([prompt], self.tokenizer).to(self.model.device)
         try:
-            [row] = answers(self.model, batch, room, sampling, streamer=_Pieces(self.tokenizer, take))
+            streamer = _Pieces(self.tokenizer, take)
+            [row] = answers(self.model, batch, room, sampling, streamer=streamer, skip_special_tokens=False)
         except KeyboardInterrupt:
-            return "".join(pieces)
-        return str(row["prediction"])
+            return {"role": "assistant", "content": "".join(pieces)}
+        return ChatTemplate.of(self.tokenizer).message_of(messages, str(row["prediction"]))
 
 
 class _Pieces(TextStreamer):

@@ -11,9 +11,9 @@ from typing import Any
 from rich.prompt import Prompt
 
 from lightning_sft.commands.init_yaml import Machine, Method, as_yaml
-from lightning_sft.data.rows.formats import find_format
+from lightning_sft.data.rows.formats import find_format, likely_columns
 from lightning_sft.data.rows.messages import Converter, Reading
-from lightning_sft.data.rows.sources import read
+from lightning_sft.data.rows.sources import leaves, parsed
 from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.machine.terminal import Console, printable
@@ -21,8 +21,6 @@ from lightning_sft.model.pretrained import context_length, load_tokenizer
 from lightning_sft.types import Conversation, InputError
 
 _LOOKED_AT = 200  # rows inspected
-_QUESTIONS = ("question", "query", "input", "request", "source", "text")
-_ANSWERS = ("answer", "response", "output", "reply", "target", "label")
 
 
 def init(
@@ -132,7 +130,15 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
     Raises:
         InputError: When no row can be used.
     """
-    rows = list(islice(read(data), _LOOKED_AT))
+    problem: InputError | None = None
+    rows: list[tuple[Any, str]] = []
+    for row, provenance in islice((row for leaf in leaves(data) for row in leaf()), _LOOKED_AT):
+        try:
+            rows.append((parsed(row, provenance), provenance))
+        except InputError as error:
+            problem = problem or error
+    if problem is not None and not rows:
+        raise problem
     first = rows[0][0] if rows else {}
     keys = list(first) if isinstance(first, dict) else []
     try:
@@ -140,7 +146,7 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
     except InputError as error:
         if columns or not keys:
             raise
-        columns = _guess(keys)
+        columns = likely_columns(keys)
         if columns is None:
             if not ask.is_possible:
                 raise
@@ -150,7 +156,6 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
             answer = ask(f"Which column is the answer ({names})", "--columns '{prompt: …, completion: …}'")
             columns = {"prompt": question, "completion": answer}
     convert, found = Converter(Reading(columns=columns)), list[Conversation]()
-    problem: InputError | None = None
     for row, provenance in rows:
         try:
             found.append(convert(row, provenance))
@@ -160,15 +165,3 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
         raise problem or InputError(f"{data} has no rows.")
     whole = {"messages": first} if isinstance(first, list) else first
     return Seen(find_format(whole, None, columns).name, keys or ["a list of messages"], columns, found, problem)
-
-
-def _guess(keys: list[str]) -> dict[str, str] | None:
-    """The columns of question and answer, guessed from their names; ``None`` if there are none.
-
-    >>> _guess(["id", "question", "answer"])
-    {'prompt': 'question', 'completion': 'answer'}
-    """
-    of_name = {key.lower(): key for key in keys}
-    question = next((of_name[name] for name in _QUESTIONS if name in of_name), None)
-    answer = next((of_name[name] for name in _ANSWERS if name in of_name), None)
-    return {"prompt": question, "completion": answer} if question and answer else None

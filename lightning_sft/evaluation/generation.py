@@ -103,6 +103,7 @@ def answers(
     sampling: Sampling | None = None,
     in_step: bool = False,
     streamer: Any = None,
+    skip_special_tokens: bool = True,
 ) -> list[dict[str, Any]]:
     """Answers of a transformers model: one row a prompt.
 
@@ -116,6 +117,7 @@ def answers(
         sampling: Sampling settings; greedy by default.
         in_step: Whether all ranks have to take equally many steps, since they share the model.
         streamer: Transformers streamer that gets the tokens of a single prompt as they are generated.
+        skip_special_tokens: Whether predictions are without control tokens.
 
     Returns:
         Rows of ``source`` (``file:line``), ``prediction`` and ``reference`` (``None`` where the data has none).
@@ -147,7 +149,7 @@ def answers(
             streamer=streamer,
         )
     found = [_until(stops, row) for row in generated[:, begin:].tolist()]
-    texts = batch.tokenizer.batch_decode(found, skip_special_tokens=True)
+    texts = batch.tokenizer.batch_decode(found, skip_special_tokens=skip_special_tokens)
     return [
         {"source": prompt.provenance, "prediction": text, "reference": prompt.reference}
         for prompt, text in zip(batch.prompts, texts, strict=True)

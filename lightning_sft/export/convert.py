@@ -212,9 +212,8 @@ def rows_to_compare(facts: Mapping[str, Any], rows: str | Path | None = None) ->
         found = parity.held_out(as_mixture(rows))
         return f"{len(found)} rows of {rows}", found
     try:
-        mixture = validation_data(facts)
-        if mixture is not None:
-            found = parity.held_out(mixture)
+        if (recorded := validation_data(facts)) is not None:
+            found = parity.held_out(*recorded)
             return f"{len(found)} rows of the run's validation data", found
         why = "the run had no validation data in files"
     except InputError as error:  # e.g. on another machine

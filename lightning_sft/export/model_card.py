@@ -12,6 +12,7 @@ import yaml
 from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.types import Normalize
 
+_OF_RUN = ("optimizer", "data_module", "reading", "template", "trainer")
 _LICENSE = (
     "Not stated. The licences of the base model and of the data apply; before publishing this model, look them up and "
     "replace `license: unknown` above."
@@ -103,7 +104,7 @@ def _data(data: Mapping[str, Any]) -> str:
 
 def _settings(hyper_parameters: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     own = {name: v for name, v in hyper_parameters.items() if name != "hf_config" and not name.startswith("_")}
-    found = {"model": own} | {name: facts[name] for name in ("optimizer", "data_module", "trainer") if facts.get(name)}
+    found = {"model": own} | {name: facts[name] for name in _OF_RUN if facts.get(name)}
     return f"```yaml\n{yaml.safe_dump(found, allow_unicode=True, sort_keys=False)}```"
 
 

@@ -44,7 +44,7 @@ def test_a_checkpoint_knows_its_data_figures_and_settings(pretrained: str, saved
 def test_validation_data_can_be_read_again_where_they_are_files(pretrained: str, saved: Any, jsonl: Any) -> None:
     path = jsonl([{"question": "a", "answer": "b"}])
     data = {"val": path, "train": path, "columns": {"prompt": "question", "completion": "answer"}}
-    mixture = validation_data(saved(trained(pretrained, data=data)))
+    mixture, _ = validation_data(saved(trained(pretrained, data=data)))
     assert mixture is not None
     [part] = mixture.of_name.values()
     assert (part.source, part.columns) == ([path], data["columns"])

@@ -19,7 +19,7 @@ from lightning_sft.data.rows.sources import read
 from lightning_sft.evaluation.generation import Sampling
 from lightning_sft.machine.terminal import Console
 from lightning_sft.main import main
-from lightning_sft.types import InputError
+from lightning_sft.types import InputError, Message
 
 
 class Echo:
@@ -27,12 +27,12 @@ class Echo:
 
     name = "echo"
 
-    def answer(self, messages: Sequence[Any], say: Callable[[str], None], most: int, sampling: Sampling) -> str:
+    def answer(self, messages: Sequence[Any], say: Callable[[str], None], most: int, sampling: Sampling) -> Message:
         if messages[-1]["content"] == "bad":
             raise InputError("it cannot be asked")
         text = f"{len(messages)}: {messages[-1]['content']}\n{sampling.temperature:g}, {most}"
         say(text)
-        return text
+        return {"role": "assistant", "content": text}
 
 
 @pytest.fixture
@@ -131,5 +131,5 @@ def test_the_command_answers_a_pipe(
     flags = ["--max_new_tokens", "5", "--sampling.temperature", "0.0", "--device", "cpu"]
     main(["chat", "--model", pretrained, *flags])
     first, second, end = capsys.readouterr().out.split("\n")
-    own = Speaker(pretrained, device="cpu").answer([{"role": "user", "content": "Hi"}], lambda text: None, 5)
+    own = Speaker(pretrained, device="cpu").answer([{"role": "user", "content": "Hi"}], lambda text: None, 5)["content"]
     assert (json.loads(f'"{first}"'), bool(second), end) == (own, True, "")

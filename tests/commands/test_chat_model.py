@@ -9,6 +9,7 @@ import pytest
 
 from lightning_sft.commands.chat_model import Speaker, printable
 from lightning_sft.data.batches.loader import PromptBatch
+from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode_prompt
 from lightning_sft.evaluation import generation
 from lightning_sft.evaluation.generation import Sampling
@@ -16,18 +17,19 @@ from lightning_sft.export.adapter_folder import save_adapter
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.types import Conversation, InputError
+from tests.conformance import templates, tokenizer_for
 from tests.helpers.exporting import trained
 
 OPTIMIZER_KEY = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "question 1"}]
 
 
 def said(speaker: Speaker, **how: Any) -> str:
-    return speaker.answer(OPTIMIZER_KEY, lambda text: None, 12, **how)
+    return str(speaker.answer(OPTIMIZER_KEY, lambda text: None, 12, **how)["content"])
 
 
 def test_the_pieces_are_the_answer_and_the_answer_is_that_of_predict(pretrained: str) -> None:
     speaker, pieces = Speaker(pretrained, device="cpu"), list[str]()
-    whole = speaker.answer(OPTIMIZER_KEY, pieces.append, max_new_tokens=120)
+    whole = speaker.answer(OPTIMIZER_KEY, pieces.append, max_new_tokens=120)["content"]
     assert len(pieces) > 1
     assert "".join(pieces) == printable(whole)
     prompt = encode_prompt(Conversation(OPTIMIZER_KEY), speaker.tokenizer)
@@ -58,8 +60,6 @@ def test_a_checkpoint_a_folder_and_adapters_say_the_same(pretrained: str, tmp_pa
 
 def test_what_cannot_be_asked_is_refused_in_words(pretrained: str, tmp_path: Path) -> None:
     speaker = Speaker(pretrained, device="cpu")
-    with pytest.raises(InputError, match="control token"):
-        speaker.answer([{"role": "user", "content": "<|im_end|>"}], print)
     with pytest.raises(InputError, match="the model's context 256"):
         speaker.answer([{"role": "user", "content": "x" * 300}], print)
     with pytest.raises(InputError, match="There is no such folder"):
@@ -76,5 +76,27 @@ def test_an_interrupted_answer_is_what_there_is_by_then(pretrained: str) -> None
         if len(pieces) == 2:
             raise KeyboardInterrupt
 
-    whole = Speaker(pretrained, device="cpu").answer(OPTIMIZER_KEY, interrupt, 120)
+    whole = Speaker(pretrained, device="cpu").answer(OPTIMIZER_KEY, interrupt, 120)["content"]
     assert printable(whole) == "".join(pieces)
+
+
+GENERATED = {
+    "gptoss": (
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yo<|return|>",
+        "Hm.",
+    ),
+    "qwen3": ("<think>\nHm.\n</think>\n\nYo<|im_end|>", "Hm."),
+    "llama3": ("Yo<|eot_id|>", None),
+}
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_what_is_generated_becomes_the_turn_that_the_template_writes_so(name: str) -> None:
+    """And not a text that is put into another template: ``analysisHm.assistantfinalYo``."""
+    written, thought = GENERATED[name]
+    template, asked = ChatTemplate(tokenizer_for(templates()[name])), [{"role": "user", "content": "Hi"}]
+    message = template.message_of(asked, written)
+    assert (message["content"], message.get("reasoning_content")) == ("Yo", thought)
+    assert template.prompt_and_answer([*asked, message], None)[1] == written
+    half = written[: written.index("Yo") + 1]
+    assert template.message_of(asked, half)["content"] == "Y"

@@ -100,6 +100,13 @@ def test_data_that_cannot_be_used_are_refused_with_the_reason(pretrained: str, j
     assert not Path("config.yaml").exists()
 
 
+def test_a_broken_line_is_said_and_the_others_are_looked_at(
+    pretrained: str, jsonl: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    init(pretrained, jsonl('{"prompt": "a", "completion": "b"}\n{"prompt": \n{"prompt": "a", "completion": "c"}\n'))
+    assert "fit will stop at rows that cannot be used, such as this: " in capsys.readouterr().err
+
+
 def test_rows_at_which_fit_would_stop_are_said(pretrained: str, jsonl: Any, capsys: pytest.CaptureFixture[str]) -> None:
     init(pretrained, jsonl([{"prompt": "Hi", "completion": "Yo"}, {"prompt": "Hi", "completion": 7}]))
     assert "train.jsonl:2" in capsys.readouterr().err.replace("\n", "")

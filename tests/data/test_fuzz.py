@@ -11,9 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from lightning_sft.data.rows.messages import to_conversation
+from lightning_sft.data.rows.messages import Converter
 from lightning_sft.data.rows.sources import read
-from lightning_sft.types import Conversation, InputError
+from lightning_sft.types import Conversation, Example, InputError
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "loss": True, "weight": 0.5}
 CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
@@ -23,6 +23,7 @@ PARTS = [
     {"type": "text", "text": "Yo"},
     {"type": "tool_call", "value": '{"name": "weather", "arguments": {}}'},
 ]
+TEXT = {"type": "text", "text": "Hi"}
 OBSERVED = {"role": "tool", "tool_call_id": "c", "name": "weather", "content": "21"}
 ROWS: list[Any] = [
     {"prompt": "Hi", "completion": "Yo", "system": "Be kind.", "weight": 2},
@@ -47,6 +48,39 @@ ROWS: list[Any] = [
         "tools": json.dumps(TOOLS),
     },
     {"text": "Once upon a time"},
+    {"instruction": "Hi", "context": "x", "response": "Yo", "history": [["Hi", "Yo"]], "reasoning_content": "Hm"},
+    {"query": "Hi", "answers": '[{"name": "weather", "arguments": {}}]', "chat_template_kwargs": {"mood": 1}},
+    {"messages": json.dumps([USER, ANSWER]), "functions": [TOOLS[0]["function"]]},
+    {"conversation": [{"system": "Be kind.", "input": "Hi", "output": "Yo"}, {"human": "Hi", "assistant": "Yo"}]},
+    {"conversations": ["Hi", "Yo"], "label": None, "images": []},
+    {
+        "messages": [
+            {"role": "prompter", "text": "Hi", "timestamp": 3},
+            {"speaker": "bot", "text": "", "function_call": {"name": "weather", "arguments": "{}"}},
+            {"role": "function", "name": "weather", "content": {"degrees": [21, None]}},
+            ANSWER,
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": [{**TEXT, "cache_control": {"type": "ephemeral"}}]},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "Hm", "signature": "x"},
+                    {"type": "tool_use", "id": "t", "name": "weather", "input": {"city": "Rome"}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "2"}]}],
+            },
+            ANSWER,
+        ]
+    },
+    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "loss_mask": [0, 1, 0.5], "attention_mask": [1, 1, 1]},
+    {"prompt": "Hi", "chosen": [USER, ANSWER], "rejected": "No"},
+    {"prompt": "Hi", "completion": "Yo", "label": True},
 ]
 
 
@@ -118,13 +152,25 @@ def check(conversation: Conversation) -> None:
     assert all(0 <= weight < math.inf for weight in conversation.weights)
     assert {m["role"] for m in conversation.messages} <= {"system", "user", "assistant", "tool", "text"}
     assert all(isinstance(m["content"], str) for m in conversation.messages)
-    json.dumps([conversation.messages, conversation.tools], allow_nan=False, ensure_ascii=False).encode()
+    json.dumps(
+        [conversation.messages, conversation.tools, dict(conversation.template_kwargs)],
+        allow_nan=False,
+        ensure_ascii=False,
+    ).encode()
+
+
+def check_ids(example: Example) -> None:
+    assert len(example.input_ids) == len(example.target_weights) > 1
+    assert min(example.input_ids) >= 0
+    assert example.target_weights[0] == 0 < max(example.target_weights) < math.inf
+    assert min(example.target_weights) == 0
 
 
 def outcome(rows: Iterable[tuple[Any, str]], place: str, answered: bool = True) -> str:
     try:
         for row, provenance in rows:
-            check(to_conversation(row, provenance, answered=answered))
+            read = Converter(answered=answered).read(row, provenance)
+            check_ids(read) if isinstance(read, Example) else check(read)
     except InputError as error:
         return "refused" if str(error).startswith(place) and len(str(error)) < 1000 else str(error)
     return "used"

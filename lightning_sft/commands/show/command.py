@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.commands.base import ConfigCLI
 from lightning_sft.commands.show.page import write_page
@@ -18,6 +19,7 @@ from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.plan import Division
 from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
+from lightning_sft.data.inspect.clean import write_clean
 from lightning_sft.data.inspect.documents import EpochDocuments, PlacedDocument
 from lightning_sft.data.inspect.summary import show_counts, show_details
 from lightning_sft.data.inspect.token_text import PieceReader
@@ -37,6 +39,7 @@ def show(
     html: str | Path | None = None,
     html_rows: Index = 1000,
     check: Thresholds | None = None,
+    clean: str | Path | None = None,
 ) -> list[Finding]:
     """Show the training data token by token, with a report.
 
@@ -53,17 +56,21 @@ def show(
         html_rows: Maximum number of sequences on the page: the first ones of the epoch, which is in random order.
         check: Thresholds of an audit of the whole data set, which exits with 1 if a share exceeds one. ``--check`` uses
             the default thresholds; ``--check.max_refused 0.01``, or a section ``check`` in a YAML, changes one.
+        clean: Path of a JSONL file to write with the usable rows of the training data in the normal form.
 
     Returns:
         Findings of the audit; empty without ``check``.
 
     Raises:
-        InputError: When the data module is not an SFTDataModule, or the row does not exist.
+        InputError: When the data module is not an SFTDataModule, the row does not exist, or ``clean`` is set for a
+            stream, of which only the first rows are read.
     """
     if not isinstance(data, SFTDataModule):
         raise InputError(f"show needs an SFTDataModule or a subclass, got {type(data).__name__}.")
     check_arguments(show, locals())
     is_stream = data.streaming
+    if clean is not None and is_stream:
+        raise InputError("clean needs all rows, and a stream is read only in part: set data.streaming=false.")
     data, fit_stops = _previewed(data, module, trainer)
     assert data.tokenizer is not None
     console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), data.pad_id
@@ -93,7 +100,7 @@ def show(
         )  # whatever the mixture's shares
         trained = (placed.document for placed in EpochDocuments(once.loader(0, pad_id, 0), pad_id))
         held_out = (placed.document for placed in val)
-        findings = audit(trained, held_out, data.splits, reader.special_ids, check)
+        findings = audit(trained, held_out, data.splits, reader.special_ids, check, _unknown_id(data.tokenizer))
         show_audit(findings, console)
     if html is not None:
         others = (placed for placed in train if row is None or not placed.is_at(row))
@@ -101,6 +108,15 @@ def show(
         read = ((placed.document.provenance, placed.remark, reader.read(placed.document)) for placed in page)
         write_page(html, read, data.splits, data.planned("train"), str(data.tokenizer.name_or_path), findings)
         console.print(f"\nPage: {html}", highlight=False)
+    if clean is not None:
+        account = data.splits["train"].account
+        for path, count in write_clean(clean, data.splits["train"], data.reading).items():
+            console.print(f"\nUsable rows: {count:,} in {path}", highlight=False)
+        console.print(
+            f"Of {account.num_rows:,} rows, {len(account.refused):,} are refused; {len(account.too_long):,} sequences "
+            "are longer than data.max_length, and rows that have no other are left out too.",
+            highlight=False,
+        )
     return findings
 
 
@@ -132,6 +148,12 @@ def _previewed(data: SFTDataModule, module: LightningModule | None, trainer: Any
         (by_row and account.refused) or (by_length and account.too_long)
         for account in (split.account for split in data.splits.values())
     )
+
+
+def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that stands for what a vocabulary does not have; some tokenizers name one that stops answers instead."""
+    unknown: int | None = tokenizer.unk_token_id
+    return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
 def _at(row: str, everything: Iterable[PlacedDocument], splits: Mapping[str, Split]) -> list[PlacedDocument]:

@@ -16,7 +16,7 @@ from lightning_sft.machine.terminal import Console
 _TARGETS = ("#0c2b1a on #cdeed9", "#0c2b1a on #a5ddbb")  # alternating, to show token boundaries
 _SPECIAL_TARGETS = ("bold #6d28d9 on #cdeed9", "bold #6d28d9 on #a5ddbb")
 _SPECIAL = "bold magenta"
-_LISTED = 3  # rows named below the table of the audit
+_LISTED = 100  # rows named below the table of the audit, for each check
 
 
 def show_document(pieces: Sequence[Piece], title: str, remark: str, console: Console) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,10 @@ from lightning_sft.commands.verify.verdict import Case, Outcome
 from lightning_sft.data.rows.messages import Converter
 from lightning_sft.data.rows.sources import leaves, parsed
 from lightning_sft.data.tokens.chat_template import ChatTemplate
+from lightning_sft.data.tokens.control_tokens import any_of, is_marked, marked_ids, unmarked
 from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.data.tokens.rendering import Rendering
+from lightning_sft.data.tokens.template import configure
 from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.types import Conversation, Example, InputError, Message
 
@@ -30,8 +34,8 @@ def check_contexts(subject: Subject) -> Outcome:
 
     Rows are read again, and rendered by ``apply_chat_template(messages_before, add_generation_prompt=True)`` of a newly
     loaded tokenizer. In the training sequences, each answer must directly follow these ids, equal the template's
-    rendering, end with its stop token, and have its weight; no other token may be trained. There is no tolerance. The
-    date in a template is fixed (docs/contributing.md).
+    rendering or else have all that the row says, end with its stop token, and have its weight; no other token may be
+    trained. There is no tolerance. The date in a template is fixed (docs/contributing.md).
     """
     outcome = Outcome(
         "contexts: trained ids",
@@ -40,6 +44,7 @@ def check_contexts(subject: Subject) -> Outcome:
     )
     module, data = subject.module, subject.data
     tokenizer = load_tokenizer(str(data.tokenizer_name), data.chat_template, module.new_tokens)
+    configure(tokenizer, data.template)
     for name, split in data.splits.items():
         problems: list[str] = []
         chosen = _chosen(split, subject.rows, subject.seed)
@@ -78,11 +83,16 @@ def problems_of(
     """
     problems: list[str] = []
     num_trained = sum(int(np.count_nonzero(np.asarray(s.target_weights) > 0)) for s in sequences)
-    for turn, (message, weight) in enumerate(zip(row.messages, row.weights, strict=True)):
-        if not weight > 0:
+    rendering = Rendering(ChatTemplate.of(tokenizer), row)
+    weighted = list(zip(row.messages, row.weights, strict=True))
+    with_prompts = any(weight > 0 and message["role"] not in ("assistant", "text") for message, weight in weighted)
+    for turn, (message, weight) in enumerate(weighted):
+        if not weight > 0 or (message["role"] == "assistant" and not turn):  # one that opens a conversation is context
             continue
-        context, whole = _ids_at_inference(row, turn, tokenizer)
-        found = [example for example in sequences if _begins_with(example, context)]
+        is_answer = message["role"] in ("assistant", "text")
+        context, whole = _ids_at_inference(rendering, turn, is_answer)
+        is_masked = rendering.template.config.thoughts == "mask" and "reasoning_content" in message
+        found = [example for example in sequences if _begins_with(example, context, is_masked, with_prompts)]
         if not found:
             if longest is None:
                 problems.append(f"turn {turn + 1}: no sequence trains it right behind the ids of inference")
@@ -90,66 +100,99 @@ def problems_of(
         if message["role"] == "text" and longest is not None:  # split into pieces, see data/overflow
             num_trained -= sum(int(np.count_nonzero(np.asarray(s.target_weights) > 0)) for s in sequences)
             continue
-        begin = len(context)
-        weights = np.asarray(found[0].target_weights)
+        begin, weights = len(context), np.asarray(found[0].target_weights)
+        if is_masked:
+            begin += int(np.argmax(np.append(weights[begin:] > 0, True)))
         end = begin + int(np.argmax(np.append(weights[begin:] <= 0, True)))
+        end = end if is_answer else min(end, len(whole))
         num_trained -= (end - begin) * len(found)
         is_cut = longest is not None and end == len(weights) == longest
-        wrong = _wrong(list(map(int, found[0].input_ids[:end])), begin, whole, tokenizer, is_cut)
-        if len(found) > 1:
+        wrong: list[str] = []
+        if is_answer:
+            own = rendering.messages[turn - rendering.shift]
+            wrong = _wrong(list(map(int, found[0].input_ids[:end])), len(context), whole, own, tokenizer, is_cut)
+        if len(found) > 1 and not with_prompts:
             wrong.append(f"it is trained {len(found)} times")
         size = end - begin + (message["role"] == "text" and whole[0] != tokenizer.bos_token_id)
         if not is_cut and not np.allclose(weights[begin:end], weight / size**power, rtol=1e-9, atol=0):
             wrong.append(f"its weight is {weights[begin]:g}, expected {weight / size**power:g}")
         problems += [f"turn {turn + 1}: {problem}" for problem in wrong]
-    if num_trained and not problems:
+    if num_trained and not problems and not with_prompts:
         problems.append(f"{num_trained} tokens are trained that belong to no answer")
     return problems
 
 
-def _begins_with(example: Example, context: list[int]) -> bool:
-    """Whether a sequence begins with the context, directly followed by its first trained token."""
-    weights, begin = example.target_weights, len(context)
-    is_context = list(map(int, example.input_ids[:begin])) == context
-    return is_context and begin < len(weights) and weights[begin] > 0 and (begin < 2 or not weights[begin - 1] > 0)
+def _begins_with(example: Example, context: list[int], is_masked: bool, with_prompts: bool) -> bool:
+    """Whether a sequence begins with a context, and that what is trained behind it begins there."""
+    weights, begin = np.asarray(example.target_weights), len(context)
+    if list(map(int, example.input_ids[:begin])) != context:
+        return False
+    is_begun = with_prompts or begin < 2 or not weights[begin - 1] > 0
+    return is_begun and bool((weights[begin:] if is_masked else weights[begin : begin + 1]).any())
 
 
-def _wrong(ids: list[int], begin: int, whole: list[int], tokenizer: PreTrainedTokenizerBase, is_cut: bool) -> list[str]:
+def _wrong(
+    ids: list[int], begin: int, whole: list[int], message: Message, tokenizer: PreTrainedTokenizerBase, is_cut: bool
+) -> list[str]:
     """Problems of an answer, given the ids up to its end, its beginning, and the rendering that includes it."""
-    text, rendered = str(tokenizer.decode(ids)), str(tokenizer.decode(whole))
-    if whole[: len(ids)] != ids and not rendered.startswith(text):
-        return ["what is trained is not what the template renders"]
+    text, rendered, own = (str(tokenizer.decode(part)) for part in (ids, whole, ids[begin:]))
+    is_rendered = whole[: len(ids)] == ids or rendered.startswith(text)
+    if not is_rendered and not (is_cut or all(part in text[-len(own) - 32 :] for part in _said(message))):
+        return ["what is trained is neither what the template renders nor all that the row says"]
     if is_cut:
         return []
-    control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    control |= set(tokenizer.all_special_tokens)
-    rest = re.sub(
-        "|".join(map(re.escape, sorted(control, key=len, reverse=True))) or r"(?!)", "", rendered[len(text) :]
-    )
+    control = {str(token) for token in tokenizer.added_tokens_decoder.values()}.union(tokenizer.all_special_tokens)
     last = tokenizer.convert_ids_to_tokens(ids[-1])
     if len(ids) == begin or last not in control:
         return [f"it ends with {last!r}, which is no stop token"]
+    rest = any_of(control).sub("", rendered[len(text) :]) if is_rendered else ""
     return [f"{rest.strip()[:40]!r} of the answer is not trained"] if rest.strip() else []
 
 
-def _ids_at_inference(row: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _said(message: Message) -> Iterator[str]:
+    """The texts of an answer, without marks of control tokens."""
+    for text in (message.get("reasoning_content") or "", *re.split(r"</?think\w*>", message.get("content") or "")):
+        yield unmarked(text).strip()
+    for call in message.get("tool_calls") or ():
+        yield call["function"]["name"]
+
+
+def _ids_at_inference(rendering: Rendering, turn: int, is_answer: bool) -> tuple[list[int], list[int]]:
     """Ids that the model receives at inference before a turn, and the ids including the turn."""
-    message = row.messages[turn]
+    tokenizer, at = rendering.template.tokenizer, turn - rendering.shift
+    message = rendering.messages[at]
     if message["role"] == "text":
         ids = list(tokenizer(message["content"])["input_ids"])
         if ids[-1:] != [tokenizer.eos_token_id] and tokenizer.eos_token_id is not None:
             ids.append(tokenizer.eos_token_id)
         return ids[:1], ids  # a first token has no context, so it is never trained
-    before, template = list(row.messages[:turn]), ChatTemplate.of(tokenizer).text
-    both = []
-    for messages, is_prompt in ((before, True), ([*before, message], False)):
-        settings: dict[str, Any] = {"tools": row.tools, "chat_template": template, "add_generation_prompt": is_prompt}
-        try:
-            found: Any = tokenizer.apply_chat_template(messages, return_dict=True, **settings)
-        except Exception:  # some templates expect the arguments of tool calls as text
-            found = tokenizer.apply_chat_template(list(map(_as_text, messages)), return_dict=True, **settings)
-        both.append(list(map(int, found["input_ids"])))
-    return both[0], both[1]
+    before = rendering.messages[:at]
+    prompt, whole = _rendered(rendering, before, is_answer) if before else [], _rendered(rendering, [*before, message])
+    if not is_answer:  # of a turn that nobody generates, the context is what the template writes before it
+        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        prompt = prompt[:shared] or whole[:1]
+    return prompt, whole
+
+
+def _rendered(rendering: Rendering, messages: Sequence[Message], is_prompt: bool = False) -> list[int]:
+    """Ids of messages by ``apply_chat_template``, with marked control tokens as text."""
+    tokenizer, tools = rendering.template.tokenizer, rendering.tools
+    dated = rendering.template.text_for(tools, rendering.variables)
+    settings: dict[str, Any] = {"tools": tools, "chat_template": dated, "add_generation_prompt": is_prompt}
+    settings |= {"tokenize": False, **rendering.variables}
+    text = ""
+    for given in (messages, map(_as_text, messages), map(_as_parts, messages)):
+        with suppress(Exception):  # templates want the arguments of tool calls as text, or contents as parts
+            text = str(tokenizer.apply_chat_template(list(given), **settings))
+        if text and messages[0]["content"].strip() in text:
+            break
+    if is_marked(text):
+        return marked_ids(tokenizer, text)
+    return list(map(int, tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _as_parts(message: Message) -> Message:
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
 
 
 def _as_text(message: Message) -> Message:
@@ -192,5 +235,4 @@ def _rows(
                 with suppress(InputError):  # a row that has changed counts as not found
                     row = convert(parsed(raw, provenance), provenance)
                     weights = [weight * part.weight for weight in row.weights]
-                    scaled = Conversation(row.messages, row.tools, weights, provenance)
-                    yield scaled, _POWER[subject.module.normalize], sequences
+                    yield replace(row, weights=weights), _POWER[subject.module.normalize], sequences

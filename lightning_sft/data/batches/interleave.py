@@ -8,14 +8,44 @@ from functools import partial
 import numpy as np
 
 from lightning_sft.data.rows.mixture import Mixture
-from lightning_sft.data.rows.sources import Source, leaves
-from lightning_sft.data.tokens.encode_rows import Rows, in_chunks
+from lightning_sft.data.rows.sources import Source, leaves, shards
+from lightning_sft.data.tokens.encode_rows import Lane, Rows, in_chunks
 
 Pass = Callable[[int], Iterator[Rows]]
 """Function that returns the chunks of a data set for a pass, given the number of passes done in this epoch."""
 
 
-def stream(mixture: Mixture, size: int, seed: int, epoch: int) -> Iterator[tuple[int, Rows]]:
+_LANES = 8  # of a rank, at most: each of 1, 2, 4 or 8 workers has its own
+
+
+def num_lanes(mixture: Mixture, num_ranks: int) -> int:
+    """Lanes of a stream: several where it is one data set in shards that the ranks can share evenly.
+
+    A mixture has one: which part a chunk is of depends on how many rows those before it had.
+
+    Args:
+        mixture: The data sets.
+        num_ranks: Data-parallel size.
+
+    Raises:
+        InputError: When a data set is missing.
+    """
+    count = len(shards(_only(mixture))) if len(mixture.parts) == 1 else 0
+    if not count or count % num_ranks:
+        return 1
+    return num_ranks * next(lanes for lanes in (_LANES, 4, 2, 1) if lanes * num_ranks <= count)
+
+
+def lanes(mixture: Mixture, size: int, seed: int, epoch: int, count: int) -> list[Lane]:
+    """All rows of an epoch in so many lanes, which share the shards of the data set; one lane is a :func:`stream`."""
+    if count == 1:
+        return [stream(mixture, size, seed, epoch)]
+    found = shards(_only(mixture))
+    order = _order(len(found), (seed, epoch, 0, 0))
+    return [((0, rows) for rows in in_chunks([found[i] for i in order[lane::count]], size)) for lane in range(count)]
+
+
+def stream(mixture: Mixture, size: int, seed: int, epoch: int) -> Lane:
     """All rows of an epoch in chunks, each with the number of its data set.
 
     The files of a data set are shuffled in each epoch; within a file rows stay as they are.
@@ -71,5 +101,14 @@ def interleave(passes: Sequence[Pass], shares: Sequence[float | None]) -> Iterat
 
 def _chunks(source: Source, size: int, seeds: Sequence[int], number: int) -> Iterator[Rows]:
     files = leaves(source, streaming=True)
-    order = np.random.default_rng([*seeds, number]).permutation(len(files))
-    yield from in_chunks((files[i] for i in order), size)
+    yield from in_chunks((files[i] for i in _order(len(files), (*seeds, number))), size)
+
+
+def _order(count: int, seeds: Sequence[int]) -> list[int]:
+    order: list[int] = np.random.default_rng(seeds).permutation(count).tolist()
+    return order
+
+
+def _only(mixture: Mixture) -> Source:
+    [part] = mixture.of_name.values()
+    return part.source

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sft.data.batches.interleave import stream
+from lightning_sft.data.batches.interleave import lanes, num_lanes
 from lightning_sft.data.batches.stream_blocks import Block, RankSummary, StreamLayout, deal
 from lightning_sft.data.rows.mixture import Mixture
 from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig
@@ -67,6 +67,7 @@ class StreamLoader:
     ) -> None:
         self.mixture, self.shape, self.rank, self.gather, self.place = mixture, shape, rank, gather, place
         self.recipes = [recipe.of(part) for part in mixture.of_name.values()]
+        self.num_lanes = num_lanes(mixture, shape.num_ranks)
         self.limit = limit if isinstance(limit, int) else math.inf
         self.is_strict, self.num_workers, self.finished = is_strict, num_workers, finished
         self.pad_id, self.full = pad_id, full
@@ -108,7 +109,7 @@ class StreamLoader:
         """The last blocks and where they begin: the same on every rank, so that any rank's can be saved."""
         epoch = self._blocks[-1][0] if self._blocks else 0
         blocks = [[block, begin] for number, block, begin in self._blocks if number == epoch]
-        return {"shape": asdict(self.shape), "epoch": epoch, "blocks": blocks}
+        return {"shape": self._shape, "epoch": epoch, "blocks": blocks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from a state.
@@ -116,13 +117,17 @@ class StreamLoader:
         Raises:
             InputError: When micro-batches would not be those of the run that saved it.
         """
-        saved, own = state.get("shape", {}), asdict(self.shape)
+        saved, own = {"lanes": 1, **state.get("shape", {})}, self._shape
         if differing := [f"{name}={saved.get(name)}, now {own[name]}" for name in own if saved.get(name) != own[name]]:
             raise InputError(
                 f"The stream of the checkpoint was read with {'; '.join(differing)}. Resume with what it was, or begin "
                 "a new run from its weights."
             )
         self._resumed = state
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        return {**asdict(self.shape), "lanes": self.num_lanes}
 
     def _start(self, epoch: int, done: int) -> tuple[int, int]:
         """The block to begin with, and the number of its first micro-batch."""
@@ -132,10 +137,10 @@ class StreamLoader:
 
     def _chunks(self, epoch: int, block: int) -> Iterator[Chunk]:
         size = min(_ROWS_AT_A_TIME, self.shape.buffer_rows)
-        rows = partial(stream, self.mixture, size, self.shape.seed, epoch)
+        rows = partial(lanes, self.mixture, size, self.shape.seed, epoch, self.num_lanes)
         first, num_ranks = block * self._chunks_per_block, self.shape.num_ranks
         ahead = max(2, math.ceil(self._chunks_per_block / max(1, self.num_workers)))  # a block, while one is trained
-        return Chunks(rows, self.recipes, self.rank, num_ranks, first).run(self.num_workers, ahead)
+        return Chunks(rows, self.recipes, self.rank, num_ranks, first, self.num_lanes).run(self.num_workers, ahead)
 
     @property
     def _chunks_per_block(self) -> int:

@@ -6,11 +6,18 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from lightning_sft.data.inspect.documents import Document
 from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.data.tokens.examples import Examples
 from lightning_sft.io.arguments import Fraction, check_arguments
+
+_NOT_SHOWN = {
+    "the chat template does not show the tools": "tools",
+    "the chat template does not show a system turn": "system turns",
+}  # notes of encoding, and what they are of
 
 
 @dataclass
@@ -23,8 +30,12 @@ class Thresholds:
         max_cut: Sequences that are cut for it, of all sequences.
         max_no_stop: Sequences with an answer that does not end in a trained stop token.
         max_masked: Sequences without any target.
+        max_unknown: Sequences that train the tokenizer's unknown token, where a text has what its vocabulary has not.
+        max_not_shown: Rows with tools, or with a system turn, that the chat template does not show.
         max_duplicated: Training sequences with the ids of an earlier one.
         max_overlap: Validation sequences with the ids of a training sequence, of all validation sequences.
+        max_repeated: Tokens that stand in several sequences of their row, of all training tokens. A chat template that
+            rewrites earlier turns needs a sequence for each answer: half of all tokens means twice the work.
         min_targets: Tokens that are trained, of all training tokens.
     """
 
@@ -33,8 +44,11 @@ class Thresholds:
     max_cut: Fraction = 0.01
     max_no_stop: Fraction = 0.0
     max_masked: Fraction = 0.0
+    max_unknown: Fraction = 0.0
+    max_not_shown: Fraction = 0.0
     max_duplicated: Fraction = 0.01
     max_overlap: Fraction = 0.0
+    max_repeated: Fraction = 0.5
     min_targets: Fraction = 0.01
 
     def __post_init__(self) -> None:
@@ -91,6 +105,7 @@ def audit(
     splits: Mapping[str, Split],
     special_ids: Iterable[int],
     thresholds: Thresholds,
+    unknown_id: int | None = None,
 ) -> list[Finding]:
     """What is found in the documents of all micro-batches, and among the rows that none of them has.
 
@@ -100,6 +115,7 @@ def audit(
         splits: Splits by name, with the accounts of their rows.
         special_ids: Control tokens: one of them has to be the last trained token of each answer.
         thresholds: Limits that the shares have to meet.
+        unknown_id: Id of the tokenizer's unknown token, if it has one.
 
     >>> document = Document(torch.tensor([5, 6, 7]), torch.tensor([0.0, 1.0, 1.0]), "a.jsonl:1")
     >>> [(f.check, f.share) for f in audit([document] * 2, [], {}, [7], Thresholds()) if f.count]
@@ -107,8 +123,16 @@ def audit(
     """
     refused = Finding("refused", thresholds.max_refused)
     left_out, cut = Finding("left out for length", thresholds.max_left_out), Finding("cut", thresholds.max_cut)
+    not_shown = {note: Finding(f"{what} not shown", thresholds.max_not_shown) for note, what in _NOT_SHOWN.items()}
+    repeated = Finding("repeated tokens", thresholds.max_repeated)
     for split in splits.values():
         account = split.account
+        repeated.count += repeated_tokens(split.examples)
+        repeated.total += int(split.lengths.sum())
+        for note, finding in not_shown.items():
+            finding.count += account.notes[note]
+            finding.total += account.num_rows
+            finding.places += [account.noted[note]] if account.notes[note] else []
         refused.places += account.refused
         refused.total += account.num_rows
         for finding, places in ((left_out, account.too_long), (cut, account.cut)):
@@ -119,21 +143,49 @@ def audit(
     stop = torch.tensor(sorted(special_ids))
     no_stop = Finding("no trained stop token", thresholds.max_no_stop)
     masked = Finding("no target at all", thresholds.max_masked)
+    unknown = Finding("unknown token trained", thresholds.max_unknown)
     duplicated = Finding("duplicated", thresholds.max_duplicated)
     overlap = Finding("validation rows in training", thresholds.max_overlap)
     targets = Finding("target tokens", thresholds.min_targets, is_least=True)
-    seen: set[bytes] = set()
+    seen: dict[bytes, str] = {}
     for documents, is_training in ((train, True), (val, False)):
         for document in documents:
             digest = hashlib.blake2b(document.input_ids.numpy().tobytes(), digest_size=16).digest()
-            (duplicated if is_training else overlap).add(digest in seen, document.provenance)
+            first = seen.get(digest)
+            (duplicated if is_training else overlap).add(first is not None, f"{document.provenance} (repeats {first})")
+            unknown.add(_trains(document, unknown_id), document.provenance)
             masked.add(document.num_targets == 0, document.provenance)
             no_stop.add(not _stops(document, stop), document.provenance)
             if is_training:
-                seen.add(digest)
+                seen.setdefault(digest, document.provenance)
                 targets.count += document.num_targets
                 targets.total += len(document)
-    return [refused, left_out, cut, no_stop, masked, duplicated, overlap, targets]
+    of_rows, of_sequences = [refused, *not_shown.values(), left_out, cut], [no_stop, masked, unknown, duplicated]
+    return [*of_rows, *of_sequences, overlap, repeated, targets]
+
+
+def repeated_tokens(examples: Examples) -> int:
+    """Tokens of the sequences of a row beyond its longest sequence; pieces of a text that was split repeat nothing.
+
+    >>> from lightning_sft.data.tokens.examples import to_record_batch
+    >>> from lightning_sft.types import Example
+    >>> rows = [Example([5] * 4, [0] * 4, "a:1"), Example([5] * 6, [0] * 6, "a:1", 1), Example([5] * 3, [0] * 3, "a:2")]
+    >>> repeated_tokens(Examples([to_record_batch(rows)]))
+    4
+    """
+    if not len(examples):
+        return 0
+    begins = np.append(0, np.cumsum(examples.sequences_per_row)[:-1])
+    before = np.concatenate([batch.column("answers_before").to_numpy() for batch in examples.batches])
+    is_new = np.append(True, before[1:] != before[:-1])
+    is_new[begins] = True
+    sequences = np.add.reduceat(examples.lengths, np.flatnonzero(is_new))  # pieces of one together
+    longest = np.maximum.reduceat(sequences, (np.cumsum(is_new) - 1)[begins])
+    return int(sequences.sum() - longest.sum())
+
+
+def _trains(document: Document, token: int | None) -> bool:
+    return token is not None and bool(((document.input_ids == token) & (document.target_weights > 0)).any())
 
 
 def _stops(document: Document, stop: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lightning_sft.data.batches.split_plan import SplitPlan
+from lightning_sft.data.inspect.audit import repeated_tokens
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.machine.terminal import Console
@@ -87,7 +88,10 @@ def table_of(splits: Mapping[str, Split]) -> Table:
 
 
 def counts(split: Split) -> dict[str, str]:
-    """The account of a split, as it is shown. A row is expanded when it gives more than one sequence."""
+    """The account of a split, as it is shown. A row is expanded when it gives more than one sequence.
+
+    Beside the number of such rows stands how many times as many tokens that makes as their longest sequences have.
+    """
     tokens, account = int(split.lengths.sum()), split.account
     counts = {
         "rows": account.num_rows,
@@ -101,6 +105,8 @@ def counts(split: Split) -> dict[str, str]:
         "longest": max(split.lengths),
     }
     shown = {name: f"{count:,}" for name, count in counts.items()}
+    if repeated := repeated_tokens(split.examples):
+        shown["expanded"] += f" (×{tokens / (tokens - repeated):.1f} tokens)"
     return shown | {"targets": f"{shown['targets']} ({counts['targets'] / tokens:.0%})"}
 
 

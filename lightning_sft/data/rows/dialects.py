@@ -30,7 +30,7 @@ CALLERS = frozenset({"function_call", "function-call", "tool_call"})
 
 KEYS: dict[str, tuple[str, ...]] = {
     "role": ("role", "from", "speaker", "author", "sender", "type"),
-    "content": ("content", "value", "text", "message", "utterance"),
+    "content": ("content", "value", "text", "message", "utterance", "parts"),
     "reasoning_content": ("reasoning_content", "thinking", "reasoning"),
     "tool_calls": ("tool_calls",),
     "function_call": ("function_call",),
@@ -39,7 +39,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "train": ("train",),
     "weight": ("weight",),
-    "loss_weight": ("loss_weight",),
+    "loss_weight": ("loss_weight", "loss_scale"),
 }
 """The keys that a message may have, each with its names; the first that is there counts."""
 
@@ -103,6 +103,11 @@ class Dialect:
             )
             for key, known in KEYS.items()
         }
+
+    @cached_property
+    def flags(self) -> frozenset[str]:
+        """The names of the keys that give a message its weight."""
+        return frozenset(name for key in ("loss", "train", "weight", "loss_weight") for name in self.names[key])
 
     @cached_property
     def ignored(self) -> frozenset[str]:

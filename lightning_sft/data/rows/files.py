@@ -1,4 +1,4 @@
-"""One data file to rows: JSONL, JSON, CSV (plain, gz or zst), Parquet and Arrow.
+"""One data file to rows: JSONL, JSON, CSV, TSV and text (plain, gz, bz2, xz or zst), Parquet and Arrow.
 
 JSON is read by the json module and never through Arrow, which gives all rows one schema: there, a key that one row has
 becomes a null in every other. In Parquet and Arrow that has already happened, so keys without a value are left out.
@@ -8,13 +8,17 @@ to at most :data:`MAX_EXPANSION` times its size.
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import re
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -32,31 +36,52 @@ MAX_EXPANSION = 200
 _FREE = 1 << 30  # bytes that any file may unpack to
 _BLOCK = 1 << 20  # bytes that are read at once
 _AT_A_TIME = 64  # rows of a table: a dictionary may hold each of them once
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
 
 class Line:
     """A row that is still a line of JSON: who needs another row has not parsed this one.
 
     Args:
-        text: Text of the line.
+        content: Bytes of the line.
         path: Path of the file.
         number: Number of the row, from 1.
     """
 
-    def __init__(self, text: str, path: Path, number: int) -> None:
-        self.text, self.path, self.number = text, path, number
+    def __init__(self, content: bytes, path: Path, number: int) -> None:
+        self.content, self.path, self.number = content, path, number
 
     def parse(self) -> Any:
         """The value of the line.
 
         Raises:
-            InputError: When it is not valid JSON.
+            InputError: When it is not valid JSON, or not UTF-8.
         """
         try:
-            return strict_json.loads(self.text)
+            return strict_json.loads(_decoded(self.content, self.path, self.number))
+        except InputError:
+            raise
         except ValueError as error:
             raise _not_json(self.path, self.number, error) from error
+
+
+class BrokenRow:
+    """A row that cannot be read, among others that can.
+
+    Args:
+        error: What is wrong with it, with its place.
+    """
+
+    def __init__(self, error: InputError) -> None:
+        self.error = error
+
+    def parse(self) -> Any:
+        """Nothing.
+
+        Raises:
+            InputError: The error.
+        """
+        raise self.error
 
 
 def read_file(path: Path) -> Iterator[tuple[Any, str]]:
@@ -66,16 +91,16 @@ def read_file(path: Path) -> Iterator[tuple[Any, str]]:
         InputError: When the file is of an unknown kind, cannot be read, or has no rows.
     """
     for row, place in skim_file(path):
-        yield row.parse() if isinstance(row, Line) else row, place
+        yield row.parse() if isinstance(row, (Line, BrokenRow)) else row, place
 
 
 def skim_file(path: Path) -> Iterator[tuple[Any, str]]:
-    """The same, but a row of JSONL is a :class:`Line`."""
+    """The same, but a row of JSONL is a :class:`Line`, and one of the wrong number of cells a :class:`BrokenRow`."""
     kind = kind_of(path)
     if kind is None:
         raise InputError(
-            f"{path}: a data file must end in {', '.join([*_TEXT, *_TABLES])}; the first three may be packed: "
-            "with .gz or .zst after it."
+            f"{path}: a data file must end in {', '.join([*_TEXT, *_TABLES])}; the first {len(_TEXT)} may be packed: "
+            f"with {', '.join(_PACKED)} after it."
         )
     empty = True
     try:
@@ -84,7 +109,7 @@ def skim_file(path: Path) -> Iterator[tuple[Any, str]]:
             yield row, f"{path}:{place}"
     except InputError:
         raise
-    except (OSError, EOFError, zlib.error, ValueError, NotImplementedError) as error:  # Arrow raises all but zlib's
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, NotImplementedError) as error:  # the last: Arrow
         raise InputError(f"{path}: cannot be read: {error}") from error
     if empty:
         raise InputError(f"{path}: the file has no rows.")
@@ -92,8 +117,8 @@ def skim_file(path: Path) -> Iterator[tuple[Any, str]]:
 
 def kind_of(path: Path) -> str | None:
     """The suffix that tells how to read a file, or ``None`` where it is no data file."""
-    *_, before, last = "", "", *path.suffixes
-    if last in (".gz", ".zst"):
+    *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
+    if last in _PACKED:
         return before if before in _TEXT else None
     return last if last in _TEXT or last in _TABLES else None
 
@@ -113,6 +138,13 @@ def _read_jsonl(path: Path) -> Iterator[tuple[Line, int]]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield Line(line, path, number), number
+
+
+def _read_text(path: Path) -> Iterator[tuple[Any, int]]:
+    """Each line as a text of its own, as the loader ``text`` of datasets has it."""
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            yield {"text": _decoded(line, path, number).rstrip("\r\n")}, number
 
 
 def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
@@ -139,9 +171,10 @@ def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
         yield row, line
 
 
-def _read_csv(path: Path) -> Iterator[tuple[Any, int]]:
+def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[Any, int]]:
     csv.field_size_limit(MAX_ROW)  # characters of a cell; 128 KiB are the default
-    lines = csv.reader(_lines(path), strict=True)
+    texts = (_decoded(line, path, number) for number, line in enumerate(_lines(path), 1))
+    lines = csv.reader(texts, strict=True, delimiter=delimiter)
     header: list[str] = []
     place = 1
     try:
@@ -151,9 +184,9 @@ def _read_csv(path: Path) -> Iterator[tuple[Any, int]]:
                 if len(set(header)) < len(header):
                     raise InputError(f"{path}:{place}: two columns have the same name: {header}.")
             elif cells:
-                if len(cells) != len(header):
-                    raise InputError(f"{path}:{place}: the row has {len(cells)} cells, the header {len(header)}.")
-                yield dict(zip(header, cells, strict=True)), place
+                count = f"{path}:{place}: the row has {len(cells)} cells, the header {len(header)}."
+                as_header = len(cells) == len(header)
+                yield dict(zip(header, cells, strict=True)) if as_header else BrokenRow(InputError(count)), place
             place = lines.line_num + 1
     except csv.Error as error:
         raise InputError(f"{path}:{place}: not valid CSV: {error}.") from error
@@ -162,7 +195,7 @@ def _read_csv(path: Path) -> Iterator[tuple[Any, int]]:
 def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK) as file:  # else whole groups are in memory
         groups = map(file.metadata.row_group, range(file.num_row_groups))
         if sum(group.total_byte_size for group in groups) > _most_unpacked(path):
             raise _expands(path)
@@ -206,9 +239,9 @@ def _without_dictionaries(batch: Any) -> Any:
     return type(batch).from_arrays(columns, names=batch.schema.names)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, with their ends and without a byte order mark."""
-    unpacked, most = 0, inf if path.suffix in _TEXT else _most_unpacked(path)
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a text file, with their ends and without byte order marks: files put together have several."""
+    unpacked, most = 0, _most_unpacked(path)
     with _open(path) as file:
         for number, line in enumerate(iter(partial(file.readline, MAX_ROW + 1), b""), 1):
             if len(line) > MAX_ROW:
@@ -216,15 +249,19 @@ def _lines(path: Path) -> Iterator[str]:
             unpacked += len(line)
             if unpacked > most:
                 raise _expands(path)
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, number, error, error.start) from error
+            yield line.removeprefix(BOM_UTF8)
+
+
+def _decoded(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, number, error, error.start) from error
 
 
 def _text(path: Path) -> str:
     """All of a text file, whose lines may be of any length: without spaces, a list of JSON is one line."""
-    blocks, most = [], inf if path.suffix in _TEXT else _most_unpacked(path)
+    blocks, most = [], _most_unpacked(path)
     with _open(path) as file:
         for block in iter(partial(file.read, _BLOCK), b""):
             blocks.append(block)
@@ -239,20 +276,29 @@ def _text(path: Path) -> str:
         raise _not_utf8(path, number, error, error.start - content.rfind(b"\n", 0, error.start) - 1) from error
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path))
-    if path.suffix == ".zst":
-        import pyarrow
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The file, unpacked where it is packed."""
+    unpack = _PACKED.get(path.suffix.lower())
+    with path.open("rb") as file:
+        if unpack is None:
+            yield file
+        else:
+            with unpack(file) as unpacked:
+                yield unpacked
 
-        if not pyarrow.Codec.is_available("zstd"):
-            raise InputError(f"{path}: this build of pyarrow cannot read zst. Get one that can: pip install -U pyarrow")
-        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd")))
-    return path.open("rb")
+
+def _zst(file: BinaryIO) -> BinaryIO:
+    import pyarrow
+
+    if not pyarrow.Codec.is_available("zstd"):
+        raise NotImplementedError("this build of pyarrow cannot read zst. Get one that can: pip install -U pyarrow")
+    return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd")))
 
 
-def _most_unpacked(path: Path) -> int:
-    return max(_FREE, MAX_EXPANSION * path.stat().st_size)
+def _most_unpacked(path: Path) -> float:
+    """Bytes that a file may have when it is unpacked; a table always counts as packed."""
+    return inf if path.suffix.lower() in _TEXT else max(_FREE, MAX_EXPANSION * path.stat().st_size)
 
 
 def _expands(path: Path) -> InputError:
@@ -285,5 +331,9 @@ def _not_json(path: Path, line: int, error: ValueError) -> InputError:
 
 
 _Reader = Callable[[Path], Iterator[tuple[Any, Any]]]
-_TEXT: dict[str, _Reader] = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+_TEXT: dict[str, _Reader] = {
+    **{".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json},
+    **{".csv": _read_csv, ".tsv": partial(_read_csv, delimiter="\t"), ".txt": _read_text},
+}
 _TABLES: dict[str, _Reader] = {".parquet": _read_parquet, ".arrow": _read_arrow, ".ipc": _read_arrow}
+_PACKED: dict[str, Callable[[BinaryIO], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zst}

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from lightning_sft.data.rows.other_data import refuse_other_data
 from lightning_sft.types import InputError
 
-FormatName = Literal["chat", "sharegpt", "prompt-completion", "alpaca", "xlam", "text", "tokens"]
+FormatName = Literal["chat", "sharegpt", "prompt-completion", "alpaca", "query", "text", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -40,19 +40,22 @@ FORMATS: dict[str, Format] = {
     "sharegpt": Format("conversations", (), _OF_CHAT),
     "prompt-completion": Format("prompt", ("completion",), ("reasoning_content", *_OF_CHAT)),
     "alpaca": Format("instruction", ("output", "response"), ("input", "history", "reasoning_content", *_OF_CHAT)),
-    "xlam": Format("query", ("answers",), _OF_CHAT),
+    "query": Format("query", ("response", "answers"), ("history", *_OF_CHAT)),
     "text": Format("text"),
     "tokens": Format("input_ids", MASKS, ("attention_mask", "position_ids"), all_answers=True),
 }
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
-    "messages": ("conversation", "dialogue", "dialog"),
+    "messages": ("conversation", "dialogue", "dialog", "contents"),
     "input": ("context",),
-    "system": ("system_prompt",),
+    "system": ("system_prompt", "system_message", "systemInstruction"),
     "tools": ("functions",),
 }
 """Columns that are read as a key of a format where the row does not have that key."""
 
-_KEYS = {"weight"}.union(*((f.question, *f.answers, *f.optional) for f in FORMATS.values()))
+_QUESTIONS = ("prompt", "question", "query", "problem", "instruction", "input", "request", "source", "text")
+_ANSWERS = ("completion", "answer", "response", "solution", "output", "reply", "target", "label")
+_OTHERS = frozenset(name for names in OTHER_NAMES.values() for name in names)
+_KEYS = frozenset({"weight"}).union(*((f.question, *f.answers, *f.optional) for f in FORMATS.values()))
 
 
 @dataclass(frozen=True)
@@ -126,15 +129,33 @@ def find_format(
     return Found(name, here[form.question], {key: here[key] for key in answers}, optional, ignored)
 
 
+def likely_columns(keys: Iterable[str]) -> dict[str, str] | None:
+    """The columns of question and answer, guessed from their names; ``None`` if there are none.
+
+    >>> likely_columns(["id", "question", "answer"])
+    {'prompt': 'question', 'completion': 'answer'}
+    """
+    of_name = {key.lower(): key for key in keys}
+    question = next((of_name[name] for name in _QUESTIONS if name in of_name), None)
+    answer = next((of_name[name] for name in _ANSWERS if name in of_name), None)
+    return {"prompt": question, "completion": answer} if question and answer else None
+
+
 def _columns_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, str]:
     """The row's column for each key of a format that it has."""
-    taken = set(columns.values()) - columns.keys()  # a column that is another key is not the key of its own name
-    where = {key: columns.get(key, key) for key in _KEYS - taken if columns.get(key, key) in row}
+    where = {key: key for key in row if key in _KEYS}
+    if columns:
+        for column in columns.values():  # one that is another key is not the key of its own name
+            where.pop(column, None)
+        where = {key: column for key, column in where.items() if key not in columns}
+        where |= {key: column for key, column in columns.items() if column in row}
+    if _OTHERS.isdisjoint(row):
+        return where
     for key, names in OTHER_NAMES.items():
         if key in columns:
             continue
-        filled = [name for name in names if name in row and name not in taken and row[name] not in (None, "")]
-        if filled and key in where and row[key] not in (None, ""):
+        filled = [name for name in names if row.get(name) not in (None, "") and name not in columns.values()]
+        if filled and key in where and row[where[key]] not in (None, ""):
             raise InputError(
                 f"the row has both {key!r} and {filled[0]!r}. Say which is meant: data.columns={{{key}: {key}}} or "
                 f"{{{key}: {filled[0]}}}."
@@ -156,7 +177,7 @@ def _name(
     filled = {key for key, value in here.items() if value is not None}
     found: list[str] = []
     for keys, complete in ((filled, True), (here.keys(), True), (here.keys(), answered)):
-        if found := [name for name, form in FORMATS.items() if _has(form, keys, complete)]:
+        if found := [n for n, form in FORMATS.items() if form.question in keys and _has(form, keys, complete)]:
             break
     if len(found) > 1 and "text" in found:  # beside messages or columns, it is what a template made of them
         found.remove("text")
@@ -170,9 +191,11 @@ def _name(
             "Say which with data.format."
         )
     expected = "; ".join(f"{name}: {form}" for name, form in FORMATS.items())
+    likely = likely_columns(map(str, row)) or {"prompt": "question", "completion": "answer"}
+    mapped = ", ".join(f"{key}: {column}" for key, column in likely.items())
     raise InputError(
         f"the keys {_sorted(row)} are of no known format{with_columns}. Expected {expected}. "
-        "Other names can be mapped: data.columns={prompt: question, completion: answer}."
+        f"Other names can be mapped: data.columns={{{mapped}}}."
     )
 
 

@@ -12,6 +12,7 @@ from lightning_sft.types import InputError
 Given = tuple[Any, bool]
 """A message as it was given, and whether it may be a target."""
 
+_PAIRS = (("input", "output"), ("human", "assistant"), ("user", "assistant"))
 _CONVERSATIONS = {"chat": "messages", "sharegpt": "conversations"}
 
 
@@ -21,18 +22,15 @@ def given_turns(found: Found) -> list[Given]:
     Raises:
         InputError: When a column is not what its format says.
     """
-    system = found.optional.get("system")
-    turns: list[Given] = [({"role": "system", "content": system}, False)] if system else []
-    if system and not isinstance(system, list):
-        text_of(system, "'system'")
+    turns: list[Given] = [(message, False) for message in _system(found.optional.get("system"))]
     if found.name in _CONVERSATIONS:
         return turns + [(message, True) for message in _conversation(found.question, _CONVERSATIONS[found.name])]
-    question = found.question
+    question, key = found.question, "query" if found.name == "query" else "prompt"
+    turns += _history(found.optional.get("history"))
     if found.name == "alpaca":
-        turns += _history(found.optional.get("history"))
         texts = [text_of(question, "'instruction'"), text_of(found.optional.get("input", ""), "'input'")]
         question = "\n\n".join(text for text in texts if text.strip()) or question
-    asked = _side(question, "user", "prompt" if found.name != "xlam" else "query")
+    asked = _side(question, "user", key)
     turns += [(message, False) for message in asked]
     if found.has_answer:
         answered = _answers(found)
@@ -45,12 +43,21 @@ def given_turns(found: Found) -> list[Given]:
     return turns
 
 
+def _system(system: Any) -> list[Any]:
+    """The system prompt of a row: a text, parts, or a message."""
+    if isinstance(system, Mapping):
+        return [{**system, "role": "system"}]
+    if system and not isinstance(system, list):
+        text_of(system, "'system'")
+    return [{"role": "system", "content": system}] if system else []
+
+
 def _answers(found: Found) -> list[Any]:
-    if found.name == "xlam":
+    if "answers" in found.answers:
         return [{"role": "tool_call", "content": found.answer}]
     answers = _side(found.answer, "assistant", "completion")
     if (reasoning := found.optional.get("reasoning_content")) is not None:
-        if len(answers) > 1 or "reasoning_content" in answers[0]:
+        if len(answers) > 1 or not isinstance(answers[0], Mapping) or "reasoning_content" in answers[0]:
             raise InputError("'reasoning_content' of the row needs an answer of one message without its own. Keep one.")
         answers = [{**answers[0], "reasoning_content": reasoning}]
     return answers
@@ -82,11 +89,15 @@ def _conversation(value: Any, key: str) -> list[Any]:
 
 
 def _pair(given: Any) -> list[Any]:
-    """A message; or what an exchange has in one object, as ``{"input": ..., "output": ...}``."""
-    if not isinstance(given, Mapping) or not {"input", "output"} <= given.keys() <= {"system", "input", "output"}:
+    """A message; or both of an exchange that is one object, as ``{"input": ..., "output": ...}``."""
+    if not isinstance(given, Mapping) or "role" in given or "from" in given:
         return [given]
-    system = [{"role": "system", "content": given["system"]}] if given.get("system") else []
-    return [*system, {"role": "user", "content": given["input"]}, {"role": "assistant", "content": given["output"]}]
+    keys = given.keys() - {"system"}
+    pair = next((pair for pair in _PAIRS if keys == set(pair)), None)
+    if pair is None:
+        return [given]
+    roles = zip(("system", "user", "assistant"), ("system", *pair), strict=True)
+    return [{"role": role, "content": given[key]} for role, key in roles if key != "system" or given.get(key)]
 
 
 def _side(value: Any, role: str, key: str) -> list[Any]:

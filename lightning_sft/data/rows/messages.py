@@ -17,7 +17,7 @@ from lightning_sft.data.rows.given_turns import Given, given_turns
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.token_rows import read_tokens
 from lightning_sft.data.rows.turns import Turn, read_turns
-from lightning_sft.data.rows.values import check_json, decoded, shown, text_of, weight_of
+from lightning_sft.data.rows.values import check_json, decoded, flag_of, shown, text_of, weight_of
 from lightning_sft.io.arguments import check_arguments
 from lightning_sft.types import Conversation, Example, InputError
 
@@ -185,7 +185,8 @@ def _file(provenance: str) -> str:
 def _read(found: Found, reading: Reading, provenance: str, ignored: set[str]) -> Conversation | Example:
     """A row whose format is known; ``ignored`` takes in what says nothing."""
     weight = found.optional.get("weight", 1.0)
-    scale = float(weight) if isinstance(weight, bool) else weight_of(weight, "'weight'")
+    flag = None if isinstance(weight, float) else flag_of(weight)
+    scale = weight_of(weight, "'weight'") if flag is None else float(flag)
     if found.name == "tokens":
         return read_tokens(found.question, found.answers, found.optional, scale, provenance)
     if found.name == "text":

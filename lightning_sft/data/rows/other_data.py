@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning_sft.data.rows.values import shown
+from lightning_sft.data.rows.values import flag_of, shown
 from lightning_sft.types import InputError
 
 _TREE = ("parent_id", "message_tree_id")
+_VERDICTS = ("label", "kto_tag")
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_TELLING = frozenset((*_VERDICTS, *_MEDIA))  # of a row that has the keys of a format
 
 
 def refuse_other_data(row: Mapping[str, Any], name: str | None, mapped: Iterable[str]) -> None:
@@ -26,22 +29,30 @@ def refuse_other_data(row: Mapping[str, Any], name: str | None, mapped: Iterable
     >>> refuse_other_data({"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}, None, ())
     Traceback (most recent call last):
     ...
-    lightning_sft.types.InputError: the row is a preference pair, ... learn the chosen answers: \
-data.columns={completion: chosen}.
+    lightning_sft.types.InputError: the row is a preference pair, with 'chosen' and 'rejected'. To learn the chosen \
+answers: data.columns={completion: chosen}.
     """
+    if name is not None and name != "text" and not any(key in _TELLING or str(key)[:6] == "chosen" for key in row):
+        return
     mapped = set(mapped)
-    if _is_filled(row, "chosen", "rejected") and not mapped & {"chosen", "rejected"}:
-        question = row.get("messages", row.get("conversations"))
-        if name is None or name == "text" or question is None or question != row["chosen"]:
-            raise InputError(
-                "the row is a preference pair, with 'chosen' and 'rejected'. Fine-tuning can learn the chosen answers: "
-                f"data.columns={{{_columns_of_chosen(row)}}}."
-            )
-    if name == "prompt-completion" and isinstance(row.get("label"), bool) and "label" not in mapped:
+    chosen = next((key for key in row if _is_chosen(row, key) and not mapped & {key, _rejected(key)}), None)
+    question = row.get("messages", row.get("conversations"))
+    if chosen is not None and (name is None or question is None or question != row[chosen]):
         raise InputError(
-            f"'label' is {str(row['label']).lower()}: the row says whether its answer is wanted, as KTO's do. To learn "
-            "those that are wanted: data.columns={weight: label} with data.invalid_rows=skip; to learn all: "
-            "data.format=prompt-completion."
+            f"the row is a preference pair, with {chosen!r} and {_rejected(chosen)!r}. To learn the chosen answers: "
+            f"data.columns={{{_columns_of_chosen(row, chosen)}}}."
+        )
+    verdict = next((key for key in _VERDICTS if flag_of(row.get(key)) is not None and key not in mapped), None)
+    if name is not None and verdict is not None:
+        raise InputError(
+            f"{verdict!r} is {row[verdict]}: the row says whether its answer is wanted, as KTO's do. To "
+            f"learn the wanted ones: data.columns={{weight: {verdict}}} with data.invalid_rows=skip; to learn all: "
+            f"data.format={name}."
+        )
+    if name is not None and (media := next((key for key in _MEDIA if row.get(key)), None)) is not None:
+        raise InputError(
+            f"the row has {media!r}, and only texts can be trained on. To learn the texts without them: "
+            f"data.format={name}."
         )
     if (name is None or name == "text") and any(key in row for key in _TREE):
         raise InputError(
@@ -68,22 +79,27 @@ data.columns={completion: chosen}.
             )
 
 
-def _is_filled(row: Mapping[str, Any], *keys: str) -> bool:
-    return all(row.get(key) is not None for key in keys)
+def _rejected(chosen: str) -> str:
+    return chosen.replace("chosen", "rejected", 1)
 
 
-def _columns_of_chosen(row: Mapping[str, Any]) -> str:
+def _is_chosen(row: Mapping[str, Any], key: Any) -> bool:
+    """Whether it is the answer of a pair; scores of answers are none."""
+    is_named = isinstance(key, str) and key.startswith("chosen")
+    return is_named and all(isinstance(row.get(name), (str, list, Mapping)) for name in (key, _rejected(key)))
+
+
+def _columns_of_chosen(row: Mapping[str, Any], key: str) -> str:
     """What the chosen answer is: a whole conversation, an answer to what is in other columns, or a whole text."""
-    chosen = row["chosen"]
-    first = chosen[0] if isinstance(chosen, list) and chosen else None
+    first = row[key][0] if isinstance(row[key], list) and row[key] else None
     if isinstance(first, Mapping) and first.get("role", first.get("from")) not in ("assistant", "gpt"):
-        return "messages: chosen"
+        return f"messages: {key}"
     if "instruction" in row:
-        return "output: chosen"
-    question = next((key for key in ("prompt", "messages", "conversations", "question") if key in row), None)
+        return f"output: {key}"
+    question = next((own for own in ("prompt", "messages", "conversations", "question") if own in row), None)
     if question is None:
-        return "text: chosen"
-    return "completion: chosen" if question == "prompt" else f"prompt: {question}, completion: chosen"
+        return f"text: {key}"
+    return f"completion: {key}" if question == "prompt" else f"prompt: {question}, completion: {key}"
 
 
 def _are_messages(values: list[Any]) -> bool:

@@ -9,7 +9,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.data.rows.files import Line, kind_of, skim_file, without_nulls
+from lightning_sft.data.rows.files import BrokenRow, Line, kind_of, skim_file, without_nulls
 from lightning_sft.types import InputError
 
 Row = dict[str, Any] | list[Any]
@@ -19,6 +19,18 @@ Leaf = Callable[[], Iterator[tuple[Any, str]]]
 
 Files = list[tuple[str, list[Path]]]
 """The names that a source consists of, each with its files."""
+
+_STEPS = {
+    "ArrowExamplesIterable",
+    "BufferShuffledExamplesIterable",
+    "ExamplesIterable",
+    "FilteredExamplesIterable",
+    "FormattedExamplesIterable",
+    "MappedExamplesIterable",
+    "SelectColumnsIterable",
+    "ShuffledDataSourcesArrowExamplesIterable",
+    "ShuffledDataSourcesExamplesIterable",
+}  # of an iterable data set, each of which makes one row, or none, of a row
 
 _HUB = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:\[]+))??(?::(?P<split>[^:\[]+(?:\[.*\])?))?")
 
@@ -58,7 +70,49 @@ def leaves(source: Source, streaming: bool = False) -> list[Leaf]:
         raise InputError(f"The data has the splits {sorted(map(str, source))}: give one of them, data['train'].")
     if isinstance(source, Sequence) and source and all(isinstance(item, (str, Path)) for item in source):
         return [leaf for item in source for leaf in _leaves_of_name(str(item), streaming)]
+    _refuse_split(source)
     return [partial(_rows_of_list, source)]
+
+
+def shards(source: Source) -> list[Leaf]:
+    """The shards of an iterable data set, of the hub or of ``datasets``: together they have its rows, each once.
+
+    Empty where it has one alone, is something else, or computes its rows from several at a time.
+
+    Raises:
+        InputError: When it is missing, or has already been split among ranks.
+    """
+    name = str(source) if isinstance(source, (str, Path)) else ""
+    data: Any = data_set(name, streaming=True) if name else source
+    _refuse_split(data)
+    count = getattr(data, "num_shards", 1) if _is_row_by_row(getattr(data, "_ex_iterable", None)) else 1
+    if count == 1:
+        return []
+    before = f"{name}:" if name else ""
+    return [partial(_rows_of_shard, data.shard(count, i), f"{before}shard {i + 1}, ") for i in range(count)]
+
+
+def _refuse_split(data: Any) -> None:
+    if getattr(getattr(data, "_distributed", None), "world_size", 1) > 1:
+        raise InputError(
+            "The data set has been split by split_dataset_by_node. Give all of it: each rank takes its own rows of it."
+        )
+
+
+def _is_row_by_row(steps: Any) -> bool:
+    """Whether each row of an iterable data set comes of one row of a shard, so that each can be read apart.
+
+    Args:
+        steps: What ``datasets`` makes of the rows, step after step: a step that is not known counts as one that does
+            not (``take``, ``batch``, ``interleave_datasets``).
+    """
+    while steps is not None and type(steps).__name__ in _STEPS:
+        if getattr(steps, "batched", False) or getattr(steps, "with_indices", False):
+            return False
+        if not hasattr(steps, "ex_iterable"):
+            return True
+        steps = steps.ex_iterable
+    return False
 
 
 def parsed(row: Any, provenance: str) -> Row:
@@ -67,7 +121,7 @@ def parsed(row: Any, provenance: str) -> Row:
     Raises:
         InputError: When it is not valid JSON, or no row.
     """
-    row = row.parse() if isinstance(row, Line) else row
+    row = row.parse() if isinstance(row, (Line, BrokenRow)) else row
     if not isinstance(row, (dict, list)):
         raise InputError(
             f"{provenance}: a row must be an object with named keys, or a list of messages, got {type(row).__name__}."
@@ -169,6 +223,11 @@ def _rows_of_data_set(name: str, data: Any) -> Iterator[tuple[Any, str]]:
         yield without_nulls(row), f"{name}:row {number}"
     if not number:
         raise InputError(f"The data set {name!r} has no rows.")
+
+
+def _rows_of_shard(data: Any, before: str) -> Iterator[tuple[Any, str]]:
+    for number, row in enumerate(data, 1):
+        yield without_nulls(row), f"{before}row {number}"
 
 
 def _rows_of_list(rows: Iterable[Any]) -> Iterator[tuple[Any, str]]:

@@ -36,7 +36,7 @@ def read_tokens(
     [0.0, 0.0, 1.0]
     """
     ids = _numbers(input_ids, "'input_ids'", len(input_ids) if isinstance(input_ids, Sequence) else 0)
-    if len(ids) == 0 or (ids != ids.astype(np.int64)).any() or ids.min() < 0 or ids.max() > _LARGEST:
+    if len(ids) == 0 or ids.min() < 0 or ids.max() > _LARGEST or (ids % 1).any():
         raise InputError(f"'input_ids' must be a list of token ids, integers from 0, got {shown(input_ids)}.")
     weights = np.full(len(ids), weight)
     for key, values in targets.items():
@@ -62,6 +62,8 @@ def read_tokens(
         raise InputError("'attention_mask' is 0 at a token that is to be trained. Correct one of them.")
     weights = weights[begin:end]
     weights[0] = 0.0
+    if not np.isfinite(weights).all():
+        raise InputError("the weight of a token times that of the row is too large a number.")
     if not weights.any():
         raise InputError("no token of the row is to be trained: all labels are -100, or the mask is 0. Remove the row.")
     return Example(ids[begin:end].astype(np.int32), weights, provenance)
@@ -69,12 +71,16 @@ def read_tokens(
 
 def _numbers(values: Any, what: str, length: int) -> NDArray[np.float64]:
     """Finite numbers, one for each id."""
-    is_list = isinstance(values, (list, tuple))
-    if not is_list or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+    is_list = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
+    try:
+        numbers = np.array(values if is_list else [math.nan], np.float64)
+    except OverflowError:  # an integer of hundreds of digits
+        numbers = np.array([math.nan])
+    if not np.isfinite(numbers).all():
         raise InputError(f"{what} must be a list of numbers, got {shown(values)}.")
-    if len(values) != length:
-        raise InputError(f"{what} has {len(values)} values for {length} ids of 'input_ids'.")
-    return np.array(values, np.float64)
+    if len(numbers) != length:
+        raise InputError(f"{what} has {len(numbers)} values for {length} ids of 'input_ids'.")
+    return numbers
 
 
 def _without_padding(mask: Any, length: int) -> tuple[int, int]:

@@ -55,10 +55,12 @@ def read_turns(given: Any, dialect: Dialect = COMMON, ignored: set[str] | None =
             "the role must be one of system, user, assistant and tool, or a known name of one, got "
             f"{shown(alias)}. Say what it stands for with data.roles={{name: role}}."
         )
-    weight = _flags(left, names)
+    weight = None if dialect.flags.isdisjoint(left) else _flags(left, names)
     content, what = _content(given, left, role, names["content"], ignored)
     message: Message = {"role": role}
     results: list[Message] = []
+    if not left and isinstance(content, str) and role != "tool" and alias.lower() not in CALLERS:
+        return [({**message, "content": text_of(content, what)}, weight)]
     if role == "tool":
         message["content"] = read_result(content, what)
         for name in ("name", "tool_call_id"):
@@ -109,8 +111,8 @@ def _content(
     """The content of a message, and what it is called there; other keys that repeat it say nothing."""
     key = next((name for keys in (left, given) for name in names if name in keys), names[0])
     content = left.pop(key, None)
-    for name in names:
-        if content is not None and name in left and left[name] == content:
+    for name in names if left and content is not None else ():
+        if name in left and left[name] == content:
             del left[name]
             ignored.add(f"messages[].{name}")
     return content, f"{key!r} ({role})"
@@ -185,7 +187,7 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
     texts: dict[int, list[str]] = {0: [], 1: []}
     found, last = _Parts(), 0
     for number, part in enumerate(parts, 1):
-        what = f"part {number} of the content"
+        what, part = f"part {number} of the content", _typed(part)
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "tool_result":
             found.results.append(_result(part, what, ignored))
@@ -213,12 +215,25 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
     return found
 
 
+def _typed(part: Any) -> Any:
+    """A part with its type: Gemini's and Bedrock's have none, and are told by their one key."""
+    if not isinstance(part, Mapping) or "type" in part or len(part) != 1:
+        return part
+    [(key, value)] = part.items()
+    if key == "functionCall":
+        return {"type": "tool_call", "value": [value]}
+    if key == "functionResponse" and isinstance(value, Mapping):
+        return {"type": "tool_result", "content": value.get("response"), "name": value.get("name")}
+    return {"type": "text", "text": value} if key == "text" else part
+
+
 def _result(part: Mapping[str, Any], what: str, ignored: set[str]) -> Message:
     """Anthropic's result of a tool, as a turn of the tool."""
     filled = _filled(part, ignored)
     turn: Message = {"role": "tool", "content": read_result(filled.pop("content", ""), what)}
-    if "tool_use_id" in filled:
-        turn["tool_call_id"] = text_of(filled.pop("tool_use_id"), "'tool_use_id'")
+    for key, name in (("name", "name"), ("tool_use_id", "tool_call_id")):
+        if key in filled:
+            turn[name] = text_of(filled.pop(key), repr(key))
     if filled:
         raise InputError(f"{what}: a tool_result has 'tool_use_id', 'content' and nothing else, got {shown(part)}.")
     return turn
@@ -226,8 +241,11 @@ def _result(part: Mapping[str, Any], what: str, ignored: set[str]) -> Message:
 
 def _filled(part: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
     """The keys of a part that say something, but for its type."""
-    ignored.update(f"messages[].content[].{key}" for key in _NOTHING & part.keys() if part[key] is not None)
-    return {key: value for key, value in part.items() if value is not None and key not in _NOTHING and key != "type"}
+    filled = {key: value for key, value in part.items() if value is not None and key != "type"}
+    for key in () if _NOTHING.isdisjoint(filled) else _NOTHING & filled.keys():
+        ignored.add(f"messages[].content[].{key}")
+        del filled[key]
+    return filled
 
 
 def _take(left: dict[str, Any], names: tuple[str, ...]) -> Any:

@@ -53,6 +53,17 @@ def weight_of(value: Any, what: str) -> float:
     return weight
 
 
+def flag_of(value: Any) -> bool | None:
+    """The value, if it is true or false, as CSV has it too; ``None`` where it is something else.
+
+    >>> flag_of(True), flag_of("False"), flag_of(1), flag_of("yes")
+    (True, False, None, None)
+    """
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower())
+    return value if isinstance(value, bool) else None
+
+
 def decoded(value: Any, what: str) -> Any:
     """The value of a JSON text, also of one that was encoded twice; anything else as it is.
 

@@ -4,7 +4,7 @@ An answer has fields: its text, its reasoning, and of each tool call the name an
 A template may drop one, as most drop the reasoning, and looking for the field's own text in the render would not show
 that where the text stands there twice. Sentinels do: each is a text that stands nowhere else.
 
-What follows the last sentinel is how the template ends an answer. Rendered once more with a further turn, it shows
+What follows the last sentinel is how the template ends an answer. Rendered again with a further turn, it shows
 which part of this belongs to the answer, and which to whatever comes next. What generation stops at is in the former;
 or, where a template puts nothing after an answer, it is what begins the next turn.
 """
@@ -97,7 +97,7 @@ def learn(
         answer: The answer, with sentinels.
         prompt: What stands before it at inference.
         whole: The conversation up to and with the answer.
-        onwards: The same with a further turn, up to the text of that turn; ``None`` where the template has none.
+        onwards: Conversation with a further turn, up to the text of that turn; ``None`` where the template has none.
         stops: Matches an added token that may stop an answer.
         known: Tokens that the tokenizer or the model's generation config says generation stops at.
         always_prompts: Whether the template ends any conversation with the prompt of the next answer.
@@ -133,7 +133,8 @@ def _stop(tail: str, after: str, always_prompts: bool, stops: re.Pattern[str], k
     if tokens := list(stops.finditer(tail)):
         return tail[: tokens[-1].end()]
     token = stops.search(after)
-    return after[: token.end()] if token and not after[: token.start()].strip() else ""
+    begins_next = token and after[: token.start()].rstrip() == tail.rstrip()
+    return after[: token.end()] if token and begins_next else ""
 
 
 def num_shared(a: str, b: str) -> int:
@@ -185,7 +186,8 @@ def _sentinel(made: Sentinels, name: str, kind: type = str) -> Any:
 
 def _marked(value: Any, made: Sentinels, name: str) -> Any:
     if isinstance(value, Mapping):
-        return {_sentinel(made, name): _marked(inner, made, name) for inner in value.values()}
+        names = [_sentinel(made, name) for _ in value]  # in the order of the keys, since some templates sort them
+        return {names[rank]: _marked(value[key], made, name) for key, rank in zip(value, _ranks(value), strict=True)}
     if isinstance(value, (list, tuple)):
         return [_marked(inner, made, name) for inner in value]
     if isinstance(value, bool) or value is None or value == "":
@@ -193,9 +195,15 @@ def _marked(value: Any, made: Sentinels, name: str) -> Any:
     return _sentinel(made, name, type(value) if type(value) in (int, float) else str)
 
 
+def _ranks(keys: Collection[str]) -> list[int]:
+    """The place of each key among them all, sorted as by jinja2's ``dictsort``."""
+    ordered = sorted(keys, key=str.lower)
+    return [ordered.index(key) for key in keys]
+
+
 def _structure(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return "{", *map(_structure, value.values())
+        return "{", *zip(_ranks(value), map(_structure, value.values()), strict=True)
     if isinstance(value, (list, tuple)):
         return "[", *map(_structure, value)
     return value if isinstance(value, bool) or value is None or value == "" else type(value).__name__

@@ -48,6 +48,33 @@ class ChatTemplate(Template):
         answer = Rendering(self, Conversation(messages, tools)).answer(len(messages) - 1)
         return answer.text[: answer.begin], answer.own
 
+    def message_of(self, messages: Sequence[Message], written: str) -> Message:
+        r"""The answer that the template writes as some text: what a model has generated, as a turn of its conversation.
+
+        Args:
+            messages: Messages before it.
+            written: Generated text with its control tokens; the stop token may be missing.
+
+        >>> from lightning_sft.demos import tiny_tokenizer
+        >>> asked = [{"role": "user", "content": "Hi"}]
+        >>> ChatTemplate.of(tiny_tokenizer()).message_of(asked, "Yo<|im_end|>")
+        {'role': 'assistant', 'content': 'Yo'}
+        """
+        for tried in ({"reasoning_content": "x", "content": "y"}, {"content": "y"}):
+            try:
+                ending = Rendering(self, Conversation([*messages, _assistant(tried)])).ending(len(messages))
+                whole = written if written.endswith(ending.stop) else written + ending.stop
+                own = whole.removeprefix(ending.before)[: len(whole) - len(ending.before) - len(ending.stop)]
+                parts = own.split(ending.between, 1) if "reasoning_content" in tried else [own]
+                if len(parts) < len(tried) or ending.lost or not whole.startswith(ending.before):
+                    continue
+                message = _assistant(dict(zip(tried, parts, strict=True)))
+                if Rendering(self, Conversation([*messages, message])).answer(len(messages)).own == whole:
+                    return message
+            except (InputError, ValueError):
+                continue
+        return _assistant({"content": self.special.sub("", written)})
+
     @property
     def stop_id(self) -> int | None:
         """Id of the token that ends an answer; ``None`` where the template has none."""
@@ -65,11 +92,15 @@ class ChatTemplate(Template):
             answer = {"role": "assistant", "content": "" if more else "y", **more}
             try:
                 rendering = Rendering(self, Conversation([asked, answer], tools))
-                tokens = self.added.findall(rendering.ending(1).stop)
+                tokens = self.endings.findall(rendering.ending(1).stop)
             except InputError:
                 continue
             ids |= {int(self.tokenizer.convert_tokens_to_ids(token)): None for token in tokens[-1:]}  # type: ignore[arg-type]
         return tuple(ids)
+
+
+def _assistant(fields: dict[str, str]) -> Message:
+    return {"role": "assistant", **fields}
 
 
 @lru_cache(maxsize=8)

@@ -20,7 +20,7 @@ Treatment = Literal["text", "refuse", "as_is"]
 """What becomes of a control token in a text: plain text, a refusal of the row, or the token that it is."""
 
 _MARKUP = re.compile(r"<(/?)(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]")
-_MARK = mark_control_tokens("x", re.compile("x"))[0]
+_MARK, _, _END = mark_control_tokens("x", re.compile("x"))
 
 
 def pattern_of(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
@@ -34,10 +34,11 @@ def pattern_of(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[
     return any_of({token for token in own if not _MARKUP.fullmatch(token)} | always)
 
 
-def any_added(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches any added token but those of whitespace."""
+def ending_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches any added token that may end or begin a turn: none of space, and no tag of a thought or tool call."""
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    return any_of({token for token in {*added, *tokenizer.all_special_tokens} if token.strip()})
+    kept = {token for token in added if token.strip() and not _MARKUP.fullmatch(token)}
+    return any_of(kept.union(token for token in tokenizer.all_special_tokens if token.strip()))
 
 
 def treated(
@@ -69,6 +70,11 @@ def treated(
 def is_marked(text: str) -> bool:
     """Whether a rendered text has marks."""
     return _MARK in text
+
+
+def unmarked(text: str) -> str:
+    """A text without its marks."""
+    return text.replace(_MARK, "").replace(_END, "")
 
 
 def marked_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Mixture, as_mixture
-from lightning_sft.data.rows.sources import Source, files_behind, leaves, read, size_of
+from lightning_sft.data.rows.sources import Source, files_behind, leaves, parsed, size_of
 from lightning_sft.data.tokens.cache import cached, key_of
 from lightning_sft.data.tokens.encode import encode_prompt
-from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig, Rows, in_chunks
+from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig, Lane, in_chunks
 from lightning_sft.data.tokens.examples import Examples
 from lightning_sft.data.tokens.row_report import RowReport, some
 from lightning_sft.data.tokens.workers import num_cores
@@ -97,7 +97,7 @@ def load_split(
     mixture, account, found = as_mixture(source), RowReport(), []
     for part_name, part in mixture.of_name.items():
         title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
-        chunks = Chunks(partial(_rows, part.source, first), [own_recipe])
+        chunks = Chunks(partial(_lanes, part.source, first), [own_recipe])
         files = files_behind(part.source) if first is None else None
         key = key_of(files, own_recipe) if cache else None
         is_large = files is not None and size_of(files) >= _LARGE
@@ -107,7 +107,7 @@ def load_split(
         if own.refused and invalid_rows == "error":
             raise own.refusal(title)
         if not examples:
-            raise _nothing_left(title, own, own_recipe)
+            raise _nothing_left(title, own, own_recipe.max_length)
         account.add(own)
         found.append(examples)
     together = Examples([batch for examples in found for batch in examples.batches])
@@ -121,6 +121,7 @@ def load_prompts(
     *,
     invalid_rows: Literal["error", "skip"] = "error",
     first: int | None = None,
+    title: str | None = None,
 ) -> list[Prompt]:
     """The prompts of a source, for generation; rows may lack the answer.
 
@@ -130,26 +131,36 @@ def load_prompts(
         reading: How rows are read.
         invalid_rows: Whether a row that cannot be used is an error, or left out.
         first: No more than so many rows of each data set.
+        title: Name of the prompts in a warning of rows that are left out; none by default.
 
     Raises:
-        InputError: At the first row that cannot be used, unless ``invalid_rows`` is ``skip``.
+        InputError: At the first row that cannot be used, unless ``invalid_rows`` is ``skip``; or, with a title, when
+            none can.
     """
-    found: list[Prompt] = []
+    found, account = list[Prompt](), RowReport()
     for part in as_mixture(source).of_name.values():
         convert, begin = Converter((reading or Reading()).of(part), answered=False), len(found)
-        for row, where in read(part.source):
+        for row, where in (row for leaf in leaves(part.source) for row in leaf()):
             if first is not None and len(found) - begin >= first:
                 break
+            account.num_rows += 1
             try:
-                found.append(replace(encode_prompt(convert(row, where), tokenizer), number=len(found)))
-            except InputError:
+                conversation = convert(parsed(row, where), where)
+                found.append(replace(encode_prompt(conversation, tokenizer), number=len(found)))
+            except InputError as error:
                 if invalid_rows == "error":
                     raise
+                account.refused.append(str(error))
+    if title and account.refused:
+        if not found:
+            raise _nothing_left(title, account, None)
+        rank_zero_warn(account.remarks(title)[0])
     return found
 
 
-def _rows(source: Source, first: int | None) -> Iterator[tuple[int, Rows]]:
-    return ((0, rows) for rows in in_chunks(leaves(source, streaming=first is not None), _ROWS_AT_A_TIME, first))
+def _lanes(source: Source, first: int | None) -> list[Lane]:
+    files = leaves(source, streaming=first is not None)
+    return [((0, rows) for rows in in_chunks(files, _ROWS_AT_A_TIME, first))]
 
 
 def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str | None) -> tuple[Examples, RowReport]:
@@ -180,10 +191,10 @@ def _shown(chunks: Chunks, num_workers: int, title: str | None) -> Iterator[Chun
             progress.advance(task, chunk.account.num_rows)
 
 
-def _nothing_left(name: str, account: RowReport, recipe: EncodingConfig) -> InputError:
+def _nothing_left(name: str, account: RowReport, max_length: int | None) -> InputError:
     if account.shortest:
         return InputError(
-            f"{name}: data.max_length={recipe.max_length} is less than the {account.shortest} tokens of the shortest "
+            f"{name}: data.max_length={max_length} is less than the {account.shortest} tokens of the shortest "
             "sequence. Raise it, or leave it out for the model's own context."
         )
     return InputError(f"{name}: no row can be used.\n{some(account.refused, len(account.refused))}")

@@ -30,9 +30,9 @@ class Encoded:
     """What became of a conversation.
 
     Args:
-        examples: Its training sequences.
-        refusal: Why it has none.
-        notes: What has to be said of it though it is used.
+        examples: Training sequences.
+        refusal: Reason for a conversation without any.
+        notes: Remarks on a conversation that is used.
     """
 
     examples: list[Example] = field(default_factory=list)

@@ -1,7 +1,8 @@
 """Rows to encoded examples, many at a time, in worker processes where that pays; in the order of the rows all the same.
 
 The rows are cut into chunks, each is one worker's, and chunks come back in order. So nothing that is computed depends
-on how many workers there are, and a rank of a stream takes every ``num_ranks``-th chunk.
+on how many workers there are, and a rank of a stream takes every ``num_ranks``-th chunk. Rows may lie in several lanes
+that are read apart, chunk by chunk in turn: then who takes the chunks of one lane does not read those of another.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import pyarrow as pa
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.messages import Converter, Reading
@@ -25,11 +26,14 @@ from lightning_sft.data.tokens.given_ids import weighted
 from lightning_sft.data.tokens.overflow import Overflow, shorten
 from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.data.tokens.template import TemplateConfig
-from lightning_sft.data.tokens.workers import iterate, leave_signals
+from lightning_sft.data.tokens.workers import iterate, leave_signals, take_turn
 from lightning_sft.types import Conversation, Example, InputError, Normalize
 
 Rows = list[tuple[Any, str]]
 """Rows of a :data:`~lightning_sft.data.rows.sources.Leaf`, each with where it came from."""
+
+Lane = Iterator[tuple[int, Rows]]
+"""Chunks of rows, each with the number of the data set that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -80,35 +84,36 @@ class Chunks(IterableDataset[Chunk | InputError]):
     An error stands in the place of the chunk that it stops at.
 
     Args:
-        rows: Gives all rows in chunks, each with the number of the data set that it comes from.
+        lanes: Gives all rows, as chunks in one lane or several. Chunk number n is of lane n modulo their number, and
+            empty where that has ended.
         recipes: Recipe of each data set.
         rank: Takes the chunks ``rank``, ``rank + num_ranks``, …
         num_ranks: Among how many ranks the chunks are dealt out.
         first: Number of this rank's chunks to skip at the beginning.
+        num_lanes: Number of lanes: 1, or a multiple of ``num_ranks``.
     """
 
     def __init__(
         self,
-        rows: Callable[[], Iterator[tuple[int, Rows]]],
+        lanes: Callable[[], Sequence[Lane]],
         recipes: Sequence[EncodingConfig],
         rank: int = 0,
         num_ranks: int = 1,
         first: int = 0,
+        num_lanes: int = 1,
     ) -> None:
-        self.rows, self.recipes, self.rank, self.num_ranks, self.first = rows, recipes, rank, num_ranks, first
+        self.lanes, self.recipes, self.first, self.num_lanes = lanes, recipes, first, num_lanes
+        self.rank, self.num_ranks = rank, num_ranks
 
     def __iter__(self) -> Iterator[Chunk | InputError]:
-        worker = get_worker_info()
-        turn, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        turn, num_workers = take_turn()
         converters = [Converter(recipe.reading) for recipe in self.recipes]
         try:
-            for number, (part, rows) in enumerate(self.rows()):
-                own, is_others = divmod(number - self.rank, self.num_ranks)
-                own -= self.first
-                if is_others or own < 0 or own % num_workers != turn:
-                    _learn(rows, converters[part])
-                else:
-                    yield _encoded(rows, converters[part], self.recipes[part], part)
+            lanes = [enumerate(lane) for lane in self.lanes()]
+            for own in count(self.first + turn, num_workers):
+                number, lane = divmod(self.rank + own * self.num_ranks, self.num_lanes)
+                part, rows = _chunk(lanes[lane], number, converters)
+                yield _encoded(rows, converters[part], self.recipes[part], part)
         except InputError as error:
             yield error
 
@@ -124,10 +129,25 @@ class Chunks(IterableDataset[Chunk | InputError]):
         """
         settings: dict[str, Any] = {"prefetch_factor": ahead, "worker_init_fn": leave_signals} if num_workers else {}
         loader = DataLoader(self, batch_size=None, num_workers=num_workers, collate_fn=_as_it_is, **settings)
+        own_lanes, ended = max(1, self.num_lanes // self.num_ranks), 0
         for chunk in iterate(loader):
             if isinstance(chunk, InputError):
                 raise chunk
+            ended = 0 if chunk.account.num_rows else ended + 1
+            if ended == own_lanes:
+                return
             yield chunk
+
+
+def _chunk(
+    lane: Iterator[tuple[int, tuple[int, Rows]]], number: int, converters: Sequence[Converter]
+) -> tuple[int, Rows]:
+    """The chunk of a lane with a number, without rows where the lane has ended; those before it are skipped."""
+    for at, (part, rows) in lane:
+        if at == number:
+            return part, rows
+        _learn(rows, converters[part])
+    return 0, []
 
 
 def in_chunks(leaves: Iterable[Leaf], size: int, first: int | None = None) -> Iterator[Rows]:
@@ -158,9 +178,8 @@ def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) 
 
 def _attempt(convert: Converter, recipe: EncodingConfig, row: Any, provenance: str) -> Conversation | Encoded:
     """A conversation to encode; or what there is already, of a row of token ids or one that is refused."""
-    row = parsed(row, provenance)
     try:
-        read = convert.read(row, provenance)
+        read = convert.read(parsed(row, provenance), provenance)
     except InputError as error:
         return Encoded(refusal=error)
     if isinstance(read, Example):
@@ -172,6 +191,8 @@ def _fitted(example: Example, recipe: EncodingConfig, account: RowReport) -> Seq
     if recipe.max_length is None or len(example) <= recipe.max_length:
         return [example]
     pieces = shorten(example, recipe.max_length, recipe.overflow)
+    if pieces and recipe.overflow == "truncate_prompt":
+        account.note("the beginning is cut off, so answers lack a part of their context", example.provenance)
     (account.cut if pieces else account.too_long).append(f"{example.provenance} ({len(example):,} tokens)")
     return pieces
 

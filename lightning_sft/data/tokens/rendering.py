@@ -24,6 +24,7 @@ from lightning_sft.types import Conversation, InputError, Message
 
 _OPENING = re.compile(r"(?:<(?P<tag>think\w*|thought\w*|reason\w*|seed:think)>|\[(?P<mark>THINK)\])(?P<space>\s*)\Z")
 _INLINE = re.compile(r"(?s)\s*<(think|thinking)>(?P<thought>.*?)</\1>\s*(?P<text>.*)\Z")
+_EMPTY_THOUGHT = re.compile(r"\s*(<think\w*>\s*)?</think\w*>")
 _TAGS = re.compile(r"</?think\w*>")
 
 
@@ -120,11 +121,11 @@ class Rendering:
             self.notes.add("an answer is empty, and its stop token alone is trained")
         if not problem:
             assert rest is not None
-            own, thought = rest[: len(rest) - len(plain.tail)] + plain.stop, ending.between
+            own, thought = self._stopped(rest, plain), ending.between
             reasoning = (message.get("reasoning_content") or "").strip()
             trained = own.find(reasoning) + len(reasoning) + len(thought) if reasoning else 0
             if marks is not None:
-                last = marked_end(text, begin, begin + len(own), marks, self.template.added)
+                last = marked_end(text, begin, begin + len(own), marks, self.template.endings)
                 own = text[begin:last]
         else:
             if message.get("tool_calls"):
@@ -134,6 +135,8 @@ class Rendering:
                 raise InputError(problem)
             own, trained = self._raw(text[:begin], message, plain.stop)
             self.notes.add(_BY_ITSELF)
+        if not message.get("reasoning_content") and _EMPTY_THOUGHT.match(own):
+            self.notes.add(_UNTHINKING)
         if self.template.config.thoughts != "mask":
             trained = 0
         if not text.startswith(own, begin):
@@ -214,7 +217,7 @@ class Rendering:
             onwards = onwards.partition("XqnextqX")[0]
         except InputError:
             onwards = None
-        return learn(answer, prompt, whole, onwards, template.added, template.known_stops, template.always_prompts)
+        return learn(answer, prompt, whole, onwards, template.endings, template.known_stops, template.always_prompts)
 
     def _problem(self, message: Message, opening: str, rest: str | None, ending: Ending) -> str:
         """Why what the template writes of an answer cannot be trained; empty where it can."""
@@ -241,7 +244,15 @@ class Rendering:
             )
         if not ending.stop:
             return _NO_STOP
-        return "" if rest.endswith(ending.tail) else "the chat template ends the answer in its own way."
+        return "" if self._stopped(rest, ending) else "the chat template ends the answer in its own way."
+
+    def _stopped(self, rest: str, ending: Ending) -> str:
+        """What follows the prompt up to and with the stop token; empty where it ends in another way than was learnt."""
+        if rest.endswith(ending.tail):
+            return rest[: len(rest) - len(ending.tail)] + ending.stop
+        token = self.template.endings.search(ending.stop)
+        stop = ending.stop[token.start() :] if token else ending.stop
+        return rest.rstrip() if ending.tail.rstrip() == ending.stop and rest.rstrip().endswith(stop) else ""
 
     def _joined(self, prompt: str, whole: str) -> str | None:
         """What follows a prompt in a render that parts from it at its end, in space or where it begins a thought."""
@@ -258,7 +269,6 @@ class Rendering:
         closing = "[/THINK]" if tag == "THINK" else f"</{tag}>"
         if closing not in "".join(self.template.sources.values()):
             return ""
-        self.notes.add("the prompt begins a thought, which is trained to be empty")
         return f"{space}{closing}{2 * space}"
 
     def _raw(self, prompt: str, message: Message, stop: str) -> tuple[str, int]:
@@ -272,9 +282,7 @@ class Rendering:
         if opened and not thought and (inline := _INLINE.match(text)):  # it begins with the prompt's end
             return text[inline.start("thought") :].removeprefix(opened["space"]) + stop, 0
         if opened:
-            notes = set(self.notes)
             thought += self._closing(opened)
-            self.notes = notes if message.get("reasoning_content") else self.notes
         elif thought:
             if prompt.rstrip().endswith("</think>"):
                 raise InputError(
@@ -287,6 +295,10 @@ class Rendering:
 
 _PLAIN: Message = {"role": "assistant", "content": "x"}
 _BY_ITSELF = "the answer is put behind the prompt by itself, since the chat template writes the past in another way"
+_UNTHINKING = (
+    "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
+    "false}, where the template has that, it is context)"
+)
 _NO_STOP = (
     "the chat template puts no stop token after the answer, so the model would never learn to stop. Add the "
     "end-of-turn token to the template: data.chat_template."

@@ -71,13 +71,13 @@ class Template:
         self.sources: Mapping[str, str] = source if isinstance(source, dict) else {"default": str(source)}
         written = "".join(self.sources.values())
         self.special = control_tokens.pattern_of(tokenizer, written)
-        self.added = control_tokens.any_added(tokenizer)
+        self.endings = control_tokens.ending_pattern(tokenizer)
         known = [tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(list(self.config.stop_ids))]
         self.known_stops = frozenset(str(token) for token in known if token)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.segments = Segments(backend, tokenizer)
         self._special_tokens = tuple(tokenizer.special_tokens_map.items())
-        self._endings: dict[Any, Ending] = {}
+        self._learnt: dict[Any, Ending] = {}
 
     @property
     def text(self) -> str:
@@ -207,11 +207,11 @@ class Template:
 
     def ending(self, key: Any, make: Any) -> Ending:
         """How the template ends an answer of some shape in some place, learnt once."""
-        if key not in self._endings:
-            if len(self._endings) > 4096:
-                self._endings.clear()
-            self._endings[key] = make()
-        return self._endings[key]
+        if key not in self._learnt:
+            if len(self._learnt) > 4096:
+                self._learnt.clear()
+            self._learnt[key] = make()
+        return self._learnt[key]
 
 
 @lru_cache(maxsize=64)

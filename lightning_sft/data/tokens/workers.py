@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import worker as _worker
 
 _THREADS = "TOKENIZERS_PARALLELISM"
 
@@ -42,6 +43,19 @@ def leave_signals(worker: int) -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         if hasattr(signal, name):  # Windows lacks some
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def take_turn() -> tuple[int, int]:
+    """Number of this worker process, and how many there are: (0, 1) in a process that is none.
+
+    From then on, ``get_worker_info`` finds no worker: a data set that takes its share of the rows by it, as a
+    ``datasets.IterableDataset`` does, would leave out rows of the chunks that are this worker's.
+    """
+    info = get_worker_info()
+    if info is None:
+        return 0, 1
+    _worker._worker_info = None
+    return info.id, info.num_workers
 
 
 @contextmanager

@@ -118,6 +118,29 @@ def test_a_check_that_fails_exits_with_1(show: Any, config: dict[str, Any], json
         show("--check", "--check.min_targets", "0.99")
 
 
+def test_tools_that_the_template_does_not_show_fail_the_check(show: Any, config: dict[str, Any], jsonl: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    config["data"]["train"] = jsonl([{"messages": turns, "tools": tools}, {"messages": turns}], "tools.jsonl")
+    config["data"]["val"] = None
+    text = show("--check.max_not_shown", "0.5", "--check.max_duplicated", "1")
+    assert re.search(r"tools not shown +1 +2 +50.00% +≤ 50.00% +passes", text)
+    with pytest.raises(SystemExit):
+        show("--check")
+
+
+def test_a_duplicate_is_named_with_what_it_repeats(
+    show: Any, config: dict[str, Any], jsonl: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"Say {i % 60}", "completion": f"{i % 60}"} for i in range(80)]
+    config["data"] |= {"train": jsonl(rows), "val": None}
+    with pytest.raises(SystemExit):
+        show("--check")
+    named = re.findall(r"train.jsonl:(\d+) \(repeats \S*train.jsonl:(\d+)\)", capsys.readouterr().out)
+    assert len(named) == 20
+    assert all(abs(int(a) - int(b)) == 60 for a, b in named)
+
+
 def test_an_unknown_threshold_is_refused_with_its_name(show: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         show("--check.max_refusd", "0.1")
@@ -129,7 +152,16 @@ def test_the_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["show", "--help"])
     text = capsys.readouterr().out
-    for flag in ("--rows ", "--row ", "--html ", "--html_rows ", "--check ", "--data.train ", "--model.normalize "):
+    for flag in (
+        "--rows ",
+        "--row ",
+        "--html ",
+        "--html_rows ",
+        "--check ",
+        "--clean ",
+        "--data.train ",
+        "--model.normalize ",
+    ):
         assert flag in text
 
 
@@ -176,6 +208,24 @@ def test_a_mixture_is_shown_with_its_realized_shares_and_audited_row_by_row(
     assert re.search(r"maths +8 +0.25 +12.5% +12.5% +1 *\n", text)
     assert re.search(r"\[chat\] +8 +1.75 +87.5% +87.5% +0.5 *\n", text)
     assert re.search(r"duplicated +0 +16 ", text)
+
+
+def test_clean_writes_the_usable_rows_and_says_what_is_left_out(
+    show: Any, config: dict[str, Any], jsonl: Any, tmp_path: Path
+) -> None:
+    config["data"]["train"] = jsonl(
+        [GOOD, {"prompt": "a", "completion": 3}, {"prompt": "x" * 300, "completion": "y"}, {**GOOD, "weight": 2}]
+    )
+    del config["data"]["tokens_per_batch"]
+    out = tmp_path / "new" / "out.jsonl"
+    text = show("--clean", str(out))
+    assert f"Usable rows: 2 in {out}" in text
+    assert "Of 4 rows, 1 are refused; 1 sequences are longer than data.max_length" in text
+    first, second = map(json.loads, out.read_text(encoding="utf-8").splitlines())
+    assert first == {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    assert second["messages"][1] == {"role": "assistant", "content": "Yo", "weight": 2.0}
+    with pytest.raises(InputError, match=r"clean needs all rows, .* set data\.streaming=false"):
+        show("--clean", str(out), "--data.streaming", "true")
 
 
 def test_of_a_stream_the_first_rows_are_shown(show: Any, config: dict[str, Any]) -> None:

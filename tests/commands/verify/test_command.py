@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from lightning_sft.commands.verify.command import CHECKS, verify
 from lightning_sft.commands.verify.verdict import Case, Outcome
 from lightning_sft.data.rows.mixture import Mixture, Part
-from lightning_sft.data.tokens import chat_template as template
+from lightning_sft.data.tokens.rendering import Answer, Rendering
 from lightning_sft.main import main
 from lightning_sft.types import InputError
 from tests.helpers.verifying import settings
@@ -42,13 +43,13 @@ def test_a_failure_is_exit_code_1_and_names_the_row(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is trained is encoded without the stop token, which the template of inference has."""
-    answer = template.ChatTemplate.prompt_and_answer
+    answer = Rendering.answer
 
-    def without_stop(self: Any, messages: Any, tools: Any) -> tuple[str, str]:
-        prompt, text = answer(self, messages, tools)
-        return prompt, text.removesuffix("<|im_end|>")
+    def without_stop(self: Any, turn: int) -> Answer:
+        found = answer(self, turn)
+        return replace(found, end=found.end - len("<|im_end|>"))
 
-    monkeypatch.setattr(template.ChatTemplate, "prompt_and_answer", without_stop)
+    monkeypatch.setattr(Rendering, "answer", without_stop)
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--checks", "[contexts]", "--data.cache", "null"])
     assert stop.value.code == 1

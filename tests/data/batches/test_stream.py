@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset, IterableDataset, interleave_datasets
+from datasets.distributed import split_dataset_by_node
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.data import get_worker_info
 
 from lightning_sft.data.batches import stream
+from lightning_sft.data.batches.interleave import lanes as stream_lanes
+from lightning_sft.data.batches.interleave import num_lanes
 from lightning_sft.data.batches.stream import StreamLoader
 from lightning_sft.data.batches.stream_blocks import RankSummary, StreamLayout, deal
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
@@ -56,10 +61,11 @@ def names(batches: Any) -> list[tuple[str, ...]]:
     return [tuple(name for name in batch.provenance if name != "padding") for batch in batches]
 
 
-def over_ranks(num_ranks: int, **settings: Any) -> list[list[Batch]]:
+def over_ranks(num_ranks: int, make: Callable[[], Any] = lambda: ROWS, **settings: Any) -> list[list[Batch]]:
     """What each rank gets, where ranks are threads that meet at every block."""
     barrier, said = threading.Barrier(num_ranks), [None] * num_ranks
     found: list[list[Batch]] = [[] for _ in range(num_ranks)]
+    sources = [make() for _ in range(num_ranks)]  # an iterable data set keeps the state of its iteration
 
     def run(rank: int) -> None:
         def gather(share: RankSummary) -> list[Any]:
@@ -69,7 +75,7 @@ def over_ranks(num_ranks: int, **settings: Any) -> list[list[Batch]]:
             barrier.wait(20)
             return heard
 
-        found[rank] = list(loader(rank=rank, num_ranks=num_ranks, gather=gather, **settings))
+        found[rank] = list(loader(sources[rank], rank, num_ranks=num_ranks, gather=gather, **settings))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(num_ranks)]
     for thread in threads:
@@ -194,6 +200,120 @@ def test_the_format_of_a_file_is_that_of_its_first_row_for_every_worker(jsonl: C
         _, account, _ = accounted(path, num_workers=num_workers)
         assert [text.split(": ")[0].rpartition(":")[2] for text in account.refused] == [*"789", "10", "11", "12"]
         assert all(f"{path}:1 is of prompt-completion" in text for text in account.refused)
+
+
+def generated(shards: list[int], rows: int = 9) -> Iterator[dict[str, str]]:
+    """Shards of unlike sizes, the last of which is empty."""
+    for shard in shards:
+        for i in range(rows * (3 - shard % 4)):
+            yield {"prompt": f"Say {shard}", "completion": f"{i} " * (1 + i % 7)}
+
+
+def sharded(count: int) -> IterableDataset:
+    return IterableDataset.from_generator(generated, gen_kwargs={"shards": list(range(count))})
+
+
+ITERABLE = {
+    "of 1 shard": lambda: sharded(1),
+    "of 3 shards": lambda: sharded(3),
+    "of 4 shards": lambda: sharded(4),
+    "of 20 shards": lambda: sharded(20),
+    "of a table": lambda: Dataset.from_list(ROWS).to_iterable_dataset(num_shards=8),
+    "shuffled": lambda: sharded(8).shuffle(seed=1, buffer_size=10),
+    "mapped": lambda: sharded(8).map(lambda row: {**row, "prompt": row["prompt"] + "!"}).filter(lambda row: True),
+    "in batches": lambda: sharded(8).map(lambda rows: {key: cells[:-1] for key, cells in rows.items()}, batched=True),
+    "the first rows": lambda: sharded(8).take(50),
+    "of two": lambda: interleave_datasets([sharded(4), sharded(4)]),
+}
+
+
+class Sharding:
+    """Rows that shard themselves by worker, as PyTorch's documentation recommends."""
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        info = get_worker_info()
+        yield from ROWS[info.id :: info.num_workers] if info else ROWS
+
+
+def texts(ranks: list[list[Batch]]) -> Counter[bytes]:
+    """The documents of all batches but padding, and how often each is there."""
+    found: Counter[bytes] = Counter()
+    for batch in (batch for rank in ranks for batch in rank):
+        ids = batch.input_ids[0].tolist()
+        for name, length in zip(batch.provenance, batch.spans, strict=True):
+            own, ids = ids[:length], ids[length:]
+            found[repr(own).encode()] += name != "padding"
+    return +found
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_workers", "kind"),
+    [
+        *((ranks, workers, kind) for ranks, workers in [(1, 1), (1, 2), (2, 1)] for kind in ITERABLE),
+        (4, 2, "of 20 shards"),
+    ],
+)
+def test_every_row_of_an_iterable_data_set_comes_once(kind: str, num_ranks: int, num_workers: int) -> None:
+    expected = texts([list(loader(list(ITERABLE[kind]())))])
+    alone = over_ranks(num_ranks, ITERABLE[kind])
+    assert texts(alone) == expected
+    for rank, batches in enumerate(over_ranks(num_ranks, ITERABLE[kind], num_workers=num_workers)):
+        assert names(batches) == names(alone[rank])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("num_workers", [3, 8])
+def test_any_number_of_workers_gives_the_same_stream(num_workers: int) -> None:
+    assert names(loader(sharded(20), num_workers=num_workers)) == names(loader(sharded(20)))
+
+
+def test_rows_that_shard_themselves_by_worker_come_once() -> None:
+    assert names(loader(Sharding(), num_workers=2)) == names(loader(ROWS))
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_workers", "num_read"), [(1, 1, 8), (1, 2, 4), (1, 8, 1), (2, 2, 2), (4, 2, 1)]
+)
+def test_a_worker_reads_its_own_shards_alone(num_ranks: int, num_workers: int, num_read: int) -> None:
+    data = IterableDataset.from_generator(generated, gen_kwargs={"shards": [0, 4, 8, 12, 16, 20, 24, 28]})
+    mixture, lanes = as_mixture(data), num_lanes(as_mixture(data), num_ranks)
+    for rank in range(num_ranks):
+        of_worker = [set[str]() for _ in range(num_workers)]
+        for number in range(lanes):
+            _, rows = next(stream_lanes(mixture, 4, 0, 0, lanes)[(rank + number * num_ranks) % lanes])
+            of_worker[number % num_workers].add(rows[0][1].split(",")[0])
+        assert {len(read) for read in of_worker} == {num_read}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("done", [1, 6, 20])
+def test_a_stream_of_shards_resumes_at_its_micro_batch(done: int, num_workers: int) -> None:
+    everything = names(loader(sharded(20)))
+    iterator = iter(killed := loader(sharded(20), num_workers=num_workers))
+    for _ in range(done + 1):
+        next(iterator)
+    resumed = loader(sharded(20), place=lambda: (0, done), num_workers=2 - num_workers)
+    resumed.load_state_dict(json.loads(json.dumps(killed.state_dict())))
+    assert names(resumed) == everything[done:]
+
+
+def test_shards_come_in_another_order_each_epoch() -> None:
+    first = {names(loader(sharded(4), place=lambda epoch=epoch: (epoch, 0)))[0] for epoch in range(6)}
+    assert len(first) > 1
+
+
+def test_a_state_of_a_stream_read_in_other_lanes_is_refused_and_an_old_state_has_one() -> None:
+    state = loader(ROWS).state_dict()
+    del state["shape"]["lanes"]  # of a release that did not shard
+    loader(ROWS).load_state_dict(state)
+    with pytest.raises(InputError, match="lanes=1, now 8"):
+        loader(sharded(8)).load_state_dict(state)
+
+
+def test_a_data_set_that_is_split_by_rank_already_is_refused() -> None:
+    data = split_dataset_by_node(sharded(4), rank=0, world_size=2)
+    with pytest.raises(InputError, match="Give all of it: each rank takes its own rows"):
+        loader(data)
 
 
 def test_the_shares_of_a_mixture_hold_and_parts_are_told_apart() -> None:

@@ -51,6 +51,11 @@ def test_every_row_is_accounted_for() -> None:
     }
 
 
+def test_how_many_times_as_many_tokens_expansion_makes_is_said() -> None:
+    rows = [Example([1] * n, [0] * n, "a:1", before) for before, n in enumerate((2, 4, 6))]
+    assert counts(Split("train", Examples([to_record_batch(rows)])))["expanded"] == "1 (×2.0 tokens)"
+
+
 def test_refusals_are_together_by_reason_with_their_places_and_markup_is_text() -> None:
     text = printed(SPLIT)
     assert "2 refused: turn 2: [/bold] is 'x'\n  a:3, a:4" in text

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import random
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
 from lightning_sft.data.rows import files
-from lightning_sft.data.rows.files import read_file
+from lightning_sft.data.rows.files import read_file, skim_file
 from lightning_sft.types import InputError
 
 
@@ -49,6 +52,20 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
     assert [row for row, _ in read_file(path)] == [{"a": 1}]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", '\ufeff{"a": 1}\n\ufeff{"a": 1}\n'),
+        ("a.json", '\ufeff{"a": 1}\n\ufeff{"a": 1}\n'),
+        ("a.csv", "\ufeffa\n1\n\ufeff1"),
+    ],
+)
+def test_files_that_were_put_together_have_several_byte_order_marks(tmp_path: Path, name: str, text: str) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert [{key: int(value) for key, value in row.items()} for row, _ in read_file(path)] == [{"a": 1}] * 2
+
+
 BAD: list[tuple[str, Any, str]] = [
     ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON"),
     ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: not valid JSON"),
@@ -56,7 +73,14 @@ BAD: list[tuple[str, Any, str]] = [
     ("a.jsonl", "", "has no rows"),
     ("a.json", "[]", "has no rows"),
     ("a.json", "", "has no rows"),
-    ("a.txt", "hello", r"must end in \.jsonl, \.json, \.csv, \.parquet, \.arrow, \.ipc; .*\.gz or \.zst"),
+    (
+        "a.md",
+        "hello",
+        r"must end in \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.txt, \.parquet, .*\.gz, \.bz2, \.xz, \.zst",
+    ),
+    ("a.txt", b"hello\n\xff", r"a\.txt:2: not UTF-8"),
+    ("a.jsonl.xz", "hello", r"a\.jsonl\.xz: cannot be read"),
+    ("a.jsonl.bz2", "hello", r"a\.jsonl\.bz2: cannot be read"),
     ("a.parquet.gz", "hello", r"must end in \.jsonl"),
     ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}', r"a\.jsonl:2: not UTF-8 text \(invalid start byte at byte 7 of the line\)"),
     ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', r"a\.json:2: not UTF-8"),
@@ -115,22 +139,59 @@ def jsonl(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-@pytest.mark.parametrize("pack", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.JSONL", "a.json", "a.csv", "a.tsv"])
+@pytest.mark.parametrize("pack", ["", ".gz", ".GZ", ".bz2", ".xz", ".zst"])
 def test_text_may_be_packed(tmp_path: Path, name: str, pack: str) -> None:
     text = {
-        "a.jsonl": jsonl(ROWS),
+        **dict.fromkeys(["a.jsonl", "a.ndjson", "a.JSONL"], jsonl(ROWS)),
+        "a.tsv": 'a\tb\nx\t1\n"é ""quoted""\n"\t\n'.encode(),
         "a.json": json.dumps(ROWS).encode(),
         "a.csv": 'a,b\nx,1\n"é ""quoted""\n",\n'.encode(),
     }[name]
     packs: dict[str, Callable[[bytes], bytes]] = {
         "": bytes,
         ".gz": gzip.compress,
+        ".GZ": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
         ".zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
     }
     path = tmp_path / (name + pack)
     path.write_bytes(packs[pack](text))
     assert [row for row, _ in read_file(path)] == ROWS
+
+
+def test_each_line_of_a_text_is_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffOnce upon\r\n\n  a time.\n".encode())
+    assert list(read_file(path)) == [({"text": "Once upon"}, f"{path}:1"), ({"text": "  a time."}, f"{path}:3")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n{"a": 3}\n', r"a\.jsonl:2: not valid JSON"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n{"a": 3}\n', r"a\.jsonl:2: not UTF-8"),
+        ("a.csv", b"a\n1\n2,2\n3\n", r"a\.csv:3: the row has 2 cells, the header 1"),
+    ],
+)
+def test_rows_after_one_that_cannot_be_read_are_there(tmp_path: Path, name: str, content: bytes, reason: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    first, broken, last = (row for row, _ in skim_file(tmp_path / name))
+    assert [int(row["a"] if isinstance(row, dict) else row.parse()["a"]) for row in (first, last)] == [1, 3]
+    with pytest.raises(InputError, match=reason):
+        broken.parse()
+
+
+def test_the_first_row_of_a_table_takes_the_memory_of_a_few(tmp_path: Path) -> None:
+    texts = [random.Random(i).randbytes(5_000).hex() for i in range(6_000)]  # 60 MB in one group of rows
+    parquet.write_table(pyarrow.table({"a": texts}), tmp_path / "a.parquet")
+    del texts
+    before = pyarrow.total_allocated_bytes()
+    reading = read_file(tmp_path / "a.parquet")
+    next(reading)
+    assert pyarrow.total_allocated_bytes() - before < 30_000_000  # 22 MB, and 81 where groups are read whole
+    reading.close()  # type: ignore[attr-defined] # it is a generator
 
 
 def test_a_packed_file_may_be_of_several_parts(tmp_path: Path) -> None:

@@ -51,6 +51,11 @@ def calling(*arguments: dict[str, Any]) -> dict[str, Any]:
         ({"conversation": [{"input": "Hi", "output": "Yo"}] * 2}, [USER, ANSWER] * 2),
         ({"prompt": USER, "completion": {"from": "gpt", "value": "Yo"}}, [USER, ANSWER]),
         ({"query": "Hi", "answers": '[{"name": "weather", "arguments": {}}]'}, [USER, calling({})]),
+        ({"query": "Hi", "response": "Yo", "history": [["Hi", "Yo"]]}, [USER, ANSWER] * 2),
+        (
+            {"conversation": [{"human": "Hi", "assistant": "Yo"}] * 2, "system": "Be kind."},
+            [SYSTEM, *[USER, ANSWER] * 2],
+        ),
         (
             {"prompt": "Hi", "completion": "Yo", "reasoning_content": "Hm"},
             [USER, {**ANSWER, "reasoning_content": "Hm"}],
@@ -128,6 +133,8 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
     [
         ({"question": "Hi", "reply": "Yo"}, r"f:1: the keys \['question', 'reply'\] are of no known format"),
         ({"question": "Hi", "answer": "Yo"}, "data.columns={prompt: question, completion: answer}"),
+        ({"Problem": "Hi", "solution": "Yo"}, "data.columns={prompt: Problem, completion: solution}"),
+        ({"a": "Hi"}, "data.columns={prompt: question, completion: answer}"),
         ({}, "of no known format"),
         ({"prompt": "Hi"}, "of no known format"),
         ({f"k{i:02}": 0 for i in range(20)}, r"'k11', '\.\.\. and 8 more'\]"),
@@ -149,7 +156,10 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
         ),
         ({"instruction": "Hi", "output": "Yo", "history": ["Hi"]}, r"'history' must be a list of \[question, answer\]"),
         ({"prompt": [USER], "completion": [USER, ANSWER]}, "the answer begins with the prompt's first message"),
-        ({"prompt": "Hi", "completion": "Yo", "label": False}, "'label' is false: .* data.columns={weight: label}"),
+        ({"prompt": "Hi", "completion": "Yo", "label": False}, "'label' is False: .* data.columns={weight: label}"),
+        ({"messages": [USER, ANSWER], "label": True}, "'label' is True: .* data.format=chat"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "the row has 'images', and only texts .* data.format=chat"),
+        ({"chosen_messages": [USER, ANSWER], "rejected_messages": [USER]}, "{messages: chosen_messages}"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "a preference pair, .* data.columns={completion: chosen}"),
         ({"prompt": "Hi", "completion": "Yo", "chosen": "a", "rejected": "b"}, "a preference pair"),
         ({"question": "Hi", "chosen": "a", "rejected": "b"}, "{prompt: question, completion: chosen}"),
@@ -261,9 +271,9 @@ def test_the_remedies_of_preference_rows_and_verdicts_work() -> None:
     before = {"conversations": [USER], "chosen": ANSWER, "rejected": ANSWER}
     columns = {"prompt": "conversations", "completion": "chosen"}
     assert to_conversation(before, columns=columns).messages == [USER, ANSWER]
-    for label in (True, False):
+    for label in (True, False, "true", "False"):
         row = {"prompt": "Hi", "completion": "Yo", "label": label}
-        assert to_conversation(row, columns={"weight": "label"}).weights == [0, label]
+        assert to_conversation(row, columns={"weight": "label"}).weights == [0, label in (True, "true")]
         assert to_conversation(row, format="prompt-completion").weights == [0, 1]
 
 

@@ -38,6 +38,29 @@ def test_skipped_rows_are_counted_and_said() -> None:
     assert "1 of 2 rows cannot be used" in split.account.remarks("train")[0]
 
 
+def test_a_broken_line_is_a_row_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{{broken\n{json.dumps(GOOD)}\n")
+    recipe = EncodingConfig(tiny_tokenizer())
+    split = load_split("train", path, recipe, invalid_rows="skip")
+    assert (split.account.num_rows, len(split.examples)) == (3, 2)
+    assert "a.jsonl:2: not valid JSON" in split.account.refused[0]
+    with pytest.raises(InputError, match=r"1 of 3 rows cannot be used:\n .*a.jsonl:2: not valid JSON"):
+        load_split("train", path, recipe)
+
+
+def test_prompts_that_cannot_be_used_are_left_out_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{json.dumps(GOOD)}\n{{broken\n{{"x": 1}}\n{json.dumps(GOOD)}\n')
+    with pytest.warns(UserWarning, match=r"predict: 2 of 4 rows cannot be used:\n .*a.jsonl:2: not valid JSON"):
+        prompts = load_prompts(path, tiny_tokenizer(), invalid_rows="skip", title="predict")
+    assert [prompt.provenance for prompt in prompts] == [f"{path}:1", f"{path}:4"]
+    with pytest.raises(InputError, match=r"a.jsonl:2: not valid JSON"):
+        load_prompts(path, tiny_tokenizer(), title="predict")
+    with pytest.raises(InputError, match="predict: no row can be used"):
+        load_prompts([{"x": 1}], tiny_tokenizer(), invalid_rows="skip", title="predict")
+
+
 def test_long_sequences_are_left_out_counted_and_said() -> None:
     split = load([GOOD, {**GOOD, "completion": "x" * 500}], max_length=200)
     assert len(split.examples) == 1

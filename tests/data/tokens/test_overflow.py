@@ -37,3 +37,13 @@ def test_a_conversation_is_not_split() -> None:
 def test_an_error_names_the_row() -> None:
     with pytest.raises(InputError, match=r"f:3: the sequence has 6 tokens, more than data.max_length=4"):
         shorten(CHAT, 4, "error")
+
+
+def test_a_prompt_that_is_cut_leaves_the_last_answer_whole_and_no_half_answer_trained() -> None:
+    example = Example([1, 2, 3, 4, 5, 6, 7], [0.0, 1.0, 1.0, 1.0, 0.0, 2.0, 2.0], "f:3", 1)
+    [cut] = shorten(example, 5, "truncate_prompt")
+    assert (cut.input_ids, cut.target_weights) == ([3, 4, 5, 6, 7], [0.0, 0.0, 0.0, 2.0, 2.0])
+    assert (cut.provenance, cut.answers_before) == ("f:3", 1)
+    [cut] = shorten(example, 3, "truncate_prompt")
+    assert (cut.input_ids, cut.target_weights) == ([5, 6, 7], [0.0, 2.0, 2.0])
+    assert shorten(example, 2, "truncate_prompt") == []

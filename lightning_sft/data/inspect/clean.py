@@ -1,0 +1,88 @@
+"""The usable rows of a split in the normal form, as a file that can be trained on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightning_sft.data.rows.messages import Converter, Reading
+from lightning_sft.data.rows.mixture import Part
+from lightning_sft.data.rows.sources import leaves, parsed
+from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.io.disk import whole
+from lightning_sft.types import IGNORE, Conversation, Example
+
+
+def write_clean(path: str | Path, split: Split, reading: Reading) -> dict[Path, int]:
+    """Write the rows of a split that have a sequence, one line of JSON each; their files and numbers of rows.
+
+    Messages are in the normal form, with their weights and tools. Trained with the same settings, the file gives the
+    same sequences as the data it was made from.
+
+    Args:
+        path: Path of the JSONL file; with several data sets, each has a file, with its name before the suffix.
+        split: Split whose rows are written.
+        reading: How its rows are read.
+    """
+    path, written = Path(path), dict[Path, int]()
+    bounds = pairwise(accumulate(split.part_sizes, initial=0))
+    for (name, part), (begin, end) in zip(split.mixture.of_name.items(), bounds, strict=True):
+        safe = re.sub(r"[^\w.-]", "_", name)
+        own = path.with_name(f"{path.stem}.{safe}{path.suffix}") if split.mixture.names else path
+        used = {example.provenance for example in split.examples[begin:end]}
+        own.parent.mkdir(parents=True, exist_ok=True)
+        with whole(own) as [hidden], hidden.open("w", encoding="utf-8") as file:
+            for row in _rows(part, used, reading.of(part)):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                written[own] = written.get(own, 0) + 1
+    return written
+
+
+def _rows(part: Part, used: set[str], reading: Reading) -> Iterator[dict[str, Any]]:
+    """The used rows of a data set, with the variables of the chat template that are their own."""
+    convert = Converter(replace(reading, chat_template_kwargs=None))
+    for leaf in leaves(part.source):
+        for row, provenance in leaf():
+            if provenance in used:
+                read = convert.read(parsed(row, provenance), provenance)
+                yield of_tokens(read) if isinstance(read, Example) else of_conversation(read, reading.train_on == "all")
+
+
+def of_conversation(conversation: Conversation, omits_defaults: bool = True) -> dict[str, Any]:
+    """A conversation as a row.
+
+    Args:
+        conversation: The conversation.
+        omits_defaults: Whether weights are left out that are those of a message without one.
+
+    >>> of_conversation(Conversation([{"role": "user", "content": "Hi"}], weights=[1.0]))
+    {'messages': [{'role': 'user', 'content': 'Hi', 'weight': 1.0}]}
+    """
+    [first, *_], weights = conversation.messages, conversation.weights
+    if first["role"] == "text":
+        return {"text": first["content"]} | ({} if weights[0] == 1 else {"weight": weights[0]})
+    messages = []
+    for message, weight in zip(conversation.messages, weights, strict=True):
+        is_default = omits_defaults and weight == float(message["role"] == "assistant")
+        messages.append(message if is_default else {**message, "weight": weight})
+    variables = {"chat_template_kwargs": dict(conversation.template_kwargs)} if conversation.template_kwargs else {}
+    return {"messages": messages} | ({"tools": conversation.tools} if conversation.tools else {}) | variables
+
+
+def of_tokens(example: Example) -> dict[str, Any]:
+    """A row of token ids: with labels, or with a mask where weights are other than 0 and 1.
+
+    >>> of_tokens(Example([5, 6, 7], [0.0, 0.0, 1.0]))
+    {'input_ids': [5, 6, 7], 'labels': [-100, -100, 7]}
+    """
+    ids, weights = np.asarray(example.input_ids), np.asarray(example.target_weights)
+    if np.isin(weights, (0, 1)).all():
+        return {"input_ids": ids.tolist(), "labels": np.where(weights > 0, ids, IGNORE).tolist()}
+    return {"input_ids": ids.tolist(), "loss_mask": weights.tolist()}

@@ -1,0 +1,76 @@
+"""A clean file gives the sequences that the data gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_sft.data.inspect.clean import write_clean
+from lightning_sft.data.rows.messages import Reading
+from lightning_sft.data.rows.mixture import Mixture, Part
+from lightning_sft.data.tokens.dataset import Split, load_split
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
+from lightning_sft.demos import tiny_tokenizer
+from lightning_sft.types import Example
+
+USER, ANSWER = {"role": "user", "content": "Hi é"}, {"role": "assistant", "content": "Yo"}
+BAD = {"prompt": 3, "completion": "x"}
+ROWS: dict[str, list[Any]] = {
+    "chat": [
+        {"messages": [USER, ANSWER, USER, {**ANSWER, "weight": 0.5}], "weight": 2, "id": 1},
+        {"messages": [USER, {**ANSWER, "loss": False, "timestamp": 1}, USER, ANSWER], "system": "Be kind."},
+        {"messages": [USER]},
+    ],
+    "prompts": [{"prompt": [USER, ANSWER, USER], "completion": "Yo"}, BAD, {"prompt": "Hi", "completion": "Yo"}],
+    "texts": [{"text": "Once"}, {"text": "upon", "weight": 0.5}, {"text": ""}],
+    "tokens": [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [5, 6, 7], "loss_mask": [0, 0.5, 1]},
+        {"input_ids": [5, 6, 7], "labels": [-100, -100, -100]},
+    ],
+}
+
+
+def load(source: Any, reading: Reading) -> Split:
+    return load_split("train", source, EncodingConfig(tiny_tokenizer(), reading), invalid_rows="skip")
+
+
+def sequences(split: Split) -> list[tuple[list[int], list[float]]]:
+    def lists(example: Example) -> tuple[list[int], list[float]]:
+        return [int(i) for i in example.input_ids], [float(w) for w in example.target_weights]
+
+    return [lists(example) for example in split.examples]
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("settings", [{}, {"train_on": "last", "system": "Be brief."}, {"train_on": "prompts"}])
+def test_a_clean_file_gives_the_same_sequences(
+    name: str, settings: dict[str, Any], jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    reading = Reading(**settings)
+    split = load(jsonl(ROWS[name]), reading)
+    out = tmp_path / "out.jsonl"
+    assert write_clean(out, split, reading) == {out: len({e.provenance for e in split.examples})}
+    again = load(str(out), reading)
+    assert sequences(again) == sequences(split)
+    assert (again.account.refused, again.account.ignored) == ([], {})
+
+
+def test_each_part_of_a_mixture_has_a_file_of_its_own(jsonl: Callable[..., str], tmp_path: Path) -> None:
+    a, b = jsonl([*ROWS["prompts"]], "a.jsonl"), jsonl(ROWS["prompts"][2:], "b.jsonl")
+    split = load(Mixture({"maths": a, "x/y": Part(b, system="Be kind.")}), Reading())
+    out = tmp_path / "out.jsonl"
+    files = write_clean(out, split, Reading())
+    assert files == {tmp_path / "out.maths.jsonl": 2, tmp_path / "out.x_y.jsonl": 1}
+    assert "Be kind." in (tmp_path / "out.x_y.jsonl").read_text(encoding="utf-8")
+
+
+def test_variables_of_the_row_are_kept_and_those_of_the_run_are_not(jsonl: Callable[..., str], tmp_path: Path) -> None:
+    row = {"prompt": "Hi", "completion": "Yo", "chat_template_kwargs": {"mood": "x"}}
+    reading = Reading(chat_template_kwargs={"pace": "slow"})
+    out = tmp_path / "out.jsonl"
+    write_clean(out, load(jsonl([row]), reading), reading)
+    assert '"chat_template_kwargs": {"mood": "x"}' in out.read_text(encoding="utf-8")
