@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.oracle.fields import Leaf, Message, missing, spellings
 from tests.oracle.inference import Inference, control_tokens
@@ -46,18 +46,19 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     fields_end = _fields_end(values, written)
     stops = _pattern(known)
     whole_answer = behind and not missing(values, written)
+    if not values:  # its stop is that of any answer; a template may write nothing of an empty one
+        return replace(ending_of(inference.with_text(turn, "zqvTextvqz"), turn, known), own=None)
     if found := stops.search(written, fields_end):
         own = written[: found.end()] if whole_answer and not stops.search(written[:fields_end]) else None
         return Ending(own, written, (found.group(),))
     following = _following(inference, turn)
     following = following[len(prompt) if following.startswith(prompt) else inference.shared(prompt, following) :]
-    after = following[_fields_end(values, following) :]
-    found = stops.search(after) or _pattern(control_tokens(inference.tokenizer)).search(after)
+    end = _fields_end(values, following)
+    found = stops.search(following, end) or _pattern(control_tokens(inference.tokenizer)).search(following, end)
     if found is None:
         return Ending(None, written, ())
-    stop = after[: found.end()]
-    own = written[:fields_end].rstrip() + stop if whole_answer and not after[: found.start()].strip() else None
-    return Ending(own, written, (found.group(),))
+    is_same = whole_answer and following.startswith(written[:fields_end].rstrip())
+    return Ending(following[: found.end()] if is_same else None, written, (found.group(),))
 
 
 def _following(inference: Inference, turn: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -97,6 +98,14 @@ class Inference:
         for number, token in enumerate(self.hidden):
             text = text.replace(chr(_FIRST_MARK + number), token)
         return text
+
+    def with_text(self, turn: int, text: str) -> Inference:
+        """The same conversation with another text in a turn."""
+        other = copy(self)
+        content: Any = [{"type": "text", "text": text}] if "parts" in self.forms else text
+        other.messages = list(self.messages)
+        other.messages[turn - self.merged] = {**self.messages[turn - self.merged], "content": content}
+        return other
 
     def fields(self, turn: int) -> list[Leaf]:
         """What an answer says, as it would stand in a rendered text."""
