@@ -20,11 +20,13 @@ class Ending:
         own: All that is to be trained, stop and all, where the template writes it behind the prompt; else ``None``.
         written: What the template writes of the answer, wherever that begins.
         stops: Tokens that may end it.
+        is_interrupted: Whether a stop stands before the end of what is said.
     """
 
     own: str | None
     written: str
     stops: tuple[str, ...]
+    is_interrupted: bool = False
 
 
 def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
@@ -47,10 +49,12 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     stops = _pattern(known)
     whole_answer = behind and not missing(values, written)
     if not values:  # its stop is that of any answer; a template may write nothing of an empty one
-        return replace(ending_of(inference.with_text(turn, "zqvTextvqz"), turn, known), own=None)
+        plain = ending_of(inference.with_text(turn, "zqvTextvqz"), turn, known)
+        return replace(plain, own=None, written=written + plain.written)
     if found := stops.search(written, fields_end):
-        own = written[: found.end()] if whole_answer and not stops.search(written[:fields_end]) else None
-        return Ending(own, written, (found.group(),))
+        is_interrupted = bool(stops.search(written[:fields_end]))
+        own = written[: found.end()] if whole_answer and not is_interrupted else None
+        return Ending(own, written, (found.group(),), is_interrupted)
     following = _following(inference, turn)
     following = following[len(prompt) if following.startswith(prompt) else inference.shared(prompt, following) :]
     end = _fields_end(values, following)
@@ -58,7 +62,9 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     if found is None:
         return Ending(None, written, ())
     is_same = whole_answer and following.startswith(written[:fields_end].rstrip())
-    return Ending(following[: found.end()] if is_same else None, written, (found.group(),))
+    is_interrupted = found.group() in following[:end]
+    own = following[: found.end()] if is_same and not is_interrupted else None
+    return Ending(own, written, (found.group(),), is_interrupted)
 
 
 def _following(inference: Inference, turn: int) -> str:

@@ -53,7 +53,7 @@ def judge(
         Wrong: When an answer is trained in another context than it would be generated in, loses a field, does not end
             at its stop, or has more than the answer; or when anything else is trained.
     """
-    inference = _inference(tokenizer, conversation)
+    inference = inference_of(tokenizer, conversation)
     known = [token for token in (tokenizer.eos_token, *stops) if token]
     spans = _spans(conversation, inference, examples)
     for turn, span in spans.items():
@@ -73,7 +73,8 @@ def trained_turns(conversation: Conversation) -> list[int]:
     return [turn for turn, (message, weight) in turns if turn and message["role"] == "assistant" and weight > 0]
 
 
-def _inference(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Inference:
+def inference_of(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Inference:
+    """The conversation as a server renders it."""
     variables = getattr(conversation, "template_kwargs", {})
     return Inference(tokenizer, conversation.messages, conversation.tools, variables)
 
@@ -176,7 +177,7 @@ def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversat
     """With a sentinel in each field, each is trained in its own answer."""
     hidden = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
     other = marked(conversation, hidden)
-    spans = _spans(other.conversation, _inference(tokenizer, other.conversation), encode(other.conversation))
+    spans = _spans(other.conversation, inference_of(tokenizer, other.conversation), encode(other.conversation))
     for turn, span in spans.items():
         text = _decoded(tokenizer, list(span.example.input_ids[: span.begin]), span.ids)
         if lost := [value for value in other.sentinels[turn] if str(value).strip() not in text]:
