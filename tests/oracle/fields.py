@@ -13,9 +13,7 @@ from lightning_sft.types import Conversation
 Message = Mapping[str, Any]
 Leaf = str | int | float | bool | None
 
-MARKUP = re.compile(
-    r"</?(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]"
-)
+MARKUP = re.compile(r"</?(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]")
 """Tags that a text may have as the tokens that they are: they begin and end no turn."""
 
 
@@ -118,9 +116,7 @@ class _Maker:
             if made.get(key):
                 made[key] = self._text(made[key])
         if made.get("tool_calls"):
-            made["tool_calls"] = [
-                {**call, "function": self._function(call["function"])} for call in made["tool_calls"]
-            ]
+            made["tool_calls"] = [{**call, "function": self._function(call["function"])} for call in made["tool_calls"]]
         return made
 
     def tool(self, tool: Any) -> Any:

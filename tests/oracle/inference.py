@@ -73,7 +73,10 @@ class Inference:
         messages = self.messages[: turn - self.merged]
         if not self.hidden:
             return [self._tokenized(messages)]
-        return [self.ids(self.prompt(turn)), self._tokenized(self._without_marks(messages), sanitize_control_tokens=True)]
+        return [
+            self.ids(self.prompt(turn)),
+            self._tokenized(self._without_marks(messages), sanitize_control_tokens=True),
+        ]
 
     def ids(self, text: str) -> list[int]:
         """Ids of a rendered text, with what stands for a control token of a message as plain text."""
@@ -164,7 +167,9 @@ class Inference:
             self.hidden.append(match.group())
         return f"{_OPEN}{match.group()}{_CLOSE}"  # the template sees what it would see without marks
 
-    def _take_form(self, name: str, change: Callable[[list[Message]], list[Message]], needed: Callable[[], bool]) -> None:
+    def _take_form(
+        self, name: str, change: Callable[[list[Message]], list[Message]], needed: Callable[[], bool]
+    ) -> None:
         if needed():
             before = len(self.messages)
             self.messages = change(self.messages)

@@ -58,7 +58,9 @@ BOOK = tool(
     note=CITY,
 )
 PARIS = call("get_weather", city="Paris")
-MANY = call("book", nights=3, price=99.5, quiet=True, guests=["Ann", "Bo"], room={"floor": 2, "view": "sea"}, note="x y")
+MANY = call(
+    "book", nights=3, price=99.5, quiet=True, guests=["Ann", "Bo"], room={"floor": 2, "view": "sea"}, note="x y"
+)
 QUOTED = call("book", note='Zoé said "ça va\\?"\nand left')
 
 CALLS: dict[str, tuple[Turns, list[Any]]] = {

@@ -18,13 +18,14 @@ import re
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from math import inf
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from lightning_sft.data.rows import strict_json
+from lightning_sft.data.rows.remote import File
 from lightning_sft.types import InputError
 
 MAX_ROW = 64 << 20
@@ -44,11 +45,11 @@ class Line:
 
     Args:
         content: Bytes of the line.
-        path: Path of the file.
+        path: File of the file.
         number: Number of the row, from 1.
     """
 
-    def __init__(self, content: bytes, path: Path, number: int) -> None:
+    def __init__(self, content: bytes, path: File, number: int) -> None:
         self.content, self.path, self.number = content, path, number
 
     def parse(self) -> Any:
@@ -84,7 +85,7 @@ class BrokenRow:
         raise self.error
 
 
-def read_file(path: Path) -> Iterator[tuple[Any, str]]:
+def read_file(path: File) -> Iterator[tuple[Any, str]]:
     """The rows of a file, each with its place: ``file:line``, or ``file:row number`` in Parquet and Arrow.
 
     Raises:
@@ -94,7 +95,7 @@ def read_file(path: Path) -> Iterator[tuple[Any, str]]:
         yield row.parse() if isinstance(row, (Line, BrokenRow)) else row, place
 
 
-def skim_file(path: Path) -> Iterator[tuple[Any, str]]:
+def skim_file(path: File) -> Iterator[tuple[Any, str]]:
     """The same, but a row of JSONL is a :class:`Line`, and one of the wrong number of cells a :class:`BrokenRow`."""
     kind = kind_of(path)
     if kind is None:
@@ -115,7 +116,7 @@ def skim_file(path: Path) -> Iterator[tuple[Any, str]]:
         raise InputError(f"{path}: the file has no rows.")
 
 
-def kind_of(path: Path) -> str | None:
+def kind_of(path: File | PurePath) -> str | None:
     """The suffix that tells how to read a file, or ``None`` where it is no data file."""
     *_, before, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     if last in _PACKED:
@@ -134,20 +135,20 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[Line, int]]:
+def _read_jsonl(path: File) -> Iterator[tuple[Line, int]]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield Line(line, path, number), number
 
 
-def _read_text(path: Path) -> Iterator[tuple[Any, int]]:
+def _read_text(path: File) -> Iterator[tuple[Any, int]]:
     """Each line as a text of its own, as the loader ``text`` of datasets has it."""
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
             yield {"text": _decoded(line, path, number).rstrip("\r\n")}, number
 
 
-def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
+def _read_json(path: File) -> Iterator[tuple[Any, int]]:
     """The elements of a list one by one, with the line on which each begins; or objects that follow each other."""
     text = _text(path)
     at, line, counted = _skip(text, 0), 1, 0
@@ -171,7 +172,7 @@ def _read_json(path: Path) -> Iterator[tuple[Any, int]]:
         yield row, line
 
 
-def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[Any, int]]:
+def _read_csv(path: File, delimiter: str = ",") -> Iterator[tuple[Any, int]]:
     csv.field_size_limit(MAX_ROW)  # characters of a cell; 128 KiB are the default
     texts = (_decoded(line, path, number) for number, line in enumerate(_lines(path), 1))
     lines = csv.reader(texts, strict=True, delimiter=delimiter)
@@ -192,20 +193,22 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[tuple[Any, int]]:
         raise InputError(f"{path}:{place}: not valid CSV: {error}.") from error
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_parquet(path: File) -> Iterator[tuple[Any, str]]:
     from pyarrow import parquet
 
-    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BLOCK) as file:  # else whole groups are in memory
+    settings = {"pre_buffer": False, "buffer_size": _BLOCK}  # else whole groups of rows are in memory
+    opener = nullcontext(path) if isinstance(path, Path) else path.open("rb")
+    with opener as opened, parquet.ParquetFile(opened, **settings) as file:
         groups = map(file.metadata.row_group, range(file.num_row_groups))
         if sum(group.total_byte_size for group in groups) > _most_unpacked(path):
             raise _expands(path)
         yield from _rows_of(path, file.schema_arrow, file.iter_batches(_AT_A_TIME))
 
 
-def _read_arrow(path: Path) -> Iterator[tuple[Any, str]]:
-    from pyarrow import ipc, memory_map
+def _read_arrow(path: File) -> Iterator[tuple[Any, str]]:
+    from pyarrow import PythonFile, ipc, memory_map
 
-    with memory_map(str(path)) as file:
+    with memory_map(str(path)) if isinstance(path, Path) else PythonFile(path.open("rb"), "r") as file:
         if file.read(6) == b"ARROW1":
             table = ipc.open_file(file)
             batches = (table.get_batch(number) for number in range(table.num_record_batches))
@@ -215,7 +218,7 @@ def _read_arrow(path: Path) -> Iterator[tuple[Any, str]]:
         yield from _rows_of(path, table.schema, batches)
 
 
-def _rows_of(path: Path, schema: Any, batches: Any) -> Iterator[tuple[Any, str]]:
+def _rows_of(path: File, schema: Any, batches: Any) -> Iterator[tuple[Any, str]]:
     if len(set(schema.names)) < len(schema.names):
         raise InputError(f"{path}: two columns have the same name: {schema.names}.")
     before, unpacked, most = 0, 0, _most_unpacked(path)
@@ -239,7 +242,7 @@ def _without_dictionaries(batch: Any) -> Any:
     return type(batch).from_arrays(columns, names=batch.schema.names)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: File) -> Iterator[bytes]:
     """The lines of a text file, with their ends and without byte order marks: files put together have several."""
     unpacked, most = 0, _most_unpacked(path)
     with _open(path) as file:
@@ -252,14 +255,14 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield line.removeprefix(BOM_UTF8)
 
 
-def _decoded(line: bytes, path: Path, number: int) -> str:
+def _decoded(line: bytes, path: File, number: int) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
         raise _not_utf8(path, number, error, error.start) from error
 
 
-def _text(path: Path) -> str:
+def _text(path: File) -> str:
     """All of a text file, whose lines may be of any length: without spaces, a list of JSON is one line."""
     blocks, most = [], _most_unpacked(path)
     with _open(path) as file:
@@ -277,7 +280,7 @@ def _text(path: Path) -> str:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: File) -> Iterator[BinaryIO]:
     """The file, unpacked where it is packed."""
     unpack = _PACKED.get(path.suffix.lower())
     with path.open("rb") as file:
@@ -296,19 +299,19 @@ def _zst(file: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd")))
 
 
-def _most_unpacked(path: Path) -> float:
+def _most_unpacked(path: File) -> float:
     """Bytes that a file may have when it is unpacked; a table always counts as packed."""
     return inf if path.suffix.lower() in _TEXT else max(_FREE, MAX_EXPANSION * path.stat().st_size)
 
 
-def _expands(path: Path) -> InputError:
+def _expands(path: File) -> InputError:
     return InputError(
         f"{path}: it unpacks to more than {MAX_EXPANSION} times its size. If that is as it should be, unpack it to a "
         ".jsonl file first."
     )
 
 
-def _not_utf8(path: Path, line: int, error: UnicodeDecodeError, at: int) -> InputError:
+def _not_utf8(path: File, line: int, error: UnicodeDecodeError, at: int) -> InputError:
     return InputError(
         f"{path}:{line}: not UTF-8 text ({error.reason} at byte {at} of the line). Save the file as UTF-8."
     )
@@ -324,13 +327,13 @@ def _skip(text: str, at: int) -> int:
     return space.end()
 
 
-def _not_json(path: Path, line: int, error: ValueError) -> InputError:
+def _not_json(path: File, line: int, error: ValueError) -> InputError:
     if isinstance(error, json.JSONDecodeError):
         return InputError(f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}).")
     return InputError(f"{path}:{line}: not valid JSON: {error}.")
 
 
-_Reader = Callable[[Path], Iterator[tuple[Any, Any]]]
+_Reader = Callable[[File], Iterator[tuple[Any, Any]]]
 _TEXT: dict[str, _Reader] = {
     **{".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json},
     **{".csv": _read_csv, ".tsv": partial(_read_csv, delimiter="\t"), ".txt": _read_text},

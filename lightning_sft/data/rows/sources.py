@@ -9,7 +9,9 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.data.rows.files import BrokenRow, Line, kind_of, skim_file, without_nulls
+from lightning_sft.data.rows.files import BrokenRow, Line, skim_file, without_nulls
+from lightning_sft.data.rows.folders import Folder, sort_out
+from lightning_sft.data.rows.remote import File, RemoteFile, is_remote, matches, paths_below
 from lightning_sft.types import InputError
 
 Row = dict[str, Any] | list[Any]
@@ -17,7 +19,7 @@ Source = str | Sequence[str] | Iterable[Row] | Path  # Path last: jsonargparse w
 Leaf = Callable[[], Iterator[tuple[Any, str]]]
 """One file, data set or list: gives its rows, unread (:func:`parsed` reads one), each with where it came from."""
 
-Files = list[tuple[str, list[Path]]]
+Files = list[tuple[str, list[File]]]
 """The names that a source consists of, each with its files."""
 
 _STEPS = {
@@ -32,16 +34,19 @@ _STEPS = {
     "ShuffledDataSourcesExamplesIterable",
 }  # of an iterable data set, each of which makes one row, or none, of a row
 
-_HUB = re.compile(r"hf:(?P<name>[^:]+)(?::(?P<config>[^:\[]+))??(?::(?P<split>[^:\[]+(?:\[.*\])?))?")
+_HUB = re.compile(
+    r"hf:(?P<name>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[]+))??(?::(?P<split>[^:\[]+(?:\[.*\])?))?"
+)
 
 
 def read(source: Source) -> Iterator[tuple[Row, str]]:
     """The rows of a source, each with where it came from.
 
     Args:
-        source: A file, a folder of files, a glob (``data/*.jsonl``), a data set of the Hugging Face hub
-            (``hf:owner/name:split``, with ``:config`` before the split where there are several) or saved to disk, a
-            sequence of those, or rows: a list of them or a ``datasets.Dataset``.
+        source: A file, a folder of files, a glob (``data/*.jsonl``), each also by an address that fsspec knows
+            (``s3://bucket/train.jsonl``); a data set of the Hugging Face hub (``hf:owner/name:split``, in full
+            ``hf:owner/name@revision:config:split``) or saved to disk; a sequence of those; or rows: a list of them or a
+            ``datasets.Dataset``.
 
     Raises:
         InputError: When something is missing, empty, of an unknown kind, or not valid (with file and line).
@@ -129,24 +134,43 @@ def parsed(row: Any, provenance: str) -> Row:
     return row
 
 
-def files_of(name: str) -> list[Path]:
-    """The files that a path, a folder or a glob stands for, in order of their names.
+def files_of(name: str) -> list[File]:
+    """The files that a path, a folder, a glob or an address stands for, in order of their names.
 
     Raises:
         InputError: When there is none.
     """
-    path = Path(name)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = [file for file in sorted(path.rglob("*")) if file.is_file() and kind_of(file)]
-        if not found:
+    if (folder := folder_of(name)) is not None:
+        if not folder.read:
             raise InputError(f"There is no data file in the folder {name!r}, such as train.jsonl.")
-        return found
-    matches = sorted(glob(name, recursive=True)) if has_magic(name) else []
-    if not matches:
+        return [_file(f"{name.rstrip('/')}/{path}") for path in folder.read]
+    if is_remote(name):
+        found = matches(name)
+    else:
+        found = [name] if Path(name).is_file() else sorted(glob(name, recursive=True)) if has_magic(name) else []
+    if not found:
         raise InputError(f"There is no data file {name!r} (looked in {Path.cwd()}).")
-    return [file for match in matches for file in files_of(match)]
+    return [_file(name)] if found == [name] else [file for match in found for file in files_of(match)]
+
+
+def folder_of(name: str) -> Folder | None:
+    """The files of a folder, if the name is that of one, and not of a data set that was saved to disk.
+
+    Raises:
+        InputError: When it is on another machine, which does not answer.
+    """
+    if is_remote(name):
+        paths = paths_below(name)
+    elif Path(name).is_dir() and not _is_saved(name):
+        paths = [file.relative_to(name).as_posix() for file in Path(name).rglob("*") if file.is_file()]
+    else:
+        paths = None
+    return None if paths is None else sort_out(name, paths)
+
+
+def folders_of(source: Source) -> list[Folder]:
+    """The folders among the names that a source consists of."""
+    return [folder for name in _names(source) or [] if (folder := folder_of(name)) is not None]
 
 
 def files_behind(source: Source) -> Files | None:
@@ -155,13 +179,14 @@ def files_behind(source: Source) -> Files | None:
     Raises:
         InputError: When one is missing.
     """
-    names = [source] if isinstance(source, (str, Path)) else source
-    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(name, (str, Path)) for name in names):
+    if (names := _names(source)) is None:
         return None
-    found = []
-    for name in map(str, names):
+    found: Files = []
+    for name in names:
         data = data_set(name)
-        files = files_of(name) if data is None else [Path(file["filename"]) for file in data.cache_files]
+        files: list[File] = (
+            [Path(file["filename"]) for file in data.cache_files] if data is not None else files_of(name)
+        )
         found.append((name, files))
     return found
 
@@ -177,8 +202,8 @@ def data_set(name: str, streaming: bool = False) -> Any:
     Raises:
         InputError: When it cannot be loaded, or has several splits.
     """
-    on_disk = any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
-    if not on_disk and not name.startswith("hf:"):
+    on_disk = _is_saved(name)
+    if not on_disk and (is_remote(name) or not name.startswith("hf:")):
         return None
     try:
         data = _from_disk(name) if on_disk else _from_hub(name, streaming)
@@ -195,6 +220,22 @@ def data_set(name: str, streaming: bool = False) -> Any:
     return data
 
 
+def _names(source: Source) -> list[str] | None:
+    """The names that a source consists of; ``None`` where it is rows."""
+    names = [source] if isinstance(source, (str, Path)) else source
+    is_named = isinstance(names, (list, tuple)) and names and all(isinstance(name, (str, Path)) for name in names)
+    return list(map(str, names)) if is_named else None
+
+
+def _file(name: str) -> File:
+    return RemoteFile(name) if is_remote(name) else Path(name)
+
+
+def _is_saved(name: str) -> bool:
+    """Whether a folder is a data set that was saved to disk."""
+    return any((Path(name) / file).is_file() for file in ("dataset_info.json", "dataset_dict.json"))
+
+
 def _leaves_of_name(name: str, streaming: bool) -> list[Leaf]:
     if (data := data_set(name, streaming)) is not None:
         return [partial(_rows_of_data_set, name, data)]
@@ -206,8 +247,10 @@ def _from_hub(name: str, streaming: bool) -> Any:
 
     parts = _HUB.fullmatch(name)
     if parts is None:
-        raise InputError(f"{name!r} names no data set: expected hf:owner/name:split.")
-    settings = {"streaming": True} if streaming else {}
+        raise InputError(f"{name!r} names no data set: expected hf:owner/name@revision:config:split.")
+    settings: dict[str, Any] = {"streaming": True} if streaming else {}
+    if parts["revision"]:
+        settings["revision"] = parts["revision"]
     return load_dataset(parts["name"], parts["config"], split=parts["split"], **settings)
 
 

@@ -123,11 +123,9 @@ def _stop(tail: str, after: str, always_prompts: bool, stops: re.Pattern[str], k
     """What follows an answer, up to and with the token that stops it."""
     shared = num_shared(tail, after) if after else len(tail)
     closing = [token for token in stops.finditer(tail) if token.end() <= shared]
-    if always_prompts:  # behind the first one, the next turn may begin
-        closing = closing[:1]
-    if closing:
-        chosen = next((token for token in closing if token.group() in known), closing[-1])
-        return tail[: chosen.end()]
+    if closing:  # of a template that always ends with a prompt, the next turn may begin behind the first one
+        last = closing[0] if always_prompts else closing[-1]
+        return tail[: next((token for token in closing if token.group() in known), last).end()]
     if token := next((token for token in stops.finditer(tail) if token.group() in known), None):
         return tail[: token.end()]
     if tokens := list(stops.finditer(tail)):

@@ -20,6 +20,7 @@ from typing import Any
 from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_sft.data.rows.remote import File
 from lightning_sft.data.rows.sources import Files, size_of
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode_rows import Chunk, EncodingConfig
@@ -125,7 +126,7 @@ def _build(data: Path, account: Path, chunks: Iterable[Chunk]) -> None:
         entry.write_text(json.dumps(written), encoding="utf-8")
 
 
-def _digest(path: Path) -> str:
+def _digest(path: File) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while block := file.read(_READ):

@@ -77,6 +77,11 @@ def unmarked(text: str) -> str:
     return text.replace(_MARK, "").replace(_END, "")
 
 
+def without_marked(text: str) -> str:
+    """A text without the control tokens that are marked in it."""
+    return re.sub(f"{_MARK}.*?{_END}", "", text) if _MARK in text else text
+
+
 def marked_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text with marks.
 

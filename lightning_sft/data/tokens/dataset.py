@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Mixture, as_mixture
-from lightning_sft.data.rows.sources import Source, files_behind, leaves, parsed, size_of
+from lightning_sft.data.rows.sources import Source, files_behind, folders_of, leaves, parsed, size_of
 from lightning_sft.data.tokens.cache import cached, key_of
 from lightning_sft.data.tokens.encode import encode_prompt
 from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig, Lane, in_chunks
@@ -96,6 +96,7 @@ def load_split(
     """
     mixture, account, found = as_mixture(source), RowReport(), []
     for part_name, part in mixture.of_name.items():
+        _say_folders(name, part.source)
         title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
         chunks = Chunks(partial(_lanes, part.source, first), [own_recipe])
         files = files_behind(part.source) if first is None else None
@@ -139,6 +140,8 @@ def load_prompts(
     """
     found, account = list[Prompt](), RowReport()
     for part in as_mixture(source).of_name.values():
+        if title:
+            _say_folders(title, part.source)
         convert, begin = Converter((reading or Reading()).of(part), answered=False), len(found)
         for row, where in (row for leaf in leaves(part.source) for row in leaf()):
             if first is not None and len(found) - begin >= first:
@@ -156,6 +159,17 @@ def load_prompts(
             raise _nothing_left(title, account, None)
         rank_zero_warn(account.remarks(title)[0])
     return found
+
+
+def _say_folders(name: str, source: Source) -> None:
+    """Say which files of folders are read.
+
+    Raises:
+        InputError: When they are for another split, as their names say.
+    """
+    for folder in folders_of(source):
+        folder.check(name)
+        (rank_zero_warn if folder.left_out else rank_zero_info)(f"{name}: {folder}")
 
 
 def _lanes(source: Source, first: int | None) -> list[Lane]:

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 from lightning_sft.data.tokens import control_tokens
 from lightning_sft.data.tokens.answer_shape import (
@@ -125,6 +126,8 @@ class Rendering:
             reasoning = (message.get("reasoning_content") or "").strip()
             trained = own.find(reasoning) + len(reasoning) + len(thought) if reasoning else 0
             if marks is not None:
+                if any(first < begin < last for first, last in marks):
+                    self.notes.add("the {% generation %} marks begin in the prompt, of which nothing is trained")
                 last = marked_end(text, begin, begin + len(own), marks, self.template.endings)
                 own = text[begin:last]
         else:
@@ -244,7 +247,15 @@ class Rendering:
             )
         if not ending.stop:
             return _NO_STOP
-        return "" if self._stopped(rest, ending) else "the chat template ends the answer in its own way."
+        own = self._stopped(rest, ending)
+        if not own:
+            return "the chat template ends the answer in its own way."
+        stops = [*self.template.known_stops, *self.template.endings.findall(ending.stop)[-1:]]
+        is_split = any(stop in control_tokens.without_marked(own)[: -len(stop)] for stop in stops)
+        is_split &= self.template.config.control_tokens != "as_is"
+        return (
+            "the chat template writes a stop token within the answer: generation would end there." if is_split else ""
+        )
 
     def _stopped(self, rest: str, ending: Ending) -> str:
         """What follows the prompt up to and with the stop token; empty where it ends in another way than was learnt."""
@@ -255,12 +266,15 @@ class Rendering:
         return rest.rstrip() if ending.tail.rstrip() == ending.stop and rest.rstrip().endswith(stop) else ""
 
     def _joined(self, prompt: str, whole: str) -> str | None:
-        """What follows a prompt in a render that parts from it at its end, in space or where it begins a thought."""
+        """What follows a prompt in a render that parts from it at its end, in space and tokens or tags of a thought."""
         shared = num_shared(prompt, whole)
-        opened = _OPENING.search(prompt, shared)
-        if (opened is None and prompt[shared:].strip()) or (opened and opened.start() > shared):
+        for pattern, text in product((self.template.endings, _TAGS), (prompt, whole)):
+            inside = (found for found in pattern.finditer(text, max(0, shared - 64), shared + 64))
+            shared = min([shared, *(found.start() for found in inside if found.start() < shared < found.end())])
+        if _TAGS.sub("", self.template.endings.sub("", prompt[shared:])).strip():
             return None
         self.notes.add(_BY_ITSELF)
+        opened = _OPENING.search(prompt, shared)
         return (self._closing(opened) if opened else "") + whole[shared:]
 
     def _closing(self, opened: re.Match[str]) -> str:

@@ -61,6 +61,25 @@ def test_prompts_that_cannot_be_used_are_left_out_and_said(tmp_path: Path) -> No
         load_prompts([{"x": 1}], tiny_tokenizer(), invalid_rows="skip", title="predict")
 
 
+def test_what_is_read_of_a_folder_is_said_and_a_test_split_is_not_trained_on(tmp_path: Path) -> None:
+    recipe = EncodingConfig(tiny_tokenizer())
+    for name in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "both").mkdir(exist_ok=True)
+        (tmp_path / "both" / name).write_text(json.dumps({**GOOD, "completion": name}))
+    with pytest.warns(UserWarning, match=r"train: of the folder '.*/both', read train.jsonl, left out test.jsonl"):
+        split = load_split("train", tmp_path / "both", recipe)
+    assert [example.provenance for example in split.examples] == [f"{tmp_path}/both/train.jsonl:1"]
+    with pytest.raises(InputError, match=r"data.val: the folder .* has files for training and others \(test.jsonl\)"):
+        load_split("val", tmp_path / "both", recipe)
+    (tmp_path / "both" / "train.jsonl").unlink()
+    assert len(load_split("test", tmp_path / "both", recipe).examples) == 1
+    with pytest.raises(
+        InputError, match=r"data.train: all data files .* are for validation or testing.*name the files"
+    ):
+        load_split("train", tmp_path / "both", recipe)
+    assert len(load_split("train", tmp_path / "both" / "test.jsonl", recipe).examples) == 1
+
+
 def test_long_sequences_are_left_out_counted_and_said() -> None:
     split = load([GOOD, {**GOOD, "completion": "x" * 500}], max_length=200)
     assert len(split.examples) == 1
