@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_sft.types import Conversation
 from tests.oracle.endings import ending_of
-from tests.oracle.fields import fields_of, marked, missing
+from tests.oracle.fields import Message, fields_of, marked, missing
 from tests.oracle.inference import Inference, control_tokens
 from tests.oracle.judge import inference_of, trained_turns
 
@@ -15,6 +15,7 @@ REASONS = {
     "t": "the template itself raises an error on the conversation",
     "c": "the template does not write tool calls",
     "l": "the template writes the tool call, but not the text beside it",
+    "p": "the template writes what stands before a tool call in another way once it is there",
     "s": "the template writes nothing that generation could stop at",
     "h": "the prompt has ended the thought that the answer begins with",
     "e": "the template writes a stop in the middle of the answer, where generation would end",
@@ -46,6 +47,10 @@ def impossible(inference: Inference, conversation: Conversation, known: Sequence
             num_values = len(list(fields_of(alone)))
             if missing(sentinels.fields(turn)[-num_values:], whole[shared:]):
                 return "c"
+            if len(prompt) - shared > 200 or any(
+                _text(before) in prompt[shared:] for before in sentinels.messages[:turn]
+            ):
+                return "p"
             if (message.get("content") or "").strip() and _lost_text(sentinels, turn, whole[shared:]):
                 return "l"
             if re.search(r"<think>\s*\Z", prompt) and not re.match(r"\s*<think>|.*</think>", whole[shared:], re.DOTALL):
@@ -61,6 +66,9 @@ def impossible(inference: Inference, conversation: Conversation, known: Sequence
 
 
 def _lost_text(inference: Inference, turn: int, written: str) -> bool:
-    message = inference.messages[turn - inference.merged]
-    content = message["content"] if isinstance(message["content"], str) else message["content"][0]["text"]
-    return content.strip() not in written
+    return _text(inference.messages[turn - inference.merged]) not in written
+
+
+def _text(message: Message) -> str:
+    content = message.get("content") or ""
+    return (content if isinstance(content, str) else content[0]["text"]).strip() or "\x00"
