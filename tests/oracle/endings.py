@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tests.oracle.fields import Leaf, Message, missing, spellings
 from tests.oracle.inference import Inference, control_tokens
@@ -20,11 +20,13 @@ class Ending:
         own: All that is to be trained, stop and all, where the template writes it behind the prompt; else ``None``.
         written: What the template writes of the answer, wherever that begins.
         stops: Tokens that may end it.
+        is_interrupted: Whether a stop stands before the end of what is said.
     """
 
     own: str | None
     written: str
     stops: tuple[str, ...]
+    is_interrupted: bool = False
 
 
 def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
@@ -41,25 +43,28 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     prompt, whole = inference.prompt(turn), inference.text(turn + 1, generation=False)
     values = inference.fields(turn)
     behind = whole.startswith(prompt)
-    shared = len(prompt) if behind else _shared(prompt, whole)
+    shared = len(prompt) if behind else inference.shared(prompt, whole)
     written = whole[shared:]
     fields_end = _fields_end(values, written)
     stops = _pattern(known)
     whole_answer = behind and not missing(values, written)
+    if not values:  # its stop is that of any answer; a template may write nothing of an empty one
+        plain = ending_of(inference.with_text(turn, "zqvTextvqz"), turn, known)
+        return replace(plain, own=None, written=written + plain.written)
     if found := stops.search(written, fields_end):
-        own = written[: found.end()] if whole_answer and not stops.search(written[:fields_end]) else None
-        return Ending(own, written, (found.group(),))
+        is_interrupted = bool(stops.search(written[:fields_end]))
+        own = written[: found.end()] if whole_answer and not is_interrupted else None
+        return Ending(own, written, (found.group(),), is_interrupted)
     following = _following(inference, turn)
-    at = following.find(written[:fields_end].rstrip(), max(0, shared - 64)) if written[:fields_end].strip() else -1
-    after = (
-        following[at + len(written[:fields_end].rstrip()) :] if at >= 0 else following[_fields_end(values, following) :]
-    )
-    found = stops.search(after) or _pattern(control_tokens(inference.tokenizer)).search(after)
+    following = following[len(prompt) if following.startswith(prompt) else inference.shared(prompt, following) :]
+    end = _fields_end(values, following)
+    found = stops.search(following, end) or _pattern(control_tokens(inference.tokenizer)).search(following, end)
     if found is None:
         return Ending(None, written, ())
-    stop = after[: found.end()]
-    own = written[:fields_end].rstrip() + stop if whole_answer and not after[: found.start()].strip() else None
-    return Ending(own, written, (found.group(),))
+    is_same = whole_answer and following.startswith(written[:fields_end].rstrip())
+    is_interrupted = found.group() in following[:end]
+    own = following[: found.end()] if is_same and not is_interrupted else None
+    return Ending(own, written, (found.group(),), is_interrupted)
 
 
 def _following(inference: Inference, turn: int) -> str:
@@ -84,10 +89,6 @@ def _fields_end(values: Sequence[Leaf], written: str) -> int:
     for value in values:
         ends.append(max([written.rfind(way) + len(way) for way in spellings(value) if way and way in written] or [0]))
     return max(ends)
-
-
-def _shared(a: str, b: str) -> int:
-    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _pattern(tokens: Sequence[str] | set[str]) -> re.Pattern[str]:

@@ -15,14 +15,12 @@ class Family:
         eos: EOS of the tokenizer.
         stops: Further tokens that generation stops at, by the generation config.
         bos: BOS of the tokenizer.
-        plain: Whether roles are no control tokens.
     """
 
     mark: str
     eos: str
     stops: tuple[str, ...] = ()
     bos: str = "<s>"
-    plain: bool = False
 
 
 FAMILIES = (
@@ -41,11 +39,12 @@ FAMILIES = (
     Family("<|assistant_end|>", "<|assistant_end|>"),
     Family("<SPECIAL_12>", "<SPECIAL_12>", ("<SPECIAL_11>",)),
     Family("[e~[", "[e~["),
-    Family("<|tool_calls|>", "<|im_end|>"),
+    Family("<|tool_call:begin|>", "<|endoftext|>", ("<|end|>", "<|flush|>", "<|calls|>")),
+    Family("<|end_of_msg|>", "<|end_of_msg|>"),
     Family("<seed:eos>", "<seed:eos>"),
     Family("<|end_of_sentence|>", "<|end_of_sentence|>"),
     Family("<|role_end|>", "<|role_end|>", ("<|endoftext|>",)),
-    Family("<|message_sep|>", "</s>", ("<|message_sep|>",)),
+    Family("<|end_of_turn|>", "<|end_of_turn|>"),
     Family("<|end|>", "<|endoftext|>", ("<|end|>",)),
     Family("<end_of_utterance>", "<end_of_utterance>", bos="<|im_start|>"),
     Family("</assistant>", "</assistant>"),

@@ -1,4 +1,4 @@
-"""The fields of an answer, and a conversation that has a sentinel in each: a text or number that stands nowhere else."""
+"""The fields of an answer, and a conversation with a sentinel in each: a text or number that stands nowhere else."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from datetime import date
 from functools import cached_property
 from typing import Any
@@ -85,11 +86,29 @@ class Inference:
         renamed = self._added.sub(lambda match: _name(match.group()), text)
         return self._renamed.encode(self.shown(renamed), add_special_tokens=False).ids
 
+    def shared(self, prompt: str, whole: str) -> int:
+        """How far a render begins with a prompt, up to the beginning of a token that both have in another way."""
+        pairs = enumerate(zip(prompt, whole, strict=False))
+        end = next((n for n, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
+        for text in (prompt, whole):
+            for token in self._added.finditer(text):
+                if token.start() < end < token.end():
+                    end = token.start()
+        return end
+
     def shown(self, text: str) -> str:
         """A rendered text with the control tokens of messages in it."""
         for number, token in enumerate(self.hidden):
             text = text.replace(chr(_FIRST_MARK + number), token)
         return text
+
+    def with_text(self, turn: int, text: str) -> Inference:
+        """The same conversation with another text in a turn."""
+        other = copy(self)
+        content: Any = [{"type": "text", "text": text}] if "parts" in self.forms else text
+        other.messages = list(self.messages)
+        other.messages[turn - self.merged] = {**self.messages[turn - self.merged], "content": content}
+        return other
 
     def fields(self, turn: int) -> list[Leaf]:
         """What an answer says, as it would stand in a rendered text."""

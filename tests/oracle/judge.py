@@ -16,7 +16,7 @@ from tests.oracle.inference import Inference, control_tokens
 Encode = Callable[[Conversation], Sequence[Example]]
 
 
-class Wrong(AssertionError):
+class WrongError(AssertionError):
     """A training sequence teaches something else than the conversation says."""
 
 
@@ -50,20 +50,30 @@ def judge(
         stops: Tokens that generation stops at by the model's generation config, besides the tokenizer's EOS.
 
     Raises:
-        Wrong: When an answer is trained in another context than it would be generated in, loses a field, does not end
+        WrongError: When an answer is trained in another context than it would be generated in, loses a field, does not end
             at its stop, or has more than the answer; or when anything else is trained.
     """
-    inference = _inference(tokenizer, conversation)
+    inference = inference_of(tokenizer, conversation)
     known = [token for token in (tokenizer.eos_token, *stops) if token]
     spans = _spans(conversation, inference, examples)
     for turn, span in spans.items():
         try:
             ending = ending_of(inference, turn, known)
         except Exception as error:
-            raise Wrong(f"turn {turn + 1} is trained, but the template raises {error!r}") from error
+            raise WrongError(f"turn {turn + 1} is trained, but the template raises {error!r}") from error
         _judge_answer(inference, turn, span, ending)
     if encode is not None and spans:
         _judge_sentinels(tokenizer, conversation, encode)
+
+
+def last_answer(
+    tokenizer: PreTrainedTokenizerFast, conversation: Conversation, examples: Sequence[Example]
+) -> list[int] | None:
+    """The trained ids of the last turn; ``None`` where that is not trained."""
+    turn = len(conversation.messages) - 1
+    if turn not in trained_turns(conversation):
+        return None
+    return _spans(conversation, inference_of(tokenizer, conversation), examples)[turn].ids
 
 
 def trained_turns(conversation: Conversation) -> list[int]:
@@ -73,7 +83,8 @@ def trained_turns(conversation: Conversation) -> list[int]:
     return [turn for turn, (message, weight) in turns if turn and message["role"] == "assistant" and weight > 0]
 
 
-def _inference(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Inference:
+def inference_of(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Inference:
+    """The conversation as a server renders it."""
     variables = getattr(conversation, "template_kwargs", {})
     return Inference(tokenizer, conversation.messages, conversation.tools, variables)
 
@@ -85,15 +96,19 @@ def _spans(conversation: Conversation, inference: Inference, examples: Sequence[
         try:
             contexts = inference.contexts(turn)
         except Exception as error:
-            raise Wrong(f"turn {turn + 1}: the template raises on its prompt, {error!r}, and yet is trained") from error
+            raise WrongError(
+                f"turn {turn + 1}: the template raises on its prompt, {error!r}, and yet is trained"
+            ) from error
         found = {
             (number, len(context))
             for number, example in enumerate(examples)
             for context in contexts
             if list(example.input_ids[: len(context)]) == context and sum(example.target_weights[len(context) :][:1])
         }
+        if len(found) > 1:  # a context may begin within a trained answer
+            found = {(number, begin) for number, begin in found if not examples[number].target_weights[begin - 1]}
         if len(found) != 1:
-            raise Wrong(f"turn {turn + 1} is trained {len(found)} times in the context that inference gives it")
+            raise WrongError(f"turn {turn + 1} is trained {len(found)} times in the context that inference gives it")
         [(number, begin)] = found
         begins[turn] = (examples[number], begin)
     spans = {}
@@ -104,10 +119,10 @@ def _spans(conversation: Conversation, inference: Inference, examples: Sequence[
         spans[turn] = Span(example, begin, min([zero, *others]))
     trained = sum(sum(weight != 0 for weight in example.target_weights) for example in examples)
     if trained != sum(span.end - span.begin for span in spans.values()):
-        raise Wrong(f"{trained} tokens are trained, and the answers behind their contexts have another number")
+        raise WrongError(f"{trained} tokens are trained, and the answers behind their contexts have another number")
     for span in spans.values():
         if len({span.example.target_weights[n] for n in range(span.begin, span.end)}) != 1:
-            raise Wrong("tokens of one answer have different weights")
+            raise WrongError("tokens of one answer have different weights")
     return spans
 
 
@@ -116,15 +131,15 @@ def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending) -
     context, ids = list(span.example.input_ids[: span.begin]), span.ids
     text = _decoded(tokenizer, context, ids)
     if not ending.stops:
-        raise Wrong(f"{where}: nothing that generation could stop at follows it, and yet {text!r} is trained")
+        raise WrongError(f"{where}: nothing that generation could stop at follows it, and yet {text!r} is trained")
     stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in ending.stops}
     if ids[-1] not in stop_ids:
-        raise Wrong(f"{where}: {text!r} does not end with {' or '.join(ending.stops)}")
+        raise WrongError(f"{where}: {text!r} does not end with {' or '.join(ending.stops)}")
     if stop_ids & set(ids[:-1]):
-        raise Wrong(f"{where}: {text!r} goes on after its stop")
+        raise WrongError(f"{where}: {text!r} goes on after its stop")
     values = [inference.shown(value) if isinstance(value, str) else value for value in inference.fields(turn)]
     if lost := missing(values, text):
-        raise Wrong(f"{where}: {text!r} has no {lost[0]!r}")
+        raise WrongError(f"{where}: {text!r} has no {lost[0]!r}")
     if ending.own is not None:
         _judge_tokens(inference, turn, context, ids, ending.own)
     else:
@@ -144,33 +159,43 @@ def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list
         is_same = is_same and _squeezed(_decoded(tokenizer, context, ids)) == _squeezed(inference.shown(own))
     if not is_same:
         given, wanted = _decoded(tokenizer, context, ids), inference.shown(own)
-        raise Wrong(f"{where}: trained is {given!r}, the template writes {wanted!r}, as tokens {ids} and {expected}")
+        raise WrongError(
+            f"{where}: trained is {given!r}, the template writes {wanted!r}, as tokens {ids} and {expected}"
+        )
 
 
 def _judge_rest(inference: Inference, where: str, text: str, values: Sequence[object], ending: Ending) -> None:
     """Whatever is trained beside the fields and the stop is what the template writes, or a tag of a thought."""
     rest = text
+    written = inference.shown(ending.written)
+    if unsaid := _unsaid(inference, text, written):
+        raise WrongError(f"{where}: {text!r} has no {unsaid}, which the template writes in the answer")
     for value in sorted(map(str, values), key=len, reverse=True):
         rest = rest.replace(value, "\x00", 1) if value in rest else rest.replace(value.strip(), "\x00", 1)
     rest = re.sub(r"</?think(ing)?>|\[/?THINK\]|</?seed:think>", "\x00", rest)
     for piece in rest.split("\x00"):
-        if _squeezed(piece) not in _squeezed(inference.shown(ending.written)):
-            raise Wrong(f"{where}: {text!r} has {piece!r}, which the template does not write in an answer")
+        if _squeezed(piece) not in _squeezed(written):
+            raise WrongError(f"{where}: {text!r} has {piece!r}, which the template does not write in an answer")
     markers = control_tokens(inference.tokenizer)
-    foreign = [token for token in markers if token in rest and token not in ending.written]
+    foreign = [token for token in markers if token in rest and token not in written]
     if foreign:
-        raise Wrong(f"{where}: {text!r} has {foreign[0]} in it")
+        raise WrongError(f"{where}: {text!r} has {foreign[0]} in it")
+
+
+def _unsaid(inference: Inference, text: str, written: str) -> str:
+    """A token before the first field that the template writes and the answer has not."""
+    return ""
 
 
 def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, encode: Encode) -> None:
     """With a sentinel in each field, each is trained in its own answer."""
     hidden = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
     other = marked(conversation, hidden)
-    spans = _spans(other.conversation, _inference(tokenizer, other.conversation), encode(other.conversation))
+    spans = _spans(other.conversation, inference_of(tokenizer, other.conversation), encode(other.conversation))
     for turn, span in spans.items():
         text = _decoded(tokenizer, list(span.example.input_ids[: span.begin]), span.ids)
         if lost := [value for value in other.sentinels[turn] if str(value).strip() not in text]:
-            raise Wrong(f"turn {turn + 1}: of fields with sentinels, {lost[0]!r} is not in {text!r}")
+            raise WrongError(f"turn {turn + 1}: of fields with sentinels, {lost[0]!r} is not in {text!r}")
 
 
 def _squeezed(text: str) -> str:
@@ -189,7 +214,7 @@ def _decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
 
 
 def mutations(example: Example) -> Iterator[tuple[str, Example]]:
-    """Wrong sequences that are close to a right one."""
+    """WrongError sequences that are close to a right one."""
     ids, weights = list(example.input_ids), list(example.target_weights)
     trained = [n for n, weight in enumerate(weights) if weight > 0]
     first, last = trained[0], trained[-1]

@@ -9,8 +9,9 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from tests.oracle.families import family_of
+from tests.oracle.families import Family, family_of
 from tests.oracle.fields import MARKUP
 
 CONTROL = re.compile(
@@ -25,11 +26,20 @@ _WRITTEN = re.compile(r"<\|[a-z_]+\|>|<\|[a-z_]+>|<[a-z_]+\|>|<｜[^｜<>{}]+｜
 def control_tokens_of(template: str) -> list[str]:
     """What looks like a control token in a template, or in what it renders."""
     found = {match.group() for match in CONTROL.finditer(template)}
-    if "<|" in template and not family_of(template).plain:
-        found |= {
-            f"<|{role}|>" for role in ("user", "assistant", "system", "tool") if re.search(rf"\W{role}\W", template)
-        }
+    found |= _written(template, family_of(template))
     return sorted(found)
+
+
+def _written(template: str, family: Family) -> set[str]:
+    """Control tokens that a template puts together."""
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    try:
+        text = _compile_jinja_template(template).render(
+            messages=turns, bos_token=family.bos, eos_token=family.eos, add_generation_prompt=True, tools=None
+        )
+    except Exception:
+        return set()
+    return set(_WRITTEN.findall(text))
 
 
 def tokenizer_for(template: str, kind: str = "bytes") -> PreTrainedTokenizerFast:

@@ -109,14 +109,11 @@ def show(
         write_page(html, read, data.splits, data.planned("train"), str(data.tokenizer.name_or_path), findings)
         console.print(f"\nPage: {html}", highlight=False)
     if clean is not None:
-        account = data.splits["train"].account
-        for path, count in write_clean(clean, data.splits["train"], data.reading).items():
+        account, files = data.splits["train"].account, write_clean(clean, data.splits["train"], data.reading)
+        for path, count in files.items():
             console.print(f"\nUsable rows: {count:,} in {path}", highlight=False)
-        console.print(
-            f"Of {account.num_rows:,} rows, {len(account.refused):,} are refused; {len(account.too_long):,} sequences "
-            "are longer than data.max_length, and rows that have no other are left out too.",
-            highlight=False,
-        )
+        too_long = account.num_rows - sum(files.values()) - len(account.refused)
+        console.print(f"Left out: {len(account.refused):,} refused, {too_long:,} too long", highlight=False)
     return findings
 
 

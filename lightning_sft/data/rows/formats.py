@@ -181,7 +181,7 @@ def _name(
             break
     if len(found) > 1 and "text" in found:  # beside messages or columns, it is what a template made of them
         found.remove("text")
-    if len(found) < 2:
+    if len(found) < 2 and (answered or not found):
         refuse_other_data(row, found[0] if found else None, columns.values())
     if len(found) == 1:
         return found[0]

@@ -19,7 +19,7 @@ from lightning_sft.types import InputError, Message
 Treatment = Literal["text", "refuse", "as_is"]
 """What becomes of a control token in a text: plain text, a refusal of the row, or the token that it is."""
 
-_MARKUP = re.compile(r"<(/?)(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]")
+_MARKUP = re.compile(r"(?i)</?(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]")
 _MARK, _, _END = mark_control_tokens("x", re.compile("x"))
 
 
@@ -75,6 +75,11 @@ def is_marked(text: str) -> bool:
 def unmarked(text: str) -> str:
     """A text without its marks."""
     return text.replace(_MARK, "").replace(_END, "")
+
+
+def without_marked(text: str) -> str:
+    """A text without the control tokens that are marked in it."""
+    return re.sub(f"{_MARK}.*?{_END}", "", text) if _MARK in text else text
 
 
 def marked_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -1,9 +1,9 @@
 """``{% generation %}`` marks of a chat template: what its author means to be trained, held against parity.
 
 transformers tells which spans of a rendered conversation are marked. They have to cover what the model writes at
-inference: the answer from the end of the generation prompt up to and with the stop token. They decide how much of a
-stop is trained where it is made of several tokens. Whitespace after a stop token is not trained, marked or not, nor is
-what follows on it: at inference, generation has ended by then.
+inference: the answer from the end of the generation prompt up to and with the stop token. What they mark of that prompt
+is context all the same. They decide how much of a stop is trained where it is made of several tokens. Whitespace after
+a stop token is not trained, marked or not, nor is what follows on it: at inference, generation has ended by then.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ def render_with_marks(
 def marked_end(text: str, begin: int, stop: int, spans: Iterable[Span], special: re.Pattern[str]) -> int:
     """Where the trained text of an answer ends: after its stop token and the marked special tokens that adjoin it.
 
+    Marks that begin before the answer are no mistake: what the model is given at inference is context all the same.
+
     Args:
         text: The rendered conversation; it ends with the answer.
         begin: Start of the answer: the end of the generation prompt.
@@ -57,7 +59,7 @@ def marked_end(text: str, begin: int, stop: int, spans: Iterable[Span], special:
         special: Matches a special token.
 
     Raises:
-        InputError: When the marks do not cover the answer with its stop token, or begin before it.
+        InputError: When the marks do not cover the answer with its stop token.
 
     >>> marked_end("Q:A</r></s>", 2, 7, [(2, 11)], re.compile("</.>"))
     11
@@ -69,9 +71,6 @@ def marked_end(text: str, begin: int, stop: int, spans: Iterable[Span], special:
     problem = ""
     if not marks:
         problem = "do not mark the answer"
-    elif marks[0][0] < begin:
-        given = reprlib.repr(text[marks[0][0] : begin])
-        problem = f"begin before the generation prompt ends, with {given}, which the model is given at inference"
     elif covered < stop:
         missing = min([first for first, _ in marks if first > covered] + [stop])
         problem = f"leave out {reprlib.repr(text[covered:missing])}"

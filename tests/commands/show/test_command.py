@@ -220,7 +220,7 @@ def test_clean_writes_the_usable_rows_and_says_what_is_left_out(
     out = tmp_path / "new" / "out.jsonl"
     text = show("--clean", str(out))
     assert f"Usable rows: 2 in {out}" in text
-    assert "Of 4 rows, 1 are refused; 1 sequences are longer than data.max_length" in text
+    assert "Left out: 1 refused, 1 too long" in text
     first, second = map(json.loads, out.read_text(encoding="utf-8").splitlines())
     assert first == {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
     assert second["messages"][1] == {"role": "assistant", "content": "Yo", "weight": 2.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,9 @@ def test_a_clean_file_gives_the_same_sequences(
     assert (again.account.refused, again.account.ignored) == ([], {})
 
 
-def test_each_part_of_a_mixture_has_a_file_of_its_own(jsonl: Callable[..., str], tmp_path: Path) -> None:
-    a, b = jsonl([*ROWS["prompts"]], "a.jsonl"), jsonl(ROWS["prompts"][2:], "b.jsonl")
+def test_broken_lines_are_left_out_and_each_part_has_a_file(jsonl: Callable[..., str], tmp_path: Path) -> None:
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS["prompts"])
+    a, b = jsonl(f'{{"prompt": \n{lines}', "a.jsonl"), jsonl(ROWS["prompts"][2:], "b.jsonl")
     split = load(Mixture({"maths": a, "x/y": Part(b, system="Be kind.")}), Reading())
     out = tmp_path / "out.jsonl"
     files = write_clean(out, split, Reading())

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
 
+from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.rows.messages import Converter, Reading
+from lightning_sft.data.tokens.encode import encode
+from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.types import Example, InputError
 
 IDS = [5, 6, 7, 8]
@@ -62,3 +68,22 @@ def test_what_is_no_row_of_token_ids_is_refused(row: dict[str, Any], message: st
 def test_token_ids_have_no_messages() -> None:
     with pytest.raises(InputError, match="f:1: a row of token ids has no messages"):
         Converter()({"input_ids": IDS, "labels": IDS}, "f:1")
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+def test_training_on_token_ids_is_training_on_the_texts_that_they_are_of(
+    pretrained: str, quiet_trainer: Callable[..., Trainer], normalize: Any
+) -> None:
+    texts: list[dict[str, Any]] = [{"prompt": f"Say {i}", "completion": "ha" * i} for i in range(1, 6)]
+    tokenizer = load_tokenizer(pretrained)
+    ids = []
+    for row in texts:
+        [example] = encode(Converter()(row, "row"), tokenizer)
+        ids.append({"input_ids": example.input_ids, "loss_mask": [float(w > 0) for w in example.target_weights]})
+    weights = []
+    for rows in (texts, ids):
+        seed_everything(0)
+        module = SFTModule(pretrained, normalize=normalize)
+        quiet_trainer(max_steps=3).fit(module, SFTDataModule(rows, tokens_per_batch=64))
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in module.parameters()]))
+    assert torch.equal(*weights)

@@ -131,6 +131,14 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
             "the reasoning is there twice: a part of the content and 'thinking'",
         ),
         ({"role": "assistant", "content": [CALL_PART], "tool_calls": [call()]}, "the tool calls are there twice"),
+        (
+            {"role": "assistant", "tool_calls": [call()], "function_call": {"name": "f", "arguments": {}}},
+            "the tool calls are there twice: in 'tool_calls' and in 'function_call'",
+        ),
+        (
+            {"role": "user", "content": [TEXT, {"type": "tool_result", "content": "x"}]},
+            "part 2 of the content is tool_result, which stands before",
+        ),
         ({"role": "user", "content": ["x"]}, "part 1 of the content must be of the type .* got str 'x'"),
         ({"role": "user", "content": [TEXT, {"type": "image_url", "image_url": "x"}]}, "part 2 .* must be of the type"),
         ({"role": "user", "content": [{"type": ["text"]}]}, "part 1 of the content must be of the type"),

@@ -58,9 +58,10 @@ def test_rows_of_token_ids_are_trained_as_they_are(jsonl: Callable[..., str], mo
 def test_an_error_of_a_worker_is_the_users_message_and_no_traceback(
     jsonl: Callable[..., str], num_workers: int, monkeypatch: Any
 ) -> None:
-    path = jsonl("".join(json.dumps(GOOD) + "\n" for _ in range(8)) + "{\n", "train.json")
-    with pytest.raises(InputError, match=r"^.*train.json:10: not valid JSON") as error:
-        load(path, num_workers, monkeypatch)
+    long = {**GOOD, "completion": "x" * 99}
+    path = jsonl("".join(json.dumps(row) + "\n" for row in [*[GOOD] * 8, long]))
+    with pytest.raises(InputError, match=r"^.*train.jsonl:9: the sequence has \d+ tokens") as error:
+        load(path, num_workers, monkeypatch, max_length=90, overflow="error")
     assert "Traceback" not in str(error.value)
 
 

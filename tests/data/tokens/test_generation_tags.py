@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_sft.data.tokens.chat_template import ChatTemplate
-from lightning_sft.data.tokens.encode import encode
+from lightning_sft.data.tokens.encode import encode, encode_all
 from lightning_sft.data.tokens.generation_tags import has_marks, marked_end
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Conversation, Example, InputError
@@ -20,15 +20,7 @@ HEADER = "{{ '<|im_start|>assistant\n' }}"
 MARKED = {name: text for name, text in (templates() | templates(training=True)).items() if has_marks(text)}
 REFUSED = {  # what the marks of trl's variants do that they must not
     "diffusion_gemma_training": "leave out '<|tool_response>', the end of the answer with its stop token",
-    "gptoss_training": "begin before the generation prompt ends, with '<|start|>assistant'",
-    "muse_glimmer_training": "begin before the generation prompt ends, with '<|start|>assistant'",
-    "qwen2_5_training": r"begin before the generation prompt ends, with '\n'",
-    "qwen3_5_nothink_training": r"begin before the generation prompt ends, with '<think>\n\n</think>\n\n'",
-} | dict.fromkeys(
-    [f"nemotron_3_{size}_training" for size in ("5_lightning", "nano", "super", "ultra")]
-    + [f"qwen3_{version}_training" for version in ("5_think", "6", "8")],
-    r"begin before the generation prompt ends, with '<think>\n'",
-)
+}
 
 
 def chatml(assistant: str) -> str:
@@ -78,9 +70,6 @@ def test_marks_that_agree_train_what_is_trained_without_them(assistant: str, tex
 
 
 ELSEWHERE = {  # what an assistant's turn is -> what is said of its marks
-    "{% generation %}" + HEADER + "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}": (
-        "begin before the generation prompt ends, with '<|im_start|>assistant\\n', which the model is given"
-    ),
     HEADER + "{{ 'Well, ' }}{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}": "leave out 'Well, '",
     HEADER + "{% generation %}{{ m['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}": (
         "leave out '<|im_end|>', the end of the answer with its stop token, so the model would never learn to stop"
@@ -100,6 +89,14 @@ def test_marks_elsewhere_than_on_what_the_model_writes_are_refused(assistant: st
         encode(given, tiny_tokenizer(chatml(assistant)))
     assert str(refusal.value).endswith("Move the marks, or take them out: data.chat_template.")
     assert encode(given, tiny_tokenizer(unmarked(chatml(assistant))))
+
+
+def test_marks_that_begin_in_the_prompt_train_nothing_of_it_and_that_is_said() -> None:
+    early = "{% generation %}" + HEADER + "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}"
+    given = Conversation([user("a"), answer("b")])
+    [encoded] = encode_all([given], tiny_tokenizer(chatml(early)))
+    assert targets(encoded.examples, tiny_tokenizer()) == "b<|im_end|>"
+    assert encoded.notes == {"the {% generation %} marks begin in the prompt, of which nothing is trained"}
 
 
 def test_every_trained_answer_has_to_be_marked_and_no_other() -> None:
@@ -134,13 +131,12 @@ MARKS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 4)).map(lambda spa
 
 
 @given(MARKS)
-def test_marks_are_accepted_where_each_character_of_the_answer_is_marked_and_none_just_before_it(
+def test_marks_are_accepted_where_each_character_of_the_answer_is_marked(
     marks: list[tuple[int, int]],
 ) -> None:
     text, begin, stop = "QQQQAAAA#~ #", 4, 9  # the stop token and one that adjoins it, and after a space a third
     marked = {i for first, last in marks for i in range(first, last)}
-    early = any(first < begin < last for first, last in marks)
-    if early or not marked.issuperset(range(begin, stop)):
+    if not marked.issuperset(range(begin, stop)):
         with pytest.raises(InputError, match="marks of the chat template"):
             marked_end(text, begin, stop, marks, re.compile("[#~]"))
     else:
