@@ -80,6 +80,8 @@ class Rendering:
             text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             messages, self.shift = [{**messages[1], "content": text}, *messages[2:]], 1
             self.notes.add("the chat template refuses system turns, so theirs begins the user's turn")
+        if template.wants_parts:
+            self.notes.add("contents are given to the chat template as lists of parts, which it wants")
         self.messages = messages
 
     def prompt(self, turn: int) -> str:
