@@ -29,6 +29,7 @@ from lightning_sft.machine.terminal import Console
 from lightning_sft.types import InputError, Prompt
 
 _ROWS_AT_A_TIME = 1000  # so many go through the tokenizer together
+_CHARACTERS = 2_000_000  # of the rows that do
 _LARGE = 4_000_000  # bytes of files that take so long, some seconds, that it pays to start processes
 _HELD_OUT = "held out of data.train, chosen by their content"
 
@@ -189,7 +190,7 @@ def _say_folders(name: str, source: Source) -> None:
 
 def _lanes(part: Part, first: int | None) -> list[Lane]:
     files, used = leaves(part.source, streaming=first is not None), [n for n in (part.first, first) if n is not None]
-    return [((0, rows) for rows in in_chunks(files, _ROWS_AT_A_TIME, min(used, default=None)))]
+    return [((0, rows) for rows in in_chunks(files, _ROWS_AT_A_TIME, min(used, default=None), _CHARACTERS))]
 
 
 def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str | None) -> tuple[Examples, RowReport]:

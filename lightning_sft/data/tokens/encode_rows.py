@@ -7,6 +7,7 @@ that are read apart, chunk by chunk in turn: then who takes the chunks of one la
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ import pyarrow as pa
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.rows.files import Line
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
@@ -157,11 +159,37 @@ def _chunk(
     return 0, []
 
 
-def in_chunks(leaves: Iterable[Leaf], size: int, first: int | None = None) -> Iterator[Rows]:
-    """The rows of files or lists, ``size`` at a time, or only the ``first`` of them; the last chunk may be shorter."""
-    rows = islice((row for leaf in leaves for row in leaf()), first)
-    while chunk := list(islice(rows, size)):
+def in_chunks(
+    leaves: Iterable[Leaf], size: int, first: int | None = None, characters: float = math.inf
+) -> Iterator[Rows]:
+    """The rows of files or lists in chunks.
+
+    Args:
+        leaves: Files or lists.
+        size: Rows of a chunk; the last one may have fewer.
+        first: Number of the first rows that are given; by default all.
+        characters: Text of a chunk at which it ends, however few rows it has.
+    """
+    chunk, length = Rows(), 0
+    for row, place in islice((row for leaf in leaves for row in leaf()), first):
+        chunk.append((row, place))
+        length += _length(row) if characters < math.inf else 0
+        if len(chunk) == size or length >= characters:
+            yield chunk
+            chunk, length = Rows(), 0
+    if chunk:
         yield chunk
+
+
+def _length(value: Any) -> int:
+    """Characters of all texts of a row, and of each other value one."""
+    if isinstance(value, Line):
+        return len(value.content)
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_length, value.values()))
+    return sum(map(_length, value)) if isinstance(value, list) else 1
 
 
 def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) -> Chunk:
