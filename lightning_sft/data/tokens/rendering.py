@@ -282,7 +282,7 @@ class Rendering:
             shared = min([shared, *(found.start() for found in inside if found.start() < shared < found.end())])
         left, rest = prompt[shared:], whole[shared:]
         tags = _TAGS.findall(left)
-        is_within = bool(tags) and tags[0].startswith("</")  # the prompt ends a thought that the render goes on with
+        is_within = bool(tags) and tags[0].startswith("</")  # the prompt ends a thought that the render continues
         is_repeated = set(self.template.endings.findall(left)) & set(self.template.endings.findall(rest))
         if is_within or is_repeated or not _THOUGHT_WORD.fullmatch(_TAGS.sub("", self.template.endings.sub("", left))):
             return None
