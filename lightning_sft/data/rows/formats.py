@@ -194,8 +194,8 @@ def _name(
     likely = likely_columns(map(str, row)) or {"prompt": "question", "completion": "answer"}
     mapped = ", ".join(f"{key}: {column}" for key, column in likely.items())
     raise InputError(
-        f"the keys {_sorted(row)} are of no known format{with_columns}. Expected {expected}. "
-        f"Other names can be mapped: data.columns={{{mapped}}}."
+        f"the keys {_sorted(row)} are of no known format{with_columns}. Map the columns, as in "
+        f"data.columns={{{mapped}}}, or give the keys of a format: {expected}."
     )
 
 

@@ -80,6 +80,8 @@ class Rendering:
             text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             messages, self.shift = [{**messages[1], "content": text}, *messages[2:]], 1
             self.notes.add("the chat template refuses system turns, so theirs begins the user's turn")
+        if template.wants_parts:
+            self.notes.add("contents are given to the chat template as lists of parts, which it wants")
         self.messages = messages
 
     def prompt(self, turn: int) -> str:
@@ -258,11 +260,11 @@ class Rendering:
         if not own:
             return "the chat template ends the answer in its own way."
         stops = [*self.template.known_stops, *self.template.endings.findall(ending.stop)[-1:]]
-        is_split = any(stop in control_tokens.without_marked(own)[: -len(stop)] for stop in stops)
-        is_split &= self.template.config.control_tokens != "as_is"
-        return (
-            "the chat template writes a stop token within the answer: generation would end there." if is_split else ""
-        )
+        if self.template.config.control_tokens == "as_is":
+            return ""
+        if any(stop in control_tokens.without_marked(own)[: -len(stop)] for stop in stops):
+            return "the chat template writes a stop token within the answer: generation would end there."
+        return ""
 
     def _stopped(self, rest: str, ending: Ending) -> str:
         """What follows the prompt up to and with the stop token; empty where it ends in another way than was learnt."""
@@ -278,33 +280,32 @@ class Rendering:
         for pattern, text in product((self.template.endings, _TAGS), (prompt, whole)):
             inside = (found for found in pattern.finditer(text, max(0, shared - 64), shared + 64))
             shared = min([shared, *(found.start() for found in inside if found.start() < shared < found.end())])
-        if not _THOUGHT_WORD.fullmatch(_TAGS.sub("", self.template.endings.sub("", prompt[shared:]))):
+        left, rest = prompt[shared:], whole[shared:]
+        tags = _TAGS.findall(left)
+        is_within = bool(tags) and tags[0].startswith("</")  # the prompt ends a thought that the render continues
+        is_repeated = set(self.template.endings.findall(left)) & set(self.template.endings.findall(rest))
+        if is_within or is_repeated or not _THOUGHT_WORD.fullmatch(_TAGS.sub("", self.template.endings.sub("", left))):
             return None
         self.notes.add(_BY_ITSELF)
-        opened = _OPENING.search(prompt, shared)
-        return (self._closing(opened) if opened else "") + whole[shared:]
-
-    def _closing(self, opened: re.Match[str]) -> str:
-        """What ends a thought that a prompt begins, where it is left empty."""
-        tag, space = opened["tag"] or opened["mark"], opened["space"]
-        closing = "[/THINK]" if tag == "THINK" else f"</{tag}>"
-        if closing not in "".join(self.template.sources.values()):
-            return ""
-        return f"{space}{closing}{2 * space}"
+        closing = _closing(opened) if (opened := _OPENING.search(left)) else ""
+        return rest if rest.lstrip().startswith(closing.strip()) else closing + rest
 
     def _raw(self, at: int, prompt: str, message: Message, problem: str) -> str:
         """The text of an answer as the model would write it after a prompt.
 
         Raises:
-            InputError: When it has tool calls, each template's in a markup of its own, or nothing stops it.
+            InputError: When it has tool calls, each template's in a markup of its own, or nothing stops it, or it has a
+                thought and the prompt has ended that.
         """
         stop = self._ending(at, message if any(shape_of(message)) else _PLAIN).stop or self._ending(at, _PLAIN).stop
         if message.get("tool_calls") or not stop:
             raise InputError(problem)
         text, opened = message.get("content") or "", _OPENING.search(prompt)
-        if opened and (inline := _INLINE.match(text)):  # it begins with the prompt's end
+        if (inline := _INLINE.match(text)) and prompt.rstrip().endswith("</think>"):
+            raise InputError(_ENDED)
+        if opened and inline:  # it begins with the prompt's end
             return text[inline.start("thought") :].removeprefix(opened["space"]) + stop
-        return (self._closing(opened) if opened else "") + text + stop
+        return (_closing(opened) if opened else "") + text + stop
 
     def _with_thought(self, prompt: str, thought: str, own: str) -> tuple[str, int]:
         """An answer with a thought before it that the template drops, and where what follows the thought begins.
@@ -313,14 +314,11 @@ class Rendering:
             InputError: When the prompt has ended the thought.
         """
         if opened := _OPENING.search(prompt):
-            closing = self._closing(opened)
+            closing = _closing(opened)
             own = own if own.startswith(closing) else closing + own
             return thought + own, len(thought) + len(closing)
         if prompt.rstrip().endswith("</think>"):
-            raise InputError(
-                "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
-                "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
-            )
+            raise InputError(_ENDED)
         if empty := _EMPTY_THOUGHT.match(own):
             own = own[empty.end() :].lstrip()
         written = f"<think>\n{thought}\n</think>\n\n"
@@ -333,10 +331,20 @@ _UNTHINKING = (
     "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
     "false}, where the template has that, it is context)"
 )
+_ENDED = (
+    "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
+    "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
+)
 _NO_STOP = (
     "the chat template puts no stop token after the answer, so the model would never learn to stop. Add the "
     "end-of-turn token to the template: data.chat_template."
 )
+
+
+def _closing(opened: re.Match[str]) -> str:
+    """What ends a thought that a prompt begins, where it is left empty."""
+    closing = "[/THINK]" if opened["mark"] else f"</{opened['tag']}>"
+    return f"{opened['space']}{closing}{2 * opened['space']}"
 
 
 def _with_thought_apart(message: Message) -> Message:
