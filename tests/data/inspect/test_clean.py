@@ -60,9 +60,7 @@ def test_a_clean_file_gives_the_same_sequences(
     assert (again.account.refused, again.account.ignored) == ([], {})
 
 
-def test_broken_lines_are_left_out_and_each_part_has_a_file(
-    jsonl: Callable[..., str], tmp_path: Path
-) -> None:
+def test_broken_lines_are_left_out_and_each_part_has_a_file(jsonl: Callable[..., str], tmp_path: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in ROWS["prompts"])
     a, b = jsonl(f'{{"prompt": \n{lines}', "a.jsonl"), jsonl(ROWS["prompts"][2:], "b.jsonl")
     split = load(Mixture({"maths": a, "x/y": Part(b, system="Be kind.")}), Reading())
