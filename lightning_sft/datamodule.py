@@ -28,6 +28,7 @@ from lightning_sft.data.rows.sources import Source
 from lightning_sft.data.tokens.control_tokens import Treatment
 from lightning_sft.data.tokens.dataset import Split, load_prompts, load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
+from lightning_sft.data.tokens.held_out import share_of, side_of
 from lightning_sft.data.tokens.overflow import Overflow
 from lightning_sft.data.tokens.template import TemplateConfig, Thoughts, configure, configured
 from lightning_sft.data.tokens.workers import num_cores
@@ -54,7 +55,8 @@ class SFTDataModule(LightningDataModule):
         train: Training data: files, a folder, a glob, ``hf:owner/name:split`` or rows, see
             :func:`lightning_sft.data.rows.sources.read`; or several data sets, see
             :class:`lightning_sft.data.rows.mixture.Mixture`.
-        val: Validation data; takes the same forms as ``train``.
+        val: Validation data; takes the same forms as ``train``, or is a share of it: ``5%`` of its rows, chosen by
+            their content, are then left out of the training.
         test: Test data; takes the same forms as ``train``.
         predict: Prompts for ``predict``; takes the same forms as ``train``, and answers may be missing.
         format: Format of all rows; detected from the keys of each row by default.
@@ -122,6 +124,9 @@ class SFTDataModule(LightningDataModule):
         check_arguments(SFTDataModule, locals(), "data")
         given = {"train": train, "val": val, "test": test, "predict": predict}
         self.sources: dict[str, Mixture | Source | None] = {name: plain(source) for name, source in given.items()}
+        self.held_out = share_of(val, train)
+        if self.held_out is not None:
+            self.sources["val"] = self.sources["train"]
         self.reading = Reading(format, plain(columns), system, train_on, plain(roles), plain(message_keys))
         self.template = TemplateConfig(plain(chat_template_kwargs) or {}, control_tokens, thoughts)
         self.tokenizer_name: str | None = plain(tokenizer)
@@ -156,7 +161,7 @@ class SFTDataModule(LightningDataModule):
             tried = partial(self._loader, "train") if self._tries_sizes else None
             self.val_dataloader = tried  # type: ignore[assignment,method-assign]  # as in __init__
         if stage == "fit" and self.streaming:
-            check_stream(self._mixture("train"), self._normalize)
+            check_stream(self._mixture("train"), self._normalize, self.held_out)
         for name in _STAGES[stage]:
             if self.sources[name] is not None and name not in self.splits:
                 first = self.sample_rows if name == "train" and self.streaming else None
@@ -276,7 +281,7 @@ class SFTDataModule(LightningDataModule):
             raise InputError(f"There are no prompts: set data.{name} to a JSONL or JSON file.")
         tokenizer, title = cast(PreTrainedTokenizerBase, self.tokenizer), "predict" if name == "predict" else None
         settings: dict[str, Any] = {"invalid_rows": self.invalid_rows, "first": first, "title": title}
-        prompts = load_prompts(source, tokenizer, self.reading, **settings)
+        prompts = load_prompts(source, tokenizer, self.reading, **settings, side=side_of(name, self.held_out))
         self._check_prompts(name, prompts)
         return prompts
 
@@ -321,12 +326,12 @@ class SFTDataModule(LightningDataModule):
 
     def _load(self, name: str, first: int | None = None) -> Split:
         mixture = self._mixture(name)
-        if name != "train" and mixture.has_shares:
+        if name != "train" and mixture.has_shares and self.held_out is None:
             rank_zero_warn(f"Shares and temperatures have no effect in data.{name}: there, every row is used once.")
         return load_split(
             name,
             mixture,
-            self._recipe,
+            replace(self._recipe, side=side_of(name, self.held_out)),
             invalid_rows=self.invalid_rows,
             cache=Path(self.cache).expanduser() if self.cache else None,
             num_workers=self.num_workers,

@@ -69,7 +69,9 @@ def test_commands_have_the_verbs_and_flags_that_are_named() -> None:
 
 
 def test_keys_named_are_those_of_fit() -> None:
-    found = {match.partition("=")[0] for match in re.findall(r"(?<![-/\w])(?:data|model|trainer)\.[\w.]*\w", PAGE)}
+    found = {
+        match.partition("=")[0] for match in re.findall(r"(?<![-/\w])(?:data|model|trainer)\.(?!md\b)[\w.]*\w", PAGE)
+    }
     assert len(found) > 25
     assert not {key for key in found if not is_key(key)}
 

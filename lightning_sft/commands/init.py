@@ -10,11 +10,14 @@ from typing import Any
 
 from rich.prompt import Prompt
 
+from lightning_sft.commands.init_size import Schedule, size_of_data
 from lightning_sft.commands.init_yaml import Machine, Method, as_yaml
 from lightning_sft.data.rows.formats import find_format, likely_columns
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.sources import leaves, parsed
 from lightning_sft.data.tokens.encode import encode_many
+from lightning_sft.data.tokens.held_out import share_of
+from lightning_sft.data.tokens.outliers import outlier_remark
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.machine.terminal import Console, printable
 from lightning_sft.model.pretrained import context_length, load_tokenizer
@@ -39,7 +42,7 @@ def init(
     Args:
         model: The pretrained model: a hub name, a folder, or a GGUF file.
         data: The training data: a file, a folder, a glob, or hf:owner/name:split.
-        val: The validation data.
+        val: The validation data, or a share of the training data, such as 5%.
         method: Training method: the whole model, or low-rank adapters.
         devices: Number of devices; by default all of this machine.
         columns: Column of the data for each key of the format: {prompt: question, completion: answer}.
@@ -65,20 +68,24 @@ def init(
     if not encoded:
         [problem, *_] = encode_many(seen.rows[:1], tokenizer)
         raise InputError(f"No row can be trained on with the chat template of {model}: {problem}")
-    longest = max(len(example) for row in encoded for example in row)
+    size = size_of_data(data, seen.columns, tokenizer)
     if seen.problem is not None:
         console.print(f"fit will stop at rows that cannot be used, such as this: {seen.problem}", highlight=False)
     if val is None and ask.is_possible:
-        val = ask("Validation data (empty for none)", "--val", "") or None
-    if val is not None:
+        val = ask("Validation data, or a share of the training data such as 5% (empty for none)", "--val", "") or None
+    if val is not None and share_of(val, data) is None:
         look_at(str(val), seen.columns, ask)
     method = method or ask("Train the whole model or adapters", "--method", "full", ["full", "lora"])
     machine = Machine.here(devices)
     kind = f"{seen.format} rows with {', '.join(seen.keys)}"
     given = {"train": (data, kind), "val": val, "columns": seen.columns, "chat_template": chat_template}
-    text = as_yaml(model, context, given, longest, method, machine, out)
+    schedule = Schedule.of(size, machine.devices, machine.accelerator == "gpu")
+    text = as_yaml(model, context, given, size, schedule, method, machine, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+    if remark := outlier_remark(size.lengths, size.places.__getitem__):
+        console.print(remark, highlight=False)
+    console.print(f"{size.rows_in_words} make about {schedule.num_steps:,} optimizer steps.", highlight=False)
     console.print(f"Wrote {out}. See what will be trained on:  lightning-sft show --config {out}", highlight=False)
     console.print(f"Train:  lightning-sft fit --config {out}", highlight=False)
     return path

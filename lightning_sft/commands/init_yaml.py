@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from lightning_sft.commands.init_size import Schedule, Size
 from lightning_sft.training.checks import bfloat16_is_slow
 from lightning_sft.types import InputError
 
@@ -57,7 +58,8 @@ def as_yaml(
     model: str,
     context: int | None,
     data: Mapping[str, Any],
-    longest: int,
+    size: Size,
+    schedule: Schedule,
     method: Method,
     machine: Machine,
     out: str,
@@ -69,7 +71,8 @@ def as_yaml(
         context: Maximum number of tokens of the model's context, if known.
         data: Mapping with ``train`` (the source and its description), and ``val``, ``columns`` and ``chat_template``,
             which may be ``None``.
-        longest: Number of tokens of the longest of the first sequences.
+        size: Size of the training data.
+        schedule: How they are cut into optimizer steps.
         method: Training method.
         machine: Machine to train on.
         out: Path of the YAML file, for its comments.
@@ -88,8 +91,9 @@ def as_yaml(
         f"  strategy: {'ddp' if several else 'auto'} # "
         + ("a copy of the model each; fsdp2 shards it, see docs/strategies.md" if several else "one device needs none"),
         f"  precision: {machine.precision} # {machine.why}",
-        "  max_epochs: 1 # passes over the data",
-        "  accumulate_grad_batches: 4 # micro-batches per device in one optimizer step",
+        f"  max_epochs: {schedule.epochs} # passes over the data: "
+        f"{size.rows_in_words} make about {schedule.num_steps:,} steps",
+        f"  accumulate_grad_batches: {schedule.accumulate} # micro-batches per device in one optimizer step",
         "  gradient_clip_val: 1.0 # maximum gradient norm",
         "  log_every_n_steps: 1 # optimizer steps between logged metrics",
         "model:",
@@ -114,9 +118,9 @@ def as_yaml(
         ]
     lines += ["data:", f"  train: {_value(train)} # {_value(kind)[1:-1]}"]
     if val is None:
-        lines.append("  # val: val.jsonl # validation data: held-out rows of the same kind")
+        lines.append("  # val: 5% # validation data: a share of the training rows, or a file of its own")
     else:
-        lines.append(f"  val: {_value(val)} # held-out rows, evaluated after each epoch")
+        lines.append(f"  val: {_value(str(val))} # held-out rows, evaluated after each epoch")
     if data["columns"]:
         lines.append(f"  columns: {_value(data['columns'])} # the data's column for a key of the format")
     if data["chat_template"]:
@@ -124,8 +128,8 @@ def as_yaml(
     lines += [
         f"  max_length: {context or 'null'} # maximum number of tokens per sequence; the model's context",
         "  overflow: drop # longer ones are left out and counted; or: error, truncate, split",
-        "  tokens_per_batch: null # maximum tokens per micro-batch; null: 2,048 (16,384 on a GPU), or the longest "
-        f"sequence if longer (of the first rows: {longest:,})",
+        f"  tokens_per_batch: {schedule.tokens_per_batch or 'null'} # maximum tokens per micro-batch; null: 2,048 "
+        f"(16,384 on a GPU), or the longest sequence if longer (of the first rows: {max(size.lengths):,})",
         "  packing: packed # sequences end to end without padding; or: padded",
         "  invalid_rows: error # stop at a row that cannot be used; skip leaves it out and counts it",
     ]

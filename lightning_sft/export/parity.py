@@ -24,6 +24,7 @@ from lightning_sft.data.rows.mixture import Mixture
 from lightning_sft.data.rows.sources import Source, leaves, parsed
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode_many
+from lightning_sft.data.tokens.template import configure, configured
 from lightning_sft.machine.terminal import Console
 from lightning_sft.types import Conversation, Example, InputError
 
@@ -210,7 +211,8 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def unequal_ids(
     conversations: Sequence[Conversation], trained: PreTrainedTokenizerBase, reloaded: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Provenance of rows for which two tokenizers yield different sequences or prompts."""
+    """Provenance of rows for which two tokenizers yield different sequences or prompts, rendered as in the training."""
+    configure(reloaded, configured(trained))
     ours, theirs = (_ids(conversations, tokenizer) for tokenizer in (trained, reloaded))
     return [row.provenance for row, a, b in zip(conversations, ours, theirs, strict=True) if a != b]
 

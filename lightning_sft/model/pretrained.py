@@ -155,7 +155,10 @@ def load_exported(folder: str | Path) -> PreTrainedModel:
 
 def stop_ids(pretrained: str) -> tuple[int, ...]:
     """Ids of the tokens that generation stops at, by the published generation config of a model; none without one."""
-    generation = load_generation_config(pretrained)
+    try:
+        generation = load_generation_config(pretrained)
+    except Exception:  # of a damaged file: who loads the model says so
+        return ()
     found = None if generation is None else generation.eos_token_id
     ids: list[int] = found if isinstance(found, list) else [] if found is None else [found]
     return tuple(ids)

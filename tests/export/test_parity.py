@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_sft.data.rows.mixture import Mixture, Part
+from lightning_sft.data.tokens.template import TemplateConfig, configure
 from lightning_sft.demos import CHATML, tiny_model, tiny_tokenizer
 from lightning_sft.export.parity import (
     Agreement,
@@ -20,7 +21,7 @@ from lightning_sft.export.parity import (
     unequal_ids,
     unequal_weights,
 )
-from lightning_sft.types import InputError
+from lightning_sft.types import Conversation, InputError
 
 
 def test_the_divergence_is_that_of_its_definition_over_the_targets() -> None:
@@ -61,6 +62,14 @@ def test_the_least_change_of_a_weight_is_seen() -> None:
 def test_another_template_is_seen_by_the_ids(template: str) -> None:
     assert not unequal_ids(built_in(), tiny_tokenizer(), tiny_tokenizer())
     assert unequal_ids(built_in(), tiny_tokenizer(), tiny_tokenizer(template)) == ["#1", "#2", "#3", "#4"]
+
+
+def test_ids_are_compared_as_rendered_in_the_training() -> None:
+    trained, reloaded = (tiny_tokenizer("{{ effort }}|" + CHATML) for _ in range(2))
+    configure(trained, TemplateConfig({"effort": "low"}, thoughts="split"))
+    thinking = {"role": "assistant", "content": "<think>t</think>b"}
+    rows = [Conversation([{"role": "user", "content": "a"}, thinking], weights=[0, 1])]
+    assert not unequal_ids(rows, trained, reloaded)
 
 
 def test_ids_of_a_template_that_writes_the_time_are_equal_at_any_time() -> None:

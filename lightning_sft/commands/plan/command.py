@@ -85,6 +85,8 @@ def plan(
     else:
         console = Console(soft_wrap=True)
         show_prediction(prediction, steps, console)
+        if planned.outliers:
+            console.print(planned.outliers, highlight=False)
         if not prediction.fits:
             show_remedies(found, console)
     return prediction

@@ -19,7 +19,7 @@ from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.plan import Division
 from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
-from lightning_sft.data.inspect.clean import write_clean
+from lightning_sft.data.inspect.clean import left_out, write_clean
 from lightning_sft.data.inspect.documents import EpochDocuments, PlacedDocument
 from lightning_sft.data.inspect.summary import show_counts, show_details
 from lightning_sft.data.inspect.token_text import PieceReader
@@ -109,11 +109,12 @@ def show(
         write_page(html, read, data.splits, data.planned("train"), str(data.tokenizer.name_or_path), findings)
         console.print(f"\nPage: {html}", highlight=False)
     if clean is not None:
-        account, files = data.splits["train"].account, write_clean(clean, data.splits["train"], data.reading)
-        for path, count in files.items():
+        mixture = data.splits["train"].mixture
+        own = [split for split in data.splits.values() if split.mixture == mixture]  # also what is held out of it
+        for path, count in write_clean(clean, own, data.reading).items():
             console.print(f"\nUsable rows: {count:,} in {path}", highlight=False)
-        too_long = account.num_rows - sum(files.values()) - len(account.refused)
-        console.print(f"Left out: {len(account.refused):,} refused, {too_long:,} too long", highlight=False)
+        refused, too_long = left_out(own)
+        console.print(f"Left out: {refused:,} refused, {too_long:,} too long", highlight=False)
     return findings
 
 

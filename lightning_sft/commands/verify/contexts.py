@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,14 @@ def check_contexts(subject: Subject) -> Outcome:
         for row, power, sequences in _rows(subject, name, split, chosen):
             count += 1
             longest = data.max_length if row.provenance in incomplete else None
-            found = problems_of(row, sequences, tokenizer, power, longest)
+            if isinstance(row, Example):
+                found = (
+                    []
+                    if _are_its(sequences, row, power, longest is not None)
+                    else ["its ids or weights are not those trained"]
+                )
+            else:
+                found = problems_of(row, sequences, tokenizer, power, longest)
             problems += [f"{row.provenance}: {problem}" for problem in found]
         if count < len(chosen):
             problems.append(f"{len(chosen) - count} rows of data.{name} were not found when it was read again")
@@ -222,8 +229,8 @@ def _chosen(split: Split, most: int, seed: int) -> dict[tuple[int, str], list[Ex
 
 def _rows(
     subject: Subject, name: str, split: Split, chosen: dict[tuple[int, str], list[Example]]
-) -> Iterator[tuple[Conversation, float, list[Example]]]:
-    """The chosen rows, read again as conversations, with the exponent of their normalization and their sequences."""
+) -> Iterator[tuple[Conversation | Example, float, list[Example]]]:
+    """The chosen rows, read again, with the exponent of their normalization and their sequences."""
     data = subject.data
     for number, part in enumerate(split.mixture.of_name.values()):
         convert = Converter(data.reading.of(part))
@@ -233,6 +240,27 @@ def _rows(
                 if sequences is None:
                     continue
                 with suppress(InputError):  # a row that has changed counts as not found
-                    row = convert(parsed(raw, provenance), provenance)
-                    weights = [weight * part.weight for weight in row.weights]
-                    yield replace(row, weights=weights), _POWER[subject.module.normalize], sequences
+                    row = convert.read(parsed(raw, provenance), provenance)
+                    yield _weighted(row, part.weight), _POWER[subject.module.normalize], sequences
+
+
+def _weighted(row: Conversation | Example, weight: float) -> Conversation | Example:
+    if isinstance(row, Example):
+        return replace(row, target_weights=[own * weight for own in row.target_weights])
+    return replace(row, weights=[own * weight for own in row.weights])
+
+
+def _are_its(sequences: Sequence[Example], row: Example, power: float, is_cut: bool) -> bool:
+    """Whether a row of token ids is its sequence, or that a part of it where the row is cut."""
+    ids, weights = list(row.input_ids), list(row.target_weights)
+    for is_target, stretch in groupby(range(len(ids)), lambda place: row.target_weights[place] > 0):
+        places = list(stretch) if is_target else []
+        for place in places:
+            weights[place] /= len(places) ** power
+    first, *others = sequences
+    size = len(first)
+    for begin in (0, len(ids) - size) if is_cut else (0,):
+        own = weights[begin : begin + size]
+        if list(first.input_ids) == ids[begin : begin + size] and np.allclose(first.target_weights[1:], own[1:]):
+            return is_cut or (not others and size == len(ids))
+    return False

@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from lightning_sft.data.rows.mixture import Mixture
-from lightning_sft.data.rows.sources import Source, leaves, shards
+from lightning_sft.data.rows.mixture import Mixture, Part
+from lightning_sft.data.rows.sources import leaves, shards
 from lightning_sft.data.tokens.encode_rows import Lane, Rows, in_chunks
 
 Pass = Callable[[int], Iterator[Rows]]
@@ -21,7 +21,8 @@ _LANES = 8  # of a rank, at most: each of 1, 2, 4 or 8 workers has its own
 def num_lanes(mixture: Mixture, num_ranks: int) -> int:
     """Lanes of a stream: several where it is one data set in shards that the ranks can share evenly.
 
-    A mixture has one: which part a chunk is of depends on how many rows those before it had.
+    A mixture has one, since which part a chunk is of depends on how many rows those before it had. So has a data set of
+    which only the first rows are used.
 
     Args:
         mixture: The data sets.
@@ -30,7 +31,8 @@ def num_lanes(mixture: Mixture, num_ranks: int) -> int:
     Raises:
         InputError: When a data set is missing.
     """
-    count = len(shards(_only(mixture))) if len(mixture.parts) == 1 else 0
+    [part, *others] = mixture.of_name.values()
+    count = 0 if others or part.first else len(shards(part.source))
     if not count or count % num_ranks:
         return 1
     return num_ranks * next(lanes for lanes in (_LANES, 4, 2, 1) if lanes * num_ranks <= count)
@@ -40,7 +42,8 @@ def lanes(mixture: Mixture, size: int, seed: int, epoch: int, count: int) -> lis
     """All rows of an epoch in so many lanes, which share the shards of the data set; one lane is a :func:`stream`."""
     if count == 1:
         return [stream(mixture, size, seed, epoch)]
-    found = shards(_only(mixture))
+    [part] = mixture.of_name.values()
+    found = shards(part.source)
     order = _order(len(found), (seed, epoch, 0, 0))
     return [((0, rows) for rows in in_chunks([found[i] for i in order[lane::count]], size)) for lane in range(count)]
 
@@ -59,9 +62,9 @@ def stream(mixture: Mixture, size: int, seed: int, epoch: int) -> Lane:
     Raises:
         InputError: When a source is missing.
     """
-    parts = [part.source for part in mixture.of_name.values()]
-    passes = [partial(_chunks, source, size, (seed, epoch, number)) for number, source in enumerate(parts)]
-    yield from interleave(passes, [part.share for part in mixture.of_name.values()])
+    parts = mixture.of_name.values()
+    passes = [partial(_chunks, part, size, (seed, epoch, number)) for number, part in enumerate(parts)]
+    yield from interleave(passes, [part.share for part in parts])
 
 
 def interleave(passes: Sequence[Pass], shares: Sequence[float | None]) -> Iterator[tuple[int, Rows]]:
@@ -99,16 +102,14 @@ def interleave(passes: Sequence[Pass], shares: Sequence[float | None]) -> Iterat
                 return
 
 
-def _chunks(source: Source, size: int, seeds: Sequence[int], number: int) -> Iterator[Rows]:
-    files = leaves(source, streaming=True)
-    yield from in_chunks((files[i] for i in _order(len(files), (*seeds, number))), size)
+def _chunks(part: Part, size: int, seeds: Sequence[int], number: int) -> Iterator[Rows]:
+    files = leaves(part.source, streaming=True)
+    order = (
+        list(range(len(files))) if part.first else _order(len(files), (*seeds, number))
+    )  # the first are always the same
+    yield from in_chunks((files[i] for i in order), size, part.first)
 
 
 def _order(count: int, seeds: Sequence[int]) -> list[int]:
     order: list[int] = np.random.default_rng(seeds).permutation(count).tolist()
     return order
-
-
-def _only(mixture: Mixture) -> Source:
-    [part] = mixture.of_name.values()
-    return part.source

@@ -12,6 +12,7 @@ from lightning_sft.data.batches.packing import PARTITIONS, Packing
 from lightning_sft.data.batches.plan import Division, EpochPlan
 from lightning_sft.data.batches.sampling import EpochSampler
 from lightning_sft.data.tokens.dataset import Split
+from lightning_sft.data.tokens.outliers import outlier_remark
 from lightning_sft.types import InputError
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16_384}  # a GPU idles where kernels are small
@@ -132,6 +133,14 @@ class SplitPlan:
     def fill(self) -> float:
         """The share of the positions of all micro-batches that a token takes."""
         return int(self.plan.draw.bounds.sum()) / (len(self.plan.packs) * self.capacity)
+
+    @property
+    def outliers(self) -> str | None:
+        """What there is to say of sequences that alone decide how large a micro-batch is; ``None`` where none does."""
+        lengths = self.split.lengths
+        if self.capacity > lengths.max():
+            return None
+        return outlier_remark(lengths, lambda index: self.split.examples[index].provenance)
 
     def __str__(self) -> str:
         return (

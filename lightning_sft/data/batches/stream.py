@@ -161,14 +161,24 @@ class StreamLoader:
         account.trim(_LISTED)
 
 
-def check_stream(mixture: Mixture, normalize: Normalize) -> None:
+def check_stream(mixture: Mixture, normalize: Normalize, held_out: float | None = None) -> None:
     """Refuse what a stream cannot do.
+
+    Args:
+        mixture: The data sets.
+        normalize: Normalization of the objective.
+        held_out: Share of the rows that is held out for validation, if any.
 
     Raises:
         InputError: When something would have to be known of all of the data beforehand, or a source can be read once.
     """
     if NORMALIZATIONS[normalize].is_constant:
         raise InputError(f"model.normalize={normalize} needs all of the data beforehand: set data.streaming=false.")
+    if held_out is not None:
+        raise InputError(
+            f"data.val={100 * held_out:g}% of a stream would be known only after all of it has been read. Give "
+            "validation data of their own, or set data.streaming=false."
+        )
     if mixture.temperature is not None or mixture.by != "rows":
         raise InputError(
             "How large the parts of a stream are is not known beforehand, so there is no temperature, and shares are "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +19,46 @@ from lightning_sft.io.disk import whole
 from lightning_sft.types import IGNORE, Conversation, Example
 
 
-def write_clean(path: str | Path, split: Split, reading: Reading) -> dict[Path, int]:
-    """Write the rows of a split that have a sequence, one line of JSON each; their files and numbers of rows.
+def write_clean(path: str | Path, splits: Sequence[Split], reading: Reading) -> dict[Path, int]:
+    """Write the rows of splits that have a sequence, one line of JSON each; their files and numbers of rows.
 
     Messages are in the normal form, with their weights and tools. Trained with the same settings, the file gives the
     same sequences as the data it was made from.
 
     Args:
         path: Path of the JSONL file; with several data sets, each has a file, with its name before the suffix.
-        split: Split whose rows are written.
+        splits: Splits of the same data, whose rows are written: that for training, and one that is held out of it.
         reading: How its rows are read.
     """
     path, written = Path(path), dict[Path, int]()
-    bounds = pairwise(accumulate(split.part_sizes, initial=0))
-    for (name, part), (begin, end) in zip(split.mixture.of_name.items(), bounds, strict=True):
+    for number, (name, part) in enumerate(splits[0].mixture.of_name.items()):
         safe = re.sub(r"[^\w.-]", "_", name)
-        own = path.with_name(f"{path.stem}.{safe}{path.suffix}") if split.mixture.names else path
-        used = {example.provenance for example in split.examples[begin:end]}
+        own = path.with_name(f"{path.stem}.{safe}{path.suffix}") if splits[0].mixture.names else path
+        used = {place for split in splits for place in _places(split, number)}
         own.parent.mkdir(parents=True, exist_ok=True)
         with whole(own) as [hidden], hidden.open("w", encoding="utf-8") as file:
             for row in _rows(part, used, reading.of(part)):
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 written[own] = written.get(own, 0) + 1
     return written
+
+
+def left_out(splits: Sequence[Split]) -> tuple[int, int]:
+    """How many rows are refused, and how many have no sequence that is short enough.
+
+    Args:
+        splits: Splits of the same data.
+    """
+    refused = {reason for split in splits for reason in split.account.refused}
+    too_long = {place.rpartition(" (")[0] for split in splits for place in split.account.too_long}
+    used = {example.provenance for split in splits for example in split.examples}
+    return len(refused), len(too_long - used)
+
+
+def _places(split: Split, number: int) -> Iterator[str]:
+    """The rows of a data set of a split that have a sequence."""
+    begin = sum(split.part_sizes[:number])
+    return (example.provenance for example in split.examples[begin : begin + split.part_sizes[number]])
 
 
 def _rows(part: Part, used: set[str], reading: Reading) -> Iterator[dict[str, Any]]:

@@ -34,6 +34,8 @@ def show_report(splits: Mapping[str, Split], train: SplitPlan) -> None:
             "So few optimizer steps change a model little. Lower trainer.accumulate_grad_batches or "
             "data.tokens_per_batch for more of them, or raise trainer.max_epochs."
         )
+    if train.outliers:
+        remarks.append(f"train: {train.outliers}")
     for remark in remarks:
         console.print(remark, style="yellow", highlight=False)
 

@@ -181,7 +181,7 @@ def _name(
             break
     if len(found) > 1 and "text" in found:  # beside messages or columns, it is what a template made of them
         found.remove("text")
-    if len(found) < 2:
+    if len(found) < 2 and (answered or not found):
         refuse_other_data(row, found[0] if found else None, columns.values())
     if len(found) == 1:
         return found[0]
@@ -194,8 +194,8 @@ def _name(
     likely = likely_columns(map(str, row)) or {"prompt": "question", "completion": "answer"}
     mapped = ", ".join(f"{key}: {column}" for key, column in likely.items())
     raise InputError(
-        f"the keys {_sorted(row)} are of no known format{with_columns}. Expected {expected}. "
-        f"Other names can be mapped: data.columns={{{mapped}}}."
+        f"the keys {_sorted(row)} are of no known format{with_columns}. Map the columns, as in "
+        f"data.columns={{{mapped}}}, or give the keys of a format: {expected}."
     )
 
 

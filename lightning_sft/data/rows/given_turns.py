@@ -83,6 +83,8 @@ def _conversation(value: Any, key: str) -> list[Any]:
         value = decoded(value, repr(key))
     messages = _listed(value, key)
     if all(isinstance(message, str) for message in messages):
+        if all(message.startswith('{"') for message in messages):
+            return [decoded(message, repr(key)) for message in messages]
         roles = ("user", "assistant")
         return [{"role": roles[number % 2], "content": text} for number, text in enumerate(messages)]
     return [message for given in messages for message in _pair(given)]

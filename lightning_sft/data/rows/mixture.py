@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from lightning_sft.data.rows.formats import FormatName
 from lightning_sft.data.rows.sources import Source
-from lightning_sft.io.arguments import Positive, check_arguments, made, plain
+from lightning_sft.io.arguments import Count, Positive, check_arguments, made, plain
 from lightning_sft.types import InputError
 
 
@@ -28,6 +28,7 @@ class Part:
         train_on: Target turns of its conversations, where they are not those of the data module: ``all`` answers, the
             ``last`` one, or with ``prompts`` every other turn too.
         chat_template_kwargs: Variables of the chat template for its rows, over those of the data module.
+        first: Number of its first rows that are used, where not all are.
     """
 
     source: Source
@@ -38,6 +39,7 @@ class Part:
     system: str | None = None
     train_on: Literal["all", "last", "prompts"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    first: Count | None = None
 
     def __post_init__(self) -> None:
         self.source, self.columns = plain(self.source), plain(self.columns)

@@ -43,7 +43,7 @@ answers: data.columns={completion: chosen}.
             f"data.columns={{{_columns_of_chosen(row, chosen)}}}."
         )
     verdict = next((key for key in _VERDICTS if flag_of(row.get(key)) is not None and key not in mapped), None)
-    if name is not None and verdict is not None:
+    if name not in (None, "text", "tokens") and verdict is not None:
         raise InputError(
             f"{verdict!r} is {row[verdict]}: the row says whether its answer is wanted, as KTO's do. To "
             f"learn the wanted ones: data.columns={{weight: {verdict}}} with data.invalid_rows=skip; to learn all: "
@@ -54,10 +54,11 @@ answers: data.columns={completion: chosen}.
             f"the row has {media!r}, and only texts can be trained on. To learn the texts without them: "
             f"data.format={name}."
         )
-    if (name is None or name == "text") and any(key in row for key in _TREE):
+    if any(key in row for key in _TREE) and (name is None or (name == "text" and "role" in row)):
         raise InputError(
             "the row is a message of a conversation tree (or the tree), as OpenAssistant's are. Write one row of "
-            "'messages' for each path from the first message to a last one."
+            "'messages' for each path from the first message to a last one. To learn each message as a text: "
+            "data.format=text."
         )
     if name is not None:
         return

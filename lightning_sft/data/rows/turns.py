@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_sft.data.rows.calls import read_call, read_result
 from lightning_sft.data.rows.dialects import CALLERS, COMMON, Dialect
-from lightning_sft.data.rows.values import decoded, shown, text_of, weight_of
+from lightning_sft.data.rows.values import decoded, decoded_call, shown, text_of, weight_of
 from lightning_sft.types import InputError, Message
 
 Turn = tuple[Message, float | None]
@@ -43,47 +43,7 @@ def read_turns(given: Any, dialect: Dialect = COMMON, ignored: set[str] | None =
     """
     if dialect is COMMON and (plain := _plain(given)):
         return [(plain, None)]
-    ignored = set() if ignored is None else ignored
-    names = dialect.names
-    if not isinstance(given, Mapping) or not any(name in given for name in names["role"]):
-        raise InputError(f"expected {{'role', 'content'}} or {{'from', 'value'}}, got {shown(given)}.")
-    left = {key: value for key, value in given.items() if value is not None}
-    alias = _take(left, names["role"])
-    role = dialect.role(alias) if isinstance(alias, str) else None
-    if role is None:
-        raise InputError(
-            "the role must be one of system, user, assistant and tool, or a known name of one, got "
-            f"{shown(alias)}. Say what it stands for with data.roles={{name: role}}."
-        )
-    weight = None if dialect.flags.isdisjoint(left) else _flags(left, names)
-    content, what = _content(given, left, role, names["content"], ignored)
-    message: Message = {"role": role}
-    results: list[Message] = []
-    if not left and isinstance(content, str) and role != "tool" and alias.lower() not in CALLERS:
-        return [({**message, "content": text_of(content, what)}, weight)]
-    if role == "tool":
-        message["content"] = read_result(content, what)
-        for name in ("name", "tool_call_id"):
-            if (value := _take(left, names[name])) is not None:
-                message[name] = text_of(value, repr(name))
-    else:
-        calls = _calls(left, names)
-        if alias.lower() in CALLERS:
-            content, calls = "", [*calls, *_as_list(decoded(content, "the function call"))]
-        parts = _parts(content, ignored) if isinstance(content, list) else _Parts(content)
-        if parts.text is None and calls:
-            parts.text = ""
-        message["content"] = text_of(parts.text, what)
-        if role == "assistant":
-            _answer(message, parts, calls, _thoughts(parts, left, names), ignored)
-        elif parts.reasoning is not None or calls or parts.calls:
-            raise InputError(f"only an assistant has reasoning and tool calls, but the role is {alias!r}.")
-        results = parts.results
-    _refuse_others(left, dialect, alias, ignored)
-    if results and role != "user":
-        raise InputError(f"only a user's message carries results of tools, but the role is {alias!r}.")
-    turns = [*results, message] if message["content"] or not results else results
-    return [(turn, weight) for turn in turns]
+    return _Message(given, dialect, set() if ignored is None else ignored).turns()
 
 
 def _plain(given: Any) -> Message | None:
@@ -105,81 +65,136 @@ class _Parts:
     results: list[Message] = field(default_factory=list)
 
 
-def _content(
-    given: Mapping[str, Any], left: dict[str, Any], role: str, names: tuple[str, ...], ignored: set[str]
-) -> tuple[Any, str]:
-    """The content of a message, and what it is called there; other keys that repeat it say nothing."""
-    key = next((name for keys in (left, given) for name in names if name in keys), names[0])
-    content = left.pop(key, None)
-    for name in names if left and content is not None else ():
-        if name in left and left[name] == content:
-            del left[name]
-            ignored.add(f"messages[].{name}")
-    return content, f"{key!r} ({role})"
+class _Message:
+    """A message whose keys are taken out one after the other; those that are left say nothing, or are refused."""
 
+    def __init__(self, given: Any, dialect: Dialect, ignored: set[str]) -> None:
+        names = dialect.names
+        if not isinstance(given, Mapping) or not any(name in given for name in names["role"]):
+            raise InputError(f"expected {{'role', 'content'}} or {{'from', 'value'}}, got {shown(given)}.")
+        self.given, self.dialect, self.names, self.ignored = given, dialect, names, ignored
+        self.left = {key: value for key, value in given.items() if value is not None}
+        alias = self.take("role")
+        role = dialect.role(alias) if isinstance(alias, str) else None
+        if role is None:
+            raise InputError(
+                "the role must be one of system, user, assistant and tool, or a known name of one, got "
+                f"{shown(alias)}. Say what it stands for with data.roles={{name: role}}."
+            )
+        self.alias, self.role, self.is_call = alias, role, alias.lower() in CALLERS
 
-def _thoughts(parts: _Parts, left: dict[str, Any], names: Mapping[str, tuple[str, ...]]) -> list[tuple[str, Any]]:
-    """The reasoning of an assistant, wherever it is, with the name of its place."""
-    inside = [("a part of the content", parts.reasoning)] if parts.reasoning is not None else []
-    return inside + [(repr(key), left.pop(key)) for key in names["reasoning_content"] if key in left]
+    def take(self, key: str) -> Any:
+        """The value of a key under the first of its names that is there, which is taken out; else ``None``."""
+        for name in self.names[key]:
+            if name in self.left:
+                return self.left.pop(name)
+        return None
 
+    def turns(self) -> list[Turn]:
+        """The turns in the normal form, each with the weight of the message."""
+        weight = self._flags()
+        content, what = self._content()
+        if not self.left and isinstance(content, str) and self.role != "tool" and not self.is_call:
+            return [({"role": self.role, "content": text_of(content, what)}, weight)]
+        turns = [self._tool(content, what)] if self.role == "tool" else self._spoken(content, what)
+        self._refuse_others()
+        return [(turn, weight) for turn in turns]
 
-def _answer(
-    message: Message, parts: _Parts, calls: list[Any], thoughts: list[tuple[str, Any]], ignored: set[str]
-) -> None:
-    """Add reasoning and tool calls to the message of an assistant."""
-    if any(thought != thoughts[0][1] for _, thought in thoughts):
-        raise InputError(f"the reasoning is there twice: {thoughts[0][0]} and {thoughts[1][0]}. Keep one.")
-    for name, value in thoughts[:1]:
-        message["reasoning_content"] = text_of(value, name)
-    if calls and parts.calls:
-        raise InputError("the tool calls are there twice: in 'tool_calls' and in parts of the content. Keep one.")
-    if calls := calls or parts.calls:
-        message["tool_calls"] = [read_call(call, f"tool call {n}", ignored) for n, call in enumerate(calls, 1)]
+    def _flags(self) -> float | None:
+        """The product of the flags."""
+        if self.dialect.flags.isdisjoint(self.left):
+            return None
+        flags: list[float] = []
+        for key in ("loss", "train"):
+            if (flag := self.take(key)) is not None:
+                if not isinstance(flag, bool):
+                    raise InputError(f"{key!r} must be true or false, got {shown(flag)}. A number is a 'weight'.")
+                flags.append(float(flag))
+        for key in ("weight", "loss_weight"):
+            if (value := self.take(key)) is not None:
+                flags.append(weight_of(value, repr(key)))
+        return math.prod(flags) if flags else None
 
+    def _content(self) -> tuple[Any, str]:
+        """The content, and what it is called in the message; other keys that repeat it say nothing."""
+        names, left = self.names["content"], self.left
+        key = next((name for keys in (left, self.given) for name in names if name in keys), names[0])
+        content = left.pop(key, None)
+        for name in names if left and content is not None else ():
+            if name in left and left[name] == content:
+                del left[name]
+                self.ignored.add(f"messages[].{name}")
+        return content, f"{key!r} ({self.role})"
 
-def _calls(left: dict[str, Any], names: Mapping[str, tuple[str, ...]]) -> list[Any]:
-    """The calls of ``tool_calls``, and that of ``function_call``, as OpenAI had it before."""
-    calls = _take(left, names["tool_calls"]) or []
-    if isinstance(calls, str):
-        calls = decoded(calls, "'tool_calls'")
-    if not isinstance(calls, list):
-        raise InputError(f"'tool_calls' must be a list, got {shown(calls)}.")
-    former = _take(left, names["function_call"])
-    return calls if former in (None, "", {}) else [*calls, former]
+    def _tool(self, content: Any, what: str) -> Message:
+        turn: Message = {"role": "tool", "content": read_result(content, what)}
+        for name in ("name", "tool_call_id"):
+            if (value := self.take(name)) is not None:
+                turn[name] = text_of(value, repr(name))
+        return turn
 
+    def _spoken(self, content: Any, what: str) -> list[Message]:
+        """The turn of anyone but a tool, after the results of tools that it carries."""
+        calls = self._calls()
+        if self.is_call:
+            content, calls = "", [*calls, *_as_list(decoded_call(content, "the function call"))]
+        parts = _parts(content, self.ignored) if isinstance(content, list) else _Parts(content)
+        if parts.text is None and calls:
+            parts.text = ""
+        turn: Message = {"role": self.role, "content": text_of(parts.text, what)}
+        if self.role == "assistant":
+            self._add_thought_and_calls(turn, parts, calls)
+        elif parts.reasoning is not None or calls or parts.calls:
+            raise InputError(f"only an assistant has reasoning and tool calls, but the role is {self.alias!r}.")
+        if not parts.results:
+            return [turn]
+        if self.role != "user":
+            raise InputError(f"only a user's message carries results of tools, but the role is {self.alias!r}.")
+        return [*parts.results, turn] if turn["content"] else parts.results
 
-def _refuse_others(left: dict[str, Any], dialect: Dialect, alias: str, ignored: set[str]) -> None:
-    """Count the keys that say nothing.
+    def _calls(self) -> list[Any]:
+        """The calls of ``tool_calls``, or that of ``function_call``, as OpenAI had it before."""
+        calls = self.take("tool_calls") or []
+        if isinstance(calls, str):
+            calls = decoded(calls, "'tool_calls'")
+        if not isinstance(calls, list):
+            raise InputError(f"'tool_calls' must be a list, got {shown(calls)}.")
+        if (former := self.take("function_call")) in (None, "", {}):
+            return calls
+        if calls:
+            raise InputError("the tool calls are there twice: in 'tool_calls' and in 'function_call'. Keep one.")
+        return [former]
 
-    Raises:
-        InputError: When a key is left that may say something.
-    """
-    others = []
-    for key, value in left.items():
-        if key in dialect.ignored or value in _EMPTY:
-            ignored.add(f"messages[].{key}")
-        else:
-            others.append(str(key))
-    if others:
-        raise InputError(
-            f"the keys {sorted(others)} have no meaning in a message of the role {alias!r}. Remove them, or say what "
-            "they are with data.message_keys={key: ignored}, or another meaning."
-        )
+    def _add_thought_and_calls(self, turn: Message, parts: _Parts, calls: list[Any]) -> None:
+        thoughts = [("a part of the content", parts.reasoning)] if parts.reasoning is not None else []
+        keys = [key for key in self.names["reasoning_content"] if key in self.left]
+        thoughts += [(repr(key), self.left.pop(key)) for key in keys]
+        if any(thought != thoughts[0][1] for _, thought in thoughts):
+            raise InputError(f"the reasoning is there twice: {thoughts[0][0]} and {thoughts[1][0]}. Keep one.")
+        for name, value in thoughts[:1]:
+            turn["reasoning_content"] = text_of(value, name)
+        if calls and parts.calls:
+            raise InputError("the tool calls are there twice: in 'tool_calls' and in parts of the content. Keep one.")
+        if calls := calls or parts.calls:
+            turn["tool_calls"] = [read_call(call, f"tool call {n}", self.ignored) for n, call in enumerate(calls, 1)]
 
+    def _refuse_others(self) -> None:
+        """Count the keys that say nothing.
 
-def _flags(left: dict[str, Any], names: Mapping[str, tuple[str, ...]]) -> float | None:
-    """The product of the flags of a message, which are taken out of it."""
-    flags: list[float] = []
-    for key in ("loss", "train"):
-        if (flag := _take(left, names[key])) is not None:
-            if not isinstance(flag, bool):
-                raise InputError(f"{key!r} must be true or false, got {shown(flag)}. A number is a 'weight'.")
-            flags.append(float(flag))
-    for key in ("weight", "loss_weight"):
-        if (value := _take(left, names[key])) is not None:
-            flags.append(weight_of(value, repr(key)))
-    return math.prod(flags) if flags else None
+        Raises:
+            InputError: When a key is left that may say something.
+        """
+        others = []
+        for key, value in self.left.items():
+            if key in self.dialect.ignored or value in _EMPTY:
+                self.ignored.add(f"messages[].{key}")
+            else:
+                others.append(str(key))
+        if others:
+            raise InputError(
+                f"the keys {sorted(others)} have no meaning in a message of the role {self.alias!r}. Remove them, or "
+                "say what they are with data.message_keys={key: ignored}, or another meaning."
+            )
 
 
 def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
@@ -189,14 +204,14 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
     for number, part in enumerate(parts, 1):
         what, part = f"part {number} of the content", _typed(part)
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "tool_result":
+        if kind == "tool_result" and not last:
             found.results.append(_result(part, what, ignored))
             continue
         if kind in _TEXTS:
             part, kind = {**part, "type": "text"}, "text"
-        if not isinstance(kind, str) or kind not in _PARTS:
+        if not isinstance(kind, str) or (kind not in _PARTS and kind != "tool_result"):
             raise InputError(f"{what} must be of the type {', '.join(_PARTS)} or tool_result, got {shown(part)}.")
-        if _PARTS[kind] < last:
+        if _PARTS.get(kind, 0) < last:
             raise InputError(f"{what} is {kind}, which stands before the parts of other types. Put it there.")
         last = _PARTS[kind]
         if kind == "tool_use":
@@ -246,14 +261,6 @@ def _filled(part: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
         ignored.add(f"messages[].content[].{key}")
         del filled[key]
     return filled
-
-
-def _take(left: dict[str, Any], names: tuple[str, ...]) -> Any:
-    """The value of the first of the names that is there, which is taken out; ``None`` where none is."""
-    for name in names:
-        if name in left:
-            return left.pop(name)
-    return None
 
 
 def _as_list(value: Any) -> list[Any]:

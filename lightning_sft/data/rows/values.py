@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import reprlib
+import warnings
+from ast import literal_eval
+from contextlib import suppress
 from typing import Any
 
 from lightning_sft.data.rows import strict_json
 from lightning_sft.types import InputError
 
 _DEEPEST, _LONGEST = 64, 4096  # levels of JSON, bits of an integer: Python does not write much longer ones
+_LONGEST_LITERAL = 1 << 16  # characters of a literal of Python that is parsed
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
 
@@ -77,6 +81,26 @@ def decoded(value: Any, what: str) -> Any:
             except ValueError as error:
                 raise InputError(f"{what}: not valid JSON: {error}; got {shown(value)}.") from error
     return value
+
+
+def decoded_call(value: Any, what: str) -> Any:
+    """The value of a tool call in JSON, or else of a literal of Python: Glaive's arguments are in single quotes.
+
+    Raises:
+        InputError: When a text is neither.
+
+    >>> decoded_call("{'name': 'weather', 'arguments': {}}", "a call")
+    {'name': 'weather', 'arguments': {}}
+    """
+    try:
+        return decoded(value, what)
+    except InputError:
+        if len(value) > _LONGEST_LITERAL:
+            raise
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of backslashes
+            return literal_eval(value)
+        raise
 
 
 def check_json(value: Any, what: str, depth: int = 0) -> None:

@@ -108,14 +108,12 @@ def learn(
     found = sorted((place, text) for text, place in places.items() if place >= 0)
     if not found:
         return Ending(lost)
-    place, last = found[-1]
-    tail = whole[place + len(last) :]
+    end = max(whole.rfind(text) + len(text) for _, text in found)  # a field may be written twice
+    tail, last_words = whole[end:], whole[max(begin, end - 64) : end]
     before, between = whole[begin : found[0][0]] if begin else "", ""
     if len(found) > 1 and answer.fields[found[0][1]] == "the reasoning":
         between = whole[found[0][0] + len(found[0][1]) : found[1][0]]
-    after = ""
-    if onwards is not None and (at := onwards.rfind(last)) >= 0:
-        after = onwards[at + len(last) :]
+    after = "" if onwards is None else onwards.partition(last_words)[2]
     return Ending(lost, tail, _stop(tail, after, always_prompts, stops, known), before, between)
 
 

@@ -29,7 +29,7 @@ from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.io.disk import whole
 from lightning_sft.types import InputError
 
-_APART = ("tokenizer", "reading", "template")
+_APART = ("tokenizer", "reading", "template", "side")
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _SMALL = _READ = 1 << 20  # bytes
 
@@ -75,6 +75,7 @@ def key_of(files: Files | None, recipe: EncodingConfig) -> str | None:
         [_digest(file) for file in _code()],
         {field.name: getattr(recipe, field.name) for field in fields(recipe) if field.name not in _APART},
         asdict(recipe.reading),
+        recipe.side and asdict(recipe.side),
         asdict(template.config),
         template.text,
         recipe.tokenizer.special_tokens_map,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -15,19 +16,22 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.messages import Converter, Reading
-from lightning_sft.data.rows.mixture import Mixture, as_mixture
+from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
 from lightning_sft.data.rows.sources import Source, files_behind, folders_of, leaves, parsed, size_of
 from lightning_sft.data.tokens.cache import cached, key_of
 from lightning_sft.data.tokens.encode import encode_prompt
 from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig, Lane, in_chunks
 from lightning_sft.data.tokens.examples import Examples
+from lightning_sft.data.tokens.held_out import Side
 from lightning_sft.data.tokens.row_report import RowReport, some
 from lightning_sft.data.tokens.workers import num_cores
 from lightning_sft.machine.terminal import Console
 from lightning_sft.types import InputError, Prompt
 
 _ROWS_AT_A_TIME = 1000  # so many go through the tokenizer together
+_CHARACTERS = 2_000_000  # of the rows that do
 _LARGE = 4_000_000  # bytes of files that take so long, some seconds, that it pays to start processes
+_HELD_OUT = "held out of data.train, chosen by their content"
 
 
 @dataclass
@@ -96,9 +100,10 @@ def load_split(
     """
     mixture, account, found = as_mixture(source), RowReport(), []
     for part_name, part in mixture.of_name.items():
-        _say_folders(name, part.source)
+        if recipe.side is None or not recipe.side.is_held_out:
+            _say_folders(name, part.source)
         title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
-        chunks = Chunks(partial(_lanes, part.source, first), [own_recipe])
+        chunks = Chunks(partial(_lanes, part, first), [own_recipe])
         files = files_behind(part.source) if first is None else None
         key = key_of(files, own_recipe) if cache else None
         is_large = files is not None and size_of(files) >= _LARGE
@@ -107,6 +112,13 @@ def load_split(
         examples, own = _loaded(partial(_shown, chunks, workers, title if is_shown else None), cache, key)
         if own.refused and invalid_rows == "error":
             raise own.refusal(title)
+        if recipe.side is not None and recipe.side.is_held_out:
+            if not own.num_rows:
+                raise InputError(
+                    f"{title}: {recipe.side.share:.3g} of the training rows are none. Hold out a greater share."
+                )
+            own.notes[_HELD_OUT] = own.num_rows
+            own.noted[_HELD_OUT] = examples[0].provenance if len(examples) else title
         if not examples:
             raise _nothing_left(title, own, own_recipe.max_length)
         account.add(own)
@@ -123,6 +135,7 @@ def load_prompts(
     invalid_rows: Literal["error", "skip"] = "error",
     first: int | None = None,
     title: str | None = None,
+    side: Side | None = None,
 ) -> list[Prompt]:
     """The prompts of a source, for generation; rows may lack the answer.
 
@@ -133,6 +146,7 @@ def load_prompts(
         invalid_rows: Whether a row that cannot be used is an error, or left out.
         first: No more than so many rows of each data set.
         title: Name of the prompts in a warning of rows that are left out; none by default.
+        side: The rows that are used, where a share is held out for validation.
 
     Raises:
         InputError: At the first row that cannot be used, unless ``invalid_rows`` is ``skip``; or, with a title, when
@@ -143,12 +157,14 @@ def load_prompts(
         if title:
             _say_folders(title, part.source)
         convert, begin = Converter((reading or Reading()).of(part), answered=False), len(found)
-        for row, where in (row for leaf in leaves(part.source) for row in leaf()):
+        for row, where in islice((row for leaf in leaves(part.source) for row in leaf()), part.first):
             if first is not None and len(found) - begin >= first:
                 break
             account.num_rows += 1
             try:
                 conversation = convert(parsed(row, where), where)
+                if side is not None and not side.has(conversation):
+                    continue
                 found.append(replace(encode_prompt(conversation, tokenizer), number=len(found)))
             except InputError as error:
                 if invalid_rows == "error":
@@ -172,9 +188,9 @@ def _say_folders(name: str, source: Source) -> None:
         (rank_zero_warn if folder.left_out else rank_zero_info)(f"{name}: {folder}")
 
 
-def _lanes(source: Source, first: int | None) -> list[Lane]:
-    files = leaves(source, streaming=first is not None)
-    return [((0, rows) for rows in in_chunks(files, _ROWS_AT_A_TIME, first))]
+def _lanes(part: Part, first: int | None) -> list[Lane]:
+    files, used = leaves(part.source, streaming=first is not None), [n for n in (part.first, first) if n is not None]
+    return [((0, rows) for rows in in_chunks(files, _ROWS_AT_A_TIME, min(used, default=None), _CHARACTERS))]
 
 
 def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str | None) -> tuple[Examples, RowReport]:

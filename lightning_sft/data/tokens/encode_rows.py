@@ -7,6 +7,7 @@ that are read apart, chunk by chunk in turn: then who takes the chunks of one la
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,12 +18,14 @@ import pyarrow as pa
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.rows.files import Line
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
 from lightning_sft.data.tokens.encode import Encoded, encode_all
 from lightning_sft.data.tokens.examples import to_record_batch
 from lightning_sft.data.tokens.given_ids import weighted
+from lightning_sft.data.tokens.held_out import Side
 from lightning_sft.data.tokens.overflow import Overflow, shorten
 from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.data.tokens.template import TemplateConfig
@@ -48,6 +51,8 @@ class EncodingConfig:
         overflow: Handling of longer sequences, see :func:`lightning_sft.data.tokens.overflow.shorten`.
         weight: Multiplies all target weights.
         template: How conversations are rendered; by default as the tokenizer says.
+        first: Number of the first rows that are used; by default all.
+        side: The rows that are used, where a share is held out for validation.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -57,10 +62,12 @@ class EncodingConfig:
     overflow: Overflow = "drop"
     weight: float = 1.0
     template: TemplateConfig | None = None
+    first: int | None = None
+    side: Side | None = None
 
     def of(self, part: Part) -> EncodingConfig:
         """The recipe for a part of a mixture, which may override how its rows are read, and has a weight."""
-        return replace(self, reading=self.reading.of(part), weight=part.weight)
+        return replace(self, reading=self.reading.of(part), weight=part.weight, first=part.first)
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,13 @@ class Chunk:
         records: Examples of the usable rows, see :mod:`lightning_sft.data.tokens.examples`.
         account: Account of the other rows.
         part: Number of the data set that they come from.
+        has_ended: Whether there were no rows, because their lane has ended.
     """
 
     records: pa.RecordBatch
     account: RowReport
     part: int = 0
+    has_ended: bool = False
 
 
 class Chunks(IterableDataset[Chunk | InputError]):
@@ -133,7 +142,7 @@ class Chunks(IterableDataset[Chunk | InputError]):
         for chunk in iterate(loader):
             if isinstance(chunk, InputError):
                 raise chunk
-            ended = 0 if chunk.account.num_rows else ended + 1
+            ended = ended + 1 if chunk.has_ended else 0
             if ended == own_lanes:
                 return
             yield chunk
@@ -150,21 +159,48 @@ def _chunk(
     return 0, []
 
 
-def in_chunks(leaves: Iterable[Leaf], size: int, first: int | None = None) -> Iterator[Rows]:
-    """The rows of files or lists, ``size`` at a time, or only the ``first`` of them; the last chunk may be shorter."""
-    rows = islice((row for leaf in leaves for row in leaf()), first)
-    while chunk := list(islice(rows, size)):
+def in_chunks(
+    leaves: Iterable[Leaf], size: int, first: int | None = None, characters: float = math.inf
+) -> Iterator[Rows]:
+    """The rows of files or lists in chunks.
+
+    Args:
+        leaves: Files or lists.
+        size: Rows of a chunk; the last one may have fewer.
+        first: Number of the first rows that are given; by default all.
+        characters: Text of a chunk at which it ends, however few rows it has.
+    """
+    chunk, length = Rows(), 0
+    for row, place in islice((row for leaf in leaves for row in leaf()), first):
+        chunk.append((row, place))
+        length += _length(row) if characters < math.inf else 0
+        if len(chunk) == size or length >= characters:
+            yield chunk
+            chunk, length = Rows(), 0
+    if chunk:
         yield chunk
+
+
+def _length(value: Any) -> int:
+    """Characters of all texts of a row, and of each other value one."""
+    if isinstance(value, Line):
+        return len(value.content)
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_length, value.values()))
+    return sum(map(_length, value)) if isinstance(value, list) else 1
 
 
 def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) -> Chunk:
     """One call of the tokenizer for all rows."""
     convert.ignored = Counter()
-    conversations = [_attempt(convert, recipe, *row) for row in rows]
-    good = [conversation for conversation in conversations if isinstance(conversation, Conversation)]
+    attempts = [(place, _attempt(convert, recipe, row, place)) for row, place in rows]
+    conversations = [(place, attempt) for place, attempt in attempts if attempt is not None]
+    good = [conversation for _, conversation in conversations if isinstance(conversation, Conversation)]
     encoded = encode_all(good, recipe.tokenizer, recipe.normalize, recipe.template)
-    account, examples = RowReport(num_rows=len(rows), ignored=convert.ignored), []
-    for (_, place), conversation in zip(rows, conversations, strict=True):
+    account, examples = RowReport(num_rows=len(conversations), ignored=convert.ignored), []
+    for place, conversation in conversations:
         result = next(encoded) if isinstance(conversation, Conversation) else conversation
         if result.refusal is not None:
             account.refused.append(str(result.refusal))
@@ -173,15 +209,22 @@ def _encoded(rows: Rows, convert: Converter, recipe: EncodingConfig, part: int) 
             account.note(note, place)
         account.add(RowReport(shortest=min(map(len, result.examples))))
         examples += [piece for example in result.examples for piece in _fitted(example, recipe, account)]
-    return Chunk(to_record_batch(examples), account, part)
+    return Chunk(to_record_batch(examples), account, part, has_ended=not rows)
 
 
-def _attempt(convert: Converter, recipe: EncodingConfig, row: Any, provenance: str) -> Conversation | Encoded:
-    """A conversation to encode; or what there is already, of a row of token ids or one that is refused."""
+def _attempt(convert: Converter, recipe: EncodingConfig, row: Any, provenance: str) -> Conversation | Encoded | None:
+    """A conversation to encode; or what there is already, of a row of token ids or one that is refused.
+
+    ``None`` is a row of the other side; that it is refused is said once, of the training data.
+    """
+    ignored = convert.ignored.copy() if recipe.side else convert.ignored
     try:
         read = convert.read(parsed(row, provenance), provenance)
     except InputError as error:
-        return Encoded(refusal=error)
+        return None if recipe.side and recipe.side.is_held_out else Encoded(refusal=error)
+    if recipe.side and not recipe.side.has(read):
+        convert.ignored = ignored
+        return None
     if isinstance(read, Example):
         return Encoded([weighted(read, recipe.normalize, recipe.weight)])
     return replace(read, weights=[own * recipe.weight for own in read.weights])

@@ -25,6 +25,7 @@ from lightning_sft.types import Conversation, InputError, Message
 
 _OPENING = re.compile(r"(?:<(?P<tag>think\w*|thought\w*|reason\w*|seed:think)>|\[(?P<mark>THINK)\])(?P<space>\s*)\Z")
 _INLINE = re.compile(r"(?s)\s*<(think|thinking)>(?P<thought>.*?)</\1>\s*(?P<text>.*)\Z")
+_THOUGHT_WORD = re.compile(r"\s*((think|thought|thinking|reasoning)\s*)?")
 _EMPTY_THOUGHT = re.compile(r"\s*(<think\w*>\s*)?</think\w*>")
 _TAGS = re.compile(r"</?think\w*>")
 
@@ -79,6 +80,8 @@ class Rendering:
             text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             messages, self.shift = [{**messages[1], "content": text}, *messages[2:]], 1
             self.notes.add("the chat template refuses system turns, so theirs begins the user's turn")
+        if template.wants_parts:
+            self.notes.add("contents are given to the chat template as lists of parts, which it wants")
         self.messages = messages
 
     def prompt(self, turn: int) -> str:
@@ -104,47 +107,27 @@ class Rendering:
             InputError: When it cannot be trained in the context that inference gives it.
         """
         at = turn - self.shift
-        message, traced = self.messages[at], self._traced_turn(at)
-        marks: list[Span] | None = None
-        if traced is None:
-            prompt, (whole, spans) = self._text(at, generation=True)[0], self._text(at + 1, generation=False)
-            begin, text = len(prompt), whole if whole.startswith(prompt) else prompt
-            rest = whole[begin:] if text is whole else self._joined(prompt, whole)
-            if text is whole and self.template.renderer_for(self.tools, self.variables).has_marks:
-                marks = spans
-        else:
-            text, begin, rest = traced
-        ending = self._ending(at, message)
-        has_fields = any(shape_of(message))
-        plain = ending if has_fields else self._ending(at, _PLAIN)
-        problem = self._problem(message, text[max(0, begin - 32) : begin], rest, plain)
-        if not has_fields:
-            self.notes.add("an answer is empty, and its stop token alone is trained")
-        if not problem:
-            assert rest is not None
-            own, thought = self._stopped(rest, plain), ending.between
-            reasoning = (message.get("reasoning_content") or "").strip()
-            trained = own.find(reasoning) + len(reasoning) + len(thought) if reasoning else 0
-            if marks is not None:
-                if any(first < begin < last for first, last in marks):
-                    self.notes.add("the {% generation %} marks begin in the prompt, of which nothing is trained")
-                last = marked_end(text, begin, begin + len(own), marks, self.template.endings)
-                own = text[begin:last]
-        else:
-            if message.get("tool_calls"):
-                raise InputError(problem)
-            plain = plain if plain.stop else self._ending(at, _PLAIN)
-            if not plain.stop:
-                raise InputError(problem)
-            own, trained = self._raw(text[:begin], message, plain.stop)
+        message = self.messages[at]
+        text, begin, own, problem = self._written(at, message)
+        trained, reasoning = 0, (message.get("reasoning_content") or "").strip()
+        if not problem and reasoning:
+            trained = own.find(reasoning) + len(reasoning) + len(self._ending(at, message).between)
+        elif problem:
+            bare = {key: value for key, value in message.items() if key != "reasoning_content"}
+            if reasoning and any(shape_of(bare)):  # most templates drop the reasoning and nothing else
+                text, begin, own, problem = self._written(at, bare)
+            if problem:
+                own = self._raw(at, text[:begin], bare, problem)
+            if reasoning:
+                own, trained = self._with_thought(text[:begin], reasoning, own)
             self.notes.add(_BY_ITSELF)
-        if not message.get("reasoning_content") and _EMPTY_THOUGHT.match(own):
+        if not any(shape_of(message)):
+            self.notes.add("an answer is empty, and its stop token alone is trained")
+        if not reasoning and _EMPTY_THOUGHT.match(own):
             self.notes.add(_UNTHINKING)
-        if self.template.config.thoughts != "mask":
-            trained = 0
         if not text.startswith(own, begin):
             text = text[:begin] + own
-        return Answer(text, begin, begin + len(own), begin + trained)
+        return Answer(text, begin, begin + len(own), begin + trained * (self.template.config.thoughts == "mask"))
 
     def turn(self, turn: int) -> Answer:
         """A turn that is no assistant's, with all before it: what the template adds for it.
@@ -193,6 +176,10 @@ class Rendering:
         begin += len(trace.prompt)
         return trace.text, begin, trace.text[begin : trace.begins[at + 1]] + trace.end
 
+    def _whole(self, at: int, message: Message) -> tuple[str, list[Span]]:
+        """The conversation up to and with an answer, and what of it is marked."""
+        return self.template.rendered([*self.messages[:at], message], self.tools, False, self.variables)
+
     def _text(self, end: int, generation: bool) -> tuple[str, list[Span]]:
         return self.template.rendered(self.messages[:end], self.tools, generation, self.variables)
 
@@ -206,7 +193,7 @@ class Rendering:
         template, before = self.template, self.messages[:at]
         answer = with_sentinels(message)
         prompt = self._text(at, generation=True)[0]
-        whole = template.rendered([*before, answer.message], self.tools, False, self.variables)[0]
+        whole = self._whole(at, answer.message)[0]
         calls = answer.message.get("tool_calls") or ()
         following: list[Message] = [{"role": "user", "content": "XqnextqX"}]
         if calls:
@@ -221,6 +208,28 @@ class Rendering:
         except InputError:
             onwards = None
         return learn(answer, prompt, whole, onwards, template.endings, template.known_stops, template.always_prompts)
+
+    def _written(self, at: int, message: Message) -> tuple[str, int, str, str]:
+        """What the template writes of an answer: a text with all before it, where it begins, itself, and a problem."""
+        marks: list[Span] | None = None
+        if (traced := self._traced_turn(at)) and message is self.messages[at]:
+            text, begin, rest = traced
+        else:
+            prompt, (whole, spans) = self._text(at, generation=True)[0], self._whole(at, message)
+            begin, text = len(prompt), whole if whole.startswith(prompt) else prompt
+            rest = whole[begin:] if text is whole else self._joined(prompt, whole)
+            if text is whole and self.template.renderer_for(self.tools, self.variables).has_marks:
+                marks = spans
+        ending = self._ending(at, message if any(shape_of(message)) else _PLAIN)
+        problem = self._problem(message, text[max(0, begin - 32) : begin], rest, ending)
+        if problem or rest is None:
+            return text, begin, "", problem
+        own = self._stopped(rest, ending)
+        if marks is not None:
+            if any(first < begin < last for first, last in marks):
+                self.notes.add("the {% generation %} marks begin in the prompt, of which nothing is trained")
+            own = text[begin : marked_end(text, begin, begin + len(own), marks, self.template.endings)]
+        return text, begin, own, ""
 
     def _problem(self, message: Message, opening: str, rest: str | None, ending: Ending) -> str:
         """Why what the template writes of an answer cannot be trained; empty where it can."""
@@ -251,11 +260,11 @@ class Rendering:
         if not own:
             return "the chat template ends the answer in its own way."
         stops = [*self.template.known_stops, *self.template.endings.findall(ending.stop)[-1:]]
-        is_split = any(stop in control_tokens.without_marked(own)[: -len(stop)] for stop in stops)
-        is_split &= self.template.config.control_tokens != "as_is"
-        return (
-            "the chat template writes a stop token within the answer: generation would end there." if is_split else ""
-        )
+        if self.template.config.control_tokens == "as_is":
+            return ""
+        if any(stop in control_tokens.without_marked(own)[: -len(stop)] for stop in stops):
+            return "the chat template writes a stop token within the answer: generation would end there."
+        return ""
 
     def _stopped(self, rest: str, ending: Ending) -> str:
         """What follows the prompt up to and with the stop token; empty where it ends in another way than was learnt."""
@@ -266,45 +275,54 @@ class Rendering:
         return rest.rstrip() if ending.tail.rstrip() == ending.stop and rest.rstrip().endswith(stop) else ""
 
     def _joined(self, prompt: str, whole: str) -> str | None:
-        """What follows a prompt in a render that parts from it at its end, in space and tokens or tags of a thought."""
+        """What follows a prompt in a render that parts from it at its end: in space, or in a thought that it opens."""
         shared = num_shared(prompt, whole)
         for pattern, text in product((self.template.endings, _TAGS), (prompt, whole)):
             inside = (found for found in pattern.finditer(text, max(0, shared - 64), shared + 64))
             shared = min([shared, *(found.start() for found in inside if found.start() < shared < found.end())])
-        if _TAGS.sub("", self.template.endings.sub("", prompt[shared:])).strip():
+        left, rest = prompt[shared:], whole[shared:]
+        tags = _TAGS.findall(left)
+        is_within = bool(tags) and tags[0].startswith("</")  # the prompt ends a thought that the render continues
+        is_repeated = set(self.template.endings.findall(left)) & set(self.template.endings.findall(rest))
+        if is_within or is_repeated or not _THOUGHT_WORD.fullmatch(_TAGS.sub("", self.template.endings.sub("", left))):
             return None
         self.notes.add(_BY_ITSELF)
-        opened = _OPENING.search(prompt, shared)
-        return (self._closing(opened) if opened else "") + whole[shared:]
+        closing = _closing(opened) if (opened := _OPENING.search(left)) else ""
+        return rest if rest.lstrip().startswith(closing.strip()) else closing + rest
 
-    def _closing(self, opened: re.Match[str]) -> str:
-        """What ends a thought that a prompt begins, where it is left empty."""
-        tag, space = opened["tag"] or opened["mark"], opened["space"]
-        closing = "[/THINK]" if tag == "THINK" else f"</{tag}>"
-        if closing not in "".join(self.template.sources.values()):
-            return ""
-        return f"{space}{closing}{2 * space}"
-
-    def _raw(self, prompt: str, message: Message, stop: str) -> tuple[str, int]:
-        """The text of an answer as the model would write it after a prompt, and where its text begins behind a thought.
+    def _raw(self, at: int, prompt: str, message: Message, problem: str) -> str:
+        """The text of an answer as the model would write it after a prompt.
 
         Raises:
-            InputError: When it has a thought, and the prompt has ended it.
+            InputError: When it has tool calls, each template's in a markup of its own, or nothing stops it, or it has a
+                thought and the prompt has ended that.
         """
-        thought, text = (message.get(key) or "" for key in ("reasoning_content", "content"))
-        opened = _OPENING.search(prompt)
-        if opened and not thought and (inline := _INLINE.match(text)):  # it begins with the prompt's end
-            return text[inline.start("thought") :].removeprefix(opened["space"]) + stop, 0
-        if opened:
-            thought += self._closing(opened)
-        elif thought:
-            if prompt.rstrip().endswith("</think>"):
-                raise InputError(
-                    "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
-                    "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
-                )
-            thought = f"<think>\n{thought}\n</think>\n\n"
-        return thought + text + stop, len(thought)
+        stop = self._ending(at, message if any(shape_of(message)) else _PLAIN).stop or self._ending(at, _PLAIN).stop
+        if message.get("tool_calls") or not stop:
+            raise InputError(problem)
+        text, opened = message.get("content") or "", _OPENING.search(prompt)
+        if (inline := _INLINE.match(text)) and prompt.rstrip().endswith("</think>"):
+            raise InputError(_ENDED)
+        if opened and inline:  # it begins with the prompt's end
+            return text[inline.start("thought") :].removeprefix(opened["space"]) + stop
+        return (_closing(opened) if opened else "") + text + stop
+
+    def _with_thought(self, prompt: str, thought: str, own: str) -> tuple[str, int]:
+        """An answer with a thought before it that the template drops, and where what follows the thought begins.
+
+        Raises:
+            InputError: When the prompt has ended the thought.
+        """
+        if opened := _OPENING.search(prompt):
+            closing = _closing(opened)
+            own = own if own.startswith(closing) else closing + own
+            return thought + own, len(thought) + len(closing)
+        if prompt.rstrip().endswith("</think>"):
+            raise InputError(_ENDED)
+        if empty := _EMPTY_THOUGHT.match(own):
+            own = own[empty.end() :].lstrip()
+        written = f"<think>\n{thought}\n</think>\n\n"
+        return written + own, len(written)
 
 
 _PLAIN: Message = {"role": "assistant", "content": "x"}
@@ -313,10 +331,20 @@ _UNTHINKING = (
     "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
     "false}, where the template has that, it is context)"
 )
+_ENDED = (
+    "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
+    "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
+)
 _NO_STOP = (
     "the chat template puts no stop token after the answer, so the model would never learn to stop. Add the "
     "end-of-turn token to the template: data.chat_template."
 )
+
+
+def _closing(opened: re.Match[str]) -> str:
+    """What ends a thought that a prompt begins, where it is left empty."""
+    closing = "[/THINK]" if opened["mark"] else f"</{opened['tag']}>"
+    return f"{opened['space']}{closing}{2 * opened['space']}"
 
 
 def _with_thought_apart(message: Message) -> Message:

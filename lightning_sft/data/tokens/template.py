@@ -81,7 +81,7 @@ class Template:
 
     @property
     def text(self) -> str:
-        """All that decides on what is rendered: the sources with their date, and the settings."""
+        """Text of the template with its date, or of all that there are."""
         texts = {name: self.renderer(source, {}).text for name, source in self.sources.items()}
         return texts["default"] if list(texts) == ["default"] else json.dumps(texts)
 
@@ -151,7 +151,7 @@ class Template:
         try:
             if not messages:
                 raise InputError("there is no message before it.")
-            given = list(map(_as_parts, messages)) if self._wants_parts else messages
+            given = list(map(_as_parts, messages)) if self.wants_parts else messages
             return self.renderer_for(tools, variables).render(given, tools, generation, variables)
         except (TimeoutError, InputError):
             raise
@@ -163,14 +163,14 @@ class Template:
 
     def trace(self, messages: Sequence[Message], tools: Any, variables: Mapping[str, Any]) -> Trace | None:
         """The render of a conversation in which those of its beginnings are found, where that is possible."""
-        if self._wants_parts:
+        if self.wants_parts:
             return None
         return self.renderer_for(tools, variables).trace(messages, tools, variables)
 
     @cached_property
-    def _wants_parts(self) -> bool:
+    def wants_parts(self) -> bool:
         """Whether the template writes a text only where it is given as a list of parts."""
-        self.__dict__["_wants_parts"] = False  # while it is tried with strings
+        self.__dict__["wants_parts"] = False  # while it is tried with strings
         turns = [{"role": "user", "content": "Xq1qX"}, {"role": "assistant", "content": "Xq2qX"}]
         found = []
         for messages in (turns, list(map(_as_parts, turns))):

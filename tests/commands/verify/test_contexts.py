@@ -110,6 +110,20 @@ def test_plain_texts_and_their_pieces_pass(pretrained: str, tmp_path: Path) -> N
     assert check_contexts(subject(pretrained, tmp_path, data)).passed
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_length": 5, "overflow": "truncate"}])
+@pytest.mark.parametrize("normalize", ["token", "sequence"])
+def test_token_ids_pass_as_they_are_and_no_others(
+    pretrained: str, tmp_path: Path, normalize: str, settings: dict[str, Any]
+) -> None:
+    row = {"input_ids": [5, 6, 7, 8, 9, 10, 11], "loss_mask": [0, 0, 1, 1, 0, 0.5, 1]}
+    given = subject(pretrained, tmp_path, {"train": [row, row], **settings}, normalize=normalize)
+    assert check_contexts(given).passed
+    split = given.data.splits["train"]
+    for change in (shifted, twice_as_heavy):
+        split.examples = Examples([to_record_batch([ones(example, change) for example in split.examples])])
+        assert check_contexts(given).cases[0].measured == 2
+
+
 def test_a_mixture_with_weights_and_repeated_names_passes(pretrained: str, tmp_path: Path, jsonl: Any) -> None:
     from lightning_sft.data.rows.mixture import Mixture, Part
 

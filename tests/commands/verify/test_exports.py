@@ -22,6 +22,11 @@ def test_it_passes_and_leaves_nothing_behind(pretrained: str, tmp_path: Path, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_of_token_ids_are_compared_on_built_in_rows(pretrained: str, tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}] * 8
+    assert check_exports(subject(pretrained, tmp_path, {"train": rows})).passed
+
+
 def test_an_export_in_16_bits_has_its_own_tolerance(
     pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -160,6 +160,16 @@ def test_a_limit_cuts_the_normalizer_of_the_step_that_it_cuts() -> None:
             assert {batch.normalizer for batch in window} == {sum(b.target_weights.sum().item() for b in window)}
 
 
+def test_the_first_rows_of_a_stream_are_the_same_in_each_epoch(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:16]))
+    mixture = Mixture({"": Part(str(tmp_path), first=20)})
+    for epoch in range(4):
+        found = names(StreamLoader(mixture, EncodingConfig(TOKENIZER), shape(), place=lambda epoch=epoch: (epoch, 0)))
+        lines = sorted(Path(place).name for own in found for place in own)
+        assert lines == sorted([f"a.jsonl:{i}" for i in range(1, 17)] + [f"b.jsonl:{i}" for i in range(1, 5)])
+
+
 def test_files_of_a_stream_come_in_another_order_each_epoch(tmp_path: Path) -> None:
     for name in "abcdef":
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:16]))

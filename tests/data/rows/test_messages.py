@@ -46,6 +46,7 @@ def calling(*arguments: dict[str, Any]) -> dict[str, Any]:
         ({"messages": [USER, ANSWER], "system": [{"type": "text", "text": "Be kind."}]}, [SYSTEM, USER, ANSWER]),
         ({"messages": json.dumps([USER, ANSWER])}, [USER, ANSWER]),
         ({"conversation": [USER, ANSWER]}, [USER, ANSWER]),
+        ({"messages": [json.dumps(USER), json.dumps(ANSWER)]}, [USER, ANSWER]),
         ({"conversations": ["Hi", "Yo", "Hi", "Yo"], "source": "x"}, [USER, ANSWER, USER, ANSWER]),
         ({"conversation": [{"system": "Be kind.", "input": "Hi", "output": "Yo"}]}, [SYSTEM, USER, ANSWER]),
         ({"conversation": [{"input": "Hi", "output": "Yo"}] * 2}, [USER, ANSWER] * 2),
@@ -211,6 +212,8 @@ def test_for_generation_the_answer_may_be_missing() -> None:
     assert to_conversation({"instruction": "Hi", "id": 1}, answered=False).messages == [USER]
     assert to_conversation({"prompt": "Hi", "completion": "Yo"}, answered=False).messages == [USER, ANSWER]
     assert to_conversation({"question": "Hi"}, columns={"prompt": "question"}, answered=False).messages == [USER]
+    assert to_conversation({"query": "Hi", "tools": "[]"}, answered=False).messages == [USER]
+    assert to_conversation({"prompt": "Hi", "chosen": "a", "rejected": "b"}, answered=False).messages == [USER]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +278,13 @@ def test_the_remedies_of_preference_rows_and_verdicts_work() -> None:
         row = {"prompt": "Hi", "completion": "Yo", "label": label}
         assert to_conversation(row, columns={"weight": "label"}).weights == [0, label in (True, "true")]
         assert to_conversation(row, format="prompt-completion").weights == [0, 1]
+
+
+@pytest.mark.parametrize("more", [{"label": True}, {"parent_id": "1", "author": "x"}, {"role": "x"}, {"chosen": 1}])
+def test_texts_with_columns_of_their_own_are_texts(more: dict[str, Any]) -> None:
+    convert = Converter()
+    assert convert({"text": "Hi", **more}, "row 1").messages == [{"role": "text", "content": "Hi"}]
+    assert convert.ignored == dict.fromkeys(more, 1)
 
 
 def test_what_is_trained_on_is_chosen_by_turn() -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_sft.data.rows.mixture import Mixture, Part
-from lightning_sft.data.tokens import dataset
+from lightning_sft.data.tokens import dataset, encode_rows
 from lightning_sft.data.tokens.dataset import Split, load_split
-from lightning_sft.data.tokens.encode_rows import EncodingConfig
+from lightning_sft.data.tokens.encode_rows import EncodingConfig, in_chunks
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.types import InputError
 
@@ -54,13 +56,34 @@ def test_rows_of_token_ids_are_trained_as_they_are(jsonl: Callable[..., str], mo
     assert len(load([path], 0, monkeypatch, max_length=len(labels) - 1, overflow="truncate").account.cut) == 3
 
 
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 6), st.integers(1, 120))
+def test_chunks_have_at_most_so_many_rows_and_end_at_so_much_text(lengths: list[int], size: int, most: int) -> None:
+    rows = [({"messages": [{"role": "user", "content": "x" * length}]}, f"row {i}") for i, length in enumerate(lengths)]
+    chunks = list(in_chunks([lambda: iter(rows)], size, characters=most))
+    assert [row for chunk in chunks for row in chunk] == rows
+    for chunk in chunks[:-1]:
+        texts = [len(row["messages"][0]["content"]) + len("user") for row, _ in chunk]
+        assert len(chunk) == size or sum(texts) >= most
+        assert sum(texts[:-1]) < most
+
+
+def test_a_file_of_long_rows_is_encoded_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "a.jsonl", list[int]()
+    path.write_text("".join(json.dumps({"prompt": "a", "completion": "b " * 300_000}) + "\n" for _ in range(9)))
+    encode = encode_rows.encode_all
+    monkeypatch.setattr(encode_rows, "encode_all", lambda rows, *args: seen.append(len(rows)) or encode(rows, *args))
+    assert len(load_split("train", path, EncodingConfig(tiny_tokenizer()), num_workers=0).examples) == 9
+    assert max(seen) == 4  # of 600 kB each
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_error_of_a_worker_is_the_users_message_and_no_traceback(
     jsonl: Callable[..., str], num_workers: int, monkeypatch: Any
 ) -> None:
-    path = jsonl("".join(json.dumps(GOOD) + "\n" for _ in range(8)) + "{\n")
-    with pytest.raises(InputError, match=r"^.*train.jsonl:9: not valid JSON") as error:
-        load(path, num_workers, monkeypatch)
+    long = {**GOOD, "completion": "x" * 99}
+    path = jsonl("".join(json.dumps(row) + "\n" for row in [*[GOOD] * 8, long]))
+    with pytest.raises(InputError, match=r"^.*train.jsonl:9: the sequence has \d+ tokens") as error:
+        load(path, num_workers, monkeypatch, max_length=90, overflow="error")
     assert "Traceback" not in str(error.value)
 
 

@@ -28,7 +28,7 @@ TRACED = {"cohere", "llama3", "phi3", "qwen2_5_vl"}
 def test_a_render_is_that_of_apply_chat_template(name: str) -> None:
     tokenizer = tokenizer_for(templates()[name])
     template = ChatTemplate(tokenizer)
-    template.__dict__["_wants_parts"] = False
+    template.__dict__["wants_parts"] = False
     rendered = 0
     for kind, messages in CONVERSATIONS.items():
         tools = TOOLS if kind in ("call", "tool") else None

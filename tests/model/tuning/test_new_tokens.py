@@ -166,7 +166,7 @@ def test_rows_encoded_without_the_tokens_are_not_taken_from_the_cache(
     pretrained: str, quiet_trainer: Callable[..., Trainer], jsonl: Any, tmp_path: Path
 ) -> None:
     rows = jsonl([{"prompt": "Say", "completion": "yes <|0|>"}])  # as plain bytes, or refused
-    settings = {"train": rows, "cache": str(tmp_path / "cache")}
+    settings = {"train": rows, "cache": str(tmp_path / "cache"), "control_tokens": "refuse"}
     quiet_trainer(max_steps=1).fit(SFTModule(pretrained), SFTDataModule(**settings))
     with pytest.raises(InputError, match="contains the control token"):
         quiet_trainer(max_steps=1).fit(SFTModule(pretrained, new_tokens=NAMES[:1]), SFTDataModule(**settings))
