@@ -80,9 +80,10 @@ HEAD = "| in one sequence | in several | refused, though possible | wrong | impo
 PREFACE = f"""# Chat templates
 
 Written by `python -m tests.conformance`; `tests/data/tokens/test_conformance.py` holds it to be true. Vendors'
-templates, as trl 1.16 carries them, by {len(kinds.NAMES)} kinds of conversations (`tests/oracle/kinds.py`). Whether a training
-sequence is exact, an oracle says that knows nothing of the code that makes it (`tests/oracle`): each answer has the
-context that inference gives it, token for token, all that the row says, its stop token, and nothing else.
+templates, as trl 1.16 carries them, by {len(kinds.NAMES)} kinds of conversations (`tests/oracle/kinds.py`).
+Whether a training sequence is exact, an oracle says that knows nothing of the code that makes it (`tests/oracle`):
+each answer has the context that inference gives it, token for token, all that the row says, its stop token, and
+nothing else.
 
 {HEAD}
 |---|---|---|---|---|
@@ -94,7 +95,8 @@ name what made it exact:
 BETWEEN = """A capital letter says why nobody could train it exactly with this template, and `?` that it is refused
 though one could:"""
 FURTHER_PREFACE = f"""Templates that other projects publish (`tests/oracle/SOURCES.md` says where they come from),
-and all kinds of tokenizers. These numbers are of the day on which the page was written: the tests have trl's templates alone.
+and all kinds of tokenizers. These numbers are of the day on which the page was written: the tests have trl's
+templates alone.
 
 | templates | tokenizer {HEAD}
 |---|---|---|---|---|---|---|"""

