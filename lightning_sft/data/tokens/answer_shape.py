@@ -91,6 +91,7 @@ def learn(
     onwards: str | None,
     stops: re.Pattern[str],
     known: Collection[str],
+    has_calls: bool,
     always_prompts: bool,
 ) -> Ending:
     """How a template ends an answer.
@@ -101,7 +102,8 @@ def learn(
         whole: The conversation up to and with the answer.
         onwards: Conversation with a further turn, up to the text of that turn; ``None`` where the template has none.
         stops: Matches an added token that may stop an answer.
-        known: Tokens that the tokenizer or the model's generation config says generation stops at.
+        known: Tokens that generation stops at, by the tokenizer, the model's generation config and plain answers.
+        has_calls: Whether the answer has tool calls, whose markup may end with a token that stops nothing.
         always_prompts: Whether the template ends any conversation with the prompt of the next answer.
     """
     begin = len(prompt) if whole.startswith(prompt) else 0
@@ -121,7 +123,10 @@ def learn(
     if len(found) > 1 and answer.fields[found[0][1]] == "the reasoning":
         between = whole[found[0][0] + len(found[0][1]) : found[1][0]]
     after = "" if onwards is None else onwards.partition(last_words)[2]
-    return Ending(lost, tail, _stop(tail, after, always_prompts, stops, known), whole[begin:first], header, between)
+    found_stops = [_stop(tail, next_turn, always_prompts, stops, known) for next_turn in (after, "")]
+    is_known = [any(token in known for token in stops.findall(stop)) for stop in found_stops]
+    stop = found_stops[has_calls and is_known == [False, True]]
+    return Ending(lost, tail, stop, whole[begin:first], header, between)
 
 
 def _stop(tail: str, after: str, always_prompts: bool, stops: re.Pattern[str], known: Collection[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
@@ -208,7 +208,13 @@ class Rendering:
             onwards = onwards.partition("XqnextqX")[0]
         except InputError:
             onwards = None
-        return learn(answer, prompt, whole, onwards, template.endings, template.known_stops, template.always_prompts)
+        stops = [] if message is _PLAIN else template.endings.findall(self._ending(at, _PLAIN).stop)[-1:]
+        known = template.known_stops.union(stops)
+        found = learn(answer, prompt, whole, onwards, template.endings, known, bool(calls), template.always_prompts)
+        is_past = any(text and text in found.before for text in (m.get("content", "").strip() for m in before))
+        if found.header and is_past and prompt.count(found.header) != whole.count(found.header):  # of an earlier answer
+            return replace(found, header="", before="")
+        return found
 
     def _written(self, at: int, message: Message) -> tuple[str, int, str, str]:
         """What the template writes of an answer: a text with all before it, where it begins, itself, and a problem."""
@@ -284,12 +290,15 @@ class Rendering:
         left, rest = prompt[shared:], whole[shared:]
         tags = _TAGS.findall(left)
         is_within = bool(tags) and tags[0].startswith("</")  # the prompt ends a thought that the render continues
-        is_repeated = set(self.template.endings.findall(left)) & set(self.template.endings.findall(rest))
-        if is_within or is_repeated or not _THOUGHT_WORD.fullmatch(_TAGS.sub("", self.template.endings.sub("", left))):
+        endings, own = self.template.endings, rest.removesuffix(ending.tail)
+        is_repeated = set(endings.findall(left)) & set(endings.findall(own))
+        if is_within or is_repeated or not _THOUGHT_WORD.fullmatch(_TAGS.sub("", endings.sub("", left))):
             here = whole.rfind(ending.header + ending.before) if ending.header else -1
             return whole[here + len(ending.header) :] if here >= 0 else None
         self.notes.add(_BY_ITSELF)
         closing = _closing(opened) if (opened := _OPENING.search(left)) else ""
+        if tags and not closing:  # of a thought that the prompt has ended, the render may have the end
+            rest = rest.removeprefix(tags[-1])
         return rest if rest.lstrip().startswith(closing.strip()) else closing + rest
 
     def _raw(self, at: int, prompt: str, message: Message, problem: str) -> str:
