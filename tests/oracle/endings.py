@@ -19,12 +19,16 @@ class Ending:
     Args:
         own: All that is to be trained, stop and all, where the template writes it behind the prompt; else ``None``.
         written: What the template writes of the answer, wherever that begins.
+        head: What it writes before the first field.
+        tail: What it writes after the last field, up to and with the stop.
         stops: Tokens that may end it.
         is_interrupted: Whether a stop stands before the end of what is said.
     """
 
     own: str | None
     written: str
+    head: str
+    tail: str
     stops: tuple[str, ...]
     is_interrupted: bool = False
 
@@ -45,7 +49,7 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     behind = whole.startswith(prompt)
     shared = len(prompt) if behind else inference.shared(prompt, whole)
     written = whole[shared:]
-    fields_end = _fields_end(values, written)
+    fields_end, head = _fields_end(values, written), _head(inference, turn, prompt, whole, shared)
     stops = _pattern(known)
     whole_answer = behind and not missing(values, written)
     if not values:  # its stop is that of any answer; a template may write nothing of an empty one
@@ -54,17 +58,22 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     if found := stops.search(written, fields_end):
         is_interrupted = bool(stops.search(written[:fields_end]))
         own = written[: found.end()] if whole_answer and not is_interrupted else None
-        return Ending(own, written, (found.group(),), is_interrupted)
+        return Ending(
+            own, written, head, written[fields_end or found.start() : found.end()], (found.group(),), is_interrupted
+        )
     following = _following(inference, turn)
     following = following[len(prompt) if following.startswith(prompt) else inference.shared(prompt, following) :]
     end = _fields_end(values, following)
     found = stops.search(following, end) or _pattern(control_tokens(inference.tokenizer)).search(following, end)
     if found is None:
-        return Ending(None, written, ())
+        return Ending(None, written, head, "", ())
     is_same = whole_answer and following.startswith(written[:fields_end].rstrip())
+    tail = following[end : found.end()]
+    if not following.startswith(written[:fields_end].rstrip()):  # it writes the answer in another way there
+        tail = written[fields_end or len(written) :].partition(found.group())[0] + found.group()
     is_interrupted = found.group() in following[:end]
     own = following[: found.end()] if is_same and not is_interrupted else None
-    return Ending(own, written, (found.group(),), is_interrupted)
+    return Ending(own, written, head, tail, (found.group(),), is_interrupted)
 
 
 def _following(inference: Inference, turn: int) -> str:
@@ -89,6 +98,24 @@ def _fields_end(values: Sequence[Leaf], written: str) -> int:
     for value in values:
         ends.append(max([written.rfind(way) + len(way) for way in spellings(value) if way and way in written] or [0]))
     return max(ends)
+
+
+def _head(inference: Inference, turn: int, prompt: str, whole: str, shared: int) -> str:
+    """What is written before the first field, behind what the prompt ends with."""
+    begin = shared + _fields_begin(inference.fields(turn), whole[shared:])
+    if not any(text in prompt[shared:] for text in inference.texts_before(turn)):
+        return whole[shared:begin]
+    for token in inference.added.finditer(prompt):  # the past is written in another way
+        place = whole.rfind(prompt[token.start() :], 0, begin)
+        if place >= 0:
+            return whole[place + len(prompt) - token.start() : begin]
+    return ""
+
+
+def _fields_begin(values: Sequence[Leaf], written: str) -> int:
+    """Where the first field of an answer begins in what is written of it."""
+    places = [written.find(way) for value in values for way in spellings(value) if way and way in written]
+    return min(places, default=0)
 
 
 def _pattern(tokens: Sequence[str] | set[str]) -> re.Pattern[str]:

@@ -60,8 +60,9 @@ def spellings(value: Leaf) -> list[str]:
 def missing(values: Sequence[Leaf], text: str) -> list[Leaf]:
     """Those of the values that a text does not have, each in a place of its own."""
     lost: list[Leaf] = []
+    text = text.replace("▁", " ")  # decoders of SentencePiece write it as a blank
     for value in sorted(values, key=lambda own: -len(str(own))):
-        for way in spellings(value):
+        for way in (way.replace("▁", " ") for way in spellings(value)):
             if way and way in text:
                 text = text.replace(way, "\x00", 1)
                 break

@@ -83,7 +83,7 @@ class Inference:
         if not any(ord(mark) >= _FIRST_MARK and ord(mark) < _FIRST_MARK + len(self.hidden) for mark in set(text)):
             ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids
-        renamed = self._added.sub(lambda match: _name(match.group()), text)
+        renamed = self.added.sub(lambda match: _name(match.group()), text)
         return self._renamed.encode(self.shown(renamed), add_special_tokens=False).ids
 
     def shared(self, prompt: str, whole: str) -> int:
@@ -91,7 +91,7 @@ class Inference:
         pairs = enumerate(zip(prompt, whole, strict=False))
         end = next((n for n, (a, b) in pairs if a != b), min(len(prompt), len(whole)))
         for text in (prompt, whole):
-            for token in self._added.finditer(text):
+            for token in self.added.finditer(text):
                 if token.start() < end < token.end():
                     end = token.start()
         return end
@@ -116,6 +116,12 @@ class Inference:
         if isinstance(message.get("content"), list):
             message = {**message, "content": message["content"][0]["text"]}
         return [self._with_marks(value) if isinstance(value, str) else value for value in fields_of(message)]
+
+    def texts_before(self, turn: int) -> list[str]:
+        """The texts of the turns before one, as they would stand in a rendered text."""
+        before = [message.get("content") or "" for message in self.messages[: turn - self.merged]]
+        texts = [text if isinstance(text, str) else text[0]["text"] for text in before]
+        return [self._with_marks(text).strip() for text in texts if text.strip()]
 
     def _tokenized(self, messages: Sequence[Message], **more: Any) -> list[int]:
         with patch.object(chat_template_utils, "datetime", Clock):
@@ -208,7 +214,8 @@ class Inference:
         return all(text in whole for text in texts) and "'type'" not in whole
 
     @cached_property
-    def _added(self) -> re.Pattern[str]:
+    def added(self) -> re.Pattern[str]:
+        """Matches an added token."""
         contents = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         return re.compile("|".join(map(re.escape, sorted(contents, key=len, reverse=True))))
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerFast
 
 from lightning_sft.types import Conversation, Example
 from tests.oracle.endings import Ending, ending_of
-from tests.oracle.fields import marked, missing
+from tests.oracle.fields import Marked, marked, missing
 from tests.oracle.inference import Inference, control_tokens
+
+TAG = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|</?seed:think>|</?mm:think>|</?think:\w+>")
+"""Begins or ends a thought."""
 
 Encode = Callable[[Conversation], Sequence[Example]]
 
@@ -50,20 +53,22 @@ def judge(
         stops: Tokens that generation stops at by the model's generation config, besides the tokenizer's EOS.
 
     Raises:
-        WrongError: When an answer is trained in another context than it would be generated in, loses a field, does not end
-            at its stop, or has more than the answer; or when anything else is trained.
+        WrongError: When an answer is trained in another context than it would be generated in, loses a field, does not
+            end at its stop, or has more than the answer; or when anything else is trained.
     """
     inference = inference_of(tokenizer, conversation)
     known = [token for token in (tokenizer.eos_token, *stops) if token]
     spans = _spans(conversation, inference, examples)
+    other = with_sentinels(tokenizer, conversation)
+    sentinels = inference_of(tokenizer, other.conversation)
     for turn, span in spans.items():
         try:
-            ending = ending_of(inference, turn, known)
+            ending, marks = ending_of(inference, turn, known), ending_of(sentinels, turn, known)
         except Exception as error:
             raise WrongError(f"turn {turn + 1} is trained, but the template raises {error!r}") from error
-        _judge_answer(inference, turn, span, ending)
+        _judge_answer(inference, turn, span, replace(ending, head=marks.head, tail=marks.tail))
     if encode is not None and spans:
-        _judge_sentinels(tokenizer, conversation, encode)
+        _judge_sentinels(tokenizer, other, encode)
 
 
 def last_answer(
@@ -81,6 +86,11 @@ def trained_turns(conversation: Conversation) -> list[int]:
     weights = conversation.weights or [1.0] * len(conversation.messages)
     turns = enumerate(zip(conversation.messages, weights, strict=True))
     return [turn for turn, (message, weight) in turns if turn and message["role"] == "assistant" and weight > 0]
+
+
+def with_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Marked:
+    """The conversation with a sentinel in each field of each answer."""
+    return marked(conversation, re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)"))
 
 
 def inference_of(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Inference:
@@ -143,7 +153,7 @@ def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending) -
     if ending.own is not None:
         _judge_tokens(inference, turn, context, ids, ending.own)
     else:
-        _judge_rest(inference, where, _decoded(tokenizer, context, ids[:-1]), values, ending)
+        _judge_rest(inference, turn, text, _decoded(tokenizer, context, ids[:-1]), values, ending)
 
 
 def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list[int], own: str) -> None:
@@ -164,33 +174,45 @@ def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list
         )
 
 
-def _judge_rest(inference: Inference, where: str, text: str, values: Sequence[object], ending: Ending) -> None:
+def _judge_rest(
+    inference: Inference, turn: int, whole: str, text: str, values: Sequence[object], ending: Ending
+) -> None:
     """Whatever is trained beside the fields and the stop is what the template writes, or a tag of a thought."""
-    rest = text
-    written = inference.shown(ending.written)
-    if unsaid := _unsaid(inference, text, written):
-        raise WrongError(f"{where}: {text!r} has no {unsaid}, which the template writes in the answer")
+    where, rest = f"turn {turn + 1}", text
+    written, head, tail = (inference.shown(part) for part in (ending.written, ending.head, ending.tail))
+    problem = _thought_problem(inference.prompt(turn), text, written)
+    if problem:
+        raise WrongError(f"{where}: {text!r} {problem}")
+    if "zqv" not in tail and not _squeezed(whole).endswith(_squeezed(tail)):
+        raise WrongError(f"{where}: {whole!r} does not end as the template writes it, with {tail!r}")
+    markers = control_tokens(inference.tokenizer)
+    begun = inference.prompt(turn).rpartition(["\0", *inference.texts_before(turn)][-1])[2][-200:]
+    if left := [token for token in markers if token in head and token not in text and token not in begun]:
+        raise WrongError(f"{where}: {text!r} has no {left[0]}, which the template writes before it")
     for value in sorted(map(str, values), key=len, reverse=True):
         rest = rest.replace(value, "\x00", 1) if value in rest else rest.replace(value.strip(), "\x00", 1)
-    rest = re.sub(r"</?think(ing)?>|\[/?THINK\]|</?seed:think>", "\x00", rest)
+    rest = TAG.sub("\x00", rest)
     for piece in rest.split("\x00"):
         if _squeezed(piece) not in _squeezed(written):
             raise WrongError(f"{where}: {text!r} has {piece!r}, which the template does not write in an answer")
-    markers = control_tokens(inference.tokenizer)
     foreign = [token for token in markers if token in rest and token not in written]
     if foreign:
         raise WrongError(f"{where}: {text!r} has {foreign[0]} in it")
 
 
-def _unsaid(inference: Inference, text: str, written: str) -> str:
-    """A token before the first field that the template writes and the answer has not."""
-    return ""
+def _thought_problem(prompt: str, text: str, written: str) -> str:
+    """What is wrong with the tags of thoughts in an answer."""
+    last, tags = re.search(rf"({TAG.pattern})\s*\Z", prompt), ["/" in tag for tag in TAG.findall(text)]
+    if last is None:
+        is_own = TAG.findall(text) == TAG.findall(written)
+        return "" if is_own or tags == [False, True] * (len(tags) // 2) else "has tags of thoughts without each other"
+    if "/" in last.group():
+        return "" if tags == [False, True] * (len(tags) // 2) else "ends a thought that the prompt has ended"
+    return "" if tags[:1] == [True] and tags[1:] == [False, True] * (len(tags) // 2) else "does not end the thought"
 
 
-def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, encode: Encode) -> None:
+def _judge_sentinels(tokenizer: PreTrainedTokenizerFast, other: Marked, encode: Encode) -> None:
     """With a sentinel in each field, each is trained in its own answer."""
-    hidden = re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or r"(?!)")
-    other = marked(conversation, hidden)
     spans = _spans(other.conversation, inference_of(tokenizer, other.conversation), encode(other.conversation))
     for turn, span in spans.items():
         text = _decoded(tokenizer, list(span.example.input_ids[: span.begin]), span.ids)
@@ -232,5 +254,5 @@ def mutations(example: Example) -> Iterator[tuple[str, Example]]:
     yield "another context", Example([ids[1], *ids[1:]], weights)
     yield "everything is trained", Example(ids, [1.0] * len(ids))
     yield "one token more", Example([*ids, ids[first]], [*weights, weights[last]])
-    yield "one token lost", Example(ids[:first] + ids[first + 1 :], weights[:first] + weights[first + 1 :])
+    yield "one token lost", Example(ids[: last - 1] + ids[last:], weights[: last - 1] + weights[last:])
     yield "shifted", Example(ids, [*weights[1:], 0.0])

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from lightning_sft.types import Conversation
 from tests.oracle.endings import ending_of
-from tests.oracle.fields import Message, fields_of, marked, missing
-from tests.oracle.inference import Inference, control_tokens
-from tests.oracle.judge import inference_of, trained_turns
+from tests.oracle.fields import Message, fields_of, missing
+from tests.oracle.inference import Inference
+from tests.oracle.judge import inference_of, trained_turns, with_sentinels
 
 REASONS = {
     "t": "the template itself raises an error on the conversation",
@@ -31,8 +31,7 @@ def impossible(inference: Inference, conversation: Conversation, known: Sequence
         conversation: The conversation.
         known: Tokens that generation stops at.
     """
-    hidden = re.compile("|".join(map(re.escape, control_tokens(inference.tokenizer))) or r"(?!)")
-    sentinels = inference_of(inference.tokenizer, marked(conversation, hidden).conversation)
+    sentinels = inference_of(inference.tokenizer, with_sentinels(inference.tokenizer, conversation).conversation)
     for turn in trained_turns(conversation):
         message = conversation.messages[turn]
         try:
