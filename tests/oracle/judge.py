@@ -142,9 +142,10 @@ def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending, m
     text = _decoded(tokenizer, context, ids)
     if not ending.stops:
         raise WrongError(f"{where}: nothing that generation could stop at follows it, and yet {text!r} is trained")
-    stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in ending.stops}
+    stops = marks.stops or ending.stops
+    stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in stops}
     if ids[-1] not in stop_ids:
-        raise WrongError(f"{where}: {text!r} does not end with {' or '.join(ending.stops)}")
+        raise WrongError(f"{where}: {text!r} does not end with {' or '.join(stops)}")
     if stop_ids & set(ids[:-1]):
         raise WrongError(f"{where}: {text!r} goes on after its stop")
     values = [inference.shown(value) if isinstance(value, str) else value for value in inference.fields(turn)]
