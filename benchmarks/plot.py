@@ -56,18 +56,25 @@ def draw_growth(curves: Mapping[str, Any], path: Path) -> None:
         curves: By title: the axis's name, and for each system pairs of what grows and a rate.
         path: The PNG to write.
     """
-    figure = Figure(figsize=(4.2 * len(curves), 3.6), layout="tight")
-    all_axes = figure.subplots(1, len(curves), squeeze=False)
-    for axes, (title, curve) in zip(all_axes[0], curves.items(), strict=True):
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="tight")
+    all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in all_axes[len(curves) :]:
+        axes.set_visible(False)
+    for axes, (title, curve) in zip(all_axes, curves.items(), strict=False):
         for system, points in curve["systems"].items():
             measured = [(x, y) for x, y in points if y is not None]
             axes.plot(*zip(*measured, strict=True), "o-", color=_COLORS[system], label=system) if measured else None
+        most = max((y for points in curve["systems"].values() for _, y in points if y is not None), default=1)
         places = sorted({x for points in curve["systems"].values() for x, _ in points})
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [f"{x:,}" for x in places], rotation=40)
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * most)
         axes.set(title=title, xlabel=curve["x"], ylabel=curve["y"])
-        axes.legend(frameon=False)
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        if len(curve["systems"]) > 1:
+            axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from benchmarks import precision
+from benchmarks import data_growth, precision
 from benchmarks.__main__ import main
 from benchmarks.cases import EQUAL, SAME, SHIPPED
 from benchmarks.growth import main as growth_main
@@ -170,6 +170,26 @@ def test_growth_on_a_tiny_model(tmp_path: Path) -> None:
     curves = growth_main([*here, "--quick", "--only", "ranks", "rows", "--steps", "3"])
     assert len(curves) == 2
     assert all(y for curve in curves.values() for _, y in curve["systems"]["ours"])
+
+
+def test_the_points_of_the_growth_of_data_are_measured_on_what_they_say(tmp_path: Path) -> None:
+    data_growth.write(tmp_path / "a.jsonl", rows=3, turns=4, words=10)
+    rows = [json.loads(line)["messages"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [[len(message["content"].split()) for message in row] for row in rows] == [[5, 10] * 4] * 3
+    rate, memory = data_growth.apart(data_growth.encoded, data_growth.trained_tokenizer(), tmp_path / "b", 3, 4, 10)
+    assert rate > 0
+    assert memory > 50
+    rate, fill = data_growth.apart(data_growth.packed, 5000, 2048)
+    assert rate > 0
+    assert 0.95 < fill <= 1
+
+
+@pytest.mark.slow
+def test_growth_of_data_is_drawn(tmp_path: Path) -> None:
+    curves = data_growth.main(["--quick", "--out", str(tmp_path)])
+    assert len(curves) == 6
+    assert all(y for curve in curves.values() for _, y in curve["systems"]["ours"])
+    assert (tmp_path / "data_growth.png").is_file()
 
 
 def test_precisions_are_compared_at_the_same_seed(

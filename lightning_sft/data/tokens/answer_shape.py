@@ -31,6 +31,7 @@ class Ending:
         tail: What follows the last field in a conversation that ends with the answer.
         stop: What follows it up to and with the stop token; empty where there is none.
         before: What stands between the prompt and the first field.
+        header: The end of the prompt, where the template writes what is before it in another way.
         between: What stands between the reasoning and the next field; empty without a reasoning.
     """
 
@@ -38,6 +39,7 @@ class Ending:
     tail: str = ""
     stop: str = ""
     before: str = ""
+    header: str = ""
     between: str = ""
 
 
@@ -110,11 +112,16 @@ def learn(
         return Ending(lost)
     end = max(whole.rfind(text) + len(text) for _, text in found)  # a field may be written twice
     tail, last_words = whole[end:], whole[max(begin, end - 64) : end]
-    before, between = whole[begin : found[0][0]] if begin else "", ""
+    first, header, between = found[0][0], "", ""
+    if not begin:
+        tokens = list(stops.finditer(prompt))
+        header = prompt[tokens[-1].start() :] if tokens else ""
+        header = header if header in whole[:first] else ""
+        begin = whole.rfind(header, 0, first) + len(header) if header else first
     if len(found) > 1 and answer.fields[found[0][1]] == "the reasoning":
         between = whole[found[0][0] + len(found[0][1]) : found[1][0]]
     after = "" if onwards is None else onwards.partition(last_words)[2]
-    return Ending(lost, tail, _stop(tail, after, always_prompts, stops, known), before, between)
+    return Ending(lost, tail, _stop(tail, after, always_prompts, stops, known), whole[begin:first], header, between)
 
 
 def _stop(tail: str, after: str, always_prompts: bool, stops: re.Pattern[str], known: Collection[str]) -> str:

@@ -119,7 +119,8 @@ class Rendering:
             if problem:
                 own = self._raw(at, text[:begin], bare, problem)
             if reasoning:
-                own, trained = self._with_thought(text[:begin], reasoning, own)
+                header = self._header(self._ending(at, bare)) if (message.get("content") or "").strip() else ""
+                own, trained = self._with_thought(text[:begin], reasoning, own, header)
             self.notes.add(_BY_ITSELF)
         if not any(shape_of(message)):
             self.notes.add("an answer is empty, and its stop token alone is trained")
@@ -211,16 +212,16 @@ class Rendering:
 
     def _written(self, at: int, message: Message) -> tuple[str, int, str, str]:
         """What the template writes of an answer: a text with all before it, where it begins, itself, and a problem."""
+        ending = self._ending(at, message if any(shape_of(message)) else _PLAIN)
         marks: list[Span] | None = None
         if (traced := self._traced_turn(at)) and message is self.messages[at]:
             text, begin, rest = traced
         else:
             prompt, (whole, spans) = self._text(at, generation=True)[0], self._whole(at, message)
             begin, text = len(prompt), whole if whole.startswith(prompt) else prompt
-            rest = whole[begin:] if text is whole else self._joined(prompt, whole)
+            rest = whole[begin:] if text is whole else self._joined(prompt, whole, ending)
             if text is whole and self.template.renderer_for(self.tools, self.variables).has_marks:
                 marks = spans
-        ending = self._ending(at, message if any(shape_of(message)) else _PLAIN)
         problem = self._problem(message, text[max(0, begin - 32) : begin], rest, ending)
         if problem or rest is None:
             return text, begin, "", problem
@@ -274,8 +275,8 @@ class Rendering:
         stop = ending.stop[token.start() :] if token else ending.stop
         return rest.rstrip() if ending.tail.rstrip() == ending.stop and rest.rstrip().endswith(stop) else ""
 
-    def _joined(self, prompt: str, whole: str) -> str | None:
-        """What follows a prompt in a render that parts from it at its end: in space, or in a thought that it opens."""
+    def _joined(self, prompt: str, whole: str, ending: Ending) -> str | None:
+        """What follows a prompt in a render that parts from it: in space or a thought at its end, or far before."""
         shared = num_shared(prompt, whole)
         for pattern, text in product((self.template.endings, _TAGS), (prompt, whole)):
             inside = (found for found in pattern.finditer(text, max(0, shared - 64), shared + 64))
@@ -285,7 +286,8 @@ class Rendering:
         is_within = bool(tags) and tags[0].startswith("</")  # the prompt ends a thought that the render continues
         is_repeated = set(self.template.endings.findall(left)) & set(self.template.endings.findall(rest))
         if is_within or is_repeated or not _THOUGHT_WORD.fullmatch(_TAGS.sub("", self.template.endings.sub("", left))):
-            return None
+            here = whole.rfind(ending.header + ending.before) if ending.header else -1
+            return whole[here + len(ending.header) :] if here >= 0 else None
         self.notes.add(_BY_ITSELF)
         closing = _closing(opened) if (opened := _OPENING.search(left)) else ""
         return rest if rest.lstrip().startswith(closing.strip()) else closing + rest
@@ -297,7 +299,8 @@ class Rendering:
             InputError: When it has tool calls, each template's in a markup of its own, or nothing stops it, or it has a
                 thought and the prompt has ended that.
         """
-        stop = self._ending(at, message if any(shape_of(message)) else _PLAIN).stop or self._ending(at, _PLAIN).stop
+        plain = self._ending(at, _PLAIN)
+        stop = self._ending(at, message if any(shape_of(message)) else _PLAIN).stop or plain.stop
         if message.get("tool_calls") or not stop:
             raise InputError(problem)
         text, opened = message.get("content") or "", _OPENING.search(prompt)
@@ -305,10 +308,14 @@ class Rendering:
             raise InputError(_ENDED)
         if opened and inline:  # it begins with the prompt's end
             return text[inline.start("thought") :].removeprefix(opened["space"]) + stop
-        return (_closing(opened) if opened else "") + text + stop
+        return (self._header(plain) or (_closing(opened) if opened else "")) + text + stop
 
-    def _with_thought(self, prompt: str, thought: str, own: str) -> tuple[str, int]:
-        """An answer with a thought before it that the template drops, and where what follows the thought begins.
+    def _header(self, ending: Ending) -> str:
+        """What the template writes between the prompt and an answer, where that has control tokens."""
+        return ending.before if self.template.endings.search(ending.before) else ""
+
+    def _with_thought(self, prompt: str, thought: str, own: str, header: str) -> tuple[str, int]:
+        """An answer with a thought in it that the template drops, and where what follows the thought begins.
 
         Raises:
             InputError: When the prompt has ended the thought.
@@ -319,9 +326,11 @@ class Rendering:
             return thought + own, len(thought) + len(closing)
         if prompt.rstrip().endswith("</think>"):
             raise InputError(_ENDED)
+        header = header if own.startswith(header) else ""
+        own = own.removeprefix(header)
         if empty := _EMPTY_THOUGHT.match(own):
             own = own[empty.end() :].lstrip()
-        written = f"<think>\n{thought}\n</think>\n\n"
+        written = f"{header}<think>\n{thought}\n</think>\n\n"
         return written + own, len(written)
 
 

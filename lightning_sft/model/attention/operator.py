@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 # tagged as random, so that recomputing a compiled layer in the backward pass drops the same weights
-@torch.library.custom_op("lightning_sft::packed_attention", mutates_args=(), tags=torch.Tag.nondeterministic_seeded)
+@torch.library.custom_op("lightning_sft::packed_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def packed_attention(
     query: Tensor,
     key: Tensor,

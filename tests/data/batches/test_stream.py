@@ -22,6 +22,7 @@ from lightning_sft.data.batches.interleave import num_lanes
 from lightning_sft.data.batches.stream import StreamLoader
 from lightning_sft.data.batches.stream_blocks import RankSummary, StreamLayout, deal
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
+from lightning_sft.data.tokens.dataset import load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.demos import tiny_tokenizer
@@ -201,6 +202,26 @@ def test_a_line_that_is_no_json_is_an_error_when_it_is_reached(jsonl: Callable[.
     next(batches)
     with pytest.raises(InputError, match=r"train.jsonl:41: not valid JSON"):
         list(batches)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_or_is_counted_where_rows_may_be_left_out(jsonl: Callable[..., str], num_workers: int) -> None:
+    path = jsonl("{\n" + "".join(json.dumps(row) + "\n" for row in ROWS[:40]) + "{\n" + json.dumps(ROWS[40]) + "\n")
+    batches, account, _ = accounted(path, num_workers=num_workers)
+    assert sum(map(len, names(batches))) == 41
+    assert [reason.split(": ")[0] for reason in account.refused] == [f"{path}:1", f"{path}:42"]
+
+
+def test_a_stream_of_the_hub_gives_every_row_once_with_its_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: sharded(4))
+    found = [place for own in names(loader("hf:a/b:train")) for place in own]
+    assert len(set(found)) == len(found) == len(list(sharded(4)))
+    assert {place.split(", ")[0] for place in found} == {f"hf:a/b:train:shard {i}" for i in (1, 2, 3)}
+
+
+def test_a_data_set_that_is_no_stream_is_read_once_by_all_workers_together() -> None:
+    split = load_split("train", sharded(4), EncodingConfig(TOKENIZER), num_workers=2)
+    assert len(split.examples) == len(list(sharded(4)))
 
 
 def test_the_format_of_a_file_is_that_of_its_first_row_for_every_worker(jsonl: Callable[..., str]) -> None:
