@@ -95,8 +95,12 @@ def _following(inference: Inference, turn: int) -> str:
 def _fields_end(values: Sequence[Leaf], written: str) -> int:
     """Where the last field of an answer ends in what is written of it."""
     ends = [0]
-    for value in values:
-        ends.append(max([written.rfind(way) + len(way) for way in spellings(value) if way and way in written] or [0]))
+    for value in values:  # in order, if that is how they are written
+        places = [(written.find(way, ends[-1]), way) for way in spellings(value) if way]
+        if found := sorted((place, -len(way)) for place, way in places if place >= 0):
+            ends.append(found[0][0] - found[0][1])
+        else:
+            ends.append(max([written.rfind(way) + len(way) for _, way in places if way in written] or [0]))
     return max(ends)
 
 

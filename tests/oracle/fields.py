@@ -13,7 +13,7 @@ from lightning_sft.types import Conversation
 Message = Mapping[str, Any]
 Leaf = str | int | float | bool | None
 
-MARKUP = re.compile(r"</?(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]")
+MARKUP = re.compile(r"(?i)</?(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]")
 """Tags that a text may have as the tokens that they are: they begin and end no turn."""
 
 

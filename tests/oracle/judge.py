@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
@@ -66,7 +66,7 @@ def judge(
             ending, marks = ending_of(inference, turn, known), ending_of(sentinels, turn, known)
         except Exception as error:
             raise WrongError(f"turn {turn + 1} is trained, but the template raises {error!r}") from error
-        _judge_answer(inference, turn, span, replace(ending, head=marks.head, tail=marks.tail))
+        _judge_answer(inference, turn, span, ending, marks)
     if encode is not None and spans:
         _judge_sentinels(tokenizer, other, encode)
 
@@ -136,15 +136,16 @@ def _spans(conversation: Conversation, inference: Inference, examples: Sequence[
     return spans
 
 
-def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending) -> None:
+def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending, marks: Ending) -> None:
     tokenizer, where = inference.tokenizer, f"turn {turn + 1}"
     context, ids = list(span.example.input_ids[: span.begin]), span.ids
     text = _decoded(tokenizer, context, ids)
     if not ending.stops:
         raise WrongError(f"{where}: nothing that generation could stop at follows it, and yet {text!r} is trained")
-    stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in ending.stops}
+    stops = marks.stops or ending.stops
+    stop_ids = {tokenizer.convert_tokens_to_ids(token) for token in stops}
     if ids[-1] not in stop_ids:
-        raise WrongError(f"{where}: {text!r} does not end with {' or '.join(ending.stops)}")
+        raise WrongError(f"{where}: {text!r} does not end with {' or '.join(stops)}")
     if stop_ids & set(ids[:-1]):
         raise WrongError(f"{where}: {text!r} goes on after its stop")
     values = [inference.shown(value) if isinstance(value, str) else value for value in inference.fields(turn)]
@@ -153,7 +154,7 @@ def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending) -
     if ending.own is not None:
         _judge_tokens(inference, turn, context, ids, ending.own)
     else:
-        _judge_rest(inference, turn, text, _decoded(tokenizer, context, ids[:-1]), values, ending)
+        _judge_rest(inference, turn, text, _decoded(tokenizer, context, ids[:-1]), values, ending, marks)
 
 
 def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list[int], own: str) -> None:
@@ -175,15 +176,16 @@ def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list
 
 
 def _judge_rest(
-    inference: Inference, turn: int, whole: str, text: str, values: Sequence[object], ending: Ending
+    inference: Inference, turn: int, whole: str, text: str, values: Sequence[object], ending: Ending, marks: Ending
 ) -> None:
     """Whatever is trained beside the fields and the stop is what the template writes, or a tag of a thought."""
     where, rest = f"turn {turn + 1}", text
-    written, head, tail = (inference.shown(part) for part in (ending.written, ending.head, ending.tail))
+    written, head, tail = (inference.shown(part) for part in (ending.written, marks.head, ending.tail))
     problem = _thought_problem(inference.prompt(turn), text, written)
     if problem:
         raise WrongError(f"{where}: {text!r} {problem}")
-    if "zqv" not in tail and not _squeezed(whole).endswith(_squeezed(tail)):
+    tails = [_squeezed(tail), *([] if "zqv" in marks.tail else [_squeezed(marks.tail)])]
+    if not any(map(_squeezed(whole).endswith, tails)):
         raise WrongError(f"{where}: {whole!r} does not end as the template writes it, with {tail!r}")
     markers = control_tokens(inference.tokenizer)
     begun = inference.prompt(turn).rpartition(["\0", *inference.texts_before(turn)][-1])[2][-200:]
