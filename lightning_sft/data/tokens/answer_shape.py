@@ -42,6 +42,30 @@ class Ending:
     header: str = ""
     between: str = ""
 
+    @property
+    def stops_at_next(self) -> bool:
+        """Whether what stops the answer begins the next turn."""
+        return bool(self.stop) and not self.tail.startswith(self.stop)
+
+
+@dataclass(frozen=True)
+class Stops:
+    """What is known of a template's stop tokens before one is learnt.
+
+    Args:
+        pattern: Matches an added token that may end or begin a turn.
+        known: Tokens that generation stops at, by the tokenizer, the model's generation config and plain answers.
+        opener: Token that begins the turn of an answer; empty where that is not known.
+        always_prompts: Whether the template ends any conversation with the prompt of the next answer.
+        plain: How plain answers end; ``None`` while that is learnt.
+    """
+
+    pattern: re.Pattern[str]
+    known: Collection[str]
+    opener: str = ""
+    always_prompts: bool = False
+    plain: Ending | None = None
+
 
 @dataclass
 class Sentinels:
@@ -84,16 +108,7 @@ def with_sentinels(message: Message) -> Sentinels:
     return made
 
 
-def learn(
-    answer: Sentinels,
-    prompt: str,
-    whole: str,
-    onwards: str | None,
-    stops: re.Pattern[str],
-    known: Collection[str],
-    has_calls: bool,
-    always_prompts: bool,
-) -> Ending:
+def learn(answer: Sentinels, prompt: str, whole: str, onwards: str | None, stops: Stops) -> Ending:
     """How a template ends an answer.
 
     Args:
@@ -101,10 +116,7 @@ def learn(
         prompt: What stands before it at inference.
         whole: The conversation up to and with the answer.
         onwards: Conversation with a further turn, up to the text of that turn; ``None`` where the template has none.
-        stops: Matches an added token that may stop an answer.
-        known: Tokens that generation stops at, by the tokenizer, the model's generation config and plain answers.
-        has_calls: Whether the answer has tool calls, whose markup may end with a token that stops nothing.
-        always_prompts: Whether the template ends any conversation with the prompt of the next answer.
+        stops: What is known of stop tokens.
     """
     begin = len(prompt) if whole.startswith(prompt) else 0
     places = {text: whole.find(text, begin) for text in answer.fields}
@@ -116,33 +128,36 @@ def learn(
     tail, last_words = whole[end:], whole[max(begin, end - 64) : end]
     first, header, between = found[0][0], "", ""
     if not begin:
-        tokens = list(stops.finditer(prompt))
+        tokens = list(stops.pattern.finditer(prompt))
         header = prompt[tokens[-1].start() :] if tokens else ""
         header = header if header in whole[:first] else ""
         begin = whole.rfind(header, 0, first) + len(header) if header else first
     if len(found) > 1 and answer.fields[found[0][1]] == "the reasoning":
         between = whole[found[0][0] + len(found[0][1]) : found[1][0]]
     after = "" if onwards is None else onwards.partition(last_words)[2]
-    found_stops = [_stop(tail, next_turn, always_prompts, stops, known) for next_turn in (after, "")]
-    is_known = [any(token in known for token in stops.findall(stop)) for stop in found_stops]
-    stop = found_stops[has_calls and is_known == [False, True]]
-    return Ending(lost, tail, stop, whole[begin:first], header, between)
+    return Ending(lost, tail, _stop(tail, after, stops), whole[begin:first], header, between)
 
 
-def _stop(tail: str, after: str, always_prompts: bool, stops: re.Pattern[str], known: Collection[str]) -> str:
-    """What follows an answer, up to and with the token that stops it."""
+def _stop(tail: str, after: str, stops: Stops) -> str:
+    """What follows an answer, up to and with the token that stops it; empty where none does."""
     shared = num_shared(tail, after) if after else len(tail)
-    closing = [token for token in stops.finditer(tail) if token.end() <= shared]
+    tokens = list(stops.pattern.finditer(tail))
+    known = [token for token in tokens if token.group() in stops.known]
+    if known and known[0].end() <= shared:
+        return tail[: known[0].end()]
+    own = tail.partition(stops.opener)[0] if stops.opener else tail  # behind that, another turn has begun
+    tokens, known = ([token for token in some if token.end() <= len(own)] for some in (tokens, known))
+    closing = [token for token in tokens if token.end() <= shared]
+    if known and (stops.plain or not closing):
+        return own[: known[0].end()]
     if closing:  # of a template that always ends with a prompt, the next turn may begin behind the first one
-        last = closing[0] if always_prompts else closing[-1]
-        return tail[: next((token for token in closing if token.group() in known), last).end()]
-    if token := next((token for token in stops.finditer(tail) if token.group() in known), None):
-        return tail[: token.end()]
-    if tokens := list(stops.finditer(tail)):
-        return tail[: tokens[-1].end()]
-    token = stops.search(after)
-    begins_next = token and after[: token.start()].rstrip() == tail.rstrip()
-    return after[: token.end()] if token and begins_next else ""
+        return own[: closing[0 if stops.always_prompts else -1].end()]
+    if tokens:
+        return own[: tokens[-1].end()]
+    token = stops.pattern.search(after)
+    if token and after[: token.start()].rstrip() == own.rstrip() and (stops.plain is None or stops.plain.stops_at_next):
+        return after[: token.end()]
+    return ""
 
 
 def num_shared(a: str, b: str) -> int:

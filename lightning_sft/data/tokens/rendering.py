@@ -11,6 +11,7 @@ from itertools import product
 from lightning_sft.data.tokens import control_tokens
 from lightning_sft.data.tokens.answer_shape import (
     Ending,
+    Stops,
     is_written,
     learn,
     num_shared,
@@ -208,9 +209,10 @@ class Rendering:
             onwards = onwards.partition("XqnextqX")[0]
         except InputError:
             onwards = None
-        stops = [] if message is _PLAIN else template.endings.findall(self._ending(at, _PLAIN).stop)[-1:]
-        known = template.known_stops.union(stops)
-        found = learn(answer, prompt, whole, onwards, template.endings, known, bool(calls), template.always_prompts)
+        plain = None if message is _PLAIN else self._ending(at, _PLAIN)
+        known = template.known_stops.union(template.endings.findall(plain.stop)[-1:] if plain else [])
+        stops = Stops(template.endings, known, template.opener, template.always_prompts, plain)
+        found = learn(answer, prompt, whole, onwards, stops)
         is_past = any(text and text in found.before for text in (m.get("content", "").strip() for m in before))
         if found.header and is_past and prompt.count(found.header) != whole.count(found.header):  # of an earlier answer
             return replace(found, header="", before="")

@@ -171,9 +171,8 @@ class Template:
     def wants_parts(self) -> bool:
         """Whether the template writes a text only where it is given as a list of parts."""
         self.__dict__["wants_parts"] = False  # while it is tried with strings
-        turns = [{"role": "user", "content": "Xq1qX"}, {"role": "assistant", "content": "Xq2qX"}]
         found = []
-        for messages in (turns, list(map(_as_parts, turns))):
+        for messages in (_EXCHANGE, list(map(_as_parts, _EXCHANGE))):
             try:
                 whole = self.rendered(messages, None, False, self.config.variables)[0]
             except InputError:
@@ -195,13 +194,30 @@ class Template:
         return False
 
     @cached_property
+    def opener(self) -> str:
+        """The token that begins the turn of an answer; empty where that is not known."""
+        try:
+            prompt, asked = (self._tried(_EXCHANGE[:1], generation) for generation in (True, False))
+        except InputError:
+            return ""
+        token = self.endings.search(prompt, len(asked)) if prompt.startswith(asked) else None
+        return token.group() if token else ""
+
+    def _tried(self, messages: Sequence[Message], generation: bool) -> str:
+        """The text of messages without tools, or with one where the template wants some."""
+        try:
+            return self.render(messages, None, generation)
+        except InputError:
+            tool = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
+            return self.render(messages, [{"type": "function", "function": tool}], generation)
+
+    @cached_property
     def always_prompts(self) -> bool:
         """Whether the template ends every conversation with the prompt of an answer, asked for or not."""
-        turns = [{"role": "user", "content": "Xq1qX"}, {"role": "assistant", "content": "Xq2qX"}]
         try:
-            texts = [self.render(turns[:1], None, generation) for generation in (True, False)]
-            behind = texts[0].partition("Xq1qX")[2]
-            return texts[0] == texts[1] and bool(behind.strip()) and self.render(turns, None, False).endswith(behind)
+            texts = [self._tried(_EXCHANGE[:1], generation) for generation in (True, False)]
+            behind, whole = texts[0].partition("Xq1qX")[2], self._tried(_EXCHANGE, False)
+            return texts[0] == texts[1] and bool(behind.strip()) and whole.endswith(behind)
         except InputError:
             return False
 
@@ -212,6 +228,9 @@ class Template:
                 self._learnt.clear()
             self._learnt[key] = make()
         return self._learnt[key]
+
+
+_EXCHANGE: list[Message] = [{"role": "user", "content": "Xq1qX"}, {"role": "assistant", "content": "Xq2qX"}]
 
 
 @lru_cache(maxsize=64)
