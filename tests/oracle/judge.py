@@ -189,7 +189,7 @@ def _judge_rest(
         raise WrongError(f"{where}: {whole!r} does not end as the template writes it, with {tail!r}")
     markers = control_tokens(inference.tokenizer)
     begun = inference.prompt(turn).rpartition(["\0", *inference.texts_before(turn)][-1])[2][-200:]
-    if left := [token for token in markers if token in head and token not in text and token not in begun]:
+    if left := [token for token in markers if token in head and _squeezed(token) not in _squeezed(text + begun)]:
         raise WrongError(f"{where}: {text!r} has no {left[0]}, which the template writes before it")
     for value in sorted(map(str, values), key=len, reverse=True):
         rest = rest.replace(value, "\x00", 1) if value in rest else rest.replace(value.strip(), "\x00", 1)

@@ -22,7 +22,10 @@ MECHANISMS = {
         "behind the prompt by itself",
         "the answer is put behind the prompt, since the template writes the past anew",
     ),
-    "n": ("an empty thought is trained", "the prompt begins a thought, which is trained to be empty"),
+    "n": (
+        "an empty thought is trained",
+        "an empty thought is trained, as the template writes it or as the prompt begins it",
+    ),
     "p": ("parts", "content is given as a list of parts"),
     "m": ("refuses system turns", "the system turn begins the user's"),
     "k": ("control tokens in their texts", "control tokens of texts are tokenized as plain text"),
