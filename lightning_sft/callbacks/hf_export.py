@@ -17,6 +17,7 @@ from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.rows.mixture import as_mixture
+from lightning_sft.data.tokens.held_out import side_of
 from lightning_sft.export import parity
 from lightning_sft.export.convert import Dtype, Live, Settings, convert, from_checkpoint, rows_to_compare
 from lightning_sft.export.gguf_file import GGUFType
@@ -190,7 +191,8 @@ class HFExport(Callback):
         source = getattr(data, "sources", {}).get("val")
         if self.rows is None and source is not None:
             with suppress(InputError):  # e.g. an exhausted iterator
-                found = parity.held_out(as_mixture(source), data.reading)
+                side = side_of("val", getattr(data, "held_out", None))
+                found = parity.held_out(as_mixture(source), data.reading, side)
                 return f"{len(found)} rows of the run's validation data", found
         return rows_to_compare({}, self.rows)
 

@@ -14,6 +14,7 @@ import numpy as np
 from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
 from lightning_sft.data.rows.sources import Source, files_of
+from lightning_sft.data.tokens.held_out import Side, side_of
 from lightning_sft.data.tokens.template import TemplateConfig
 from lightning_sft.training.optimizers import parts_of
 from lightning_sft.training.trainer import datamodule_of
@@ -35,7 +36,7 @@ _TRAINER = (
 )
 _FILES = 8  # of a part; an export reads a few rows
 _OF_PARTS = ("system", "train_on", "chat_template_kwargs")
-_DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed")
+_DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed", "held_out")
 
 
 def run_info(trainer: Trainer) -> dict[str, Any]:
@@ -67,8 +68,10 @@ def _different(settings: Any, defaults: Any) -> dict[str, Any]:
     return {key: value for key, value in own.items() if value != getattr(defaults, key)}
 
 
-def validation_data(facts: Mapping[str, Any]) -> tuple[Mixture, Reading] | None:
-    """The validation data recorded by :func:`run_info`, and how they are read; ``None`` if they were rows in memory.
+def validation_data(facts: Mapping[str, Any]) -> tuple[Mixture, Reading, Side | None] | None:
+    """The validation data recorded by :func:`run_info`, how they are read, and which of the rows they are.
+
+    ``None`` if they were rows in memory.
 
     The checkpoint may come from somebody else, so only individually named files are read; no folder or pattern is
     searched.
@@ -87,7 +90,8 @@ def validation_data(facts: Mapping[str, Any]) -> tuple[Mixture, Reading] | None:
         name: Part(_files(part), **{key: part.get(key) for key in ("format", "columns", *_OF_PARTS)})
         for name, part in known.items()
     }
-    return Mixture(dict(made)), Reading(**facts.get("reading", {}))
+    side = side_of("val", facts.get("data_module", {}).get("held_out"))
+    return Mixture(dict(made)), Reading(**facts.get("reading", {})), side
 
 
 def _files(part: Mapping[str, Any]) -> list[str]:

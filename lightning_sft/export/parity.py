@@ -24,6 +24,7 @@ from lightning_sft.data.rows.mixture import Mixture
 from lightning_sft.data.rows.sources import Source, leaves, parsed
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode_many
+from lightning_sft.data.tokens.held_out import Side
 from lightning_sft.data.tokens.template import configure, configured
 from lightning_sft.machine.terminal import Console
 from lightning_sft.types import Conversation, Example, InputError
@@ -118,12 +119,15 @@ class Report:
             console.print(Text.assemble(("✗", "red"), f" {failure}"))
 
 
-def held_out(mixture: Mixture, reading: Reading | None = None, most: int = 8) -> list[Conversation]:
+def held_out(
+    mixture: Mixture, reading: Reading | None = None, side: Side | None = None, most: int = 8
+) -> list[Conversation]:
     """The first usable rows of data, equally many of each part.
 
     Args:
         mixture: Data to read.
         reading: How rows are read.
+        side: The rows that may be taken, where the data are training data of which a share is held out.
         most: Maximum number of rows.
 
     Raises:
@@ -133,7 +137,8 @@ def held_out(mixture: Mixture, reading: Reading | None = None, most: int = 8) ->
     each = -(-most // len(mixture.parts))
     for part in mixture.of_name.values():
         convert = Converter((reading or Reading()).of(part))
-        found += islice(_usable(part.source, convert), each)
+        rows = _usable(part.source, convert)
+        found += islice((row for row in rows if side is None or side.has(row)), each)
     if not found:
         raise InputError("No row of the data can be used to compare the trained and the exported model.")
     return found[:most]

@@ -9,6 +9,8 @@ import pytest
 from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, validation_data
 from lightning_sft.data.rows.mixture import Mixture, Part
+from lightning_sft.data.tokens.held_out import side_of
+from lightning_sft.export.parity import held_out
 from tests.helpers.exporting import trained
 
 
@@ -44,12 +46,20 @@ def test_a_checkpoint_knows_its_data_figures_and_settings(pretrained: str, saved
 def test_validation_data_can_be_read_again_where_they_are_files(pretrained: str, saved: Any, jsonl: Any) -> None:
     path = jsonl([{"question": "a", "answer": "b"}])
     data = {"val": path, "train": path, "columns": {"prompt": "question", "completion": "answer"}}
-    mixture, _ = validation_data(saved(trained(pretrained, data=data)))
+    mixture, _, side = validation_data(saved(trained(pretrained, data=data)))
     assert mixture is not None
     [part] = mixture.of_name.values()
-    assert (part.source, part.columns) == ([path], data["columns"])
+    assert (part.source, part.columns, side) == ([path], data["columns"], None)
     assert validation_data(saved(trained(pretrained))) is None  # rows in memory
     assert validation_data({}) is None
+
+
+def test_a_share_of_the_training_data_is_read_again_as_that_share(pretrained: str, saved: Any, jsonl: Any) -> None:
+    path = jsonl([{"prompt": f"a{i}", "completion": "b"} for i in range(60)])
+    mixture, reading, side = validation_data(saved(trained(pretrained, data={"train": path, "val": "20%"})))
+    found = held_out(mixture, reading, side, most=60)
+    assert 0 < len(found) < 30
+    assert all(side_of("val", 0.2).has(row) for row in found)
 
 
 def test_of_a_stream_no_rows_are_counted(pretrained: str, saved: Any, jsonl: Any) -> None:

@@ -167,15 +167,14 @@ class Rendering:
             return None
         return self.template.trace(self.messages, self.tools, self.variables)
 
-    def _traced_turn(self, at: int) -> tuple[str, int, str | None] | None:
-        """The text of a turn with all before it, where it begins there, and what follows its prompt."""
+    def _traced_turn(self, at: int) -> tuple[str, int, str] | None:
+        """The text of a turn with all before it, where it begins there, and what follows its prompt, if traced."""
         trace = self._trace
         if trace is None or not trace.begins[at] or not trace.begins[at + 1]:
             return None
-        begin = trace.begins[at]
-        if not trace.text.startswith(trace.prompt, begin):
-            return trace.text[:begin] + trace.prompt, begin + len(trace.prompt), None
-        begin += len(trace.prompt)
+        begin = trace.begins[at] + len(trace.prompt)
+        if not trace.text.startswith(trace.prompt, trace.begins[at]):
+            return None
         return trace.text, begin, trace.text[begin : trace.begins[at + 1]] + trace.end
 
     def _whole(self, at: int, message: Message) -> tuple[str, list[Span]]:
@@ -222,6 +221,7 @@ class Rendering:
         """What the template writes of an answer: a text with all before it, where it begins, itself, and a problem."""
         ending = self._ending(at, message if any(shape_of(message)) else _PLAIN)
         marks: list[Span] | None = None
+        rest: str | None
         if (traced := self._traced_turn(at)) and message is self.messages[at]:
             text, begin, rest = traced
         else:
