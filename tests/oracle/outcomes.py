@@ -20,11 +20,11 @@ from tests.oracle.vocabularies import tokenizer_for
 MECHANISMS = {
     "r": (
         "behind the prompt by itself",
-        "the answer is put behind the prompt, since the template writes the past anew",
+        "the answer is put behind the prompt, since the template writes the past in other words",
     ),
     "n": (
         "an empty thought is trained",
-        "an empty thought is trained, as the template writes it or as the prompt begins it",
+        "an empty thought is trained",
     ),
     "p": ("parts", "content is given as a list of parts"),
     "m": ("refuses system turns", "the system turn begins the user's"),
