@@ -22,6 +22,7 @@ from lightning_sft.data.tokens.tokenize import Beginning, Ids
 from lightning_sft.objective import target_weight
 from lightning_sft.types import Conversation, Example, InputError, Normalize, Prompt
 
+_BEFORE = ("\n", "x", ".")  # texts of which at least one does not merge with what follows
 _AT_ONCE = 16 << 20  # characters of rendered text that are tokenized together
 
 
@@ -289,13 +290,19 @@ def _assemble(
 def _apart(context: Beginning, both: Beginning, answer: Answer, where: str, template: ChatTemplate) -> Ids:
     """Ids of an answer by itself.
 
+    Some vocabularies put a blank before a text: it is tokenized behind another text there, whose ids are then left out.
+
     Raises:
         InputError: When they are not what follows on the prompt.
     """
-    [own] = template.token_ids([answer.own])
-    if template.tokenizer.decode([*context.ids.tolist(), *own]) != template.tokenizer.decode(both.ids.tolist()):
-        raise InputError(f"{where}: the tokenizer cannot tokenize the answer apart from the prompt before it.")
-    return np.array(own, np.int32)
+    prompt, expected = context.ids.tolist(), template.tokenizer.decode(both.ids.tolist())
+    before = ["", *_BEFORE]
+    behind = template.token_ids([text + answer.own for text in before])
+    for alone, own in zip(template.token_ids(before), behind, strict=True):
+        left = own[len(alone) :]
+        if own[: len(alone)] == alone and template.tokenizer.decode([*prompt, *left]) == expected:
+            return np.array(left, np.int32)
+    raise InputError(f"{where}: the tokenizer cannot tokenize the answer apart from the prompt before it.")
 
 
 class _Sequence:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, normalizers
 
+from lightning_sft.data.tokens import encode as encoding
 from lightning_sft.data.tokens import render as templates
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode, encode_all, encode_many, encode_prompt
@@ -360,9 +361,12 @@ def test_an_answer_that_would_merge_with_its_prompt_is_tokenized_apart_as_it_is_
         assert list(example.target_weights) == [0.0] * len(context) + [1.0] * len(trained)
 
 
-def test_an_answer_that_cannot_be_tokenized_apart_from_its_prompt_is_refused() -> None:
+def test_an_answer_that_cannot_be_tokenized_apart_from_its_prompt_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = merging_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")  # before every text, as vocabularies of Llama 2
+    [example] = encode(conversation("x", "bc"), tokenizer)  # behind another text it gets none
+    assert targets(example, tokenizer) == "bc<|im_end|>"
+    monkeypatch.setattr(encoding, "_BEFORE", ())
     with pytest.raises(InputError, match=r"f:7: turn 2: the tokenizer cannot tokenize the answer apart"):
         encode(conversation("x", "bc"), tokenizer)
 
