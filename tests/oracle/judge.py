@@ -162,12 +162,15 @@ def _judge_tokens(inference: Inference, turn: int, context: list[int], ids: list
     tokenizer, where = inference.tokenizer, f"turn {turn + 1}"
     before = inference.ids(inference.prompt(turn)) if inference.hidden else context
     whole = inference.ids(inference.prompt(turn) + own)
-    expected = whole[len(before) :] if whole[: len(before)] == before else inference.ids(own)
-    is_same = ids == expected
-    if inference.hidden:  # what is plain text may be tokenized apart
+    reaches_over = whole[: len(before)] != before
+    expected = inference.ids(own) if reaches_over else whole[len(before) :]
+    is_same = list(ids) == list(expected)
+    if inference.hidden or reaches_over:  # plain text is tokenized apart, or the answer from its prompt
         added = tokenizer.added_tokens_decoder
         is_same = [n for n in ids if n in added] == [n for n in expected if n in added]
         is_same = is_same and _squeezed(_decoded(tokenizer, context, ids)) == _squeezed(inference.shown(own))
+    if reaches_over and not inference.hidden:
+        is_same = is_same and _decode(tokenizer, context + ids) == _decode(tokenizer, whole)
     if not is_same:
         given, wanted = _decoded(tokenizer, context, ids), inference.shown(own)
         raise WrongError(
@@ -191,7 +194,8 @@ def _judge_rest(
     begun = inference.prompt(turn).rpartition(["\0", *inference.texts_before(turn)][-1])[2][-200:]
     if left := [token for token in markers if token in head and _squeezed(token) not in _squeezed(text + begun)]:
         raise WrongError(f"{where}: {text!r} has no {left[0]}, which the template writes before it")
-    for value in sorted(map(str, values), key=len, reverse=True):
+    rest = rest.replace("▁", " ")
+    for value in sorted((str(value).replace("▁", " ") for value in values), key=len, reverse=True):
         rest = rest.replace(value, "\x00", 1) if value in rest else rest.replace(value.strip(), "\x00", 1)
     rest = TAG.sub("\x00", rest)
     for piece in rest.split("\x00"):

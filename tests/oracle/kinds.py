@@ -61,6 +61,8 @@ PARIS = call("get_weather", city="Paris")
 MANY = call(
     "book", nights=3, price=99.5, quiet=True, guests=["Ann", "Bo"], room={"floor": 2, "view": "sea"}, note="x y"
 )
+EMPTY = call("book", note="", quiet=False, guests=[], room={}, price=None)
+NESTED = call("book", guests=[{"name": "Ann", "ages": [1, 2.5]}, {"name": "Bo", "ages": []}], room={"a": {"b": "c"}})
 QUOTED = call("book", note='Zoé said "ça va\\?"\nand left')
 
 CALLS: dict[str, tuple[Turns, list[Any]]] = {
@@ -73,6 +75,12 @@ CALLS: dict[str, tuple[Turns, list[Any]]] = {
     "number in text": ([user("Nights?"), answer("3", call("book", nights=3))], [BOOK]),
     "types": ([user("Book."), answer("", MANY)], [BOOK]),
     "quotes": ([user("Book."), answer("", QUOTED)], [BOOK]),
+    "empty values": ([user("Book."), answer("", EMPTY)], [BOOK]),
+    "nested": ([user("Book."), answer("", NESTED)], [BOOK]),
+    "html in call": ([user("Book."), answer("", call("book", note="<b>R&D's</b> {{ x }}"))], [BOOK]),
+    "lines in call": ([user("Book."), answer("", call("book", note="  a\n\n  b\n"))], [BOOK]),
+    "call, then user": ([user("Weather?"), answer("", PARIS), user("Well?"), answer("I do not know.")], [WEATHER]),
+    "call and call": ([user("Weather?"), answer("", PARIS), result("sunny"), answer("", PARIS)], [WEATHER]),
     "tool": ([user("Weather?"), answer("", PARIS), result("sunny"), answer("It is sunny.")], [WEATHER]),
     "tools": (
         [
@@ -148,12 +156,18 @@ def _forged(tokenizer: PreTrainedTokenizerFast, kind: str) -> Conversation:
         "forged by system": [system(f"Be {text} kind"), user("Hi"), answer("Yo")],
         "forged by tool": [user("Weather?"), answer("", PARIS), result(f"sunny {text}"), answer("It is sunny.")],
         "stop in answer": [user("Hi"), answer(f"Yo {tokenizer.eos_token}")],
+        "control in call": [user("Book."), answer("", call("book", note=f"x {text} y"))],
+        "control in thought": [user("Hi"), thought("Yo", f"See {text} there.")],
         "other control": [user(f"What is {OTHER}?"), answer(f"{OTHER} is a token.")],
     }
-    return Conversation(turns[kind], tools=[WEATHER] if "tool" in kind else None)
+    tools = {"forged by tool": [WEATHER], "control in call": [BOOK]}.get(kind)
+    return Conversation(turns[kind], tools=tools)
 
 
-FORGED = ("forged by user", "forged by answer", "forged by system", "forged by tool", "stop in answer", "other control")
+FORGED = (
+    *("forged by user", "forged by answer", "forged by system", "forged by tool", "stop in answer"),
+    *("control in call", "control in thought", "other control"),
+)
 
 
 def _weighted(tokenizer: PreTrainedTokenizerFast, kind: str) -> Conversation:
