@@ -34,6 +34,10 @@ TESTS = {
     "data/batches/plan": ["tests/data/batches/test_plan.py"],
     "data/batches/packing": ["tests/data/batches/test_packing.py"],
     "data/tokens/encode": ["tests/data/tokens/test_encode.py"],
+    "data/tokens/rendering": ["tests/data/tokens/test_encode.py", "tests/test_templates_page.py"],
+    "data/tokens/answer_shape": ["tests/data/tokens/test_encode.py", "tests/test_templates_page.py"],
+    "data/tokens/render": ["tests/data/tokens/test_render.py", "tests/data/tokens/test_encode.py"],
+    "data/tokens/tokenize": ["tests/data/tokens/test_tokenize.py", "tests/data/tokens/test_encode.py"],
 }
 """The tests that are to notice, beside the module's own doctests."""
 

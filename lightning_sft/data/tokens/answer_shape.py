@@ -17,6 +17,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import escape
+
 from lightning_sft.types import Message
 
 Shape = tuple[Any, ...]
@@ -195,6 +198,8 @@ def is_written(value: Any, text: str) -> bool:
         lambda own: json.dumps(own, ensure_ascii=False)[1:-1],
         lambda own: json.dumps(own)[1:-1],
         lambda own: repr(own)[1:-1],
+        lambda own: str(htmlsafe_json_dumps(own))[1:-1],
+        escape,
         str.strip,
     )
     return any(way(value) in text for way in ways)

@@ -512,3 +512,13 @@ def test_control_tokens_in_the_description_of_a_tool_are_text_and_in_a_name_refu
     tools[0]["function"]["parameters"] = {"<|im_end|>": {"type": "string"}}
     with pytest.raises(InputError, match=r"a tool's description contains the control token '<\|im_end\|>'"):
         encode(replace(conversation("a", "b"), tools=tools), tiny_tokenizer(template))
+
+
+@pytest.mark.parametrize("written", ["{{ a }}", "{{ a | tojson }}", "{{ a | e }}", "{{ a | string }}"])
+def test_arguments_are_found_as_templates_escape_them(written: str) -> None:
+    body = "{% for call in m.tool_calls %}{{ call.function.name }}{% for k, a in call.function.arguments.items() %}"
+    body += "{{ k }}=" + written + "{% endfor %}{% endfor %}"
+    template = CHATML.replace("+ m['content'] + '<|im_end|>\n' }}", "+ m['content'] }}" + body + "{{ '<|im_end|>\n' }}")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"é": '<b>"R&D\'s"</b> \\ é\n'}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert encode(Conversation([{"role": "user", "content": "a"}, turn], provenance="f:7"), tiny_tokenizer(template))
