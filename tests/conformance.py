@@ -22,7 +22,6 @@ from tests.oracle.outcomes import MECHANISMS, Case, Outcome
 from tests.oracle.possible import REASONS
 from tests.oracle.templates import of_trl as templates
 from tests.oracle.templates import published
-from tests.oracle.vocabularies import KINDS as VOCABULARIES
 from tests.oracle.vocabularies import tokenizer_for
 
 __all__ = ["CONVERSATIONS", "TOOLS", "FrozenClock", "answer", "conversation", "templates", "tokenizer_for", "user"]
@@ -117,14 +116,14 @@ def matrix(found: Mapping[str, Mapping[str, Outcome]]) -> str:
 def further() -> str:
     """The part of the page on all tokenizers and on further templates."""
     rows = []
-    for name, sources in (("trl 1.16", templates()), ("others", published())):
-        for vocabulary in VOCABULARIES:
-            found = outcomes(sources, vocabulary)
-            everything = [outcome for own in found.values() for outcome in own.values()]
-            rows.append(f"| {name}, {len(sources)} | {VOCABULARY_NAMES[vocabulary]} | {totals(everything)} |")
-            if name == "others" and vocabulary == "bytes":
-                each = [f"| {stem} | {totals(own.values())} |" for stem, own in sorted(found.items())]
-    tables = [*rows, "", "Byte-level, by template:", "", f"| template {HEAD}", "|---|---|---|---|---|---|", *each]
+    for vocabulary, words in VOCABULARY_NAMES.items():
+        own = [outcome for found in outcomes(templates(), vocabulary).values() for outcome in found.values()]
+        rows.append(f"| trl 1.16, {len(templates())} | {words} | {totals(own)} |")
+    found = outcomes(published())
+    own = [outcome for kinds_of in found.values() for outcome in kinds_of.values()]
+    rows.append(f"| others, {len(found)} | {VOCABULARY_NAMES['bytes']} | {totals(own)} |")
+    each = [f"| {stem} | {totals(kinds_of.values())} |" for stem, kinds_of in sorted(found.items())]
+    tables = [*rows, "", "The others, by template:", "", f"| template {HEAD}", "|---|---|---|---|---|---|", *each]
     return "\n".join([FURTHER, FURTHER_PREFACE, *tables, ""])
 
 

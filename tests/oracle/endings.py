@@ -54,7 +54,7 @@ def ending_of(inference: Inference, turn: int, known: Sequence[str]) -> Ending:
     whole_answer = behind and not missing(values, written)
     if not values:  # its stop is that of any answer; a template may write nothing of an empty one
         plain = ending_of(inference.with_text(turn, "zqvTextvqz"), turn, known)
-        return replace(plain, own=None, written=written + plain.written)
+        return replace(plain, own=None, written=plain.written.replace("zqvTextvqz", ""))
     if found := stops.search(written, fields_end):
         is_interrupted = bool(stops.search(written[:fields_end]))
         own = written[: found.end()] if whole_answer and not is_interrupted else None
