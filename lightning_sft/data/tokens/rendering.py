@@ -120,8 +120,7 @@ class Rendering:
             if problem:
                 own = self._raw(at, text[:begin], bare, problem)
             if reasoning:
-                header = self._header(self._ending(at, bare)) if (message.get("content") or "").strip() else ""
-                own, trained = self._with_thought(text[:begin], reasoning, own, header)
+                own, trained = self._with_thought(at, text[:begin], {**bare, "reasoning_content": reasoning}, own)
             self.notes.add(_BY_ITSELF)
         if not any(shape_of(message)):
             self.notes.add("an answer is empty, and its stop token alone is trained")
@@ -292,7 +291,7 @@ class Rendering:
         left, rest = prompt[shared:], whole[shared:]
         tags = _TAGS.findall(left)
         is_within = bool(tags) and tags[0].startswith("</")  # the prompt ends a thought that the render continues
-        endings, own = self.template.endings, rest.removesuffix(ending.tail)
+        endings, own = self.template.endings, control_tokens.without_marked(rest.removesuffix(ending.tail))
         is_repeated = set(endings.findall(left)) & set(endings.findall(own))
         if is_within or is_repeated or not _THOUGHT_WORD.fullmatch(_TAGS.sub("", endings.sub("", left))):
             here = whole.rfind(ending.header + ending.before) if ending.header else -1
@@ -312,7 +311,8 @@ class Rendering:
         """
         plain = self._ending(at, _PLAIN)
         stop = self._ending(at, message if any(shape_of(message)) else _PLAIN).stop or plain.stop
-        if message.get("tool_calls") or not stop:
+        has_header = not at or self.messages[at - 1]["role"] != "assistant" or self.template.opener in prompt[-64:]
+        if message.get("tool_calls") or not stop or not has_header:
             raise InputError(problem)
         text, opened = message.get("content") or "", _OPENING.search(prompt)
         if (inline := _INLINE.match(text)) and prompt.rstrip().endswith("</think>"):
@@ -325,27 +325,33 @@ class Rendering:
         """What the template writes between the prompt and an answer, where that has control tokens."""
         return ending.before if self.template.endings.search(ending.before) else ""
 
-    def _with_thought(self, prompt: str, thought: str, own: str, header: str) -> tuple[str, int]:
+    def _with_thought(self, at: int, prompt: str, message: Message, own: str) -> tuple[str, int]:
         """An answer with a thought in it that the template drops, and where what follows the thought begins.
 
         Raises:
             InputError: When the prompt has ended the thought.
         """
+        thought, has_text = message["reasoning_content"], bool((message.get("content") or "").strip())
         if opened := _OPENING.search(prompt):
             closing = _closing(opened)
             own = own if own.startswith(closing) else closing + own
             return thought + own, len(thought) + len(closing)
         if prompt.rstrip().endswith("</think>"):
             raise InputError(_ENDED)
+        header = self._header(self._ending(at, _PLAIN)) if has_text else ""
         header = header if own.startswith(header) else ""
+        begin, end = f"{header}<think>\n", "\n</think>\n\n"
+        usual = self._ending(at, _THOUGHTFUL)  # as the template writes thoughts elsewhere
+        if not usual.lost and usual.between and not message.get("tool_calls"):
+            begin, end = usual.before, usual.between
         own = own.removeprefix(header)
         if empty := _EMPTY_THOUGHT.match(own):
             own = own[empty.end() :].lstrip()
-        written = f"{header}<think>\n{thought}\n</think>\n\n"
-        return written + own, len(written)
+        return begin + thought + end + own, len(begin) + len(thought) + len(end)
 
 
 _PLAIN: Message = {"role": "assistant", "content": "x"}
+_THOUGHTFUL: Message = {**_PLAIN, "reasoning_content": "x"}
 _BY_ITSELF = "the answer is put behind the prompt by itself, since the chat template writes the past in another way"
 _UNTHINKING = (
     "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
