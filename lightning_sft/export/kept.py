@@ -95,6 +95,9 @@ def unkept(
 ) -> list[str]:
     """Names of the pretrained weights that an exported folder lacks or, if they were not trained, has with other bits.
 
+    Every stored tensor is loaded, or passed over, or was refused by :func:`~lightning_sft.model.pretrained.load_model`.
+    Names in the files need not be the same: transformers writes those of an architecture's first checkpoints.
+
     Args:
         model: Model loaded from the folder.
         parts: Weights that were not trained, see :func:`pretrained_parts`.
@@ -104,10 +107,7 @@ def unkept(
     """
     found = model.state_dict()
     wrong = [name for name, values in parts.items() if not torch.equal(found[name].to(dtype), values.to(dtype))]
-    stored, written = stored_names(pretrained), stored_names(str(folder))
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    if parts:
-        wrong += sorted(stored.keys() - written.keys() - tied.keys())
+    written = stored_names(str(folder))
     for name, path in passed_over(model, pretrained).items():
         with safe_open(path, framework="pt") as before, safe_open(written.get(name, path), framework="pt") as after:
             if name not in written or not torch.equal(before.get_tensor(name), after.get_tensor(name)):

@@ -132,6 +132,17 @@ def test_stored_tensors_that_transformers_does_not_load_are_kept(max_shard_size:
     check_kept(pretrained, tmp_path / "again/final")
 
 
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "gemma3", "mistral3"])
+def test_names_in_the_files_may_be_those_of_another_version_of_transformers(kind: str, tmp_path: Path) -> None:
+    pretrained = composite(tmp_path / "pretrained", kind)
+    model = load_exported(pretrained)
+    state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
+    save_file(state, Path(pretrained) / "model.safetensors", metadata={"format": "pt"})
+    trained(pretrained, HFExport(str(tmp_path / "out")))
+    reloaded = load_exported(tmp_path / "out/final").state_dict()
+    assert all(torch.equal(state[name], reloaded[name]) for name in outside_language_model(model))
+
+
 def test_a_weight_that_is_lost_or_changed_fails_the_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrained = composite(tmp_path / "pretrained", "qwen3_5")
     add(pretrained, "mtp.fc.weight")
