@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lightning_sft.data.batches.loader import PAD_ID, PromptBatch, PromptLoader
 from lightning_sft.io.arguments import AboveZero, Index, NonNegative, check_arguments, made
 from lightning_sft.machine.contexts import evaluating
+from lightning_sft.model.backbone import language_model
 from lightning_sft.model.pretrained import num_positions
 from lightning_sft.training.checks import check_prompts
 from lightning_sft.training.trainer import data_parallel, gather
@@ -136,7 +137,8 @@ def answers(
         alone = (PromptBatch([prompt], batch.tokenizer).to(batch.input_ids.device) for prompt in batch.prompts)
         return [row for one in alone for row in answers(model, one, max_new_tokens, sampling)]
     most, begin = int(min(max_new_tokens, left)), batch.input_ids.shape[1]
-    sampling, numbers = sampling or Sampling(), [prompt.number for prompt in batch.prompts]
+    model, sampling = language_model(model), sampling or Sampling()
+    numbers = [prompt.number for prompt in batch.prompts]
     of_model = model.generation_config.eos_token_id
     stops = {*(of_model if isinstance(of_model, list) else [of_model]), *batch.stop_ids} - {None}
     settings = GenerationConfig(max_new_tokens=most, pad_token_id=PAD_ID, eos_token_id=sorted(stops) or None)

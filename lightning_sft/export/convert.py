@@ -19,6 +19,7 @@ from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.export import parity
 from lightning_sft.export.folder import set_aside, widest_dtype, write
 from lightning_sft.export.gguf_file import GGUFType, write_gguf
+from lightning_sft.export.kept import keep_files, pretrained_parts, put_back, unkept
 from lightning_sft.export.model_card import model_card
 from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
 from lightning_sft.io.arguments import NonNegative, check_arguments
@@ -157,8 +158,10 @@ def convert(
     Raises:
         InputError: When the folder fails the comparison.
     """
+    own = checkpoint["hyper_parameters"]
     with torch.random.fork_rng(devices=[]):  # exporting must not change the random numbers of a run
         model = restored(checkpoint)
+        parts = pretrained_parts(model, own["pretrained"])
     dtype = widest_dtype(model)
     target = getattr(torch, settings.dtype) if settings.dtype else dtype
     is_rounded = torch.promote_types(dtype, target) != target
@@ -174,11 +177,13 @@ def convert(
         cast_weights(model, dtype)  # adapters may have higher precision than their base
         merge(model)
         report.models.append(parity.agreement("merged", trained, _in_float32(model, examples)))
+    put_back(model, parts)
     cast_weights(model, target)
     with whole_folder(out, replace) as folder:
-        own = checkpoint["hyper_parameters"]
         write(model, tokenizer, folder, load_generation_config(own["pretrained"]), settings.max_shard_size)
+        keep_files(model, own["pretrained"], folder)
         reloaded = load_exported(folder)
+        report.unkept = unkept(reloaded, parts, own["pretrained"], folder, target)
         report.unequal_weights = parity.unequal_weights(model, reloaded)
         report.unequal_ids = parity.unequal_ids(rows[1], tokenizer, load_tokenizer(str(folder)))
         report.models.append(parity.agreement("reloaded", trained, _in_float32(reloaded, examples)))

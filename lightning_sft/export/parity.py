@@ -27,6 +27,7 @@ from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.data.tokens.held_out import Side
 from lightning_sft.data.tokens.template import configure, configured
 from lightning_sft.machine.terminal import Console
+from lightning_sft.model.backbone import language_model
 from lightning_sft.types import Conversation, Example, InputError
 
 _LONGEST = 1024  # maximum number of tokens per sequence
@@ -68,6 +69,7 @@ class Report:
         models: Agreement of each compared model.
         unequal_weights: Names of weights in the folder that differ in any bit from the model that was written.
         unequal_ids: Rows for which the folder's tokenizer yields other ids or targets than the training's.
+        unkept: Names of pretrained weights that the folder lacks or, if they were not trained, has with other bits.
         live: Mean absolute difference of log Pr of targets from the model in training, under its strategy and
             precision; ``None`` if not measured.
         dtype: Dtype of the weights in the folder.
@@ -80,6 +82,7 @@ class Report:
     models: list[Agreement] = field(default_factory=list)
     unequal_weights: list[str] = field(default_factory=list)
     unequal_ids: list[str] = field(default_factory=list)
+    unkept: list[str] = field(default_factory=list)
     live: float | None = None
     dtype: str = "float32"
     rounded_from: str | None = None
@@ -96,6 +99,8 @@ class Report:
             found.append(f"log Pr of the targets differs by {self.live:.3g} on average from the model in training")
         if self.unequal_weights:
             found.append(f"{len(self.unequal_weights)} weights differ from those written: {self.unequal_weights[:3]}")
+        if self.unkept:
+            found.append(f"{len(self.unkept)} weights of model.pretrained were not kept: {self.unkept[:3]}")
         if self.unequal_ids:
             found.append(f"the tokenizer gives other ids than in the training for {self.unequal_ids[:3]}")
         return found
@@ -179,9 +184,9 @@ def sequences(conversations: Sequence[Conversation], tokenizer: PreTrainedTokeni
 def log_probs(model: PreTrainedModel, examples: Iterable[Example]) -> Tensor:
     """Log-probabilities of all tokens at each target of the sequences, ``[T, V]``, in evaluation mode."""
     model.eval()
-    found = []
+    found, text = [], language_model(model)
     for example in examples:
-        logits = model(input_ids=torch.tensor([list(map(int, example.input_ids))]), use_cache=False).logits[0]  # [N, V]
+        logits = text(input_ids=torch.tensor([list(map(int, example.input_ids))]), use_cache=False).logits[0]  # [N, V]
         is_target = torch.tensor([weight > 0 for weight in example.target_weights[1:]])
         found.append(logits[:-1][is_target].float().log_softmax(-1))
     return torch.cat(found)

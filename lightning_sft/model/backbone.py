@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.model.attention.per_document import rows_of_documents
+from lightning_sft.model.pretrained import is_composite
 from lightning_sft.types import InputError
 
 
@@ -15,12 +16,23 @@ def backbone_and_head(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
     Raises:
         InputError: When the architecture does not separate the two.
     """
-    backbone, head = model.base_model, model.get_output_embeddings()
+    backbone, head = model.get_decoder() if is_composite(model) else model.base_model, model.get_output_embeddings()
+    if getattr(backbone, "lm_head", None) is not None:  # Llama 4's decoder has the head inside
+        backbone = getattr(backbone, "model", model)
     if backbone is model or not isinstance(head, nn.Module):
         raise InputError(
             f"{type(model).__name__} has no separate backbone and output head, so it cannot be trained here."
         )
     return backbone, head
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The innermost model whose forward pass gives logits: the model itself, but for Llama 4.
+
+    Llama 4 has a causal language model inside, and its own forward pass fails on text in transformers 5.24.
+    """
+    inner = getattr(model, "language_model", None)
+    return inner if isinstance(inner, PreTrainedModel) and hasattr(inner, "lm_head") else model
 
 
 def hidden_states(

@@ -18,8 +18,10 @@ from tokenizers import AddedToken
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     dynamic_module_utils,
@@ -35,7 +37,7 @@ def load_model(
     quantization: Any = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """Load a pretrained causal language model, in training mode.
+    """Load a pretrained causal language model, in training mode; one of images and text, say, is loaded as a whole.
 
     The dtype defaults to torch's: float32, or the dtype that Lightning's ``precision`` sets while it calls
     ``configure_model`` (``bf16-true``, ``64-true``). Master weights are thus not rounded because a checkpoint is stored
@@ -54,7 +56,13 @@ def load_model(
     given = {"attn_implementation": attn_implementation, "quantization_config": quantization}
     kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     kwargs["dtype"] = dtype or torch.get_default_dtype()
-    model, info = _load(AutoModelForCausalLM, pretrained, "causal language model", output_loading_info=True, **kwargs)
+    auto_class = _auto_class(pretrained)
+    model, info = _load(auto_class, pretrained, "causal language model", output_loading_info=True, **kwargs)
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"{pretrained!r} is an encoder-decoder ({type(model).__name__}), not a causal language model. Use a "
+            "decoder-only model."
+        )
     _check_whole(model, pretrained, info)
     if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the marker would prevent saving them
         del model.hf_quantizer, model.config.quantization_config
@@ -72,7 +80,7 @@ def model_from_config(config: dict[str, Any], attn_implementation: str | None = 
     try:
         with _no_foreign_code():
             built = AutoConfig.for_model(**config)
-            model = AutoModelForCausalLM.from_config(built, dtype=dtype, trust_remote_code=False, **kwargs)
+            model = _class_for(built).from_config(built, dtype=dtype, trust_remote_code=False, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # transformers validates few values, so anything may be raised
@@ -150,7 +158,8 @@ def new_token_ids(pretrained: str, new_tokens: Sequence[str]) -> tuple[list[int]
 
 def load_exported(folder: str | Path) -> PreTrainedModel:
     """Load the model of a folder as a user of transformers would: in the dtype that it is stored in."""
-    return cast(PreTrainedModel, _load(AutoModelForCausalLM, str(folder), "causal language model", dtype="auto"))
+    auto_class = _auto_class(str(folder))
+    return cast(PreTrainedModel, _load(auto_class, str(folder), "causal language model", dtype="auto"))
 
 
 def stop_ids(pretrained: str) -> tuple[int, ...]:
@@ -183,7 +192,8 @@ def context_length(pretrained: str) -> int | None:
 def num_positions(model: PreTrainedModel) -> int | None:
     """Size of the model's table of positions, learned or fixed; ``None`` if positions are computed without limit."""
     size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    tensors = (*model.named_parameters(), *model.named_buffers())
+    decoder = model.get_decoder() if is_composite(model) else model  # a vision tower has a table of its own
+    tensors = (*decoder.named_parameters(), *decoder.named_buffers())
     shapes = (getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors if re.search("wpe|pos", name))
     return size if size and any(len(shape) > 1 and shape[0] >= size for shape in shapes) else None
 
@@ -199,10 +209,10 @@ _COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|(inv_freq|causal_mask
 
 
 def _check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights of the model, or has parts that the model does not load.
+    """Refuse a checkpoint that lacks weights of the model, or has parts that are not of its architecture.
 
-    An export would lack such parts. transformers does not report parts that an architecture skips on purpose, such as
-    the vision tower of a model whose text part is loaded alone; those are found by their names in the files.
+    An export would lack such parts. Parts that an architecture passes over on purpose are kept by the export, see
+    :func:`passed_over`.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if missing := sorted(parameters & set(info["missing_keys"])):
@@ -212,16 +222,8 @@ def _check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) 
             "complete checkpoint of a causal language model."
         )
     names = [name.split(".") for name in model.state_dict()]
-    left, passed_over = set(info["unexpected_keys"]), getattr(model, "_keys_to_ignore_on_load_unexpected", None)
-    if passed_over:
-        ends = {".".join(parts[begin:]) for parts in names for begin in range(len(parts))}  # backbones: no prefix
-        ignored = re.compile("|".join(passed_over))
-        for path in weight_files(pretrained):
-            with safe_open(path, framework="pt") as file:
-                stored = file.keys()  # not a dictionary
-                left |= {name for name in stored if ignored.search(name) and name not in ends}
     modules = {".".join(parts[:end]) for parts in names for end in range(len(parts))}
-    found = Counter(_part(name, modules) for name in left if not _COMPUTED.search(name))
+    found = Counter(_part(name, modules) for name in info["unexpected_keys"] if not _COMPUTED.search(name))
     if found:
         listed = ", ".join(f"{part} ({count} tensors)" for part, count in found.most_common(5))
         raise InputError(
@@ -229,6 +231,60 @@ def _check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) 
             f"{listed}. To train without them, first save only what is loaded: "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(FOLDER), and the tokenizer likewise."
         )
+
+
+def stored_names(pretrained: str) -> dict[str, str]:
+    """Names of the tensors in a model's safetensors files, with the file of each; not those computed today."""
+    found: dict[str, str] = {}
+    for path in weight_files(pretrained):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: path for name in file.keys() if not _COMPUTED.search(name)}  # noqa: SIM118, not a mapping
+    return found
+
+
+def passed_over(model: PreTrainedModel, pretrained: str) -> dict[str, str]:
+    """Stored tensors that the architecture does not load, on purpose, with their files: heads for several tokens, say.
+
+    transformers does not report them; they are found by their names.
+    """
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None)
+    if not patterns:
+        return {}
+    names = [name.split(".") for name in model.state_dict()]
+    ends = {".".join(parts[begin:]) for parts in names for begin in range(len(parts))}  # of a backbone: without prefix
+    ignored = re.compile("|".join(patterns))
+    return {name: path for name, path in stored_names(pretrained).items() if ignored.search(name) and name not in ends}
+
+
+def is_composite(model: PreTrainedModel) -> bool:
+    """Whether the language model is a part of the model, beside a vision tower, say."""
+    return model.config.get_text_config() is not model.config
+
+
+def outside_language_model(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters and persistent buffers that text does not use, such as those of a vision tower."""
+    if not is_composite(model):
+        return []
+    ends: list[Any] = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
+    of_text = {id(tensor) for end in ends for tensor in end.state_dict(keep_vars=True).values()}
+    return [name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in of_text]
+
+
+def _auto_class(pretrained: str) -> Any:
+    """The class of transformers that loads the whole of a checkpoint."""
+    if pretrained.endswith(".gguf"):  # text alone
+        return AutoModelForCausalLM
+    return _class_for(_load(AutoConfig, pretrained, "causal language model"))
+
+
+def _class_for(config: PretrainedConfig) -> Any:
+    """The class of transformers for a configuration: of several modes where there is one, unless it names another."""
+    several: Any = AutoModelForMultimodalLM._model_mapping
+    alone: Any = AutoModelForCausalLM._model_mapping
+    if type(config) not in several:
+        return AutoModelForCausalLM
+    is_text = type(config) in alone and config.architectures == [alone[type(config)].__name__]
+    return AutoModelForCausalLM if is_text else AutoModelForMultimodalLM
 
 
 def _part(name: str, modules: set[str]) -> str:

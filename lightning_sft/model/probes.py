@@ -10,11 +10,12 @@ import inspect
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.machine.contexts import eval_mode
-from lightning_sft.model.backbone import hidden_states
+from lightning_sft.model.backbone import hidden_states, language_model
 from lightning_sft.objective import transformed
 from lightning_sft.types import InputError
 
@@ -81,7 +82,13 @@ def _packed(backbone: nn.Module, *documents: Tensor) -> Tensor:
 def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> tuple[float, float | None]:
     """Scale and soft-cap that turn the head's output into this model's logits, found by trying the known ones."""
     config = model.config.get_text_config()
-    wanted = model(input_ids=input_ids, use_cache=False).logits
+    try:
+        wanted = language_model(model)(input_ids=input_ids, use_cache=False).logits
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{type(model).__name__} computes no logits of text without images or other inputs in transformers "
+            f"{transformers.__version__}, so it cannot be trained on text ({type(error).__name__}: {error})."
+        ) from error
     caps = [c for c in (getattr(config, name, None) for name in _CAPS) if c]
     scales = [s for s in (getattr(config, name, None) for name in _SCALES) if s]
     # settings of the config come first: with tiny logits a soft-cap is indistinguishable from none

@@ -47,9 +47,8 @@ def launch(names: list[str], pretrained: str, out: Path) -> None:
 if __name__ == "__main__":  # for each strategy a folder after two steps, one at the end, and a checkpoint of the end
     pretrained, out, *names = sys.argv[1:]
     for name in names:
-        trainer = trained(
-            pretrained, HFExport(f"{out}/{name}", every_n_steps=2), devices=2, strategy=CASES[name].strategy
-        )
+        settings = {"model": CASES[name].model, "devices": 2, "strategy": CASES[name].strategy}
+        trainer = trained(pretrained, HFExport(f"{out}/{name}", every_n_steps=2), **settings)
         trainer.save_checkpoint(f"{out}/{name}.ckpt")
         if name == "ddp":  # what does not pass has to reach every rank, and not leave one of them waiting
             try:

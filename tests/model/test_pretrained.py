@@ -19,8 +19,10 @@ from lightning_sft.model.pretrained import (
     load_model,
     load_tokenizer,
     model_from_config,
+    passed_over,
 )
 from lightning_sft.types import Example, InputError
+from tests.helpers.composites import composite
 
 
 def test_it_is_ready_to_be_trained(pretrained: str) -> None:
@@ -109,6 +111,14 @@ def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path))
 
 
+def test_an_encoder_decoder_that_sees_images_is_refused(tmp_path: Path) -> None:
+    size = {"num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8, "hidden_size": 16, "vocab_size": 264}
+    config = AutoConfig.for_model("pix2struct", text_config=size, vision_config=size | {"num_hidden_layers": 1})
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"is an encoder-decoder \(Pix2Struct"):
+        load_model(str(tmp_path))
+
+
 def test_a_tokenizer_without_a_chat_template_is_one_error_with_the_remedy(tmp_path: Path) -> None:
     tiny_tokenizer(None).save_pretrained(tmp_path)
     tiny_model().config.save_pretrained(tmp_path)
@@ -134,28 +144,6 @@ def test_backbone_and_head_are_told_apart() -> None:
     assert head is model.lm_head
 
 
-VISION: dict[str, dict[str, Any]] = {
-    "qwen3_5": {"depth": 1, "num_heads": 2, "out_hidden_size": 16, "num_position_embeddings": 16},
-    "gemma3": {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16},
-}
-TEXT: dict[str, dict[str, Any]] = {
-    "qwen3_5": {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2}
-    | {"linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-    "gemma3": {},
-}
-
-
-def composite(folder: Path, kind: str) -> str:
-    """A tiny model of images and text."""
-    vision = {"hidden_size": 16, "intermediate_size": 16, "patch_size": 4, **VISION[kind]}
-    text = tiny_model().config.to_dict() | {"architectures": None, "model_type": f"{kind}_text", **TEXT[kind]}
-    more = {"mm_tokens_per_image": 4} if kind == "gemma3" else {}
-    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, **more)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return str(folder)
-
-
 def with_tensors(folder: str, change: Any) -> str:
     """Change the tensors of a file of weights."""
     path = Path(folder) / "model.safetensors"
@@ -165,13 +153,18 @@ def with_tensors(folder: str, change: Any) -> str:
     return folder
 
 
-def test_a_checkpoint_with_parts_that_are_not_loaded_is_refused_by_their_names(tmp_path: Path) -> None:
+def test_of_a_checkpoint_that_names_a_class_of_text_the_rest_is_passed_over_and_known_by_name(tmp_path: Path) -> None:
     folder = composite(tmp_path, "qwen3_5")
     with_tensors(folder, lambda tensors: tensors.update({"mtp.fc.weight": torch.ones(2)}))
-    with pytest.raises(InputError, match=r"Qwen3_5ForCausalLM does not load.*: model.visual \(\d+ tensors\), mtp \(1"):
-        SFTModule(folder).configure_model()
-    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "text")  # as the message says
-    load_model(tmp_path / "text")
+    whole = load_model(folder)
+    assert type(whole) is type(AutoModelForImageTextToText.from_pretrained(folder))
+    assert passed_over(whole, folder).keys() == {"mtp.fc.weight"}
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["Qwen3_5ForCausalLM"]}))
+    text = load_model(folder)
+    assert type(text) is type(AutoModelForCausalLM.from_pretrained(folder))
+    outside = {name for name in load_file(tmp_path / "model.safetensors") if "visual" in name}
+    assert passed_over(text, folder).keys() == {"mtp.fc.weight"} | outside
 
 
 def test_a_checkpoint_with_tensors_that_no_part_of_the_model_has_is_refused(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def _scorer(
     module: SFTModule, model: PreTrainedModel, chunk_size: int, on_gpu: bool, compiles: bool
 ) -> LikelihoodModel:
     config = model.config.get_text_config()
-    takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+    takes_positions = "position_ids" in inspect.signature(backbone_and_head(model)[0].forward).parameters
     asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
     if asked in (None, *NAMES.values()) and takes_positions and model._can_set_attn_implementation():
         # the module's choice if it is exact
@@ -197,7 +197,7 @@ def _step_in_backward(model: nn.Module, optimizer: torch.optim.Optimizer, meter:
 def _split(model: PreTrainedModel, num_ranks: int) -> None:
     """Reduce each matrix to the slice of one tensor-parallel rank, by rows or by columns."""
     plan: dict[str, str] = getattr(model.config.get_text_config(), "base_model_tp_plan", None) or {}
-    for name, module in model.base_model.named_modules():
+    for name, module in backbone_and_head(model)[0].named_modules():
         style = next((how for pattern, how in plan.items() if _fits(name, pattern)), None)
         if style is not None and isinstance(module, nn.Linear):
             dimension = 0 if style == "colwise" else 1

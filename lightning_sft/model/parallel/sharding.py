@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_sft.machine.contexts import blocks
+from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         raise InputError(
             f"trainer.strategy.tensor_parallel_size={mesh.size()} does not divide the model's {odd}. Choose a divisor."
         )
-    parallelize_module(model.base_model, mesh, {pattern: styles[style]() for pattern, style in plan.items()})
+    parallelize_module(backbone_and_head(model)[0], mesh, {pattern: styles[style]() for pattern, style in plan.items()})
 
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.io.arguments import BelowOne, Count, check_arguments, made
 from lightning_sft.machine.contexts import narrow
+from lightning_sft.model.pretrained import outside_language_model
 from lightning_sft.model.tuning import new_tokens
 from lightning_sft.model.tuning import quantization as quantized
 from lightning_sft.model.tuning.base_dtype import BaseDtype
@@ -79,7 +80,7 @@ def inject(model: PreTrainedModel, lora: Lora) -> None:
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=lora.targets,
-            exclude_modules=lora.exclude or None,
+            exclude_modules=[*lora.exclude, *_without_adapters(model)] or None,
             use_dora=lora.dora,
             use_rslora=lora.rslora,
             init_lora_weights=True if lora.init == "kaiming" else lora.init,
@@ -139,6 +140,17 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         model.load_state_dict(adapters, strict=False)
     _unload(model, merged=True)
     return model
+
+
+def _without_adapters(model: PreTrainedModel) -> list[str]:
+    """Names of the modules that get no adapters: those that text does not use, and Llama 4's routers.
+
+    Such a router is a linear layer by its class, but its forward pass returns scores of experts as well.
+    """
+    names = {name.rpartition(".")[0] for name in outside_language_model(model)}
+    linear = ((name, type(module)) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    names |= {name for name, kind in linear if kind is not nn.Linear and name.endswith(".router")}
+    return sorted(names - {""})
 
 
 def _check_names(model: PreTrainedModel, lora: Lora) -> None:

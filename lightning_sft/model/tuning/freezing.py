@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_sft.model.pretrained import outside_language_model
 from lightning_sft.model.tuning.quantization import is_packed
 from lightning_sft.types import InputError
 
@@ -61,11 +61,8 @@ def choose(model: PreTrainedModel, frozen: Sequence[str], trained: Sequence[str]
 
 def _without_text(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Names of parameters that text does not use, such as a vision tower; DDP would wait for their gradients."""
-    if model.config.get_text_config() is model.config:
-        return []
-    ends: list[Any] = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings()]
-    of_text = {parameter for module in ends for parameter in module.parameters()}
-    return [name for name, own in parameters.items() if own not in of_text and own.requires_grad]
+    outside = {_plain(name) for name in outside_language_model(model)}
+    return [name for name, own in parameters.items() if name in outside and own.requires_grad]
 
 
 def _plain(name: str) -> str:
