@@ -86,7 +86,7 @@ def test_data_sets_give_rows_without_the_nulls_that_the_schema_adds(tmp_path: Pa
     assert list(read(data)) == [(row, f"row {number}") for number, row in enumerate(rows, 1)]
     assert [row for row, _ in read(data.to_iterable_dataset())] == rows
     folder = tmp_path / "saved"
-    data.save_to_disk(folder)
+    data.save_to_disk(str(folder))
     assert list(read(folder)) == [(row, f"{folder}:row {number}") for number, row in enumerate(rows, 1)]
     several = DatasetDict({"train": data, "test": data})
     with pytest.raises(InputError, match=r"has the splits \['test', 'train'\]: give one of them"):
