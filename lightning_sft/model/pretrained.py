@@ -274,6 +274,9 @@ def _auto_class(pretrained: str) -> Any:
     """The class of transformers that loads the whole of a checkpoint."""
     if pretrained.endswith(".gguf"):  # text alone
         return AutoModelForCausalLM
+    adapters = Path(pretrained).expanduser() / "adapter_config.json"
+    if adapters.is_file():  # a folder of adapters names the model that they are of
+        pretrained = json.loads(adapters.read_text(encoding="utf-8")).get("base_model_name_or_path") or pretrained
     return _class_for(_load(AutoConfig, pretrained, "causal language model"))
 
 

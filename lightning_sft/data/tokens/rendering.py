@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
-from lightning_sft.data.tokens import control_tokens
+from lightning_sft.data.tokens import control_tokens, thoughts
 from lightning_sft.data.tokens.answer_shape import (
     Ending,
     Stops,
@@ -23,12 +22,6 @@ from lightning_sft.data.tokens.generation_tags import Span, marked_end
 from lightning_sft.data.tokens.render import Trace
 from lightning_sft.data.tokens.template import Template
 from lightning_sft.types import Conversation, InputError, Message
-
-_OPENING = re.compile(r"(?:<(?P<tag>think\w*|thought\w*|reason\w*|seed:think)>|\[(?P<mark>THINK)\])(?P<space>\s*)\Z")
-_INLINE = re.compile(r"(?s)\s*<(think|thinking)>(?P<thought>.*?)</\1>\s*(?P<text>.*)\Z")
-_THOUGHT_WORD = re.compile(r"\s*((think|thought|thinking|reasoning)\s*)?")
-_EMPTY_THOUGHT = re.compile(r"\s*(<think\w*>\s*)?</think\w*>")
-_TAGS = re.compile(r"</?think\w*>")
 
 
 @dataclass(frozen=True)
@@ -70,7 +63,7 @@ class Rendering:
         self.notes: set[str] = set()
         messages, self.tools = list(conversation.messages), conversation.tools
         if config.thoughts != "keep":
-            messages = list(map(_with_thought_apart, messages))
+            messages = list(map(thoughts.taken_apart, messages))
         messages, self.tools, found = control_tokens.treated(
             messages, self.tools, template.special, config.control_tokens
         )
@@ -124,7 +117,7 @@ class Rendering:
             self.notes.add(_BY_ITSELF)
         if not any(shape_of(message)):
             self.notes.add("an answer is empty, and its stop token alone is trained")
-        if not reasoning and _EMPTY_THOUGHT.match(own):
+        if not reasoning and thoughts.EMPTY_THOUGHT.match(own):
             self.notes.add(_UNTHINKING)
         if not text.startswith(own, begin):
             text = text[:begin] + own
@@ -233,6 +226,8 @@ class Rendering:
         if problem or rest is None:
             return text, begin, "", problem
         own = self._stopped(rest, ending)
+        if not any(shape_of(message)) and own.removesuffix(ending.stop).strip() != ending.before.strip():
+            return text, begin, "", "the chat template writes something of its own for an empty answer."
         if marks is not None:
             if any(first < begin < last for first, last in marks):
                 self.notes.add("the {% generation %} marks begin in the prompt, of which nothing is trained")
@@ -248,10 +243,12 @@ class Rendering:
                 "data.chat_template."
             )
         lost = _value_of(ending.lost[0], message) if ending.lost else ""
-        place = _OPENING.search(opening)
+        place = thoughts.OPENING.search(opening)
         shown = (place.group() if place else "") + rest
         for text in ("" if lost else message.get("reasoning_content") or "", message.get("content") or ""):
-            if any(part.strip() not in shown for part in ([text] if text.strip() in shown else _TAGS.split(text))):
+            if any(
+                part.strip() not in shown for part in ([text] if text.strip() in shown else thoughts.TAGS.split(text))
+            ):
                 lost = lost or _short(text.strip())
         for call in () if lost else message.get("tool_calls") or ():
             for value in (call["function"]["name"], *values_in(call["function"].get("arguments"))):
@@ -285,19 +282,20 @@ class Rendering:
     def _joined(self, prompt: str, whole: str, ending: Ending) -> str | None:
         """What follows a prompt in a render that parts from it: in space or a thought at its end, or far before."""
         shared = num_shared(prompt, whole)
-        for pattern, text in product((self.template.endings, _TAGS), (prompt, whole)):
+        for pattern, text in product((self.template.endings, thoughts.TAGS), (prompt, whole)):
             inside = (found for found in pattern.finditer(text, max(0, shared - 64), shared + 64))
             shared = min([shared, *(found.start() for found in inside if found.start() < shared < found.end())])
         left, rest = prompt[shared:], whole[shared:]
-        tags = _TAGS.findall(left)
+        tags = thoughts.TAGS.findall(left)
         is_within = bool(tags) and tags[0].startswith("</")  # the prompt ends a thought that the render continues
         endings, own = self.template.endings, control_tokens.without_marked(rest.removesuffix(ending.tail))
         is_repeated = set(endings.findall(left)) & set(endings.findall(own))
-        if is_within or is_repeated or not _THOUGHT_WORD.fullmatch(_TAGS.sub("", endings.sub("", left))):
+        is_other = not thoughts.THOUGHT_WORD.fullmatch(thoughts.TAGS.sub("", endings.sub("", left)))
+        if is_within or is_repeated or is_other:
             here = whole.rfind(ending.header + ending.before) if ending.header else -1
             return whole[here + len(ending.header) :] if here >= 0 else None
         self.notes.add(_BY_ITSELF)
-        closing = _closing(opened) if (opened := _OPENING.search(left)) else ""
+        closing = thoughts.closing(opened) if (opened := thoughts.OPENING.search(left)) else ""
         if tags and not closing:  # of a thought that the prompt has ended, the render may have the end
             rest = rest.removeprefix(tags[-1])
         return rest if rest.lstrip().startswith(closing.strip()) else closing + rest
@@ -311,19 +309,23 @@ class Rendering:
         """
         plain = self._ending(at, _PLAIN)
         stop = self._ending(at, message if any(shape_of(message)) else _PLAIN).stop or plain.stop
-        has_header = not at or self.messages[at - 1]["role"] != "assistant" or self.template.opener in prompt[-64:]
+        has_header = True
+        if at and self.messages[at - 1]["role"] == "assistant":  # two answers in a row
+            has_header = prompt.rfind(self.template.opener) >= prompt.rfind(self.messages[at - 1]["content"].strip())
         if message.get("tool_calls") or not stop or not has_header:
             raise InputError(problem)
-        text, opened = message.get("content") or "", _OPENING.search(prompt)
-        if (inline := _INLINE.match(text)) and prompt.rstrip().endswith("</think>"):
+        text, opened = message.get("content") or "", thoughts.OPENING.search(prompt)
+        if (inline := thoughts.INLINE.match(text)) and thoughts.are_ended_by(prompt):
             raise InputError(_ENDED)
         if opened and inline:  # it begins with the prompt's end
             return text[inline.start("thought") :].removeprefix(opened["space"]) + stop
-        return (self._header(plain) or (_closing(opened) if opened else "")) + text + stop
+        return (self._header(plain) or (thoughts.closing(opened) if opened else "")) + text + stop
 
     def _header(self, ending: Ending) -> str:
         """What the template writes between the prompt and an answer, where that has control tokens."""
-        return ending.before if self.template.endings.search(ending.before) else ""
+        tokens = set(self.template.endings.findall(ending.before))
+        is_next = tokens & {*self.template.known_stops, *self.template.endings.findall(ending.stop)[-1:]}
+        return ending.before if tokens and not is_next else ""
 
     def _with_thought(self, at: int, prompt: str, message: Message, own: str) -> tuple[str, int]:
         """An answer with a thought in it that the template drops, and where what follows the thought begins.
@@ -332,11 +334,11 @@ class Rendering:
             InputError: When the prompt has ended the thought.
         """
         thought, has_text = message["reasoning_content"], bool((message.get("content") or "").strip())
-        if opened := _OPENING.search(prompt):
-            closing = _closing(opened)
+        if opened := thoughts.OPENING.search(prompt):
+            closing = thoughts.closing(opened)
             own = own if own.startswith(closing) else closing + own
             return thought + own, len(thought) + len(closing)
-        if prompt.rstrip().endswith("</think>"):
+        if thoughts.are_ended_by(prompt):
             raise InputError(_ENDED)
         header = self._header(self._ending(at, _PLAIN)) if has_text else ""
         header = header if own.startswith(header) else ""
@@ -345,7 +347,7 @@ class Rendering:
         if not usual.lost and usual.between and not message.get("tool_calls"):
             begin, end = usual.before, usual.between
         own = own.removeprefix(header)
-        if empty := _EMPTY_THOUGHT.match(own):
+        if empty := thoughts.EMPTY_THOUGHT.match(own):
             own = own[empty.end() :].lstrip()
         return begin + thought + end + own, len(begin) + len(thought) + len(end)
 
@@ -365,20 +367,6 @@ _NO_STOP = (
     "the chat template puts no stop token after the answer, so the model would never learn to stop. Add the "
     "end-of-turn token to the template: data.chat_template."
 )
-
-
-def _closing(opened: re.Match[str]) -> str:
-    """What ends a thought that a prompt begins, where it is left empty."""
-    closing = "[/THINK]" if opened["mark"] else f"</{opened['tag']}>"
-    return f"{opened['space']}{closing}{2 * opened['space']}"
-
-
-def _with_thought_apart(message: Message) -> Message:
-    """An answer whose text begins with a thought in tags, with the thought as its reasoning."""
-    found = _INLINE.match(message["content"]) if message["role"] == "assistant" else None
-    if found is None or message.get("reasoning_content"):
-        return message
-    return {**message, "content": found["text"], "reasoning_content": found["thought"].strip()}
 
 
 def _value_of(field: str, message: Message) -> str:
