@@ -19,9 +19,7 @@ from lightning_sft.types import InputError, Message
 Treatment = Literal["text", "refuse", "as_is"]
 """What becomes of a control token in a text: plain text, a refusal of the row, or the token that it is."""
 
-_MARKUP = re.compile(
-    r"(?i)</?(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|</?(\w+:)?think[\w:]*>|\[/?THINK\]"
-)
+_MARKUP = re.compile(r"(?i)</?(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]")
 _MARK, _, _END = mark_control_tokens("x", re.compile("x"))
 
 

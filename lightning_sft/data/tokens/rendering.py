@@ -211,7 +211,15 @@ class Rendering:
 
     def _written(self, at: int, message: Message) -> tuple[str, int, str, str]:
         """What the template writes of an answer: a text with all before it, where it begins, itself, and a problem."""
-        ending = self._ending(at, message if any(shape_of(message)) else _PLAIN)
+        if not any(shape_of(message)):  # an empty one is a plain one without its text
+            text, begin, own, problem = self._written(at, _PLAIN)
+            stop = own[own.rfind(self._ending(at, _PLAIN).stop.strip()) :]
+            place = own.rfind("x", 0, len(own) - len(stop))
+            own, opened = own[:place] + own[place + 1 :], thoughts.OPENING.search(text[:begin])
+            if opened and (end := thoughts.closing(opened)).strip() not in own:
+                own = end + own
+            return text, begin, own, problem
+        ending = self._ending(at, message)
         marks: list[Span] | None = None
         rest: str | None
         if (traced := self._traced_turn(at)) and message is self.messages[at]:
@@ -226,8 +234,6 @@ class Rendering:
         if problem or rest is None:
             return text, begin, "", problem
         own = self._stopped(rest, ending)
-        if not any(shape_of(message)) and own.removesuffix(ending.stop).strip() != ending.before.strip():
-            return text, begin, "", "the chat template writes something of its own for an empty answer."
         if marks is not None:
             if any(first < begin < last for first, last in marks):
                 self.notes.add("the {% generation %} marks begin in the prompt, of which nothing is trained")
