@@ -212,6 +212,7 @@ class Rendering:
     def _written(self, at: int, message: Message) -> tuple[str, int, str, str]:
         """What the template writes of an answer: a text with all before it, where it begins, itself, and a problem."""
         if not any(shape_of(message)):  # an empty one is a plain one without its text
+            self._whole(at, message)  # the template may refuse it
             text, begin, own, problem = self._written(at, _PLAIN)
             stop = own[own.rfind(self._ending(at, _PLAIN).stop.strip()) :]
             place = own.rfind("x", 0, len(own) - len(stop))
