@@ -147,7 +147,7 @@ def _judge_answer(inference: Inference, turn: int, span: Span, ending: Ending, m
     if ids[-1] not in stop_ids:
         raise WrongError(f"{where}: {text!r} does not end with {' or '.join(stops)}")
     if stop_ids & set(ids[:-1]):
-        raise WrongError(f"{where}: {text!r} goes on after its stop")
+        raise WrongError(f"{where}: {text!r} continues after its stop")
     values = [inference.shown(value) if isinstance(value, str) else value for value in inference.fields(turn)]
     if lost := missing(values, text):
         raise WrongError(f"{where}: {text!r} has no {lost[0]!r}")

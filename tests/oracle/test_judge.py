@@ -73,7 +73,7 @@ WRONG_TEXTS: dict[str, tuple[str, str, Callable[[str], str], str]] = {
         lambda text: f"{text}<|start_header_id|>assistant<|end_header_id|>",
         "does not end with <|eot_id|>",
     ),
-    "a token behind the stop": ("qwen3", "plain", lambda text: f"{text}\n<|im_end|>", "goes on after its stop"),
+    "a token behind the stop": ("qwen3", "plain", lambda text: f"{text}\n<|im_end|>", "continues after its stop"),
     "the header of the answer": ("qwen3", "plain", lambda text: f"<|im_start|>assistant\n{text}", "trained is"),
     "a header that no next turn shows to be the stop": (
         "glm4moe",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.control_tokens import any_of, is_marked, marked_ids, unmarked
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.rendering import Rendering
-from lightning_sft.data.tokens.template import configure
+from lightning_sft.data.tokens.template import as_parts, configure, with_text_arguments
 from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.types import Conversation, Example, InputError, Message
 
@@ -188,7 +187,7 @@ def _rendered(rendering: Rendering, messages: Sequence[Message], is_prompt: bool
     settings: dict[str, Any] = {"tools": tools, "chat_template": dated, "add_generation_prompt": is_prompt}
     settings |= {"tokenize": False, **rendering.variables}
     text = ""
-    for given in (messages, map(_as_text, messages), map(_as_parts, messages)):
+    for given in (messages, map(with_text_arguments, messages), map(as_parts, messages)):
         with suppress(Exception):  # templates want the arguments of tool calls as text, or contents as parts
             text = str(tokenizer.apply_chat_template(list(given), **settings))
         if text and messages[0]["content"].strip() in text:
@@ -196,18 +195,6 @@ def _rendered(rendering: Rendering, messages: Sequence[Message], is_prompt: bool
     if is_marked(text):
         return marked_ids(tokenizer, text)
     return list(map(int, tokenizer(text, add_special_tokens=False)["input_ids"]))
-
-
-def _as_parts(message: Message) -> Message:
-    return {**message, "content": [{"type": "text", "text": message["content"]}]}
-
-
-def _as_text(message: Message) -> Message:
-    calls = []
-    for call in message.get("tool_calls") or ():
-        arguments = json.dumps(call["function"].get("arguments"), ensure_ascii=False)
-        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
-    return {**message, "tool_calls": calls} if calls else message
 
 
 def _keys(split: Split) -> list[tuple[int, str]]:

@@ -12,12 +12,10 @@ import torch
 from lightning_sft.data.inspect.documents import Document
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.examples import Examples
+from lightning_sft.data.tokens.rendering import SYSTEM_NOT_SHOWN, TOOLS_NOT_SHOWN
 from lightning_sft.io.arguments import Fraction, check_arguments
 
-_NOT_SHOWN = {
-    "the chat template does not show the tools": "tools",
-    "the chat template does not show a system turn": "system turns",
-}  # notes of encoding, and what they are of
+_NOT_SHOWN = {TOOLS_NOT_SHOWN: "tools", SYSTEM_NOT_SHOWN: "system turns"}
 
 
 @dataclass

@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -75,11 +75,6 @@ class ChatTemplate(Template):
                 continue
         return _assistant({"content": self.special.sub("", written)})
 
-    @property
-    def stop_id(self) -> int | None:
-        """Id of the token that ends an answer; ``None`` where the template has none."""
-        return next(iter(self.stop_ids), None)
-
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end answers: those of plain answers first, then those of tool calls."""
@@ -95,7 +90,7 @@ class ChatTemplate(Template):
                 tokens = self.endings.findall(rendering.ending(1).stop)
             except InputError:
                 continue
-            ids |= {int(self.tokenizer.convert_tokens_to_ids(token)): None for token in tokens[-1:]}  # type: ignore[arg-type]
+            ids |= dict.fromkeys(cast(list[int], self.tokenizer.convert_tokens_to_ids(tokens[-1:])))
         return tuple(ids)
 
 

@@ -134,13 +134,14 @@ def _reference(rendering: Rendering, turn: int, template: ChatTemplate) -> str:
         answer = rendering.answer(turn)
     except InputError:
         return str(rendering.messages[-1]["content"])
-    before, both = template.segments.beginnings([(answer.text, [answer.begin, answer.end])])[0]
-    own = both.after(before)
+    [[context, both]] = template.segments.beginnings([(answer.text, [answer.begin, answer.end])])
+    own = both.after(context)
     if own is None:
-        [own_ids] = template.token_ids([answer.own])
-    else:
-        own_ids = own.tolist()
-    return str(template.tokenizer.decode(own_ids, skip_special_tokens=True))
+        try:
+            own = _apart(context, both, answer, "", template)
+        except InputError:
+            return str(rendering.messages[-1]["content"])
+    return str(template.tokenizer.decode(own.tolist(), skip_special_tokens=True))
 
 
 @dataclass
@@ -182,6 +183,7 @@ def _drafted(conversation: Conversation, template: ChatTemplate) -> _Draft:
 def _draft(conversation: Conversation, template: ChatTemplate) -> _Draft:
     draft, where, messages = _Draft(conversation), conversation.provenance, conversation.messages
     weights = conversation.weights or [float(message["role"] in ("assistant", "text")) for message in messages]
+    is_opened = False  # by the assistant
     try:
         rendering = Rendering(template, conversation)
         draft.notes = rendering.notes
@@ -189,22 +191,20 @@ def _draft(conversation: Conversation, template: ChatTemplate) -> _Draft:
             where = f"{conversation.provenance}: turn {turn + 1}"
             if weight > 0:
                 if message["role"] == "text":
-                    answer: Answer | None = _of_text(message["content"], template)
+                    _append(draft.runs, turn, weight, _of_text(message["content"], template))
                 elif message["role"] != "assistant":
-                    answer = rendering.turn(turn)
+                    _append(draft.runs, turn, weight, rendering.turn(turn))
                 elif turn:
-                    answer = rendering.answer(turn)
+                    _append(draft.runs, turn, weight, rendering.answer(turn))
                 else:
+                    is_opened = True
                     rendering.notes.add("the assistant opens the conversation: without a prompt, that turn is context")
-                    answer = None
-                if answer is not None:
-                    _append(draft.runs, turn, weight, answer)
         if draft.runs and messages[-1]["role"] != "text":
             rendering.unseen(draft.runs[-1].text)
     except InputError as error:
         draft.refusal = InputError(f"{where}: {error}")
     if not draft.runs and draft.refusal is None:
-        if "the assistant opens" in " ".join(draft.notes):
+        if is_opened:
             why = "its only answer opens the conversation, so at inference there is no prompt for it. Add a user's turn"
         elif any(message["role"] in ("assistant", "text") for message in messages):
             why = "all its answers have the weight 0, so nothing would be trained. Remove the row, or give one a weight"

@@ -23,6 +23,10 @@ from lightning_sft.data.tokens.render import Trace
 from lightning_sft.data.tokens.template import Template
 from lightning_sft.types import Conversation, InputError, Message
 
+TOOLS_NOT_SHOWN = "the chat template does not show the tools"
+SYSTEM_NOT_SHOWN = "the chat template does not show a system turn"
+"""Notes that an audit looks for."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -148,10 +152,10 @@ class Rendering:
         """Note what of the conversation a prompt does not show, though it is there."""
         for tool in self.tools or ():
             if str(tool.get("function", tool).get("name", "")) not in prompt:
-                self.notes.add("the chat template does not show the tools")
+                self.notes.add(TOOLS_NOT_SHOWN)
         for message in self.messages:
             if message["role"] == "system" and message["content"].strip() not in prompt:
-                self.notes.add("the chat template does not show a system turn")
+                self.notes.add(SYSTEM_NOT_SHOWN)
 
     @cached_property
     def _trace(self) -> Trace | None:
@@ -201,7 +205,7 @@ class Rendering:
         except InputError:
             onwards = None
         plain = None if message is _PLAIN else self._ending(at, _PLAIN)
-        known = template.known_stops.union(template.endings.findall(plain.stop)[-1:] if plain else [])
+        known = template.stops_with(plain)
         stops = Stops(template.endings, known, template.opener, template.always_prompts, plain)
         found = learn(answer, prompt, whole, onwards, stops)
         is_past = any(text and text in found.before for text in (m.get("content", "").strip() for m in before))
@@ -271,10 +275,10 @@ class Rendering:
         own = self._stopped(rest, ending)
         if not own:
             return "the chat template ends the answer in its own way."
-        stops = [*self.template.known_stops, *self.template.endings.findall(ending.stop)[-1:]]
         if self.template.config.control_tokens == "as_is":
             return ""
-        if any(stop in control_tokens.without_marked(own)[: -len(stop)] for stop in stops):
+        written = control_tokens.without_marked(own)
+        if any(stop in written[: -len(stop)] for stop in self.template.stops_with(ending)):
             return "the chat template writes a stop token within the answer: generation would end there."
         return ""
 
@@ -331,8 +335,7 @@ class Rendering:
     def _header(self, ending: Ending) -> str:
         """What the template writes between the prompt and an answer, where that has control tokens."""
         tokens = set(self.template.endings.findall(ending.before))
-        is_next = tokens & {*self.template.known_stops, *self.template.endings.findall(ending.stop)[-1:]}
-        return ending.before if tokens and not is_next else ""
+        return ending.before if tokens and not tokens & self.template.stops_with(ending) else ""
 
     def _with_thought(self, at: int, prompt: str, message: Message, own: str) -> tuple[str, int]:
         """An answer with a thought in it that the template drops, and where what follows the thought begins.

@@ -151,13 +151,13 @@ class Template:
         try:
             if not messages:
                 raise InputError("there is no message before it.")
-            given = list(map(_as_parts, messages)) if self.wants_parts else messages
+            given = list(map(as_parts, messages)) if self.wants_parts else messages
             return self.renderer_for(tools, variables).render(given, tools, generation, variables)
         except (TimeoutError, InputError):
             raise
         except Exception as error:  # whatever a program of others raises
             if any(isinstance(_arguments(call), dict) for m in messages for call in m.get("tool_calls") or ()):
-                return self.rendered([_with_text_arguments(m) for m in messages], tools, generation, variables)
+                return self.rendered([with_text_arguments(m) for m in messages], tools, generation, variables)
             said = str(error) or type(error).__name__  # a MemoryError says nothing
             raise InputError(f"the chat template refuses the conversation: {said}") from error
 
@@ -172,7 +172,7 @@ class Template:
         """Whether the template writes a text only where it is given as a list of parts."""
         self.__dict__["wants_parts"] = False  # while it is tried with strings
         found = []
-        for messages in (_EXCHANGE, list(map(_as_parts, _EXCHANGE))):
+        for messages in (_EXCHANGE, list(map(as_parts, _EXCHANGE))):
             try:
                 whole = self.rendered(messages, None, False, self.config.variables)[0]
             except InputError:
@@ -221,6 +221,10 @@ class Template:
         except InputError:
             return False
 
+    def stops_with(self, ending: Ending | None) -> frozenset[str]:
+        """Tokens that generation stops at: the known ones, and the one that was learnt."""
+        return self.known_stops.union(self.endings.findall(ending.stop)[-1:] if ending else [])
+
     def ending(self, key: Any, make: Any) -> Ending:
         """How the template ends an answer of some shape in some place, learnt once."""
         if key not in self._learnt:
@@ -238,7 +242,9 @@ def _renderer(source: str, special_tokens: tuple[tuple[str, Any], ...], day: dat
     return Renderer(source, dict(special_tokens), day)
 
 
-def _as_parts(message: Message) -> Message:
+def as_parts(message: Message) -> Message:
+    """A message with its text as a list of parts, which some templates want."""
+    """A message with its text as a list of parts, which some templates want."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
@@ -247,8 +253,8 @@ def _arguments(call: Mapping[str, Any]) -> Any:
     return call["function"].get("arguments")
 
 
-def _with_text_arguments(message: Message) -> Message:
-    """The same with the arguments of its tool calls as JSON text, which some templates want."""
+def with_text_arguments(message: Message) -> Message:
+    """A message with the arguments of its tool calls as JSON text, which some templates want."""
     calls = message.get("tool_calls")
     if not calls:
         return message
