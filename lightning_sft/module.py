@@ -47,6 +47,7 @@ from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
 from lightning_sft.model.precision import follow_autocast
+from lightning_sft.model.probes import check_split
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
@@ -181,7 +182,12 @@ class SFTModule(EvaluatedModule):
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
-        self.scorer = LikelihoodModel(model, probe, self.chunk_size)
+        context = getattr(None if trainer is None else trainer.strategy, "context", None)
+        if context is not None and self.device_mesh is not None:
+            check_split(model, backbone, probe, context, self.device_mesh["tensor_parallel"].size())
+            if self.neftune_alpha:
+                raise InputError("model.neftune_alpha needs whole rows: set trainer.strategy.context_parallel_size=1.")
+        self.scorer = LikelihoodModel(model, probe, self.chunk_size, context)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
             add_noise(self.scorer, model, self.neftune_alpha)

@@ -153,6 +153,8 @@ def run(command: Sequence[str], *, cwd: Path = ROOT, timeout: float = 300, witho
 
 def _end_all(number: int) -> None:
     """End a process and its children; SIGABRT has Python print the stacks of its threads."""
+    if not psutil.pid_exists(number):  # it has ended by itself meanwhile
+        return
     process = psutil.Process(number)
     for hanging in [process, *process.children(recursive=True)]:
         try:
