@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.model import recurrence
 from lightning_sft.model.attention.per_document import rows_of_documents
 from lightning_sft.model.pretrained import is_composite
 from lightning_sft.types import InputError
@@ -46,7 +49,18 @@ def hidden_states(
         position_ids: Position of each token in its document, ``[B, N]``; ``None`` if each row is one document.
         spans: Lengths of all documents in row-major order, padding included; ``()`` waits for the device.
     """
-    positions = {} if position_ids is None else {"position_ids": position_ids}
+    positions = {"position_ids": position_ids} if position_ids is not None and takes_positions(backbone) else {}
     with rows_of_documents(position_ids, spans):
-        hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+        arguments = positions | recurrence.arguments(backbone)
+        hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
     return hidden
+
+
+def takes_positions(backbone: nn.Module) -> bool:
+    """Whether a backbone accepts ``position_ids``."""
+    return "position_ids" in inspect.signature(backbone.forward).parameters
+
+
+def can_be_packed(backbone: nn.Module) -> bool:
+    """Whether a backbone can be told where the documents of a row begin."""
+    return takes_positions(backbone) or recurrence.is_separated(backbone)
