@@ -34,7 +34,9 @@ HYBRIDS: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     "qwen3_5_moe_text": _DELTA | _EXPERTS,
     "olmo_hybrid": _DELTA,
-    "kimi_linear": _EXPERTS,
+    "kimi_linear": _EXPERTS
+    | {"layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 8, "linear_num_heads": 2}
+    | {"kv_lora_rank": 8, "v_head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"attention_window_size": 5},
     "mamba2": {"num_heads": 4, "head_dim": 8, "expand": 2, "n_groups": 1, "state_size": 8, "chunk_size": 8},
