@@ -22,6 +22,7 @@ from lightning_sft.model.probes import ProbeResult, probe
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.training.checks import keeps_documents_apart
 from lightning_sft.types import Example
+from tests.helpers import parallel
 from tests.helpers.gradients import encoded, fit, furthest, row_gradients, step_gradients
 from tests.helpers.hybrids import HYBRIDS, LEAKY, all_in_float64
 
@@ -231,3 +232,16 @@ def test_kernels_get_the_borders_where_they_keep_to_them(monkeypatch: pytest.Mon
     assert used == ([[0, 9, 29, 32, 33, 48]] if knows else [])
     torch.testing.assert_close(found, alone(model), rtol=1e-5, atol=1e-5)
     assert ("passes their borders to its kernels" in recurrence.described(backbone)) is knows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_5_text", "bamba"])
+def test_two_processes_take_the_steps_of_one(kind: str, tmp_path: Path) -> None:
+    pretrained = tiny_pretrained(tmp_path / "model", kind, **HYBRIDS[kind])
+    names = ["ddp", "fsdp2", "fsdp2_lora", "checkpointing"]
+    for name in ("single", "single_lora"):
+        parallel.run(pretrained, name, tmp_path)
+    parallel.launch(names, pretrained, tmp_path)
+    for name in names:
+        shown = parallel.measured(name, tmp_path)
+        assert all(shown.values()), (name, shown)

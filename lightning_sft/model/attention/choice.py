@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.model import recurrence
@@ -96,7 +97,7 @@ def probed(
     as_trained = _as_trained(model, device, dtype) if _is_flash(asked) or by_kernels else nullcontext()
     with as_trained:
         if by_kernels:
-            _use_kernels(backbone, model.config.get_text_config().hidden_size)
+            _use_kernels(backbone, cast(nn.Embedding, model.get_input_embeddings()).weight)
         chosen, findings = _chosen(model, backbone, head, asked, device)
     if names and findings.isolates_documents:
         rank_zero_info(f"Recurrent layers keep packed documents apart: {recurrence.described(backbone)}.")
@@ -143,20 +144,25 @@ def _as_trained(model: PreTrainedModel, device: torch.device, dtype: torch.dtype
             module.to(before)
 
 
-def _use_kernels(backbone: nn.Module, hidden_size: int) -> None:
+def _use_kernels(backbone: nn.Module, embeddings: Tensor) -> None:
     """Let recurrent layers pass the borders of documents to their kernels, where that computes each as if alone."""
     for layers in recurrence.by_class(backbone):
-        if _takes_borders(layers[0], hidden_size):
+        if _takes_borders(layers[0], embeddings):
             for layer in layers:
                 recurrence.pass_borders(layer)
 
 
-def _takes_borders(layer: nn.Module, hidden_size: int) -> bool:
-    """Whether a recurrent layer that gets the borders of documents has the output and gradient of one run on each."""
-    weight, results = next(layer.parameters()), []
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(1, 2 * sum(_LENGTHS), hidden_size, generator=generator, device="cpu").to(weight)
-    layout = recurrence.Layout(_LENGTHS, weight.device)
+def _takes_borders(layer: nn.Module, embeddings: Tensor) -> bool:
+    """Whether a recurrent layer that gets the borders of documents has the output and gradient of one run on each.
+
+    Args:
+        layer: Recurrent layer, see :func:`~lightning_sft.model.recurrence.separate`.
+        embeddings: Embeddings of tokens, ``[V, H]``: hidden states have their size, dtype and device.
+    """
+    results = []
+    size, generator = (1, 2 * sum(_LENGTHS), embeddings.shape[1]), torch.Generator().manual_seed(0)
+    drawn = torch.randn(size, generator=generator, device="cpu").to(embeddings)
+    layout = recurrence.Layout(_LENGTHS, embeddings.device)
     try:
         for passes in (False, True):
             tried = deepcopy(layer).train()  # kernels of training differ from those of evaluation
