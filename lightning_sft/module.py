@@ -365,6 +365,11 @@ class SFTModule(EvaluatedModule):
         return self.scorer is None or self.scorer.findings.isolates_documents
 
     @property
+    def leaks_in(self) -> str | None:
+        """Class of the first layer in which documents that share a row would see each other, if it is known."""
+        return None if self.scorer is None else self.scorer.findings.leaks_in
+
+    @property
     def num_embeddings(self) -> int | None:
         """Number of token ids of the model; ``None`` before it is loaded."""
         return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.model import recurrence
 from lightning_sft.model.attention.per_document import rows_of_documents
 from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.pretrained import is_composite
@@ -53,8 +57,20 @@ def hidden_states(
         context: Ranks that the tokens are split over; the result is this rank's part, ``[B, ⌈N / C⌉, H]``.
     """
     with rows_of_documents(position_ids, spans, context) as rows:
-        positions = {} if rows is None else {"position_ids": rows.here}
+        arguments: dict[str, Any] = recurrence.arguments(backbone)
+        if rows is not None and takes_positions(backbone):
+            arguments["position_ids"] = rows.here
         if context is not None:
             input_ids = context.part(input_ids)
-        hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+        hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
     return hidden
+
+
+def takes_positions(backbone: nn.Module) -> bool:
+    """Whether a backbone accepts ``position_ids``."""
+    return "position_ids" in inspect.signature(backbone.forward).parameters
+
+
+def can_be_packed(backbone: nn.Module) -> bool:
+    """Whether a backbone can be told where the documents of a row begin."""
+    return takes_positions(backbone) or recurrence.is_separated(backbone)

@@ -49,12 +49,13 @@ class LikelihoodModel(nn.Module):
             InputError: When documents share a row but attend to each other in this architecture.
         """
         if not self.findings.isolates_documents and batch.is_packed:
+            where = f" (in {self.findings.leaks_in})" if self.findings.leaks_in else ""
             raise InputError(
                 f"The batch has several documents per row, but in {type(self.model).__name__} they attend to each "
-                "other. Use one document per row (data.packing=padded)."
+                f"other{where}. Use one document per row (data.packing=padded)."
             )
-        positions = batch.position_ids if self.findings.takes_positions else None
-        return hidden_states(backbone_and_head(self.model)[0], batch.input_ids, positions, batch.spans, self.context)
+        given = batch.input_ids, batch.position_ids, batch.spans
+        return hidden_states(backbone_and_head(self.model)[0], *given, self.context)
 
     def forward(self, batch: Any, compute: Callable[[PreTrainedModel, Any], Any] | None = None) -> Any:
         """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it.
