@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
+from lightning_sft.model.experts import Routers
 from lightning_sft.model.parallel.sharding import gathered_head
 from lightning_sft.model.pretrained import names_kept_in_float32
 from lightning_sft.model.probes import ProbeResult
@@ -27,11 +29,18 @@ class LikelihoodModel(nn.Module):
         model: The causal language model.
         findings: Result of probing the model.
         chunk_size: Number of targets whose logits are in memory at a time; ``None`` chooses it for the device.
+        routers: Routers of a mixture of experts, whose balance is computed in training mode; ``None`` without.
     """
 
-    def __init__(self, model: PreTrainedModel, findings: ProbeResult, chunk_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        findings: ProbeResult,
+        chunk_size: int | None = None,
+        routers: Routers | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.findings, self.chunk_size = model, findings, chunk_size
+        self.model, self.findings, self.chunk_size, self.routers = model, findings, chunk_size, routers
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states of the backbone, ``[B, N, H]``.
@@ -60,8 +69,11 @@ class LikelihoodModel(nn.Module):
         if compute is not None:
             return compute(self.model, batch)
         _, head = backbone_and_head(self.model)
+        routers = self.routers if self.training else None
+        with nullcontext() if routers is None else routers.recording():
+            hidden = self.hidden(batch)
         likelihood = log_likelihood(
-            self.hidden(batch),
+            hidden,
             gathered_head(head),
             batch.labels,
             batch.target_weights,
@@ -71,7 +83,8 @@ class LikelihoodModel(nn.Module):
             indices=batch.targets,
         )
         of_targets = likelihood.log_probs, likelihood.correct, likelihood.entropy
-        return likelihood.total, likelihood.weight, *of_targets
+        balance = (None, None) if routers is None else routers.balance(batch)
+        return likelihood.total, likelihood.weight, *of_targets, *balance
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the model without rounding the buffers that transformers keeps in float32 in half precision.
