@@ -99,10 +99,10 @@ class SFTModule(EvaluatedModule):
         frozen: Patterns of the names of parameters that are not trained, such as ``*.layers.0.*``.
         trained: Patterns of parameters to train even if ``frozen`` matches them, or in addition to adapters.
         neftune_alpha: Scale of the noise on embeddings in training, see :mod:`lightning_sft.model.tuning.neftune`.
-        router_loss: Coefficient of the loss that balances experts, or ``config`` for that of the model's configuration;
-            see :mod:`lightning_sft.model.experts`. 0 logs the loss without training on it.
         hf_config: Architecture of a model whose weights come from a checkpoint; pretrained weights are not read then.
         compile_layers: Deprecated alias of ``kernels``: ``true`` means ``compiled``, ``false`` means ``none``.
+        router_loss: Coefficient of the loss that balances experts, or ``config`` for that of the model's configuration;
+            see :mod:`lightning_sft.model.experts`. 0 logs the loss without training on it.
 
     >>> import tempfile
     >>> from lightning_sft.demos import tiny_pretrained
@@ -134,9 +134,9 @@ class SFTModule(EvaluatedModule):
         frozen: list[str] | None = None,
         trained: list[str] | None = None,
         neftune_alpha: NonNegative | None = None,
-        router_loss: RouterLoss | None = None,
         hf_config: dict[str, Any] | None = None,
         compile_layers: bool | None = None,
+        router_loss: RouterLoss | None = None,
     ) -> None:
         super().__init__()
         check_arguments(SFTModule, locals(), "model")
