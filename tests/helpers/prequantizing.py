@@ -14,7 +14,11 @@ from torch import Tensor
 from lightning_sft.demos import tiny_pretrained
 
 SIZE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
-MOE: dict[str, Any] = {**SIZE, "num_local_experts": 4, "num_experts_per_tok": 2}
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3": SIZE,
+    "gpt_oss": {**SIZE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {**SIZE, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+}
 GROUP = 32  # rows of a matrix that share a scale
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])  # values of e2m1, without their sign
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of eight columns, in the order in which an integer holds them
@@ -91,25 +95,21 @@ def awq(weight: Tensor) -> Packed:
     return dict(zip((".qweight", ".qzeros"), packed, strict=True)) | {".scales": scales}, values.contiguous()
 
 
+_FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]}
 _CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+_COMPRESSED = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head", "re:.*mlp.gate$"],
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL, "format": "float-quantized"}},
+}
 KINDS: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Packed]]] = {
     "mxfp4": ("gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}, mxfp4),
-    "fp8": (
-        "qwen3",
-        {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [16, 16]},
-        fp8,
-    ),
-    "compressed-tensors": (
-        "qwen3",
-        {
-            "quant_method": "compressed-tensors",
-            "format": "float-quantized",
-            "quantization_status": "compressed",
-            "ignore": ["lm_head"],
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": _CHANNEL, "format": "float-quantized"}},
-        },
-        compressed,
-    ),
+    "fp8": ("qwen3", _FP8, fp8),
+    "fp8_moe": ("qwen3_moe", _FP8, fp8),
+    "compressed-tensors": ("qwen3", _COMPRESSED, compressed),
+    "compressed-tensors_moe": ("qwen3_moe", _COMPRESSED, compressed),
     "gptq": ("qwen3", {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False}, gptq),
     "gptq_8bit": ("qwen3", {"quant_method": "gptq", "bits": 8, "group_size": GROUP}, lambda w: gptq(w, 8)),
     "gptq_desc_act": (
@@ -117,6 +117,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Packed]]] = {
         {"quant_method": "gptq", "bits": 4, "desc_act": True, "checkpoint_format": "gptq_v2"},
         lambda w: gptq(w, 4, True, 2),
     ),
+    "gptq_moe": ("qwen3_moe", {"quant_method": "gptq", "bits": 4, "group_size": GROUP}, gptq),
     "awq": ("qwen3", {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, awq),
 }
 """For each kind an architecture, the quantization config, and how a matrix is packed."""
@@ -125,13 +126,11 @@ KINDS: dict[str, tuple[str, dict[str, Any], Callable[[Tensor], Packed]]] = {
 def prequantized(folder: Path, kind: str) -> tuple[str, str]:
     """Write a checkpoint in a format of :data:`KINDS`, and a plain one of the same values; the paths of both."""
     architecture, settings, pack = KINDS[kind]
-    is_mixture = architecture == "gpt_oss"
-    plain = tiny_pretrained(folder / "plain", architecture, **(MOE if is_mixture else SIZE))
-    quantized = tiny_pretrained(folder / kind, architecture, **(MOE if is_mixture else SIZE))
+    plain, quantized = (tiny_pretrained(folder / name, architecture, **SIZES[architecture]) for name in ("plain", kind))
     weights = load_file(Path(plain, "model.safetensors"))
     stored = dict(weights)
     for name, weight in weights.items():
-        ends = ("experts.gate_up_proj", "experts.down_proj") if is_mixture else ("_proj.weight",)
+        ends = ("experts.gate_up_proj", "experts.down_proj") if kind == "mxfp4" else ("_proj.weight",)
         if name.endswith(ends):
             tensors, weights[name] = pack(weight)
             del stored[name]
