@@ -327,7 +327,9 @@ def _load_prequantized(auto_class: Any, pretrained: str, prequantized: Prequanti
         prequantized.dequantize_on_loading(config)
     model, info = _load(auto_class, pretrained, what, output_loading_info=True, **kwargs)
     prequantized.finish(model)
-    return model, info
+    biases = {name: tensor for name, tensor in kwargs.get("state_dict", {}).items() if name.endswith(".bias")}
+    zero = {name for name, bias in biases.items() if not bias.any()}  # AutoGPTQ adds them to each matrix
+    return model, info | {"unexpected_keys": set(info["unexpected_keys"]) - zero}
 
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:

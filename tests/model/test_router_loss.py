@@ -293,6 +293,20 @@ def test_the_loss_is_logged_by_itself_and_only_where_it_is_asked_for(moe: str) -
     assert off.metrics[0]["train/expert_imbalance"] == on.metrics[0]["train/expert_imbalance"] > 1
 
 
+def test_under_mixed_precision_the_loss_is_summed_in_float32(moe: str) -> None:
+    exact, mixed = (
+        fit(moe, {"tokens_per_batch": 300}, {"precision": precision}, router_loss=COEFFICIENT)
+        for precision in ("32-true", "bf16-mixed")
+    )
+    for a, b in zip(exact.metrics, mixed.metrics, strict=True):
+        assert a["train/router_loss"] == pytest.approx(b["train/router_loss"], rel=0.02)
+    assert all(distance(b, a) < 0.2 for a, b in zip(exact.gradients, mixed.gradients, strict=True))
+    module = SFTModule(moe, router_loss=COEFFICIENT)
+    module.configure_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(collate(encoded(moe)[:2])).router_loss.dtype == torch.float32
+
+
 def test_balance_counts_experts_of_all_layers() -> None:
     found, _ = find_routers(tiny_model("mixtral", **ALL))
     load = torch.tensor([6.0, 2.0, 0.0, 0.0, 2.0, 2.0, 2.0, 2.0])

@@ -173,6 +173,21 @@ def test_kinds_that_cannot_be_read_are_refused_with_the_remedy(tmp_path: Path, m
     refused({"quant_method": "compressed-tensors"}, "not installed: pip install compressed-tensors. Or use the model")
 
 
+def test_biases_of_zero_that_quantizers_add_are_passed_over_and_others_refused(made: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(made("gptq")[0], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    added = {name.replace(".qweight", ".bias"): torch.zeros(64) for name in tensors if name.endswith("k_proj.qweight")}
+    save_file(tensors | added, folder / "model.safetensors", {"format": "pt"})
+    given, wanted = (load_model(path).state_dict() for path in (folder, made("gptq")[1]))
+    assert given.keys() == wanted.keys()
+    assert all(torch.equal(given[name], value) for name, value in wanted.items())
+    save_file(
+        tensors | {name: bias + 1 for name, bias in added.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(InputError, match=r"has parts that Qwen3ForCausalLM does not load"):
+        load_model(folder)
+
+
 def test_a_matrix_without_its_scales_is_refused(made: Any, tmp_path: Path) -> None:
     own = stored.Prequantized("gptq", {"bits": 4})
     tensors = load_file(Path(made("gptq")[0], "model.safetensors"))
