@@ -202,7 +202,7 @@ class SFTModule(EvaluatedModule):
         return LogLikelihood(*self.scorer(batch))
 
     def training_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> STEP_OUTPUT:
-        """``− Σ_t w_t · log Pr(t) / Z``, times what Lightning and the strategy will divide by."""
+        """``− Σ_t w_t · log Pr(t) / Z``, with the routers' loss, times what will be divided by."""
         batch = Batch.of(batch)
         likelihood: LogLikelihood = self(batch)
         objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)

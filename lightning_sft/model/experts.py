@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import OutputRecorder
@@ -41,6 +42,7 @@ RouterLoss = NonNegative | Literal["config"]
 Score = Literal["softmax", "sigmoid", "none"]
 
 _TOKENS = 32  # in the input that routers are tried on
+_NONE = "it has no experts"
 _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")  # of configurations whose models have this loss
 
 
@@ -147,10 +149,7 @@ class Routers:
 
 
 class _Documents:
-    """Sums over the tokens of each document of a batch, without its padding.
-
-    They are computed in segments, which is deterministic on GPUs, too.
-    """
+    """Sums over the tokens of each document of a batch, without its padding."""
 
     def __init__(self, batch: Batch) -> None:
         device = batch.input_ids.device
@@ -183,7 +182,10 @@ class _Documents:
         return (self.weight.to(scores) * of_documents).sum()
 
     def _sum(self, values: Tensor) -> Tensor:
-        return torch.segment_reduce(values, "sum", lengths=self.spans, axis=0, unsafe=True)
+        """Sums over documents, ``[B · N, ...]`` to ``[D, ...]``; in order, hence deterministic, on CPUs and CUDA."""
+        if values.device.type in ("cpu", "cuda"):
+            return torch.segment_reduce(values, "sum", lengths=self.spans, axis=0, unsafe=True)
+        return values.new_zeros(len(self.spans), *values.shape[1:]).index_add(0, self.number, values)
 
 
 def read_routers(model: PreTrainedModel, router_loss: RouterLoss | None) -> Routers | None:
@@ -201,6 +203,8 @@ def read_routers(model: PreTrainedModel, router_loss: RouterLoss | None) -> Rout
         raise InputError(
             f"model.router_loss={router_loss} cannot be computed for {type(model).__name__}: {reason}. Leave it out."
         )
+    if not found and reason != _NONE:
+        rank_zero_info(f"The balance of experts is not logged: {reason}.")
     return Routers(found, _coefficient(router_loss, model)) if found else None
 
 
@@ -232,7 +236,7 @@ def find_routers(model: PreTrainedModel) -> tuple[list[Router], str]:
     found = [(module, place) for module, place in places if place is not None]
     if not found:
         has_experts = any("Experts" in type(module).__name__ for module in backbone.modules())
-        return [], "transformers does not record the logits of its routers" if has_experts else "it has no experts"
+        return [], "transformers does not record the logits of its routers" if has_experts else _NONE
     outputs: dict[nn.Module, list[Any]] = {module: [] for module, _ in found}
     hooks = [module.register_forward_hook(lambda m, _, output: outputs[m].append(output)) for module in outputs]
     embeddings: Any = model.get_input_embeddings()
@@ -321,6 +325,7 @@ def _recorders(model: PreTrainedModel) -> list[OutputRecorder]:
 def _place(name: str, module: nn.Module, recorders: Sequence[OutputRecorder]) -> int | None:
     """Where in its output a router returns its logits; ``None`` for other modules."""
     for recorder in recorders:
-        if isinstance(module, recorder.target_class) and f".{recorder.layer_name or ''}".rstrip(".") in f".{name}":
+        is_named = recorder.layer_name is None or f".{recorder.layer_name}." in f".{name}."
+        if is_named and isinstance(module, recorder.target_class):
             return recorder.index
     return None

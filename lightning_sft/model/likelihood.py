@@ -83,7 +83,7 @@ class LikelihoodModel(nn.Module):
             indices=batch.targets,
         )
         of_targets = likelihood.log_probs, likelihood.correct, likelihood.entropy
-        balance = (None, None) if routers is None else routers.balance(batch)
+        balance = () if routers is None else routers.balance(batch)
         return likelihood.total, likelihood.weight, *of_targets, *balance
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
