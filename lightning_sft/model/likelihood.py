@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
+from lightning_sft.model.experts import Routers
 from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.parallel.sharding import gathered_head
 from lightning_sft.model.pretrained import names_kept_in_float32
@@ -30,6 +32,7 @@ class LikelihoodModel(nn.Module):
         chunk_size: Number of targets whose logits are in memory at a time; ``None`` chooses it for the device.
         context: Ranks that share the tokens of a batch, or ``None``. They all get the same batch and the same result,
             but the gradient of the total is that of a rank's own targets.
+        routers: Routers of a mixture of experts, whose balance is computed in training mode; ``None`` without.
     """
 
     def __init__(
@@ -38,9 +41,11 @@ class LikelihoodModel(nn.Module):
         findings: ProbeResult,
         chunk_size: int | None = None,
         context: Context | None = None,
+        routers: Routers | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.findings, self.chunk_size, self.context = model, findings, chunk_size, context
+        self.model, self.findings, self.chunk_size = model, findings, chunk_size
+        self.context, self.routers = context, routers
 
     def hidden(self, batch: Batch) -> Tensor:
         """Last hidden states of the backbone, ``[B, N, H]``, or ``[B, ⌈N / C⌉, H]`` of this rank's part of C.
@@ -70,13 +75,16 @@ class LikelihoodModel(nn.Module):
         if compute is not None:
             return compute(self.model, batch)
         head, context = backbone_and_head(self.model)[1], self.context
+        routers = self.routers if self.training else None
+        with nullcontext() if routers is None else routers.recording():
+            hidden = self.hidden(batch)
         labels, weights, indices = batch.labels, batch.target_weights, None
         if context is None:
             indices = batch.targets
         else:
             labels, weights = context.part(labels, IGNORE), context.part(weights)
         likelihood = log_likelihood(
-            self.hidden(batch),
+            hidden,
             gathered_head(head),
             labels,
             weights,
@@ -91,7 +99,8 @@ class LikelihoodModel(nn.Module):
             of_targets = context.joined(batch, *of_targets)
             of_all = batch.at_targets(batch.target_weights).to(of_targets[0].dtype)
             total, weight = total - total.detach() + (of_all * of_targets[0]).sum(), of_all.sum()
-        return total, weight, *of_targets
+        balance = () if routers is None else routers.balance(batch)
+        return total, weight, *of_targets, *balance
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the model without rounding the buffers that transformers keeps in float32 in half precision.
