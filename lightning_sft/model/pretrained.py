@@ -299,6 +299,8 @@ def _part(name: str, modules: set[str]) -> str:
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     model.config.use_cache = False  # with a cache transformers does not detect packed documents
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")  # torch's grouped_mm has no float64
     model.train()  # from_pretrained returns eval mode, and Lightning keeps the mode it finds
     return model
 

@@ -37,6 +37,11 @@ def test_weights_stored_in_bfloat16_are_trained_in_float32(tmp_path: Path) -> No
     assert load_model(str(tmp_path)).dtype == torch.float32
 
 
+def test_experts_compute_in_float64_where_torch_has_no_grouped_matmul_for_it(tmp_path: Path) -> None:
+    model = load_model(tiny_pretrained(tmp_path, "mixtral", num_local_experts=2), dtype=torch.float64)
+    assert model(torch.tensor([[1, 2, 3]])).logits.dtype == torch.float64
+
+
 def test_the_architecture_survives_as_plain_values(pretrained: str) -> None:
     model = load_model(pretrained)
     again = model_from_config(config_dict(model))
