@@ -83,6 +83,7 @@ def fork(
         files = [tuple(str(Path(folder, f"{kind}{rank}")) for kind in ("out", "err")) for rank in range(len(ranks))]
         processes = []
         for own, (out, err) in zip(ranks, files, strict=True):
+            Path(out).touch(), Path(err).touch()  # of a process that is ended before it has begun
             environment = common | {name: str(value) for name, value in own.items()}
             work = (module, arguments, environment, out, err)
             processes.append(FORKS.Process(target=_begin, args=work, daemon=False))
