@@ -46,6 +46,7 @@ from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
+from lightning_sft.model.parallel.unused import check_all_reduced, expect_unused
 from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
@@ -180,6 +181,7 @@ class SFTModule(EvaluatedModule):
         backbone, head = backbone_and_head(model)
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
+            expect_unused(None if trainer is None else trainer.strategy, backbone, head)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
         self.scorer = LikelihoodModel(model, probe, self.chunk_size)
         keep_out_of_broadcasts(self)
@@ -219,6 +221,7 @@ class SFTModule(EvaluatedModule):
         accumulates_by_itself = self.trainer.strategy.handles_gradient_accumulation  # then called every micro-batch
         if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
             return
+        check_all_reduced(self.trainer.strategy, self)
         window, self._window = self._window, []
         if not window:  # the training_step of a subclass, which normalizes and logs by itself
             return

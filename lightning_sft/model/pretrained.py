@@ -79,7 +79,7 @@ def model_from_config(config: dict[str, Any], attn_implementation: str | None = 
     dtype = torch.get_default_dtype()
     try:
         with _no_foreign_code():
-            built = AutoConfig.for_model(**config)
+            built = AutoConfig.for_model(**_decoded(config))
             model = _class_for(built).from_config(built, dtype=dtype, trust_remote_code=False, **kwargs)
     except torch.OutOfMemoryError:
         raise
@@ -95,6 +95,17 @@ def config_dict(model: PreTrainedModel) -> dict[str, Any]:
     """The model's configuration as plain values, for the hyperparameters of a checkpoint."""
     plain: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     return plain
+
+
+def _decoded(plain: Any) -> Any:
+    """Plain values with infinities, as Mamba's steps have for a limit; transformers writes dictionaries for them."""
+    if isinstance(plain, list):
+        return [_decoded(value) for value in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if plain.keys() == {"__float__"}:
+        return float(plain["__float__"])
+    return {key: _decoded(value) for key, value in plain.items()}
 
 
 def load_architecture(pretrained: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,12 @@ def test_the_architecture_survives_as_plain_values(pretrained: str) -> None:
     assert torch.equal(model(ids).logits, again(ids).logits)
     assert again.training
     assert again.config.use_cache is False
+
+
+def test_an_infinite_limit_of_an_architecture_survives_as_plain_values() -> None:
+    model = tiny_model("mamba2", num_heads=4, head_dim=8, state_size=8, n_groups=1)
+    assert model.config.time_step_limit == (0.0, math.inf)
+    assert list(model_from_config(config_dict(model)).config.time_step_limit) == [0.0, math.inf]
 
 
 def test_the_context_length_is_the_models(pretrained: str) -> None:
