@@ -115,7 +115,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "nanochat": {},
     "hyperclovax": {},
     "minicpm3": _LATENT | {"head_dim": None, "num_key_value_heads": 2},
-    "youtu": _LATENT | {"head_dim": 8},
+    "youtu": _LATENT | {"pad_token_id": None},  # loading sets the embedding of a padding token to 0
     "gpt2": _OF_GPT2,
     "gpt_bigcode": _OF_GPT2,
     "gptj": _OF_GPT2,

@@ -165,6 +165,7 @@ class Alone:
     def run(self) -> None:
         """Measure all columns; what one raises is its outcome."""
         self.pretrained = save(self.model_type, self.folder / "model", torch.float64)
+        self.in_float32 = save(self.model_type, self.folder / "in_float32", torch.float32)
         self._column("loads", self.loads)
         if self.cells["loads"] == "yes":
             for name in ("gradient", "checkpointing", "LoRA", "export"):
@@ -202,19 +203,20 @@ class Alone:
         return rated(error(seen.gradients[0], self.step.gradients[0]))
 
     def lora(self) -> str:
-        """The second step, since the gradient of one half is zero at first; then the merged model."""
+        """The second step, since the gradient of one half is zero at first; then a merged model, in float32."""
         with in_float64():
-            seen, trainer = fit(self.pretrained, {"lora": LORA}, max_epochs=2)
+            seen, _ = fit(self.pretrained, {"lora": LORA}, max_epochs=2)
             model = plain(self.pretrained)
             inject(model, Lora(**LORA))
             model.load_state_dict(seen.before[1], strict=False)
             cell = rated(error(seen.gradients[1], reference(model)))
+        _, trainer = fit(self.in_float32, {"lora": LORA}, max_epochs=2)
         off = error(logits(plain(exported(trainer, self.folder / "merged"))), logits(trainer.lightning_module.model))
         return cell if off <= 1e-5 else f"wrong: logits of the merged model {off:.0e}"
 
     def export(self) -> str:
         """Every weight after a step in float32, bit for bit, and the logits."""
-        _, trainer = fit(save(self.model_type, self.folder / "in_float32", torch.float32))
+        _, trainer = fit(self.in_float32)
         model = trainer.lightning_module.model
         again = plain(exported(trainer, self.folder / "exported"))
         ours, theirs = model.state_dict(), again.state_dict()

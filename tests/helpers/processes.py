@@ -154,8 +154,12 @@ def run(command: Sequence[str], *, cwd: Path = ROOT, timeout: float = 300, witho
 
 def _end_all(number: int) -> None:
     """End a process and its children; SIGABRT has Python print the stacks of its threads."""
-    process = psutil.Process(number)
-    for hanging in [process, *process.children(recursive=True)]:
+    try:
+        process = psutil.Process(number)
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for hanging in family:
         try:
             hanging.send_signal(signal.SIGABRT)
             hanging.wait(timeout=5)
