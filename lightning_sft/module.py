@@ -48,6 +48,7 @@ from lightning_sft.model.experts import RouterLoss, Routers, read_routers
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
+from lightning_sft.model.parallel.unused import check_all_reduced, expect_unused
 from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.probes import check_split
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
@@ -187,6 +188,7 @@ class SFTModule(EvaluatedModule):
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
             routers = read_routers(model, self.router_loss)
+            expect_unused(None if trainer is None else trainer.strategy, backbone, head)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
         context = getattr(None if trainer is None else trainer.strategy, "context", None)
         if context is not None and self.device_mesh is not None:
@@ -233,6 +235,7 @@ class SFTModule(EvaluatedModule):
         accumulates_by_itself = self.trainer.strategy.handles_gradient_accumulation  # then called every micro-batch
         if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
             return
+        check_all_reduced(self.trainer.strategy, self)
         window, self._window = self._window, []
         if not window:  # the training_step of a subclass, which normalizes and logs by itself
             return

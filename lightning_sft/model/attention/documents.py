@@ -98,6 +98,8 @@ class Documents:
             window: Sliding window of the mask function, in tokens.
             dtype: Dtype of additive masks, or ``None`` for boolean masks.
         """
+        if window is not None and window < 1:  # of a mask that Qwen2-MoE makes for layers that it does not have
+            return None
         num_rows, length = positions.shape
         here = torch.arange(length, device=positions.device)
         rows, head = torch.arange(num_rows, device=positions.device)[:, None], here.new_zeros(())
