@@ -79,7 +79,7 @@ def model_from_config(config: dict[str, Any], attn_implementation: str | None = 
     dtype = torch.get_default_dtype()
     try:
         with _no_foreign_code():
-            built = AutoConfig.for_model(**config)
+            built = AutoConfig.for_model(**_with_floats(config))
             model = _class_for(built).from_config(built, dtype=dtype, trust_remote_code=False, **kwargs)
     except torch.OutOfMemoryError:
         raise
@@ -89,6 +89,14 @@ def model_from_config(config: dict[str, Any], attn_implementation: str | None = 
             f"{transformers.__version__}: {' '.join(str(error).split())[:500]}"
         ) from error
     return _prepare(model)
+
+
+def _with_floats(value: Any) -> Any:
+    """Plain values with the infinite numbers that transformers writes to JSON as ``{"__float__": "Infinity"}``."""
+    if isinstance(value, dict):
+        is_float = value.keys() == {"__float__"}
+        return float(value["__float__"]) if is_float else {name: _with_floats(item) for name, item in value.items()}
+    return [_with_floats(item) for item in value] if isinstance(value, list) else value
 
 
 def config_dict(model: PreTrainedModel) -> dict[str, Any]:
