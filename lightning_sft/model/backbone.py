@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.model import recurrence
 from lightning_sft.model.attention.per_document import rows_of_documents
+from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.pretrained import is_composite
 from lightning_sft.types import InputError
 
@@ -39,7 +41,11 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def hidden_states(
-    backbone: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, spans: tuple[int, ...] = ()
+    backbone: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    spans: tuple[int, ...] = (),
+    context: Context | None = None,
 ) -> Tensor:
     """Last hidden states ``[B, N, H]``, without attention mask and cache so that transformers finds packed documents.
 
@@ -48,10 +54,14 @@ def hidden_states(
         input_ids: Token ids, ``[B, N]``.
         position_ids: Position of each token in its document, ``[B, N]``; ``None`` if each row is one document.
         spans: Lengths of all documents in row-major order, padding included; ``()`` waits for the device.
+        context: Ranks that the tokens are split over; the result is this rank's part, ``[B, ⌈N / C⌉, H]``.
     """
-    positions = {"position_ids": position_ids} if position_ids is not None and takes_positions(backbone) else {}
-    with rows_of_documents(position_ids, spans):
-        arguments = positions | recurrence.arguments(backbone)
+    with rows_of_documents(position_ids, spans, context) as rows:
+        arguments: dict[str, Any] = recurrence.arguments(backbone)
+        if rows is not None and takes_positions(backbone):
+            arguments["position_ids"] = rows.here
+        if context is not None:
+            input_ids = context.part(input_ids)
         hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
     return hidden
 

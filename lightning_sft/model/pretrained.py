@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from lightning_sft.model.tuning.base_dtype import weight_files
+from lightning_sft.model.tuning.prequantized import Prequantized
 from lightning_sft.types import InputError
 
 
@@ -57,7 +58,11 @@ def load_model(
     kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     kwargs["dtype"] = dtype or torch.get_default_dtype()
     auto_class = _auto_class(pretrained)
-    model, info = _load(auto_class, pretrained, "causal language model", output_loading_info=True, **kwargs)
+    prequantized = stored_quantization(pretrained)
+    if prequantized is None or quantization is not None:
+        model, info = _load(auto_class, pretrained, "causal language model", output_loading_info=True, **kwargs)
+    else:
+        model, info = _load_prequantized(auto_class, pretrained, prequantized, **kwargs)
     if model.config.is_encoder_decoder:
         raise InputError(
             f"{pretrained!r} is an encoder-decoder ({type(model).__name__}), not a causal language model. Use a "
@@ -79,7 +84,7 @@ def model_from_config(config: dict[str, Any], attn_implementation: str | None = 
     dtype = torch.get_default_dtype()
     try:
         with _no_foreign_code():
-            built = AutoConfig.for_model(**_with_floats(config))
+            built = AutoConfig.for_model(**_decoded(config))
             model = _class_for(built).from_config(built, dtype=dtype, trust_remote_code=False, **kwargs)
     except torch.OutOfMemoryError:
         raise
@@ -91,18 +96,21 @@ def model_from_config(config: dict[str, Any], attn_implementation: str | None = 
     return _prepare(model)
 
 
-def _with_floats(value: Any) -> Any:
-    """Plain values with the infinite numbers that transformers writes to JSON as ``{"__float__": "Infinity"}``."""
-    if isinstance(value, dict):
-        is_float = value.keys() == {"__float__"}
-        return float(value["__float__"]) if is_float else {name: _with_floats(item) for name, item in value.items()}
-    return [_with_floats(item) for item in value] if isinstance(value, list) else value
-
-
 def config_dict(model: PreTrainedModel) -> dict[str, Any]:
     """The model's configuration as plain values, for the hyperparameters of a checkpoint."""
     plain: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     return plain
+
+
+def _decoded(plain: Any) -> Any:
+    """Plain values with infinities, as Mamba's steps have for a limit; transformers writes dictionaries for them."""
+    if isinstance(plain, list):
+        return [_decoded(value) for value in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if plain.keys() == {"__float__"}:
+        return float(plain["__float__"])
+    return {key: _decoded(value) for key, value in plain.items()}
 
 
 def load_architecture(pretrained: str) -> dict[str, Any]:
@@ -114,6 +122,19 @@ def load_architecture(pretrained: str) -> dict[str, Any]:
     config = _load(AutoConfig, pretrained, "model configuration")
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return plain
+
+
+def stored_quantization(pretrained: str) -> Prequantized | None:
+    """How the weights of a pretrained model are quantized; ``None`` for plain weights and GGUF files.
+
+    Raises:
+        InputError: When there is no model configuration.
+    """
+    return (
+        None
+        if pretrained.endswith(".gguf")
+        else Prequantized.of(_load(AutoConfig, pretrained, "causal language model"))
+    )
 
 
 def load_tokenizer(
@@ -305,8 +326,27 @@ def _part(name: str, modules: set[str]) -> str:
     return next((prefix for prefix in prefixes if prefix not in modules), name)
 
 
+def _load_prequantized(auto_class: Any, pretrained: str, prequantized: Prequantized, **kwargs: Any) -> Any:
+    """The model, whose weights are plain unless they stay packed, and what loading it said."""
+    what = "causal language model"
+    config = kwargs["config"] = _load(AutoConfig, pretrained, what)
+    if prequantized.is_unpacked_here:
+        del config.quantization_config
+        kwargs["state_dict"] = prequantized.unpacked(weight_files(pretrained))
+        auto_class, pretrained = auto_class._model_mapping[type(config)], ""
+    else:
+        prequantized.dequantize_on_loading(config)
+    model, info = _load(auto_class, pretrained, what, output_loading_info=True, **kwargs)
+    prequantized.finish(model)
+    biases = {name: tensor for name, tensor in kwargs.get("state_dict", {}).items() if name.endswith(".bias")}
+    zero = {name for name, bias in biases.items() if not bias.any()}  # AutoGPTQ adds them to each matrix
+    return model, info | {"unexpected_keys": set(info["unexpected_keys"]) - zero}
+
+
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     model.config.use_cache = False  # with a cache transformers does not detect packed documents
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")  # torch's grouped_mm has no float64
     model.train()  # from_pretrained returns eval mode, and Lightning keeps the mode it finds
     return model
 
@@ -327,7 +367,7 @@ def _no_foreign_code() -> Iterator[None]:
 
 def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
     pretrained = str(Path(pretrained).expanduser()) if pretrained.startswith("~") else pretrained
-    source = {"pretrained_model_name_or_path": pretrained}
+    source = {"pretrained_model_name_or_path": pretrained or None}  # none for weights that are given
     if pretrained.endswith(".gguf"):
         path = Path(pretrained)
         if not path.is_file():

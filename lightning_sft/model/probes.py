@@ -7,7 +7,7 @@ into one row are isolated from each other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lightning_sft.machine.contexts import eval_mode
+from lightning_sft.model import recurrence
 from lightning_sft.model.backbone import can_be_packed, hidden_states, language_model
+from lightning_sft.model.parallel.context import Context
 from lightning_sft.objective import transformed
 from lightning_sft.types import InputError
 
@@ -136,6 +138,47 @@ def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> 
         f"The logits of {type(model).__name__} are not the output of its head, scaled or soft-capped in a known way, "
         "so the likelihood computed from the hidden states would be wrong. This architecture is not supported."
     )
+
+
+def check_split(
+    model: PreTrainedModel, backbone: nn.Module, findings: ProbeResult, context: Context, tensor_parallel_size: int = 1
+) -> None:
+    """Refuse a model that computes something else where the tokens of its rows are split over ranks.
+
+    Every rank of the context calls it with the whole model, on the CPU.
+
+    Args:
+        model: The model.
+        backbone: The model without its head.
+        findings: Result of probing the model.
+        context: The ranks.
+        tensor_parallel_size: Number of devices that the heads are split over beside.
+
+    Raises:
+        InputError: When it does, or its heads cannot be split over so many ranks.
+    """
+    config = model.config.get_text_config()
+    heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    if all(isinstance(count, int) for count in heads):
+        context.num_repeats(*(cast(int, count) // tensor_parallel_size for count in heads))
+    error = torch.ones((), device="cpu")
+    if findings.isolates_documents and not recurrence.is_separated(backbone):
+        lengths = _DOCUMENT, _DOCUMENT, 1  # an odd number of tokens, so that there is padding
+        generator = torch.Generator().manual_seed(0)
+        embedded = next(backbone.parameters())
+        ids = torch.randint(config.vocab_size, (1, sum(lengths)), generator=generator)
+        ids, positions = (x.to(embedded.device) for x in (ids, torch.cat(list(map(torch.arange, lengths)))[None]))
+        with eval_mode(model):
+            whole = hidden_states(backbone, ids, positions)
+            own = hidden_states(backbone, ids, positions, context=context)
+        there = whole[:, context.rank * own.shape[1] :][:, : own.shape[1]]
+        error.fill_(_error(own[:, : there.shape[1]], there) > _rounding(there) if there.shape[1] else 0)
+        torch.distributed.all_reduce(error, group=context.group)
+    if error:
+        raise InputError(
+            f"{type(model).__name__} cannot have its rows split over devices: its layers mix tokens in other ways than "
+            "by attention within each document. Set trainer.strategy.context_parallel_size=1."
+        )
 
 
 def is_close(a: Tensor, b: Tensor) -> bool:
