@@ -48,7 +48,9 @@ from lightning_sft.model.experts import RouterLoss, Routers, read_routers
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
+from lightning_sft.model.parallel.unused import check_all_reduced, expect_unused
 from lightning_sft.model.precision import follow_autocast
+from lightning_sft.model.probes import check_split
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
@@ -186,8 +188,15 @@ class SFTModule(EvaluatedModule):
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
             routers = read_routers(model, self.router_loss)
+            expect_unused(None if trainer is None else trainer.strategy, backbone, head)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
-        self.scorer = LikelihoodModel(model, probe, self.chunk_size, routers)
+        context = getattr(None if trainer is None else trainer.strategy, "context", None)
+        if context is not None and self.device_mesh is not None:
+            check_split(model, backbone, probe, context, self.device_mesh["tensor_parallel"].size())
+            if given := [name for name in ("neftune_alpha", "router_loss") if getattr(self, name) is not None]:
+                raise InputError(f"model.{given[0]} needs whole rows: set trainer.strategy.context_parallel_size=1.")
+            routers = None
+        self.scorer = LikelihoodModel(model, probe, self.chunk_size, context, routers)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
             add_noise(self.scorer, model, self.neftune_alpha)
@@ -226,6 +235,7 @@ class SFTModule(EvaluatedModule):
         accumulates_by_itself = self.trainer.strategy.handles_gradient_accumulation  # then called every micro-batch
         if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
             return
+        check_all_reduced(self.trainer.strategy, self)
         window, self._window = self._window, []
         if not window:  # the training_step of a subclass, which normalizes and logs by itself
             return
@@ -374,6 +384,11 @@ class SFTModule(EvaluatedModule):
     def isolates_documents(self) -> bool:
         """Whether documents may share a row; asked by the data module before it packs."""
         return self.scorer is None or self.scorer.findings.isolates_documents
+
+    @property
+    def leaks_in(self) -> str | None:
+        """Class of the first layer in which documents that share a row would see each other, if it is known."""
+        return None if self.scorer is None else self.scorer.findings.leaks_in
 
     @property
     def num_embeddings(self) -> int | None:

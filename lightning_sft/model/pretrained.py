@@ -84,7 +84,7 @@ def model_from_config(config: dict[str, Any], attn_implementation: str | None = 
     dtype = torch.get_default_dtype()
     try:
         with _no_foreign_code():
-            built = AutoConfig.for_model(**config)
+            built = AutoConfig.for_model(**_decoded(config))
             model = _class_for(built).from_config(built, dtype=dtype, trust_remote_code=False, **kwargs)
     except torch.OutOfMemoryError:
         raise
@@ -100,6 +100,17 @@ def config_dict(model: PreTrainedModel) -> dict[str, Any]:
     """The model's configuration as plain values, for the hyperparameters of a checkpoint."""
     plain: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
     return plain
+
+
+def _decoded(plain: Any) -> Any:
+    """Plain values with infinities, as Mamba's steps have for a limit; transformers writes dictionaries for them."""
+    if isinstance(plain, list):
+        return [_decoded(value) for value in plain]
+    if not isinstance(plain, dict):
+        return plain
+    if plain.keys() == {"__float__"}:
+        return float(plain["__float__"])
+    return {key: _decoded(value) for key, value in plain.items()}
 
 
 def load_architecture(pretrained: str) -> dict[str, Any]:
@@ -334,6 +345,8 @@ def _load_prequantized(auto_class: Any, pretrained: str, prequantized: Prequanti
 
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     model.config.use_cache = False  # with a cache transformers does not detect packed documents
+    if model.dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("batched_mm")  # torch's grouped_mm has no float64
     model.train()  # from_pretrained returns eval mode, and Lightning keeps the mode it finds
     return model
 

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Literal
 
 from lightning_sft.io.arguments import Index
+from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,9 +22,17 @@ def checkpoint_layers(model: PreTrainedModel, setting: Checkpointing, device_typ
         model: Model of transformers.
         setting: Value of ``model.gradient_checkpointing``.
         device_type: Type of the training device, such as ``cuda``.
+
+    Raises:
+        InputError: When transformers cannot recompute the layers of the architecture.
     """
     if not setting:
         return
+    if not model.supports_gradient_checkpointing:
+        raise InputError(
+            f"model.gradient_checkpointing={setting} is not available for {type(model).__name__} in transformers. "
+            "Leave it out."
+        )
     offload = setting == "offload"
     if offload and device_type == "cpu":
         warnings.warn(

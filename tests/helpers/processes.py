@@ -83,6 +83,7 @@ def fork(
         files = [tuple(str(Path(folder, f"{kind}{rank}")) for kind in ("out", "err")) for rank in range(len(ranks))]
         processes = []
         for own, (out, err) in zip(ranks, files, strict=True):
+            Path(out).touch(), Path(err).touch()  # of a process that is ended before it has begun
             environment = common | {name: str(value) for name, value in own.items()}
             work = (module, arguments, environment, out, err)
             processes.append(FORKS.Process(target=_begin, args=work, daemon=False))
@@ -153,8 +154,12 @@ def run(command: Sequence[str], *, cwd: Path = ROOT, timeout: float = 300, witho
 
 def _end_all(number: int) -> None:
     """End a process and its children; SIGABRT has Python print the stacks of its threads."""
-    process = psutil.Process(number)
-    for hanging in [process, *process.children(recursive=True)]:
+    try:
+        process = psutil.Process(number)
+        family = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for hanging in family:
         try:
             hanging.send_signal(signal.SIGABRT)
             hanging.wait(timeout=5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def test_weights_stored_in_bfloat16_are_trained_in_float32(tmp_path: Path) -> No
     assert load_model(str(tmp_path)).dtype == torch.float32
 
 
+def test_experts_compute_in_float64_where_torch_has_no_grouped_matmul_for_it(tmp_path: Path) -> None:
+    model = load_model(tiny_pretrained(tmp_path, "mixtral", num_local_experts=2), dtype=torch.float64)
+    assert model(torch.tensor([[1, 2, 3]])).logits.dtype == torch.float64
+
+
 def test_the_architecture_survives_as_plain_values(pretrained: str) -> None:
     model = load_model(pretrained)
     again = model_from_config(config_dict(model))
@@ -45,6 +51,12 @@ def test_the_architecture_survives_as_plain_values(pretrained: str) -> None:
     assert torch.equal(model(ids).logits, again(ids).logits)
     assert again.training
     assert again.config.use_cache is False
+
+
+def test_an_infinite_limit_of_an_architecture_survives_as_plain_values() -> None:
+    model = tiny_model("mamba2", num_heads=4, head_dim=8, state_size=8, n_groups=1)
+    assert model.config.time_step_limit == (0.0, math.inf)
+    assert list(model_from_config(config_dict(model)).config.time_step_limit) == [0.0, math.inf]
 
 
 def test_the_context_length_is_the_models(pretrained: str) -> None:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sft import SFTModule
 from lightning_sft.data.batches.collate import collate
-from lightning_sft.demos import tiny_pretrained
+from lightning_sft.demos import tiny_model, tiny_pretrained
 from lightning_sft.main import main
 from lightning_sft.model.attention.operator import packed_attention, packed_attention_backward
 from lightning_sft.model.recompute import checkpoint_layers
@@ -164,3 +164,8 @@ def test_the_command_line_takes_each(deep: str, jsonl: Any, given: str, wanted: 
     cli = main(["fit", *flags, "--trainer.accelerator", "cpu", "--model.gradient_checkpointing", given])
     assert cli.model.gradient_checkpointing == wanted
     assert type(cli.model.gradient_checkpointing) is type(wanted)
+
+
+def test_an_architecture_whose_layers_cannot_be_recomputed_is_refused() -> None:
+    with pytest.raises(InputError, match=r"gradient_checkpointing=True is not available for OpenAIGPTLMHeadModel"):
+        checkpoint_layers(tiny_model("openai-gpt", n_embd=16, n_layer=1, n_head=2), True, "cpu")

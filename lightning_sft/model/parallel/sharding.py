@@ -5,6 +5,7 @@ And what DeepSpeed's ZeRO-3 asks of a model: there, a rank holds only a piece of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Sharding:
 
         Raises:
             InputError: When transformers has no tensor-parallel plan for the model, or a plan that is not supported
-                here.
+                here, or when layers share parameters.
         """
         if self.mesh["tensor_parallel"].size() > 1:
             _parallelize(model, self.mesh["tensor_parallel"])
@@ -64,6 +65,7 @@ class Sharding:
             settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if self.cpu_offload:
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        _check_unshared(model)
         for layer in layers(model):
             fully_shard(layer, **settings)
         fully_shard(root, **settings)
@@ -79,6 +81,16 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
     if not found:
         raise InputError(f"{type(model).__name__} does not declare which modules are its layers (_no_split_modules).")
     return found
+
+
+def _check_unshared(model: PreTrainedModel) -> None:
+    found = layers(model)
+    inner = {module for layer in found for module in layer.modules() if module is not layer}
+    owners = Counter(parameter for layer in found if layer not in inner for parameter in set(layer.parameters()))
+    if any(count > 1 for count in owners.values()):
+        raise InputError(
+            f"In {type(model).__name__} layers share parameters, which FSDP2 cannot shard. Use trainer.strategy=ddp."
+        )
 
 
 def _parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:

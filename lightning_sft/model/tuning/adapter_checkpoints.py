@@ -91,8 +91,8 @@ def complete(checkpoint: dict[str, Any], module: nn.Module) -> None:
 
 
 def _check_base(saved: Tensor, base: Tensor, config: dict[str, Any], module: LightningModule) -> None:
-    now = module.hparams.get("hf_config") or {}
-    differs = [k for k in config.keys() & now.keys() if k not in _VOLATILE and config[k] != now[k]]
+    config, now = _lasting(config), _lasting(module.hparams.get("hf_config") or {})
+    differs = [key for key in config.keys() & now.keys() if config[key] != now[key]]
     if differs:
         changes = ", ".join(f"{key}: {config[key]} then, {now[key]} now" for key in sorted(differs))
         raise InputError(
@@ -100,6 +100,13 @@ def _check_base(saved: Tensor, base: Tensor, config: dict[str, Any], module: Lig
         )
     if saved.shape != base.shape or not _same(saved, base):
         raise InputError(f"The weights of {module.pretrained!r} are not those the adapters were trained on. {_REMEDY}")
+
+
+def _lasting(config: Any) -> Any:
+    """A configuration, also those of parts in it, without what a run may change."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _lasting(value) for key, value in config.items() if key not in _VOLATILE}
 
 
 _REMEDY = "Set model.pretrained to the original base; its path may have changed."

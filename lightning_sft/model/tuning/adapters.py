@@ -154,14 +154,20 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _without_adapters(model: PreTrainedModel) -> list[str]:
-    """Names of the modules that get no adapters: those that text does not use, and Llama 4's routers.
+    """Names of the modules that get no adapters: those that text does not use, Llama 4's routers, Mamba's projections.
 
-    Such a router is a linear layer by its class, but its forward pass returns scores of experts as well.
+    Such a router is a linear layer by its class, but its forward pass returns scores of experts as well. Fused kernels
+    read the weight of a projection out of a Mamba layer past its adapter; peft refuses some of them, too.
     """
     names = {name.rpartition(".")[0] for name in outside_language_model(model)}
     linear = ((name, type(module)) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     names |= {name for name, kind in linear if kind is not nn.Linear and name.endswith(".router")}
+    names |= {f"{name}.out_proj" for name, module in model.named_modules() if _is_mamba(module)}
     return sorted(names - {""})
+
+
+def _is_mamba(module: nn.Module) -> bool:
+    return all(hasattr(module, name) for name in ("conv1d", "A_log", "D", "out_proj"))
 
 
 def _check_names(model: PreTrainedModel, lora: Lora) -> None:

@@ -16,7 +16,10 @@ from transformers.masking_utils import (
 )
 
 import lightning_sft.model.attention.documents as source
+from lightning_sft.demos import tiny_model
+from lightning_sft.model.attention.choice import probed
 from lightning_sft.model.attention.documents import Documents
+from lightning_sft.model.backbone import backbone_and_head
 from tests.model.attention.reference import dense
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=6)
@@ -85,6 +88,15 @@ def test_what_is_no_causal_attention_within_documents_is_not_taken_for_it(window
     assert Documents.found(causal, positions, window, None) is not None
     for sees in (bidirectional_mask_function, or_masks(causal, blocks)):
         assert Documents.found(sees, positions, window, None) is None
+
+
+def test_a_window_without_tokens_makes_no_documents() -> None:
+    """Qwen2-MoE asks for such a mask where none of its layers has a window."""
+    sees = sliding_window_causal_mask_function(0)
+    assert Documents.found(sees, positions_of([5, 9]), 0, None) is None
+    model = tiny_model("qwen2_moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    assert model.config.sliding_window == 0
+    assert probed(model, *backbone_and_head(model))[1].isolates_documents
 
 
 def test_a_window_other_than_the_masks_is_not_taken_for_it() -> None:

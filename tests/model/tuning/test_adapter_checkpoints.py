@@ -20,6 +20,7 @@ from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.types import InputError
+from tests.helpers.composites import composite
 from tests.helpers.gradients import ROWS
 
 Make = Callable[..., Trainer]
@@ -87,6 +88,16 @@ def test_a_checkpoint_loads_without_a_trainer_and_exports(
         base = tiny_pretrained(tmp_path / message[:5], **other)
         with pytest.raises(InputError, match=message):
             SFTModule.load_from_checkpoint(ckpt, weights_only=True, pretrained=base)
+
+
+def test_the_base_of_a_model_of_images_and_text_is_known_again_in_another_dtype(
+    tmp_path: Path, quiet_trainer: Make
+) -> None:
+    """The configurations of its parts have a dtype, too."""
+    trainer = quiet_trainer(max_steps=1, precision="bf16-true")
+    trainer.fit(SFTModule(composite(tmp_path / "base", "gemma3"), lora=Lora(r=2)), SFTDataModule(train=ROWS))
+    trainer.save_checkpoint(tmp_path / "adapters.ckpt")
+    assert SFTModule.load_from_checkpoint(tmp_path / "adapters.ckpt", weights_only=True).dtype == torch.float32
 
 
 def test_a_checkpoint_of_other_adapters_is_refused(tmp_path: Path, pretrained: str, quiet_trainer: Make) -> None:

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.batches.collate import collate
-from lightning_sft.demos import tiny_pretrained
-from lightning_sft.model.tuning.adapters import Lora, has_adapters, merge
+from lightning_sft.demos import tiny_model, tiny_pretrained
+from lightning_sft.model.tuning.adapters import Lora, has_adapters, inject, merge
 from lightning_sft.types import InputError
 from tests.helpers.gradients import ROWS, Recorder, encoded, furthest
 
@@ -184,3 +184,10 @@ def test_only_what_is_trained_is_given_to_the_optimizer(pretrained: str, quiet_t
     groups = module.optimizers().param_groups
     assert [len(group["params"]) for group in groups] == [2 * 14, 14]  # DoRA's lengths are not decayed
     assert groups[1]["weight_decay"] == 0
+
+
+def test_projections_that_kernels_read_past_an_adapter_get_none() -> None:
+    model = tiny_model("mamba2", num_heads=4, head_dim=8, state_size=8, n_groups=1)
+    inject(model, Lora(r=2))
+    adapted = {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == {"in_proj"}

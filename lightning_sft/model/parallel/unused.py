@@ -1,0 +1,75 @@
+"""Parameters that a step gives no gradient: DDP averages gradients only once it has those of all parameters.
+
+It would leave them as they are on each rank, and raise an error one step later. Such are the biases by which some
+routers are balanced outside of the gradient, or layers that select which tokens to attend to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_sft.machine.contexts import eval_mode
+from lightning_sft.model.backbone import hidden_states
+from lightning_sft.types import InputError
+
+
+def expect_unused(strategy: Strategy | None, backbone: nn.Module, head: nn.Module) -> None:
+    """Let DDP look for parameters without a gradient in each step, if the logits of a few tokens do not reach all.
+
+    Args:
+        strategy: Strategy of the trainer, before it wraps the model.
+        backbone: The model without its head.
+        head: The head, from hidden states to logits.
+    """
+    if not isinstance(strategy, DDPStrategy) or _looks_for_unused(strategy):
+        return
+    if names := unused(backbone, head):
+        strategy._ddp_kwargs["find_unused_parameters"] = True
+        rank_zero_info(f"Text gives {len(names)} parameters no gradient, such as {names[0]}; DDP looks for them.")
+
+
+def check_all_reduced(strategy: Strategy, module: nn.Module) -> None:
+    """Refuse a step in which DDP has waited in vain for the gradient of a parameter, and averaged none.
+
+    Raises:
+        InputError: When a trained parameter has no gradient.
+    """
+    if not isinstance(strategy, DDPStrategy) or strategy.world_size == 1 or _looks_for_unused(strategy):
+        return
+    names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+    if names:
+        raise InputError(
+            f"{len(names)} trained parameters have got no gradient, such as {names[0]}, so DDP has not averaged "
+            "gradients over the ranks. Set trainer.strategy=ddp_find_unused_parameters_true, or name them in "
+            "model.frozen."
+        )
+
+
+def unused(backbone: nn.Module, head: nn.Module) -> list[str]:
+    """Names of the trained parameters of a model that the logits of a few tokens do not depend on."""
+    tokens = torch.arange(8, device=next(head.parameters()).device)[None]
+    with eval_mode(backbone), torch.enable_grad():
+        reached = _parameters_of(head(hidden_states(backbone, tokens)))
+    named = [*backbone.named_parameters(), *head.named_parameters()]
+    return [name for name, parameter in named if parameter.requires_grad and id(parameter) not in reached]
+
+
+def _parameters_of(output: Tensor) -> set[int]:
+    """Ids of the parameters in the graph of a tensor."""
+    nodes: list[Any] = [output.grad_fn]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [inner for inner, _ in node.next_functions]
+    return {id(node.variable) for node in seen if hasattr(node, "variable")}
+
+
+def _looks_for_unused(strategy: DDPStrategy) -> bool:
+    return any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph"))
