@@ -36,11 +36,10 @@ from lightning_sft.checkpoints.resume import RunState
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
 from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.evaluation.generation import Sampling, answers
-from lightning_sft.evaluation.metrics import NUM_SUMS, metrics_by_part, sums_by_part
 from lightning_sft.evaluation.module import EvaluatedModule
+from lightning_sft.evaluation.step import StepSums
 from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments, plain
 from lightning_sft.machine.contexts import in_default_dtype
-from lightning_sft.machine.host_copy import HostCopy, without_waiting
 from lightning_sft.model import pretrained as loading
 from lightning_sft.model.attention.choice import Attention, check_asked, probed
 from lightning_sft.model.backbone import backbone_and_head
@@ -62,13 +61,12 @@ from lightning_sft.training.checks import check_epoch, check_trainer, not_finite
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
 from lightning_sft.training.schedules import Schedule, learning_rate_factor
-from lightning_sft.training.throughput import NUM_COUNTS, SEEN_KEY, StepMetrics
+from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
     autocast_dtype,
     divisors,
     is_between_steps,
     root_device,
-    sum_over_ranks,
     total_steps,
 )
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
@@ -164,7 +162,7 @@ class SFTModule(EvaluatedModule):
         self._step_metrics = StepMetrics()
         self._run, self._modes = RunState(), Modes(self)
         self._window: list[tuple[Batch, LogLikelihood]] = []  # micro-batches of the current optimizer step
-        self._sums: HostCopy | None = None  # their sums over all ranks, after the last micro-batch
+        self._sums: StepSums | None = None  # their sums over all ranks, after the last micro-batch
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
@@ -217,7 +215,8 @@ class SFTModule(EvaluatedModule):
         objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)
         self._window.append((batch, likelihood.detached()))
         if is_between_steps(self.trainer):  # this is the last micro-batch of its step
-            self._sums = self._summed()
+            counts = self._step_metrics.counts([batch for batch, _ in self._window])
+            self._sums = StepSums(self.trainer, self._window, counts, self._routers)
         accumulate, num_ranks = divisors(self.trainer)
         if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
             if NORMALIZATIONS[self.normalize].is_planned:
@@ -240,34 +239,20 @@ class SFTModule(EvaluatedModule):
         if not window:  # the training_step of a subclass, which normalizes and logs by itself
             return
         assert self._sums is not None, "the step's last micro-batch has not been seen"
-        summed, self._sums = self._sums.wait(), None
-        part_names = window[0][0].part_names
-        counts, totals, of_routers = summed.tensor_split([NUM_COUNTS, NUM_COUNTS + NUM_SUMS * (1 + len(part_names))])
-        totals = totals.view(-1, NUM_SUMS)
-        if not torch.isfinite(totals[0, 0]):
+        sums, self._sums = self._sums, None
+        sums.wait()
+        if not sums.is_finite:
             raise not_finite(window, self)
-        weight = totals[0, 1].item()
-        if weight == 0:  # a step without targets: the gradient is 0, and there are no metrics
+        if sums.weight == 0:  # a step without targets: the gradient is 0, and there are no metrics
             return
         if window[0][0].normalizer is None:
             _, num_ranks = divisors(self.trainer)
             for parameter in self.parameters():
                 if parameter.grad is not None:
-                    parameter.grad.mul_(num_ranks / weight)
-        metrics = metrics_by_part(totals, part_names) | self._step_metrics.close(self.trainer, counts, totals[0, 3])
-        if self._routers is not None:
-            metrics |= self._routers.metrics(of_routers, weight)
-        self._log_metrics("train", metrics)
+                    parameter.grad.mul_(num_ranks / sums.weight)
+        rates = self._step_metrics.close(self.trainer, sums.counts, sums.num_targets)
+        self._log_metrics("train", sums.metrics() | rates)
         self.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), device="cpu"), batch_size=1)
-
-    def _summed(self) -> HostCopy:
-        """Counts and sums of the step's micro-batches over all ranks, in one reduction, on their way to the host."""
-        local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self._window]).sum(0)
-        counts = self._step_metrics.counts([batch for batch, _ in self._window])
-        parts = [without_waiting(counts.to(local.dtype), local.device), local.flatten()]
-        if self._routers is not None:
-            parts.append(self._routers.sums([likelihood for _, likelihood in self._window]))
-        return HostCopy(sum_over_ranks(self.trainer, torch.cat(parts)))
 
     def clip_gradients(
         self,

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 SEEN_KEY = "lightning_sft_seen"
 """Checkpoint key of the numbers of tokens and targets that the run has seen."""
 
-NUM_COUNTS = 4
-"""Length of the tensor that :meth:`StepMetrics.counts` returns."""
-
 _STEPS = 10  # window of the mean that rates are computed over
 _OLD_KEYS = {"fill": "packing_efficiency", "share_of_peak": "mfu"}  # are logged too, for one release
 
