@@ -10,7 +10,7 @@ import sys
 import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_sft import __version__
 from lightning_sft.io.closest import did_you_mean
@@ -151,6 +151,20 @@ def _help() -> str:
     return "\n".join([*lines, "", "Help on a verb: lightning-sft VERB --help"])
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning, whose text may name files of others, without what would control the terminal."""
+    from lightning_sft.machine.terminal import printable
+
+    (file or sys.stderr).write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
+
+
 def console() -> None:
     """``main`` for the shell: errors are one message, not a traceback, which ``--debug`` shows.
 
@@ -158,6 +172,7 @@ def console() -> None:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
+    warnings.showwarning = _show_warning
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     if not sys.flags.safe_path and os.getcwd() not in sys.path:

@@ -9,7 +9,8 @@ A, and the strategy averages gradients over the ranks, so micro-batch a of rank 
     (1 / R) · Σ_r Σ_a ∇ loss(a, r) / A  =  − Σ_t w_t · ∇ log Pr(t) / Z      for any A, R and split of the targets
 
 Batches of a user's own loader have no Z: their loss is without R / Z, and the gradient is multiplied by it at the end
-of the step, when Z = Σ_t w_t is known.
+of the step, when Z = Σ_t w_t is known. The auxiliary loss of routers (:mod:`lightning_sft.model.experts`) is a weighted
+sum over documents, and is added to the sum over targets.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -43,11 +44,13 @@ from lightning_sft.machine.host_copy import HostCopy, without_waiting
 from lightning_sft.model import pretrained as loading
 from lightning_sft.model.attention.choice import Attention, check_asked, probed
 from lightning_sft.model.backbone import backbone_and_head
+from lightning_sft.model.experts import RouterLoss, Routers, read_routers
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
 from lightning_sft.model.parallel.unused import check_all_reduced, expect_unused
 from lightning_sft.model.precision import follow_autocast
+from lightning_sft.model.probes import check_split
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
@@ -100,6 +103,8 @@ class SFTModule(EvaluatedModule):
         neftune_alpha: Scale of the noise on embeddings in training, see :mod:`lightning_sft.model.tuning.neftune`.
         hf_config: Architecture of a model whose weights come from a checkpoint; pretrained weights are not read then.
         compile_layers: Deprecated alias of ``kernels``: ``true`` means ``compiled``, ``false`` means ``none``.
+        router_loss: Coefficient of the loss that balances experts, or ``config`` for that of the model's configuration;
+            see :mod:`lightning_sft.model.experts`. 0 logs the loss without training on it.
 
     >>> import tempfile
     >>> from lightning_sft.demos import tiny_pretrained
@@ -133,6 +138,7 @@ class SFTModule(EvaluatedModule):
         neftune_alpha: NonNegative | None = None,
         hf_config: dict[str, Any] | None = None,
         compile_layers: bool | None = None,
+        router_loss: RouterLoss | None = None,
     ) -> None:
         super().__init__()
         check_arguments(SFTModule, locals(), "model")
@@ -146,7 +152,7 @@ class SFTModule(EvaluatedModule):
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.kernels, self.hf_config = Kernels(kernels), hf_config
-        self.new_tokens, self.neftune_alpha = new_tokens or [], neftune_alpha
+        self.new_tokens, self.neftune_alpha, self.router_loss = new_tokens or [], neftune_alpha, router_loss
         self.tuning = TuningConfig(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
         self.sampling = Sampling.of(sampling)
         given = {name: plain(value) for name, value in self.hparams.items()}
@@ -181,9 +187,16 @@ class SFTModule(EvaluatedModule):
         backbone, head = backbone_and_head(model)
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
+            routers = read_routers(model, self.router_loss)
             expect_unused(None if trainer is None else trainer.strategy, backbone, head)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
-        self.scorer = LikelihoodModel(model, probe, self.chunk_size)
+        context = getattr(None if trainer is None else trainer.strategy, "context", None)
+        if context is not None and self.device_mesh is not None:
+            check_split(model, backbone, probe, context, self.device_mesh["tensor_parallel"].size())
+            if given := [name for name in ("neftune_alpha", "router_loss") if getattr(self, name) is not None]:
+                raise InputError(f"model.{given[0]} needs whole rows: set trainer.strategy.context_parallel_size=1.")
+            routers = None
+        self.scorer = LikelihoodModel(model, probe, self.chunk_size, context, routers)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
             add_noise(self.scorer, model, self.neftune_alpha)
@@ -198,10 +211,11 @@ class SFTModule(EvaluatedModule):
         return LogLikelihood(*self.scorer(batch))
 
     def training_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> STEP_OUTPUT:
-        """``− Σ_t w_t · log Pr(t) / Z``, times what Lightning and the strategy will divide by."""
+        """``− Σ_t w_t · log Pr(t) / Z``, with the routers' loss, times what will be divided by."""
         batch = Batch.of(batch)
         likelihood: LogLikelihood = self(batch)
-        self._window.append((batch, replace(likelihood, total=likelihood.total.detach())))
+        objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)
+        self._window.append((batch, likelihood.detached()))
         if is_between_steps(self.trainer):  # this is the last micro-batch of its step
             self._sums = self._summed()
         accumulate, num_ranks = divisors(self.trainer)
@@ -210,8 +224,8 @@ class SFTModule(EvaluatedModule):
                 raise InputError(f"model.normalize={self.normalize} needs batches of SFTDataModule, which plans ahead.")
             if self.trainer.strategy.handles_gradient_accumulation:
                 raise InputError("DeepSpeed needs batches of SFTDataModule: its gradients cannot be normalized late.")
-            return -likelihood.total * accumulate
-        return -likelihood.total * (accumulate * num_ranks / batch.normalizer)
+            return objective * accumulate
+        return objective * (accumulate * num_ranks / batch.normalizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Close the step: stop on a non-finite loss, normalize late if need be, log the metrics.
@@ -227,7 +241,9 @@ class SFTModule(EvaluatedModule):
             return
         assert self._sums is not None, "the step's last micro-batch has not been seen"
         summed, self._sums = self._sums.wait(), None
-        counts, totals = summed[:NUM_COUNTS], summed[NUM_COUNTS:].view(-1, NUM_SUMS)
+        part_names = window[0][0].part_names
+        counts, totals, of_routers = summed.tensor_split([NUM_COUNTS, NUM_COUNTS + NUM_SUMS * (1 + len(part_names))])
+        totals = totals.view(-1, NUM_SUMS)
         if not torch.isfinite(totals[0, 0]):
             raise not_finite(window, self)
         weight = totals[0, 1].item()
@@ -238,16 +254,20 @@ class SFTModule(EvaluatedModule):
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(num_ranks / weight)
-        metrics = metrics_by_part(totals, window[0][0].part_names)
-        self._log_metrics("train", metrics | self._step_metrics.close(self.trainer, counts, totals[0, 3]))
+        metrics = metrics_by_part(totals, part_names) | self._step_metrics.close(self.trainer, counts, totals[0, 3])
+        if self._routers is not None:
+            metrics |= self._routers.metrics(of_routers, weight)
+        self._log_metrics("train", metrics)
         self.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), device="cpu"), batch_size=1)
 
     def _summed(self) -> HostCopy:
         """Counts and sums of the step's micro-batches over all ranks, in one reduction, on their way to the host."""
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self._window]).sum(0)
         counts = self._step_metrics.counts([batch for batch, _ in self._window])
-        both = torch.cat([without_waiting(counts.to(local.dtype), local.device), local.flatten()])
-        return HostCopy(sum_over_ranks(self.trainer, both))
+        parts = [without_waiting(counts.to(local.dtype), local.device), local.flatten()]
+        if self._routers is not None:
+            parts.append(self._routers.sums([likelihood for _, likelihood in self._window]))
+        return HostCopy(sum_over_ranks(self.trainer, torch.cat(parts)))
 
     def clip_gradients(
         self,
@@ -357,9 +377,18 @@ class SFTModule(EvaluatedModule):
         return None if self.scorer is None else self.scorer.model
 
     @property
+    def _routers(self) -> Routers | None:
+        return None if self.scorer is None else self.scorer.routers
+
+    @property
     def isolates_documents(self) -> bool:
         """Whether documents may share a row; asked by the data module before it packs."""
         return self.scorer is None or self.scorer.findings.isolates_documents
+
+    @property
+    def leaks_in(self) -> str | None:
+        """Class of the first layer in which documents that share a row would see each other, if it is known."""
+        return None if self.scorer is None else self.scorer.findings.leaks_in
 
     @property
     def num_embeddings(self) -> int | None:

@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
+from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_sft.checkpoints.reading import check_index, tensors_alone
 from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.parallel.sharding import DtypeName
+from lightning_sft.types import InputError
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -20,6 +23,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     Args:
         data_parallel_size: Number of data-parallel ranks. Defaults to all devices divided by ``tensor_parallel_size``.
         tensor_parallel_size: Number of devices that each matrix is sharded over.
+        context_parallel_size: Number of devices that the tokens of each row are split over, for long documents: these
+            devices get the same batches. It divides ``data_parallel_size``, since parameters are sharded over them too.
         compute_dtype: Dtype of the forward and backward pass; shards, optimizer states and reductions stay in the
             dtype of ``trainer.precision``. Defaults to bfloat16 with ``trainer.precision=bf16-mixed``.
         cpu_offload: Whether to keep shards and optimizer states in host memory.
@@ -34,19 +39,40 @@ class FSDP2Strategy(ModelParallelStrategy):
         compute_dtype: DtypeName | None = None,
         cpu_offload: bool = False,
         save_distributed_checkpoint: bool = True,
+        context_parallel_size: Count = 1,
         **kwargs: Any,
     ) -> None:
         check_arguments(FSDP2Strategy, locals())
         super().__init__(data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, **kwargs)
         self.compute_dtype, self.cpu_offload = compute_dtype, cpu_offload
+        self.context_parallel_size = context_parallel_size
+        self.context: Context | None = None  # the ranks that this one shares rows with
 
     def setup_environment(self) -> None:
         """Use all devices left over by tensor parallelism for data parallelism; Lightning's default is the reverse."""
         if self._data_parallel_size == "auto":
             self._data_parallel_size = self.num_nodes * self.num_processes // int(self._tensor_parallel_size)
-        if self.cpu_offload and self.root_device.type == "cuda" and self._process_group_backend is None:
-            self._process_group_backend = "cpu:gloo,cuda:nccl"  # the norm of offloaded gradients is summed on the host
+        context, data = self.context_parallel_size, int(self._data_parallel_size)
+        if data % context:
+            raise InputError(
+                f"trainer.strategy.context_parallel_size={context} does not divide the {data} data-parallel devices. "
+                "Choose a divisor of them."
+            )
+        uses_host = self.cpu_offload or context > 1  # to sum the norm of offloaded gradients, or to probe a model
+        if uses_host and self.root_device.type == "cuda" and self._process_group_backend is None:
+            self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
+        if context > 1:
+            shape = data // context, context, int(self._tensor_parallel_size)
+            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "context", "tensor"))
+            self.context = Context.of(mesh["context"])
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Which share of the batches a rank gets: those that share rows, or matrices, get the same."""
+        assert self.device_mesh is not None
+        mesh, context = self.device_mesh["data_parallel"], self.context_parallel_size
+        return {"num_replicas": mesh.size() // context, "rank": mesh.get_local_rank() // context}
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint; from a folder, only tensors and plain values, since torch would unpickle anything in it.

@@ -6,7 +6,7 @@ Shape legend, used in every file: B rows, N tokens in a row, T target tokens, D 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -171,13 +171,14 @@ class Batch:
                 "tokenizer.padding_side = 'right'; for packed documents, give position_ids and no mask."
             )
         ids = batch["input_ids"]
-        positions = batch.get("position_ids")
+        positions, lengths = batch.get("position_ids"), ()
         if positions is None:
+            lengths = () if mask is None else mask.sum(1).tolist()
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         labels = torch.full_like(ids, IGNORE)
         labels[:, :-1] = batch["labels"][:, 1:]
         labels[:, :-1][positions[:, 1:] == 0] = IGNORE  # a document's first token is never a target
-        return cls(ids, labels, positions, (labels != IGNORE).to(widest(ids.device)))
+        return cls(ids, labels, positions, (labels != IGNORE).to(widest(ids.device)), lengths=lengths)
 
     @property
     def targets(self) -> Tensor:
@@ -279,6 +280,9 @@ class LogLikelihood:
         log_probs: log Pr of each target in order, ``[T]``, without a gradient.
         correct: Whether each target is the most likely token, ``[T]``.
         entropy: −Σ_v Pr(v) · log Pr(v) over the vocabulary where each target stands, in nats, ``[T]``.
+        router_loss: Auxiliary loss of the routers, a scalar with a gradient, or ``None``; see
+            :mod:`lightning_sft.model.experts`.
+        expert_load: Number of tokens of each expert of each layer, ``[layers · experts]``, or ``None``.
     """
 
     total: Tensor
@@ -286,6 +290,13 @@ class LogLikelihood:
     log_probs: Tensor = field(repr=False)
     correct: Tensor = field(repr=False)
     entropy: Tensor = field(repr=False)
+    router_loss: Tensor | None = field(default=None, repr=False)
+    expert_load: Tensor | None = field(default=None, repr=False)
+
+    def detached(self) -> LogLikelihood:
+        """The same values without gradients, whose graph is thus freed."""
+        router_loss = None if self.router_loss is None else self.router_loss.detach()
+        return replace(self, total=self.total.detach(), router_loss=router_loss)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.total, self.weight))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LightningArgumentParser, OptimizerCallable
 from torch.optim import SGD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -89,6 +89,24 @@ def test_the_resolved_config_is_saved_beside_the_run_and_runs_again(arguments: l
     assert config["data"]["packing"] == "packed"
     again = main(["fit", "--config", str(saved)])
     assert again.trainer.callback_metrics["val/loss"] == first.trainer.callback_metrics["val/loss"]
+
+
+def test_a_config_that_cannot_be_written_whole_leaves_the_one_before(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = main(["fit", *arguments])
+    saved = Path(first.trainer.log_dir) / "config.yaml"
+    before, parser = saved.read_bytes(), first.parser
+    monkeypatch.setattr(LightningArgumentParser, "save", _half_written)
+    with pytest.raises(OSError, match="No space left"):
+        parser.save(first.config, str(saved), overwrite=True)
+    assert saved.read_bytes() == before
+    assert not list(saved.parent.glob(".config*"))
+
+
+def _half_written(parser: object, config: object, path: str, **settings: object) -> None:
+    Path(path).write_text("model:")
+    raise OSError(28, "No space left on device")
 
 
 def test_help_is_flat_and_readable(capsys: pytest.CaptureFixture[str]) -> None:

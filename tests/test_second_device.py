@@ -32,6 +32,7 @@ from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.demos import tiny_model, tiny_pretrained
 from lightning_sft.model.attention.choice import probed
 from lightning_sft.model.backbone import backbone_and_head
+from lightning_sft.model.experts import Routers, find_routers
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.types import Example
 from tests.helpers.fake_cuda import fake_cuda, to_cuda
@@ -257,13 +258,16 @@ def test_a_likelihood_on_a_gpu_mixes_no_devices_and_waits_for_nothing(
     backbone, head = backbone_and_head(model)
     attention, findings = probed(model, backbone, head)
     assert attention.name.startswith("per_document"), attention.why
-    scorer = LikelihoodModel(model, findings).bfloat16().requires_grad_(False)
+    found, _ = find_routers(model)
+    routers = Routers(found, coefficient=0.1) if found else None
+    scorer = LikelihoodModel(model, findings, routers=routers).bfloat16().requires_grad_(False)
     examples = [Example(range(5, 5 + n), [0.0, *[1.0] * (n - 1)]) for n in (7, 3, 9)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))  # transformers asks
     with fake_cuda() as mode:
         batch = collate(examples, fill=24)._map(mode.from_tensor).to("cuda:0")
         to_cuda(scorer, mode)
-        total, weight, log_probs, correct, entropy = scorer(batch)
+        total, weight, log_probs, correct, entropy, *balance = scorer(batch)
+    assert {x.device for x in balance} == ({torch.device("cuda:0")} if found else set())
     assert {x.device for x in (total, weight, log_probs, correct, entropy)} == {torch.device("cuda:0")}
     assert log_probs.shape == (16,)
     assert log_probs.dtype == torch.float32

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sft.training.optimizers import parts_of
-from lightning_sft.training.trainer import data_parallel, datamodule_of
+from lightning_sft.training.trainer import context_parallel, data_parallel, datamodule_of
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -179,7 +179,8 @@ class RunState:
         """
         if self.seed is None:
             self.seed = seed_of(trainer)
-        seed_micro_batch(self.seed, trainer.current_epoch, number, data_parallel(trainer)[0])
+        part, num_parts = context_parallel(trainer)
+        seed_micro_batch(self.seed, trainer.current_epoch, number, data_parallel(trainer)[0] * num_parts + part)
 
     def save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Add the run's position and its optimizer's settings to a checkpoint."""

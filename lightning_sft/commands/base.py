@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_sft.io.disk import whole
 from lightning_sft.io.errors import OneLine
 from lightning_sft.types import InputError
 
@@ -52,6 +53,14 @@ def _size(node: Any, known: dict[int, int]) -> int:
 
 class ConfigParser(OneLine, LightningArgumentParser):
     """Of verbs that take the configuration of ``fit``, and of ``fit`` itself."""
+
+    def save(self, cfg: Any, path: Any, *args: Any, **settings: Any) -> None:
+        """Write a configuration, as ``config.yaml`` of a run; to a local path atomically."""
+        if "://" in str(path):
+            super().save(cfg, path, *args, **settings)
+            return
+        with whole(path) as [partial]:
+            super().save(cfg, str(partial), *args, **settings)
 
 
 def with_own_defaults(

@@ -37,7 +37,7 @@ def model_card(
     """
     base = str(hyper_parameters.get("pretrained", "unknown"))
     sections = {
-        "Objective": _objective(str(hyper_parameters.get("normalize", "token"))),
+        "Objective": _objective(str(hyper_parameters.get("normalize", "token")), hyper_parameters.get("router_loss")),
         "Data": _data(facts.get("data", {})),
         f"Metrics at step {facts.get('step', '?')}": _table(facts.get("metrics", {})),
         "Settings": _settings(hyper_parameters, facts),
@@ -71,13 +71,14 @@ def _sources(split: Mapping[str, Any]) -> list[str]:
     return [str(name) for source in found for name in (source if isinstance(source, list) else [source]) if name]
 
 
-def _objective(normalize: str) -> str:
+def _objective(normalize: str, router_loss: Any) -> str:
+    auxiliary = f" `router_loss: {router_loss}`: the auxiliary loss of routers is added." if router_loss else ""
     own = NORMALIZATIONS.get(cast(Normalize, normalize), NORMALIZATIONS["token"])
     return (
         "    θ̃ = argmax_θ L(θ),   L(θ) = Σ_(x,y)∈D log Pr_θ(y | x),   log Pr_θ(y | x) = Σ_i log Pr_θ(y_i | x, y_<i)\n\n"
         "One step minimizes −Σ_t w_t · log Pr_θ(t | its context) / Z over the target tokens t of all its micro-batches "
         f"and ranks. `normalize: {normalize}`: w is {own.weight}, times the weights of the data; Z is {own.total}: "
-        f"{own.meaning}."
+        f"{own.meaning}.{auxiliary}"
     )
 
 

@@ -24,8 +24,8 @@ def restored(checkpoint: Mapping[str, Any]) -> PreTrainedModel:
     """
     known = inspect.signature(SFTModule.__init__).parameters
     given = {name: value for name, value in settings_of(checkpoint).items() if name in known}
-    # these may need a GPU, and do not affect weights
-    of_training = dict.fromkeys(("attn_implementation", "compile_layers"))
+    # these may need a GPU or a training step, and do not affect weights
+    of_training = dict.fromkeys(("attn_implementation", "compile_layers", "router_loss"))
     module = SFTModule(**given | of_training)
     module.configure_model()
     module.on_load_checkpoint(dict(checkpoint))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.model import recurrence
 from lightning_sft.model.attention.per_document import rows_of_documents
+from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.pretrained import is_composite
 from lightning_sft.types import InputError
 
@@ -36,7 +41,11 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def hidden_states(
-    backbone: nn.Module, input_ids: Tensor, position_ids: Tensor | None = None, spans: tuple[int, ...] = ()
+    backbone: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    spans: tuple[int, ...] = (),
+    context: Context | None = None,
 ) -> Tensor:
     """Last hidden states ``[B, N, H]``, without attention mask and cache so that transformers finds packed documents.
 
@@ -45,8 +54,23 @@ def hidden_states(
         input_ids: Token ids, ``[B, N]``.
         position_ids: Position of each token in its document, ``[B, N]``; ``None`` if each row is one document.
         spans: Lengths of all documents in row-major order, padding included; ``()`` waits for the device.
+        context: Ranks that the tokens are split over; the result is this rank's part, ``[B, ⌈N / C⌉, H]``.
     """
-    positions = {} if position_ids is None else {"position_ids": position_ids}
-    with rows_of_documents(position_ids, spans):
-        hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+    with rows_of_documents(position_ids, spans, context) as rows:
+        arguments: dict[str, Any] = recurrence.arguments(backbone)
+        if rows is not None and takes_positions(backbone):
+            arguments["position_ids"] = rows.here
+        if context is not None:
+            input_ids = context.part(input_ids)
+        hidden: Tensor = backbone(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
     return hidden
+
+
+def takes_positions(backbone: nn.Module) -> bool:
+    """Whether a backbone accepts ``position_ids``."""
+    return "position_ids" in inspect.signature(backbone.forward).parameters
+
+
+def can_be_packed(backbone: nn.Module) -> bool:
+    """Whether a backbone can be told where the documents of a row begin."""
+    return takes_positions(backbone) or recurrence.is_separated(backbone)

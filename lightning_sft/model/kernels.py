@@ -136,6 +136,7 @@ def _compile(module: SFTModule) -> str | None:
     torch._functorch.config.graphsafe_rng_functionalization = False
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
+    dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True  # routers are recorded in the forward pass alone
     dynamo.suppress_errors = True  # a layer that cannot be compiled runs as written, with a warning
     for layer in found:
         layer.compile(dynamic=None if on_gpu else True)  # on GPUs packs have one size; a second size makes it dynamic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
+from lightning_sft.model.experts import Routers
+from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.parallel.sharding import gathered_head
 from lightning_sft.model.pretrained import names_kept_in_float32
 from lightning_sft.model.probes import ProbeResult
 from lightning_sft.objective import log_likelihood
-from lightning_sft.types import Batch, InputError
+from lightning_sft.types import IGNORE, Batch, InputError
 
 
 class LikelihoodModel(nn.Module):
@@ -27,25 +30,37 @@ class LikelihoodModel(nn.Module):
         model: The causal language model.
         findings: Result of probing the model.
         chunk_size: Number of targets whose logits are in memory at a time; ``None`` chooses it for the device.
+        context: Ranks that share the tokens of a batch, or ``None``. They all get the same batch and the same result,
+            but the gradient of the total is that of a rank's own targets.
+        routers: Routers of a mixture of experts, whose balance is computed in training mode; ``None`` without.
     """
 
-    def __init__(self, model: PreTrainedModel, findings: ProbeResult, chunk_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        findings: ProbeResult,
+        chunk_size: int | None = None,
+        context: Context | None = None,
+        routers: Routers | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.findings, self.chunk_size = model, findings, chunk_size
+        self.context, self.routers = context, routers
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states of the backbone, ``[B, N, H]``.
+        """Last hidden states of the backbone, ``[B, N, H]``, or ``[B, ⌈N / C⌉, H]`` of this rank's part of C.
 
         Raises:
             InputError: When documents share a row but attend to each other in this architecture.
         """
         if not self.findings.isolates_documents and batch.is_packed:
+            where = f" (in {self.findings.leaks_in})" if self.findings.leaks_in else ""
             raise InputError(
                 f"The batch has several documents per row, but in {type(self.model).__name__} they attend to each "
-                "other. Use one document per row (data.packing=padded)."
+                f"other{where}. Use one document per row (data.packing=padded)."
             )
-        positions = batch.position_ids if self.findings.takes_positions else None
-        return hidden_states(backbone_and_head(self.model)[0], batch.input_ids, positions, batch.spans)
+        given = batch.input_ids, batch.position_ids, batch.spans
+        return hidden_states(backbone_and_head(self.model)[0], *given, self.context)
 
     def forward(self, batch: Any, compute: Callable[[PreTrainedModel, Any], Any] | None = None) -> Any:
         """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it.
@@ -59,19 +74,33 @@ class LikelihoodModel(nn.Module):
         """
         if compute is not None:
             return compute(self.model, batch)
-        _, head = backbone_and_head(self.model)
+        head, context = backbone_and_head(self.model)[1], self.context
+        routers = self.routers if self.training else None
+        with nullcontext() if routers is None else routers.recording():
+            hidden = self.hidden(batch)
+        labels, weights, indices = batch.labels, batch.target_weights, None
+        if context is None:
+            indices = batch.targets
+        else:
+            labels, weights = context.part(labels, IGNORE), context.part(weights)
         likelihood = log_likelihood(
-            self.hidden(batch),
+            hidden,
             gathered_head(head),
-            batch.labels,
-            batch.target_weights,
+            labels,
+            weights,
             scale=self.findings.scale,
             softcap=self.findings.softcap,
             chunk_size=self.chunk_size,
-            indices=batch.targets,
+            indices=indices,
         )
-        of_targets = likelihood.log_probs, likelihood.correct, likelihood.entropy
-        return likelihood.total, likelihood.weight, *of_targets
+        total, weight = likelihood
+        of_targets = [likelihood.log_probs, likelihood.correct, likelihood.entropy]
+        if context is not None:
+            of_targets = context.joined(batch, *of_targets)
+            of_all = batch.at_targets(batch.target_weights).to(of_targets[0].dtype)
+            total, weight = total - total.detach() + (of_all * of_targets[0]).sum(), of_all.sum()
+        balance = () if routers is None else routers.balance(batch)
+        return total, weight, *of_targets, *balance
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the model without rounding the buffers that transformers keeps in float32 in half precision.

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from lightning_sft.model.tuning.base_dtype import weight_files
+from lightning_sft.model.tuning.prequantized import Prequantized
 from lightning_sft.types import InputError
 
 
@@ -57,7 +58,11 @@ def load_model(
     kwargs: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     kwargs["dtype"] = dtype or torch.get_default_dtype()
     auto_class = _auto_class(pretrained)
-    model, info = _load(auto_class, pretrained, "causal language model", output_loading_info=True, **kwargs)
+    prequantized = stored_quantization(pretrained)
+    if prequantized is None or quantization is not None:
+        model, info = _load(auto_class, pretrained, "causal language model", output_loading_info=True, **kwargs)
+    else:
+        model, info = _load_prequantized(auto_class, pretrained, prequantized, **kwargs)
     if model.config.is_encoder_decoder:
         raise InputError(
             f"{pretrained!r} is an encoder-decoder ({type(model).__name__}), not a causal language model. Use a "
@@ -117,6 +122,19 @@ def load_architecture(pretrained: str) -> dict[str, Any]:
     config = _load(AutoConfig, pretrained, "model configuration")
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     return plain
+
+
+def stored_quantization(pretrained: str) -> Prequantized | None:
+    """How the weights of a pretrained model are quantized; ``None`` for plain weights and GGUF files.
+
+    Raises:
+        InputError: When there is no model configuration.
+    """
+    return (
+        None
+        if pretrained.endswith(".gguf")
+        else Prequantized.of(_load(AutoConfig, pretrained, "causal language model"))
+    )
 
 
 def load_tokenizer(
@@ -308,6 +326,23 @@ def _part(name: str, modules: set[str]) -> str:
     return next((prefix for prefix in prefixes if prefix not in modules), name)
 
 
+def _load_prequantized(auto_class: Any, pretrained: str, prequantized: Prequantized, **kwargs: Any) -> Any:
+    """The model, whose weights are plain unless they stay packed, and what loading it said."""
+    what = "causal language model"
+    config = kwargs["config"] = _load(AutoConfig, pretrained, what)
+    if prequantized.is_unpacked_here:
+        del config.quantization_config
+        kwargs["state_dict"] = prequantized.unpacked(weight_files(pretrained))
+        auto_class, pretrained = auto_class._model_mapping[type(config)], ""
+    else:
+        prequantized.dequantize_on_loading(config)
+    model, info = _load(auto_class, pretrained, what, output_loading_info=True, **kwargs)
+    prequantized.finish(model)
+    biases = {name: tensor for name, tensor in kwargs.get("state_dict", {}).items() if name.endswith(".bias")}
+    zero = {name for name, bias in biases.items() if not bias.any()}  # AutoGPTQ adds them to each matrix
+    return model, info | {"unexpected_keys": set(info["unexpected_keys"]) - zero}
+
+
 def _prepare(model: PreTrainedModel) -> PreTrainedModel:
     model.config.use_cache = False  # with a cache transformers does not detect packed documents
     if model.dtype == torch.float64 and model._can_set_experts_implementation():
@@ -332,7 +367,7 @@ def _no_foreign_code() -> Iterator[None]:
 
 def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
     pretrained = str(Path(pretrained).expanduser()) if pretrained.startswith("~") else pretrained
-    source = {"pretrained_model_name_or_path": pretrained}
+    source = {"pretrained_model_name_or_path": pretrained or None}  # none for weights that are given
     if pretrained.endswith(".gguf"):
         path = Path(pretrained)
         if not path.is_file():

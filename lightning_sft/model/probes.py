@@ -6,16 +6,19 @@ into one row are isolated from each other.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from lightning_sft.machine.contexts import eval_mode
-from lightning_sft.model.backbone import hidden_states, language_model
+from lightning_sft.model import recurrence
+from lightning_sft.model.backbone import can_be_packed, hidden_states, language_model
+from lightning_sft.model.parallel.context import Context
 from lightning_sft.objective import transformed
 from lightning_sft.types import InputError
 
@@ -32,13 +35,13 @@ class ProbeResult:
         scale: Factor on the head's output.
         softcap: Soft-cap on the scaled output, or ``None``.
         isolates_documents: Whether documents packed into one row are computed as if each were alone.
-        takes_positions: Whether the backbone accepts ``position_ids``; without them nothing can be packed.
+        leaks_in: Class of the first layer in which packed documents see each other, if it was found.
     """
 
     scale: float
     softcap: float | None
     isolates_documents: bool
-    takes_positions: bool
+    leaks_in: str | None = None
 
 
 def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> ProbeResult:
@@ -62,16 +65,51 @@ def probe(model: PreTrainedModel, backbone: nn.Module, head: nn.Module) -> Probe
                 "Use a decoder-only model (for some architectures: set is_decoder in its config)."
             )
         scale, softcap = _logit_transform(model, head(alone), first)
-        takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
-        isolates = takes_positions and _isolates(backbone, second, (first, other))
-    return ProbeResult(scale, softcap, isolates, takes_positions)
+        isolates = can_be_packed(backbone) and _isolates(backbone, second, (first, other))
+        leaks_in = None if isolates else _leaking(backbone, second, (first, other))
+    return ProbeResult(scale, softcap, isolates, leaks_in)
 
 
 def _isolates(backbone: nn.Module, document: Tensor, others: tuple[Tensor, Tensor]) -> bool:
     """Whether a document's hidden states depend neither on the document packed before it nor on packing itself."""
     alone = hidden_states(backbone, document)
     packed, changed = (_packed(backbone, before, document)[:, before.shape[1] :] for before in others)
-    return _error(packed, alone) <= _rounding(alone) and _error(changed, packed) <= _rounding(alone, of_shapes=False)
+    return _error(packed, alone) <= _rounding(alone) and _are_equal([changed], [packed])
+
+
+def _leaking(backbone: nn.Module, document: Tensor, others: tuple[Tensor, Tensor]) -> str | None:
+    """Class of the first layer whose output for a document depends on the one before it, though its input does not."""
+    runs: list[dict[nn.Module, tuple[list[Tensor], list[Tensor]]]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        runs[-1][module] = _of_second((args, kwargs)), _of_second(output)
+
+    own = [module for module in backbone.modules() if not type(module).__module__.startswith("torch.")]
+    hooks = [module.register_forward_hook(note, with_kwargs=True) for module in own]
+    try:
+        for before in others:
+            runs.append({})
+            _packed(backbone, before, document)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for module, (given, made) in runs[0].items():  # in the order in which they ended
+        given_now, made_now = runs[1].get(module, ([], []))  # an expert may have no tokens
+        if given and _are_equal(given_now, given) and made and not _are_equal(made_now, made):
+            return type(module).__name__
+    return None
+
+
+def _of_second(tree: Any) -> list[Tensor]:
+    """Hidden states, ``[1, N, H]``, of the second of two packed documents among the inputs or outputs of a module."""
+    tensors = (x for x in tree_leaves(tree) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 2)
+    return [x[:, _DOCUMENT:].flatten(2) for x in tensors if x.shape[1] == 2 * _DOCUMENT]
+
+
+def _are_equal(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    """Whether hidden states are equal but for what differs between loads of experts."""
+    same = [a.shape for a in found] == [b.shape for b in wanted]
+    return same and all(_error(a, b) <= _rounding(b, of_shapes=False) for a, b in zip(found, wanted, strict=True))
 
 
 def _packed(backbone: nn.Module, *documents: Tensor) -> Tensor:
@@ -100,6 +138,47 @@ def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> 
         f"The logits of {type(model).__name__} are not the output of its head, scaled or soft-capped in a known way, "
         "so the likelihood computed from the hidden states would be wrong. This architecture is not supported."
     )
+
+
+def check_split(
+    model: PreTrainedModel, backbone: nn.Module, findings: ProbeResult, context: Context, tensor_parallel_size: int = 1
+) -> None:
+    """Refuse a model that computes something else where the tokens of its rows are split over ranks.
+
+    Every rank of the context calls it with the whole model, on the CPU.
+
+    Args:
+        model: The model.
+        backbone: The model without its head.
+        findings: Result of probing the model.
+        context: The ranks.
+        tensor_parallel_size: Number of devices that the heads are split over beside.
+
+    Raises:
+        InputError: When it does, or its heads cannot be split over so many ranks.
+    """
+    config = model.config.get_text_config()
+    heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    if all(isinstance(count, int) for count in heads):
+        context.num_repeats(*(cast(int, count) // tensor_parallel_size for count in heads))
+    error = torch.ones((), device="cpu")
+    if findings.isolates_documents and not recurrence.is_separated(backbone):
+        lengths = _DOCUMENT, _DOCUMENT, 1  # an odd number of tokens, so that there is padding
+        generator = torch.Generator().manual_seed(0)
+        embedded = next(backbone.parameters())
+        ids = torch.randint(config.vocab_size, (1, sum(lengths)), generator=generator)
+        ids, positions = (x.to(embedded.device) for x in (ids, torch.cat(list(map(torch.arange, lengths)))[None]))
+        with eval_mode(model):
+            whole = hidden_states(backbone, ids, positions)
+            own = hidden_states(backbone, ids, positions, context=context)
+        there = whole[:, context.rank * own.shape[1] :][:, : own.shape[1]]
+        error.fill_(_error(own[:, : there.shape[1]], there) > _rounding(there) if there.shape[1] else 0)
+        torch.distributed.all_reduce(error, group=context.group)
+    if error:
+        raise InputError(
+            f"{type(model).__name__} cannot have its rows split over devices: its layers mix tokens in other ways than "
+            "by attention within each document. Set trainer.strategy.context_parallel_size=1."
+        )
 
 
 def is_close(a: Tensor, b: Tensor) -> bool:

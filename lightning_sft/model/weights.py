@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_sft.model.pretrained import load_model
 
+_PLAIN = ("F64", "F32", "F16", "BF16")  # not quantized
+
 
 class PretrainedWeights:
     """Weights of a pretrained model by parameter name.
@@ -32,7 +34,8 @@ class PretrainedWeights:
         self._files: dict[str, Any] = {}
         for path in _files(pretrained):
             file: Any = safe_open(path, framework="pt")
-            self._files |= dict.fromkeys(file.keys(), file)
+            plain = (name for name in file.keys() if file.get_slice(name).get_dtype() in _PLAIN)  # noqa: SIM118
+            self._files |= dict.fromkeys(plain, file)
         self._kept: dict[str, Tensor] = {}
         if missing := set(names) - self._files.keys():
             model = load_model(pretrained)

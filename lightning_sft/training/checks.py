@@ -321,8 +321,10 @@ def keeps_documents_apart(module: LightningModule | None) -> bool:
         )
         return True
     if not said:
+        layer = getattr(module, "leaks_in", None)
+        where = f" in {layer}" if layer else ""
         rank_zero_warn(
-            "In this model, documents packed into one row see each other (measured on it just now). Each gets a "
-            "row of its own instead, as with data.packing=padded: exact, but slower."
+            f"In this model, documents packed into one row see each other{where} (measured on it just now). Each gets "
+            "a row of its own instead, as with data.packing=padded: exact, but slower."
         )
     return bool(said)

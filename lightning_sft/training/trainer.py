@@ -44,6 +44,16 @@ def data_parallel(trainer: Trainer | None) -> tuple[int, int]:
     return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
 
 
+def context_parallel(trainer: Trainer | None) -> tuple[int, int]:
+    """Rank and size of the group whose ranks share the tokens of each row; (0, 1) where no rows are split.
+
+    Args:
+        trainer: The Lightning trainer, or ``None`` for a single process.
+    """
+    context = getattr(getattr(trainer, "strategy", None), "context", None)
+    return (context.rank, context.size) if context is not None else (0, 1)
+
+
 def on_cuda(trainer: Trainer | None) -> bool:
     """Whether a trainer, which may be one on paper, trains on CUDA devices; without a trainer, none does."""
     strategy = getattr(trainer, "strategy", None)
@@ -81,15 +91,17 @@ def divisors(trainer: Trainer) -> tuple[int, int]:
     """Divisors applied to a micro-batch's gradient before the optimizer sees it: accumulation, and ranks.
 
     Lightning divides the loss by ``accumulate_grad_batches``, also in a short last window, and strategies average over
-    the data-parallel ranks. DeepSpeed, which accumulates by itself, divides by the accumulation again.
+    the data-parallel ranks, and over those that share a row, each of which has the gradient of its own targets.
+    DeepSpeed, which accumulates by itself, divides by the accumulation again.
     """
     accumulate = trainer.accumulate_grad_batches
     by_itself = trainer.strategy.handles_gradient_accumulation
-    return accumulate * (accumulate if by_itself else 1), data_parallel(trainer)[1]
+    num_ranks = data_parallel(trainer)[1] * context_parallel(trainer)[1]
+    return accumulate * (accumulate if by_itself else 1), num_ranks
 
 
 def sum_over_ranks(trainer: Trainer, tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of a tensor over data-parallel ranks; copies on tensor-parallel ranks are counted once.
+    """Sum of a tensor over data-parallel ranks; copies on ranks that share a row or matrices are counted once.
 
     The reduction is over all processes, so it is divided by the copies: exact, since each adds the same to the sum.
     """
@@ -215,7 +227,7 @@ def trainer_on_paper(module: LightningModule | None, settings: Any) -> SimpleNam
         settings: The arguments of a trainer, as attributes.
 
     >>> settings = SimpleNamespace(devices="2", num_nodes=2, accelerator="gpu", accumulate_grad_batches=4)
-    >>> vars(settings).update(limit_train_batches=None, overfit_batches=0.0, fast_dev_run=False)
+    >>> vars(settings).update(limit_train_batches=None, overfit_batches=0.0, fast_dev_run=False, strategy="ddp")
     >>> data_parallel(trainer_on_paper(None, settings))
     (0, 4)
     """
@@ -231,13 +243,20 @@ def trainer_on_paper(module: LightningModule | None, settings: Any) -> SimpleNam
         overfit_batches=settings.overfit_batches,
         strategy=SimpleNamespace(root_device=torch.device("cuda" if _is_on_cuda(settings) else "cpu")),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=done)),
-        distributed_sampler_kwargs={"rank": 0, "num_replicas": num_devices(settings)},
+        distributed_sampler_kwargs={"rank": 0, "num_replicas": num_devices(settings) // _copies(settings.strategy)},
     )
 
 
 def num_devices(settings: Any) -> int:
     """Devices of all nodes that the arguments of a trainer ask for."""
     return _num_devices(settings) * int(settings.num_nodes)
+
+
+def _copies(strategy: Any) -> int:
+    """On how many devices a batch is, by the arguments of a strategy: where matrices or rows are split over some."""
+    own = getattr(strategy, "init_args", None) or {}
+    sizes = [own.get(f"{kind}_parallel_size") for kind in ("tensor", "context")]
+    return math.prod(size for size in sizes if isinstance(size, int))
 
 
 def _is_on_cuda(settings: Any) -> bool:

@@ -66,6 +66,7 @@ class Case:
         }
 
 
+CONTEXT: dict[str, Any] = {"context_parallel_size": 2}
 LORA: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.0}}
 CASES = {
     "single": Case("single device", 1, 4, 30),
@@ -79,12 +80,26 @@ CASES = {
     "offload": Case("`fsdp2`, `cpu_offload`", layout={"cpu_offload": True}),
     "tensor": Case("`fsdp2`, `tensor_parallel_size: 2`", accumulate=4, limit=30, sizes=(1, 2)),
     "both": Case("the same on 2 × 2", processes=4, sizes=(2, 2)),
+    "context": Case("`fsdp2`, `context_parallel_size: 2`", accumulate=4, limit=30, layout=CONTEXT),
+    "context_lora": Case(
+        "the same with `model.lora` and `model.gradient_checkpointing`",
+        accumulate=4,
+        limit=30,
+        layout=CONTEXT,
+        model={**LORA, "gradient_checkpointing": True},
+        reference="single_lora",
+    ),
+    "context_both": Case("`context_parallel_size: 2` on 2 × 2", processes=4, sizes=(4, 1), layout=CONTEXT),
+    "context_tensor": Case(
+        "the same with `tensor_parallel_size: 2`", processes=4, accumulate=4, limit=30, sizes=(2, 2), layout=CONTEXT
+    ),
     **{f"deepspeed{n}": Case(f"`deepspeed_stage_{n}`", limit=14, stage=n, reference="single_whole") for n in (1, 2, 3)},
 }
 ALONE = ["single", "single_whole", "single_lora"]
 LAUNCHES = [
     ["ddp", "ddp_lora", "fsdp2", "fsdp2_lora", "checkpointing", "offload", "tensor"],
-    ["both"],
+    ["context", "context_lora"],
+    ["both", "context_both", "context_tensor"],
     ["deepspeed1", "deepspeed2", "deepspeed3"],
 ]
 
@@ -199,7 +214,7 @@ def run_all(pretrained: str, out: Path, launches: list[list[str]]) -> None:
 
 def model(folder: Path) -> str:
     """One whose heads can be split, and whose embeddings are tied to its head."""
-    return tiny_pretrained(folder, num_key_value_heads=2, tie_word_embeddings=True)
+    return tiny_pretrained(folder, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
 
 
 if __name__ == "__main__":

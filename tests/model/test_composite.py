@@ -22,7 +22,7 @@ def test_a_step_on_text_is_that_of_the_whole_model_on_each_document_alone(kind: 
     module = SFTModule(composite(tmp_path, kind))
     module.configure_model()
     packed = module.isolates_documents
-    assert packed or kind == "qwen3_5"  # linear attention: one document a row
+    assert packed
     found = module(collate(DOCUMENTS, packed=packed))
     found.total.backward()
     plain = language_model(AutoModelForMultimodalLM.from_pretrained(module.pretrained)).eval()

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_sft.data.batches.split_plan import default_tokens_per_batch
 from lightning_sft.training import trainer as trainer_facts
-from lightning_sft.training.trainer import Agreement, on_cuda, sum_over_ranks, trainer_on_paper
+from lightning_sft.training.trainer import Agreement, data_parallel, on_cuda, sum_over_ranks, trainer_on_paper
 
 
 def trainer(monkeypatch: pytest.MonkeyPatch, said: list[float], world_size: int = 2) -> Any:
@@ -66,7 +66,7 @@ def test_sums_over_processes_have_no_barrier_since_that_of_nccl_waits_for_the_de
 
 @pytest.mark.parametrize(("accelerator", "tokens"), [("cpu", 2048), ("gpu", 16_384), ("cuda", 16_384)])
 def test_a_micro_batch_has_more_tokens_on_a_gpu(accelerator: str, tokens: int) -> None:
-    names = ("limit_train_batches", "overfit_batches", "fast_dev_run")
+    names = ("limit_train_batches", "overfit_batches", "fast_dev_run", "strategy")
     settings = SimpleNamespace(
         accelerator=accelerator, devices=1, num_nodes=1, accumulate_grad_batches=1, **dict.fromkeys(names, 0)
     )
@@ -74,3 +74,14 @@ def test_a_micro_batch_has_more_tokens_on_a_gpu(accelerator: str, tokens: int) -
     assert on_cuda(paper) == (accelerator != "cpu")
     assert default_tokens_per_batch(on_cuda(paper)) == tokens
     assert default_tokens_per_batch(on_cuda(None)) == 2048
+
+
+def test_on_paper_devices_that_share_a_batch_are_one_rank() -> None:
+    names = ("limit_train_batches", "overfit_batches", "fast_dev_run")
+    sizes = {"tensor_parallel_size": 2, "context_parallel_size": 2, "data_parallel_size": "auto"}
+    for own, num_ranks in ((sizes, 2), ({"tensor_parallel_size": "auto"}, 8), ({}, 8)):
+        settings = SimpleNamespace(
+            **{"accelerator": "cpu", "devices": 4, "num_nodes": 2, "accumulate_grad_batches": 1},
+            **{"strategy": SimpleNamespace(class_path="fsdp2", init_args=own), **dict.fromkeys(names, 0)},
+        )
+        assert data_parallel(trainer_on_paper(None, settings)) == (0, num_ranks)

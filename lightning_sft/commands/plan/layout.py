@@ -90,6 +90,8 @@ class Layout:
             tensor = int(own.get("tensor_parallel_size") or 1)
             if name == "modelparallelstrategy" and own.get("tensor_parallel_size") in (None, "auto"):
                 raise InputError("plan does not support Lightning's ModelParallelStrategy. Set trainer.strategy=fsdp2.")
+            if int(own.get("context_parallel_size") or 1) > 1:
+                raise InputError("plan does not know context_parallel_size: leave it out, and divide tokens_per_batch.")
             data = num_devices // tensor
             plain |= {"data_parallel": data, "tensor_parallel": tensor, "stage": 3}
             compute = own.get("compute_dtype")

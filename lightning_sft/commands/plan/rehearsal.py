@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,9 +16,10 @@ from lightning_sft.commands.plan.layout import Layout, Model
 from lightning_sft.commands.plan.meter import Meter
 from lightning_sft.head.chunks import ON_CPU, fitting_chunk_size
 from lightning_sft.machine.contexts import default_dtype
+from lightning_sft.model import recurrence
 from lightning_sft.model.attention import cpu
 from lightning_sft.model.attention.per_document import NAMES
-from lightning_sft.model.backbone import backbone_and_head
+from lightning_sft.model.backbone import backbone_and_head, takes_positions
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.sharding import layers
 from lightning_sft.model.precision import follow_autocast
@@ -164,12 +164,13 @@ def _scorer(
     module: SFTModule, model: PreTrainedModel, chunk_size: int, on_gpu: bool, compiles: bool
 ) -> LikelihoodModel:
     config = model.config.get_text_config()
-    takes_positions = "position_ids" in inspect.signature(backbone_and_head(model)[0].forward).parameters
+    backbone, _ = backbone_and_head(model)
+    recurrence.separate(backbone)
     asked, stock = module.attn_implementation, model.get_correct_attn_implementation(None)
-    if asked in (None, *NAMES.values()) and takes_positions and model._can_set_attn_implementation():
+    if asked in (None, *NAMES.values()) and takes_positions(backbone) and model._can_set_attn_implementation():
         # the module's choice if it is exact
         model.set_attn_implementation(gpu_kernels.ATTENTION if on_gpu else NAMES[stock])
-    findings = ProbeResult(1.0, getattr(config, "final_logit_softcapping", None), True, takes_positions)
+    findings = ProbeResult(1.0, getattr(config, "final_logit_softcapping", None), True)
     if compiles:
         compile_on_paper(model)
     own = module.gradient_checkpointing  # offloaded inputs are counted as well

@@ -8,7 +8,8 @@ cannot be encoded this way is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from lightning_sft.objective import target_weight
 from lightning_sft.types import Conversation, Example, InputError, Normalize, Prompt
 
 _BEFORE = ("\n", "x", ".")  # texts of which at least one does not merge with what follows
-_AT_ONCE = 16 << 20  # characters of rendered text that are tokenized together
+_AT_ONCE = 1 << 18  # characters of rendered text that are tokenized together
 
 
 @dataclass
@@ -90,18 +91,19 @@ def encode_all(
 ) -> Iterator[Encoded]:
     """The same with what has to be said of each; ids and weights are arrays.
 
-    Conversations are rendered and tokenized so many at a time that their text stays small.
+    Conversations are rendered and tokenized so many at a time that their text stays small. A thread tokenizes some
+    while the next are rendered: the tokenizer works outside of Python's lock, on all cores.
     """
     template = ChatTemplate.of(tokenizer, config)
-    drafts: list[_Draft] = []
-    size = 0
-    for conversation in conversations:
-        drafts.append(_drafted(conversation, template))
-        size += sum(len(run.text) for run in drafts[-1].runs)
-        if size > _AT_ONCE:
-            yield from _finished(drafts, template, normalize)
-            drafts, size = [], 0
-    yield from _finished(drafts, template, normalize)
+    with ThreadPoolExecutor(1) as thread:
+        before: tuple[list[_Draft], Future[_Tokenized]] | None = None
+        for drafts in _some(conversations, template):
+            tokenized = thread.submit(_tokenize, drafts, template)
+            if before is not None:
+                yield from _finished(*before, template, normalize)
+            before = drafts, tokenized
+        if before is not None:
+            yield from _finished(*before, template, normalize)
 
 
 def encode_prompt(
@@ -165,6 +167,20 @@ class _Draft:
     runs: list[_Run] = field(default_factory=list)
     refusal: InputError | None = None
     notes: set[str] = field(default_factory=set)
+
+
+def _some(conversations: Iterable[Conversation], template: ChatTemplate) -> Iterator[list[_Draft]]:
+    """Drafts, so many at a time that their text is about :data:`_AT_ONCE`."""
+    drafts: list[_Draft] = []
+    size = 0
+    for conversation in conversations:
+        drafts.append(_drafted(conversation, template))
+        size += sum(len(run.text) for run in drafts[-1].runs)
+        if size > _AT_ONCE:
+            yield drafts
+            drafts, size = [], 0
+    if drafts:
+        yield drafts
 
 
 def _drafted(conversation: Conversation, template: ChatTemplate) -> _Draft:
@@ -233,23 +249,35 @@ def _append(runs: list[_Run], turn: int, weight: float, answer: Answer) -> None:
         runs.append(_Run(answer.text, [(turn, weight, answer)]))
 
 
-def _finished(drafts: Sequence[_Draft], template: ChatTemplate, normalize: Normalize) -> Iterator[Encoded]:
-    """Drafts tokenized with one call of the tokenizer."""
+_Tokenized = list[list[list[Beginning]]]
+"""Of each run of each draft, its ids up to where each of its turns begins, is trained and ends."""
+
+
+def _tokenize(drafts: Sequence[_Draft], template: ChatTemplate) -> _Tokenized:
+    """Drafts tokenized with one call of the tokenizer.
+
+    Raises:
+        InputError: When the tokenizer makes a control token of plain text in one of them.
+    """
     runs = [run for draft in drafts for run in draft.runs]
     places = [[p for _, _, answer in run.turns for p in (answer.begin, answer.trained, answer.end)] for run in runs]
+    found = iter(template.segments.beginnings([(run.text, own) for run, own in zip(runs, places, strict=True)]))
+    return [[next(found) for _ in draft.runs] for draft in drafts]
+
+
+def _finished(
+    drafts: Sequence[_Draft], tokenized: Future[_Tokenized], template: ChatTemplate, normalize: Normalize
+) -> Iterator[Encoded]:
+    """The sequences of drafts that have been tokenized."""
     try:
-        found = iter(template.segments.beginnings([(run.text, own) for run, own in zip(runs, places, strict=True)]))
+        ids: _Tokenized | None = tokenized.result()
     except InputError:  # of one row: which, is found one by one
-        if len(drafts) > 1:
-            for draft in drafts:
-                yield from _finished([draft], template, normalize)
-            return
-        raise
-    for draft in drafts:
+        ids = None
+    for number, draft in enumerate(drafts):
         encoded = Encoded([], draft.refusal, draft.notes)
-        own_ids = [next(found) for _ in draft.runs]  # all are taken from the iterator, also before a refusal
         try:
-            encoded.examples = list(_assemble(draft, own_ids, template, normalize))
+            [own] = [ids[number]] if ids is not None else _tokenize([draft], template)
+            encoded.examples = list(_assemble(draft, own, template, normalize))
         except InputError as error:
             encoded.refusal = error
         yield encoded
@@ -264,11 +292,12 @@ def _assemble(
         sequence: _Sequence | None = None
         for number, (turn, weight, answer) in enumerate(run.turns):
             context, trained, both = places[3 * number : 3 * number + 3]
-            apart: Ids | None = None
-            own, masked = both.after(context), trained.after(context)
+            own, apart = both.after(context), None
+            masked: Ids | None = np.zeros(0, np.int32)
+            if answer.trained > answer.begin:
+                masked = None if own is None else trained.after(context)
             if own is None:  # the boundary merges: the prompt stays what it is at inference, the answer is apart
                 own = apart = _apart(context, both, answer, f"{provenance}: turn {turn + 1}", template)
-                masked = None if answer.trained > answer.begin else own[:0]
             if masked is None or not np.array_equal(own[: len(masked)], masked):
                 raise InputError(
                     f"{provenance}: turn {turn + 1}: a token reaches over the end of the thought, so it cannot be "

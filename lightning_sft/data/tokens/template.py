@@ -120,11 +120,11 @@ class Template:
         Raises:
             InputError: When they name none.
         """
-        today = str(variables.get("today") or FROZEN_DATE)
+        today = variables.get("today")
         try:
-            day = date.fromisoformat(today)
+            day = date.fromisoformat(str(today)) if today else FROZEN_DATE
         except ValueError as error:
-            raise InputError(f"chat_template_kwargs: today={today!r} is no date such as 2026-01-31.") from error
+            raise InputError(f"chat_template_kwargs: today={str(today)!r} is no date such as 2026-01-31.") from error
         return _renderer(source, self._special_tokens, day)
 
     def renderer_for(self, tools: Any, variables: Mapping[str, Any]) -> Renderer:

@@ -74,6 +74,7 @@ class Segments:
 
     def __init__(self, backend: Tokenizer | None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._backend, self._tokenizer = backend, cast(Any, tokenizer)
+        self._last: dict[str, Ids] = {}  # of the last call: rows often begin as the rows before them
         added: Sequence[AddedToken] = ()
         if backend is not None:
             backend.no_truncation()
@@ -98,7 +99,7 @@ class Segments:
         """
         numbers: dict[str, int] = {}
         plans = [self._planned(text, places, numbers) for text, places in texts]
-        ids = self._encoded(list(numbers))
+        ids = self._ids_of(list(numbers))
         found = []
         for segments, ends in plans:
             whole = [ids[number] for number in segments]
@@ -126,6 +127,12 @@ class Segments:
             ends.append((last, number(text[begins[last] : place])))
         most = max((count for count, _ in ends), default=0)
         return [number(text[begins[i] : begins[i + 1]]) for i in range(most)], ends
+
+    def _ids_of(self, pieces: Sequence[str]) -> list[Ids]:
+        known = {piece: ids for piece in pieces if (ids := self._last.get(piece)) is not None}
+        new = [piece for piece in pieces if piece not in known]
+        self._last = known | dict(zip(new, self._encoded(new), strict=True))
+        return [self._last[piece] for piece in pieces]
 
     def _encoded(self, pieces: Sequence[str]) -> list[Ids]:
         plain = [piece for piece in pieces if not is_marked(piece)]

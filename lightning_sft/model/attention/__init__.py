@@ -2,5 +2,5 @@
 
 In: queries, keys and values ``[B, heads, N, D]``, and the lengths of documents.
 Out: outputs of the same shape.
-May import: machine, types, and model's probes.
+May import: machine, types, and model's probes and recurrence.
 """

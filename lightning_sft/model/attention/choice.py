@@ -5,20 +5,25 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.model import recurrence
 from lightning_sft.model.attention import flex, gpu
 from lightning_sft.model.attention.per_document import NAMES, NoEagerAttentionError, one_call
-from lightning_sft.model.probes import ProbeResult, probe
+from lightning_sft.model.backbone import can_be_packed
+from lightning_sft.model.probes import ProbeResult, is_close, probe
 from lightning_sft.types import InputError
 
 _HALVES = (torch.bfloat16, torch.float16)
+_LENGTHS = [70, 9, 140]  # of the documents that kernels of recurrent layers are tried on, in tokens
 
 
 @dataclass(frozen=True)
@@ -87,12 +92,23 @@ def probed(
         InputError: When per-document attention is requested but not available, or the model cannot be trained at all.
     """
     device = model.device if device is None else device
+    names = recurrence.separate(backbone)
+    by_kernels = bool(names) and recurrence.has_kernels(device)
+    as_trained = _as_trained(model, device, dtype) if _is_flash(asked) or by_kernels else nullcontext()
+    with as_trained:
+        if by_kernels:
+            _use_kernels(backbone, cast(nn.Embedding, model.get_input_embeddings()).weight)
+        chosen, findings = _chosen(model, backbone, head, asked, device)
+    if names and findings.isolates_documents:
+        rank_zero_info(f"Recurrent layers keep packed documents apart: {recurrence.described(backbone)}.")
+    return chosen, findings
+
+
+def _chosen(
+    model: PreTrainedModel, backbone: nn.Module, head: nn.Module, asked: str | None, device: torch.device
+) -> tuple[Attention, ProbeResult]:
     if asked is not None and asked not in NAMES.values():
-        chosen = Attention(asked, "requested")
-        if not _is_flash(asked):
-            return chosen, probe(model, backbone, head)
-        with _on(model, device), torch.autocast(device.type, dtype, enabled=dtype is not None):
-            return chosen, probe(model, backbone, head)
+        return Attention(asked, "requested"), probe(model, backbone, head)
     stock = model.get_correct_attn_implementation(None)
     why, findings = _try_ours(model, backbone, head, stock)
     if findings is not None:
@@ -114,17 +130,54 @@ def _is_flash(asked: str | None) -> bool:
 
 
 @contextmanager
-def _on(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Move the model to a device for the duration of the context."""
+def _as_trained(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """The model on the device, and under the autocast, of training, for kernels that run nowhere else."""
     module: nn.Module = model  # for torch's types of `to`
     before = model.device
     try:
         if before != device:
             module.to(device)
-        yield
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            yield
     finally:
         if before != device:
             module.to(before)
+
+
+def _use_kernels(backbone: nn.Module, embeddings: Tensor) -> None:
+    """Let recurrent layers pass the borders of documents to their kernels, where that computes each as if alone."""
+    for layers in recurrence.by_class(backbone):
+        if _takes_borders(layers[0], embeddings):
+            for layer in layers:
+                recurrence.pass_borders(layer)
+
+
+def _takes_borders(layer: nn.Module, embeddings: Tensor) -> bool:
+    """Whether a recurrent layer that gets the borders of documents has the output and gradient of one run on each.
+
+    Args:
+        layer: Recurrent layer, see :func:`~lightning_sft.model.recurrence.separate`.
+        embeddings: Embeddings of tokens, ``[V, H]``: hidden states have their size, dtype and device.
+    """
+    results = []
+    size, generator = (1, 2 * sum(_LENGTHS), embeddings.shape[1]), torch.Generator().manual_seed(0)
+    drawn = torch.randn(size, generator=generator, device="cpu").to(embeddings)
+    layout = recurrence.Layout(_LENGTHS, embeddings.device)
+    try:
+        for passes in (False, True):
+            tried = deepcopy(layer).train()  # kernels of training differ from those of evaluation
+            if passes:
+                recurrence.pass_borders(tried)
+            with torch.enable_grad():
+                states = drawn[:, : sum(_LENGTHS)].clone().requires_grad_()
+                out = tried(hidden_states=states, **{recurrence.KEYWORD: layout})
+                (gradient,) = torch.autograd.grad(out, states, drawn[:, sum(_LENGTHS) :].to(out))
+            results.append((out.detach(), gradient))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # without all its kernels transformers raises; kernels may raise anything
+        return False
+    return all(is_close(a, b) for a, b in zip(*results, strict=True))
 
 
 def _try_ours(
@@ -139,10 +192,11 @@ def _try_ours(
         if isinstance(error, torch.OutOfMemoryError) or _is_our_fault(error):
             raise
         return f"the architecture does not support it ({type(error).__name__}: {error})", None
-    if not findings.takes_positions:
+    if not can_be_packed(backbone):
         return "the architecture does not accept position_ids, so nothing is packed", None
     if not findings.isolates_documents:
-        return "documents in a row would attend to each other with it, too", None
+        where = f" (in {findings.leaks_in})" if findings.leaks_in else ""
+        return f"documents in a row would attend to each other with it, too{where}", None
     return "", findings
 
 

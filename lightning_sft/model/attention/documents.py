@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_sft.machine.contexts import computed_in
 from lightning_sft.machine.host_copy import without_waiting
+from lightning_sft.model.parallel.context import Context
 
 _LEAST_QUERIES = 128  # per piece under a sliding window: smaller pieces cost more in calls than they save
 
@@ -60,6 +61,7 @@ class Documents:
         dtype: Dtype of additive masks, or ``None`` for boolean masks, which are true where a token attends to another.
 
     Attributes:
+        context: Ranks that the tokens of a layer are split over, or ``None`` if this one has them all.
         one_call: What the operator supports on this device, or ``None`` if it has no kernel.
         blocks: FlexAttention's block mask, or ``None`` if FlexAttention is not used.
 
@@ -76,6 +78,7 @@ class Documents:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.lengths, self.window, self.device, self.dtype = list(lengths), window, device, dtype
+        self.context: Context | None = None
         self.one_call: OneCall | None = None
         self.blocks: Any = None
 

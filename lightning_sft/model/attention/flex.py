@@ -15,12 +15,13 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from lightning_sft.machine.host_copy import without_waiting
 from lightning_sft.model.attention.documents import Documents
+from lightning_sft.model.recurrence import KEYWORD
 
 _plain: Callable[..., Any] = flex_attention
 _BLOCK = 128  # tokens per block of queries and of keys
 _SETTINGS = {"scaling", "dropout", "softcap", "s_aux"}
 """Supported settings of an architecture's attention that change its result."""
-_IGNORED = {"sliding_window", "position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"}
+_IGNORED = {"sliding_window", "position_ids", "is_causal", "output_attentions", "use_cache", "cache_position", KEYWORD}
 """Settings that do not change the result of eager attention given a mask."""
 
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from transformers import masking_utils
 
 from lightning_sft.model.attention.documents import Documents, lengths_from
+from lightning_sft.model.parallel.context import Context
 from lightning_sft.types import InputError
 
 _is_plain: dict[Any, bool] = {}  # by kind of mask function, window, and length up to which it was evaluated
@@ -30,13 +31,21 @@ class Rows:
     Args:
         positions: Position of each token in its document, ``[B, N]``.
         spans: Lengths of all documents in row-major order; empty if the host does not know them.
+        context: Ranks that share the rows; the backbone then runs on this rank's part of them.
+
+    Attributes:
+        here: Positions of the tokens that the backbone runs on, ``[B, N]``, or of this rank's ``[B, N / C]``.
 
     Raises:
         InputError: When the lengths do not fill whole rows.
     """
 
-    def __init__(self, positions: Tensor, spans: tuple[int, ...] = ()) -> None:
+    def __init__(self, positions: Tensor, spans: tuple[int, ...] = (), context: Context | None = None) -> None:
+        self.context = context
+        if context is not None:
+            positions, spans = context.padded(positions, spans)
         self.positions, self._given = positions, spans
+        self.here = positions if context is None else context.part(positions)
         self._made: dict[tuple[Any, ...], Documents] = {}
         num_rows, length = positions.shape
         if spans and not (sum(spans) == num_rows * length and set(accumulate(spans)) >= set(_ends(num_rows, length))):
@@ -82,10 +91,18 @@ class Rows:
         """
         within = self._within(sees)
         if within is None or not is_plain(within, window, self.positions.shape[1]):
-            return Documents.found(sees, self.positions, window, dtype)
-        if (window, dtype) not in self._made:
-            self._made[window, dtype] = Documents(self.spans, window, self.positions.device, dtype)
-        return self._made[window, dtype]
+            found = None
+            if self.context is None:
+                found = Documents.found(sees, self.positions, window, dtype)
+            elif within is not None:  # the function has the positions of this rank's tokens only
+                found = Documents.found(self._of_all(within), self.positions, window, dtype)
+        elif (window, dtype) in self._made:
+            return self._made[window, dtype]
+        else:
+            found = self._made[window, dtype] = Documents(self.spans, window, self.positions.device, dtype)
+        if found is not None:
+            found.context = self.context
+        return found
 
     def _within(self, sees: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
         """What a mask function says within a document, where it is put together as transformers does for packs."""
@@ -97,6 +114,15 @@ class Rows:
         same = _free(others[0])["packed_sequence_mask"] is self.numbers
         function: Callable[..., Tensor] = _free(inner)["mask_function"]
         return function if same else None
+
+    def _of_all(self, within: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A mask function of all tokens of the rows, from what it says within a document."""
+        if self.numbers is None:
+            return within
+        remapped = masking_utils.remap_positions_for_packed_sequence(within, self.positions)
+        apart = masking_utils.packed_sequence_mask_function(self.numbers)
+        function: Callable[..., Tensor] = masking_utils.and_masks(remapped, apart)
+        return function
 
 
 def _ends(num_rows: int, length: int) -> range:
@@ -113,7 +139,9 @@ def current() -> Rows | None:
 
 
 @contextmanager
-def rows_of_documents(position_ids: Tensor | None, spans: tuple[int, ...] = ()) -> Iterator[None]:
+def rows_of_documents(
+    position_ids: Tensor | None, spans: tuple[int, ...] = (), context: Context | None = None
+) -> Iterator[Rows | None]:
     """Inside this context, rows hold documents whose positions restart at 0; outside, attention is stock attention.
 
     Generation, caches and padding masks are therefore never affected. transformers searches for packed documents
@@ -122,19 +150,20 @@ def rows_of_documents(position_ids: Tensor | None, spans: tuple[int, ...] = ()) 
     Args:
         position_ids: Position of each token in its document, ``[B, N]``.
         spans: Lengths of all documents in row-major order, padding included; empty if the host does not know them.
+        context: Ranks that share the rows; the backbone is to run on the positions that the context's result has here.
     """
-    rows = None if position_ids is None else Rows(position_ids, spans)
+    rows = None if position_ids is None else Rows(position_ids, spans, context)
     find: Any = getattr(masking_utils, "find_packed_sequence_indices", None)
 
     def told(position_ids: Tensor) -> Tensor | None:
-        numbers: Tensor | None = rows.numbers if rows and position_ids is rows.positions else find(position_ids)
+        numbers: Tensor | None = rows.numbers if rows and position_ids is rows.here else find(position_ids)
         return numbers
 
     token = _rows.set(rows)
     try:
         if find is not None:
             masking_utils.find_packed_sequence_indices = told
-        yield
+        yield rows
     finally:
         if find is not None:
             masking_utils.find_packed_sequence_indices = find

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,7 +35,8 @@ class Lora:
         r: Rank of the adapters.
         alpha: Numerator of the scale ``alpha / r``.
         dropout: Dropout probability on the input of each adapter.
-        targets: Names of the modules to adapt, such as ``[q_proj, v_proj]``; by default all linear layers but the head.
+        targets: Names of the modules to adapt, such as ``[q_proj, v_proj]``, or of parameters of fused experts, such as
+            ``experts.down_proj``; by default all linear layers but the head.
         exclude: Names of modules to leave without adapters.
         dora: Whether to train magnitude and direction of the weights separately (Liu et al. 2024, DoRA).
         rslora: Whether to scale by ``alpha / √r`` instead (Kalajdzievski 2023, rsLoRA).
@@ -74,12 +76,14 @@ def inject(model: PreTrainedModel, lora: Lora) -> None:
     except ImportError as error:
         raise InputError("model.lora needs peft: pip install 'lightning-sft[peft]'.") from error
     _check_names(model, lora)
+    experts = [t for t in lora.targets if _ending(t, _fused(model))] if lora.targets != "all-linear" else []
     try:
         config: Any = LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
-            target_modules=lora.targets,
+            target_modules=lora.targets if not experts else [t for t in lora.targets if t not in experts],
+            target_parameters=experts or None,
             exclude_modules=[*lora.exclude, *_without_adapters(model)] or None,
             use_dora=lora.dora,
             use_rslora=lora.rslora,
@@ -91,6 +95,13 @@ def inject(model: PreTrainedModel, lora: Lora) -> None:
             inject_adapter_in_model(config, model, ADAPTER_NAME)
     except ValueError as error:
         raise InputError(f"model.lora cannot be put into {type(model).__name__}: {error}") from error
+    adapted = {name.replace(".base_layer", "") for name in _layers(model)}
+    without = [name for name in _fused(model) if name.rpartition(".")[0].replace(".base_layer", "") not in adapted]
+    if without and lora.targets == "all-linear":
+        rank_zero_info(
+            f"The fused experts of {type(model).__name__} get no adapters, such as {without[0]}: all-linear of peft "
+            "does not know them. To adapt them, list them with the other modules in model.lora.targets."
+        )
     for layer in _layers(model).values():
         if lora.dora:  # magnitudes are computed from the matrices; DoRA keeps casting to the dtype of its input
             layer.lora_variant[ADAPTER_NAME].init(layer, ADAPTER_NAME)
@@ -161,19 +172,32 @@ def _is_mamba(module: nn.Module) -> bool:
 
 def _check_names(model: PreTrainedModel, lora: Lora) -> None:
     names = [name for name, _ in model.named_modules()]
-    given = [*([] if lora.targets == "all-linear" else lora.targets), *lora.exclude]
-    unknown = [target for target in given if not any(name == target or name.endswith(f".{target}") for name in names)]
+    targets = [] if lora.targets == "all-linear" else lora.targets
+    unknown = [target for target in targets if not _ending(target, [*names, *_fused(model)])]
+    unknown += [target for target in lora.exclude if not _ending(target, names)]
     if unknown:
         leaves = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise InputError(f"model.lora names {unknown}, which match no module. The linear layers are {leaves}.")
     if model.config.get_text_config().tie_word_embeddings and lora.targets != "all-linear":
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
         tied = [name for name, module in model.named_modules() if module in ends]
-        if wrong := [t for t in lora.targets if any(name == t or name.endswith(f".{t}") for name in tied)]:
+        if wrong := [t for t in lora.targets if _ending(t, tied)]:
             raise InputError(
                 f"model.lora.targets includes {wrong}, but embeddings and head are tied in this model, so merging an "
                 "adapter into one would change the other. Remove it, or train the matrix: model.trained=['*embed*']."
             )
+
+
+def _ending(target: str, names: Iterable[str]) -> bool:
+    """Whether a target, which may be the end of a name, is one of the names."""
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def _fused(model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that hold a matrix for each expert, ``[E, out, in]`` or ``[E, in, out]``."""
+    experts = {name: part for name, part in model.named_modules() if "Experts" in type(part).__name__}
+    own = ((f"{name}.{end}", p) for name, part in experts.items() for end, p in part.named_parameters(recurse=False))
+    return [name for name, parameter in own if parameter.ndim == 3]
 
 
 @contextmanager

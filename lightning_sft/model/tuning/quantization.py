@@ -67,36 +67,6 @@ def prepare(model: nn.Module, compute_dtype: torch.dtype) -> None:
             layer.compute_dtype, layer.compute_type_is_set = compute_dtype, True
 
 
-def check_stored(model: PreTrainedModel, pretrained: str, has_adapters: bool) -> None:
-    """Refuse pre-quantized weights, except as a base of adapters in a format that can be dequantized.
-
-    Args:
-        model: Model as loaded.
-        pretrained: Hub name or path of the model, for messages.
-        has_adapters: Whether adapters are trained instead of the model.
-
-    Raises:
-        InputError: When the weights are quantized, and cannot be trained on.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None or not quantizer.pre_quantized:
-        return
-    settings = quantizer.quantization_config
-    method = str(getattr(settings.quant_method, "value", settings.quant_method))
-    kind = type(getattr(settings, "quant_type", None)).__name__  # of torchao
-    if not has_adapters:
-        raise InputError(
-            f"The weights of {pretrained!r} are quantized ({method}), and rounded weights cannot be trained. Train "
-            "adapters on them (model.lora.r=16), or use the model before quantization."
-        )
-    if not ((method == "bitsandbytes" and settings.load_in_4bit) or (method == "torchao" and "WeightOnly" in kind)):
-        raise InputError(
-            f"The weights of {pretrained!r} are quantized with {method}; adapters can be trained on 4-bit weights "
-            "of bitsandbytes and weight-only quantization of torchao. Use the model before quantization; "
-            "model.quantize quantizes it on loading."
-        )
-
-
 def is_quantized(model: PreTrainedModel) -> bool:
     """Whether transformers has quantized the model."""
     return getattr(model, "hf_quantizer", None) is not None
@@ -117,26 +87,35 @@ def dequantize(model: PreTrainedModel) -> None:
     """Replace quantized linear layers by plain ones of the same values, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_packed(module.weight):
-            weight = _values(module.weight)
+            weight = _values(module)
             plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
             plain.weight.data, plain.bias = weight, module.bias
             model.set_submodule(name, plain)
+    remove_marks(model)
+
+
+def remove_marks(model: PreTrainedModel) -> None:
+    """Remove what would prevent transformers from saving a model whose weights are plain, in place."""
     quantizer: Any = model.hf_quantizer
-    quantizer.remove_quantization_config(model)  # these markers would prevent saving the model
+    quantizer.remove_quantization_config(model)
     for mark in ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(model).pop(mark, None)
 
 
 def is_packed(weight: Tensor) -> bool:
     """Whether a weight is a quantized matrix."""
-    return hasattr(weight, "quant_state") or is_traceable_wrapper_subclass(weight.data)
+    return any(hasattr(weight, mark) for mark in ("quant_state", "SCB")) or is_traceable_wrapper_subclass(weight.data)
 
 
-def _values(weight: Any) -> Tensor:
+def _values(module: Any) -> Tensor:
+    weight = module.weight
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
         values: Tensor = dequantize_4bit(weight.data, weight.quant_state)
         return values.to(torch.get_default_dtype())
+    if hasattr(weight, "SCB"):  # LLM.int8: the largest entry of each row, which is 127
+        rows: Tensor = weight.data.to(torch.get_default_dtype()) * (weight.SCB[:, None] / 127)
+        return rows
     whole: Tensor = weight.dequantize()
     return whole

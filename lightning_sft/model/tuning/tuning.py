@@ -14,12 +14,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from lightning_sft.model.pretrained import load_architecture, load_model, model_from_config, new_token_ids
+from lightning_sft.model.pretrained import load_model, model_from_config, new_token_ids, stored_quantization
 from lightning_sft.model.tuning import adapter_checkpoints, new_tokens
 from lightning_sft.model.tuning.adapters import Lora, inject, widen
 from lightning_sft.model.tuning.base_dtype import base_dtype, is_stored_in_bfloat16
 from lightning_sft.model.tuning.freezing import choose
-from lightning_sft.model.tuning.quantization import Bits, check_stored, is_quantized, prepare, quantization
+from lightning_sft.model.tuning.quantization import Bits, is_quantized, prepare, quantization
 from lightning_sft.types import InputError
 
 
@@ -115,17 +115,20 @@ class TuningConfig:
         if hf_config is not None and self.lora is None:
             model = model_from_config(hf_config, attention)
         else:
-            if self.quantize is not None and load_architecture(pretrained).get("quantization_config"):
+            prequantized = stored_quantization(pretrained)
+            if prequantized is not None and self.quantize is not None:
                 raise InputError(
                     f"The weights of {pretrained!r} are already quantized, so model.quantize={self.quantize} has no "
                     "effect. Leave it out."
                 )
+            if prequantized is not None:
+                prequantized.check(pretrained, self.lora is not None)
+            fits = prequantized is None or prequantized.fits_bfloat16
             in_bfloat16 = trainer is not None and "bf16" in str(trainer.precision)
             dtype = torch.bfloat16 if in_bfloat16 else torch.get_default_dtype()
             autocast = torch.bfloat16 if in_bfloat16 else None
-            own = self.base_dtype(autocast, lambda: is_stored_in_bfloat16(pretrained))
+            own = self.base_dtype(autocast, lambda: fits and is_stored_in_bfloat16(pretrained))
             model = load_model(pretrained, attention, self.quantize and quantization(self.quantize, dtype), own)
-            check_stored(model, pretrained, self.lora is not None)
             if is_quantized(model):
                 self._check_quantized("the quantized weights of model.pretrained", trainer)
             prepare(model, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -402,12 +403,36 @@ def test_of_a_plain_text_everything_is_trained_that_has_a_context() -> None:
         encode(Conversation([{"role": "text", "content": " "}], provenance="f:7"), tokenizer)
 
 
-def test_many_at_once_are_the_same_as_one_by_one_with_refusals_in_their_place() -> None:
+@pytest.mark.parametrize("together", [1, 60, 1 << 18])
+def test_many_at_once_are_the_same_as_one_by_one_with_refusals_in_their_place(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "_AT_ONCE", together)
     tokenizer = tiny_tokenizer(FORGETFUL)
     given = [conversation("a", "b"), conversation("a"), conversation("a", "[t]b", "c", "d"), conversation("e", "f")]
     many = encode_many(given, tokenizer)
     assert isinstance(many[1], InputError)
     assert [many[i] for i in (0, 2, 3)] == [encode(given[i], tokenizer) for i in (0, 2, 3)]
+
+
+def test_rows_are_rendered_while_others_are_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_AT_ONCE", 1)
+    tokenizer, second_is_rendered = tiny_tokenizer(), threading.Event()
+    drafted, tokenized = encoding._drafted, encoding._tokenize
+
+    def drafting(given: Conversation, template: ChatTemplate) -> Any:
+        if given.messages[0]["content"] == "c":
+            second_is_rendered.set()
+        return drafted(given, template)
+
+    def tokenizing(*given: Any) -> Any:
+        assert second_is_rendered.wait(timeout=60)
+        return tokenized(*given)
+
+    monkeypatch.setattr(encoding, "_drafted", drafting)
+    monkeypatch.setattr(encoding, "_tokenize", tokenizing)
+    found = encode_many([conversation("a", "b"), conversation("c", "d")], tokenizer)
+    assert [targets(example, tokenizer) for [example] in found] == ["b<|im_end|>", "d<|im_end|>"]
 
 
 def test_a_tool_call_is_trained_with_its_arguments() -> None:

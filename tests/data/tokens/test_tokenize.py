@@ -114,5 +114,7 @@ def test_what_texts_share_is_tokenized_once() -> None:
 
     turns = [f"<|im_start|>user\n{n}<|im_end|>" for n in range(20)]
     chats = ["".join(turns[:count]) for count in range(1, 21)]
-    assert Segments(Watched()).token_ids(chats) == whole(tokenizer, chats)
-    assert [len(texts) for texts in seen] == [21]
+    segments = Segments(Watched())
+    assert segments.token_ids(chats[:10]) == whole(tokenizer, chats[:10])
+    assert segments.token_ids(chats[10:]) == whole(tokenizer, chats[10:])  # the rows before began as these do
+    assert [len(texts) for texts in seen] == [11, 10]

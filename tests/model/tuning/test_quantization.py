@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTModule
 from lightning_sft.demos import tiny_pretrained, tiny_tokenizer
@@ -147,12 +147,6 @@ def test_weights_that_are_stored_quantized_are_not_trained_themselves(stored: An
         SFTModule(folder, lora=Lora(), quantize=bits).configure_model()
     with pytest.raises(InputError, match=r"and model.lora.base_dtype=bfloat16 determine"):
         SFTModule(folder, lora=Lora(base_dtype="bfloat16")).configure_model()
-
-
-def test_adapters_are_not_trained_where_activations_are_rounded(stored: Any) -> None:
-    pytest.importorskip("bitsandbytes")
-    with pytest.raises(InputError, match="quantized with bitsandbytes; adapters can be trained on 4-bit weights"):
-        SFTModule(stored("", BitsAndBytesConfig(load_in_8bit=True)), lora=Lora()).configure_model()
 
 
 def test_what_cannot_be_is_refused(base: str, bits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
