@@ -1,4 +1,7 @@
-"""Every file of configs/ runs as it is, but for the model, the machine and how long it takes."""
+"""Every file of configs/ runs as it is, but for the model, the machine and how long it takes.
+
+Those of configs/models/ are run by test_families, each with its own architecture.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
 from tests.helpers.processes import ROOT, run
 
-ALL = {path.stem: path for path in (ROOT / "configs").rglob("*.yaml")}
+ALL = {path.stem: path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "models"}
 PARALLEL = ["ddp", "deepspeed", "fsdp2", "tensor_parallel"]
 PROVED = ("ddp", "fsdp2")  # that these strategies train is seen by test_strategies too
 TWO_NODES = "fit"  # is run by test_two_nodes

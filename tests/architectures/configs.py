@@ -5,11 +5,12 @@ Windows, chunks and states are shorter than the documents that they are run on, 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedTokenizerFast
 
 from lightning_sft.demos import tiny_tokenizer
 from tests.helpers.composites import COMPOSITES
@@ -228,7 +229,7 @@ HYBRID: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "falcon_mamba": {"state_size": 8},
     "rwkv": {"attention_hidden_size": 16, "context_length": 256},
-    "xlstm": {"num_heads": 2, "chunk_size": 8, "mode": "train_with_padding", "return_last_states": False},
+    "xlstm": {"num_heads": 2, "chunk_size": 16},
 }
 ARCHITECTURES = {
     "dense": DENSE,
@@ -241,7 +242,7 @@ ARCHITECTURES = {
 def config_of(model_type: str) -> Any:
     """The tiny configuration of an architecture, without dropout and noise, which would make each step another."""
     if model_type in COMPOSITES:
-        return AutoConfig.for_model(model_type, **COMPOSITES[model_type])
+        return AutoConfig.for_model(model_type, **deepcopy(COMPOSITES[model_type]))
     given = next(kind[model_type] for kind in ARCHITECTURES.values() if model_type in kind)
     config = AutoConfig.for_model(
         model_type, **{name: value for name, value in (_SIZE | given).items() if value is not None}
@@ -258,12 +259,25 @@ def auto_class(pretrained: str | Path) -> Any:
     return AutoModelForMultimodalLM if is_composite else AutoModelForCausalLM
 
 
-def save(model_type: str, folder: Path, dtype: torch.dtype) -> str:
-    """Write a tiny model with random weights and a tokenizer, and return its path."""
+def save(model_type: str, folder: Path, dtype: torch.dtype, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
+    """Write a tiny model with random weights and a tokenizer, and return its path.
+
+    Args:
+        model_type: Architecture, one of :data:`ARCHITECTURES`.
+        folder: Folder to write.
+        dtype: Dtype of the weights.
+        tokenizer: Tokenizer, of which the model gets the size; by default :func:`tiny_tokenizer`, which has 259 tokens.
+    """
     config = config_of(model_type)
+    if tokenizer is not None:
+        text = config.get_text_config()
+        text.max_position_embeddings = 1024  # of templates with a long system turn
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if hasattr(text, name):
+                setattr(text, name, len(tokenizer))
     auto: Any = AutoModelForMultimodalLM if model_type in COMPOSITES else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        auto.from_config(config).to(dtype).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+        auto.from_config(config, dtype=dtype).save_pretrained(folder)
+    (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return str(folder)

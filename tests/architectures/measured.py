@@ -42,6 +42,7 @@ Parameters = dict[str, Tensor]
 EXACT = 1e-9  # largest relative error in float64; a leak between documents or a wrong factor is above 1e-3
 LENGTHS = (23, 9, 40, 14, 31, 5)  # three packs of 48 tokens
 LORA = {"r": 2, "alpha": 8}
+LARGE = 1e3  # learning rate of a step that the rounding of parameters does not hide
 
 
 @contextmanager
@@ -102,10 +103,12 @@ def whole(tensor: Any) -> Tensor:
     return unsharded.detach().clone()
 
 
-def fit(pretrained: str, model: Mapping[str, Any] | None = None, **settings: Any) -> tuple[Seen, Trainer]:
+def fit(
+    pretrained: str, model: Mapping[str, Any] | None = None, lr: float = 0.1, **settings: Any
+) -> tuple[Seen, Trainer]:
     """Steps of SGD, each on all documents."""
     seen = Seen()
-    optimizer = partial(SGD, lr=0.1)
+    optimizer = partial(SGD, lr=lr)
     module = SFTModule(pretrained, optimizer=optimizer, schedule="constant", warmup=0.0, **(model or {}))
     defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "accumulate_grad_batches": len(LENGTHS)}
     trainer = Trainer(**QUIET | defaults | settings, callbacks=[seen])
@@ -189,7 +192,7 @@ class Alone:
 
     def gradient(self) -> str:
         with in_float64():
-            self.step, _ = fit(self.pretrained)
+            self.step, _ = fit(self.pretrained, lr=LARGE)
             model = plain(self.pretrained)
             for name, parameter in model.named_parameters():  # a vision tower is not trained
                 parameter.requires_grad_(name in self.step.after)
@@ -237,10 +240,11 @@ def exported(trainer: Trainer, folder: Path) -> Path:
 def together(name: str, folder: Path) -> None:
     """Compare the parameters after a step of two processes with those after the step of one."""
     before, after = torch.load(folder / "step.pt")
+    plain(folder / "model")  # its module is imported outside of in_float64, as in the other process
     strategy: Any = "ddp" if name == "ddp" else FSDP2Strategy()
     try:
         with in_float64():
-            seen, trainer = fit(str(folder / "model"), devices=2, strategy=strategy)
+            seen, trainer = fit(str(folder / "model"), lr=LARGE, devices=2, strategy=strategy)
         assert trainer.world_size == 2
         two, one = ({name: before[name] - end[name] for name in before} for end in (seen.after, after))
         cell = rated(error(two, one))

@@ -65,8 +65,7 @@ class Sharding:
             settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if self.cpu_offload:
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-        _check_unshared(model)
-        for layer in layers(model):
+        for layer in _to_shard(model):
             fully_shard(layer, **settings)
         fully_shard(root, **settings)
 
@@ -83,14 +82,21 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
     return found
 
 
-def _check_unshared(model: PreTrainedModel) -> None:
+def _to_shard(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that are in no other one, as the mixer of a Mamba layer is.
+
+    Raises:
+        InputError: When layers share parameters.
+    """
     found = layers(model)
     inner = {module for layer in found for module in layer.modules() if module is not layer}
-    owners = Counter(parameter for layer in found if layer not in inner for parameter in set(layer.parameters()))
+    outer = [layer for layer in found if layer not in inner]
+    owners = Counter(parameter for layer in outer for parameter in set(layer.parameters()))
     if any(count > 1 for count in owners.values()):
         raise InputError(
             f"In {type(model).__name__} layers share parameters, which FSDP2 cannot shard. Use trainer.strategy=ddp."
         )
+    return outer
 
 
 def _parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:

@@ -51,10 +51,14 @@ def check_all_reduced(strategy: Strategy, module: nn.Module) -> None:
 
 
 def unused(backbone: nn.Module, head: nn.Module) -> list[str]:
-    """Names of the trained parameters of a model that the logits of a few tokens do not depend on."""
+    """Names of the trained parameters of a model that the logits of a few tokens, or of one, do not depend on.
+
+    A rank that takes part in a step without data computes one token, from which no recurrent state decays.
+    """
     tokens = torch.arange(8, device=next(head.parameters()).device)[None]
     with eval_mode(backbone), torch.enable_grad():
-        reached = _parameters_of(head(hidden_states(backbone, tokens)))
+        few, one = (_parameters_of(head(hidden_states(backbone, ids))) for ids in (tokens, tokens[:, :1]))
+    reached = few & one
     named = [*backbone.named_parameters(), *head.named_parameters()]
     return [name for name, parameter in named if parameter.requires_grad and id(parameter) not in reached]
 

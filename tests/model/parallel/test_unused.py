@@ -24,6 +24,7 @@ ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num
         ("llama", {}, []),
         ("gpt2", {}, []),
         ("mixtral", {"num_local_experts": 4}, []),
+        ("rwkv", {"attention_hidden_size": 16}, [f"blocks.{i}.attention.time_decay" for i in range(2)]),
         ("ernie4_5_moe", ERNIE, ["layers.1.mlp.gate.moe_statics.e_score_correction_bias"]),
     ],
 )
