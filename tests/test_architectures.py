@@ -15,8 +15,8 @@ from tests.architectures.table import COLUMNS, PAGE, Row, all_measured, outcome,
 
 DOZEN = (
     *("gemma3_text", "gpt2", "bloom", "cohere2"),
-    *("qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text"),
-    *("qwen3_next", "falcon_h1", "mamba2"),
+    *("qwen3_moe", "gpt_oss", "ernie4_5_moe", "llama4_text"),
+    *("qwen3_next", "falcon_h1", "mamba"),
     "qwen2_5_vl",
 )
 TEXT = PAGE.read_text(encoding="utf-8")
