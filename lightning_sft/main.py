@@ -172,7 +172,8 @@ def console() -> None:
     """
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
-    warnings.showwarning = _show_warning
+    if sys.stderr.isatty():
+        warnings.showwarning = _show_warning
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     if not sys.flags.safe_path and os.getcwd() not in sys.path:

@@ -223,7 +223,7 @@ def test_several_validation_loaders_have_figures_of_their_own(
         (["fit", "--data.tokens_per_bach", 5], "lightning-sft fit: .* Did you mean --data.tokens_per_batch\\?"),
         (["show", "--data.tokens_per_bach", 5], "lightning-sft show: .* Did you mean --data.tokens_per_batch\\?"),
         (["export", "--cpkt", "x"], "lightning-sft export: .* Did you mean --ckpt\\?"),
-        (["report", "--ovewrite"], "lightning-sft report: unrecognized arguments: --ovewrite"),
+        (["report", "--ovewrite"], "lightning-sft report: [Uu]nrecognized arguments: --ovewrite"),
         (["doctor", "--jsn"], "lightning-sft doctor: .* Did you mean --json\\?"),
         (["plan"], "lightning-sft plan: .*required.* --model.pretrained|model.pretrained"),
         (["fit", "--data.packing", "none"], "data.packing.*'packed', 'padded'.*none"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def test_a_key_of_a_config_reaches_no_terminal(
 
 def test_a_warning_reaches_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(entry, "_from_shell", lambda: warnings.warn(f"Skipping {EVIL}: it is damaged", stacklevel=1))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with warnings.catch_warnings():  # what the command line sets, pytest would keep
         warnings.simplefilter("always")
         entry.console()
