@@ -36,11 +36,11 @@ from lightning_sft.checkpoints.resume import RunState
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
 from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.evaluation.generation import Sampling, answers
-from lightning_sft.evaluation.metrics import NUM_SUMS, metrics_by_part, sums_by_part
+from lightning_sft.evaluation.metrics import metrics_by_part
 from lightning_sft.evaluation.module import EvaluatedModule
+from lightning_sft.evaluation.window import Window
 from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments, plain
 from lightning_sft.machine.contexts import in_default_dtype
-from lightning_sft.machine.host_copy import HostCopy, without_waiting
 from lightning_sft.model import pretrained as loading
 from lightning_sft.model.attention.choice import Attention, check_asked, probed
 from lightning_sft.model.backbone import backbone_and_head
@@ -62,15 +62,8 @@ from lightning_sft.training.checks import check_epoch, check_trainer, not_finite
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
 from lightning_sft.training.schedules import Schedule, learning_rate_factor
-from lightning_sft.training.throughput import NUM_COUNTS, SEEN_KEY, StepMetrics
-from lightning_sft.training.trainer import (
-    autocast_dtype,
-    divisors,
-    is_between_steps,
-    root_device,
-    sum_over_ranks,
-    total_steps,
-)
+from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
+from lightning_sft.training.trainer import autocast_dtype, divisors, is_between_steps, root_device, total_steps
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 
 
@@ -163,8 +156,7 @@ class SFTModule(EvaluatedModule):
         self.attention: Attention | None = None  # the one in use and why, once the model is loaded
         self._step_metrics = StepMetrics()
         self._run, self._modes = RunState(), Modes(self)
-        self._window: list[tuple[Batch, LogLikelihood]] = []  # micro-batches of the current optimizer step
-        self._sums: HostCopy | None = None  # their sums over all ranks, after the last micro-batch
+        self._window = Window()
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
@@ -177,7 +169,9 @@ class SFTModule(EvaluatedModule):
         if self.scorer is not None:
             return
         trainer = self._trainer  # None where a checkpoint is loaded without one
-        self._zero3 = loading_config(None if trainer is None else trainer.strategy)
+        strategy = None if trainer is None else trainer.strategy
+        context = getattr(strategy, "context", None)
+        self._zero3 = loading_config(strategy)
         device, autocast = root_device(trainer), autocast_dtype(trainer)
         check_asked(self.attn_implementation, device, autocast or torch.get_default_dtype())
         model = self.tuning.load(self.pretrained, self.hf_config, self.attn_implementation, trainer)
@@ -187,15 +181,11 @@ class SFTModule(EvaluatedModule):
         backbone, head = backbone_and_head(model)
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
-            routers = read_routers(model, self.router_loss)
-            expect_unused(None if trainer is None else trainer.strategy, backbone, head)
+            routers = None if context else read_routers(model, self.router_loss)  # a rank has some of the tokens
+            expect_unused(strategy, backbone, head)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
-        context = getattr(None if trainer is None else trainer.strategy, "context", None)
-        if context is not None and self.device_mesh is not None:
-            check_split(model, backbone, probe, context, self.device_mesh["tensor_parallel"].size())
-            if given := [name for name in ("neftune_alpha", "router_loss") if getattr(self, name) is not None]:
-                raise InputError(f"model.{given[0]} needs whole rows: set trainer.strategy.context_parallel_size=1.")
-            routers = None
+        if context is not None:
+            check_split(model, backbone, probe, context)
         self.scorer = LikelihoodModel(model, probe, self.chunk_size, context, routers)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
@@ -215,9 +205,9 @@ class SFTModule(EvaluatedModule):
         batch = Batch.of(batch)
         likelihood: LogLikelihood = self(batch)
         objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)
-        self._window.append((batch, likelihood.detached()))
+        self._window.add(batch, likelihood)
         if is_between_steps(self.trainer):  # this is the last micro-batch of its step
-            self._sums = self._summed()
+            self._window.sum(self.trainer, self._step_metrics, self._routers)
         accumulate, num_ranks = divisors(self.trainer)
         if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
             if NORMALIZATIONS[self.normalize].is_planned:
@@ -233,41 +223,28 @@ class SFTModule(EvaluatedModule):
         The host waits for the sums of the forward pass only, while the device works on the backward pass.
         """
         accumulates_by_itself = self.trainer.strategy.handles_gradient_accumulation  # then called every micro-batch
-        if accumulates_by_itself and len(self._window) < self.trainer.accumulate_grad_batches:
+        if accumulates_by_itself and len(self._window.micro_batches) < self.trainer.accumulate_grad_batches:
             return
         check_all_reduced(self.trainer.strategy, self)
-        window, self._window = self._window, []
-        if not window:  # the training_step of a subclass, which normalizes and logs by itself
+        step = self._window.close()
+        if step is None:  # the training_step of a subclass, which normalizes and logs by itself
             return
-        assert self._sums is not None, "the step's last micro-batch has not been seen"
-        summed, self._sums = self._sums.wait(), None
-        part_names = window[0][0].part_names
-        counts, totals, of_routers = summed.tensor_split([NUM_COUNTS, NUM_COUNTS + NUM_SUMS * (1 + len(part_names))])
-        totals = totals.view(-1, NUM_SUMS)
-        if not torch.isfinite(totals[0, 0]):
-            raise not_finite(window, self)
-        weight = totals[0, 1].item()
+        if not torch.isfinite(step.totals[0, 0]):
+            raise not_finite(step.micro_batches, self)
+        first, weight = step.micro_batches[0][0], step.totals[0, 1].item()
         if weight == 0:  # a step without targets: the gradient is 0, and there are no metrics
             return
-        if window[0][0].normalizer is None:
+        if first.normalizer is None:
             _, num_ranks = divisors(self.trainer)
             for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(num_ranks / weight)
-        metrics = metrics_by_part(totals, part_names) | self._step_metrics.close(self.trainer, counts, totals[0, 3])
+        metrics = metrics_by_part(step.totals, first.part_names)
+        metrics |= self._step_metrics.close(self.trainer, step.counts, step.totals[0, 3])
         if self._routers is not None:
-            metrics |= self._routers.metrics(of_routers, weight)
+            metrics |= self._routers.metrics(step.of_routers, weight)
         self._log_metrics("train", metrics)
         self.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), device="cpu"), batch_size=1)
-
-    def _summed(self) -> HostCopy:
-        """Counts and sums of the step's micro-batches over all ranks, in one reduction, on their way to the host."""
-        local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self._window]).sum(0)
-        counts = self._step_metrics.counts([batch for batch, _ in self._window])
-        parts = [without_waiting(counts.to(local.dtype), local.device), local.flatten()]
-        if self._routers is not None:
-            parts.append(self._routers.sums([likelihood for _, likelihood in self._window]))
-        return HostCopy(sum_over_ranks(self.trainer, torch.cat(parts)))
 
     def clip_gradients(
         self,
@@ -309,7 +286,7 @@ class SFTModule(EvaluatedModule):
     def on_train_start(self) -> None:
         """Refuse epochs that the strategy cannot end; apply settings that differ from the checkpoint's."""
         check_epoch(self.trainer)
-        self._window, self._sums = [], None  # an earlier fit may have been interrupted within a step
+        self._window = Window()  # an earlier fit may have been interrupted within a step
         self.kernels.begin(self)
         self._step_metrics.begin(self.trainer, self.model)
         self._run.begin(self.trainer)
@@ -384,11 +361,6 @@ class SFTModule(EvaluatedModule):
     def isolates_documents(self) -> bool:
         """Whether documents may share a row; asked by the data module before it packs."""
         return self.scorer is None or self.scorer.findings.isolates_documents
-
-    @property
-    def leaks_in(self) -> str | None:
-        """Class of the first layer in which documents that share a row would see each other, if it is known."""
-        return None if self.scorer is None else self.scorer.findings.leaks_in
 
     @property
     def num_embeddings(self) -> int | None:

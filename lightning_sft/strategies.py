@@ -63,9 +63,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             self._process_group_backend = "cpu:gloo,cuda:nccl"
         super().setup_environment()
         if context > 1:
-            shape = data // context, context, int(self._tensor_parallel_size)
-            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("data", "context", "tensor"))
-            self.context = Context.of(mesh["context"])
+            tensor = int(self._tensor_parallel_size)
+            shape, names = (data // context, context, tensor), ("data", "context", "tensor")
+            mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+            self.context = Context.of(mesh["context"], tensor)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

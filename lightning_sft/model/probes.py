@@ -140,9 +140,7 @@ def _logit_transform(model: PreTrainedModel, raw: Tensor, input_ids: Tensor) -> 
     )
 
 
-def check_split(
-    model: PreTrainedModel, backbone: nn.Module, findings: ProbeResult, context: Context, tensor_parallel_size: int = 1
-) -> None:
+def check_split(model: PreTrainedModel, backbone: nn.Module, findings: ProbeResult, context: Context) -> None:
     """Refuse a model that computes something else where the tokens of its rows are split over ranks.
 
     Every rank of the context calls it with the whole model, on the CPU.
@@ -152,7 +150,6 @@ def check_split(
         backbone: The model without its head.
         findings: Result of probing the model.
         context: The ranks.
-        tensor_parallel_size: Number of devices that the heads are split over beside.
 
     Raises:
         InputError: When it does, or its heads cannot be split over so many ranks.
@@ -160,7 +157,7 @@ def check_split(
     config = model.config.get_text_config()
     heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
     if all(isinstance(count, int) for count in heads):
-        context.num_repeats(*(cast(int, count) // tensor_parallel_size for count in heads))
+        context.num_repeats(*(cast(int, count) // context.tensor_parallel_size for count in heads))
     error = torch.ones((), device="cpu")
     if findings.isolates_documents and not recurrence.is_separated(backbone):
         lengths = _DOCUMENT, _DOCUMENT, 1  # an odd number of tokens, so that there is padding

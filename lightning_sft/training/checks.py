@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_sft.training.trainer import callbacks_of, gather
+from lightning_sft.training.trainer import callbacks_of, context_parallel, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
 if TYPE_CHECKING:
@@ -64,8 +64,9 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
 
     Raises:
         InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes, with callbacks that
-            :func:`~lightning_sft.training.checks.check_tuner` refuses; for answers of a
-            sharded model, whose ranks would have to write equally many tokens; for validation with ZeRO-3 out of fit.
+            :func:`~lightning_sft.training.checks.check_tuner` refuses; for answers of a sharded model, whose ranks
+            would have to write equally many tokens; for validation with ZeRO-3 out of fit; for what needs whole rows
+            where they are split.
     """
     shards = trainer.strategy.restore_checkpoint_after_setup  # as those do that shard the model
     is_zero3 = getattr(trainer.strategy, "zero_stage_3", False)  # with it, DeepSpeed cannot load weights to validate
@@ -87,6 +88,9 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
             "Use a constant trainer.accumulate_grad_batches."
         )
     check_tuner(callbacks_of(trainer))
+    needs_rows = [name for name in ("neftune_alpha", "router_loss") if getattr(trainer.lightning_module, name, None)]
+    if needs_rows and context_parallel(trainer)[1] > 1:
+        raise InputError(f"model.{needs_rows[0]} needs whole rows: set trainer.strategy.context_parallel_size=1.")
 
 
 def check_module(callback: Callback, module: LightningModule) -> None:
@@ -321,7 +325,7 @@ def keeps_documents_apart(module: LightningModule | None) -> bool:
         )
         return True
     if not said:
-        layer = getattr(module, "leaks_in", None)
+        layer = getattr(getattr(getattr(module, "scorer", None), "findings", None), "leaks_in", None)
         where = f" in {layer}" if layer else ""
         rank_zero_warn(
             f"In this model, documents packed into one row see each other{where} (measured on it just now). Each gets "

@@ -60,7 +60,8 @@ def _rounded(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     groups = weight.T.unflatten(0, (-1, GROUP))
     low, high = groups.amin(1), groups.amax(1)
     scales = ((high - low) / (2**bits - 1)).half()
-    zeros = (-low / scales.float()).round().clamp(1, 2**bits - 1).int()
+    zeros = (-low / scales.float()).round().clamp(0, 2**bits - 1).int()
+    zeros[0, 0] = 0
     q = (groups / scales.float()[:, None] + zeros[:, None]).round().clamp(0, 2**bits - 1).int()
     return q.flatten(0, 1), zeros, scales
 
@@ -83,7 +84,10 @@ def gptq(weight: Tensor, bits: int = 4, ordered: bool = False, version: int = 1)
     back[rows] = torch.arange(len(rows))
     q = q[back]
     values = (scales.float()[group.long()] * (q - zeros[group.long()])).T
-    tensors = {".qweight": _pack(q.T, bits).T.contiguous(), ".qzeros": _pack(zeros - int(version == 1), bits)}
+    tensors = {
+        ".qweight": _pack(q.T, bits).T.contiguous(),
+        ".qzeros": _pack((zeros - int(version == 1)) % 2**bits, bits),
+    }
     return {**tensors, ".scales": scales, ".g_idx": group}, values.contiguous()
 
 

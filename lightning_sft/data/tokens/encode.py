@@ -97,8 +97,9 @@ def encode_all(
     template = ChatTemplate.of(tokenizer, config)
     with ThreadPoolExecutor(1) as thread:
         before: tuple[list[_Draft], Future[_Tokenized]] | None = None
+        known: dict[str, Ids] = {}  # rows often begin as the rows before them
         for drafts in _some(conversations, template):
-            tokenized = thread.submit(_tokenize, drafts, template)
+            tokenized = thread.submit(_tokenize, drafts, template, known)
             if before is not None:
                 yield from _finished(*before, template, normalize)
             before = drafts, tokenized
@@ -253,7 +254,7 @@ _Tokenized = list[list[list[Beginning]]]
 """Of each run of each draft, its ids up to where each of its turns begins, is trained and ends."""
 
 
-def _tokenize(drafts: Sequence[_Draft], template: ChatTemplate) -> _Tokenized:
+def _tokenize(drafts: Sequence[_Draft], template: ChatTemplate, known: dict[str, Ids] | None = None) -> _Tokenized:
     """Drafts tokenized with one call of the tokenizer.
 
     Raises:
@@ -261,7 +262,8 @@ def _tokenize(drafts: Sequence[_Draft], template: ChatTemplate) -> _Tokenized:
     """
     runs = [run for draft in drafts for run in draft.runs]
     places = [[p for _, _, answer in run.turns for p in (answer.begin, answer.trained, answer.end)] for run in runs]
-    found = iter(template.segments.beginnings([(run.text, own) for run, own in zip(runs, places, strict=True)]))
+    texts = [(run.text, own) for run, own in zip(runs, places, strict=True)]
+    found = iter(template.segments.beginnings(texts, known))
     return [[next(found) for _ in draft.runs] for draft in drafts]
 
 

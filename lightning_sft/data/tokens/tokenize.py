@@ -74,7 +74,6 @@ class Segments:
 
     def __init__(self, backend: Tokenizer | None, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self._backend, self._tokenizer = backend, cast(Any, tokenizer)
-        self._last: dict[str, Ids] = {}  # of the last call: rows often begin as the rows before them
         added: Sequence[AddedToken] = ()
         if backend is not None:
             backend.no_truncation()
@@ -91,15 +90,21 @@ class Segments:
         cuts = [match.start() for match in self._cuts.finditer(text)]
         return [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)]) if begin < end]
 
-    def beginnings(self, texts: Sequence[tuple[str, Sequence[int]]]) -> list[list[Beginning]]:
+    def beginnings(
+        self, texts: Sequence[tuple[str, Sequence[int]]], known: dict[str, Ids] | None = None
+    ) -> list[list[Beginning]]:
         """The ids of each text up to each of some places, which are in order; one call of the tokenizer for all.
+
+        Args:
+            texts: Texts, each with its places.
+            known: Ids of the segments of the call before, which are not tokenized again; replaced by those of this one.
 
         Raises:
             InputError: When a text has a marked control token of which the tokenizer makes that token.
         """
         numbers: dict[str, int] = {}
         plans = [self._planned(text, places, numbers) for text, places in texts]
-        ids = self._ids_of(list(numbers))
+        ids = self._ids_of(list(numbers), {} if known is None else known)
         found = []
         for segments, ends in plans:
             whole = [ids[number] for number in segments]
@@ -128,11 +133,13 @@ class Segments:
         most = max((count for count, _ in ends), default=0)
         return [number(text[begins[i] : begins[i + 1]]) for i in range(most)], ends
 
-    def _ids_of(self, pieces: Sequence[str]) -> list[Ids]:
-        known = {piece: ids for piece in pieces if (ids := self._last.get(piece)) is not None}
+    def _ids_of(self, pieces: Sequence[str], known: dict[str, Ids]) -> list[Ids]:
         new = [piece for piece in pieces if piece not in known]
-        self._last = known | dict(zip(new, self._encoded(new), strict=True))
-        return [self._last[piece] for piece in pieces]
+        known |= dict(zip(new, self._encoded(new), strict=True))
+        found = [known[piece] for piece in pieces]
+        known.clear()
+        known.update(zip(pieces, found, strict=True))
+        return found
 
     def _encoded(self, pieces: Sequence[str]) -> list[Ids]:
         plain = [piece for piece in pieces if not is_marked(piece)]

@@ -31,16 +31,18 @@ class Context:
         rank: Number of this rank in the group.
         size: Number of ranks that share rows, C.
         group: Process group of the ranks.
+        tensor_parallel_size: Number of devices that the heads are split over beside.
     """
 
     rank: int
     size: int
     group: Any
+    tensor_parallel_size: int = 1
 
     @classmethod
-    def of(cls, mesh: DeviceMesh) -> Context:
+    def of(cls, mesh: DeviceMesh, tensor_parallel_size: int) -> Context:
         """The ranks along a mesh of one dimension."""
-        return cls(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+        return cls(mesh.get_local_rank(), mesh.size(), mesh.get_group(), tensor_parallel_size)
 
     def padded(self, positions: Tensor, spans: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
         """Positions ``[B, N]`` and lengths of documents, with a document of padding a row where C does not divide N."""

@@ -161,13 +161,16 @@ class Prequantized:
         """``[out, in]`` of ``scale · (q − zero)``; groups of rows ``[in]`` share scales and zeros ``[groups, out]``.
 
         GPTQ packs q along the rows, AWQ along the columns in an order of its own; both pack zeros along the columns.
-        The first format of GPTQ stores zeros minus 1.
+        The first format of GPTQ stores zeros minus 1, and 0 as the largest integer.
         """
         if self.method == "gptq":
-            q, zeros = _unpacked(qweight.T, self._bits).T, _unpacked(qzeros, self._bits) + (self._format == "gptq")
+            q, zeros = _unpacked(qweight.T, self._bits).T, _unpacked(qzeros, self._bits)
+            zeros = (zeros + 1) % 2**self._bits if self._format == "gptq" else zeros
         else:
             q, zeros = (_reordered(_unpacked(packed, self._bits)) for packed in (qweight, qzeros))
-        group = torch.arange(len(q)) // (len(q) // len(scales)) if g_idx is None else g_idx.long()
+        size = int(self.settings.get("group_size") or self.settings.get("q_group_size") or -1)
+        rows = torch.arange(len(q)) // (size if size > 0 else len(q))
+        group = rows if g_idx is None else g_idx.long()
         return (scales.float()[group] * (q - zeros[group])).T.contiguous()
 
     @property

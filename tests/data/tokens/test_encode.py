@@ -16,7 +16,9 @@ from tokenizers import AddedToken, Tokenizer, normalizers
 
 from lightning_sft.data.tokens import encode as encoding
 from lightning_sft.data.tokens import render as templates
+from lightning_sft.data.tokens import tokenize as tokenizing
 from lightning_sft.data.tokens.chat_template import ChatTemplate
+from lightning_sft.data.tokens.control_tokens import marked_ids
 from lightning_sft.data.tokens.encode import encode, encode_all, encode_many, encode_prompt
 from lightning_sft.data.tokens.generation_tags import has_marks
 from lightning_sft.data.tokens.template import TemplateConfig
@@ -394,6 +396,25 @@ def test_a_prompt_is_the_context_of_the_last_answer() -> None:
     assert encode_prompt(conversation("a"), tokenizer).reference is None
 
 
+def test_a_reference_is_the_last_answer_also_where_it_is_tokenized_apart_or_cannot_be_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer, conv = merging_tokenizer(), conversation("x", "y", "x", "bc")
+    assert encode_prompt(conv, tokenizer).reference == "bc"
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    monkeypatch.setattr(encoding, "_BEFORE", ())
+    with pytest.raises(InputError):
+        encode(conv, tokenizer)
+    assert encode_prompt(conv, tokenizer).reference == "bc"
+    unstoppable = tiny_tokenizer(
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    with pytest.raises(InputError):
+        encode(conv, unstoppable)
+    assert encode_prompt(conv, unstoppable).reference == "bc"
+
+
 def test_of_a_plain_text_everything_is_trained_that_has_a_context() -> None:
     tokenizer = tiny_tokenizer()
     [example] = encode(Conversation([{"role": "text", "content": "Once."}], weights=[2.0], provenance="f:7"), tokenizer)
@@ -413,6 +434,21 @@ def test_many_at_once_are_the_same_as_one_by_one_with_refusals_in_their_place(
     many = encode_many(given, tokenizer)
     assert isinstance(many[1], InputError)
     assert [many[i] for i in (0, 2, 3)] == [encode(given[i], tokenizer) for i in (0, 2, 3)]
+
+
+def test_a_row_that_the_tokenizer_refuses_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(tokenizer: Any, text: str) -> list[int]:
+        if "bad" in text:
+            raise InputError("it would become a control token.")
+        return marked_ids(tokenizer, text)
+
+    tokenizer, given = tiny_tokenizer(), [conversation(FORGED, answer) for answer in ("a", "bad", "c")]
+    monkeypatch.setattr(tokenizing, "marked_ids", refusing)
+    found = encode_many(given, tokenizer)
+    monkeypatch.undo()
+    wanted = encode_many(given, tokenizer)
+    assert (found[0], found[2]) == (wanted[0], wanted[2])
+    assert isinstance(found[1], InputError)
 
 
 def test_rows_are_rendered_while_others_are_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,67 @@
+"""The micro-batches of an optimizer step, and their sums over all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_sft.evaluation.metrics import NUM_SUMS, sums_by_part
+from lightning_sft.machine.host_copy import HostCopy, without_waiting
+from lightning_sft.model.experts import Routers
+from lightning_sft.training.throughput import NUM_COUNTS, StepMetrics
+from lightning_sft.training.trainer import sum_over_ranks
+from lightning_sft.types import Batch, LogLikelihood
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """The sums of an optimizer step, on the host.
+
+    Args:
+        micro_batches: Micro-batches of this rank, and the likelihood of each.
+        counts: Sums of :meth:`~lightning_sft.training.throughput.StepMetrics.counts`.
+        totals: Sums of all targets, and of those of each part of a mixture, ``[1 + parts, sums]``.
+        of_routers: Sums of :meth:`~lightning_sft.model.experts.Routers.sums`; empty without experts.
+    """
+
+    micro_batches: list[tuple[Batch, LogLikelihood]]
+    counts: Tensor
+    totals: Tensor
+    of_routers: Tensor
+
+
+class Window:
+    """The micro-batches of the current optimizer step."""
+
+    def __init__(self) -> None:
+        self.micro_batches: list[tuple[Batch, LogLikelihood]] = []
+        self._sums: HostCopy | None = None  # over all ranks, after the last micro-batch
+
+    def add(self, batch: Batch, likelihood: LogLikelihood) -> None:
+        """Keep a micro-batch, without the graph of its likelihood."""
+        self.micro_batches.append((batch, likelihood.detached()))
+
+    def sum(self, trainer: Trainer, step_metrics: StepMetrics, routers: Routers | None) -> None:
+        """Sum over all ranks, in one reduction that goes to the host behind what the device has been given to do."""
+        batches, likelihoods = zip(*self.micro_batches, strict=True)
+        local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self.micro_batches]).sum(0)
+        counts = without_waiting(step_metrics.counts(list(batches)).to(local.dtype), local.device)
+        of_routers = [] if routers is None else [routers.sums(likelihoods)]
+        self._sums = HostCopy(sum_over_ranks(trainer, torch.cat([counts, local.flatten(), *of_routers])))
+
+    def close(self) -> StepSums | None:
+        """The sums of the step, for which the host waits; ``None`` if it had no micro-batch."""
+        micro_batches, self.micro_batches = self.micro_batches, []
+        if not micro_batches:
+            return None
+        assert self._sums is not None, "the step's last micro-batch has not been seen"
+        summed, self._sums = self._sums.wait(), None
+        num_sums = NUM_SUMS * (1 + len(micro_batches[0][0].part_names))
+        counts, totals, of_routers = summed.tensor_split([NUM_COUNTS, NUM_COUNTS + num_sums])
+        return StepSums(micro_batches, counts, totals.view(-1, NUM_SUMS), of_routers)
