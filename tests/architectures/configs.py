@@ -5,6 +5,7 @@ Windows, chunks and states are shorter than the documents that they are run on, 
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,9 @@ def save(model_type: str, folder: Path, dtype: torch.dtype, tokenizer: PreTraine
     auto: Any = AutoModelForMultimodalLM if model_type in COMPOSITES else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        auto.from_config(config, dtype=dtype).save_pretrained(folder)
+        model = auto.from_config(config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Casting complex values")  # of a buffer of Llama 4 that is not saved
+        model.to(dtype).save_pretrained(folder)
     (tokenizer or tiny_tokenizer()).save_pretrained(folder)
     return str(folder)

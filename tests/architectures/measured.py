@@ -1,9 +1,7 @@
 """What a fit of one architecture does, beside plain transformers on each document alone.
 
-python -m tests.architectures.measured MODEL_TYPE FOLDER alone    all that one process shows
-python -m tests.architectures.measured MODEL_TYPE FOLDER ddp      a step of two processes, under torchrun; or fsdp2
-
-Each writes the outcomes of its columns to FOLDER/alone.json, and so on.
+python -m tests.architectures.measured MODEL_TYPE FOLDER              all that one process shows, to FOLDER/alone.json
+python -m tests.architectures.measured MODEL_TYPE FOLDER ddp fsdp2    a step of two processes, to FOLDER/together.json
 """
 
 from __future__ import annotations
@@ -237,20 +235,22 @@ def exported(trainer: Trainer, folder: Path) -> Path:
     return export_checkpoint(folder.with_suffix(".ckpt"), folder)
 
 
-def together(name: str, folder: Path) -> None:
+def together(strategies: list[str], folder: Path) -> None:
     """Compare the parameters after a step of two processes with those after the step of one."""
     before, after = torch.load(folder / "step.pt")
     plain(folder / "model")  # its module is imported outside of in_float64, as in the other process
-    strategy: Any = "ddp" if name == "ddp" else FSDP2Strategy()
-    try:
-        with in_float64():
-            seen, trainer = fit(str(folder / "model"), lr=LARGE, devices=2, strategy=strategy)
-        assert trainer.world_size == 2
-        two, one = ({name: before[name] - end[name] for name in before} for end in (seen.after, after))
-        cell = rated(error(two, one))
-    except InputError as refused:
-        cell = told(refused, folder)
-    write(folder / f"{name}.json", {name: cell})  # the same of both processes
+    cells: dict[str, str] = {}
+    for name in strategies:
+        strategy: Any = "ddp" if name == "ddp" else FSDP2Strategy()
+        try:
+            with in_float64():
+                seen, trainer = fit(str(folder / "model"), lr=LARGE, devices=2, strategy=strategy)
+            assert trainer.world_size == 2
+            two, one = ({name: before[name] - end[name] for name in before} for end in (seen.after, after))
+            cells[name] = rated(error(two, one))
+        except InputError as refused:
+            cells[name] = told(refused, folder)
+        write(folder / "together.json", cells)  # the same of both processes
 
 
 def told(raised: Exception, folder: Path) -> str:
@@ -268,8 +268,8 @@ def write(path: Path, cells: dict[str, str]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    given, where, what = sys.argv[1:]
-    if what == "alone":
-        Alone(given, Path(where)).run()
+    given, where, *strategies = sys.argv[1:]
+    if strategies:
+        together(strategies, Path(where))
     else:
-        together(what, Path(where))
+        Alone(given, Path(where)).run()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +25,12 @@ def measured(model_type: str) -> Row:
     """The outcome of each column of an architecture; a process that crashes or hangs is the outcome of what it left."""
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        row = _ran(model_type, folder, "alone", ALONE)
-        if (folder / "step.pt").exists():  # the parameters that two processes have to arrive at
-            for strategy in ("ddp", "fsdp2"):
-                row |= _ran(model_type, folder, strategy, [strategy])
+        row = dict.fromkeys(ALONE, _ran(fork, model_type, folder)) | _found(folder / "alone.json")
+        left = ["ddp", "fsdp2"] if (folder / "step.pt").exists() else []  # what two processes have to arrive at
+        while left:
+            ended = _ran(torchrun, model_type, folder, *left)
+            row |= {left[0]: ended} | _found(folder / "together.json")
+            left = [strategy for strategy in left if strategy not in row]
     return {column: row.get(column, "–") for column in COLUMNS}
 
 
@@ -71,16 +73,18 @@ def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "lightning", "peft"))
 
 
-def _ran(model_type: str, folder: Path, what: str, columns: Sequence[str]) -> Row:
-    launch = fork if what == "alone" else torchrun
-    ended = "–"
+def _ran(launch: Callable[..., object], model_type: str, folder: Path, *strategies: str) -> str:
+    """How processes have ended, if they were not done."""
     try:
-        launch("tests.architectures.measured", model_type, str(folder), what, timeout=TIMEOUT)
+        launch("tests.architectures.measured", model_type, str(folder), *strategies, timeout=TIMEOUT)
     except AssertionError as error:
-        ended = f"fails: {_how(str(error))}"
-    path = folder / f"{what}.json"
+        return f"fails: {_how(str(error))}"
+    return "–"
+
+
+def _found(path: Path) -> Row:
     found: Row = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return dict.fromkeys(columns, ended) | found
+    return found
 
 
 def _how(said: str) -> str:
