@@ -73,7 +73,7 @@ def _with_rounded_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
 
 def _in_dtype_of_input(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Round a norm's output, computed in float32 or multiplied by float32 weights, once and here."""
-    is_in_16_bits = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.bfloat16
+    is_in_16_bits = len(args) > 0 and isinstance(args[0], Tensor) and args[0].dtype == torch.bfloat16
     return _rounded(output) if is_in_16_bits else output
 
 
