@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.helpers import second_device
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where it is installed, says so on standard output
 os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that tests start
 huggingface_hub.constants.HF_HUB_OFFLINE = True  # nor do tests ask the hub: without a network it is tried for a minute
+logging.getLogger("lightning.pytorch").propagate = True  # to caplog; where pytest begins to log later, it is not
 second_device.register()  # before the first backward pass of the process, which counts the devices that there are
 
 

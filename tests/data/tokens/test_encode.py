@@ -298,8 +298,19 @@ def test_a_thought_is_kept_split_off_or_masked() -> None:
         for thoughts in ("keep", "split", "mask")
     }
     assert trained == {"keep": "<think>\nt\n</think>\n\nb<|im_end|>", "split": "(t)b<|im_end|>", "mask": "b<|im_end|>"}
-    [example] = encode(conv, tokenizer, config=TemplateConfig(thoughts="mask"))
+    [example] = encode(conv, tokenizer, "sequence", TemplateConfig(thoughts="mask"))
     assert tokenizer.decode(example.input_ids).endswith("(t)b<|im_end|>")
+    assert sum(example.target_weights) == pytest.approx(1)  # of an answer, without its thought
+
+
+def test_a_thought_that_shares_a_token_with_its_answer_is_not_masked() -> None:
+    tokenizer = merging_tokenizer()
+    tokenizer.chat_template = CHATML.replace("m['content'] + ", "(m.reasoning_content or '') + m['content'] + ")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning_content": "ta", "content": "bc"}]
+    conv = Conversation(turns, weights=[0, 1], provenance="f:7")
+    assert targets(encode(conv, tokenizer)[0], tokenizer) == "tabc<|im_end|>"
+    with pytest.raises(InputError, match=r"f:7: turn 2: a token reaches over the end of the thought"):
+        encode(conv, tokenizer, config=TemplateConfig(thoughts="mask"))
 
 
 def test_tools_and_system_turns_that_a_template_does_not_show_are_said() -> None:
