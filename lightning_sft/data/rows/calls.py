@@ -12,7 +12,8 @@ from lightning_sft.types import InputError
 _ARGUMENTS = ("arguments", "parameters", "input", "args")  # of OpenAI, Llama, Anthropic, LangChain
 _KINDS = ("function", "tool_call", "tool_use")
 _SCHEMAS = ("parameters", "input_schema")
-_MEDIA = frozenset({"image", "image_url", "input_image", "audio", "input_audio", "video", "document", "file"})
+MEDIA = frozenset({"image", "image_url", "input_image", "audio", "input_audio", "video", "document", "file"})
+"""Types of parts that are no texts."""
 
 
 def read_tools(given: Any) -> list[dict[str, Any]] | None:
@@ -85,7 +86,7 @@ def read_result(value: Any, what: str) -> str:
         kinds = [part.get("type") if isinstance(part, Mapping) else None for part in value]
         if all(kind == "text" and isinstance(part.get("text"), str) for kind, part in zip(kinds, value, strict=True)):
             return "".join(text_of(part["text"], what) for part in value)
-        if found := sorted(_MEDIA.intersection(kind for kind in kinds if isinstance(kind, str))):
+        if found := sorted(MEDIA.intersection(kind for kind in kinds if isinstance(kind, str))):
             raise InputError(f"{what} has a part of the type {found[0]!r}, and only texts can be trained on.")
     check_json(value, what)
     return json.dumps(value, ensure_ascii=False)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_sft.data.rows.calls import read_call, read_result
+from lightning_sft.data.rows.calls import MEDIA, read_call, read_result
 from lightning_sft.data.rows.dialects import CALLERS, COMMON, Dialect
 from lightning_sft.data.rows.values import decoded, decoded_call, shown, text_of, weight_of
 from lightning_sft.types import InputError, Message
@@ -209,6 +209,11 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
             continue
         if kind in _TEXTS:
             part, kind = {**part, "type": "text"}, "text"
+        if isinstance(kind, str) and kind in MEDIA:
+            raise InputError(
+                f"{what} is of the type {kind!r}, and only texts can be trained on: the processor of a model of images "
+                "and text is not used in training yet. Take such parts, or the row, out."
+            )
         if not isinstance(kind, str) or (kind not in _PARTS and kind != "tool_result"):
             raise InputError(f"{what} must be of the type {', '.join(_PARTS)} or tool_result, got {shown(part)}.")
         if _PARTS.get(kind, 0) < last:
