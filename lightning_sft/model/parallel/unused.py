@@ -6,7 +6,7 @@ routers are balanced outside of the gradient, or layers that select which tokens
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -26,7 +26,7 @@ def expect_unused(strategy: Strategy | None, backbone: nn.Module, head: nn.Modul
         backbone: The model without its head.
         head: The head, from hidden states to logits.
     """
-    if not isinstance(strategy, DDPStrategy) or _looks_for_unused(strategy):
+    if not _waits_for_all(strategy):
         return
     if names := unused(backbone, head):
         strategy._ddp_kwargs["find_unused_parameters"] = True
@@ -39,7 +39,7 @@ def check_all_reduced(strategy: Strategy, module: nn.Module) -> None:
     Raises:
         InputError: When a trained parameter has no gradient.
     """
-    if not isinstance(strategy, DDPStrategy) or strategy.world_size == 1 or _looks_for_unused(strategy):
+    if not _waits_for_all(strategy) or strategy.world_size == 1:
         return
     names = [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
     if names:
@@ -75,5 +75,8 @@ def _parameters_of(output: Tensor) -> set[int]:
     return {id(node.variable) for node in seen if hasattr(node, "variable")}
 
 
-def _looks_for_unused(strategy: DDPStrategy) -> bool:
-    return any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph"))
+def _waits_for_all(strategy: Strategy | None) -> TypeGuard[DDPStrategy]:
+    """Whether a strategy averages gradients by DDP, and only those of all parameters; DeepSpeed does it by itself."""
+    if not isinstance(strategy, DDPStrategy) or strategy.handles_gradient_accumulation:
+        return False
+    return not any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph"))

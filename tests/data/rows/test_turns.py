@@ -144,7 +144,10 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
             "part 2 of the content is of the type 'image', and only texts can be trained on",
         ),
         ({"role": "user", "content": ["x"]}, "part 1 of the content must be of the type .* got str 'x'"),
-        ({"role": "user", "content": [TEXT, {"type": "image_url", "image_url": "x"}]}, "is of the type 'image_url', and"),
+        (
+            {"role": "user", "content": [TEXT, {"type": "image_url", "image_url": "x"}]},
+            "is of the type 'image_url', and",
+        ),
         ({"role": "user", "content": [{"type": ["text"]}]}, "part 1 of the content must be of the type"),
         ({"role": "user", "content": [{"type": "text"}]}, "must have its text in 'text' or 'value' and nothing else"),
         ({"role": "user", "content": [{**TEXT, "text": "x"}]}, "must have its text in 'text' or 'value'"),
