@@ -24,7 +24,7 @@ from lightning_sft.objective import target_weight
 from lightning_sft.types import Conversation, Example, InputError, Normalize, Prompt
 
 _BEFORE = ("\n", "x", ".")  # texts of which at least one does not merge with what follows
-_AT_ONCE = 1 << 18  # characters of rendered text that are tokenized together
+_AT_ONCE = 1 << 17  # characters of rendered text that are tokenized together
 
 
 @dataclass
