@@ -58,16 +58,13 @@ class Prequantized:
     @classmethod
     def of(cls, config: PretrainedConfig) -> Prequantized | None:
         """That of a model's configuration; ``None`` for plain weights."""
-        given = getattr(config, "quantization_config", None) or getattr(
-            config.get_text_config(), "quantization_config", None
-        )
-        if not given:
+        both = (getattr(part, "quantization_config", None) for part in (config, config.get_text_config()))
+        given: Any = next(filter(None, both), None)
+        if given is None:
             return None
         settings: dict[str, Any] = given if isinstance(given, dict) else given.to_dict()
-        is_bitsandbytes = settings.get("load_in_4bit") or settings.get(
-            "load_in_8bit"
-        )  # old files do not say the method
-        method = settings.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "unknown")
+        in_old_files = any(settings.get(key) for key in ("load_in_4bit", "load_in_8bit"))  # they do not say the method
+        method = settings.get("quant_method") or ("bitsandbytes" if in_old_files else "unknown")
         return cls(str(getattr(method, "value", method)), settings)
 
     @property
