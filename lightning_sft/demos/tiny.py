@@ -32,6 +32,22 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     return tokenizer
 
 
+TINY: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 258,
+}
+"""Config settings of a tiny model, with the vocabulary of :func:`tiny_tokenizer`."""
+
+
 def tiny_model(model_type: str = "llama", seed: int = 0, **config: Any) -> PreTrainedModel:
     """A causal language model of two small layers with random weights, for :func:`tiny_tokenizer`.
 
@@ -43,22 +59,9 @@ def tiny_model(model_type: str = "llama", seed: int = 0, **config: Any) -> PreTr
     >>> sum(p.numel() for p in tiny_model().parameters())
     13136
     """
-    size: dict[str, Any] = {
-        "vocab_size": 264,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": 258,
-    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **size | config))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **TINY | config))
     return model
 
 

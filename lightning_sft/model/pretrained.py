@@ -130,11 +130,9 @@ def stored_quantization(pretrained: str) -> Prequantized | None:
     Raises:
         InputError: When there is no model configuration.
     """
-    return (
-        None
-        if pretrained.endswith(".gguf")
-        else Prequantized.of(_load(AutoConfig, pretrained, "causal language model"))
-    )
+    if pretrained.endswith(".gguf"):
+        return None
+    return Prequantized.of(_load(AutoConfig, pretrained, "causal language model"))
 
 
 def load_tokenizer(

@@ -34,7 +34,7 @@ class PretrainedWeights:
         self._files: dict[str, Any] = {}
         for path in _files(pretrained):
             file: Any = safe_open(path, framework="pt")
-            plain = (name for name in file.keys() if file.get_slice(name).get_dtype() in _PLAIN)  # noqa: SIM118
+            plain = (name for name in file.keys() if file.get_slice(name).get_dtype() in _PLAIN)  # noqa: SIM118, not a mapping
             self._files |= dict.fromkeys(plain, file)
         self._kept: dict[str, Tensor] = {}
         if missing := set(names) - self._files.keys():

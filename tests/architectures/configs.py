@@ -14,21 +14,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedTokenizerFast
 
 from lightning_sft.demos import tiny_tokenizer
+from lightning_sft.demos.tiny import TINY
 from tests.helpers.composites import COMPOSITES
 
-_SIZE = {
-    "vocab_size": 264,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "bos_token_id": 256,
-    "eos_token_id": 257,
-    "pad_token_id": 258,
-}
 _BOTH_KINDS = ["sliding_attention", "full_attention"]
 _WINDOW = {"sliding_window": 8, "layer_types": _BOTH_KINDS}
 _EXPERTS = {
@@ -246,7 +234,7 @@ def config_of(model_type: str) -> Any:
         return AutoConfig.for_model(model_type, **deepcopy(COMPOSITES[model_type]))
     given = next(kind[model_type] for kind in ARCHITECTURES.values() if model_type in kind)
     config = AutoConfig.for_model(
-        model_type, **{name: value for name, value in (_SIZE | given).items() if value is not None}
+        model_type, **{name: value for name, value in (TINY | given).items() if value is not None}
     )
     for name, value in vars(config).items():
         if ("drop" in name or "jitter" in name) and isinstance(value, float):

@@ -129,7 +129,7 @@ def test_experts_that_are_fused_in_published_checkpoints_are_not_written_one_by_
     with pytest.raises(InputError, match="Adapters of DoRA cannot be written expert by expert"):
         save_adapter(lora_module(dense, Lora(r=4, dora=True)).model, tmp_path / "adapter", dense, "per_expert")
     with pytest.raises(InputError, match=r"save_adapter.layout is 'vllm'; expected fused or per_expert"):
-        save_adapter(model, tmp_path / "adapter", pretrained, "vllm")  # type: ignore[arg-type]
+        save_adapter(model, tmp_path / "adapter", pretrained, "vllm")  # type: ignore[arg-type]  # as from YAML
 
 
 def test_experts_that_all_linear_leaves_out_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

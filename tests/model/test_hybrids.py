@@ -219,7 +219,10 @@ def test_kernels_get_the_borders_where_they_keep_to_them(monkeypatch: pytest.Mon
         return torch.cat([by_torch(q, k, v, g=g, beta=b, **kwargs)[0] for q, k, v, g, b in pieces], 1), None
 
     plain = modeling.causal_conv1d_fn
-    convolve = lambda *args, **more: (convolved if more.get("seq_idx") is not None else plain)(*args, **more)  # noqa: E731
+
+    def convolve(*args: Any, **more: Any) -> Any:
+        return (convolved if more.get("seq_idx") is not None else plain)(*args, **more)
+
     monkeypatch.setattr(modeling, "causal_conv1d_fn", convolve)
     monkeypatch.setattr(modeling, "torch_chunk_gated_delta_rule", delta_rule)
     monkeypatch.setattr(recurrence, "has_kernels", lambda device: True)
@@ -238,7 +241,7 @@ def test_kernels_get_the_borders_where_they_keep_to_them(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("kind", HYBRIDS)
 def test_the_architecture_in_a_checkpoint_is_that_of_the_model(kind: str) -> None:
-    """Mamba's limit of time steps is infinite, which JSON has no number for."""
+    """The maximum time step of Mamba is infinite, and JSON cannot represent that."""
     model = tiny_model(kind, **HYBRIDS[kind])
     again = model_from_config(json.loads(json.dumps(config_dict(model), allow_nan=False)))
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
