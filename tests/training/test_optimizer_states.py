@@ -91,7 +91,6 @@ def test_quantized_states_of_torchao_resume_bit_for_bit(
     assert any(hasattr(v, "codes") for state in whole.optimizers[0].state.values() for v in state.values())
 
 
-@pytest.mark.filterwarnings("ignore:This CPU has no fast bfloat16 arithmetic")
 def test_bfloat16_states_with_stochastic_rounding_resume_bit_for_bit(
     quiet_trainer: Make, wide: str, optim: Any, tmp_path: Path
 ) -> None:

@@ -25,8 +25,6 @@ from tests.model.tuning.test_adapter_checkpoints import fit
 
 Make = Callable[..., Trainer]
 
-pytestmark = pytest.mark.filterwarnings("ignore:This CPU has no fast bfloat16 arithmetic")
-
 
 def stored(folder: Path, dtype: torch.dtype, **config: Any) -> str:
     tiny_model(**config).to(dtype).save_pretrained(folder)
