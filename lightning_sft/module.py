@@ -52,6 +52,7 @@ from lightning_sft.model.parallel.unused import check_all_reduced, expect_unused
 from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.probes import check_split
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
+from lightning_sft.model.tiles import tile_mlps
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
 from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
@@ -98,6 +99,8 @@ class SFTModule(EvaluatedModule):
         compile_layers: Deprecated alias of ``kernels``: ``true`` means ``compiled``, ``false`` means ``none``.
         router_loss: Coefficient of the loss that balances experts, or ``config`` for that of the model's configuration;
             see :mod:`lightning_sft.model.experts`. 0 logs the loss without training on it.
+        mlp_tile_size: Number of tokens whose MLP activations are in memory at a time, see
+            :mod:`lightning_sft.model.tiles`; all tokens by default.
 
     >>> import tempfile
     >>> from lightning_sft.demos import tiny_pretrained
@@ -132,6 +135,7 @@ class SFTModule(EvaluatedModule):
         hf_config: dict[str, Any] | None = None,
         compile_layers: bool | None = None,
         router_loss: RouterLoss | None = None,
+        mlp_tile_size: Count | None = None,
     ) -> None:
         super().__init__()
         check_arguments(SFTModule, locals(), "model")
@@ -144,6 +148,7 @@ class SFTModule(EvaluatedModule):
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizers or optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
+        self.mlp_tile_size = mlp_tile_size
         self.kernels, self.hf_config = Kernels(kernels), hf_config
         self.new_tokens, self.neftune_alpha, self.router_loss = new_tokens or [], neftune_alpha, router_loss
         self.tuning = TuningConfig(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
@@ -184,6 +189,7 @@ class SFTModule(EvaluatedModule):
             routers = None if context else read_routers(model, self.router_loss)  # a rank has some of the tokens
             expect_unused(strategy, backbone, head)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
+        tile_mlps(model, self.mlp_tile_size)
         if context is not None:
             check_split(model, backbone, probe, context)
         self.scorer = LikelihoodModel(model, probe, self.chunk_size, context, routers)

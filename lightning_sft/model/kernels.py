@@ -24,6 +24,7 @@ from lightning_sft.machine.contexts import evaluating
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.model.parallel.sharding import layers
 from lightning_sft.model.probes import is_close
+from lightning_sft.model.tiles import compiled_parts
 from lightning_sft.training.trainer import total_steps
 from lightning_sft.types import InputError
 
@@ -138,8 +139,8 @@ def _compile(module: SFTModule) -> str | None:
     dynamo.recompile_limit = max(dynamo.recompile_limit, _GRAPHS)
     dynamo.skip_fwd_side_effects_in_bwd_under_checkpoint = True  # routers are recorded in the forward pass alone
     dynamo.suppress_errors = True  # a layer that cannot be compiled runs as written, with a warning
-    for layer in found:
-        layer.compile(dynamic=None if on_gpu else True)  # on GPUs packs have one size; a second size makes it dynamic
+    for part in (part for layer in found for part in compiled_parts(layer)):
+        part.compile(dynamic=None if on_gpu else True)  # on GPUs packs have one size; a second size makes it dynamic
     return None
 
 

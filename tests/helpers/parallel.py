@@ -68,25 +68,31 @@ class Case:
 
 CONTEXT: dict[str, Any] = {"context_parallel_size": 2}
 LORA: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.0}}
+TILES: dict[str, Any] = {"gradient_checkpointing": True, "mlp_tile_size": 16}  # of up to 100 tokens
 CASES = {
     "single": Case("single device", 1, 4, 30),
     "single_whole": Case("single device", 1, 4, 28, reference="single_whole"),
     "single_lora": Case("single device, `model.lora`", 1, 4, 30, model=LORA, reference="single_lora"),
     "ddp": Case("`ddp`"),
+    "ddp_tiles": Case("`ddp`, `model.mlp_tile_size`", model=TILES),
     "ddp_lora": Case("`ddp`, `model.lora`", model=LORA, reference="single_lora"),
     "fsdp2": Case("`fsdp2`"),
     "fsdp2_lora": Case("`fsdp2`, `model.lora`", model=LORA, reference="single_lora"),
     "checkpointing": Case("`fsdp2`, `model.gradient_checkpointing`", model={"gradient_checkpointing": True}),
+    "tiles": Case("`fsdp2`, `model.gradient_checkpointing`, `model.mlp_tile_size`", model=TILES),
     "offload": Case("`fsdp2`, `cpu_offload`", layout={"cpu_offload": True}),
     "tensor": Case("`fsdp2`, `tensor_parallel_size: 2`", accumulate=4, limit=30, sizes=(1, 2)),
     "both": Case("the same on 2 × 2", processes=4, sizes=(2, 2)),
+    "tensor_tiles": Case(
+        "`fsdp2`, `tensor_parallel_size: 2`, `model.mlp_tile_size`", accumulate=4, limit=30, sizes=(1, 2), model=TILES
+    ),
     "context": Case("`fsdp2`, `context_parallel_size: 2`", accumulate=4, limit=30, layout=CONTEXT),
     "context_lora": Case(
-        "the same with `model.lora` and `model.gradient_checkpointing`",
+        "the same with `model.lora`, `model.gradient_checkpointing`, `model.mlp_tile_size`",
         accumulate=4,
         limit=30,
         layout=CONTEXT,
-        model={**LORA, "gradient_checkpointing": True},
+        model={**LORA, **TILES},
         reference="single_lora",
     ),
     "context_both": Case("`context_parallel_size: 2` on 2 × 2", processes=4, sizes=(4, 1), layout=CONTEXT),
@@ -97,7 +103,8 @@ CASES = {
 }
 ALONE = ["single", "single_whole", "single_lora"]
 LAUNCHES = [
-    ["ddp", "ddp_lora", "fsdp2", "fsdp2_lora", "checkpointing", "offload", "tensor"],
+    ["ddp", "ddp_tiles", "ddp_lora", "fsdp2", "fsdp2_lora", "checkpointing", "tiles", "offload"],
+    ["tensor", "tensor_tiles"],
     ["context", "context_lora"],
     ["both", "context_both", "context_tensor"],
     ["deepspeed1", "deepspeed2", "deepspeed3"],

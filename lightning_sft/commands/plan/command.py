@@ -63,7 +63,7 @@ def plan(
         raise InputError(f"plan needs an SFTModule and an SFTDataModule, or subclasses of them, got {given}.")
     check_arguments(plan, locals())
     layout = Layout.of(trainer, num_devices(trainer))
-    is_stream, data = data.streaming, data.preview(module, trainer, num_ranks=layout.data_parallel)
+    is_stream, data = data.streaming, data.preview(module, trainer, num_ranks=layout.num_batches)
     work = division_of(data.trainer)
     steps = steps_of(data, module, trainer, is_stream)
     device = Device.of(str(trainer.accelerator), work.num_local, memory)

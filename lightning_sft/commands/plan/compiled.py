@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.machine.compiler import KEEP_LESS
 from lightning_sft.model.parallel.sharding import layers
+from lightning_sft.model.tiles import compiled_parts
 
 
 def compile_on_paper(model: PreTrainedModel) -> None:
@@ -30,9 +31,9 @@ def compile_on_paper(model: PreTrainedModel) -> None:
         model: Model of transformers with fake tensors, changed in place.
     """
     traced: dict[Any, Callable[..., Any] | None] = {}
-    for layer in layers(model):
-        shapes = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in layer.named_parameters())
-        layer.forward = _Compiled(layer, traced, (type(layer), shapes))
+    for part in (part for layer in layers(model) for part in compiled_parts(layer)):
+        shapes = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in part.named_parameters())
+        part.forward = _Compiled(part, traced, (type(part), shapes))
 
 
 class _Compiled:

@@ -1,35 +1,62 @@
-"""Stand-ins that allocate and save what GPU kernels do: FlashAttention and the fused likelihood."""
+"""Stand-ins that allocate and save what a GPU does: FlashAttention, the fused likelihood, copies to the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, modeling_utils
 
 from lightning_sft import objective
+from lightning_sft.commands.plan.meter import Meter
 from lightning_sft.head import chunks as chunked_head
 from lightning_sft.machine.contexts import computed_in
+from lightning_sft.model.parallel.context import Context
 
 ATTENTION = "kernel_on_paper"
 """Name of the stand-in attention in transformers; its layers get no mask."""
 
 
+_context: ContextVar[Context | None] = ContextVar("context", default=None)
+
+
 @contextmanager
-def likelihood_on_paper() -> Iterator[None]:
-    """Context in which the likelihood allocates as on a GPU: fused softmax, float32 accumulation by the matmul."""
-    ours = {(objective, "fuses"): lambda raw: True, (chunked_head, "_multiply"): lambda total, a, b, beta: None}
+def on_paper(meter: Meter, context: Context | None) -> Iterator[None]:
+    """Context in which a step allocates as on a GPU: fused softmax, float32 accumulation by the matmul, host memory.
+
+    Args:
+        meter: Meter of the step.
+        context: Ranks that share rows, or ``None``.
+    """
+    ours: dict[tuple[Any, str], Any] = {
+        (objective, "fuses"): lambda raw: True,
+        (chunked_head, "_multiply"): lambda total, a, b, beta: None,
+        (modeling_utils, "save_on_cpu"): lambda **_: _on_host(meter),
+    }
+    token = _context.set(context)
     before = {(module, name): getattr(module, name) for module, name in ours}
     try:
         for (module, name), function in ours.items():
             setattr(module, name, function)
         yield
     finally:
+        _context.reset(token)
         for (module, name), function in before.items():
             setattr(module, name, function)
+
+
+def _on_host(meter: Meter) -> torch.autograd.graph.saved_tensors_hooks:
+    """Context in which saved tensors are copied to host memory, and back when they are needed."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        with meter.making("host"):
+            return torch.empty_like(tensor)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, torch.empty_like)
 
 
 @torch.library.custom_op("lightning_sft_planning::flash", mutates_args=())
@@ -74,8 +101,12 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
 ) -> tuple[Tensor, None]:
     """Attention of a layer, ``[B, heads, N, head size]`` to ``[B, N, heads, head size]``, in the autocast dtype."""
-    out, _ = _flash(*(x.to(computed_in(query)) for x in (query, key, value)))
-    return out, None
+    context, dtype = _context.get(), computed_in(query)
+    if context is None:
+        return _flash(*(x.to(dtype) for x in (query, key, value)))[0], None
+    keys = [context.repeated(states, query.shape[1]) for states in (key, value)]
+    out, _ = _flash(*(context.to_heads(states).to(dtype) for states in (query, *keys)))
+    return context.to_tokens(out), None
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

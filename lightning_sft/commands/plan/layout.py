@@ -42,6 +42,7 @@ class Layout:
         autocast: Dtype of autocast, or ``None``.
         data_parallel: Number of data-parallel ranks.
         tensor_parallel: Number of tensor-parallel ranks.
+        context_parallel: Number of ranks, among the data-parallel ones, that share the tokens of each row.
         stage: ZeRO stage: 0 shards nothing, 1 the optimizer state, 2 also gradients, 3 also parameters.
         compute: Dtype of computation if it differs from ``dtype``, or ``None``.
         is_deepspeed: Whether DeepSpeed is used, with its float32 copy of trained parameters and its buckets.
@@ -55,6 +56,7 @@ class Layout:
     autocast: torch.dtype | None = None
     data_parallel: int = 1
     tensor_parallel: int = 1
+    context_parallel: int = 1
     stage: int = 0
     compute: torch.dtype | None = None
     is_deepspeed: bool = False
@@ -90,15 +92,20 @@ class Layout:
             tensor = int(own.get("tensor_parallel_size") or 1)
             if name == "modelparallelstrategy" and own.get("tensor_parallel_size") in (None, "auto"):
                 raise InputError("plan does not support Lightning's ModelParallelStrategy. Set trainer.strategy=fsdp2.")
-            if int(own.get("context_parallel_size") or 1) > 1:
-                raise InputError("plan does not know context_parallel_size: leave it out, and divide tokens_per_batch.")
-            data = num_devices // tensor
-            plain |= {"data_parallel": data, "tensor_parallel": tensor, "stage": 3}
+            data, context = num_devices // tensor, int(own.get("context_parallel_size") or 1)
+            if not data or data % context:
+                raise InputError(
+                    f"{num_devices} devices cannot be divided by tensor_parallel_size={tensor} and "
+                    f"context_parallel_size={context} of trainer.strategy. Set trainer.devices to a multiple of "
+                    f"{tensor * context}."
+                )
+            plain |= {"data_parallel": data, "tensor_parallel": tensor, "context_parallel": context, "stage": 3}
             compute = own.get("compute_dtype")
             mixed = autocast if autocast == torch.bfloat16 else None
             plain |= {"compute": getattr(torch, compute) if compute else mixed}
-            mesh = f"FSDP2 over {data}" + (f", tensor-parallel over {tensor}" if tensor > 1 else "")
-            return cls(mesh, **plain, offloads="all" if own.get("cpu_offload") else "")
+            splits = {"tensor": tensor, "context": context}
+            mesh = [f"FSDP2 over {data}", *(f"{kind}-parallel over {n}" for kind, n in splits.items() if n > 1)]
+            return cls(", ".join(mesh), **plain, offloads="all" if own.get("cpu_offload") else "")
         if name.startswith("ddp"):
             return cls(f"DDP over {num_devices}", **plain)
         if name in ("auto", "single_device", "singledevicestrategy"):
@@ -118,18 +125,30 @@ class Layout:
         return KEEPS if self.keeps_memory and not is_set() else {}
 
     @property
+    def num_batches(self) -> int:
+        """Number of different batches at a time: ranks that share rows, or matrices, get the same."""
+        return self.data_parallel // self.context_parallel
+
+    @property
     def shares(self) -> dict[str, float]:
         """Share of each kind of memory that a device keeps, relative to one device in the dtype of computation."""
+        return {kind: 0.0 if kind in self.offloaded else share for kind, share in self._of_ranks.items()}
+
+    @property
+    def offloaded(self) -> dict[str, float]:
+        """Share of each kind of memory that a rank keeps in host memory."""
+        kinds = {"": (), "optimizer": ("optimizer",), "all": tuple(self._of_ranks)}[self.offloads]
+        return {kind: self._of_ranks[kind] for kind in kinds}
+
+    @property
+    def _of_ranks(self) -> dict[str, float]:
         wider = self.dtype.itemsize / self.computes_in.itemsize
         shared = [1, 1 / self.data_parallel]
-        of = {
+        return {
             "weights": wider * shared[self.stage >= 3],
             "gradients": wider * shared[self.stage >= 2],
             "optimizer": (4 / self.dtype.itemsize if self.is_deepspeed else wider) * shared[self.stage >= 1],
         }
-        if self.offloads:
-            of |= {"optimizer": 0.0} if self.offloads == "optimizer" else dict.fromkeys(of, 0.0)
-        return of
 
     def extra(self, model: Model) -> dict[str, float]:
         """Bytes that the strategy itself uses on each device, by purpose."""

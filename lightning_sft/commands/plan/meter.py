@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -21,8 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_sft.types import InputError
 
-Kind = Literal["weights", "gradients", "optimizer", "activations"]
+Kind = Literal["weights", "gradients", "optimizer", "activations", "host"]
 KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer", "activations")
+"""Kinds of memory of a device; ``host`` is what is kept in host memory for it."""
 
 _aten = torch.ops.aten
 
@@ -43,7 +45,7 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, shares: Mapping[str, float] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
-        self.shares: dict[str, float] = {**dict.fromkeys(KINDS, 1.0), **(shares or {})}
+        self.shares: dict[str, float] = {**dict.fromkeys(KINDS, 1.0), "host": 0.0, **(shares or {})}
         self._fake = FakeTensors(allow_non_fake_inputs=True)
         self._blocks: dict[int, int] = {}  # address of a storage -> number of its block
         self._size: list[int] = []  # of each block
@@ -81,6 +83,15 @@ class Meter(TorchDispatchMode):
             if block >= first:
                 self._call(block, kind)
         return result
+
+    @contextmanager
+    def making(self, kind: Kind) -> Iterator[None]:
+        """Context in which new allocations are of a kind."""
+        before, self._new = self._new, kind
+        try:
+            yield
+        finally:
+            self._new = before
 
     def call(self, tensors: Iterable[Tensor], kind: Kind) -> None:
         """Classify tensors."""

@@ -44,6 +44,15 @@ class Prediction:
         return self.device.base + max(trained + self.holes, sum(self.moments[LOADING].values()))
 
     @property
+    def host(self) -> float:
+        """Bytes of host memory that a process uses for its GPU: shards that are offloaded, and inputs of layers."""
+        if self.device.name == "CPU":
+            return 0.0
+        shares = self.layout.offloaded | {"host": 1.0}
+        peaks = self.rehearsal.meter.peaks.values()
+        return max(sum(shares.get(kind, 0.0) * size for kind, size in live.items()) for live in peaks)
+
+    @property
     def fits(self) -> bool:
         """Whether the peak fits the device; true if its capacity is unknown."""
         return self.device.capacity is None or self.peak <= self.device.capacity
@@ -64,6 +73,7 @@ class Prediction:
                 "holes": self.holes,
                 "logits": rehearsal.logits,
                 "peak": self.peak,
+                "host": self.host,
                 "capacity": self.device.capacity,
             },
             "fits": self.fits,

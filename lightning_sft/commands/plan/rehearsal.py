@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.commands.plan import gpu_kernels
 from lightning_sft.commands.plan.compiled import compile_on_paper
+from lightning_sft.commands.plan.exchanges import PaperContext
 from lightning_sft.commands.plan.layout import Layout, Model
 from lightning_sft.commands.plan.meter import Meter
 from lightning_sft.head.chunks import ON_CPU, fitting_chunk_size
@@ -26,6 +27,7 @@ from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.pretrained import load_architecture, model_from_config, new_token_ids
 from lightning_sft.model.probes import ProbeResult
 from lightning_sft.model.recompute import checkpoint_layers
+from lightning_sft.model.tiles import tile_mlps
 from lightning_sft.model.tuning.adapters import inject, is_adapter, widen
 from lightning_sft.model.tuning.freezing import choose
 from lightning_sft.model.tuning.neftune import add_noise
@@ -92,14 +94,14 @@ def rehearse(
         model = _blank(module, layout)
     meter.made("weights", lambda: _materialize(model))
     chunk_size = _chunk_size(module, model, layout, memory)
-    scorer = _scorer(module, model, chunk_size, memory is not None, compiles)
+    scorer = _scorer(module, model, layout, chunk_size, memory is not None, compiles)
     optimizer = make_optimizer(module.optimizer, model.named_parameters())
     meter.follow_gradients(model)
     if layout.in_backward:
         _step_in_backward(model, optimizer, meter)
     backbone, head = backbone_and_head(model)
     backbone.register_forward_hook(lambda *_: meter.moment(LOSS))
-    kernels = nullcontext() if memory is None else gpu_kernels.likelihood_on_paper()
+    kernels = nullcontext() if memory is None else gpu_kernels.on_paper(meter, scorer.context)
     with meter, default_dtype(layout.computes_in), kernels:
         for micro_batches in (1, min(accumulate, 2)):
             for _ in range(micro_batches):
@@ -161,7 +163,7 @@ def _chunk_size(module: SFTModule, model: PreTrainedModel, layout: Layout, memor
 
 
 def _scorer(
-    module: SFTModule, model: PreTrainedModel, chunk_size: int, on_gpu: bool, compiles: bool
+    module: SFTModule, model: PreTrainedModel, layout: Layout, chunk_size: int, on_gpu: bool, compiles: bool
 ) -> LikelihoodModel:
     config = model.config.get_text_config()
     backbone, _ = backbone_and_head(model)
@@ -171,11 +173,14 @@ def _scorer(
         # the module's choice if it is exact
         model.set_attn_implementation(gpu_kernels.ATTENTION if on_gpu else NAMES[stock])
     findings = ProbeResult(1.0, getattr(config, "final_logit_softcapping", None), True)
-    if compiles:
+    own = module.gradient_checkpointing
+    offloads = own == "offload" and on_gpu
+    checkpoint_layers(model, True if own == "offload" and not on_gpu else own, "meta")
+    tile_mlps(model, module.mlp_tile_size)
+    if compiles and not offloads:
         compile_on_paper(model)
-    own = module.gradient_checkpointing  # offloaded inputs are counted as well
-    checkpoint_layers(model, True if own == "offload" else own, "meta")
-    scorer = LikelihoodModel(model, findings, chunk_size)
+    context = PaperContext(0, layout.context_parallel, None) if layout.context_parallel > 1 else None
+    scorer = LikelihoodModel(model, findings, chunk_size, context)
     if module.neftune_alpha:
         add_noise(scorer, model, module.neftune_alpha)
     follow_autocast(model)

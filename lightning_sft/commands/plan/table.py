@@ -28,6 +28,8 @@ def show_prediction(prediction: Prediction, steps: Mapping[str, Any], console: C
     console.print(f"\nMemory of each {prediction.device.name}, in GiB: {prediction.layout.name}", style="bold")
     console.print(_moments(prediction))
     console.print(verdict(prediction), highlight=False, style="bold" if prediction.fits else "bold red")
+    if prediction.host:
+        console.print(f"Host memory of each process for what is offloaded: {_gib(prediction.host)}.", highlight=False)
 
 
 def show_remedies(remedies: Sequence[Remedy], console: Console) -> None:
