@@ -40,6 +40,31 @@ def test_what_a_device_keeps(strategy: Any, weights: float, gradients: float, op
     assert layout(strategy).shares == {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
+@pytest.mark.parametrize(
+    ("strategy", "offloaded"),
+    [
+        ("ddp", {}),
+        ("deepspeed_stage_2_offload", {"optimizer": 1 / 4}),
+        (fsdp2(cpu_offload=True), {"weights": 1 / 4, "gradients": 1 / 4, "optimizer": 1 / 4}),
+    ],
+)
+def test_what_the_host_keeps_for_a_rank(strategy: Any, offloaded: dict[str, float]) -> None:
+    assert layout(strategy).offloaded == offloaded
+
+
+def test_ranks_that_share_rows_or_matrices_get_the_same_batches() -> None:
+    shared = layout(fsdp2(tensor_parallel_size=2, context_parallel_size=4), num_devices=16)
+    assert (shared.data_parallel, shared.tensor_parallel, shared.context_parallel) == (8, 2, 4)
+    assert shared.num_batches == 2
+    assert shared.name == "FSDP2 over 8, tensor-parallel over 2, context-parallel over 4"
+    assert shared.shares["weights"] == 1 / 8  # those that share rows have shards of their own
+
+
+def test_devices_that_cannot_be_divided_are_refused() -> None:
+    with pytest.raises(InputError, match=r"4 devices cannot be divided .*context_parallel_size=3.*a multiple of 3"):
+        layout(fsdp2(context_parallel_size=3))
+
+
 @pytest.mark.parametrize(("settings", "precision"), [({"compute_dtype": "bfloat16"}, "32-true"), ({}, "bf16-mixed")])
 def test_shards_are_wider_than_what_is_computed_with(settings: Any, precision: str) -> None:
     in_bfloat16 = layout(fsdp2(**settings), precision)

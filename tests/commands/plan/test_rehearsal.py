@@ -82,6 +82,8 @@ def counted_here(done: Rehearsal) -> int:
         ({"optimizer": lambda groups: torch.optim.AdamW(groups, foreach=True)}, Layout("one device"), 1),
         ({}, Layout("one device", autocast=torch.bfloat16), 1),
         ({"gradient_checkpointing": True, "chunk_size": 64}, Layout("one device", in_backward=True), 1),
+        ({"gradient_checkpointing": True, "mlp_tile_size": 64, "chunk_size": 64}, Layout("one device"), 1),
+        ({"mlp_tile_size": 100}, Layout("one device", autocast=torch.bfloat16), 1),
     ],
     ids=[
         "plain",
@@ -93,6 +95,8 @@ def counted_here(done: Rehearsal) -> int:
         "foreach",
         "autocast",
         "in_backward",
+        "tiles",
+        "tiles_autocast",
     ],
 )
 def test_it_counts_what_torch_counts(
@@ -128,6 +132,49 @@ def test_a_tensor_parallel_rank_has_a_part_of_each_matrix(model: str, batch: Bat
     matrices = 2 * (3 * 128 * 512 + 4 * 128 * 128)
     assert whole.num_parameters - half.num_parameters == matrices / 2
     assert counted_here(half) < counted_here(whole)
+
+
+GPU = 2.0**30  # bytes of memory
+LONG = [Example([5] * n, [0.0] * (n - 20) + [1.0] * 20) for n in (1024, 512, 512)]
+
+
+def activations(done: Rehearsal) -> int:
+    return max(live["activations"] for live in done.meter.peaks.values())
+
+
+def test_inputs_of_layers_that_are_offloaded_are_on_the_host(model: str) -> None:
+    long = collate(LONG, 1.0)
+    kept, offloaded = (
+        rehearse(SFTModule(model, gradient_checkpointing=own), long, Layout("one device"), memory=GPU)
+        for own in (True, "offload")
+    )
+    inputs = 2 * 2048 * 128 * 4  # layers, tokens, hidden size, bytes
+    on_host = max(live["host"] for live in offloaded.meter.peaks.values())
+    assert inputs <= on_host < 1.5 * inputs
+    assert {live["host"] for live in kept.meter.peaks.values()} == {0}
+    in_loss = [done.meter.peaks["loss"]["activations"] for done in (kept, offloaded)]
+    assert in_loss[0] - in_loss[1] == pytest.approx(inputs, rel=0.01)
+
+
+def test_mlps_in_tiles_take_what_one_tile_takes(model: str) -> None:
+    long = collate(LONG, 1.0)
+    whole, tiled = (
+        rehearse(SFTModule(model, gradient_checkpointing=True, mlp_tile_size=n), long, Layout("x"), memory=GPU)
+        for n in (None, 128)
+    )
+    assert activations(whole) - activations(tiled) > 2 * (2048 - 128) * 512 * 4  # of two intermediate states at least
+
+
+@pytest.mark.parametrize("memory", [None, GPU], ids=["CPU", "GPU"])
+def test_ranks_that_share_a_row_have_the_activations_of_a_part_of_it(model: str, memory: float | None) -> None:
+    settings = {"gradient_checkpointing": True, "chunk_size": 64}
+    of_layout = {
+        n: activations(
+            rehearse(SFTModule(model, **settings), collate(LONG * n, 1.0), Layout("x", context_parallel=n), 1, memory)
+        )
+        for n in (1, 2)
+    }
+    assert 0.95 * of_layout[1] < of_layout[2] < 1.3 * of_layout[1]  # beside it, what is sent and received
 
 
 def test_experts_are_chosen_evenly(tmp_path: Path, batch: Batch) -> None:
