@@ -33,6 +33,7 @@ from lightning_sft.data.tokens.overflow import Overflow
 from lightning_sft.data.tokens.template import TemplateConfig, Thoughts, configure, configured
 from lightning_sft.data.tokens.workers import num_cores
 from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments, plain
+from lightning_sft.model.parallel.rank_zero import FirstRank
 from lightning_sft.model.pretrained import context_length, load_tokenizer, stop_ids
 from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.training.checks import (
@@ -40,6 +41,7 @@ from lightning_sft.training.checks import (
     check_lengths,
     check_prompts,
     keeps_documents_apart,
+    say_if_cached_apart,
     tries_sizes,
 )
 from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, position, trainer_on_paper
@@ -166,6 +168,7 @@ class SFTDataModule(LightningDataModule):
             if self.sources[name] is not None and name not in self.splits:
                 first = self.sample_rows if name == "train" and self.streaming else None
                 self.splits[name] = self._load(name, first)
+                say_if_cached_apart(self.trainer, name, self.splits[name].built)
 
     def preview(
         self,
@@ -337,6 +340,7 @@ class SFTDataModule(LightningDataModule):
             num_workers=self.num_workers,
             progress=self._is_shown,
             first=first,
+            **({"once": FirstRank()} if getattr(self.trainer, "world_size", 1) > 1 else {}),
         )
 
     def _begin_anew(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sft.training.trainer import callbacks_of, context_parallel, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
@@ -183,6 +183,25 @@ def check_prompts(prompts: Sequence[Prompt], positions: int | None) -> None:
         raise InputError(
             f"{too_long[0].provenance}: the prompt has {len(too_long[0].input_ids):,} tokens{more}, but the model has "
             f"{positions:,} positions, and an answer needs one at least. Shorten it, or leave it out."
+        )
+
+
+def say_if_cached_apart(trainer: Trainer | None, name: str, built: tuple[str, ...]) -> None:
+    """Say that machines do not share the cache of encoded data; every process calls it with what it has read.
+
+    Args:
+        trainer: The Lightning trainer, or ``None``.
+        name: Name of the split.
+        built: Names of the builds of the cache entries that this process has read.
+    """
+    if getattr(trainer, "world_size", 1) == 1 or not torch.distributed.is_initialized():
+        return
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, built)
+    if (count := len(set(found))) > 1:
+        rank_zero_info(
+            f"{name} was encoded {count} times, by machines that do not share the folder data.cache. Set it to one "
+            "that all see to encode once."
         )
 
 

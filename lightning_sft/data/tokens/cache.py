@@ -2,22 +2,24 @@
 
 An entry's name is a digest of all that it depends on: the contents of the files, the tokenizer, the chat template with
 its frozen date, the settings, our own code, and the versions of the libraries that have a say. So no entry is ever out
-of date. It is written beside and renamed when it is complete, under a lock: of two processes one builds and the other
-waits, and what a killed one leaves behind is never read. Its size and the number of its examples are kept beside it; an
-entry that has others is built again.
+of date. It is written beside and renamed when it is complete, under a claim (:mod:`lightning_sft.io.claim`): of all
+processes on all machines that see the folder one builds and the others wait, and what a killed one leaves behind is
+never read. Its size and the number of its examples are kept beside it; an entry that has others is built again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
-from filelock import FileLock
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sft.data.rows.remote import File
@@ -26,7 +28,8 @@ from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode_rows import Chunk, EncodingConfig
 from lightning_sft.data.tokens.examples import Examples, save
 from lightning_sft.data.tokens.row_report import RowReport
-from lightning_sft.io.disk import whole
+from lightning_sft.io.claim import Claim
+from lightning_sft.io.disk import sync
 from lightning_sft.types import InputError
 
 _APART = ("tokenizer", "reading", "template", "side")
@@ -34,29 +37,38 @@ _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 _SMALL = _READ = 1 << 20  # bytes
 
 
-def cached(folder: Path, key: str, build: Callable[[], Iterable[Chunk]]) -> tuple[Examples, RowReport]:
+def cached(
+    folder: Path, key: str, build: Callable[[], Iterable[Chunk]], title: str = "the data"
+) -> tuple[Examples, RowReport]:
     """The entry of a key, built if there is none.
 
     Args:
         folder: Folder of the cache entries.
         key: Key of the entry, see :func:`key_of`.
         build: Gives the chunks of a new entry.
+        title: Name of the data, for processes that wait for another one.
 
     Returns:
         The examples, mapped from the file, and the account of the rows.
     """
     data, account = folder / f"{key}.arrow", folder / f"{key}.json"
     folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with suppress(InputError):
         return _opened(data, account)
-    except InputError:  # there is none, or it is damaged
-        with FileLock(folder / f"{key}.lock"):
-            try:
-                return _opened(data, account)  # somebody else has built it in the meantime
-            except InputError as error:
-                if data.exists():
-                    rank_zero_warn(f"{data} is damaged ({error}), so the data are encoded again.")
-                _build(data, account, build())
+    claim = Claim(folder / f"{key}.claim", title)
+    try:
+        while not claim.take():
+            claim.wait()
+            with suppress(InputError):
+                return _opened(data, account)
+        try:
+            return _opened(data, account)  # somebody else has built it in the meantime
+        except InputError as error:
+            if data.exists():
+                rank_zero_warn(f"{data} is damaged ({error}), so the data are encoded again.")
+            _build(data, account, build(), claim)
+    finally:
+        claim.release()
     return _opened(data, account)
 
 
@@ -103,7 +115,7 @@ def _opened(data: Path, account: Path) -> tuple[Examples, RowReport]:
         size = data.stat().st_size
         if size != found["bytes"]:
             raise ValueError(f"{size:,} of {found['bytes']:,} bytes")
-        examples = Examples.open(data)
+        examples = Examples.open(data, found["built"])
         if len(examples) != found["examples"]:
             raise ValueError(f"{len(examples):,} of {found['examples']:,} examples")
         return examples, RowReport.of_json(found["account"])
@@ -111,7 +123,7 @@ def _opened(data: Path, account: Path) -> tuple[Examples, RowReport]:
         raise InputError(str(error)) from error
 
 
-def _build(data: Path, account: Path, chunks: Iterable[Chunk]) -> None:
+def _build(data: Path, account: Path, chunks: Iterable[Chunk], claim: Claim) -> None:
     total, count = RowReport(), 0
 
     def batches() -> Iterator[Any]:
@@ -119,12 +131,23 @@ def _build(data: Path, account: Path, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:
             total.add(chunk.account)
             count += len(chunk.records)
+            claim.progress = f"{total.num_rows:,} rows"
             yield chunk.records
 
-    with whole(data, account) as (examples, entry):  # also over those of a process that was killed: we have its lock
+    for abandoned in data.parent.glob(f".{data.stem}.*"):  # of a process that was killed
+        shutil.rmtree(abandoned, ignore_errors=True)
+    own = Path(mkdtemp(prefix=f".{data.stem}.", dir=data.parent))  # whoever was paused meanwhile writes elsewhere
+    try:
+        examples, entry = own / data.name, own / account.name
         save(batches(), examples)
         written = {"examples": count, "bytes": examples.stat().st_size, "account": total.as_json()}
-        entry.write_text(json.dumps(written), encoding="utf-8")
+        entry.write_text(json.dumps(written | {"built": own.name}), encoding="utf-8")
+        sync([examples, entry])
+        examples.replace(data)
+        entry.replace(account)
+        sync([data.parent])
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def _digest(path: File) -> str:

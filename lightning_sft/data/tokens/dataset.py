@@ -44,6 +44,7 @@ class Split:
         account: Account of the rows that are not used whole.
         mixture: The data sets.
         part_sizes: Number of examples of each data set.
+        built: Names of the builds of the cache entries that they are of.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Split:
     account: RowReport = field(default_factory=RowReport)
     mixture: Mixture = field(default_factory=lambda: as_mixture(()))
     part_sizes: list[int] = field(default_factory=list)
+    built: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.part_sizes = self.part_sizes or [len(self.examples)]
@@ -71,6 +73,13 @@ class Split:
         return np.repeat(np.arange(len(self.part_sizes)), self.part_sizes)
 
 
+Encoded = tuple[Examples, RowReport]
+
+
+def _here(work: Callable[[], Encoded]) -> Encoded:
+    return work()
+
+
 def load_split(
     name: str,
     source: Source | Mixture,
@@ -81,6 +90,7 @@ def load_split(
     num_workers: int | None = None,
     progress: bool = False,
     first: int | None = None,
+    once: Callable[[Callable[[], Encoded]], Encoded] = _here,
 ) -> Split:
     """Read and encode a source.
 
@@ -93,6 +103,7 @@ def load_split(
         num_workers: Worker processes that encode; 0 encodes in this one. By default large files have one a core.
         progress: Show the progress.
         first: Read no more than so many rows of each data set.
+        once: Runs what encodes a source that has no entry in the cache, such as on one rank for all.
 
     Raises:
         InputError: When rows cannot be used and ``invalid_rows`` is ``error``, a sequence is too long and
@@ -109,7 +120,8 @@ def load_split(
         is_large = files is not None and size_of(files) >= _LARGE
         workers = (num_cores() if is_large else 0) if num_workers is None else num_workers
         is_shown = progress or key is not None  # of the ranks that want an entry, any may be the one that makes it
-        examples, own = _loaded(partial(_shown, chunks, workers, title if is_shown else None), cache, key)
+        shown = partial(_shown, chunks, workers, title if is_shown else None)
+        examples, own = _loaded(shown, title, cache, key) if key else once(partial(_loaded, shown, title))
         if own.refused and invalid_rows == "error":
             raise own.refusal(title)
         if recipe.side is not None and recipe.side.is_held_out:
@@ -124,7 +136,8 @@ def load_split(
         account.add(own)
         found.append(examples)
     together = Examples([batch for examples in found for batch in examples.batches])
-    return Split(name, together, account, mixture, [len(examples) for examples in found])
+    built = tuple(examples.built for examples in found if examples.built)
+    return Split(name, together, account, mixture, [len(examples) for examples in found], built)
 
 
 def load_prompts(
@@ -193,11 +206,13 @@ def _lanes(part: Part, first: int | None) -> list[Lane]:
     return [((0, rows) for rows in in_chunks(files, _ROWS_AT_A_TIME, min(used, default=None), _CHARACTERS))]
 
 
-def _loaded(chunks: Callable[[], Iterator[Chunk]], cache: Path | None, key: str | None) -> tuple[Examples, RowReport]:
+def _loaded(
+    chunks: Callable[[], Iterator[Chunk]], title: str, cache: Path | None = None, key: str | None = None
+) -> Encoded:
     """The examples of chunks, and their account: from the cache, or else in memory."""
     if cache is not None and key is not None:
         try:
-            return cached(cache, key, chunks)
+            return cached(cache, key, chunks, title)
         except OSError as error:  # a source's own would be an InputError
             rank_zero_warn(f"Encoded data cannot be kept in {cache} ({error}). Set data.cache to another folder.")
     account, batches = RowReport(), []

@@ -31,6 +31,7 @@ class Examples(Sequence[Example]):
 
     Args:
         batches: The record batches, as :func:`to_record_batch` makes them.
+        built: Name of the build of the cache entry that they are of, the same for all that read it; ``None`` for none.
 
     >>> rows = [Example([5, 6, 7], [0.0, 1.0, 1.0], "a.jsonl:1"), Example([8, 9], [0.0, 0.5])]
     >>> examples = Examples([to_record_batch(rows)])
@@ -40,18 +41,19 @@ class Examples(Sequence[Example]):
     ([8, 9], [0.0, 0.5])
     """
 
-    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+    def __init__(self, batches: Sequence[pa.RecordBatch], built: str | None = None) -> None:
+        self.built = built
         self.batches = [batch for batch in batches if len(batch)]
         self._begins = np.cumsum([0, *map(len, self.batches)])
         self._lists = [[_lists(batch.column(i)) for i in range(3)] for batch in self.batches]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Examples, (self.batches,)  # the columns are views of them
+        return Examples, (self.batches, self.built)  # the columns are views of them
 
     @classmethod
-    def open(cls, path: Path) -> Examples:
+    def open(cls, path: Path, built: str | None = None) -> Examples:
         """The examples of a file, mapped: pages that are not accessed stay on disk."""
-        return cls(list(ipc.open_stream(pa.memory_map(str(path)))))
+        return cls(list(ipc.open_stream(pa.memory_map(str(path)))), built)
 
     def __len__(self) -> int:
         return int(self._begins[-1])

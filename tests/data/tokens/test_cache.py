@@ -163,7 +163,7 @@ def test_a_build_that_fails_leaves_nothing_and_the_next_one_builds(tmp_path: Pat
 
     with pytest.raises(InputError):
         cached(tmp_path, "key", fails)
-    assert {file.suffix for file in tmp_path.iterdir()} <= {".lock"}
+    assert not list(tmp_path.iterdir())
     assert len(cached(tmp_path, "key", chunks)[0]) == 3
 
 
@@ -176,14 +176,14 @@ def test_a_process_that_is_killed_while_it_builds_spoils_nothing(tmp_path: Path)
     killed = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
     assert killed.stdout is not None
     killed.stdout.readline()
-    while not (tmp_path / ".key.arrow.partial").exists():
+    while not list(tmp_path.glob(".key.*/key.arrow")):
         time.sleep(0.02)
     killed.kill()
     killed.wait()
     killed.stdout.close()
-    assert (tmp_path / ".key.arrow.partial").exists()
+    assert {path.name.partition(".")[2].partition(".")[0] for path in tmp_path.iterdir()} == {"key", "claim"}
     assert len(cached(tmp_path, "key", chunks)[0]) == 3
-    assert not (tmp_path / ".key.arrow.partial").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"key.arrow", "key.json"}
 
 
 def _cut_at_a_batch(data: Path) -> None:
@@ -229,12 +229,12 @@ def test_a_damaged_entry_is_built_again_and_said_in_one_line(tmp_path: Path, dam
 
 def test_an_entry_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    monkeypatch.setattr("lightning_sft.io.disk.sync", lambda paths: steps.extend(f"sync {path.name}" for path in paths))
+    monkeypatch.setattr(caching, "sync", lambda paths: steps.extend(f"sync {path.name}" for path in paths))
     replace_file = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (steps.append(f"name {b.name}"), replace_file(a, b)))
     cached(tmp_path, "key", chunks)
-    hidden = [f"sync .key.{kind}.partial" for kind in ("arrow", "json")]
-    assert steps == [*hidden, "name key.arrow", "name key.json", f"sync {tmp_path.name}"]
+    files = ["key.arrow", "key.json"]
+    assert steps == [*(f"sync {name}" for name in files), *(f"name {name}" for name in files), f"sync {tmp_path.name}"]
 
 
 def test_a_cache_that_cannot_be_written_warns_and_encodes(path: Path, tmp_path: Path) -> None:
