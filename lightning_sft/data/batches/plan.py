@@ -10,13 +10,15 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sft.data.batches.sampling import EpochSampler
+from lightning_sft.data.batches.packing import Packs
+from lightning_sft.data.batches.sampling import EpochSampler, longest_first
 
-Partition = Callable[[Sequence[int]], list[list[int]]]
+Partition = Callable[[NDArray[np.int64]], Packs | list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,42 @@ class MicroBatch:
 
     examples: tuple[int, ...]
     normalizer: float
+
+
+class MicroBatches(Sequence[MicroBatch]):
+    """The micro-batches of a rank in an epoch, as arrays.
+
+    Args:
+        packs: Examples of each micro-batch.
+        normalizers: Z of each optimizer step.
+        accumulate: Micro-batches in one optimizer step.
+        first: Number of micro-batches of the epoch before these.
+    """
+
+    def __init__(self, packs: Packs, normalizers: Sequence[float], accumulate: int, first: int = 0) -> None:
+        self.packs, self._normalizers, self._accumulate, self._first = packs, normalizers, accumulate, first
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    @overload
+    def __getitem__(self, number: int) -> MicroBatch: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[MicroBatch]: ...
+    def __getitem__(self, number: int | slice) -> MicroBatch | Sequence[MicroBatch]:
+        if isinstance(number, slice):
+            begin, _, step = number.indices(len(self))
+            if step != 1:
+                return list(self)[number]
+            return MicroBatches(self.packs[number], self._normalizers, self._accumulate, self._first + begin)
+        number = range(len(self))[number]
+        normalizer = self._normalizers[(self._first + number) // self._accumulate]
+        return MicroBatch(tuple(self.packs[number].tolist()), normalizer)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as lists
 
 
 @dataclass(frozen=True)
@@ -91,9 +129,9 @@ class EpochPlan:
         limit: int | float = 1.0,
         seed: int | None = 0,
     ) -> None:
-        self._negative_lengths, self._weights = -np.asarray(lengths), np.asarray(weights).tolist()
+        self._lengths, self._weights = np.asarray(lengths, np.int64), np.asarray(weights, np.float64)
         self.draw = draw or EpochSampler(lengths, [len(lengths)], [1.0], seed)
-        self.packs = partition(np.sort(self.draw.bounds)[::-1].tolist())  # of places, the longest first
+        self.packs = Packs.of(partition(np.sort(self.draw.bounds)[::-1]))  # of places, the longest first
         self.num_ranks, self.accumulate, self.seed = num_ranks, accumulate, seed
         self.num_full_steps = math.ceil(len(self.packs) / (num_ranks * accumulate))
         self.num_micro_batches = self.num_full_steps * accumulate
@@ -106,27 +144,33 @@ class EpochPlan:
     def fingerprint(self) -> str:
         """What decides which examples a step has, and how an epoch's steps are cut; not how ranks share them."""
         used, everything = self._used * self.num_ranks, self.num_micro_batches * self.num_ranks
-        checksum = zlib.crc32(self._negative_lengths.astype(np.int64).tobytes() + repr(self.draw.counts).encode())
-        sequences = f"{len(self._negative_lengths):,} sequences (checksum {checksum:08x})"
+        checksum = zlib.crc32((-self._lengths).tobytes() + repr(self.draw.counts).encode())
+        sequences = f"{len(self._lengths):,} sequences (checksum {checksum:08x})"
         return (
             f"{sequences} in {len(self.packs):,} micro-batches, {used:,} of {everything:,} used, data.seed={self.seed}"
         )
 
-    def micro_batches(self, epoch: int, rank: int) -> list[MicroBatch]:
+    def micro_batches(self, epoch: int, rank: int) -> MicroBatches:
         """The micro-batches that one rank uses in one epoch, in order: a resumed epoch ends at the limit, too."""
         random = None if self.seed is None else np.random.default_rng([self.seed, epoch])
         drawn = self.draw.epoch(epoch)
         ties = np.arange(len(drawn)) if random is None else random.permutation(len(drawn))
-        examples = drawn[np.lexsort((ties, self._negative_lengths[drawn]))]
-        order = range(len(self.packs)) if random is None else random.permutation(len(self.packs)).tolist()
-        packs = [tuple(int(examples[place]) for place in self.packs[i]) for i in order]
-        mine: list[MicroBatch] = []
-        for step in range(self.num_steps):
-            begin, end = (len(packs) * s // self.num_full_steps for s in (step, step + 1))
-            rows = [packs[i : min(i + self.num_ranks, end)] for i in range(begin, end, self.num_ranks)]  # one a turn
-            rows += [[]] * (self.accumulate - len(rows))
-            counted = rows[: self._used - step * self.accumulate]
-            own_sum = math.fsum(self._weights[i] for row in counted for pack in row for i in pack)
-            normalizer = self._constant or own_sum
-            mine += [MicroBatch(row[rank] if rank < len(row) else (), normalizer) for row in rows]
-        return mine[: self._used]
+        examples = drawn[longest_first(self._lengths[drawn], ties)]
+        order = np.arange(len(self.packs)) if random is None else random.permutation(len(self.packs))
+        packs = self.packs.take(order)
+        packs = Packs(examples[packs.indices], packs.bounds)
+        begins = np.arange(self.num_full_steps + 1) * len(packs) // self.num_full_steps  # of steps, in packs
+        begins, ends = begins[: self.num_steps], begins[1 : self.num_steps + 1]
+        mine = begins[:, None] + np.arange(self.accumulate) * self.num_ranks + rank  # [steps, accumulate]
+        mine = np.where(mine < ends[:, None], mine, -1).ravel()[: self._used]
+        return MicroBatches(packs.take(mine), self._normalizers(packs, begins, ends), self.accumulate)
+
+    def _normalizers(self, packs: Packs, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[float]:
+        """Z of each step that an epoch uses, from all packs in order and those of each step."""
+        if self._constant:
+            return [self._constant] * self.num_steps
+        left = self._used - np.arange(self.num_steps) * self.accumulate  # turns of the ranks; a limit may cut the last
+        counted = np.minimum(ends, begins + left * self.num_ranks)
+        weights, bounds = self._weights[packs.indices], packs.bounds
+        pairs = zip(bounds[begins].tolist(), bounds[counted].tolist(), strict=True)
+        return [math.fsum(weights[begin:end].tolist()) for begin, end in pairs]

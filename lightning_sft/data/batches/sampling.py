@@ -10,6 +10,15 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 
 
+def longest_first(lengths: IntArray, ties: IntArray) -> IntArray:
+    """Order of lengths from the longest on, those of equal length by ``ties``, a permutation; in one sort.
+
+    >>> longest_first(np.array([5, 7, 5]), ties=np.array([2, 1, 0])).tolist()
+    [1, 2, 0]
+    """
+    return np.argsort((lengths.max(initial=0) - lengths) * len(lengths) + ties)
+
+
 class EpochSampler:
     """A number of examples of each part for every epoch, each example of a part as often as any other.
 
@@ -42,8 +51,8 @@ class EpochSampler:
         begin = 0
         for size, count in zip(sizes, self.counts, strict=True):
             own = np.arange(begin, begin + size)
-            ties = own if random is None else random.permutation(size)
-            own = own[np.lexsort((ties, -everything[own]))]
+            ties = np.arange(size) if random is None else random.permutation(size)
+            own = own[longest_first(everything[own], ties)]
             self._parts.append((own, count))
             passes, rest = divmod(count, size)
             teeth = np.arange(rest) * size // max(rest, 1)

@@ -87,7 +87,7 @@ class Block:
         lengths, random = self.examples.lengths, np.random.default_rng([shape.seed, *place])
         order = random.permutation(len(lengths))
         capacity = max(shape.capacity, *lengths.tolist(), 0)
-        packs = PARTITIONS[shape.packing](lengths[order].tolist(), capacity)
+        packs = PARTITIONS[shape.packing](lengths[order], capacity)
         self.packs: list[list[int]] = [order[packs[i]].tolist() for i in random.permutation(len(packs))]
         self._num_parts = max(1, len(part_names))
         is_packed, fill = shape.packing == "packed", capacity if full else 0
