@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from benchmarks import data_growth, precision
+from benchmarks import data_growth, epoch_plan, length, precision
 from benchmarks.__main__ import main
 from benchmarks.cases import EQUAL, SAME, SHIPPED
 from benchmarks.growth import main as growth_main
@@ -170,6 +170,25 @@ def test_growth_on_a_tiny_model(tmp_path: Path) -> None:
     curves = growth_main([*here, "--quick", "--only", "ranks", "rows", "--steps", "3"])
     assert len(curves) == 2
     assert all(y for curve in curves.values() for _, y in curve["systems"]["ours"])
+
+
+def test_the_plan_of_an_epoch_is_measured_and_drawn(tmp_path: Path) -> None:
+    [(rows, seconds, memory)] = epoch_plan.main(["--rows", "200000", "--out", str(tmp_path)])
+    assert rows == 200_000
+    assert seconds > 0
+    assert memory < 300  # MB: arrays, not lists of Python's integers
+    assert (tmp_path / "epoch_plan.png").is_file()
+    assert "| 200,000 |" in (tmp_path / "epoch_plan.md").read_text()
+
+
+def test_the_length_of_a_row_is_measured_and_drawn(tmp_path: Path) -> None:
+    found = {curve: [(8192, 8192.0 * own), (16_384, 16_384.0 * own)] for own, curve in enumerate(length.CURVES, 1)}
+    text = length.markdown(found)
+    assert "| bytes a token | 1 | 2 | 3 | 4 |" in text
+    length.draw(found, tmp_path / "length.png")
+    assert (tmp_path / "length.png").is_file()
+    peak = length.peak_of_step(1, 2048, {"mlp_tile_size": 512})
+    assert peak > 0
 
 
 def test_the_points_of_the_growth_of_data_are_measured_on_what_they_say(tmp_path: Path) -> None:

@@ -221,7 +221,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr: float | None) -> Optimizer:
     try:
-        return make(parameter_groups((parameter for _, parameter in named), lr))
+        optimizer = make(parameter_groups((parameter for _, parameter in named), lr))
     except ValueError as error:
         odd = [name for name, parameter in named if _num_dimensions(parameter) != 2]
         names = f" Not matrices are {', '.join(odd[:3])}{', …' if len(odd) > 3 else ''}." if odd else ""
@@ -229,6 +229,13 @@ def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr
         raise InputError(
             f"The optimizer does not take its parameters or settings: {error}.{hint if '2D' in str(error) else ''}"
         ) from error
+    if type(optimizer).__name__ == "CPUOffloadOptimizer":  # torchao's; its hooks run before the step's
+        raise InputError(
+            "CPUOffloadOptimizer copies each gradient to the host before it is clipped, and normalized where Z is known "
+            "late, so its steps would be others. Use trainer.strategy.class_path=lightning_sft.strategies.FSDP2Strategy "
+            "with cpu_offload=true, on one device too."
+        )
+    return optimizer
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

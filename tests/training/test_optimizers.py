@@ -312,3 +312,12 @@ def test_parts_take_the_same_steps_under_ddp_and_fsdp2_and_resume_bit_for_bit(
     for losses, resumed in found.values():
         assert resumed == losses[3:]
         assert losses == pytest.approx(found["single"][0], rel=1e-4)
+
+
+class CPUOffloadOptimizer(AdamW):
+    """Stands for torchao's, which needs a GPU."""
+
+
+def test_an_optimizer_that_copies_gradients_before_they_are_clipped_is_refused() -> None:
+    with pytest.raises(InputError, match=r"CPUOffloadOptimizer copies each gradient .* cpu_offload=true"):
+        make_optimizer(CPUOffloadOptimizer, nn.Linear(2, 2).named_parameters())

@@ -16,6 +16,7 @@ from lightning_sft.types import Batch
 
 _MOST_DEVICES = 64
 _LARGE = 0.1  # share of the peak
+_TILE = 4096  # tokens
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ def _changes(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Bat
     activations = max(parts.get("activations", 0.0) for parts in prediction.moments.values())
     if module.gradient_checkpointing not in (True, "offload") and activations > _LARGE * prediction.peak:
         yield draft.changed("model.gradient_checkpointing=true", gradient_checkpointing=True)
+    positions = -(-draft.batch.input_ids.numel() // layout.context_parallel)  # of a rank
+    if module.mlp_tile_size is None and positions > 2 * _TILE and activations > _LARGE * prediction.peak:
+        yield draft.changed(f"model.mlp_tile_size={_TILE}", mlp_tile_size=_TILE)
     in_loss = prediction.moments[LOSS].get("activations", 0.0)
     sums = {name: sum(parts.values()) for name, parts in prediction.moments.items() if name != LOADING}
     done = prediction.rehearsal
@@ -96,6 +100,8 @@ def _changes(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Bat
     if layout.stage < 3 and layout.data_parallel > 1 and module.tuning.quantize is None:
         sharded = replace(layout, name=f"FSDP2 over {layout.data_parallel}", stage=3, is_deepspeed=False, offloads="")
         yield replace(draft.changed("trainer.strategy=fsdp2"), layout=sharded)
+    if module.gradient_checkpointing is True and prediction.device.name == "GPU":
+        yield draft.changed("model.gradient_checkpointing=offload", gradient_checkpointing="offload")
     if module.tuning.lora is None:
         yield draft.changed("model.lora.r=16", tuning=replace(module.tuning, lora=Lora()))
     if module.tuning.quantize is None and layout.stage == 0:

@@ -10,8 +10,11 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lightning_sft.commands.plan.device import Device
 from lightning_sft.commands.plan.layout import Layout
+from lightning_sft.commands.plan.prediction import Prediction, predict
 from lightning_sft.commands.plan.rehearsal import Rehearsal, rehearse
+from lightning_sft.commands.plan.remedies import remedies
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.model.tuning.adapters import Lora
@@ -163,6 +166,18 @@ def test_mlps_in_tiles_take_what_one_tile_takes(model: str) -> None:
         for n in (None, 128)
     )
     assert activations(whole) - activations(tiled) > 2 * (2048 - 128) * 512 * 4  # of two intermediate states at least
+
+
+def test_long_rows_are_made_to_fit_by_tiles_and_by_offloading(model: str) -> None:
+    module, long = SFTModule(model, chunk_size=64), collate([Example([5] * 16_384, [0.0] * 16_380 + [1.0] * 4)], 1.0)
+
+    def try_out(module: SFTModule, batch: Batch, layout: Layout) -> Prediction:
+        return predict(module, batch, layout, Device("GPU", 5e7, 0.0))
+
+    given = long, try_out(module, long, Layout("one device")), lambda n: long, 16_384, try_out
+    settings = [remedy.settings[-1] for remedy in remedies(module, *given)]
+    wanted = ["model.gradient_checkpointing=true", "model.mlp_tile_size=4096", "model.gradient_checkpointing=offload"]
+    assert settings[:3] == wanted
 
 
 @pytest.mark.parametrize("memory", [None, GPU], ids=["CPU", "GPU"])
