@@ -231,9 +231,9 @@ def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr
         ) from error
     if type(optimizer).__name__ == "CPUOffloadOptimizer":  # torchao's; its hooks run before the step's
         raise InputError(
-            "CPUOffloadOptimizer copies each gradient to the host before it is clipped, and normalized where Z is known "
-            "late, so its steps would be others. Use trainer.strategy.class_path=lightning_sft.strategies.FSDP2Strategy "
-            "with cpu_offload=true, on one device too."
+            "CPUOffloadOptimizer copies each gradient to the host before it is clipped, so its steps would be others. "
+            "Use trainer.strategy.class_path=lightning_sft.strategies.FSDP2Strategy with cpu_offload=true, which works "
+            "on one device too."
         )
     return optimizer
 

@@ -55,7 +55,7 @@ class Case:
             return DeepSpeedOnCPU(self.stage)
         if self.title.startswith("`ddp"):
             return "ddp"
-        return FSDP2Strategy(*self.sizes, **self.layout) if self.processes > 1 else "auto"
+        return FSDP2Strategy(*self.sizes, **self.layout) if self.processes > 1 or self.layout else "auto"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -81,6 +81,7 @@ CASES = {
     "checkpointing": Case("`fsdp2`, `model.gradient_checkpointing`", model={"gradient_checkpointing": True}),
     "tiles": Case("`fsdp2`, `model.gradient_checkpointing`, `model.mlp_tile_size`", model=TILES),
     "offload": Case("`fsdp2`, `cpu_offload`", layout={"cpu_offload": True}),
+    "offload_alone": Case("the same", 1, 4, 30, sizes=(1, 1), layout={"cpu_offload": True}),
     "tensor": Case("`fsdp2`, `tensor_parallel_size: 2`", accumulate=4, limit=30, sizes=(1, 2)),
     "both": Case("the same on 2 × 2", processes=4, sizes=(2, 2)),
     "tensor_tiles": Case(
@@ -104,6 +105,7 @@ CASES = {
 ALONE = ["single", "single_whole", "single_lora"]
 LAUNCHES = [
     ["ddp", "ddp_tiles", "ddp_lora", "fsdp2", "fsdp2_lora", "checkpointing", "tiles", "offload"],
+    ["offload_alone"],
     ["tensor", "tensor_tiles"],
     ["context", "context_lora"],
     ["both", "context_both", "context_tensor"],
