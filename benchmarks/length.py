@@ -109,7 +109,9 @@ def draw(found: dict[str, list[tuple[int, float]]], path: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="tight")
     axes = figure.subplots()
     for curve, points in found.items():
-        axes.plot(*zip(*((tokens, peak / MIB) for tokens, peak in points), strict=True), "o-", label=curve.replace("`", ""))
+        axes.plot(
+            *zip(*((tokens, peak / MIB) for tokens, peak in points), strict=True), "o-", label=curve.replace("`", "")
+        )
     lengths = sorted({tokens for points in found.values() for tokens, _ in points})
     inputs = [4 * 4 * HIDDEN * tokens / MIB for tokens in lengths]
     axes.plot(lengths, inputs, "--", color="grey", label="the inputs of 4 layers")
