@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_sft.model.parallel.sharding import gathered
+from lightning_sft.model.parallel.sharding import full, gathered
 from lightning_sft.types import InputError
 
 T = TypeVar("T")
@@ -77,9 +77,7 @@ def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             continue
         with gathered([value] if isinstance(value, nn.Parameter) else []):
-            whole: Any = value.detach()
-            if hasattr(whole, "full_tensor"):  # gathered on the device, even if offloaded to the host
-                whole = whole.to(whole.device_mesh.device_type).full_tensor()
+            whole = full(value)
             if keep:
                 found[name] = whole.to("cpu", copy=True)
     return found

@@ -121,6 +121,20 @@ def _parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this rank has a shard."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A parameter as a whole, without gradient, gathered if it is sharded; every rank of its mesh calls this."""
+    whole: Any = tensor.detach()
+    if is_sharded(whole):  # gathered on the device, even if offloaded to the host
+        whole = whole.to(whole.device_mesh.device_type).full_tensor()
+    gathered: Tensor = whole
+    return gathered
+
+
 def loading_config(strategy: Strategy | None) -> Any:
     """Config that makes transformers load partitioned weights while it is referenced; ``None`` without ZeRO-3."""
     if not getattr(strategy, "zero_stage_3", False):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_sft.model.parallel.sharding import full, is_sharded
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ def samples(model: nn.Module, count: int = 8) -> Tensor:
     """A few entries of every parameter that is not quantized: a cheap fingerprint of the weights.
 
     Args:
-        model: Pretrained model, before adapters are added.
+        model: Pretrained model without adapters. If it is sharded, every rank calls this.
         count: Number of entries per parameter.
     """
     floating = [p.detach() for p in model.parameters() if p.is_floating_point()]
-    plain = [p.flatten() for p in floating if not is_traceable_wrapper_subclass(p)]
+    plain = (full(p).flatten() for p in floating if is_sharded(p) or not is_traceable_wrapper_subclass(p))
     return torch.cat([p[:: max(1, len(p) // count)][:count].cpu() for p in plain])
 
 

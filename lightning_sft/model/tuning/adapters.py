@@ -126,6 +126,19 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
+@contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """The model has the modules and names of the pretrained one; its adapters are put back afterwards."""
+    outer = _outer(_layers(model)) if hasattr(model, "peft_config") else {}
+    for name, layer in outer.items():
+        model.set_submodule(name, layer.get_base_layer())
+    try:
+        yield
+    finally:
+        for name, layer in outer.items():
+            model.set_submodule(name, layer)
+
+
 def merge(model: PreTrainedModel) -> PreTrainedModel:
     """Merge adapters and rows of new tokens into the weights, in place, which leaves a plain model.
 
@@ -231,11 +244,14 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def _outer(layers: dict[str, Any]) -> dict[str, Any]:
+    """The layers that are in no other one, as those of fused experts are."""
+    inner = {name for name in layers if name.removesuffix(".base_layer") in layers.keys() - {name}}
+    return {name: layer for name, layer in layers.items() if name not in inner}
+
+
 def _unload(model: PreTrainedModel, merged: bool) -> None:
-    layers = _layers(model)
-    for name, layer in layers.items():
-        if name.removesuffix(".base_layer") in layers.keys() - {name}:
-            continue  # fused experts have nested adapters: the outer one removes both
+    for name, layer in _outer(_layers(model)).items():  # of fused experts the outer one removes both
         if hasattr(layer, "unload_and_optionally_merge_module"):
             base = layer.unload_and_optionally_merge_module(merge=merged, safe_merge=False, adapter_names=None)
         else:

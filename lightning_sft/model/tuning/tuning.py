@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from lightning_sft.model.parallel import loading
 from lightning_sft.model.pretrained import load_model, model_from_config, new_token_ids, stored_quantization
 from lightning_sft.model.tuning import adapter_checkpoints, new_tokens
-from lightning_sft.model.tuning.adapters import Lora, inject, widen
+from lightning_sft.model.tuning.adapters import Lora, inject, widen, without_adapters
 from lightning_sft.model.tuning.base_dtype import base_dtype, is_stored_in_bfloat16
 from lightning_sft.model.tuning.freezing import choose
 from lightning_sft.model.tuning.quantization import Bits, is_quantized, prepare, quantization
@@ -102,6 +103,8 @@ class TuningConfig:
     ) -> PreTrainedModel:
         """Load or build the model, with adapters and new tokens added and parameters frozen.
 
+        For a strategy that shards it, its weights are left empty if :meth:`fill` can read them later.
+
         Args:
             pretrained: Hub name or path of the base. It is read with adapters, or if ``hf_config`` is ``None``.
             hf_config: Architecture of a model whose weights are loaded from a checkpoint later.
@@ -128,11 +131,15 @@ class TuningConfig:
             dtype = torch.bfloat16 if in_bfloat16 else torch.get_default_dtype()
             autocast = torch.bfloat16 if in_bfloat16 else None
             own = self.base_dtype(autocast, lambda: fits and is_stored_in_bfloat16(pretrained))
-            model = load_model(pretrained, attention, self.quantize and quantization(self.quantize, dtype), own)
+            is_sharded = trainer is not None and _mesh(trainer.strategy) is not None
+            is_plain = prequantized is None and self.quantize is None
+            empty = self._empty(pretrained, attention, own, is_plain, autocast) if is_sharded else None
+            quantized = self.quantize and quantization(self.quantize, dtype)
+            model = empty or load_model(pretrained, attention, quantized, own)
             if is_quantized(model):
                 self._check_quantized("the quantized weights of model.pretrained", trainer)
             prepare(model, dtype)
-            self._base = None if self.lora is None else adapter_checkpoints.samples(model)
+            self._base = None if self.lora is None or empty else adapter_checkpoints.samples(model)
             if autocast is None and own is torch.bfloat16:
                 widen(model.parameters())  # the values are rounded; without autocast, matmuls do not mix dtypes
             is_unasked = self.lora is not None and self.lora.base_dtype is None and not is_quantized(model)
@@ -147,6 +154,41 @@ class TuningConfig:
         if self.lora is not None:
             widen(parameter for parameter in model.parameters() if parameter.requires_grad)
         return model
+
+    def fill(self, model: PreTrainedModel, pretrained: str, device: torch.device, offloaded: bool) -> None:
+        """Read this rank's shards of a model that :meth:`load` has left empty, once it is sharded, in place.
+
+        Args:
+            model: Sharded model, with or without adapters.
+            pretrained: Hub name or path of the model.
+            device: Device of the rank.
+            offloaded: Whether shards stay in host memory.
+
+        Raises:
+            InputError: When the files lack weights of the model, or have parts that it does not load.
+        """
+        with without_adapters(model):
+            loading.fill(model, pretrained, device, offloaded)
+            self._base = None if self.lora is None else adapter_checkpoints.samples(model)
+
+    def _empty(
+        self, pretrained: str, attention: str | None, dtype: torch.dtype, is_plain: bool, autocast: torch.dtype | None
+    ) -> PreTrainedModel | None:
+        """The model without memory, for each rank to read its shards later; ``None`` if it has to be loaded whole."""
+        reasons = {
+            "its weights are quantized": not is_plain,
+            "model.new_tokens changes its embeddings": bool(self.new_tokens),
+            "model.lora.dora computes magnitudes of its matrices": self.lora is not None and self.lora.dora,
+            "model.lora.base_dtype rounds its weights": autocast is None and dtype is torch.bfloat16,
+        }
+        why = next((reason for reason, holds in reasons.items() if holds), None)
+        try:
+            if why is None:
+                return loading.empty_model(pretrained, attention, dtype)
+        except InputError as error:
+            why = str(error)
+        rank_zero_info(f"Each rank loads the whole of {pretrained!r} before it is sharded: {why}.")
+        return None
 
     def base_dtype(self, autocast: torch.dtype | None, is_stored_in_bfloat16: Callable[[], bool]) -> torch.dtype:
         """Dtype to load the pretrained weights in; see :func:`~lightning_sft.model.tuning.base_dtype.base_dtype`."""
@@ -185,7 +227,8 @@ class TuningConfig:
                 ids, num_known = new_token_ids(pretrained, self.new_tokens)
                 new_tokens.resize(model, ids, num_known)
             if self.lora is not None:
-                inject(model, self.lora)
+                with loading.on_host(model):
+                    inject(model, self.lora)
                 if ids:
                     new_tokens.train_rows(model, ids)
 
