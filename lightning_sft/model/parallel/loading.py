@@ -62,10 +62,7 @@ def empty_model(pretrained: str, attention: str | None, dtype: torch.dtype) -> P
         for name, tensor in model.state_dict(keep_vars=True).items():
             if re.search(pattern.replace("*", ".*"), name) and tensor.is_floating_point():
                 tensor.data = tensor.data.to(kept)
-    try:
-        hidden_states(backbone_and_head(cut_down(model))[0], torch.arange(2)[None])
-    except Exception as error:  # an architecture may do anything with its number of layers
-        raise InputError(f"a copy with fewer layers does not run ({type(error).__name__}: {error})") from error
+    check_copy(model)
     return model
 
 
@@ -99,6 +96,18 @@ def cut_down(model: PreTrainedModel) -> PreTrainedModel:
         small.initialize_weights()  # and buffers that are no weights, such as the frequencies of RoPE
         small.tie_weights()
     return small
+
+
+def check_copy(model: PreTrainedModel) -> None:
+    """Refuse an empty model whose small copy does not run.
+
+    Raises:
+        InputError: When it does not.
+    """
+    try:
+        hidden_states(backbone_and_head(cut_down(model))[0], torch.arange(2)[None])
+    except Exception as error:  # an architecture may do anything with its number of layers
+        raise InputError(f"a copy with fewer layers does not run ({type(error).__name__}: {error})") from error
 
 
 def _kind(layer: nn.Module) -> Any:

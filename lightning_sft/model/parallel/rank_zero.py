@@ -64,6 +64,21 @@ class FirstRank:
             raised = InputError(text) if is_of_user else RuntimeError(text)
         return result, raised
 
+    def shared(self, work: Callable[[], object]) -> Exception | None:
+        """The error of ``work``, which all ranks do together, on every rank if rank 0 has one."""
+        own: Exception | None = None
+        try:
+            work()
+        except Exception as error:
+            own = error
+
+        def raise_again() -> None:
+            if own is not None:
+                raise own
+
+        of_first = self.tried(raise_again)[1]
+        return own or of_first
+
 
 def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Gather unsharded CPU copies of all weights and buffers of a module, one at a time.

@@ -129,7 +129,7 @@ def is_adapter(name: str) -> bool:
 @contextmanager
 def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     """The model has the modules and names of the pretrained one; its adapters are put back afterwards."""
-    outer = _outer(_layers(model)) if hasattr(model, "peft_config") else {}
+    outer = outer_adapters(model)
     for name, layer in outer.items():
         model.set_submodule(name, layer.get_base_layer())
     try:
@@ -137,6 +137,23 @@ def without_adapters(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for name, layer in outer.items():
             model.set_submodule(name, layer)
+
+
+def outer_adapters(model: PreTrainedModel) -> dict[str, Any]:
+    """The layers that peft has wrapped around modules, by the names of these; of nested ones the outermost."""
+    layers = _layers(model) if hasattr(model, "peft_config") else {}
+    inner = {name for name in layers if name.removesuffix(".base_layer") in layers.keys() - {name}}
+    return {name: layer for name, layer in layers.items() if name not in inner}
+
+
+def merged(layer: Any) -> nn.Module:
+    """The module in an adapter layer, with its adapters, also those nested in it, merged into its weights in place."""
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        whole: nn.Module = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        return whole
+    layer.merge()
+    base: nn.Module = layer.get_base_layer()
+    return base
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
@@ -156,13 +173,13 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     if quantized.is_quantized(model):
         config: Any = model.peft_config[ADAPTER_NAME]
         adapters = {key: value for key, value in model.state_dict().items() if is_adapter(key)}
-        _unload(model, merged=False)
+        _unload(model, merges=False)
         quantized.dequantize(model)
         from peft import inject_adapter_in_model
 
         inject_adapter_in_model(config, model, ADAPTER_NAME)
         model.load_state_dict(adapters, strict=False)
-    _unload(model, merged=True)
+    _unload(model, merges=True)
     return model
 
 
@@ -244,19 +261,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _outer(layers: dict[str, Any]) -> dict[str, Any]:
-    """The layers that are in no other one, as those of fused experts are."""
-    inner = {name for name in layers if name.removesuffix(".base_layer") in layers.keys() - {name}}
-    return {name: layer for name, layer in layers.items() if name not in inner}
-
-
-def _unload(model: PreTrainedModel, merged: bool) -> None:
-    for name, layer in _outer(_layers(model)).items():  # of fused experts the outer one removes both
-        if hasattr(layer, "unload_and_optionally_merge_module"):
-            base = layer.unload_and_optionally_merge_module(merge=merged, safe_merge=False, adapter_names=None)
-        else:
-            if merged:
-                layer.merge()
-            base = layer.get_base_layer()
-        model.set_submodule(name, base)
+def _unload(model: PreTrainedModel, merges: bool) -> None:
+    for name, layer in outer_adapters(model).items():
+        model.set_submodule(name, merged(layer) if merges else layer.get_base_layer())
     del model.peft_config
