@@ -79,16 +79,17 @@ class ShardedWeights:
     def part(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Weights on the CPU by name, gathered from all ranks; empty on ranks that do not keep them."""
         found: dict[str, Tensor] = {}
+        adapted = dict.fromkeys(owner for name in names if (owner := name.rpartition(".")[0]) in self._adapters)
+        for owner in adapted:
+            found |= {f"{owner}.{own}": value for own, value in self._merged(self._adapters[owner]).items()}
         for name in names:
-            owner, _, leaf = name.rpartition(".")
-            if owner in self._adapters:
-                if name not in found:
-                    found |= {f"{owner}.{own}": value for own, value in self._merged(self._adapters[owner]).items()}
+            owner, _, own = name.rpartition(".")
+            if owner in adapted:
                 continue
             value = full(self.stored[name])
-            if owner in self._rows and leaf == "weight":
-                value, rows = value.clone(), full(self._rows[owner].new_rows)
-                value[self._rows[owner].new_ids] = rows.to(value.dtype)
+            if owner in self._rows and own == "weight":
+                rows = full(self._rows[owner].new_rows).to(value.dtype)
+                value = value.index_copy(0, self._rows[owner].new_ids, rows)
             if self.keep:
                 found[name] = value.cpu()
         return {name: self._cast(found[name], self.dtype) for name in names if name in found}
@@ -107,14 +108,15 @@ class ShardedWeights:
             self._written(empty), filename_pattern="model{suffix}.safetensors", max_shard_size=max_size
         )
         facts = {"total_parameters": self.plain.num_parameters(), **split.metadata}
-        index = {"metadata": facts, "weight_map": split.tensor_to_filename} if split.is_sharded else None
+        index = {"metadata": facts, "weight_map": split.tensor_to_filename}
         read, left = set[str](), dict[str, Tensor]()
         for file, names in split.filename_to_tensors.items():
             for part in dict.fromkeys(source[name] for name in names):
                 if part not in read:
                     read.add(part)
                     left |= self._written(self.part(self.parts[part]))
-            yield file, {name: left.pop(name).contiguous() for name in names if self.keep}, index
+            tensors = {name: left.pop(name).contiguous() for name in names if self.keep}
+            yield file, tensors, index if split.is_sharded else None
 
     def _written(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors in the names and layouts of files, tied ones once."""

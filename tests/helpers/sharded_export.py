@@ -42,7 +42,6 @@ CASES = {
     "new tokens": Case(config=TIED, model=LORA | {"new_tokens": ["<a>", "<b>"]}),
     "experts": Case("qwen3_moe", EXPERTS, export={"max_shard_size": SMALL}),
     "adapters of experts": Case("qwen3_moe", EXPERTS, model=ADAPTED),
-    "hybrid": Case("falcon_h1", {"num_hidden_layers": 3}),
     "tensor": Case(config=TIED, sizes=(2, 2), export={"max_shard_size": SMALL}),
 }
 LAUNCHES = {
