@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from lightning_sft import __version__
 from lightning_sft.io.closest import did_you_mean
+from lightning_sft.machine.noise import quiet_others
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -28,7 +28,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "completion": ("lightning_sft.commands.completion:completion", "Print a completion script for bash."),
     },
     "Train and evaluate": {
-        "fit": ("lightning_sft.commands.fit:run", "Fine-tune a model."),
+        "fit": ("lightning_sft.commands.fit:run", "Fine-tune a model; with --dry_run, plan it."),
         "validate": ("lightning_sft.commands.fit:run", "Compute metrics on the validation data."),
         "test": ("lightning_sft.commands.fit:run", "Compute metrics on the test data."),
         "predict": ("lightning_sft.commands.fit:run", "Generate answers to the prompts of a data set."),
@@ -47,12 +47,10 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 }
 """Under each heading of ``--help``, the verbs: what to import and call, and a line about it."""
 
-VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
+DRY_RUN = "--dry_run"
+"""Option of ``fit``, which runs ``plan`` on its arguments."""
 
-_NOISE = (  # of other packages, about which users can do nothing
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own, of torch 2.13
-    "Precision bf16-mixed is not supported by the model summary",  # which counts bytes; plan does it
-)
+VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
 
 
 def __getattr__(name: str) -> Any:
@@ -93,6 +91,8 @@ def main(args: ArgsType = None) -> Any:
             f"lightning-sft: There is no verb {verb!r}.{did_you_mean([verb], VERBS)} All verbs: lightning-sft --help"
         )
     _check_configs(given)
+    if verb == "fit" and DRY_RUN in given:
+        verb, given = "plan", ["plan", *(argument for argument in given[1:] if argument != DRY_RUN)]
     return _run(verb, given)
 
 
@@ -139,7 +139,7 @@ def _help() -> str:
     options = {
         "--help": ("", "Show this page; after a verb, its options."),
         "--version": ("", "Print the version."),
-        "--debug": ("", "Show the traceback of an error."),
+        "--debug": ("", "Show tracebacks, and messages of other packages."),
     }
     lines = [
         "usage: lightning-sft VERB [options]",
@@ -151,31 +151,14 @@ def _help() -> str:
     return "\n".join([*lines, "", "Help on a verb: lightning-sft VERB --help"])
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning, whose text may name files of others, without what would control the terminal."""
-    from lightning_sft.machine.terminal import printable
-
-    (file or sys.stderr).write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
-
-
 def console() -> None:
     """``main`` for the shell: errors are one message, not a traceback, which ``--debug`` shows.
 
     Classes of the current folder can be named, as with ``python -m``, unless Python runs with ``-P``.
     """
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message)
-    if sys.stderr.isatty():
-        warnings.showwarning = _show_warning
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    quiet_others(debug)
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed package
     try:

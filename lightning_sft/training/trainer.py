@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.data.batches.plan import Division
 from lightning_sft.types import InputError
@@ -21,6 +22,12 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The trainer's callbacks, in the order in which they are called; Lightning declares no type for the attribute."""
     callbacks: list[Callback] = cast(Any, trainer).callbacks
     return callbacks
+
+
+def announce(trainer: Trainer | None, fact: str) -> None:
+    """Log a fact about a fit, unless a callback shows it together with the others."""
+    if trainer is None or not any(getattr(callback, "shows_facts", False) for callback in callbacks_of(trainer)):
+        rank_zero_info(fact)
 
 
 def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
