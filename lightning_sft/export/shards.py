@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -104,8 +104,12 @@ class ShardedWeights:
         source = {
             n: part for part, own in self.parts.items() for n in self._written({name: empty[name] for name in own})
         }
-        split = split_torch_state_dict_into_shards(
-            self._written(empty), filename_pattern="model{suffix}.safetensors", max_shard_size=max_size
+        split = split_state_dict_into_shards_factory(
+            self._written(empty),
+            get_storage_size=lambda tensor: tensor.untyped_storage().nbytes(),
+            get_storage_id=lambda tensor: tensor.untyped_storage()._cdata,  # experts that are parts of one tensor
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_size,
         )
         facts = {"total_parameters": self.plain.num_parameters(), **split.metadata}
         index = {"metadata": facts, "weight_map": split.tensor_to_filename}
@@ -147,7 +151,7 @@ def _architecture(module: SFTModule, dtype: torch.dtype) -> PreTrainedModel:
     with torch.device("meta"), default_dtype(dtype):
         plain = model_from_config(module.hparams["hf_config"])
     if hasattr(module.model, "peft_config"):  # whose export begins with the pretrained model, and writes its names
-        plain._weight_conversions = getattr(module.model, "_weight_conversions", None)
+        cast(Any, plain)._weight_conversions = getattr(module.model, "_weight_conversions", None)
     loading.check_copy(plain)
     return plain
 
