@@ -35,7 +35,8 @@ from lightning_sft.model.parallel.rank_zero import FirstRank
 from lightning_sft.model.parallel.sharding import Sharding, full
 from lightning_sft.model.pretrained import is_composite, load_generation_config, model_from_config
 from lightning_sft.model.tuning import new_tokens
-from lightning_sft.model.tuning.adapters import merged, outer_adapters, without_adapters
+from lightning_sft.model.tuning.adapters import ADAPTER_NAME, merged, merged_into, outer_adapters, without_adapters
+from lightning_sft.model.tuning.packed import unpacked
 from lightning_sft.strategies import layout
 from lightning_sft.types import Conversation, Example, InputError
 
@@ -64,8 +65,11 @@ class ShardedWeights:
         self.plain, self.keep = _architecture(module, self.dtype), keep
         with without_adapters(module.model):
             stored: dict[str, Tensor] = module.model.state_dict(keep_vars=True)
+            self._packed = unpacked(module.model)
+            stored |= {f"{name}.weight": forward.layer.weight for name, forward in self._packed.items()}
         self.stored = {n: stored[n] for n in self.plain.state_dict() if n not in self.plain.all_tied_weights_keys}
         self._adapters, self._rows = outer_adapters(module.model), new_tokens.modules(module.model)
+        self._config = getattr(module.model, "peft_config", {}).get(ADAPTER_NAME)
 
     @property
     def parts(self) -> dict[str, list[str]]:
@@ -81,7 +85,7 @@ class ShardedWeights:
         found: dict[str, Tensor] = {}
         adapted = dict.fromkeys(owner for name in names if (owner := name.rpartition(".")[0]) in self._adapters)
         for owner in adapted:
-            found |= {f"{owner}.{own}": value for own, value in self._merged(self._adapters[owner]).items()}
+            found |= {f"{owner}.{own}": value for own, value in self._merged(owner).items()}
         for name in names:
             owner, _, own = name.rpartition(".")
             if owner in adapted:
@@ -90,6 +94,8 @@ class ShardedWeights:
             if owner in self._rows and own == "weight":
                 rows = full(self._rows[owner].new_rows).to(value.dtype)
                 value = value.index_copy(0, self._rows[owner].new_ids, rows)
+            if self.keep and owner in self._packed and own == "weight":
+                value = self._packed[owner].values(value)
             if self.keep:
                 found[name] = value.cpu()
         return {name: self._cast(found[name], self.dtype) for name in names if name in found}
@@ -129,14 +135,26 @@ class ShardedWeights:
         found: dict[str, Tensor] = revert_weight_conversion(self.plain, given)
         return found
 
-    def _merged(self, layer: Any) -> dict[str, Tensor]:
+    def _merged(self, owner: str) -> dict[str, Tensor]:
         """The weights of a layer with an adapter in the precision of the wider of both."""
-        whole: dict[int, nn.Parameter] = {}
-        for parameter in layer.parameters():
+        layer, packed = self._adapters[owner], self._packed.get(owner)
+        whole: dict[str, Tensor] = {}
+        for name, parameter in layer.named_parameters():
             value = full(parameter)
+            if self.keep and packed is not None and parameter is packed.layer.weight:
+                value = packed.values(value)
             if self.keep:
-                whole[id(parameter)] = nn.Parameter(self._cast(value.cpu(), self.widest), requires_grad=False)
-        return merged(deepcopy(layer, whole)).state_dict() if self.keep else {}
+                whole[name] = self._cast(value.cpu(), self.widest)
+        if not self.keep:
+            return {}
+        if packed is not None:
+            values, bias = whole.pop("base_layer.weight"), whole.pop("base_layer.bias", None)
+            return merged_into(values, bias, whole, self._config).state_dict()
+        parameters = {
+            id(parameter): nn.Parameter(whole[name], requires_grad=False)
+            for name, parameter in layer.named_parameters()
+        }
+        return merged(deepcopy(layer, parameters)).state_dict()
 
     @staticmethod
     def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -150,6 +168,7 @@ def _architecture(module: SFTModule, dtype: torch.dtype) -> PreTrainedModel:
         raise InputError("what text does not use is read again from model.pretrained")
     with torch.device("meta"), default_dtype(dtype):
         plain = model_from_config(module.hparams["hf_config"])
+    vars(plain.config).pop("quantization_config", None)  # weights are exported as plain ones
     if hasattr(module.model, "peft_config"):  # whose export begins with the pretrained model, and writes its names
         cast(Any, plain)._weight_conversions = getattr(module.model, "_weight_conversions", None)
     loading.check_copy(plain)

@@ -32,6 +32,7 @@ class Case:
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
 ADAPTED: dict[str, Any] = {"lora": {"targets": ["q_proj", "experts.down_proj", "experts.gate_up_proj"]}}
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 CASES = {
     "several files": Case(config=TIED, export={"max_shard_size": SMALL}),
     "rounded": Case(export={"dtype": "bfloat16", "max_shard_size": SMALL}),
@@ -42,6 +43,8 @@ CASES = {
     "new tokens": Case(config=TIED, model=LORA | {"new_tokens": ["<a>", "<b>"]}),
     "experts": Case("qwen3_moe", EXPERTS, export={"max_shard_size": SMALL}),
     "adapters of experts": Case("qwen3_moe", EXPERTS, model=ADAPTED),
+    "4 bits": Case(config=WIDE | TIED, model=LORA | {"quantize": "4bit"}),
+    "8 bits": Case(config=WIDE, model=LORA | {"quantize": "8bit", "new_tokens": ["<a>"]}),
     "tensor": Case(config=TIED, sizes=(2, 2), export={"max_shard_size": SMALL}),
 }
 LAUNCHES = {

@@ -41,6 +41,14 @@ class Sharding:
     compute_dtype: DtypeName | None = None
     cpu_offload: bool = False
 
+    @property
+    def gathered_dtype(self) -> torch.dtype:
+        """Dtype in which parameters of torch's default dtype are gathered."""
+        dtype: torch.dtype = (
+            torch.get_default_dtype() if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+        )
+        return dtype
+
     def apply(self, root: nn.Module, model: PreTrainedModel) -> None:
         """Shard in place: first matrices over tensor-parallel ranks, then all parameters over data-parallel ranks.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_sft.model.parallel.sharding import full, is_sharded
+from lightning_sft.model.tuning.quantization import is_packed
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -73,6 +74,12 @@ def check(checkpoint: dict[str, Any], module: LightningModule, base: Tensor | No
         given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     wanted = _kept(module) if found is not None else module.state_dict()
     expected = {name: tuple(value.shape) for name, value in wanted.items()}
+    packed = tuple(name for name, parameter in module.named_parameters() if is_packed(parameter))
+    if found is None and given is not None:  # sharded checkpoints omit quantized weights
+        given, expected = (
+            {name: shape for name, shape in shapes.items() if not name.startswith(packed)}
+            for shapes in (given, expected)
+        )
     if given is not None and given != expected:
         names = sorted(name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name))
         raise InputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -154,6 +155,28 @@ def merged(layer: Any) -> nn.Module:
     layer.merge()
     base: nn.Module = layer.get_base_layer()
     return base
+
+
+def merged_into(values: Tensor, bias: Tensor | None, adapter: Mapping[str, Tensor], config: Any) -> nn.Module:
+    """A linear layer with an adapter merged into its weights.
+
+    Args:
+        values: Weights of the layer, ``[out, in]``.
+        bias: Bias of the layer, ``[out]``, or ``None``.
+        adapter: Tensors of the adapter, by their names in peft's layer.
+        config: Config of the adapters, of peft.
+    """
+    from peft import inject_adapter_in_model
+
+    plain: Any = nn.Linear(values.shape[1], values.shape[0], bias=bias is not None, dtype=values.dtype, device="meta")
+    plain.weight = nn.Parameter(values, requires_grad=False)
+    plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    own = deepcopy(config)
+    own.target_modules, own.exclude_modules, own.target_parameters = {"layer"}, None, None
+    with torch.random.fork_rng(devices=[]):
+        holder: Any = inject_adapter_in_model(own, nn.ModuleDict({"layer": plain}), ADAPTER_NAME)
+    holder["layer"].load_state_dict(adapter, strict=False)
+    return merged(holder["layer"])
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:

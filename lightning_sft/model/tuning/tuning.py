@@ -84,7 +84,7 @@ class TuningConfig:
         """Refuse settings that quantized weights cannot be combined with.
 
         Raises:
-            InputError: With ``base_dtype``, or a strategy that shards.
+            InputError: With ``base_dtype``, or DeepSpeed.
         """
         asked = None if self.lora is None else self.lora.base_dtype
         if asked is not None:
@@ -92,10 +92,10 @@ class TuningConfig:
                 f"Both {what} and model.lora.base_dtype={asked} determine how the base is stored. Remove one of them."
             )
         strategy = None if trainer is None else trainer.strategy
-        if _mesh(strategy) or getattr(strategy, "config", None):
+        if getattr(strategy, "config", None):
             raise InputError(
                 f"Quantized weights cannot be sharded by {type(strategy).__name__}, so {what} cannot be used with "
-                "it. Use a single device or trainer.strategy=ddp, or weights that are not quantized."
+                "it. Use a single device, trainer.strategy=fsdp2 or ddp, or weights that are not quantized."
             )
 
     def load(
