@@ -5,9 +5,11 @@ Nothing heavy is imported here, so that ``--version``, ``--help`` and a mistyped
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +44,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Use a trained model": {
         "chat": ("lightning_sft.commands.chat:chat", "Chat with a model or a checkpoint."),
         "export": ("lightning_sft.export.convert:export_checkpoint", "Export a checkpoint as a Hugging Face folder."),
-        "report": ("lightning_sft.commands.report.page:write_report", "Write an HTML report of a run."),
+        "report": ("lightning_sft.commands.report.page:report", "Write an HTML report of a run, or compare runs."),
     },
 }
 """Under each heading of ``--help``, the verbs: what to import and call, and a line about it."""
@@ -107,8 +109,16 @@ def _run(verb: str, given: list[str]) -> Any:
         return found(main, [name for name in VERBS if name != verb], given[1:])
     if isinstance(found, type):
         return _imported("lightning_sft.commands.fit:run_config_verb")(found, given)
+    if verb == "report":
+        given = [verb, *_as_list(given[1:])]
     parser = {"parser_class": _imported("lightning_sft.io.errors:VerbParser"), "prog": f"lightning-sft {verb}"}
     return _imported("jsonargparse:auto_cli")(found, args=given[1:], as_positional=verb == "report", **parser)
+
+
+def _as_list(arguments: list[str]) -> list[str]:
+    """The arguments before the first option as one list in JSON: jsonargparse takes one value for each name."""
+    values = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    return [json.dumps(values), *arguments[len(values) :]] if values else arguments
 
 
 def _from_shell() -> Any:

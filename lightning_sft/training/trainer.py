@@ -36,6 +36,12 @@ def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
     return datamodule
 
 
+def logged_in_training(trainer: Trainer) -> set[str]:
+    """Names of the metrics that the training step and its hooks log; the others are those of an earlier validation."""
+    results = cast(Any, trainer)._results
+    return set() if results is None else set(results.metrics(on_step=True)["callback"])
+
+
 def is_fast_dev_run(trainer: Trainer) -> bool:
     """Whether the trainer tries a few batches only; Lightning declares no type for the attribute."""
     return bool(cast(Any, trainer).fast_dev_run)
