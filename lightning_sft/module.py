@@ -55,7 +55,6 @@ from lightning_sft.model.probes import check_split
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
-from lightning_sft.model.tuning.packed import unpack
 from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
 from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.objective import NORMALIZATIONS
@@ -208,10 +207,7 @@ class SFTModule(EvaluatedModule):
             rank_zero_info(f"The residual stream stays in float32 under bf16-mixed: {reason}.")
         if self.device_mesh is not None:
             sharding = Sharding(self.device_mesh, *layout(self.trainer.strategy))
-            unpack(model, sharding.gathered_dtype, device)
-            sharding.apply(self.scorer, model)
-            if small is not None:
-                self.tuning.fill(model, self.pretrained, device, sharding.cpu_offload)
+            self.tuning.shard(self.scorer, model, sharding, self.pretrained, device)
 
     def forward(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model."""

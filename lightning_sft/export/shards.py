@@ -200,7 +200,7 @@ def convert_shards(
 
     Args:
         module: Module whose model is sharded.
-        weights: Its weights.
+        weights: Weights of the model.
         tokenizer: Tokenizer of the training.
         out: Folder to write, which all ranks see; an existing one is replaced.
         rows: Description of the rows, and the rows to compare on.

@@ -11,15 +11,18 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from lightning_sft.model.parallel import loading
+from lightning_sft.model.parallel.sharding import Sharding
 from lightning_sft.model.pretrained import load_model, model_from_config, new_token_ids, stored_quantization
 from lightning_sft.model.tuning import adapter_checkpoints, new_tokens
 from lightning_sft.model.tuning.adapters import Lora, inject, widen, without_adapters
 from lightning_sft.model.tuning.base_dtype import base_dtype, is_stored_in_bfloat16
 from lightning_sft.model.tuning.freezing import choose
+from lightning_sft.model.tuning.packed import unpack
 from lightning_sft.model.tuning.quantization import Bits, is_quantized, prepare, quantization
 from lightning_sft.types import InputError
 
@@ -103,7 +106,7 @@ class TuningConfig:
     ) -> PreTrainedModel:
         """Load or build the model, with adapters and new tokens added and parameters frozen.
 
-        For a strategy that shards it, its weights are left empty if :meth:`fill` can read them later.
+        For a strategy that shards it, its weights are left empty if :meth:`shard` can read them later.
 
         Args:
             pretrained: Hub name or path of the base. It is read with adapters, or if ``hf_config`` is ``None``.
@@ -155,21 +158,28 @@ class TuningConfig:
             widen(parameter for parameter in model.parameters() if parameter.requires_grad)
         return model
 
-    def fill(self, model: PreTrainedModel, pretrained: str, device: torch.device, offloaded: bool) -> None:
-        """Read this rank's shards of a model that :meth:`load` has left empty, once it is sharded, in place.
+    def shard(
+        self, scorer: nn.Module, model: PreTrainedModel, sharding: Sharding, pretrained: str, device: torch.device
+    ) -> None:
+        """Shard a model, in place; then each rank reads its shards if :meth:`load` has left the model empty.
 
         Args:
-            model: Sharded model, with or without adapters.
+            scorer: Module that is called and contains the model.
+            model: Model of :meth:`load`.
+            sharding: Layout of the shards.
             pretrained: Hub name or path of the model.
             device: Device of the rank.
-            offloaded: Whether shards stay in host memory.
 
         Raises:
-            InputError: When the files lack weights of the model, or have parts that it does not load.
+            InputError: When the model cannot be sharded, or the files do not fit it.
         """
-        with without_adapters(model):
-            loading.fill(model, pretrained, device, offloaded)
-            self._base = None if self.lora is None else adapter_checkpoints.samples(model)
+        is_empty = loading.is_empty(model)
+        unpack(model, sharding.gathered_dtype, device)
+        sharding.apply(scorer, model)
+        if is_empty:
+            with without_adapters(model):
+                loading.fill(model, pretrained, device, sharding.cpu_offload)
+                self._base = None if self.lora is None else adapter_checkpoints.samples(model)
 
     def _empty(
         self, pretrained: str, attention: str | None, dtype: torch.dtype, is_plain: bool, autocast: torch.dtype | None
