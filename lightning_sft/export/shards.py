@@ -6,6 +6,7 @@ shards of the folder, which is compared with the model in training on held-out r
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -232,6 +233,8 @@ def convert_shards(
             finish(folder, out, report, settings, own, facts, rows[1], tokenizer, live.examples, trained)
 
         first(compare)
+    del scorer
+    gc.collect()  # modules of FSDP2 refer to each other
 
 
 def _write(folder: Path, file: str, tensors: dict[str, Tensor], index: dict[str, Any] | None) -> None:
@@ -258,6 +261,7 @@ def _log_probs(module: SFTModule, scorer: LikelihoodModel, examples: Sequence[Ex
     """Log-probabilities of all tokens at the targets under a sharded model, ``[T, V]``, at its precision."""
     with eval_mode(scorer), evaluating(module):
         found: Tensor = scorer(None, lambda model, _: parity.log_probs(model, examples))
+    cast(Any, scorer).reshard()  # after a forward pass FSDP2 keeps the embeddings whole, for a backward pass
     return found
 
 

@@ -44,3 +44,10 @@ def test_the_folder_is_compared_with_the_sharded_model(name: str, folder: Path) 
     [model] = found["models"]
     assert model["name"] == "reloaded"
     assert 0 <= model["mean_kl"] <= (1e-2 if "bfloat16" in str(CASES[name]) or "bf16" in str(CASES[name]) else 1e-6)
+
+
+def test_an_export_that_fails_is_set_aside_and_its_error_reaches_all_ranks(folder: Path) -> None:
+    first, second = ((folder / "failing" / f"rank{rank}").read_text(encoding="utf-8") for rank in (0, 1))
+    assert first.startswith("The exported model is not the one that was trained: KL(trained ‖ reloaded) is ")
+    assert second.startswith("Rank 0 failed while this rank waited for it. InputError: The exported model is not the")
+    assert [path.name for path in (folder / "failing" / "exports").iterdir()] == ["final.failed"]

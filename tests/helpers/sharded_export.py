@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch.distributed as dist
+
 from lightning_sft.callbacks import HFExport
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.strategies import FSDP2Strategy
+from lightning_sft.types import InputError
 from tests.helpers.exporting import trained
 from tests.helpers.loading import EXPERTS, HEADS, LORA
 
@@ -68,8 +71,19 @@ def run(name: str, out: Path) -> None:
     trainer.save_checkpoint(out / name / "end.ckpt")
 
 
+def fail(out: Path) -> None:
+    """A fit whose export does not pass the comparison; each rank writes the error that it gets."""
+    try:
+        export = HFExport(out / "failing" / "exports", dtype="bfloat16", max_kl=0.0)
+        trained(str(out / "rounded" / "pretrained"), export, devices=2, strategy=FSDP2Strategy())
+    except InputError as error:
+        (out / "failing" / f"rank{dist.get_rank()}").write_text(str(error), encoding="utf-8")
+
+
 if __name__ == "__main__":
     folder, *chosen = sys.argv[1:]
     with patch("lightning_sft.callbacks.hf_export.whole_state", side_effect=AssertionError("gathered whole")):
         for one in chosen:
             run(one, Path(folder))
+        if "rounded" in chosen:
+            fail(Path(folder))
