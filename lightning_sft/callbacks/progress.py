@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from logging import StreamHandler
@@ -52,6 +52,7 @@ class TrainingProgress(ProgressBar):
         self._read, self._metrics = 0.0, dict[str, Any]()
         self._begin, self._first, self._total = 0.0, 0, math.inf
         self._line, self._is_enabled = _Line(), True
+        self._unshown: Callable[[], None] | None = None  # what the line does not have yet
 
     def disable(self) -> None:
         """Show nothing: on ranks other than 0, and while Lightning's tuner tries values."""
@@ -93,9 +94,9 @@ class TrainingProgress(ProgressBar):
         self._show("Step", trainer.global_step, self._total, is_fit=True)
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        """Show the last step."""
-        self._show("Step", trainer.global_step, self._total, is_fit=True, at_once=True)
-        self._line.end()
+        """Leave the line with the last step."""
+        self._show("Step", trainer.global_step, self._total, is_fit=True)
+        self._end()
 
     def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
         """Start the clock, unless this is within a fit."""
@@ -114,7 +115,7 @@ class TrainingProgress(ProgressBar):
         """Leave a line with the loss."""
         self.reset_dataloader_idx_tracker()
         if trainer.state.fn != "fit":
-            self._line.end()
+            self._end()
         elif not trainer.sanity_checking and "val/loss" in trainer.callback_metrics:
             self.print(f"Step {trainer.global_step:,}: val/loss {float(trainer.callback_metrics['val/loss']):.4f}")
 
@@ -132,7 +133,7 @@ class TrainingProgress(ProgressBar):
     def on_test_end(self, *_: Any) -> None:
         """Leave the line."""
         self.reset_dataloader_idx_tracker()
-        self._line.end()
+        self._end()
 
     def on_predict_start(self, *_: Any) -> None:
         """Start the clock."""
@@ -148,25 +149,37 @@ class TrainingProgress(ProgressBar):
     def on_predict_end(self, *_: Any) -> None:
         """Leave the line."""
         self.reset_dataloader_idx_tracker()
-        self._line.end()
+        self._end()
 
     def on_exception(self, *_: Any) -> None:
-        """Leave the line as it is."""
-        self._line.end()
+        """Leave the line with what was done."""
+        self._end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the line as it is."""
-        self._line.end()
+        """Leave the line with what was done."""
+        self._end()
 
-    def _show(self, name: str, done: int, total: float, *, is_fit: bool = False, at_once: bool = False) -> None:
-        pause = self.every_seconds if self._line.changes else self.every_seconds_in_files
-        if self._is_enabled and (at_once or self._line.age() >= pause):
+    def _show(self, name: str, done: int, total: float, *, is_fit: bool = False) -> None:
+        def show() -> None:
             metrics = self.get_metrics(self.trainer, self.trainer.lightning_module) if is_fit else {}
             self._line.show(name, done, total, time.monotonic() - self._begin, metrics)
 
+        self._unshown = show if self._is_enabled else None
+        if self._line.age() >= (self.every_seconds if self._line.changes else self.every_seconds_in_files):
+            self._show_now()
+
+    def _show_now(self) -> None:
+        if self._unshown is not None:
+            self._unshown()
+            self._unshown = None
+
+    def _end(self) -> None:
+        self._show_now()
+        self._line.end()
+
     def __getstate__(self) -> dict[str, Any]:
         """Without the line, for strategies that pickle callbacks: a terminal belongs to its process."""
-        return {**self.__dict__, "_line": _Line()}
+        return {**self.__dict__, "_line": _Line(), "_unshown": None}
 
 
 class _Line:

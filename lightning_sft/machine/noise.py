@@ -28,7 +28,7 @@ _LOGS = {  # by logger
             r"LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES",  # the summary has the devices
         )
     ),
-    "DeepSpeed": "Setting ds_accelerator to|Warning: The default cache directory",  # on import, used or not
+    "DeepSpeed": "Setting ",  # on import, whether DeepSpeed is used or not
 }
 _LONG_SECONDS = 2  # bars of other packages, such as "Loading weights", are for what takes longer
 
