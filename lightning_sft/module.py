@@ -42,11 +42,12 @@ from lightning_sft.evaluation.window import Window
 from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments, plain
 from lightning_sft.machine.contexts import in_default_dtype
 from lightning_sft.model import pretrained as loading
-from lightning_sft.model.attention.choice import Attention, check_asked, probed
+from lightning_sft.model.attention.choice import Attention, check_asked, follow, probed
 from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.experts import RouterLoss, Routers, read_routers
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
+from lightning_sft.model.parallel.loading import cut_down, is_empty
 from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
 from lightning_sft.model.parallel.unused import check_all_reduced, expect_unused
 from lightning_sft.model.precision import follow_autocast
@@ -182,18 +183,22 @@ class SFTModule(EvaluatedModule):
         device, autocast = root_device(trainer), autocast_dtype(trainer)
         check_asked(self.attn_implementation, device, autocast or torch.get_default_dtype())
         model = self.tuning.load(self.pretrained, self.hf_config, self.attn_implementation, trainer)
-        if trainer is not None and model.device.type == "cpu" and "bf16" in str(trainer.precision):
+        if trainer is not None and model.device.type in ("cpu", "meta") and "bf16" in str(trainer.precision):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
-        backbone, head = backbone_and_head(model)
-        with gathered(model.parameters()), in_default_dtype(model):
-            self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
+        small = cut_down(model) if is_empty(model) else None
+        tried = small or model
+        backbone, head = backbone_and_head(tried)
+        with gathered(tried.parameters()), in_default_dtype(tried):
+            self.attention, probe = probed(tried, backbone, head, self.attn_implementation, device, autocast)
             announce(trainer, f"Attention {self.attention}.")
-            routers = None if context else read_routers(model, self.router_loss)  # a rank has some of the tokens
+            if small is not None:
+                follow(model, small, self.attention)
+            routers = None if context else read_routers(model, self.router_loss, small)  # a rank has some of the tokens
             expect_unused(strategy, backbone, head)
-        checkpoint_layers(model, self.gradient_checkpointing, device.type)
         if context is not None:
-            check_split(model, backbone, probe, context)
+            check_split(tried, backbone, probe, context)
+        checkpoint_layers(model, self.gradient_checkpointing, device.type)
         self.scorer = LikelihoodModel(model, probe, self.chunk_size, context, routers)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
@@ -201,7 +206,8 @@ class SFTModule(EvaluatedModule):
         if (reason := follow_autocast(model)) and trainer is not None and trainer.precision == "bf16-mixed":
             rank_zero_info(f"The residual stream stays in float32 under bf16-mixed: {reason}.")
         if self.device_mesh is not None:
-            Sharding(self.device_mesh, *layout(self.trainer.strategy)).apply(self.scorer, model)
+            sharding = Sharding(self.device_mesh, *layout(self.trainer.strategy))
+            self.tuning.shard(self.scorer, model, sharding, self.pretrained, device)
 
     def forward(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model."""

@@ -69,7 +69,7 @@ def load_model(
             f"{pretrained!r} is an encoder-decoder ({type(model).__name__}), not a causal language model. Use a "
             "decoder-only model."
         )
-    _check_whole(model, pretrained, info)
+    check_whole(model, pretrained, info)
     if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the marker would prevent saving them
         del model.hf_quantizer, model.config.quantization_config
     return _prepare(model)
@@ -236,7 +236,7 @@ _COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|(inv_freq|causal_mask
 """Names of tensors stored by older versions of transformers that are computed today."""
 
 
-def _check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) -> None:
+def check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) -> None:
     """Refuse a checkpoint that lacks weights of the model, or has parts that are not of its architecture.
 
     An export would lack such parts. Parts that an architecture passes over on purpose are kept by the export, see
