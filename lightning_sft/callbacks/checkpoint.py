@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -10,6 +14,7 @@ from weakref import proxy
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_sft.checkpoints.background import BackgroundWriter, refuse_async_io
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.checkpoints.writing import (
     bytes_of_checkpoint,
@@ -40,6 +45,8 @@ class SafeCheckpoint(ModelCheckpoint):
         every_n_train_steps: Number of optimizer steps between two checkpoints; ``null`` saves by time only.
         every_n_minutes: Minutes between two checkpoints; ``null`` saves by steps only.
         keep_last: Number of most recent checkpoints to keep.
+        in_background: Whether a thread writes checkpoints while training continues, which waits only for a copy in host
+            memory. It needs room there for one checkpoint; a second one waits until the first is on disk.
     """
 
     def __init__(
@@ -48,6 +55,7 @@ class SafeCheckpoint(ModelCheckpoint):
         every_n_train_steps: Count | None = None,
         every_n_minutes: NonNegative | None = 30.0,
         keep_last: Count = 2,
+        in_background: bool = False,
     ) -> None:
         check_arguments(SafeCheckpoint, locals())
         if "://" in str(dirpath):
@@ -56,16 +64,20 @@ class SafeCheckpoint(ModelCheckpoint):
             )
         super().__init__(plain(dirpath), _NAME, save_top_k=1, enable_version_counter=False)
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_train_steps, every_n_minutes, keep_last
+        self.in_background = in_background
         self._last_time, self._agreement, self._lock = 0.0, Agreement(), FolderLock()
+        self._writer: BackgroundWriter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, and remove partial checkpoints of killed processes from it."""
         super().setup(trainer, pl_module, stage)
+        refuse_async_io(trainer.strategy)
         write_whole(trainer)
         if stage == "fit":
             self._lock.take(trainer, self._folder)
             if trainer.is_global_zero:
                 sweep(self._folder, "*.ckpt*")
+            self._writer = BackgroundWriter(trainer.strategy) if self.in_background else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the folder and the disk.
@@ -97,19 +109,36 @@ class SafeCheckpoint(ModelCheckpoint):
         check_disk(folder, bytes_of_checkpoint(module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the lock on the folder."""
+        """Finish the checkpoint being written, and release the lock on the folder."""
         super().on_exception(trainer, pl_module, exception)
-        self._lock.release()
+        error = self._writer and self._writer.wait()
+        if error is not None:  # beside the one that has ended the fit
+            warnings.warn(str(error), stacklevel=2)
+        self._release()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the checkpoint being written."""
+        self.finish(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the lock on the folder."""
+        self._release()
+
+    def _release(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
         self._lock.release()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save between two optimizer steps when a checkpoint is due."""
-        if is_between_steps(trainer) and self._is_due(trainer):
+        if not is_between_steps(trainer):
+            return
+        if self._writer is not None and self._writer.has_ended and not self._writer.has_failed:
+            self._collect(trainer, self._writer)
+        if self._is_due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,22 +149,55 @@ class SafeCheckpoint(ModelCheckpoint):
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save now, unless this step is already saved; every process must call this."""
+        """Save now, unless this step is already saved; every process must call this.
+
+        Raises:
+            InputError: When it, or the one before it in the background, cannot be written.
+        """
+        self.finish(trainer)
         if self._should_skip_saving_checkpoint(trainer):
             return
         self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_time = time.monotonic()
-        if trainer.is_global_zero:
-            self._remove_old(trainer)
 
-    def _remove_old(self, trainer: Trainer) -> None:
+    def finish(self, trainer: Trainer) -> None:
+        """Wait for the checkpoint being written in the background, if any; every process must call this.
+
+        Raises:
+            InputError: When it cannot be written.
+        """
+        if self._writer is None:
+            return
+        error = self._collect(trainer, self._writer)
+        message: str | None = trainer.strategy.broadcast(None if error is None else str(error))
+        if message is not None:
+            raise InputError(message) from error
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written in the background, or failed to be."""
+        return self._writer is not None and self._writer.path is not None
+
+    def _collect(self, trainer: Trainer, writer: BackgroundWriter) -> InputError | None:
+        path = writer.path
+        error = writer.wait()
+        if path is not None and error is None:
+            self._has_saved(trainer, str(path))
+        return error
+
+    def _has_saved(self, trainer: Trainer, path: str) -> None:
+        self._last_checkpoint_saved = path
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _remove_old(self, now: int, resumed_from: Any) -> None:
         """Remove all but the last few checkpoints, and the one the run was resumed from.
 
         Checkpoints are ordered by step. Those of later steps than the current one were saved before the run went back
         to an earlier checkpoint; its steps are repeated, so they are removed first.
         """
-        now = trainer.global_step
-        resumed_from = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+        resumed_from = Path(resumed_from).resolve() if resumed_from else None
         steps = {path: step for path in self._folder.glob(_PATTERN) if (step := step_of(path)) is not None}
         by_age = sorted(steps, key=lambda path: (steps[path] <= now, steps[path], path.name))
         for path in by_age[: -self.keep_last]:
@@ -149,17 +211,23 @@ class SafeCheckpoint(ModelCheckpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             return True
-        if self.every_n_minutes is None:
+        if self.every_n_minutes is None and self._writer is None:
             return False
-        is_late = time.monotonic() - self._last_time >= 60 * self.every_n_minutes
-        return self._agreement.one_says(trainer, is_late and trainer.is_global_zero)
+        has_failed = self._writer is not None and self._writer.has_failed  # then `save` raises its error
+        minutes = math.inf if self.every_n_minutes is None else self.every_n_minutes
+        is_late = time.monotonic() - self._last_time >= 60 * minutes
+        return self._agreement.one_says(trainer, has_failed or (is_late and trainer.is_global_zero))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        save_whole(trainer, filepath)
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
+        remove_old = partial(self._remove_old, trainer.global_step, trainer.ckpt_path)
+        if self._writer is not None:
+            save_in_background(trainer, filepath, self._writer, remove_old)
+        else:
+            save_whole(trainer, filepath)
+            self._has_saved(trainer, filepath)
+            if trainer.is_global_zero:
+                remove_old()
+        self._last_global_step_saved = trainer.global_step
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         return False  # done by `save`
@@ -181,3 +249,43 @@ def save_whole(trainer: Trainer, path: str | Path) -> None:
     if trainer.is_global_zero:
         publish(path)
     trainer.strategy.barrier("save_whole")
+
+
+def save_in_background(
+    trainer: Trainer, path: str | Path, writer: BackgroundWriter, then: Callable[[], None]
+) -> None:
+    """Copy a checkpoint to host memory, and leave it to a thread to write it like :func:`save_whole`.
+
+    Args:
+        trainer: Trainer to save; every process must call this.
+        path: Final path of the checkpoint, a file or a folder depending on the strategy.
+        writer: The thread, without a write under way.
+        then: What the first process does in the thread when the checkpoint is complete.
+    """
+    path, strategy, is_first = Path(trainer.strategy.broadcast(str(path))), trainer.strategy, trainer.is_global_zero
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    if not (writer.in_shards or is_first):
+        return
+    copied = writer.copy(checkpoint)
+
+    def write() -> None:
+        if writer.in_shards:
+            writer.write_shards(copied, hidden(path))
+        else:
+            strategy.checkpoint_io.save_checkpoint(copied, hidden(path))
+        if is_first:
+            publish(path)
+            then()
+
+    writer.begin(path, write)
+
+
+def finish_saves(trainer: Trainer) -> None:
+    """Wait for checkpoints being written in the background; every process must call this.
+
+    Raises:
+        InputError: When one cannot be written.
+    """
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, SafeCheckpoint):
+            saver.finish(trainer)

@@ -125,6 +125,7 @@ class Preempt(Callback):
         safe = [saver for saver in savers if isinstance(saver, SafeCheckpoint)]
         if safe:
             safe[0].save(trainer)
+            safe[0].finish(trainer)
             saved = safe[0]._last_checkpoint_saved or trainer.ckpt_path
             return Path(saved) if saved else None
         write_whole(trainer)

@@ -27,7 +27,7 @@ from lightning_sft.types import InputError
 
 Kind = Literal["file", "distributed", "deepspeed"]
 
-_META = "meta.pt"  # Lightning's file for everything but tensors in a distributed checkpoint
+META = "meta.pt"  # Lightning's file for everything but tensors in a distributed checkpoint
 _PREFIX = "state_dict."
 _OPTIMIZERS = "torchao.optim"
 
@@ -46,7 +46,7 @@ class Checkpoint:
     def is_at(path: str | Path) -> bool:
         """Whether a path is that of a checkpoint, complete or not, rather than of a model or a run."""
         path = Path(path)
-        return path.suffix == ".ckpt" or any((path / name).exists() for name in (".metadata", _META, "latest"))
+        return path.suffix == ".ckpt" or any((path / name).exists() for name in (".metadata", META, "latest"))
 
     @cached_property
     def kind(self) -> Kind:
@@ -62,7 +62,7 @@ class Checkpoint:
             return "deepspeed"
         if not path.is_dir():
             raise InputError(f"There is no checkpoint {str(path)!r}.")
-        missing = [name for name in (_META, ".metadata") if not (path / name).is_file()]
+        missing = [name for name in (META, ".metadata") if not (path / name).is_file()]
         if missing:
             raise InputError(
                 f"{path} is not a complete checkpoint: it has no {' and no '.join(missing)}. Expected a .ckpt file, a "
@@ -78,7 +78,7 @@ class Checkpoint:
         Raises:
             InputError: When there is no checkpoint, or it cannot be read without running code.
         """
-        file = {"file": self.path, "distributed": self.path / _META}.get(self.kind) or _of_deepspeed(self.path)[0]
+        file = {"file": self.path, "distributed": self.path / META}.get(self.kind) or _of_deepspeed(self.path)[0]
         left_out = ("state_dict", "module", "optimizer", "optimizer_states")
         return {key: value for key, value in _load(file, "meta").items() if key not in left_out}
 

@@ -47,12 +47,14 @@ class Run:
     ranks: int = 1
     every_n_train_steps: int = 2
     model: dict[str, Any] = field(default_factory=dict)
+    in_background: bool = False
 
     def fit(self, pretrained: str, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
         """The same command, whether the run begins or goes on."""
         folder.mkdir(parents=True, exist_ok=True)
         own = [Losses(folder / "losses"), SampleLedger(str(folder)), Preempt()]
-        saver = SafeCheckpoint(str(folder / "checkpoints"), self.every_n_train_steps, None)
+        every, where = self.every_n_train_steps, str(folder / "checkpoints")
+        saver = SafeCheckpoint(where, every, None, in_background=self.in_background)
         trainer = Trainer(
             accelerator="cpu",
             callbacks=[*own, *callbacks, saver],
@@ -87,6 +89,9 @@ RUNS = {
     "stream_workers": Run({**STREAM, "num_workers": 2}, {"max_steps": 20}),
     "ddp": Run({}, {}, ranks=2),
     "fsdp2": Run({}, {"strategy": "fsdp2"}, ranks=2),  # checkpoints are folders
+    "background": Run({}, {}, in_background=True, every_n_train_steps=1),
+    "ddp_background": Run({}, {}, ranks=2, in_background=True, every_n_train_steps=1),
+    "fsdp2_background": Run({}, {"strategy": "fsdp2"}, ranks=2, in_background=True, every_n_train_steps=1),
     "ddp_stream": Run({**STREAM, "num_workers": 0}, {"max_steps": 20}, ranks=2),
 }
 

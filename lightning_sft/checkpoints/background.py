@@ -1,0 +1,151 @@
+"""Checkpoints written by a thread while training continues, from a copy in host memory.
+
+The copy is made by torch's ``DefaultStager`` and shards are written by ``torch.distributed.checkpoint.save``: the two
+halves of its ``async_save``. What follows a write, its final name and the removal of old checkpoints, belongs into the
+same thread. Lightning's ``AsyncCheckpointIO`` writes single files only, queues any number of copies in memory, and
+reports an error only at a later save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_sft.checkpoints.reading import META
+from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class BackgroundWriter:
+    """Writes one checkpoint at a time in a thread, from a copy in host memory.
+
+    Args:
+        strategy: Strategy of the trainer; every process must make its writer at the same time.
+
+    Raises:
+        InputError: When the strategy writes checkpoints itself.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        own = type(strategy).save_checkpoint
+        if not isinstance(strategy, ModelParallelStrategy) and own is not Strategy.save_checkpoint:
+            raise InputError(
+                f"SafeCheckpoint(in_background=True) needs a single device, ddp or fsdp2; {type(strategy).__name__} "
+                "writes its checkpoints itself, while training waits. Set in_background=False."
+            )
+        self.in_shards = isinstance(strategy, ModelParallelStrategy) and bool(strategy._save_distributed_checkpoint)
+        # collectives of two threads must not mix in one group, and those of the thread need no device
+        self._group = torch.distributed.new_group(backend="gloo") if self.in_shards else None
+        on_gpu = strategy.root_device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
+            )
+        )
+        self._threads = ThreadPoolExecutor(1, "checkpoint")
+        self._write: Future[None] | None = None
+        self._path: Path | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The checkpoint being written, or already written and not yet waited for."""
+        return self._path
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is a write that has ended, and was not yet waited for."""
+        return self._write is not None and self._write.done()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether there is a write that has failed, and was not yet waited for."""
+        return self._write is not None and self._write.done() and self._write.exception() is not None
+
+    def copy(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Copy a checkpoint to host memory, into the same buffers each time, page-locked ones for a GPU.
+
+        The copy is complete on return, and valid until the next one, so no write may be under way.
+
+        Args:
+            checkpoint: Dictionary of tensors and plain values, nested.
+        """
+        assert self._write is None, "the write before reads the buffers"
+        tensors = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
+        plain = [tensor for tensor in tensors if _is_plain(tensor)]
+        others = [tensor for tensor in tensors if not _is_plain(tensor)]  # which the stager cannot copy
+        staged = cast("dict[str, Tensor]", self._stager.stage({str(n): tensor for n, tensor in enumerate(plain)}))
+        copies = [*staged.values(), *(tensor.detach().to("cpu", copy=True) for tensor in others)]
+        return deepcopy(checkpoint, {id(one): copy for one, copy in zip([*plain, *others], copies, strict=True)})
+
+    def begin(self, path: Path, write: Callable[[], None]) -> None:
+        """Write in the thread.
+
+        Args:
+            path: Final path of the checkpoint.
+            write: Function that writes it.
+        """
+        assert self._write is None, "one write at a time"
+        self._write, self._path = self._threads.submit(write), path
+
+    def write_shards(self, checkpoint: dict[str, Any], folder: Path) -> None:
+        """Write this process's shard of a checkpoint; every process must call this, in its thread.
+
+        Args:
+            checkpoint: Copy of a checkpoint, as every process has it.
+            folder: Folder of the shards.
+        """
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        states = {f"optimizer_{n}": state for n, state in enumerate(checkpoint["optimizer_states"])}
+        if torch.distributed.get_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(rest, folder / META)
+        save({"state_dict": checkpoint["state_dict"], **states}, checkpoint_id=folder, process_group=self._group)
+
+    def wait(self) -> InputError | None:
+        """Wait for the write under way, if there is one, and return its error."""
+        write, path, self._write, self._path = self._write, self._path, None, None
+        error = None if write is None else write.exception()
+        if error is None or isinstance(error, InputError):
+            return error
+        reason = InputError(f"The checkpoint {path} cannot be written: {error}. Those before it are intact.")
+        reason.__cause__ = error
+        return reason
+
+    def close(self) -> None:
+        """End the thread, after the write under way, and free the buffers."""
+        self._threads.shutdown()
+        self._stager.close()
+
+
+def refuse_async_io(strategy: Strategy) -> None:
+    """Refuse Lightning's plugin for asynchronous checkpoints, which returns before a file exists.
+
+    Raises:
+        InputError: When it is among the trainer's plugins.
+    """
+    if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
+        raise InputError(
+            "SafeCheckpoint cannot give a checkpoint its final name while the plugin AsyncCheckpointIO is still writing "
+            "it. Remove the plugin from trainer.plugins, and set SafeCheckpoint(in_background=True)."
+        )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor, or its shard, is no further subclass, such as torchao's quantized optimizer states."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return type(local) in (Tensor, torch.nn.Parameter)
