@@ -251,9 +251,7 @@ def save_whole(trainer: Trainer, path: str | Path) -> None:
     trainer.strategy.barrier("save_whole")
 
 
-def save_in_background(
-    trainer: Trainer, path: str | Path, writer: BackgroundWriter, then: Callable[[], None]
-) -> None:
+def save_in_background(trainer: Trainer, path: str | Path, writer: BackgroundWriter, then: Callable[[], None]) -> None:
     """Copy a checkpoint to host memory, and leave it to a thread to write it like :func:`save_whole`.
 
     Args:

@@ -12,21 +12,18 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from lightning_sft.checkpoints.reading import META
 from lightning_sft.types import InputError
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class BackgroundWriter:
@@ -84,11 +81,9 @@ class BackgroundWriter:
         """
         assert self._write is None, "the write before reads the buffers"
         tensors = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
-        plain = [tensor for tensor in tensors if _is_plain(tensor)]
-        others = [tensor for tensor in tensors if not _is_plain(tensor)]  # which the stager cannot copy
-        staged = cast("dict[str, Tensor]", self._stager.stage({str(n): tensor for n, tensor in enumerate(plain)}))
-        copies = [*staged.values(), *(tensor.detach().to("cpu", copy=True) for tensor in others)]
-        return deepcopy(checkpoint, {id(one): copy for one, copy in zip([*plain, *others], copies, strict=True)})
+        inner = {str(id(part)): part for tensor in tensors for part in _parts(tensor)}
+        copies = cast("dict[str, Tensor]", self._stager.stage(inner))
+        return deepcopy(checkpoint, {id(tensor): _rebuilt(tensor, copies) for tensor in tensors})
 
     def begin(self, path: Path, write: Callable[[], None]) -> None:
         """Write in the thread.
@@ -140,12 +135,23 @@ def refuse_async_io(strategy: Strategy) -> None:
     """
     if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
         raise InputError(
-            "SafeCheckpoint cannot give a checkpoint its final name while the plugin AsyncCheckpointIO is still writing "
-            "it. Remove the plugin from trainer.plugins, and set SafeCheckpoint(in_background=True)."
+            "SafeCheckpoint cannot give a checkpoint its final name while the plugin AsyncCheckpointIO is still "
+            "writing it. Remove the plugin from trainer.plugins, and set SafeCheckpoint(in_background=True)."
         )
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor, or its shard, is no further subclass, such as torchao's quantized optimizer states."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-    return type(local) in (Tensor, torch.nn.Parameter)
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that a wrapper, such as a DTensor or a quantized optimizer state, consists of; else the tensor."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
+
+
+def _rebuilt(tensor: Tensor, copies: dict[str, Tensor]) -> Tensor:
+    """A tensor of copies of its parts, by the ids of the parts."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return copies[str(id(tensor))]
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: _rebuilt(getattr(tensor, name), copies) for name in names}
+    rebuilt: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+    return rebuilt
