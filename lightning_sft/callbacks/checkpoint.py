@@ -14,19 +14,23 @@ from weakref import proxy
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_sft.checkpoints.background import BackgroundWriter, refuse_async_io
+from lightning_sft.checkpoints.background import BackgroundWriter, refuse_async_io, refuse_own_writer
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.checkpoints.writing import (
     bytes_of_checkpoint,
     check_disk,
+    finish,
     folders_of,
     newest,
+    partial_of,
+    remove_checkpoint,
     step_of,
     sweep,
+    write_shards,
     write_whole,
 )
+from lightning_sft.io.address import Address, Place, place
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments, plain
-from lightning_sft.io.disk import hidden, publish, remove
 from lightning_sft.training.trainer import Agreement, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 
@@ -41,7 +45,8 @@ class SafeCheckpoint(ModelCheckpoint):
     valid one in the folder. For the best by a metric, add Lightning's ``ModelCheckpoint``.
 
     Args:
-        dirpath: Folder of the checkpoints, not shared with other runs; by default the logger's.
+        dirpath: Folder of the checkpoints, not shared with other runs; by default the logger's. An address that fsspec
+            knows (``s3://bucket/run``) works, too, but has no lock that keeps out other runs.
         every_n_train_steps: Number of optimizer steps between two checkpoints; ``null`` saves by time only.
         every_n_minutes: Minutes between two checkpoints; ``null`` saves by steps only.
         keep_last: Number of most recent checkpoints to keep.
@@ -58,11 +63,8 @@ class SafeCheckpoint(ModelCheckpoint):
         in_background: bool = False,
     ) -> None:
         check_arguments(SafeCheckpoint, locals())
-        if "://" in str(dirpath):
-            raise InputError(
-                f"SafeCheckpoint writes to local disks only, got dirpath={dirpath!r}. Use Lightning's ModelCheckpoint."
-            )
-        super().__init__(plain(dirpath), _NAME, save_top_k=1, enable_version_counter=False)
+        where = str(dirpath).removeprefix("file://") if dirpath else None
+        super().__init__(plain(where), _NAME, save_top_k=1, enable_version_counter=False)
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_train_steps, every_n_minutes, keep_last
         self.in_background = in_background
         self._last_time, self._agreement, self._lock = 0.0, Agreement(), FolderLock()
@@ -72,9 +74,12 @@ class SafeCheckpoint(ModelCheckpoint):
         """Find the folder, and remove partial checkpoints of killed processes from it."""
         super().setup(trainer, pl_module, stage)
         refuse_async_io(trainer.strategy)
+        if isinstance(self._folder, Address):
+            refuse_own_writer(trainer.strategy, f"SafeCheckpoint(dirpath={str(self._folder)!r})")
         write_whole(trainer)
         if stage == "fit":
-            self._lock.take(trainer, self._folder)
+            if isinstance(self._folder, Path):
+                self._lock.take(trainer, self._folder)
             if trainer.is_global_zero:
                 sweep(self._folder, "*.ckpt*")
             self._writer = BackgroundWriter(trainer.strategy) if self.in_background else None
@@ -93,20 +98,21 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         folder, resumed_from = self._folder, trainer.ckpt_path
-        others = [path for path in sorted(folder.glob(_PATTERN)) if step_of(path) is not None]
+        others = sorted((path for path in folder.glob(_PATTERN) if step_of(path) is not None), key=str)
         folders = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
-        own = {Path(found).resolve() for found in folders if found}
+        own = {place(found).resolve() for found in folders if found}
         if others and resumed_from is None:
             raise InputError(
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}. Resume that run "
                 "(--ckpt_path last), or give this one a separate folder (trainer.default_root_dir)."
             )
-        if others and Path(str(resumed_from)).resolve().parent not in own:
+        if others and place(str(resumed_from)).resolve().parent not in own:
             raise InputError(
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}; this one resumes from "
                 f"{resumed_from}. Give it a separate folder (trainer.default_root_dir), or move the others away."
             )
-        check_disk(folder, bytes_of_checkpoint(module))
+        if isinstance(folder, Path):
+            check_disk(folder, bytes_of_checkpoint(module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Finish the checkpoint being written, and release the lock on the folder."""
@@ -197,16 +203,16 @@ class SafeCheckpoint(ModelCheckpoint):
         Checkpoints are ordered by step. Those of later steps than the current one were saved before the run went back
         to an earlier checkpoint; its steps are repeated, so they are removed first.
         """
-        resumed_from = Path(resumed_from).resolve() if resumed_from else None
+        resumed_from = place(resumed_from).resolve() if resumed_from else None
         steps = {path: step for path in self._folder.glob(_PATTERN) if (step := step_of(path)) is not None}
         by_age = sorted(steps, key=lambda path: (steps[path] <= now, steps[path], path.name))
         for path in by_age[: -self.keep_last]:
             if path.resolve() != resumed_from:
-                remove(path)
+                remove_checkpoint(path)
 
     @property
-    def _folder(self) -> Path:
-        return Path(str(self.dirpath))
+    def _folder(self) -> Place:
+        return place(str(self.dirpath))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
@@ -242,12 +248,13 @@ def save_whole(trainer: Trainer, path: str | Path) -> None:
 
     Args:
         trainer: Trainer to save; every process must call this.
-        path: Final path of the checkpoint, a file or a folder depending on the strategy.
+        path: Final path of the checkpoint, a file or a folder depending on the strategy, or an address.
     """
-    path = Path(trainer.strategy.broadcast(str(path)))
-    trainer.save_checkpoint(hidden(path), weights_only=False)
+    to = place(trainer.strategy.broadcast(str(path)))
+    partial = partial_of(to)
+    trainer.save_checkpoint(str(partial) if isinstance(partial, Address) else partial, weights_only=False)
     if trainer.is_global_zero:
-        publish(path)
+        finish(to)
     trainer.strategy.barrier("save_whole")
 
 
@@ -256,11 +263,12 @@ def save_in_background(trainer: Trainer, path: str | Path, writer: BackgroundWri
 
     Args:
         trainer: Trainer to save; every process must call this.
-        path: Final path of the checkpoint, a file or a folder depending on the strategy.
+        path: Final path of the checkpoint, a file or a folder depending on the strategy, or an address.
         writer: The thread, without a write under way.
         then: What the first process does in the thread when the checkpoint is complete.
     """
-    path, strategy, is_first = Path(trainer.strategy.broadcast(str(path))), trainer.strategy, trainer.is_global_zero
+    strategy, is_first = trainer.strategy, trainer.is_global_zero
+    to = place(strategy.broadcast(str(path)))
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     if not (writer.in_shards or is_first):
         return
@@ -268,14 +276,14 @@ def save_in_background(trainer: Trainer, path: str | Path, writer: BackgroundWri
 
     def write() -> None:
         if writer.in_shards:
-            writer.write_shards(copied, hidden(path))
+            write_shards(copied, partial_of(to), writer.group)
         else:
-            strategy.checkpoint_io.save_checkpoint(copied, hidden(path))
+            strategy.checkpoint_io.save_checkpoint(copied, str(partial_of(to)))
         if is_first:
-            publish(path)
+            finish(to)
             then()
 
-    writer.begin(path, write)
+    writer.begin(to, write)
 
 
 def finish_saves(trainer: Trainer) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
-from lightning_sft.checkpoints.reading import META
+from lightning_sft.io.address import Place
 from lightning_sft.types import InputError
 
 
@@ -37,15 +36,10 @@ class BackgroundWriter:
     """
 
     def __init__(self, strategy: Strategy) -> None:
-        own = type(strategy).save_checkpoint
-        if not isinstance(strategy, ModelParallelStrategy) and own is not Strategy.save_checkpoint:
-            raise InputError(
-                f"SafeCheckpoint(in_background=True) needs a single device, ddp or fsdp2; {type(strategy).__name__} "
-                "writes its checkpoints itself, while training waits. Set in_background=False."
-            )
+        refuse_own_writer(strategy, "SafeCheckpoint(in_background=True)")
         self.in_shards = isinstance(strategy, ModelParallelStrategy) and bool(strategy._save_distributed_checkpoint)
         # collectives of two threads must not mix in one group, and those of the thread need no device
-        self._group = torch.distributed.new_group(backend="gloo") if self.in_shards else None
+        self.group = torch.distributed.new_group(backend="gloo") if self.in_shards else None
         on_gpu = strategy.root_device.type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
@@ -54,10 +48,10 @@ class BackgroundWriter:
         )
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         self._write: Future[None] | None = None
-        self._path: Path | None = None
+        self._path: Place | None = None
 
     @property
-    def path(self) -> Path | None:
+    def path(self) -> Place | None:
         """The checkpoint being written, or already written and not yet waited for."""
         return self._path
 
@@ -85,7 +79,7 @@ class BackgroundWriter:
         copies = cast("dict[str, Tensor]", self._stager.stage(inner))
         return deepcopy(checkpoint, {id(tensor): _rebuilt(tensor, copies) for tensor in tensors})
 
-    def begin(self, path: Path, write: Callable[[], None]) -> None:
+    def begin(self, path: Place, write: Callable[[], None]) -> None:
         """Write in the thread.
 
         Args:
@@ -94,22 +88,6 @@ class BackgroundWriter:
         """
         assert self._write is None, "one write at a time"
         self._write, self._path = self._threads.submit(write), path
-
-    def write_shards(self, checkpoint: dict[str, Any], folder: Path) -> None:
-        """Write this process's shard of a checkpoint; every process must call this, in its thread.
-
-        Args:
-            checkpoint: Copy of a checkpoint, as every process has it.
-            folder: Folder of the shards.
-        """
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        states = {f"optimizer_{n}": state for n, state in enumerate(checkpoint["optimizer_states"])}
-        if torch.distributed.get_rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            torch.save(rest, folder / META)
-        save({"state_dict": checkpoint["state_dict"], **states}, checkpoint_id=folder, process_group=self._group)
 
     def wait(self) -> InputError | None:
         """Wait for the write under way, if there is one, and return its error."""
@@ -125,6 +103,24 @@ class BackgroundWriter:
         """End the thread, after the write under way, and free the buffers."""
         self._threads.shutdown()
         self._stager.close()
+
+
+def refuse_own_writer(strategy: Strategy, setting: str) -> None:
+    """Refuse a strategy that writes checkpoints itself, as DeepSpeed.
+
+    Args:
+        strategy: Strategy of the trainer.
+        setting: What it is refused for.
+
+    Raises:
+        InputError: For such a strategy.
+    """
+    own = type(strategy).save_checkpoint
+    if not isinstance(strategy, ModelParallelStrategy) and own is not Strategy.save_checkpoint:
+        raise InputError(
+            f"{setting} needs a single device, ddp or fsdp2; {type(strategy).__name__} writes its checkpoints itself, "
+            "to a local folder and while training waits. Use one of these strategies, or leave the setting out."
+        )
 
 
 def refuse_async_io(strategy: Strategy) -> None:

@@ -48,12 +48,13 @@ class Run:
     every_n_train_steps: int = 2
     model: dict[str, Any] = field(default_factory=dict)
     in_background: bool = False
+    protocol: str = ""  # of the address that checkpoints are saved at
 
     def fit(self, pretrained: str, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
         """The same command, whether the run begins or goes on."""
         folder.mkdir(parents=True, exist_ok=True)
         own = [Losses(folder / "losses"), SampleLedger(str(folder)), Preempt()]
-        every, where = self.every_n_train_steps, str(folder / "checkpoints")
+        every, where = self.every_n_train_steps, f"{self.protocol}{folder / 'checkpoints'}"
         saver = SafeCheckpoint(where, every, None, in_background=self.in_background)
         trainer = Trainer(
             accelerator="cpu",
@@ -72,7 +73,7 @@ class Run:
         )
         module = SFTModule(pretrained, **{"optimizer": partial(AdamW, lr=1e-2), "warmup": 0.1, **self.model})
         data = SFTDataModule(**{"train": TRAIN, "val": ROWS[:6], "tokens_per_batch": 150, "cache": None, **self.data})
-        trainer.fit(module, data, ckpt_path=newest([folder / "checkpoints"]))
+        trainer.fit(module, data, ckpt_path=newest([where]))
         weights = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in module.state_dict().items()}
         if trainer.is_global_zero:
             torch.save(weights, folder / "weights")
@@ -92,6 +93,9 @@ RUNS = {
     "background": Run({}, {}, in_background=True, every_n_train_steps=1),
     "ddp_background": Run({}, {}, ranks=2, in_background=True, every_n_train_steps=1),
     "fsdp2_background": Run({}, {"strategy": "fsdp2"}, ranks=2, in_background=True, every_n_train_steps=1),
+    "address": Run({}, {}, protocol="local://", in_background=True),
+    "fsdp2_address": Run({}, {"strategy": "fsdp2"}, ranks=2, protocol="local://"),
+    "fsdp2_address_background": Run({}, {"strategy": "fsdp2"}, 2, 1, protocol="local://", in_background=True),
     "ddp_stream": Run({**STREAM, "num_workers": 0}, {"max_steps": 20}, ranks=2),
 }
 
