@@ -96,6 +96,7 @@ RUNS = {
     "address": Run({}, {}, protocol="local://", in_background=True),
     "fsdp2_address": Run({}, {"strategy": "fsdp2"}, ranks=2, protocol="local://"),
     "fsdp2_address_background": Run({}, {"strategy": "fsdp2"}, 2, 1, protocol="local://", in_background=True),
+    "ddp_four": Run({}, {"accumulate_grad_batches": 1}, ranks=4),  # whose sums are not those of two in another order
     "ddp_stream": Run({**STREAM, "num_workers": 0}, {"max_steps": 20}, ranks=2),
 }
 
