@@ -5,15 +5,17 @@ Nothing heavy is imported here, so that ``--version``, ``--help`` and a mistyped
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-import warnings
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from lightning_sft import __version__
 from lightning_sft.io.closest import did_you_mean
+from lightning_sft.machine.noise import quiet_others
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -28,7 +30,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "completion": ("lightning_sft.commands.completion:completion", "Print a completion script for bash."),
     },
     "Train and evaluate": {
-        "fit": ("lightning_sft.commands.fit:run", "Fine-tune a model."),
+        "fit": ("lightning_sft.commands.fit:run", "Fine-tune a model; with --dry_run, plan it."),
         "validate": ("lightning_sft.commands.fit:run", "Compute metrics on the validation data."),
         "test": ("lightning_sft.commands.fit:run", "Compute metrics on the test data."),
         "predict": ("lightning_sft.commands.fit:run", "Generate answers to the prompts of a data set."),
@@ -42,17 +44,15 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Use a trained model": {
         "chat": ("lightning_sft.commands.chat:chat", "Chat with a model or a checkpoint."),
         "export": ("lightning_sft.export.convert:export_checkpoint", "Export a checkpoint as a Hugging Face folder."),
-        "report": ("lightning_sft.commands.report.page:write_report", "Write an HTML report of a run."),
+        "report": ("lightning_sft.commands.report.page:report", "Write an HTML report of a run, or compare runs."),
     },
 }
 """Under each heading of ``--help``, the verbs: what to import and call, and a line about it."""
 
-VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
+DRY_RUN = "--dry_run"
+"""Option of ``fit``, which runs ``plan`` on its arguments."""
 
-_NOISE = (  # of other packages, about which users can do nothing
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own, of torch 2.13
-    "Precision bf16-mixed is not supported by the model summary",  # which counts bytes; plan does it
-)
+VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
 
 
 def __getattr__(name: str) -> Any:
@@ -93,6 +93,8 @@ def main(args: ArgsType = None) -> Any:
             f"lightning-sft: There is no verb {verb!r}.{did_you_mean([verb], VERBS)} All verbs: lightning-sft --help"
         )
     _check_configs(given)
+    if verb == "fit" and DRY_RUN in given:
+        verb, given = "plan", ["plan", *(argument for argument in given[1:] if argument != DRY_RUN)]
     return _run(verb, given)
 
 
@@ -107,8 +109,16 @@ def _run(verb: str, given: list[str]) -> Any:
         return found(main, [name for name in VERBS if name != verb], given[1:])
     if isinstance(found, type):
         return _imported("lightning_sft.commands.fit:run_config_verb")(found, given)
+    if verb == "report":
+        given = [verb, *_as_list(given[1:])]
     parser = {"parser_class": _imported("lightning_sft.io.errors:VerbParser"), "prog": f"lightning-sft {verb}"}
     return _imported("jsonargparse:auto_cli")(found, args=given[1:], as_positional=verb == "report", **parser)
+
+
+def _as_list(arguments: list[str]) -> list[str]:
+    """The arguments before the first option as one list in JSON: jsonargparse takes one value for each name."""
+    values = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    return [json.dumps(values), *arguments[len(values) :]] if values else arguments
 
 
 def _from_shell() -> Any:
@@ -139,7 +149,7 @@ def _help() -> str:
     options = {
         "--help": ("", "Show this page; after a verb, its options."),
         "--version": ("", "Print the version."),
-        "--debug": ("", "Show the traceback of an error."),
+        "--debug": ("", "Show tracebacks, and messages of other packages."),
     }
     lines = [
         "usage: lightning-sft VERB [options]",
@@ -151,31 +161,14 @@ def _help() -> str:
     return "\n".join([*lines, "", "Help on a verb: lightning-sft VERB --help"])
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning, whose text may name files of others, without what would control the terminal."""
-    from lightning_sft.machine.terminal import printable
-
-    (file or sys.stderr).write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
-
-
 def console() -> None:
     """``main`` for the shell: errors are one message, not a traceback, which ``--debug`` shows.
 
     Classes of the current folder can be named, as with ``python -m``, unless Python runs with ``-P``.
     """
-    for message in _NOISE:
-        warnings.filterwarnings("ignore", message)
-    if sys.stderr.isatty():
-        warnings.showwarning = _show_warning
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    quiet_others(debug)
     if not sys.flags.safe_path and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed package
     try:

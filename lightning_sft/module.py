@@ -64,7 +64,14 @@ from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
 from lightning_sft.training.schedules import Schedule, learning_rate_factor
 from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
-from lightning_sft.training.trainer import autocast_dtype, divisors, is_between_steps, root_device, total_steps
+from lightning_sft.training.trainer import (
+    announce,
+    autocast_dtype,
+    divisors,
+    is_between_steps,
+    root_device,
+    total_steps,
+)
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 
 
@@ -182,6 +189,7 @@ class SFTModule(EvaluatedModule):
         backbone, head = backbone_and_head(model)
         with gathered(model.parameters()), in_default_dtype(model):
             self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
+            announce(trainer, f"Attention {self.attention}.")
             routers = None if context else read_routers(model, self.router_loss)  # a rank has some of the tokens
             expect_unused(strategy, backbone, head)
         checkpoint_layers(model, self.gradient_checkpointing, device.type)
@@ -266,7 +274,7 @@ class SFTModule(EvaluatedModule):
         optimizer = make_optimizer(self.optimizer, named, self.learning_rate)
         check_strategy(optimizer, self.trainer.strategy)
         if type(optimizer) is not AdamW:
-            rank_zero_info(f"Optimizer: {described(optimizer)}.")
+            announce(self.trainer, f"Optimizer: {described(optimizer)}.")
         # Lightning refuses to clip where a fused optimizer would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed frees them itself

@@ -9,6 +9,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from hypothesis import settings
 from lightning.pytorch import Trainer
 
 from lightning_sft.demos import tiny_pretrained
@@ -18,6 +19,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, where it is in
 os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that tests start
 huggingface_hub.constants.HF_HUB_OFFLINE = True  # nor do tests ask the hub: without a network it is tried for a minute
 logging.getLogger("lightning.pytorch").propagate = True  # to caplog; where pytest begins to log later, it is not
+settings.register_profile("untimed", deadline=None)  # other work of the machine is no failure
+settings.load_profile("untimed")
 second_device.register()  # before the first backward pass of the process, which counts the devices that there are
 
 

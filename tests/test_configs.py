@@ -20,7 +20,7 @@ from tests.helpers.processes import ROOT, run
 
 ALL = {path.stem: path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "models"}
 PARALLEL = ["context_parallel", "ddp", "deepspeed", "fsdp2", "tensor_parallel"]
-PROVED = ("ddp", "fsdp2")  # that these strategies train is seen by test_strategies too
+PROVED = ("ddp", "deepspeed", "fsdp2", "tensor_parallel")  # that these strategies train is seen by test_strategies too
 TWO_NODES = "fit"  # is run by test_two_nodes
 ON_CPU = {"trainer.precision": "32-true", "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
 
@@ -70,7 +70,6 @@ def test_it_fits_on_two_processes(name: str, tmp_path: Path) -> None:
     write_data(ALL[name], tmp_path)
     flags = {"model.pretrained": tiny_pretrained(tmp_path / "model", num_key_value_heads=2), "trainer.devices": "2"}
     flags |= {"data.tokens_per_batch": "48", "trainer.logger": "CSVLogger", "trainer.logger.save_dir": str(tmp_path)}
-    flags |= {"trainer.log_every_n_steps": "1"}
     if name == "context_parallel":
         flags["trainer.strategy.init_args.context_parallel_size"] = "2"
     if name == "deepspeed":

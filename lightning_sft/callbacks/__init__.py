@@ -17,6 +17,7 @@ from lightning_sft.callbacks.progress import TrainingProgress
 from lightning_sft.callbacks.record import RunRecord
 from lightning_sft.callbacks.samples import SampleGenerations
 from lightning_sft.callbacks.scores import ScoreAnswers
+from lightning_sft.callbacks.summary import RunSummary
 
 __all__ = [
     "DriftMonitor",
@@ -26,6 +27,7 @@ __all__ = [
     "PredictionWriter",
     "Preempt",
     "RunRecord",
+    "RunSummary",
     "SafeCheckpoint",
     "SampleGenerations",
     "SampleLedger",

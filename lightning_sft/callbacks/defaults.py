@@ -17,6 +17,7 @@ from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import Preempt
 from lightning_sft.callbacks.progress import TrainingProgress
 from lightning_sft.callbacks.record import RunRecord
+from lightning_sft.callbacks.summary import RunSummary
 from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_files import refuse_finished
 from lightning_sft.checkpoints.writing import folders_of, newest
@@ -25,7 +26,7 @@ from lightning_sft.types import InputError
 
 
 def default_callbacks(trainer: Mapping[str, Any], resumes: bool, is_fit: bool = True) -> list[Callback]:
-    """Default callbacks that the user has not given: memory, checkpoints, preemption, ledger, record, progress bar.
+    """Default callbacks that the user has not given: memory, summary, progress, checkpoints, ….
 
     Verbs other than ``fit`` get only checkpointing and progress: Lightning warns if a checkpoint's callbacks are
     missing.
@@ -41,6 +42,12 @@ def default_callbacks(trainer: Mapping[str, Any], resumes: bool, is_fit: bool = 
     added: list[Callback] = []
     if is_fit and not any(isinstance(callback, KeepMemory) for callback in given):
         added.append(KeepMemory())
+    is_shown = not trainer.get("barebones")
+    if is_shown and is_fit and trainer.get("enable_model_summary") is not False:
+        added.append(RunSummary())
+    has_bar = any(isinstance(callback, ProgressBar) for callback in given)
+    if is_shown and trainer.get("enable_progress_bar") is not False and not has_bar:
+        added.append(TrainingProgress())
     if trainer.get("fast_dev_run") or trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
         return added
     if is_address(trainer.get("default_root_dir")):
@@ -54,8 +61,6 @@ def default_callbacks(trainer: Mapping[str, Any], resumes: bool, is_fit: bool = 
     for kind in (SampleLedger, RunRecord):
         if is_fit and not any(isinstance(callback, kind) for callback in given):
             added.append(kind(str(root) if resumes else None))
-    if trainer.get("enable_progress_bar") is not False and not any(isinstance(own, ProgressBar) for own in given):
-        added.append(TrainingProgress())
     if not any(map(_saves_whole, given)):
         added.append(SafeCheckpoint(str(root / "checkpoints") if resumes else None))
     return added

@@ -6,6 +6,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
 from lightning_sft.io.address import place
+from lightning_sft.io.disk import short_path
 from lightning_sft.training.trainer import callbacks_of
 
 
@@ -43,8 +44,9 @@ def ending(trainer: Trainer, resumed_at: int = 0) -> str:
     for saver in savers:
         if saver.monitor and saver.best_model_path:
             score = "" if saver.best_model_score is None else f" ({float(saver.best_model_score):.6g})"
-            lines.append(f"Best by {saver.monitor}{score}: {saver.best_model_path}")
+            lines.append(f"Best by {saver.monitor}{score}: {short_path(saver.best_model_path)}")
     if last:
+        last = short_path(last)
         lines.append(f"Last checkpoint: {last}")
         lines.append(f"Talk to it: lightning-sft chat --model {last}")
         lines.append(f"Export it: lightning-sft export --ckpt {last} --out FOLDER")

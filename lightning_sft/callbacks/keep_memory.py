@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.io.arguments import check_arguments
 from lightning_sft.machine.allocators import keep_freed_memory
+from lightning_sft.training.trainer import announce
 
 
 class KeepMemory(Callback):
@@ -21,12 +21,14 @@ class KeepMemory(Callback):
 
     def __init__(self, enabled: bool = True) -> None:
         check_arguments(KeepMemory, locals())
-        self.enabled = enabled
+        self.enabled, self.keeps = enabled, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Configure the allocator before the model is loaded."""
         on_cpu = trainer.strategy.root_device.type == "cpu"
         if self.enabled and stage == "fit" and on_cpu and keep_freed_memory():
-            rank_zero_info(
-                "Freed memory is retained for the next step (callback KeepMemory; enabled: false turns this off)."
+            self.keeps = True
+            announce(
+                trainer,
+                "Freed memory is retained for the next step (callback KeepMemory; enabled: false turns this off).",
             )

@@ -25,7 +25,13 @@ from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.data.inspect.summary import counts, histogram, targets_in_words
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.io.disk import append, write
-from lightning_sft.training.trainer import callbacks_of, datamodule_of, first_rank_does, is_between_steps
+from lightning_sft.training.trainer import (
+    callbacks_of,
+    datamodule_of,
+    first_rank_does,
+    is_between_steps,
+    logged_in_training,
+)
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -111,7 +117,8 @@ class RunRecord(Callback):
     ) -> None:
         """Record the metrics of a finished step."""
         if trainer.is_global_zero and is_between_steps(trainer) and trainer.global_step % self.every_n_steps == 0:
-            self._note(trainer, lambda name: name == "lr" or name.startswith("train/"))
+            logged = logged_in_training(trainer)  # the user's own, too
+            self._note(trainer, lambda name: name == "lr" or name.startswith("train/") or name in logged)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metrics of a validation, also of a complete sanity check (``num_sanity_val_steps=-1``)."""

@@ -141,7 +141,7 @@ def _for_classes(own: Mapping[str, str]) -> dict[str, Any]:
         "subclass_mode_model": "model" in own,
         "subclass_mode_data": "data" in own,
         "seed_everything_default": 0,
-        "trainer_defaults": {"max_epochs": 1},
+        "trainer_defaults": {"max_epochs": 1, "log_every_n_steps": 1},
         "auto_configure_optimizers": False,
         "parser_class": ConfigParser,
     }

@@ -37,6 +37,7 @@ def model_card(
     """
     base = str(hyper_parameters.get("pretrained", "unknown"))
     sections = {
+        "Use": _use(name, hyper_parameters.get("hf_config") or {}, facts.get("template", {})),
         "Objective": _objective(str(hyper_parameters.get("normalize", "token")), hyper_parameters.get("router_loss")),
         "Data": _data(facts.get("data", {})),
         f"Metrics at step {facts.get('step', '?')}": _table(facts.get("metrics", {})),
@@ -64,6 +65,24 @@ def _front_matter(base: str, facts: Mapping[str, Any]) -> dict[str, Any]:
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base) and not Path(base).exists():
         matter["base_model"] = base
     return matter | ({"datasets": of_hub} if of_hub else {})
+
+
+def _use(name: str, config: Mapping[str, Any], template: Mapping[str, Any]) -> str:
+    """Code that asks the model a question, in the context that it was trained on."""
+    [architecture, *_] = config.get("architectures") or ["AutoModelForCausalLM"]
+    settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    settings |= {key: value for key, value in template.get("variables", {}).items() if key != "today"}
+    given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    return f"""```python
+from transformers import AutoTokenizer, {architecture}
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {architecture}.from_pretrained("{name}")
+messages = [{{"role": "user", "content": "Hello!"}}]
+prompt = tokenizer.apply_chat_template(messages, {given})
+answer = model.generate(**prompt, max_new_tokens=256)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+```"""
 
 
 def _sources(split: Mapping[str, Any]) -> list[str]:

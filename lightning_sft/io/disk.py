@@ -7,7 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -18,6 +18,17 @@ PARTIAL = ".partial"
 """Suffix of the names of incomplete files."""
 
 _ON_WINDOWS = os.name == "nt"
+
+
+def short_path(path: str | Path) -> str:
+    """A path as seen from the current folder, where that is within it.
+
+    >>> short_path(Path.cwd() / "runs" / "a.ckpt"), short_path("/elsewhere/a.ckpt")
+    ('runs/a.ckpt', '/elsewhere/a.ckpt')
+    """
+    with suppress(ValueError):
+        return Path(path).relative_to(Path.cwd()).as_posix()
+    return str(path)
 
 
 def sync(paths: Iterable[Path]) -> None:

@@ -32,12 +32,15 @@ def _shown(character: str) -> str:
 class Console(rich.Console):
     r"""A rich console that prints only :func:`printable` text, and does not interpret markup.
 
+    With ``soft_wrap``, lines are whole where the output is a file or a pipe; a terminal breaks them between words.
+
     >>> Console(highlight=False).print("a.jsonl:1 \x1b[2J [/red]")
     a.jsonl:1 <U+001B>[2J [/red]
     """
 
     def __init__(self, *, markup: bool = False, **settings: Any) -> None:
         super().__init__(markup=markup, **settings)
+        self.soft_wrap = self.soft_wrap and not self.is_terminal
 
     def render_str(self, text: str, **settings: Any) -> Text:
         """Render a string, escaped before lines are wrapped: escapes take up space."""

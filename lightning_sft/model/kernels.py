@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,7 +23,7 @@ from lightning_sft.machine.contexts import evaluating
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.model.parallel.sharding import layers
 from lightning_sft.model.probes import is_close
-from lightning_sft.training.trainer import total_steps
+from lightning_sft.training.trainer import announce, total_steps
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class Kernels:
                 stacklevel=2,
             )
         if module.device.type != "cpu" or self.name != "none":
-            rank_zero_info(f"Kernels {self.name}: {self.why}.")
+            announce(module.trainer, f"Kernels {self.name}: {self.why}.")
 
     def _candidates(self, module: SFTModule) -> list[tuple[str, str]]:
         """Candidates in the order they are tried, each with its reason; the last is always available."""

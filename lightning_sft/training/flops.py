@@ -170,8 +170,13 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield name, parameter
 
 
+def num_weights(parameter: nn.Parameter) -> int:
+    """Number of weights of a parameter: of the whole matrix, where it is sharded or packed."""
+    return math.prod(_shape(parameter))
+
+
 def _cost(parameter: nn.Parameter) -> int:
-    return math.prod(_shape(parameter)) * (6 if parameter.requires_grad else 4)
+    return num_weights(parameter) * (6 if parameter.requires_grad else 4)
 
 
 def _shape(parameter: Any) -> tuple[int, ...]:

@@ -116,8 +116,9 @@ def described(optimizer: Optimizer) -> str:
     >>> described(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.5))
     'SGD with a learning rate of 0.5'
     """
-    rates = [(type(part).__name__, part.param_groups[0]["lr"]) for part in parts_of(optimizer)]
-    return ", ".join(f"{name} with a learning rate of {float(rate):g}" for name, rate in rates)
+    groups = {type(part).__name__: part.param_groups[0] for part in parts_of(optimizer)}
+    rates = {name: float(group.get("initial_lr", group["lr"])) for name, group in groups.items()}
+    return ", ".join(f"{name} with a learning rate of {rate:g}" for name, rate in rates.items())
 
 
 class Chained(Optimizer):

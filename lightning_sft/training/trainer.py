@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.data.batches.plan import Division
 from lightning_sft.types import InputError
@@ -23,10 +24,22 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
+def announce(trainer: Trainer | None, fact: str) -> None:
+    """Log a fact about a fit, unless a callback shows it together with the others."""
+    if trainer is None or not any(getattr(callback, "shows_facts", False) for callback in callbacks_of(trainer)):
+        rank_zero_info(fact)
+
+
 def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
     """The trainer's data module, which may be a user's own; Lightning declares no type for the attribute."""
     datamodule: LightningDataModule | None = cast(Any, trainer).datamodule
     return datamodule
+
+
+def logged_in_training(trainer: Trainer) -> set[str]:
+    """Names of the metrics that the training step and its hooks log; the others are those of an earlier validation."""
+    results = cast(Any, trainer)._results
+    return set() if results is None else set(results.metrics(on_step=True)["callback"])
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:

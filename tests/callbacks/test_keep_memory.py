@@ -21,7 +21,7 @@ import resource, sys
 from types import SimpleNamespace
 import torch
 from lightning_sft.callbacks import KeepMemory
-trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")))
+trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), callbacks=[])
 KeepMemory(enabled=sys.argv[1] == "True").setup(trainer, None, "fit")
 for step in range(20):
     if step == 15:  # the heap has grown to what it needs
@@ -48,7 +48,7 @@ def test_pages_are_not_taken_from_the_system_again_and_again() -> None:
 
 
 def trainer(device: str) -> Any:
-    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))
+    return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), callbacks=[])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,6 +68,21 @@ def test_a_card_has_data_figures_settings_and_the_objective() -> None:
     assert "secret" not in card
     [settings] = [block for block in card.split("```") if block.startswith("yaml\n")]
     assert yaml.safe_load(settings.removeprefix("yaml\n"))["optimizer"]["lr"] == 1e-5
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_code_of_a_card_runs(
+    knows: bool, pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(pretrained, tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    config = {"hf_config": {"architectures": ["LlamaForCausalLM"]}} if knows else {}
+    card = model_card("mine", config, {"template": {"variables": {"enable_thinking": False, "today": "2026-01-31"}}})
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert "enable_thinking=False" in code
+    assert ("LlamaForCausalLM" in code) is knows
+    exec(code.replace("max_new_tokens=256", "max_new_tokens=3"), {})
+    assert capsys.readouterr().out.endswith("\n")
 
 
 def test_of_a_stream_no_counts_are_claimed() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lightning_sft import main as entry
 from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.machine.terminal import Console, printable
 from lightning_sft.main import main
@@ -112,14 +109,4 @@ def test_a_key_of_a_config_reaches_no_terminal(
     with pytest.raises(SystemExit):
         main(["fit", "--model.pretrained", pretrained, "--config", str(tmp_path / "a.yaml")])
     assert SHOWN.partition("<U+000D>")[0] in (printed := capfd.readouterr().err)
-    assert not has_control(printed.replace("\n", ""))
-
-
-def test_a_warning_reaches_no_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(entry, "_from_shell", lambda: warnings.warn(f"Skipping {EVIL}: it is damaged", stacklevel=1))
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with warnings.catch_warnings():  # what the command line sets, pytest would keep
-        warnings.simplefilter("always")
-        entry.console()
-    assert SHOWN.partition("<U+000D>")[0] in (printed := capsys.readouterr().err)
     assert not has_control(printed.replace("\n", ""))

@@ -106,6 +106,7 @@ def test_8_bit_states_of_bitsandbytes_resume_bit_for_bit(quiet_trainer: Make, wi
     assert any(state["state1"].dtype == torch.uint8 for state in whole.optimizers[0].state.values())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_quantized_states_is_read_where_their_package_was_not_imported(
     quiet_trainer: Make, wide: str, optim: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,11 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sft.commands.report.charts import Series, bar_chart, line_chart, short
+from lightning_sft.commands.report.compare import comparison, names_of
+from lightning_sft.commands.report.parts import card, pairs, pre, section, table
 from lightning_sft.commands.report.run import Run
 from lightning_sft.io.disk import write
 
 _TEMPLATE, _STYLE = Path(__file__).with_name("report.html"), Path(__file__).parents[1] / "page.css"
 _ANSWERED = 24  # rows of samples on the page
+
+
+def report(runs: list[str], out: str | None = None) -> Path:
+    """Write the report of a run as one HTML page, or a comparison of several runs.
+
+    Args:
+        runs: Folders of runs: ``trainer.default_root_dir``, or the logger's folder. Two to eight are compared.
+        out: Path of the HTML file; by default ``report.html`` in the folder of the run, or ``comparison.html`` here.
+    """
+    return write_report(runs[0], out) if len(runs) == 1 else write_comparison(runs, out)
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
@@ -33,23 +45,45 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     found = Run.read(run)
     title = f"Fine-tuning of {Path(str(found.record['pretrained'])).name}"
     parts = [_head(found, title), _charts(found), _drift(found), _samples(found.samples), _data(found.record["data"])]
+    parts += [_settings(found.record), _reproduce(found.record)]
+    return _write(title, parts, Path(out) if out else found.folder / "report.html")
+
+
+def write_comparison(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write a comparison of runs: their results, the settings that differ, and their curves over each other.
+
+    Args:
+        runs: Folders of two to eight runs.
+        out: Path of the HTML file; by default ``comparison.html`` in the current folder.
+
+    Returns:
+        Path of the HTML file.
+
+    Raises:
+        InputError: When there is no run in a folder, its record is damaged, or a run is given twice.
+    """
+    found = [Run.read(run) for run in runs]
+    title = f"{len(found)} runs: {', '.join(names_of(found))}"
+    return _write(title, [f"<h1>{escape(title)}</h1>", *comparison(found)], Path(out or "comparison.html"))
+
+
+def _write(title: str, parts: Sequence[str], path: Path) -> Path:
     page = _TEMPLATE.read_text(encoding="utf-8").replace("{{ style }}", _STYLE.read_text(encoding="utf-8"))
-    body = "\n".join([*parts, _settings(found.record), _reproduce(found.record)])
-    path = Path(out) if out else found.folder / "report.html"
-    write(path, page.replace("{{ title }}", escape(title)).replace("{{ body }}", body))
+    write(path, page.replace("{{ title }}", escape(title)).replace("{{ body }}", "\n".join(parts)))
     return path
 
 
 def _head(run: Run, title: str) -> str:
-    record, last = run.record, run.metrics.get("train/loss", [(0, 0.0)])[-1][0]
+    record = run.record
     trained = f"{short(record['trained'])} of {short(record['parameters'])} parameters trained"
     started = f"{record['starts'][0]['time'].replace('T', ' ').split('+')[0]} UTC"
     more = len(record["starts"]) - 1
     times = "" if more == 0 else ", resumed once" if more == 1 else f", resumed {more} times"
-    about = f"{last:,.0f} optimizer steps in {timedelta(seconds=round(run.seconds))}, started {started}{times}"
+    about = f"{run.num_steps:,} optimizer steps in {timedelta(seconds=round(run.seconds))}, started {started}{times}"
     cards = "".join(_cards(run))
     return (
-        f'<h1>{escape(title)}</h1><p>{escape(about)}</p><p class="dim">{escape(trained)} on '
+        f"<h1>{escape(title)}</h1><p>{escape(about)}. Ended: {escape(run.ended)}.</p>"
+        f'<p class="dim">{escape(trained)} on '
         f'{escape(record["starts"][-1]["device"])}</p><section class="grid" id="cards">{cards}</section>'
     )
 
@@ -97,8 +131,19 @@ def _charts(run: Run) -> str:
         line_chart("Loss by data set", of_parts) if of_parts else "",
         line_chart("Validation loss by place in the answer", by_position, "number of the token in its answer"),
         line_chart("Validation loss by turn", by_turn, "number of the answer in its conversation"),
+        *(line_chart(name, curves) for name, curves in _own_curves(run).items()),
     ]
-    return _section("Training", "charts", charts)
+    return section("Training", "charts", charts)
+
+
+def _own_curves(run: Run) -> dict[str, dict[str, Series]]:
+    """Metrics of the user's own by title; those of training and validation with the same name are drawn together."""
+    curves: dict[str, dict[str, Series]] = {}
+    for name in run.own_metrics:
+        kind, _, rest = name.partition("/")
+        known = {"train": "training", "val": "validation"}.get(kind)
+        curves.setdefault(rest if known else name, {})[known or name] = run.metrics[name]
+    return curves
 
 
 def _drift(run: Run) -> str:
@@ -114,7 +159,7 @@ def _drift(run: Run) -> str:
         line_chart("KL to the pretrained model", kl, "nats per target, on held-out answers", from_zero=True),
         bar_chart("Distance by layer, at the end", last, "‖θ − θ̂‖ / ‖θ̂‖"),
     ]
-    return _section("Drift", "charts", charts)
+    return section("Drift", "charts", charts)
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -130,12 +175,12 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
             columns.append((f"After, step {last['step']:,}", last["prediction"], "after"))
         if last["reference"] is not None:
             columns.append(("Reference", last["reference"], ""))
-        cells = "".join(f'<div class="{kind}"><h3>{name}</h3>{_pre(text)}</div>' for name, text, kind in columns)
-        between = "".join(f"<h3>Step {row['step']:,}</h3>{_pre(row['prediction'])}" for row in own[1:-1])
+        cells = "".join(f'<div class="{kind}"><h3>{name}</h3>{pre(text)}</div>' for name, text, kind in columns)
+        between = "".join(f"<h3>Step {row['step']:,}</h3>{pre(row['prediction'])}" for row in own[1:-1])
         more = f"<details><summary>{len(own) - 2} between</summary>{between}</details>" if between else ""
-        head = f'<div class="prompt"><h3>{escape(source)}</h3>{_pre(prompt)}</div>'
+        head = f'<div class="prompt"><h3>{escape(source)}</h3>{pre(prompt)}</div>'
         cards.append(f'<article class="card"><div class="sample">{head}{cells}</div>{more}</article>')
-    return _section("Samples", "samples", cards)
+    return section("Samples", "samples", cards)
 
 
 def _data(data: Mapping[str, Any] | None) -> str:
@@ -144,68 +189,55 @@ def _data(data: Mapping[str, Any] | None) -> str:
     splits: Mapping[str, Mapping[str, str]] = data["splits"]
     first = next(iter(splits.values()))
     rows = [[name, *(of[name] for of in splits.values())] for name in first]
-    cards = [_card("Data", _table([["", *splits], *rows]))]
+    cards = [card("Data", table([["", *splits], *rows]))]
     if "histogram" in data:
         bars = [(f"{low}–{high} tokens", float(count)) for low, high, count in data["histogram"]]
         ends = (f"{data['histogram'][0][0]:,}", f"{data['histogram'][-1][1]:,} tokens")
         cards.append(bar_chart("Lengths of sequences in train", bars, data["targets"], axis=ends))
     if data.get("mixture"):
-        cards.append(_card("Mixture", _table(data["mixture"]), "wide"))
+        cards.append(card("Mixture", table(data["mixture"]), "wide"))
     notes = [data[key] for key in ("epoch",) if data.get(key)] + list(data["remarks"])
     if notes:
-        cards.append(_card("Remarks", "".join(f"<p>{escape(note)}</p>" for note in notes), "wide"))
-    return _section("Data", "charts", cards)
+        cards.append(card("Remarks", "".join(f"<p>{escape(note)}</p>" for note in notes), "wide"))
+    return section("Data", "charts", cards)
 
 
 def _settings(record: Mapping[str, Any]) -> str:
     facts = record["facts"]
     groups = {"Optimizer": facts["optimizer"], "Trainer": facts["trainer"], "Data module": facts["data_module"]}
-    cards = [_card(name, _pairs(group)) for name, group in groups.items() if group]
+    cards = [card(name, pairs(group)) for name, group in groups.items() if group]
     if record["config"]:
-        shown = f"<details><summary>config.yaml, every key</summary>{_pre(record['config'])}</details>"
-        cards.append(_card("Configuration", shown, "wide"))
-    return _section("Settings", "charts", cards)
+        shown = f"<details><summary>config.yaml, every key</summary>{pre(record['config'])}</details>"
+        cards.append(card("Configuration", shown, "wide"))
+    return section("Settings", "charts", cards)
 
 
 def _reproduce(record: Mapping[str, Any]) -> str:
     versions = record["facts"]["versions"]
-    pins = " ".join(f"{name}=={version}" for name, version in versions.items() if name != "lightning-sft")
-    commands = "\n".join(
-        f"# from step {s['step']:,}, {s['time']}\n{shlex.join(s['command'])}" for s in record["starts"]
-    )
+    pins = " ".join(f"{name}=={version.partition('+')[0]}" for name, version in versions.items())
+    commands = "\n".join(f"# from step {s['step']:,}, {s['time']}\n{_command(s['command'])}" for s in record["starts"])
     again = "lightning-sft fit --config config.yaml" if record["config"] else "the command above"
     text = f"pip install {pins}\n\n{commands}"
     note = (
         f"To repeat the run: {again}, with the same data, seeds and number of devices. The samples of each step are in "
         "samples.jsonl; lightning-sft replay recomputes a step."
     )
-    card = _card("Commands", f'{_pre(text)}<p class="dim">{escape(note)}</p>', "wide")
-    return _section("How to reproduce", "charts", [card, _card("Versions", _pairs(versions))])
+    commands = card("Commands", f'{pre(text)}<p class="dim">{escape(note)}</p>', "wide")
+    return section("How to reproduce", "charts", [commands, card("Versions", pairs(versions))])
 
 
-def _section(title: str, kind: str, cards: Sequence[str]) -> str:
-    inner = "".join(cards)
-    name = "samples" if kind == "samples" else "grid charts"
-    return f'<h2 class="part">{escape(title)}</h2><section class="{name}">{inner}</section>' if inner else ""
+def _command(arguments: Sequence[str]) -> str:
+    """A command as it is typed, whatever folder the program was in.
 
-
-def _card(title: str, inner: str, kind: str = "") -> str:
-    return f'<section class="card {kind}"><h2>{escape(title)}</h2>{inner}</section>'
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in rows[0])
-    lines = (f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows[1:])
-    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    lines = (f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in values.items())
-    return f'<table class="facts">{"".join(lines)}</table>'
-
-
-def _pre(text: str) -> str:
-    return f'<pre tabindex="0">{escape(text.strip())}</pre>'
+    >>> [_command([name, "fit"]) for name in ("/env/bin/lightning-sft", "/lib/lightning_sft/__main__.py", "train.py")]
+    ['lightning-sft fit', 'python -m lightning_sft fit', 'python train.py fit']
+    """
+    program = Path(arguments[0])
+    if program.name == "__main__.py":
+        start = ["python", "-m", program.parent.name]
+    else:
+        start = ["python", arguments[0]] if program.suffix == ".py" else [program.name]
+    return shlex.join([*start, *arguments[1:]])
 
 
 def _figure(value: float, unit: str) -> str:

@@ -11,6 +11,13 @@ from lightning_sft.checkpoints.run_files import METRICS_FILE, RECORD_FILE, lines
 from lightning_sft.io.disk import rows_of
 from lightning_sft.types import InputError
 
+_OF_STEPS = ("loss", "token_accuracy", "entropy", "perplexity", "bits_per_byte")
+_OF_TRAINING = (
+    *("gradient_norm", "tokens_per_second", "targets_per_second", "tokens_seen", "targets_seen", "peak_memory_gib"),
+    *("mfu", "share_of_peak", "packing_efficiency", "fill", "expert_imbalance", "unused_experts", "router_loss"),
+)
+_OURS = ("lr", "drift/", *(f"{kind}/{name}" for kind in ("train", "val") for name in (*_OF_STEPS, *_OF_TRAINING)))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -61,6 +68,22 @@ class Run:
         samples = [row for file in sorted((folder / SAMPLES_FOLDER).glob("step=*.jsonl")) for row, _ in rows_of(file)]
         curves = {name: sorted(points.items()) for name, points in metrics.items()}
         return cls(folder, record, curves, _seconds(lines), samples)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of optimizer steps."""
+        return round(max((step for points in self.metrics.values() for step, _ in points), default=0))
+
+    @property
+    def ended(self) -> str:
+        """Why the last start of the run ended, as far as the record says."""
+        end = self.record["starts"][-1].get("end")
+        return "not yet, or it was killed" if end is None else str(end["reason"])
+
+    @property
+    def own_metrics(self) -> list[str]:
+        """Names of the metrics that are not ours."""
+        return [name for name in self.metrics if not name.startswith(_OURS)]
 
     def last(self, name: str) -> float | None:
         """The last value of a metric, or ``None``."""

@@ -7,11 +7,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -100,7 +99,8 @@ def probed(
             _use_kernels(backbone, cast(nn.Embedding, model.get_input_embeddings()).weight)
         chosen, findings = _chosen(model, backbone, head, asked, device)
     if names and findings.isolates_documents:
-        rank_zero_info(f"Recurrent layers keep packed documents apart: {recurrence.described(backbone)}.")
+        why = f"{chosen.why}; recurrent layers keep packed documents apart: {recurrence.described(backbone)}"
+        chosen = replace(chosen, why=why)
     return chosen, findings
 
 
@@ -112,17 +112,13 @@ def _chosen(
     stock = model.get_correct_attn_implementation(None)
     why, findings = _try_ours(model, backbone, head, stock)
     if findings is not None:
-        chosen = Attention(NAMES[stock], _how(stock, device))
-        rank_zero_info(f"Attention {chosen}.")
-        return chosen, findings
+        return Attention(NAMES[stock], _how(stock, device)), findings
     if asked is not None:
         raise InputError(
             f"model.attn_implementation={asked} is not available for {type(model).__name__}: {why}. Leave it out."
         )
     model.set_attn_implementation(stock)
-    chosen = Attention(stock, f"not {NAMES[stock]}, because {why}")
-    rank_zero_info(f"Attention {chosen}.")
-    return chosen, probe(model, backbone, head)
+    return Attention(stock, f"not {NAMES[stock]}, because {why}"), probe(model, backbone, head)
 
 
 def _is_flash(asked: str | None) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
 
 from lightning_sft.callbacks import DriftMonitor, SampleGenerations
 from lightning_sft.commands.report.page import write_report
@@ -19,12 +22,19 @@ from tests.callbacks.test_record import fit
 EVIL = "</pre></script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 
 
-@pytest.fixture
-def run(pretrained: str, quiet_trainer: Any, tmp_path: Path) -> Path:
-    """A run with everything that a report can have, and an attacker among its texts."""
+@pytest.fixture(scope="module")
+def made(pretrained: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "run"
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     more = [DriftMonitor(2), SampleGenerations([EVIL, "Why?"], 4, console=False)]
-    fit(quiet_trainer, pretrained, tmp_path / "run", max_epochs=12, num_sanity_val_steps=-1, more=more)
-    return tmp_path / "run"
+    fit(partial(Trainer, **quiet), pretrained, folder, max_epochs=6, num_sanity_val_steps=-1, more=more)
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A run with everything that a report can have, and an attacker among its texts."""
+    return shutil.copytree(made, tmp_path / "run")
 
 
 def test_the_report_has_all_parts_loads_nothing_and_texts_are_never_markup(run: Path) -> None:

@@ -270,7 +270,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.dictionaries(st.text(), JSON, max_size=3), min_size=1, max_size=4), st.sampled_from([None, 2]))
 def test_any_json_comes_back_as_it_was(tmp_path_factory: pytest.TempPathFactory, rows: Any, indent: int | None) -> None:
     folder = tmp_path_factory.mktemp("json")

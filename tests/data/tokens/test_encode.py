@@ -67,7 +67,7 @@ def assert_parity(conv: Conversation, examples: list[Example], tokenizer: Any) -
     assert trained == wanted
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.text(min_size=1).filter(lambda t: t.strip() and "<|" not in t), min_size=2, max_size=6))
 def test_parity_holds_for_any_text(texts: list[str]) -> None:
     tokenizer = tiny_tokenizer()

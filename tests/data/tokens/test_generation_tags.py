@@ -57,7 +57,7 @@ AGREE = [
 ]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(AGREE),
     st.lists(st.text(min_size=1).filter(lambda t: t.strip() and "<|" not in t), min_size=2, max_size=6),

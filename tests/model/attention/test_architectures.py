@@ -76,7 +76,7 @@ def furthest(got: tuple[Tensor, list[Tensor]], wanted: tuple[Tensor, list[Tensor
 
 
 @pytest.mark.parametrize(("name", "stock"), [(n, s) for n in ARCHITECTURES for s in NAMES if (n, s) != NO_SDPA])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(lengths=Lengths)
 def test_states_and_gradients_are_those_of_each_document_alone(name: str, stock: str, lengths: list[int]) -> None:
     packed = computed(model_of(name, NAMES[stock]), [examples(lengths)])

@@ -30,7 +30,7 @@ def positions_of(lengths: list[int]) -> torch.Tensor:
     return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LENGTHS, WINDOW, st.integers(1, 8))
 def test_pieces_and_their_masks_are_the_whole_mask(lengths: list[int], window: int | None, least: int) -> None:
     before, source._LEAST_QUERIES = source._LEAST_QUERIES, least
@@ -51,7 +51,7 @@ def test_pieces_and_their_masks_are_the_whole_mask(lengths: list[int], window: i
     assert torch.equal(seen, dense(lengths, window))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(LENGTHS, st.none() | st.integers(2, 40), st.booleans())  # under a window of 1 each token is its own document
 def test_documents_are_found_whether_the_mask_knows_them_or_not(
     lengths: list[int], window: int | None, knows: bool

@@ -65,7 +65,7 @@ def positions_of(lengths: list[int]) -> Tensor:
     return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=5),
     st.sampled_from([(2, 1), (4, 2), (3, 3)]),

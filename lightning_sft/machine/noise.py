@@ -1,0 +1,64 @@
+"""Silences messages of other packages about which a user of the command line can do nothing; ``--debug`` keeps them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+from functools import partial
+
+_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use, deprecated by torch 2.13
+    "Precision bf16-mixed is not supported by the model summary",  # which counts bytes; plan does it
+    "The `srun` command is available",  # a remark for whoever forgot it, and nobody does interactive work otherwise
+    r"Found .* module\(s\) in eval mode at the start of training",  # frozen parts, which the summary counts
+)
+_LOGS = {  # by logger
+    "torchao": "Failed to load",  # kernels for other devices than this one
+    "torch.utils._pytree": "KernelPreference|ScaleCalculationMode",  # torchao's use of a deprecated function
+    "lightning.fabric.utilities.seed": "Seed set to",  # in the config that is saved with the run
+    "lightning.pytorch.utilities.rank_zero": "|".join(
+        (
+            r"(GPU|TPU) available: ",  # the summary has the device in use
+            "💡 Tip: ",  # advertisements of litlogger and litmodels
+            r"`Trainer\.fit` stopped: ",  # said at the end, with the checkpoints
+            "Trainer already configured with model summary callbacks",  # ours, which is meant to take the place
+            r"Using .*Automatic Mixed Precision \(AMP\)",  # the summary has the precision
+            r"LOCAL_RANK: \d+ - CUDA_VISIBLE_DEVICES",  # the summary has the devices
+        )
+    ),
+    "DeepSpeed": "Setting ",  # on import, whether DeepSpeed is used or not
+}
+_LONG_SECONDS = 2  # bars of other packages, such as "Loading weights", are for what takes longer
+
+
+def quiet_others(debug: bool = False) -> None:
+    """Print warnings without the places in code they come from, and drop the messages of the tables above.
+
+    Call it before the packages are imported.
+
+    Args:
+        debug: Whether everything is printed as it is.
+    """
+    if debug:
+        return
+    os.environ.setdefault("TQDM_DELAY", str(_LONG_SECONDS))
+    warnings.formatwarning = _as_text
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    for name, pattern in _LOGS.items():
+        logging.getLogger(name).addFilter(partial(_is_heard, re.compile(pattern)))
+
+
+def _is_heard(noise: re.Pattern[str], record: logging.LogRecord) -> bool:
+    return noise.search(record.getMessage()) is None
+
+
+def _as_text(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning, whose text may name files of others, without what would control the terminal."""
+    from lightning_sft.machine.terminal import printable  # of rich, for which --version does not wait
+
+    return printable(f"Warning: {message}\n")

@@ -1,0 +1,96 @@
+"""What a fit is about to do is said once, before its first step."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelSummary
+from torch.utils.data import DataLoader
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import KeepMemory, RunSummary, SafeCheckpoint
+from lightning_sft.callbacks.defaults import default_callbacks
+from lightning_sft.callbacks.summary import summary
+from lightning_sft.model.tuning.adapters import Lora
+
+
+def fitted(quiet_trainer: Any, module: Any, rows: Any, *callbacks: Any, **settings: Any) -> Any:
+    trainer = quiet_trainer(enable_model_summary=True, callbacks=[RunSummary(), *callbacks], max_epochs=2, **settings)
+    trainer.fit(module, SFTDataModule(train=rows, tokens_per_batch=100))
+    return trainer
+
+
+def test_the_summary_is_printed_once_and_takes_the_place_of_other_messages(
+    pretrained: str,
+    quiet_trainer: Any,
+    rows: list[dict[str, str]],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    trainer = fitted(quiet_trainer, SFTModule(pretrained), rows, KeepMemory())
+    out = capsys.readouterr().out
+    names = re.findall(r"^([A-Z]\w+)  +\S", out, re.MULTILINE)
+    assert names == ["Model", "Trained", "Precision", "Devices", "Attention", "Kernels", "Optimizer", "Steps", "Memory"]
+    assert all(len(line) <= 80 for line in out[out.index("Model  ") :].splitlines())
+    said = dict(summary(trainer, trainer.lightning_module))
+    num = sum(parameter.numel() for parameter in trainer.lightning_module.parameters())
+    assert said["Model"] == f"llama, LlamaForCausalLM, {num:,} parameters"
+    assert said["Trained"] == "all"
+    assert said["Precision"] == "32-true; trained weights in float32"
+    assert said["Steps"] == f"{trainer.global_step}, of which {trainer.global_step} are done; an epoch has 4"
+    assert "KeepMemory" in said["Memory"]
+    assert not any(said in caplog.text for said in ("Attention", "Freed memory", "Name   |"))
+    assert not any(type(callback) is ModelSummary for callback in trainer.callbacks)
+
+
+def test_adapters_and_the_folders_are_named(
+    pretrained: str, quiet_trainer: Any, rows: list[dict[str, str]], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module, saver = SFTModule(pretrained, lora=Lora(r=2)), SafeCheckpoint(str(tmp_path / "saved"))
+    trainer = fitted(quiet_trainer, module, rows, saver, enable_checkpointing=True)
+    said = dict(summary(trainer, module))
+    num = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    assert said["Trained"].startswith(f"{num:,} parameters (")
+    assert said["Checkpoints"] == "saved"
+    assert said["Optimizer"] == "AdamW with a learning rate of 2e-05; cosine schedule, warm-up 3%"
+
+
+def test_without_it_the_same_facts_are_logged(
+    pretrained: str, quiet_trainer: Any, rows: list[dict[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet_trainer().fit(SFTModule(pretrained), SFTDataModule(train=rows, tokens_per_batch=100))
+    assert "Attention per_document: " in caplog.text
+
+
+def test_a_module_of_the_users_own_is_summarized_too(quiet_trainer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    class Own(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 2, bias=False)
+            self.frozen = torch.nn.Parameter(torch.ones(8), requires_grad=False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.layer.parameters(), lr=0.5)
+
+    trainer = quiet_trainer(enable_model_summary=True, callbacks=[RunSummary()])
+    trainer.fit(Own(), DataLoader(torch.ones(3, 4), batch_size=1))
+    out = capsys.readouterr().out
+    assert re.search(r"^Model +Own, 16 parameters *$", out, re.MULTILINE)
+    assert re.search(r"^Trained +8 parameters \(50.00%\) *$", out, re.MULTILINE)
+    assert re.search(r"^Steps +3 *$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"), [({}, 1), ({"enable_model_summary": False}, 0), ({"barebones": True}, 0)]
+)
+def test_the_command_line_adds_it_unless_asked_not_to(settings: dict[str, Any], shown: int) -> None:
+    assert sum(isinstance(callback, RunSummary) for callback in default_callbacks(settings, False)) == shown
+    assert not any(isinstance(callback, RunSummary) for callback in default_callbacks(settings, False, is_fit=False))
