@@ -3,9 +3,9 @@
     python benchmarks/saving.py
     torchrun --nproc-per-node 2 benchmarks/saving.py --strategy fsdp2
 
-A model of random weights is trained with AdamW, in float32, and saved every few steps. What counts is the time that a
-step waits in `SafeCheckpoint.save`. The first checkpoint in the background allocates the buffers of its copy, and is
-shown by itself.
+A model of random weights is trained with AdamW, in float32, and saved after each step. What counts is the time that a
+step waits in `SafeCheckpoint.save`, once the write before has ended. The first checkpoint in the background allocates
+the buffers of its copy, and is shown by itself.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch.optim import AdamW
 
 import lightning_sft.strategies  # noqa: F401 -- which registers fsdp2
@@ -39,39 +39,24 @@ class TimedSaver(SafeCheckpoint):
         self.waited: list[float] = []
 
     def save(self, trainer: Trainer) -> None:
-        """Save, and note the seconds where there was something to save."""
+        """Save, and note the seconds where there was something to save, without those of a write before."""
+        self.finish(trainer)
         begin, step = time.perf_counter(), self._last_global_step_saved
         super().save(trainer)
         if self._last_global_step_saved != step:
             self.waited.append(time.perf_counter() - begin)
 
 
-class StepTimes(Callback):
-    """Measures the seconds of steps up to the update, without those of saves."""
-
-    def __init__(self) -> None:
-        self.begin, self.seconds = 0.0, list[float]()
-
-    def on_train_batch_start(self, *args: Any) -> None:
-        """Note the time."""
-        self.begin = time.perf_counter()
-
-    def on_before_zero_grad(self, *args: Any) -> None:
-        """Note the seconds of the forward and backward pass."""
-        self.seconds.append(time.perf_counter() - self.begin)
-
-
 def measure(pretrained: str, folder: Path, given: argparse.Namespace, in_background: bool) -> dict[str, Any]:
     """Train, and return what was measured."""
-    saver = TimedSaver(folder / f"{in_background}", given.every, None, in_background=in_background)
-    times = StepTimes()
+    saver = TimedSaver(folder / f"{in_background}", 1, None, in_background=in_background)
     trainer = Trainer(
         accelerator=given.accelerator,
         devices=int(os.environ.get("WORLD_SIZE", "1")),
         strategy=given.strategy,
-        max_steps=given.every * given.saves,
+        max_steps=given.saves,
         max_epochs=-1,
-        callbacks=[times, saver],
+        callbacks=[saver],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -86,7 +71,6 @@ def measure(pretrained: str, folder: Path, given: argparse.Namespace, in_backgro
         "gigabytes": round(sum(path.stat().st_size for path in files) / 1e9, 3),
         "first_wait": round(saver.waited[0], 3),
         "median_wait": round(statistics.median(saver.waited[1:]), 3),
-        "median_step": round(statistics.median(times.seconds), 3),
     }
 
 
@@ -99,8 +83,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=150, help="maximum number of tokens of a step and rank")
-    parser.add_argument("--every", type=int, default=8, help="steps between two checkpoints")
-    parser.add_argument("--saves", type=int, default=6)
+    parser.add_argument("--saves", type=int, default=5)
     given = parser.parse_args()
     size = {"hidden_size": given.hidden, "intermediate_size": 4 * given.hidden, "num_hidden_layers": given.layers}
     with TemporaryDirectory(dir=given.folder) as temporary:
