@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
 
 from lightning_sft.checkpoints.reading import INDEX, META, check_index, tensors_alone
 from lightning_sft.checkpoints.writing import write_shards
@@ -95,6 +97,25 @@ class FSDP2Strategy(ModelParallelStrategy):
             if not is_folder:
                 raise InputError(f"{path} is not the folder of a complete checkpoint. Copy a file to a local disk.")
             return self._load_shards(path)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The model's state; its shards stay on their devices, from which they are written or copied."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        assert self.model is not None
+        if self._save_distributed_checkpoint:
+            return get_model_state_dict(self.model)
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of an optimizer; its shards stay on their devices."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        if not self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return get_optimizer_state_dict(self.model, inner)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint; in shards also to an address."""
