@@ -258,7 +258,7 @@ def kill(root: Path, first: int, wanted: int) -> list[dict[str, Any]]:
 def table(results: list[dict[str, Any]]) -> str:
     """The results of all runs, a line for each family."""
     lines = [
-        "| ranks | runs | kills | differing bits | furthest loss | other samples or steps |",
+        "| ranks | runs | kills | differing bits | furthest loss | other samples, steps or files |",
         "|---|---|---|---|---|---|",
     ]
     for family in FAMILIES:
