@@ -37,6 +37,7 @@ html_title = f"lightning_sft {release}"
 html_static_path, html_css_files = ["_static"], ["pages.css"]
 html_show_copyright = html_show_sphinx = False
 highlight_language = "text"  # of blocks that do not say
+viewcode_follow_imported_members = False  # else it lists a page for built-in types, which it does not write
 myst_heading_anchors = 3
 myst_fence_as_directive = ["math"]  # formulas as GitHub has them
 html_math_renderer = "mathml"
