@@ -47,6 +47,7 @@ from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.experts import RouterLoss, Routers, read_routers
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
+from lightning_sft.model.parallel.buckets import settle_buckets
 from lightning_sft.model.parallel.loading import cut_down, is_empty
 from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
 from lightning_sft.model.parallel.unused import check_all_reduced, expect_unused
@@ -305,6 +306,7 @@ class SFTModule(EvaluatedModule):
         self._step_metrics.begin(self.trainer, self.model)
         self._run.begin(self.trainer)
         self._modes.begin()
+        settle_buckets(self.trainer.strategy.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make random draws, such as dropout, a function of the micro-batch's position, so that a run can resume."""

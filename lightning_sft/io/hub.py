@@ -13,7 +13,7 @@ _SECONDS = 5.0
 
 
 def check_reachable(name: str, expected: str) -> None:
-    """Refuse a name that is neither here nor to be had, before libraries try the hub again and again for a minute.
+    """Refuse a name that is neither here nor on the hub, before libraries try the hub again and again for a minute.
 
     Args:
         name: A folder or a file, or the name of a repository of the hub.
