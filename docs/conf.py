@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils.nodes import SkipNode
+from latex2mathml.converter import convert
+
 DOCS = Path(__file__).parent.resolve()
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
@@ -26,7 +29,7 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 nitpicky = True  # names that lead nowhere are errors
-nitpick_ignore_regex = [("py:class", r"[<>]=? .*|Path|Optimizer|ArgsType")]  # ranges, and names of annotations
+nitpick_ignore_regex = [("py:class", r"[<>]=? .*|Path|Optimizer|ArgsType|Context|Routers")]  # ranges, names
 intersphinx_mapping = write_inventories(DOCS.parent / "build" / "inventories")
 
 html_theme = "furo"
@@ -34,7 +37,10 @@ html_title = f"lightning_sft {release}"
 html_static_path, html_css_files = ["_static"], ["pages.css"]
 html_show_copyright = html_show_sphinx = False
 highlight_language = "text"  # of blocks that do not say
+viewcode_follow_imported_members = False  # else it lists a page for built-in types, which it does not write
 myst_heading_anchors = 3
+myst_fence_as_directive = ["math"]  # formulas as GitHub has them
+html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -45,8 +51,15 @@ napoleon_numpy_docstring = False
 python_use_unqualified_type_names = True
 
 
+def formula(writer: Any, node: Any) -> None:
+    """Write a formula as MathML, which browsers lay out without a script."""
+    writer.body.append(f'<div class="formula">{convert(node.astext(), display="block")}</div>')
+    raise SkipNode
+
+
 def setup(app: Any) -> None:
-    """Have links rewritten, and names looked up."""
+    """Have links rewritten, names looked up, and formulas written."""
+    app.add_html_math_renderer("mathml", (formula, None), (formula, None))
     app.add_config_value("repository", "", "env", str)
     app.connect("source-read", links.on_page)
     app.connect("include-read", links.on_include)

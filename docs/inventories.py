@@ -50,7 +50,8 @@ SITES: dict[str, tuple[str, dict[str, str]]] = {
             for name in (
                 "lightning.pytorch.callbacks.Callback",
                 "lightning.pytorch.callbacks.ModelCheckpoint",
-                "lightning.pytorch.callbacks.RichProgressBar",
+                "lightning.pytorch.callbacks.ModelSummary",
+                "lightning.pytorch.callbacks.ProgressBar",
                 "lightning.pytorch.cli.LightningCLI",
                 "lightning.pytorch.core.LightningDataModule",
                 "lightning.pytorch.core.LightningModule",
@@ -82,7 +83,8 @@ NAMED_ELSEWHERE = {
     "torch.optim.Optimizer": "torch.optim.optimizer.Optimizer",
     "lightning.pytorch.callbacks.Callback": "lightning.pytorch.callbacks.callback.Callback",
     "lightning.pytorch.callbacks.ModelCheckpoint": "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning.pytorch.callbacks.RichProgressBar": "lightning.pytorch.callbacks.progress.rich_progress.RichProgressBar",
+    "lightning.pytorch.callbacks.ModelSummary": "lightning.pytorch.callbacks.model_summary.ModelSummary",
+    "lightning.pytorch.callbacks.ProgressBar": "lightning.pytorch.callbacks.progress.progress_bar.ProgressBar",
     "lightning.pytorch.core.LightningDataModule": "lightning.pytorch.core.datamodule.LightningDataModule",
     "lightning.pytorch.core.LightningModule": "lightning.pytorch.core.module.LightningModule",
     "lightning.pytorch.strategies.ModelParallelStrategy": (

@@ -42,17 +42,18 @@ from lightning_sft.evaluation.window import Window
 from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments, plain
 from lightning_sft.machine.contexts import in_default_dtype
 from lightning_sft.model import pretrained as loading
-from lightning_sft.model.attention.choice import Attention, check_asked, probed
+from lightning_sft.model.attention.choice import Attention, check_asked, follow, probed
 from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.experts import RouterLoss, Routers, read_routers
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
+from lightning_sft.model.parallel.buckets import settle_buckets
+from lightning_sft.model.parallel.loading import cut_down, is_empty
 from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
 from lightning_sft.model.parallel.unused import check_all_reduced, expect_unused
 from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.probes import check_split
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
-from lightning_sft.model.tiles import tile_mlps
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
 from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
@@ -89,10 +90,8 @@ class SFTModule(EvaluatedModule):
         gradient_checkpointing: Recompute activations in the backward pass to save memory: of each layer (``true``), of
             every n-th layer (a number), or of each layer with its input kept in host memory (``offload``).
         kernels: Kernels of the layers: ``compiled``, ``liger``, ``none``, or ``auto``, by device and length of the run.
-        attn_implementation: Attention of transformers, such as ``sdpa``; ours where it is exact by default, see
-            docs/attention.
-        chunk_size: Number of targets whose logits are in memory at a time; 512 on CPUs and as many as fit on GPUs by
-            default.
+        attn_implementation: Attention of transformers, such as ``sdpa``; by default ours where it is exact.
+        chunk_size: Number of targets whose logits are in memory at a time; by default 512, or what fits a GPU.
         max_new_tokens: Maximum number of tokens generated for a prompt.
         sampling: Choice of the generated tokens; the most likely ones by default, see
             :class:`~lightning_sft.evaluation.generation.Sampling`.
@@ -106,8 +105,7 @@ class SFTModule(EvaluatedModule):
         compile_layers: Deprecated alias of ``kernels``: ``true`` means ``compiled``, ``false`` means ``none``.
         router_loss: Coefficient of the loss that balances experts, or ``config`` for that of the model's configuration;
             see :mod:`lightning_sft.model.experts`. 0 logs the loss without training on it.
-        mlp_tile_size: Number of tokens whose MLP activations are in memory at a time, see
-            :mod:`lightning_sft.model.tiles`; all tokens by default.
+        mlp_tile_size: Number of tokens whose MLP activations are in memory at a time; all tokens by default.
 
     >>> import tempfile
     >>> from lightning_sft.demos import tiny_pretrained
@@ -155,8 +153,7 @@ class SFTModule(EvaluatedModule):
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizers or optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
-        self.mlp_tile_size = mlp_tile_size
-        self.kernels, self.hf_config = Kernels(kernels), hf_config
+        self.kernels, self.hf_config, self.mlp_tile_size = Kernels(kernels), hf_config, mlp_tile_size
         self.new_tokens, self.neftune_alpha, self.router_loss = new_tokens or [], neftune_alpha, router_loss
         self.tuning = TuningConfig(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
         self.sampling = Sampling.of(sampling)
@@ -167,8 +164,7 @@ class SFTModule(EvaluatedModule):
         self.scorer: LikelihoodModel | None = None  # keys of checkpoints begin with this name
         self.attention: Attention | None = None  # the one in use and why, once the model is loaded
         self._step_metrics = StepMetrics()
-        self._run, self._modes = RunState(), Modes(self)
-        self._window = Window()
+        self._run, self._modes, self._window = RunState(), Modes(self), Window()
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
@@ -187,19 +183,22 @@ class SFTModule(EvaluatedModule):
         device, autocast = root_device(trainer), autocast_dtype(trainer)
         check_asked(self.attn_implementation, device, autocast or torch.get_default_dtype())
         model = self.tuning.load(self.pretrained, self.hf_config, self.attn_implementation, trainer)
-        if trainer is not None and model.device.type == "cpu" and "bf16" in str(trainer.precision):
+        if trainer is not None and model.device.type in ("cpu", "meta") and "bf16" in str(trainer.precision):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
-        backbone, head = backbone_and_head(model)
-        with gathered(model.parameters()), in_default_dtype(model):
-            self.attention, probe = probed(model, backbone, head, self.attn_implementation, device, autocast)
+        small = cut_down(model) if is_empty(model) else None
+        tried = small or model
+        backbone, head = backbone_and_head(tried)
+        with gathered(tried.parameters()), in_default_dtype(tried):
+            self.attention, probe = probed(tried, backbone, head, self.attn_implementation, device, autocast)
             announce(trainer, f"Attention {self.attention}.")
-            routers = None if context else read_routers(model, self.router_loss)  # a rank has some of the tokens
+            if small is not None:
+                follow(model, small, self.attention)
+            routers = None if context else read_routers(model, self.router_loss, small)  # a rank has some of the tokens
             expect_unused(strategy, backbone, head)
-        checkpoint_layers(model, self.gradient_checkpointing, device.type)
-        tile_mlps(model, self.mlp_tile_size)
         if context is not None:
-            check_split(model, backbone, probe, context)
+            check_split(tried, backbone, probe, context)
+        checkpoint_layers(model, self.gradient_checkpointing, device.type, self.mlp_tile_size)
         self.scorer = LikelihoodModel(model, probe, self.chunk_size, context, routers)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
@@ -207,7 +206,8 @@ class SFTModule(EvaluatedModule):
         if (reason := follow_autocast(model)) and trainer is not None and trainer.precision == "bf16-mixed":
             rank_zero_info(f"The residual stream stays in float32 under bf16-mixed: {reason}.")
         if self.device_mesh is not None:
-            Sharding(self.device_mesh, *layout(self.trainer.strategy)).apply(self.scorer, model)
+            sharding = Sharding(self.device_mesh, *layout(self.trainer.strategy))
+            self.tuning.shard(self.scorer, model, sharding, self.pretrained, device)
 
     def forward(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model."""
@@ -305,6 +305,7 @@ class SFTModule(EvaluatedModule):
         self._step_metrics.begin(self.trainer, self.model)
         self._run.begin(self.trainer)
         self._modes.begin()
+        settle_buckets(self.trainer.strategy.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make random draws, such as dropout, a function of the micro-batch's position, so that a run can resume."""

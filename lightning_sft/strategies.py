@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, StrategyRegistry
 from torch.distributed.device_mesh import init_device_mesh
+from torch.optim import Optimizer
 
-from lightning_sft.checkpoints.reading import check_index, tensors_alone
+from lightning_sft.checkpoints.reading import INDEX, META, check_index, tensors_alone
+from lightning_sft.checkpoints.writing import write_shards
+from lightning_sft.io.address import Address, is_address, place
 from lightning_sft.io.arguments import Count, check_arguments
 from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.parallel.sharding import DtypeName
@@ -79,12 +83,70 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Load a checkpoint; from a folder, only tensors and plain values, since torch would unpickle anything in it.
 
         With ``weights_only=False`` other objects are unpickled too, as in Lightning; the index is always checked.
+
+        Raises:
+            InputError: When it is a file at an address, or an index that could run code.
         """
-        is_folder = (Path(checkpoint_path) / ".metadata").is_file()
+        path = place(checkpoint_path)
+        is_folder = (path / INDEX).is_file()
         if is_folder:
-            check_index(Path(checkpoint_path))
+            check_index(path)
         with tensors_alone() if is_folder and weights_only is not False else nullcontext():
-            return super().load_checkpoint(checkpoint_path, weights_only)
+            if not isinstance(path, Address):
+                return super().load_checkpoint(checkpoint_path, weights_only)
+            if not is_folder:
+                raise InputError(f"{path} is not the folder of a complete checkpoint. Copy a file to a local disk.")
+            return self._load_shards(path)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The model's state; its shards stay on their devices, from which they are written or copied."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        assert self.model is not None
+        if self._save_distributed_checkpoint:
+            return get_model_state_dict(self.model)
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state of an optimizer; its shards stay on their devices."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        if not self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return get_optimizer_state_dict(self.model, inner)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Save a checkpoint; in shards also to an address."""
+        if is_address(filepath) and self._save_distributed_checkpoint:
+            write_shards(checkpoint, Address(filepath))
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _load_shards(self, folder: Address) -> dict[str, Any]:
+        """Load the shards of this rank from an address, as Lightning does from a local folder."""
+        from torch.distributed.checkpoint.state_dict import (
+            StateDictOptions,
+            get_model_state_dict,
+            get_optimizer_state_dict,
+            set_optimizer_state_dict,
+        )
+        from torch.distributed.checkpoint.state_dict_loader import load
+
+        assert self.model is not None
+        state: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
+        load(state, checkpoint_id=str(folder))
+        self.model.load_state_dict(state["state_dict"])
+        for number, optimizer in enumerate(self.optimizers):
+            name = f"optimizer_{number}"
+            state = {name: get_optimizer_state_dict(self.model, optimizer)}
+            load(state, checkpoint_id=str(folder))
+            options = StateDictOptions(cpu_offload=True)
+            set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[name], options=options)
+        with (folder / META).open() as file:
+            rest: dict[str, Any] = torch.load(file, weights_only=True)
+        return rest
 
     def model_to_device(self) -> None:
         """Move the modules that are not sharded; shards are already in place, possibly in host memory."""

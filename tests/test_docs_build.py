@@ -56,7 +56,7 @@ def test_the_module_is_documented_with_its_arguments(built: Path) -> None:
 
 @pytest.mark.slow
 def test_code_on_the_page_of_the_objective_is_that_of_the_package(built: Path) -> None:
-    assert "grad_logits = exps . mul_" in words(built / "objective.html")
+    assert "of_z = exps . mul_" in words(built / "objective.html")
 
 
 @pytest.mark.slow

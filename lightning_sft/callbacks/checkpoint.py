@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -10,18 +14,23 @@ from weakref import proxy
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_sft.checkpoints.background import BackgroundWriter, refuse_async_io, refuse_own_writer
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.checkpoints.writing import (
     bytes_of_checkpoint,
     check_disk,
+    finish,
     folders_of,
     newest,
+    partial_of,
+    remove_checkpoint,
     step_of,
     sweep,
+    write_shards,
     write_whole,
 )
+from lightning_sft.io.address import Address, Place, place
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments, plain
-from lightning_sft.io.disk import hidden, publish, remove
 from lightning_sft.training.trainer import Agreement, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 
@@ -36,10 +45,13 @@ class SafeCheckpoint(ModelCheckpoint):
     valid one in the folder. For the best by a metric, add Lightning's ``ModelCheckpoint``.
 
     Args:
-        dirpath: Folder of the checkpoints, not shared with other runs; by default the logger's.
+        dirpath: Folder of the checkpoints, not shared with other runs; by default the logger's. An address that fsspec
+            knows (``s3://bucket/run``) works, too, but has no lock that keeps out other runs.
         every_n_train_steps: Number of optimizer steps between two checkpoints; ``null`` saves by time only.
         every_n_minutes: Minutes between two checkpoints; ``null`` saves by steps only.
         keep_last: Number of most recent checkpoints to keep.
+        in_background: Whether a thread writes checkpoints while training continues, which waits only for a copy in host
+            memory. It needs room there for one checkpoint; a second one waits until the first is on disk.
     """
 
     def __init__(
@@ -48,24 +60,29 @@ class SafeCheckpoint(ModelCheckpoint):
         every_n_train_steps: Count | None = None,
         every_n_minutes: NonNegative | None = 30.0,
         keep_last: Count = 2,
+        in_background: bool = False,
     ) -> None:
         check_arguments(SafeCheckpoint, locals())
-        if "://" in str(dirpath):
-            raise InputError(
-                f"SafeCheckpoint writes to local disks only, got dirpath={dirpath!r}. Use Lightning's ModelCheckpoint."
-            )
-        super().__init__(plain(dirpath), _NAME, save_top_k=1, enable_version_counter=False)
+        where = str(dirpath).removeprefix("file://") if dirpath else None
+        super().__init__(plain(where), _NAME, save_top_k=1, enable_version_counter=False)
         self.every_n_steps, self.every_n_minutes, self.keep_last = every_n_train_steps, every_n_minutes, keep_last
+        self.in_background = in_background
         self._last_time, self._agreement, self._lock = 0.0, Agreement(), FolderLock()
+        self._writer: BackgroundWriter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, and remove partial checkpoints of killed processes from it."""
         super().setup(trainer, pl_module, stage)
+        refuse_async_io(trainer.strategy)
+        if isinstance(self._folder, Address):
+            refuse_own_writer(trainer.strategy, f"SafeCheckpoint(dirpath={str(self._folder)!r})")
         write_whole(trainer)
         if stage == "fit":
-            self._lock.take(trainer, self._folder)
+            if isinstance(self._folder, Path):
+                self._lock.take(trainer, self._folder)
             if trainer.is_global_zero:
                 sweep(self._folder, "*.ckpt*")
+            self._writer = BackgroundWriter(trainer.strategy) if self.in_background else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the folder and the disk.
@@ -81,35 +98,53 @@ class SafeCheckpoint(ModelCheckpoint):
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         folder, resumed_from = self._folder, trainer.ckpt_path
-        others = [path for path in sorted(folder.glob(_PATTERN)) if step_of(path) is not None]
+        others = sorted((path for path in folder.glob(_PATTERN) if step_of(path) is not None), key=str)
         folders = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
-        own = {Path(found).resolve() for found in folders if found}
+        own = {place(found).resolve() for found in folders if found}
         if others and resumed_from is None:
             raise InputError(
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}. Resume that run "
                 "(--ckpt_path last), or give this one a separate folder (trainer.default_root_dir)."
             )
-        if others and Path(str(resumed_from)).resolve().parent not in own:
+        if others and place(str(resumed_from)).resolve().parent not in own:
             raise InputError(
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}; this one resumes from "
                 f"{resumed_from}. Give it a separate folder (trainer.default_root_dir), or move the others away."
             )
-        check_disk(folder, bytes_of_checkpoint(module))
+        if isinstance(folder, Path):
+            check_disk(folder, bytes_of_checkpoint(module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Release the lock on the folder."""
+        """Finish the checkpoint being written, and release the lock on the folder."""
         super().on_exception(trainer, pl_module, exception)
-        self._lock.release()
+        error = self._writer and self._writer.wait()
+        if error is not None:  # beside the one that has ended the fit
+            warnings.warn(str(error), stacklevel=2)
+        self._release()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finish the checkpoint being written."""
+        self.finish(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Release the lock on the folder."""
+        self._release()
+
+    def _release(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
         self._lock.release()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save between two optimizer steps when a checkpoint is due."""
-        if is_between_steps(trainer) and self._is_due(trainer):
+        if not is_between_steps(trainer):
+            return
+        if self._writer is not None and self._writer.has_ended and not self._writer.has_failed:
+            self._collect(trainer, self._writer)
+        if self._is_due(trainer):
             self.save(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,46 +155,85 @@ class SafeCheckpoint(ModelCheckpoint):
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Save now, unless this step is already saved; every process must call this."""
+        """Save now, unless this step is already saved; every process must call this.
+
+        Raises:
+            InputError: When it, or the one before it in the background, cannot be written.
+        """
+        self.finish(trainer)
         if self._should_skip_saving_checkpoint(trainer):
             return
         self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_time = time.monotonic()
-        if trainer.is_global_zero:
-            self._remove_old(trainer)
 
-    def _remove_old(self, trainer: Trainer) -> None:
+    def finish(self, trainer: Trainer) -> None:
+        """Wait for the checkpoint being written in the background, if any; every process must call this.
+
+        Raises:
+            InputError: When it cannot be written.
+        """
+        if self._writer is None:
+            return
+        error = self._collect(trainer, self._writer)
+        message: str | None = trainer.strategy.broadcast(None if error is None else str(error))
+        if message is not None:
+            raise InputError(message) from error
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written in the background, or failed to be."""
+        return self._writer is not None and self._writer.path is not None
+
+    def _collect(self, trainer: Trainer, writer: BackgroundWriter) -> InputError | None:
+        path = writer.path
+        error = writer.wait()
+        if path is not None and error is None:
+            self._has_saved(trainer, str(path))
+        return error
+
+    def _has_saved(self, trainer: Trainer, path: str) -> None:
+        self._last_checkpoint_saved = path
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _remove_old(self, now: int, resumed_from: Any) -> None:
         """Remove all but the last few checkpoints, and the one the run was resumed from.
 
         Checkpoints are ordered by step. Those of later steps than the current one were saved before the run went back
         to an earlier checkpoint; its steps are repeated, so they are removed first.
         """
-        now = trainer.global_step
-        resumed_from = Path(trainer.ckpt_path).resolve() if trainer.ckpt_path else None
+        resumed_from = place(resumed_from).resolve() if resumed_from else None
         steps = {path: step for path in self._folder.glob(_PATTERN) if (step := step_of(path)) is not None}
         by_age = sorted(steps, key=lambda path: (steps[path] <= now, steps[path], path.name))
         for path in by_age[: -self.keep_last]:
             if path.resolve() != resumed_from:
-                remove(path)
+                remove_checkpoint(path)
 
     @property
-    def _folder(self) -> Path:
-        return Path(str(self.dirpath))
+    def _folder(self) -> Place:
+        return place(str(self.dirpath))
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             return True
-        if self.every_n_minutes is None:
+        if self.every_n_minutes is None and self._writer is None:
             return False
-        is_late = time.monotonic() - self._last_time >= 60 * self.every_n_minutes
-        return self._agreement.one_says(trainer, is_late and trainer.is_global_zero)
+        has_failed = self._writer is not None and self._writer.has_failed  # then `save` raises its error
+        minutes = math.inf if self.every_n_minutes is None else self.every_n_minutes
+        is_late = time.monotonic() - self._last_time >= 60 * minutes
+        return self._agreement.one_says(trainer, has_failed or (is_late and trainer.is_global_zero))
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        save_whole(trainer, filepath)
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
+        remove_old = partial(self._remove_old, trainer.global_step, trainer.ckpt_path)
+        if self._writer is not None:
+            save_in_background(trainer, filepath, self._writer, remove_old)
+        else:
+            save_whole(trainer, filepath)
+            self._has_saved(trainer, filepath)
+            if trainer.is_global_zero:
+                remove_old()
+        self._last_global_step_saved = trainer.global_step
 
     def _should_remove_checkpoint(self, trainer: Trainer, previous: str, current: str) -> bool:
         return False  # done by `save`
@@ -174,10 +248,50 @@ def save_whole(trainer: Trainer, path: str | Path) -> None:
 
     Args:
         trainer: Trainer to save; every process must call this.
-        path: Final path of the checkpoint, a file or a folder depending on the strategy.
+        path: Final path of the checkpoint, a file or a folder depending on the strategy, or an address.
     """
-    path = Path(trainer.strategy.broadcast(str(path)))
-    trainer.save_checkpoint(hidden(path), weights_only=False)
+    to = place(trainer.strategy.broadcast(str(path)))
+    partial = partial_of(to)
+    trainer.save_checkpoint(str(partial) if isinstance(partial, Address) else partial, weights_only=False)
     if trainer.is_global_zero:
-        publish(path)
+        finish(to)
     trainer.strategy.barrier("save_whole")
+
+
+def save_in_background(trainer: Trainer, path: str | Path, writer: BackgroundWriter, then: Callable[[], None]) -> None:
+    """Copy a checkpoint to host memory, and leave it to a thread to write it like :func:`save_whole`.
+
+    Args:
+        trainer: Trainer to save; every process must call this.
+        path: Final path of the checkpoint, a file or a folder depending on the strategy, or an address.
+        writer: The thread, without a write under way.
+        then: What the first process does in the thread when the checkpoint is complete.
+    """
+    strategy, is_first = trainer.strategy, trainer.is_global_zero
+    to = place(strategy.broadcast(str(path)))
+    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    if not (writer.in_shards or is_first):
+        return
+    copied = writer.copy(checkpoint)
+
+    def write() -> None:
+        if writer.in_shards:
+            write_shards(copied, partial_of(to), writer.group)
+        else:
+            strategy.checkpoint_io.save_checkpoint(copied, str(partial_of(to)))
+        if is_first:
+            finish(to)
+            then()
+
+    writer.begin(to, write)
+
+
+def finish_saves(trainer: Trainer) -> None:
+    """Wait for checkpoints being written in the background; every process must call this.
+
+    Raises:
+        InputError: When one cannot be written.
+    """
+    for saver in trainer.checkpoint_callbacks:
+        if isinstance(saver, SafeCheckpoint):
+            saver.finish(trainer)

@@ -21,6 +21,7 @@ from lightning_sft.callbacks.summary import RunSummary
 from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_files import refuse_finished
 from lightning_sft.checkpoints.writing import folders_of, newest
+from lightning_sft.io.address import is_address, place
 from lightning_sft.types import InputError
 
 
@@ -49,6 +50,11 @@ def default_callbacks(trainer: Mapping[str, Any], resumes: bool, is_fit: bool = 
         added.append(TrainingProgress())
     if trainer.get("fast_dev_run") or trainer.get("enable_checkpointing") is False or trainer.get("barebones"):
         return added
+    if is_address(trainer.get("default_root_dir")):
+        raise InputError(
+            f"trainer.default_root_dir={trainer['default_root_dir']} is an address; the sample log, the record and the "
+            "lock of a run need a local folder. Set the dirpath of the callback SafeCheckpoint to the address."
+        )
     root = Path(trainer.get("default_root_dir") or ".")
     if is_fit and not any(isinstance(callback, Preempt) for callback in given):
         added.append(Preempt())
@@ -80,7 +86,7 @@ def find_last(root: str | None, callbacks: Any, pretrained: str | None, is_fit: 
         InputError: When there is no checkpoint and the run cannot start without one, or it is from another run.
     """
     own = [_dirpath(callback) for callback in (callbacks if isinstance(callbacks, list) else [callbacks])]
-    folders = [*(Path(path) for path in own if path), *folders_of(root or ".")]
+    folders = [*(place(path) for path in own if path), *folders_of(root or ".")]
     path = newest(folders, resumable=is_fit)
     if path is None:
         if not is_fit:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
+from lightning_sft.io.address import place
 from lightning_sft.io.disk import short_path
 from lightning_sft.training.trainer import callbacks_of
 
@@ -40,7 +39,7 @@ def ending(trainer: Trainer, resumed_at: int = 0) -> str:
     if step == resumed_at and step:
         lines = [f"Nothing was left to train after step {step:,}: {why}. Raise trainer.max_epochs or max_steps."]
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
-    written = [path for saver in savers if (path := saver._last_checkpoint_saved) and Path(path).exists()]
+    written = [path for saver in savers if (path := saver._last_checkpoint_saved) and place(path).exists()]
     last = next(reversed(written), str(trainer.ckpt_path or "") if step == resumed_at else "")
     for saver in savers:
         if saver.monitor and saver.best_model_path:

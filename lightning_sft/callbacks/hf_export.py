@@ -21,6 +21,7 @@ from lightning_sft.data.tokens.held_out import side_of
 from lightning_sft.export import parity
 from lightning_sft.export.convert import Dtype, Live, Settings, convert, from_checkpoint, rows_to_compare
 from lightning_sft.export.gguf_file import GGUFType
+from lightning_sft.export.shards import ShardedWeights, convert_shards, is_shared
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments
 from lightning_sft.io.disk import check_is_free
 from lightning_sft.machine.contexts import eval_mode
@@ -176,6 +177,11 @@ class HFExport(Callback):
         rows, examples = found
         with module.evaluated():
             live = _live(trainer, module, examples)
+            if (weights := self._in_shards(module)) is not None:
+                out, facts = self._root / name, run_info(trainer)
+                return first.shared(
+                    lambda: convert_shards(module, weights, tokenizer, out, rows, self.settings, live, facts, first)
+                )
             state = whole_state(module, keep=first.is_here)
         whole = {"hyper_parameters": dict(module.hparams), "state_dict": state, RUN_INFO_KEY: run_info(trainer)}
 
@@ -185,6 +191,20 @@ class HFExport(Callback):
                 convert(whole, tokenizer, self._root / name, rows, self.settings, live, replace=True)
 
         return first.tried(write)[1]
+
+    def _in_shards(self, module: SFTModule) -> ShardedWeights | None:
+        """The weights of a sharded model if no rank needs the whole of it; ``None`` if rank 0 gathers them."""
+        if module.device_mesh is None:
+            return None
+        try:
+            weights = ShardedWeights(module, self.settings.dtype, self._first_rank.is_here)
+            why = "" if is_shared(self._root, self._first_rank) else f"not all ranks see {self._root}"
+        except InputError as error:
+            why = str(error)
+        if not why:
+            return weights
+        rank_zero_info(f"Rank 0 gathers the whole model to export it: {why}.")
+        return None
 
     def _rows(self, trainer: Trainer) -> tuple[str, Sequence[Conversation]]:
         data = cast("SFTDataModule", datamodule_of(trainer))  # or a user's own

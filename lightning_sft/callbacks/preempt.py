@@ -120,15 +120,16 @@ class Preempt(Callback):
         rank_zero_info(f"Received {told}; {nothing if path is None else saved}")
         raise Preempted(f"received {told}")
 
-    def _save(self, trainer: Trainer) -> Path | None:
+    def _save(self, trainer: Trainer) -> str | None:
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
         safe = [saver for saver in savers if isinstance(saver, SafeCheckpoint)]
         if safe:
             safe[0].save(trainer)
+            safe[0].finish(trainer)
             saved = safe[0]._last_checkpoint_saved or trainer.ckpt_path
-            return Path(saved) if saved else None
+            return str(saved) if saved else None
         write_whole(trainer)
         folder = next((saver.dirpath for saver in savers if saver.dirpath), None)
         path = Path(folder or Path(trainer.default_root_dir, "checkpoints"), f"resume-step={trainer.global_step}.ckpt")
         save_whole(trainer, path)
-        return path
+        return str(path)

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_sft.callbacks.checkpoint import finish_saves
 from lightning_sft.callbacks.ending import why_ended
 from lightning_sft.callbacks.preempt import Preempted
 from lightning_sft.checkpoints.run_files import METRICS_FILE, RECORD_FILE, cut_off, lines_of, record_of, refuse_anew
@@ -108,7 +109,7 @@ class RunRecord(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Record that the first checkpoint is saved: from now on, no other run may start in this folder."""
-        if self._is_saving:
+        if self._is_saving and not any(getattr(saver, "is_saving", False) for saver in trainer.checkpoint_callbacks):
             self._has_saved()
 
     def on_train_batch_end(
@@ -134,6 +135,7 @@ class RunRecord(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the remaining lines, and why training ended."""
+        finish_saves(trainer)
         if trainer.is_global_zero and not sum(trainer.num_val_batches):
             self._note(trainer, lambda name: name.startswith("drift/"))
         self._write()

@@ -23,11 +23,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_sft.io.address import Address, Place, place
 from lightning_sft.types import InputError
 
 Kind = Literal["file", "distributed", "deepspeed"]
 
-_META = "meta.pt"  # Lightning's file for everything but tensors in a distributed checkpoint
+META = "meta.pt"  # Lightning's file for everything but tensors in a distributed checkpoint
+INDEX = ".metadata"  # torch's file of what is where in it, written last
 _PREFIX = "state_dict."
 _OPTIMIZERS = "torchao.optim"
 
@@ -36,17 +38,17 @@ class Checkpoint:
     """A checkpoint on disk, whatever strategy wrote it; read when asked for, and nothing in it is run.
 
     Args:
-        path: The file or folder.
+        path: The file or folder, also by an address that fsspec knows.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Place) -> None:
+        self.path = place(path)
 
     @staticmethod
-    def is_at(path: str | Path) -> bool:
+    def is_at(path: str | Place) -> bool:
         """Whether a path is that of a checkpoint, complete or not, rather than of a model or a run."""
-        path = Path(path)
-        return path.suffix == ".ckpt" or any((path / name).exists() for name in (".metadata", _META, "latest"))
+        path = place(path)
+        return path.suffix == ".ckpt" or any((path / name).exists() for name in (INDEX, META, "latest"))
 
     @cached_property
     def kind(self) -> Kind:
@@ -62,7 +64,7 @@ class Checkpoint:
             return "deepspeed"
         if not path.is_dir():
             raise InputError(f"There is no checkpoint {str(path)!r}.")
-        missing = [name for name in (_META, ".metadata") if not (path / name).is_file()]
+        missing = [name for name in (META, INDEX) if not (path / name).is_file()]
         if missing:
             raise InputError(
                 f"{path} is not a complete checkpoint: it has no {' and no '.join(missing)}. Expected a .ckpt file, a "
@@ -78,7 +80,7 @@ class Checkpoint:
         Raises:
             InputError: When there is no checkpoint, or it cannot be read without running code.
         """
-        file = {"file": self.path, "distributed": self.path / _META}.get(self.kind) or _of_deepspeed(self.path)[0]
+        file = {"file": self.path, "distributed": self.path / META}.get(self.kind) or _of_deepspeed(self.path)[0]
         left_out = ("state_dict", "module", "optimizer", "optimizer_states")
         return {key: value for key, value in _load(file, "meta").items() if key not in left_out}
 
@@ -123,14 +125,15 @@ class Checkpoint:
         return self.metadata | {"state_dict": self.weights()}
 
 
-def _distributed_weights(path: Path) -> dict[str, Tensor]:
+def _distributed_weights(path: Place) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load
 
     check_index(path)
-    reader = FileSystemReader(path)
+    reader = FsspecReader(str(path)) if isinstance(path, Address) else FileSystemReader(path)
     entries = reader.read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -147,7 +150,7 @@ def _distributed_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def _deepspeed_weights(path: Path) -> dict[str, Tensor]:
+def _deepspeed_weights(path: Place) -> dict[str, Tensor]:
     model_states = _of_deepspeed(path)
     if not list(model_states[0].parent.glob("*_optim_states.pt")):  # stage 0 is not partitioned
         found: dict[str, Tensor] = _load(model_states[0], "cpu")["module"]
@@ -171,8 +174,12 @@ def _deepspeed_weights(path: Path) -> dict[str, Tensor]:
     return merged
 
 
-def _of_deepspeed(path: Path) -> list[Path]:
+def _of_deepspeed(path: Place) -> list[Path]:
     """The model-state files of a DeepSpeed checkpoint, rank 0 first."""
+    if isinstance(path, Address):
+        raise InputError(
+            f"{path} is a checkpoint of DeepSpeed, which reads and writes local folders only. Copy it to one."
+        )
     folder = path / (path / "latest").read_text(encoding="utf-8").strip()
     found = sorted(folder.glob("*_model_states.pt"))
     if not found:
@@ -180,10 +187,14 @@ def _of_deepspeed(path: Path) -> list[Path]:
     return found
 
 
-def _load(path: Path, device: str) -> dict[str, Any]:
+def _load(path: Place, device: str) -> dict[str, Any]:
     know_optimizer_states(path)
     try:
-        found: Any = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        if isinstance(path, Address):
+            with path.open() as file:  # to "meta", torch reads no tensors
+                found: Any = torch.load(file, map_location=device, weights_only=True)
+        else:
+            found = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors and plain values, so loading it could run code; it was not loaded. "
@@ -199,7 +210,7 @@ def _load(path: Path, device: str) -> dict[str, Any]:
     return whole
 
 
-def know_optimizer_states(path: str | Path) -> None:
+def know_optimizer_states(path: str | Place) -> None:
     """Allow torch to load quantized states of torchao's optimizers if a file has any, without running code.
 
     On import, torchao registers its tensor classes with torch as safe; nothing else is allowed.
@@ -211,8 +222,9 @@ def know_optimizer_states(path: str | Path) -> None:
         InputError: When the file has such states, and torchao is not installed.
     """
     names: list[str] = []
-    with suppress(ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError):  # loading reports what is wrong
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    causes = (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError)
+    with suppress(*causes), place(path).open("rb") as file:  # loading reports what is wrong
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     if any(name.startswith(f"{_OPTIMIZERS}.") for name in names):
         if find_spec("torchao") is None:
             raise InputError(f"{path} has states of a torchao optimizer, which need torchao: pip install torchao.")
@@ -246,7 +258,7 @@ class _Index(pickle.Unpickler):
         raise InputError(f"It refers to {module}.{name}, which no index of torch needs and which could run code.")
 
 
-def check_index(path: Path) -> None:
+def check_index(path: Place) -> None:
     """Refuse a distributed checkpoint whose index could run code when torch reads it.
 
     Args:
@@ -255,7 +267,7 @@ def check_index(path: Path) -> None:
     Raises:
         InputError: When the index holds anything but an index, or cannot be read.
     """
-    path = path / ".metadata"
+    path = path / INDEX
     try:
         with path.open("rb") as file:
             _Index(file).load()

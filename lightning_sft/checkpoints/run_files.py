@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.checkpoints.writing import newest
+from lightning_sft.io.address import Place, place
 from lightning_sft.io.disk import rows_of
 from lightning_sft.types import InputError
 
@@ -65,7 +66,7 @@ def refuse_anew(trainer: Trainer, folder: Path) -> None:
         refuse_finished(folder, [*own, folder / "checkpoints"])
 
 
-def refuse_finished(folder: Path, places: Iterable[str | Path]) -> None:
+def refuse_finished(folder: Path, places: Iterable[str | Place]) -> None:
     """Refuse the folder of a run that has finished steps, see :func:`refuse_anew`.
 
     Args:
@@ -75,7 +76,7 @@ def refuse_finished(folder: Path, places: Iterable[str | Path]) -> None:
     Raises:
         InputError: When the folder holds such a run; the message says how to proceed.
     """
-    folders = list(dict.fromkeys(map(Path, places)))
+    folders = list(dict.fromkeys(map(place, places)))
     files = [path for name in (LEDGER_FILE, METRICS_FILE) if (path := folder / name).is_file()]
     steps = max((line["step"] for path in files for line, _ in lines_of(path)), default=0)
     if not steps or not (any(any(own.glob("*.ckpt")) for own in folders) or record_of(folder).get("saved")):

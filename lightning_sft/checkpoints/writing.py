@@ -8,38 +8,48 @@ import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints.reading import Checkpoint, know_optimizer_states
+from lightning_sft.checkpoints.reading import INDEX, META, Checkpoint, know_optimizer_states
 from lightning_sft.checkpoints.resume import POSITION_KEY, SHARDED_KEY
-from lightning_sft.io.disk import PARTIAL, remove, whole
+from lightning_sft.io.address import Address, Place, is_address, place
+from lightning_sft.io.disk import PARTIAL, hidden, publish, remove, whole
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AtomicIO(TorchCheckpointIO):
     """Writes checkpoints atomically, and reads quantized optimizer states.
 
-    Lightning's own writer goes through the folder for temporary files, which is often on another disk.
+    Lightning's own writer goes through the folder for temporary files, which is often on another disk; and makes a file
+    in memory before it sends it to an address.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write the checkpoint under a hidden name, flush it to disk, and rename it.
+        """Write the checkpoint under a hidden name, flush it to disk, and rename it; to an address, in a transaction.
 
         Raises:
             InputError: When it cannot be written.
         """
-        if "://" in str(path) or storage_options is not None:  # not on a local disk: left to Lightning
+        if storage_options is not None:  # which Lightning refuses
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        to = place(path)
         try:
-            with whole(path) as [partial], partial.open("wb") as file:
-                torch.save(checkpoint, file)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(to, Address):
+                with to.transaction(), to.open("wb") as file:
+                    torch.save(checkpoint, file)
+            else:
+                with whole(to) as [partial], partial.open("wb") as file:
+                    torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise InputError(
                 f"The checkpoint {path} cannot be written: {error}. Those before it are intact."
@@ -53,10 +63,9 @@ class AtomicIO(TorchCheckpointIO):
         Raises:
             InputError: When it is not a checkpoint of Lightning.
         """
-        if "://" not in str(path):
-            if Path(path).is_dir():
-                return Checkpoint(path).whole() | {SHARDED_KEY: True}
-            know_optimizer_states(path)
+        if place(path).is_dir():
+            return Checkpoint(path).whole() | {SHARDED_KEY: True}
+        know_optimizer_states(path)
         found: Any = super().load_checkpoint(path, map_location, weights_only)
         if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
             what = (
@@ -75,21 +84,21 @@ def write_whole(trainer: Trainer) -> None:
         strategy.checkpoint_io = AtomicIO()
 
 
-def newest(folders: Iterable[str | Path], *, resumable: bool = True) -> Path | None:
+def newest(folders: Iterable[str | Place], *, resumable: bool = True) -> Path | str | None:
     """The checkpoint of the latest step, or ``None``; unreadable ones are skipped with a warning.
 
     Steps are read from the checkpoints, not inferred from file times. Folders numbered by a logger (``version_3``)
     belong to separate runs: they are searched after all others, highest number first.
 
     Args:
-        folders: Folders to search, which need not exist.
+        folders: Folders to search, which need not exist, or addresses.
         resumable: Whether to ignore weights-only checkpoints, from which no run can resume.
     """
-    runs: dict[float, list[Path]] = {}
-    for folder in dict.fromkeys(map(Path, folders)):
+    runs: dict[float, list[Place]] = {}
+    for folder in dict.fromkeys(map(place, folders)):
         runs.setdefault(_number_of(folder), []).extend(sorted(folder.glob("*.ckpt")))
     for _, paths in sorted(runs.items(), reverse=True):
-        places: dict[Path, tuple[int, int, bool]] = {}
+        places: dict[Place, tuple[int, int, bool]] = {}
         for path in paths:
             try:
                 saved = Checkpoint(path).metadata
@@ -99,11 +108,12 @@ def newest(folders: Iterable[str | Path], *, resumable: bool = True) -> Path | N
             if "callbacks" in saved or not resumable:  # otherwise weights only
                 places[path] = _place_of(saved)
         if places:
-            return max(places, key=places.__getitem__)
+            found = max(places, key=places.__getitem__)
+            return str(found) if isinstance(found, Address) else found
     return None
 
 
-def _number_of(folder: Path) -> float:
+def _number_of(folder: Place) -> float:
     """The logger's version number of a checkpoint folder's run; infinite without one."""
     found = re.fullmatch(r"version_(\d+)", folder.parent.name)
     return math.inf if found is None else int(found[1])
@@ -119,8 +129,10 @@ def checkpoint_of(path: str | Path) -> str:
     """The newest checkpoint if the path is the folder of a run, otherwise the path unchanged.
 
     Args:
-        path: ``trainer.default_root_dir`` of a run, a checkpoint, or any other model path.
+        path: ``trainer.default_root_dir`` of a run, a checkpoint, or any other model path; an address is left as it is.
     """
+    if is_address(path):
+        return str(path)
     is_run = Path(path).is_dir() and not Checkpoint.is_at(path)
     found = newest(folders_of(path), resumable=False) if is_run else None
     if found is not None:
@@ -134,7 +146,7 @@ def folders_of(root: str | Path) -> list[Path]:
     return [root / "checkpoints", *sorted(root.glob("*/*/checkpoints"))]
 
 
-def step_of(path: Path) -> int | None:
+def step_of(path: Place) -> int | None:
     """The step in the name of a SafeCheckpoint file; ``None`` for any other name.
 
     >>> step_of(Path("resume-epoch=1-step=250.ckpt")), step_of(Path("best.ckpt"))
@@ -144,10 +156,60 @@ def step_of(path: Path) -> int | None:
     return None if found is None else int(found[1])
 
 
-def sweep(folder: Path, pattern: str) -> None:
-    """Remove partial files left by killed processes."""
+def sweep(folder: Place, pattern: str) -> None:
+    """Remove partial checkpoints left by killed processes."""
+    if isinstance(folder, Address):
+        for address in folder.glob(pattern):
+            if address.is_dir() and not (address / INDEX).exists():
+                address.remove()
+        return
     for path in folder.glob(f".{pattern}{PARTIAL}"):
         remove(path)
+
+
+def partial_of(path: Place) -> Place:
+    """Where a checkpoint is written, before :func:`finish` gives it its final name.
+
+    At an address nothing can be renamed at once: a file appears there when it is complete, and a folder counts from the
+    moment on when it has an index, which is written last.
+    """
+    return path if isinstance(path, Address) else hidden(path)
+
+
+def finish(path: Place) -> None:
+    """Make a checkpoint that all processes have written to :func:`partial_of` the one at ``path``."""
+    if not isinstance(path, Address):
+        publish(path)
+
+
+def remove_checkpoint(path: Place) -> None:
+    """Remove a checkpoint; one that is removed only half does not count."""
+    if isinstance(path, Address):
+        (path / INDEX).remove()
+        path.remove()
+    else:
+        remove(path)
+
+
+def write_shards(checkpoint: dict[str, Any], folder: Place, group: ProcessGroup | None = None) -> None:
+    """Write this process's shard of a checkpoint, its tensors into torch's format; every process must call this.
+
+    Args:
+        checkpoint: The checkpoint, as each process has it.
+        folder: Folder that is written, which is no complete checkpoint until all have written to it.
+        group: The processes; by default all.
+    """
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+    states = {f"optimizer_{n}": state for n, state in enumerate(checkpoint.get("optimizer_states", []))}
+    if torch.distributed.get_rank() == 0:  # others wait for it in `save`, before they write
+        remove_checkpoint(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / META).open("wb") as file:
+            torch.save(rest, file)
+    to = str(folder) if isinstance(folder, Address) else folder
+    save({"state_dict": checkpoint["state_dict"], **states}, checkpoint_id=to, process_group=group)
 
 
 def bytes_of_checkpoint(module: torch.nn.Module) -> int:

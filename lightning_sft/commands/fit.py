@@ -58,7 +58,7 @@ class SFTCLI(LightningCLI):
                 "ckpt_path=best is the best checkpoint of a fit in the same process, and this one has none. Give its "
                 "file, which ModelCheckpoint has named, or last."
             )
-        if path and path != "hpc" and "://" not in path and not path.startswith("registry"):  # which Lightning finds
+        if path and path != "hpc" and not path.startswith(("http", "registry")):  # which Lightning finds
             self._checkpoint_config = Checkpoint(path).hyper_parameters.get("hf_config")
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

@@ -163,16 +163,12 @@ def convert(
         model = restored(checkpoint)
         parts = pretrained_parts(model, own["pretrained"])
     dtype = widest_dtype(model)
-    target = getattr(torch, settings.dtype) if settings.dtype else dtype
-    is_rounded = torch.promote_types(dtype, target) != target
-    in_16_bits = is_rounded or dtype in _HALVES or (live is not None and live.in_16_bits)
-    report = parity.Report(rows[0], settings.most(in_16_bits), dtype=_name(target))
-    report.rounded_from = _name(dtype) if is_rounded else None
+    report, target = begun(rows[0], dtype, settings, live)
     examples = parity.sequences(rows[1], tokenizer)
     trained = _in_float32(model, examples)
     report.targets = len(trained)
     if live is not None:
-        report.live = _mean_difference(trained, live)
+        report.live = mean_difference(trained, live)
     if has_adapters(model):
         cast_weights(model, dtype)  # adapters may have higher precision than their base
         merge(model)
@@ -185,22 +181,70 @@ def convert(
         reloaded = load_exported(folder)
         report.unkept = unkept(reloaded, parts, own["pretrained"], folder, target)
         report.unequal_weights = parity.unequal_weights(model, reloaded)
-        report.unequal_ids = parity.unequal_ids(rows[1], tokenizer, load_tokenizer(str(folder)))
         report.models.append(parity.agreement("reloaded", trained, _in_float32(reloaded, examples)))
-        if settings.gguf_converter is not None:
-            del reloaded
-            file = load_model(str(write_gguf(folder, settings.gguf_converter, settings.gguf_type)))
-            report.most = settings.most(in_16_bits or settings.gguf_type != "f32")
-            report.models.append(parity.agreement(f"GGUF, {settings.gguf_type}", trained, _in_float32(file, examples)))
-        found = report.as_json()
-        (folder / "parity.json").write_text(json.dumps(found, indent=2, ensure_ascii=False), encoding="utf-8")
-        (folder / "README.md").write_text(
-            model_card(out.name, own, checkpoint.get(RUN_INFO_KEY, {}), found), encoding="utf-8"
-        )
-        report.show()
-        if report.failures:
-            raise _failed(folder, out, report)
+        del reloaded
+        facts = checkpoint.get(RUN_INFO_KEY, {})
+        finish(folder, out, report, settings, own, facts, rows[1], tokenizer, examples, trained)
     return out
+
+
+def begun(rows: str, dtype: torch.dtype, settings: Settings, live: Live | None) -> tuple[parity.Report, torch.dtype]:
+    """An empty report, and the dtype of the exported weights.
+
+    Args:
+        rows: Description of the rows to compare on.
+        dtype: Dtype that holds all trained weights.
+        settings: Settings of the export.
+        live: Log-probabilities under the model in training, or ``None``.
+    """
+    target: torch.dtype = getattr(torch, settings.dtype) if settings.dtype else dtype
+    is_rounded = torch.promote_types(dtype, target) != target
+    in_16_bits = is_rounded or dtype in _HALVES or (live is not None and live.in_16_bits)
+    report = parity.Report(rows, settings.most(in_16_bits), dtype=_name(target))
+    report.rounded_from = _name(dtype) if is_rounded else None
+    return report, target
+
+
+def finish(
+    folder: Path,
+    out: Path,
+    report: parity.Report,
+    settings: Settings,
+    own: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    rows: Sequence[Conversation],
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    trained: Tensor,
+) -> None:
+    """Compare the tokenizer and a GGUF file too, and write the report and the model card.
+
+    Args:
+        folder: Unfinished folder.
+        out: Path that it will have.
+        report: Comparison of its weights.
+        settings: Settings of the export.
+        own: Hyperparameters of the module.
+        facts: Facts of the run.
+        rows: Rows to compare on.
+        tokenizer: Tokenizer of the training.
+        examples: Sequences of the rows.
+        trained: Log-probabilities of all tokens at their targets under the trained model, ``[T, V]``.
+
+    Raises:
+        InputError: When the folder fails the comparison.
+    """
+    report.unequal_ids = parity.unequal_ids(rows, tokenizer, load_tokenizer(str(folder)))
+    if settings.gguf_converter is not None:
+        file = load_model(str(write_gguf(folder, settings.gguf_converter, settings.gguf_type)))
+        report.most = report.most if settings.gguf_type == "f32" else settings.most(in_16_bits=True)
+        report.models.append(parity.agreement(f"GGUF, {settings.gguf_type}", trained, _in_float32(file, examples)))
+    found = report.as_json()
+    (folder / "parity.json").write_text(json.dumps(found, indent=2, ensure_ascii=False), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(out.name, own, facts, found), encoding="utf-8")
+    report.show()
+    if report.failures:
+        raise _failed(folder, out, report)
 
 
 def rows_to_compare(facts: Mapping[str, Any], rows: str | Path | None = None) -> tuple[str, Sequence[Conversation]]:
@@ -239,7 +283,8 @@ def _in_float32(model: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
             tensor.data = data
 
 
-def _mean_difference(trained: Tensor, live: Live) -> float:
+def mean_difference(trained: Tensor, live: Live) -> float:
+    """Mean absolute difference of log Pr of the targets from the model in training."""
     targets = [t for e in live.examples for t, w in zip(e.input_ids[1:], e.target_weights[1:], strict=True) if w > 0]
     own = trained.gather(1, torch.tensor(targets)[:, None]).squeeze(1)
     return float((own.double() - live.log_probs.cpu().double()).abs().mean())

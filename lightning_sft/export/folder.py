@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import reduce
 from pathlib import Path
@@ -50,14 +52,35 @@ def write(
     max_shard_size: str = "5GB",
 ) -> None:
     """Write the same files into a folder that may have others, see :func:`export`."""
-    before = model.config.use_cache, model.generation_config
-    model.config.use_cache = True  # disabled in training, but needed for inference
-    model.generation_config = _stopping(generation or model.generation_config, tokenizer)
-    try:
+    with _for_inference(model, tokenizer, generation):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+
+
+def write_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, generation: GenerationConfig | None = None
+) -> None:
+    """Write the same files but for the weights, see :func:`export`."""
+    with _for_inference(model, tokenizer, generation):
+        model.config.dtype = model.dtype
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _for_inference(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None
+) -> Iterator[None]:
+    """The model's configs have a cache, which is disabled in training, and the stop token of the training."""
+    before = model.config.use_cache, model.generation_config
+    model.config.use_cache, model.generation_config = True, _stopping(generation or model.generation_config, tokenizer)
+    try:
+        yield
     finally:
         model.config.use_cache, model.generation_config = before
-    tokenizer.save_pretrained(folder)
 
 
 def widest_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -182,13 +182,14 @@ def sequences(conversations: Sequence[Conversation], tokenizer: PreTrainedTokeni
 
 @torch.no_grad()
 def log_probs(model: PreTrainedModel, examples: Iterable[Example]) -> Tensor:
-    """Log-probabilities of all tokens at each target of the sequences, ``[T, V]``, in evaluation mode."""
+    """Log-probabilities of all tokens at each target of the sequences, ``[T, V]`` on the CPU, in evaluation mode."""
     model.eval()
     found, text = [], language_model(model)
     for example in examples:
-        logits = text(input_ids=torch.tensor([list(map(int, example.input_ids))]), use_cache=False).logits[0]  # [N, V]
+        ids = torch.tensor([list(map(int, example.input_ids))], device=model.device)
+        logits = text(input_ids=ids, use_cache=False).logits[0]  # [N, V]
         is_target = torch.tensor([weight > 0 for weight in example.target_weights[1:]])
-        found.append(logits[:-1][is_target].float().log_softmax(-1))
+        found.append(logits[:-1][is_target.to(logits.device)].cpu().float().log_softmax(-1))
     return torch.cat(found)
 
 

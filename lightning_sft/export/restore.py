@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.template import TemplateConfig, configure
 from lightning_sft.model.pretrained import plain_tokenizer
-from lightning_sft.model.tuning.adapters import has_adapters
+from lightning_sft.model.tuning.adapters import without_adapters
 from lightning_sft.module import SFTModule
 from lightning_sft.types import InputError
 
@@ -34,7 +34,7 @@ def restored(checkpoint: Mapping[str, Any]) -> PreTrainedModel:
     except RuntimeError as error:
         raise InputError(f"The weights of the checkpoint do not match its model: {error}") from error
     assert module.model is not None
-    if not has_adapters(module.model):
+    with without_adapters(module.model):
         module.model.tie_weights()  # a checkpoint may store tied weights twice
     return module.model
 

@@ -188,17 +188,23 @@ class _Documents:
         return values.new_zeros(len(self.spans), *values.shape[1:]).index_add(0, self.number, values)
 
 
-def read_routers(model: PreTrainedModel, router_loss: RouterLoss | None) -> Routers | None:
+def read_routers(
+    model: PreTrainedModel, router_loss: RouterLoss | None, tried: PreTrainedModel | None = None
+) -> Routers | None:
     """The routers of a mixture of experts; ``None`` if the model has none, or none that can be read.
 
     Args:
         model: Causal language model.
         router_loss: Coefficient of the auxiliary loss.
+        tried: Model with a router of each kind to run instead; by default the model itself.
 
     Raises:
         InputError: When there is to be an auxiliary loss, but routers cannot be read or give no coefficient.
     """
-    found, reason = find_routers(model)
+    found, reason = find_routers(tried or model)
+    if found and tried is not None:
+        known = {_kind(router.module): router for router in found}
+        found = [replace(known[_kind(module)], module=module) for module, _ in _recorded(model)]
     if router_loss is not None and not found:
         raise InputError(
             f"model.router_loss={router_loss} cannot be computed for {type(model).__name__}: {reason}. Leave it out."
@@ -231,9 +237,7 @@ def find_routers(model: PreTrainedModel) -> tuple[list[Router], str]:
         The routers; or none, and why.
     """
     backbone, _ = backbone_and_head(model)
-    recorders = [recorder for part in _models(model, backbone) for recorder in _recorders(part)]
-    places = [(module, _place(name, module, recorders)) for name, module in backbone.named_modules()]
-    found = [(module, place) for module, place in places if place is not None]
+    found = _recorded(model)
     if not found:
         has_experts = any("Experts" in type(module).__name__ for module in backbone.modules())
         return [], "transformers does not record the logits of its routers" if has_experts else _NONE
@@ -251,6 +255,18 @@ def find_routers(model: PreTrainedModel) -> tuple[list[Router], str]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _recorded(model: PreTrainedModel) -> list[tuple[nn.Module, int]]:
+    """The modules whose outputs transformers records as logits of routers, and where in the output these are."""
+    backbone, _ = backbone_and_head(model)
+    recorders = [recorder for part in _models(model, backbone) for recorder in _recorders(part)]
+    places = ((module, _place(name, module, recorders)) for name, module in backbone.named_modules())
+    return [(module, place) for module, place in places if place is not None]
+
+
+def _kind(router: nn.Module) -> tuple[type, tuple[torch.Size, ...]]:
+    return type(router), tuple(parameter.shape for parameter in router.parameters())
 
 
 class _UnreadableError(Exception):

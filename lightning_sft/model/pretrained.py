@@ -27,6 +27,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
+from lightning_sft.io.hub import check_reachable
 from lightning_sft.model.tuning.base_dtype import weight_files
 from lightning_sft.model.tuning.prequantized import Prequantized
 from lightning_sft.types import InputError
@@ -68,7 +69,7 @@ def load_model(
             f"{pretrained!r} is an encoder-decoder ({type(model).__name__}), not a causal language model. Use a "
             "decoder-only model."
         )
-    _check_whole(model, pretrained, info)
+    check_whole(model, pretrained, info)
     if pretrained.endswith(".gguf"):  # the weights are plain tensors now; the marker would prevent saving them
         del model.hf_quantizer, model.config.quantization_config
     return _prepare(model)
@@ -235,7 +236,7 @@ _COMPUTED = re.compile(r"(attn|attention)\.(masked_)?bias$|(inv_freq|causal_mask
 """Names of tensors stored by older versions of transformers that are computed today."""
 
 
-def _check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) -> None:
+def check_whole(model: PreTrainedModel, pretrained: str, info: dict[str, Any]) -> None:
     """Refuse a checkpoint that lacks weights of the model, or has parts that are not of its architecture.
 
     An export would lack such parts. Parts that an architecture passes over on purpose are kept by the export, see
@@ -363,6 +364,9 @@ def _no_foreign_code() -> Iterator[None]:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = waits
 
 
+_EXPECTED = "a hub name, a folder written by save_pretrained, or a .gguf file"
+
+
 def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
     pretrained = str(Path(pretrained).expanduser()) if pretrained.startswith("~") else pretrained
     source = {"pretrained_model_name_or_path": pretrained or None}  # none for weights that are given
@@ -371,6 +375,8 @@ def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
         if not path.is_file():
             raise InputError(f"There is no GGUF file {pretrained!r}.")
         source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    elif pretrained:
+        check_reachable(pretrained, _EXPECTED)
     kwargs["trust_remote_code"] = False  # by default transformers asks on standard input
     try:
         with _no_foreign_code():
@@ -384,6 +390,6 @@ def _load(auto_class: Any, pretrained: str, what: str, **kwargs: Any) -> Any:
             said = "a .bin file holds more than tensors, so loading it could run code; ask for safetensors"
         reason = said if isinstance(error, OSError) else f"{type(error).__name__}: {said}"
         raise InputError(
-            f"No {what} can be loaded from {pretrained!r}. {where}; expected a hub name, a folder written by "
-            f"save_pretrained, or a .gguf file. Error of the loader: {reason[:500]}"
+            f"No {what} can be loaded from {pretrained!r}. {where}; expected {_EXPECTED}. Error of the loader: "
+            f"{reason[:500]}"
         ) from error

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Literal
 
 from lightning_sft.io.arguments import Index
+from lightning_sft.model.tiles import tile_mlps
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -15,17 +16,21 @@ Checkpointing = bool | Literal["offload"] | Index
 """``True``: recompute all layers; ``"offload"``: keep their inputs in host memory, too; n: recompute every n-th."""
 
 
-def checkpoint_layers(model: PreTrainedModel, setting: Checkpointing, device_type: str) -> None:
-    """Enable gradient checkpointing in the layers of a model, in place.
+def checkpoint_layers(
+    model: PreTrainedModel, setting: Checkpointing, device_type: str, tile_size: int | None = None
+) -> None:
+    """Enable gradient checkpointing in the layers of a model, and tiles in their MLPs, in place.
 
     Args:
         model: Model of transformers.
         setting: Value of ``model.gradient_checkpointing``.
         device_type: Type of the training device, such as ``cuda``.
+        tile_size: Value of ``model.mlp_tile_size``, see :func:`lightning_sft.model.tiles.tile_mlps`.
 
     Raises:
         InputError: When transformers cannot recompute the layers of the architecture.
     """
+    tile_mlps(model, tile_size)
     if not setting:
         return
     if not model.supports_gradient_checkpointing:

@@ -127,6 +127,11 @@ def pass_borders(layer: nn.Module) -> None:
     cast(_Separated, layer.forward).passes_borders = True
 
 
+def passes(layer: nn.Module) -> bool:
+    """Whether a separated layer passes the borders of documents to its kernels."""
+    return cast(_Separated, layer.forward).passes_borders
+
+
 def described(backbone: nn.Module) -> str:
     """How the separated layers of a backbone keep documents apart."""
     ways = {False: "computes documents of similar length together", True: "passes their borders to its kernels"}

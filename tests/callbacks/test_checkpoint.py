@@ -130,7 +130,3 @@ def test_what_is_resumed_from_may_be_in_the_folder_of_another_callback(
 def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(InputError, match=r"SafeCheckpoint.keep_last is 0; expected an integer >= 1"):
         SafeCheckpoint(keep_last=0)
-    with pytest.raises(
-        InputError, match=r"writes to local disks only, got dirpath='s3://b'. Use Lightning's ModelCheckpoint"
-    ):
-        SafeCheckpoint("s3://b")

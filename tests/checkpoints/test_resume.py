@@ -269,9 +269,10 @@ def results(pretrained: str, folder: Path, plan: dict[str, Any], timeout: float 
 def test_runs_that_are_killed_and_told_to_end_go_on_to_the_bit_and_with_other_ranks(
     dropping: str, tmp_path: Path
 ) -> None:
-    plan = {"packed": [["writing", 2], ["told", 3]], "ddp": [["told", 3]], "elastic": 0}
+    plan: dict[str, Any] = {"packed": [["writing", 2], ["told", 3]], "ddp": [["told", 3]], "elastic": 0}
+    plan |= {"ddp_four": [["step", 2]], "background": [["writing", 3]]}
     found = results(dropping, tmp_path, plan)
-    for name in ("packed", "ddp"):
+    for name in plan.keys() - {"elastic"}:
         assert found[name]["kills"] == len(plan[name])
         assert not found[name]["differ"]
     elastic = found["elastic"]

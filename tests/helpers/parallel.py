@@ -69,15 +69,20 @@ class Case:
 CONTEXT: dict[str, Any] = {"context_parallel_size": 2}
 LORA: dict[str, Any] = {"lora": {"r": 4, "dropout": 0.0}}
 TILES: dict[str, Any] = {"gradient_checkpointing": True, "mlp_tile_size": 16}  # of up to 100 tokens
+IN_4_BITS, IN_8_BITS = ({**LORA, "quantize": bits} for bits in ("4bit", "8bit"))
 CASES = {
     "single": Case("single device", 1, 4, 30),
     "single_whole": Case("single device", 1, 4, 28, reference="single_whole"),
     "single_lora": Case("single device, `model.lora`", 1, 4, 30, model=LORA, reference="single_lora"),
+    "single_4bit": Case("single device, `model.quantize: 4bit`", 1, 4, 30, model=IN_4_BITS, reference="single_4bit"),
+    "single_8bit": Case("single device, `model.quantize: 8bit`", 1, 4, 30, model=IN_8_BITS, reference="single_8bit"),
     "ddp": Case("`ddp`"),
     "ddp_tiles": Case("`ddp`, `model.mlp_tile_size`", model=TILES),
     "ddp_lora": Case("`ddp`, `model.lora`", model=LORA, reference="single_lora"),
     "fsdp2": Case("`fsdp2`"),
     "fsdp2_lora": Case("`fsdp2`, `model.lora`", model=LORA, reference="single_lora"),
+    "fsdp2_4bit": Case("`fsdp2`, `model.quantize: 4bit`", model=IN_4_BITS, reference="single_4bit"),
+    "fsdp2_8bit": Case("`fsdp2`, `model.quantize: 8bit`", model=IN_8_BITS, reference="single_8bit"),
     "checkpointing": Case("`fsdp2`, `model.gradient_checkpointing`", model={"gradient_checkpointing": True}),
     "tiles": Case("`fsdp2`, `model.gradient_checkpointing`, `model.mlp_tile_size`", model=TILES),
     "offload": Case("`fsdp2`, `cpu_offload`", layout={"cpu_offload": True}),
@@ -102,11 +107,11 @@ CASES = {
     ),
     **{f"deepspeed{n}": Case(f"`deepspeed_stage_{n}`", limit=14, stage=n, reference="single_whole") for n in (1, 2, 3)},
 }
-ALONE = ["single", "single_whole", "single_lora"]
+ALONE = ["single", "single_whole", "single_lora", "single_4bit", "single_8bit"]
 LAUNCHES = [
-    ["ddp", "ddp_tiles", "ddp_lora", "fsdp2", "fsdp2_lora", "checkpointing", "tiles", "offload"],
+    ["ddp", "ddp_tiles", "ddp_lora", "fsdp2", "fsdp2_lora", "fsdp2_4bit", "fsdp2_8bit", "checkpointing", "tiles"],
+    ["offload", "tensor", "tensor_tiles"],
     ["offload_alone"],
-    ["tensor", "tensor_tiles"],
     ["context", "context_lora"],
     ["both", "context_both", "context_tensor"],
     ["deepspeed1", "deepspeed2", "deepspeed3"],

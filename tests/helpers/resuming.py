@@ -47,12 +47,15 @@ class Run:
     ranks: int = 1
     every_n_train_steps: int = 2
     model: dict[str, Any] = field(default_factory=dict)
+    in_background: bool = False
+    protocol: str = ""  # of the address that checkpoints are saved at
 
     def fit(self, pretrained: str, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
         """The same command, whether the run begins or goes on."""
         folder.mkdir(parents=True, exist_ok=True)
         own = [Losses(folder / "losses"), SampleLedger(str(folder)), Preempt()]
-        saver = SafeCheckpoint(str(folder / "checkpoints"), self.every_n_train_steps, None)
+        every, where = self.every_n_train_steps, f"{self.protocol}{folder / 'checkpoints'}"
+        saver = SafeCheckpoint(where, every, None, in_background=self.in_background)
         trainer = Trainer(
             accelerator="cpu",
             callbacks=[*own, *callbacks, saver],
@@ -70,7 +73,7 @@ class Run:
         )
         module = SFTModule(pretrained, **{"optimizer": partial(AdamW, lr=1e-2), "warmup": 0.1, **self.model})
         data = SFTDataModule(**{"train": TRAIN, "val": ROWS[:6], "tokens_per_batch": 150, "cache": None, **self.data})
-        trainer.fit(module, data, ckpt_path=newest([folder / "checkpoints"]))
+        trainer.fit(module, data, ckpt_path=newest([where]))
         weights = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in module.state_dict().items()}
         if trainer.is_global_zero:
             torch.save(weights, folder / "weights")
@@ -87,6 +90,13 @@ RUNS = {
     "stream_workers": Run({**STREAM, "num_workers": 2}, {"max_steps": 20}),
     "ddp": Run({}, {}, ranks=2),
     "fsdp2": Run({}, {"strategy": "fsdp2"}, ranks=2),  # checkpoints are folders
+    "background": Run({}, {}, in_background=True, every_n_train_steps=1),
+    "ddp_background": Run({}, {}, ranks=2, in_background=True, every_n_train_steps=1),
+    "fsdp2_background": Run({}, {"strategy": "fsdp2"}, ranks=2, in_background=True, every_n_train_steps=1),
+    "address": Run({}, {}, protocol="local://", in_background=True),
+    "fsdp2_address": Run({}, {"strategy": "fsdp2"}, ranks=2, protocol="local://"),
+    "fsdp2_address_background": Run({}, {"strategy": "fsdp2"}, 2, 1, protocol="local://", in_background=True),
+    "ddp_four": Run({}, {"accumulate_grad_batches": 1}, ranks=4),  # whose sums are not those of two in another order
     "ddp_stream": Run({**STREAM, "num_workers": 0}, {"max_steps": 20}, ranks=2),
 }
 

@@ -62,7 +62,8 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     monkeypatch.setattr(torch.cpu, "is_available", lambda: False)
     monkeypatch.setattr(torch.autograd.graph.save_on_cpu, "__init__", init)
     monkeypatch.setattr(
-        "lightning_sft.module.checkpoint_layers", lambda model, setting, _: checkpoint_layers(model, setting, "cuda")
+        "lightning_sft.module.checkpoint_layers",
+        lambda model, setting, _, *tiles: checkpoint_layers(model, setting, "cuda", *tiles),
     )
     return kept
 

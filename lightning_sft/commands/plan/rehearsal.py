@@ -27,7 +27,6 @@ from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.pretrained import load_architecture, model_from_config, new_token_ids
 from lightning_sft.model.probes import ProbeResult
 from lightning_sft.model.recompute import checkpoint_layers
-from lightning_sft.model.tiles import tile_mlps
 from lightning_sft.model.tuning.adapters import inject, is_adapter, widen
 from lightning_sft.model.tuning.freezing import choose
 from lightning_sft.model.tuning.neftune import add_noise
@@ -175,8 +174,7 @@ def _scorer(
     findings = ProbeResult(1.0, getattr(config, "final_logit_softcapping", None), True)
     own = module.gradient_checkpointing
     offloads = own == "offload" and on_gpu
-    checkpoint_layers(model, True if own == "offload" and not on_gpu else own, "meta")
-    tile_mlps(model, module.mlp_tile_size)
+    checkpoint_layers(model, True if own == "offload" and not on_gpu else own, "meta", module.mlp_tile_size)
     if compiles and not offloads:
         compile_on_paper(model)
     context = PaperContext(0, layout.context_parallel, None) if layout.context_parallel > 1 else None

@@ -22,7 +22,7 @@ from lightning_sft.io.arguments import check_arguments
 from lightning_sft.types import Conversation, Example, InputError
 
 TrainOn = Literal["all", "last", "prompts"]
-"""What is a target: all answers, the last answer alone, or answers and every other turn."""
+"""Turns that are trained, which are all answers, the last answer alone, or answers and every other turn."""
 
 _OF_PARTS = ("format", "columns", "system", "train_on")
 _NO_VARIABLES = frozenset({"messages", "conversation", "tools", "add_generation_prompt", "tokenize", "chat_template"})

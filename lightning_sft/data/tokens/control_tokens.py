@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import encode_marked_chat, mark_cont
 from lightning_sft.types import InputError, Message
 
 Treatment = Literal["text", "refuse", "as_is"]
-"""What becomes of a control token in a text: plain text, a refusal of the row, or the token that it is."""
+"""A control token in a text is tokenized as plain text, a reason to refuse the row, or the token that it is."""
 
 _MARKUP = re.compile(r"(?i)</?(think|thought|reason|answer|tool|arg_|function|param|call)\w*>|\[/?THINK\]")
 _MARK, _, _END = mark_control_tokens("x", re.compile("x"))

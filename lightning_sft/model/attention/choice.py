@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from lightning_sft.model import recurrence
 from lightning_sft.model.attention import flex, gpu
 from lightning_sft.model.attention.per_document import NAMES, NoEagerAttentionError, one_call
-from lightning_sft.model.backbone import can_be_packed
+from lightning_sft.model.backbone import backbone_and_head, can_be_packed
 from lightning_sft.model.probes import ProbeResult, is_close, probe
 from lightning_sft.types import InputError
 
@@ -102,6 +102,24 @@ def probed(
         why = f"{chosen.why}; recurrent layers keep packed documents apart: {recurrence.described(backbone)}"
         chosen = replace(chosen, why=why)
     return chosen, findings
+
+
+def follow(model: PreTrainedModel, small: PreTrainedModel, chosen: Attention) -> None:
+    """Set up an empty model as its small copy was by :func:`probed`, in place.
+
+    Args:
+        model: Model without memory.
+        small: Copy with layers of each kind, see :func:`~lightning_sft.model.parallel.loading.cut_down`.
+        chosen: Attention of the copy.
+    """
+    model.set_attn_implementation(chosen.name)
+    backbone, tried = (backbone_and_head(each)[0] for each in (model, small))
+    recurrence.separate(backbone)
+    passing = {type(layer) for layers in recurrence.by_class(tried) for layer in layers if recurrence.passes(layer)}
+    for layers in recurrence.by_class(backbone):
+        if type(layers[0]) in passing:
+            for layer in layers:
+                recurrence.pass_borders(layer)
 
 
 def _chosen(

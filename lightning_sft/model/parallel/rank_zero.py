@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_sft.model.parallel.sharding import gathered
+from lightning_sft.model.parallel.sharding import full, gathered
 from lightning_sft.types import InputError
 
 T = TypeVar("T")
@@ -64,6 +64,21 @@ class FirstRank:
             raised = InputError(text) if is_of_user else RuntimeError(text)
         return result, raised
 
+    def shared(self, work: Callable[[], object]) -> Exception | None:
+        """The error of ``work``, which all ranks do together, on every rank if rank 0 has one."""
+        own: Exception | None = None
+        try:
+            work()
+        except Exception as error:
+            own = error
+
+        def raise_again() -> None:
+            if own is not None:
+                raise own
+
+        of_first = self.tried(raise_again)[1]
+        return own or of_first
+
 
 def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Gather unsharded CPU copies of all weights and buffers of a module, one at a time.
@@ -77,9 +92,7 @@ def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             continue
         with gathered([value] if isinstance(value, nn.Parameter) else []):
-            whole: Any = value.detach()
-            if hasattr(whole, "full_tensor"):  # gathered on the device, even if offloaded to the host
-                whole = whole.to(whole.device_mesh.device_type).full_tensor()
+            whole = full(value)
             if keep:
                 found[name] = whole.to("cpu", copy=True)
     return found

@@ -41,6 +41,14 @@ class Sharding:
     compute_dtype: DtypeName | None = None
     cpu_offload: bool = False
 
+    @property
+    def gathered_dtype(self) -> torch.dtype:
+        """Dtype in which parameters of torch's default dtype are gathered."""
+        dtype: torch.dtype = (
+            torch.get_default_dtype() if self.compute_dtype is None else getattr(torch, self.compute_dtype)
+        )
+        return dtype
+
     def apply(self, root: nn.Module, model: PreTrainedModel) -> None:
         """Shard in place: first matrices over tensor-parallel ranks, then all parameters over data-parallel ranks.
 
@@ -119,6 +127,20 @@ def _parallelize(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 _HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this rank has a shard."""
+    return hasattr(tensor, "full_tensor")
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A parameter as a whole, without gradient, gathered if it is sharded; every rank of its mesh calls this."""
+    whole: Any = tensor.detach()
+    if is_sharded(whole):  # gathered on the device, even if offloaded to the host
+        whole = whole.to(whole.device_mesh.device_type).full_tensor()
+    gathered: Tensor = whole
+    return gathered
 
 
 def loading_config(strategy: Strategy | None) -> Any:

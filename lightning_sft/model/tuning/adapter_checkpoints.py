@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from lightning_sft.model.parallel.sharding import full, is_sharded
+from lightning_sft.model.tuning.quantization import is_packed
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -22,11 +24,11 @@ def samples(model: nn.Module, count: int = 8) -> Tensor:
     """A few entries of every parameter that is not quantized: a cheap fingerprint of the weights.
 
     Args:
-        model: Pretrained model, before adapters are added.
+        model: Pretrained model without adapters. If it is sharded, every rank calls this.
         count: Number of entries per parameter.
     """
     floating = [p.detach() for p in model.parameters() if p.is_floating_point()]
-    plain = [p.flatten() for p in floating if not is_traceable_wrapper_subclass(p)]
+    plain = (full(p).flatten() for p in floating if is_sharded(p) or not is_traceable_wrapper_subclass(p))
     return torch.cat([p[:: max(1, len(p) // count)][:count].cpu() for p in plain])
 
 
@@ -72,6 +74,12 @@ def check(checkpoint: dict[str, Any], module: LightningModule, base: Tensor | No
         given = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
     wanted = _kept(module) if found is not None else module.state_dict()
     expected = {name: tuple(value.shape) for name, value in wanted.items()}
+    packed = tuple(name for name, parameter in module.named_parameters() if is_packed(parameter))
+    if found is None and given is not None:  # sharded checkpoints omit quantized weights
+        given, expected = (
+            {name: shape for name, shape in shapes.items() if not name.startswith(packed)}
+            for shapes in (given, expected)
+        )
     if given is not None and given != expected:
         names = sorted(name for name in given.keys() | expected.keys() if given.get(name) != expected.get(name))
         raise InputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -126,6 +127,58 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
+@contextmanager
+def without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """The model has the modules and names of the pretrained one; its adapters are put back afterwards."""
+    outer = outer_adapters(model)
+    for name, layer in outer.items():
+        model.set_submodule(name, layer.get_base_layer())
+    try:
+        yield
+    finally:
+        for name, layer in outer.items():
+            model.set_submodule(name, layer)
+
+
+def outer_adapters(model: PreTrainedModel) -> dict[str, Any]:
+    """The layers that peft has wrapped around modules, by the names of these; of nested ones the outermost."""
+    layers = _layers(model) if hasattr(model, "peft_config") else {}
+    inner = {name for name in layers if name.removesuffix(".base_layer") in layers.keys() - {name}}
+    return {name: layer for name, layer in layers.items() if name not in inner}
+
+
+def merged(layer: Any) -> nn.Module:
+    """The module in an adapter layer, with its adapters, also those nested in it, merged into its weights in place."""
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        whole: nn.Module = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        return whole
+    layer.merge()
+    base: nn.Module = layer.get_base_layer()
+    return base
+
+
+def merged_into(values: Tensor, bias: Tensor | None, adapter: Mapping[str, Tensor], config: Any) -> nn.Module:
+    """A linear layer with an adapter merged into its weights.
+
+    Args:
+        values: Weights of the layer, ``[out, in]``.
+        bias: Bias of the layer, ``[out]``, or ``None``.
+        adapter: Tensors of the adapter, by their names in peft's layer.
+        config: Config of the adapters, of peft.
+    """
+    from peft import inject_adapter_in_model
+
+    plain: Any = nn.Linear(values.shape[1], values.shape[0], bias=bias is not None, dtype=values.dtype, device="meta")
+    plain.weight = nn.Parameter(values, requires_grad=False)
+    plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    own = deepcopy(config)
+    own.target_modules, own.exclude_modules, own.target_parameters = {"layer"}, None, None
+    with torch.random.fork_rng(devices=[]):
+        holder: Any = inject_adapter_in_model(own, nn.ModuleDict({"layer": plain}), ADAPTER_NAME)
+    holder["layer"].load_state_dict(adapter, strict=False)
+    return merged(holder["layer"])
+
+
 def merge(model: PreTrainedModel) -> PreTrainedModel:
     """Merge adapters and rows of new tokens into the weights, in place, which leaves a plain model.
 
@@ -143,13 +196,13 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     if quantized.is_quantized(model):
         config: Any = model.peft_config[ADAPTER_NAME]
         adapters = {key: value for key, value in model.state_dict().items() if is_adapter(key)}
-        _unload(model, merged=False)
+        _unload(model, merges=False)
         quantized.dequantize(model)
         from peft import inject_adapter_in_model
 
         inject_adapter_in_model(config, model, ADAPTER_NAME)
         model.load_state_dict(adapters, strict=False)
-    _unload(model, merged=True)
+    _unload(model, merges=True)
     return model
 
 
@@ -231,16 +284,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _unload(model: PreTrainedModel, merged: bool) -> None:
-    layers = _layers(model)
-    for name, layer in layers.items():
-        if name.removesuffix(".base_layer") in layers.keys() - {name}:
-            continue  # fused experts have nested adapters: the outer one removes both
-        if hasattr(layer, "unload_and_optionally_merge_module"):
-            base = layer.unload_and_optionally_merge_module(merge=merged, safe_merge=False, adapter_names=None)
-        else:
-            if merged:
-                layer.merge()
-            base = layer.get_base_layer()
-        model.set_submodule(name, base)
+def _unload(model: PreTrainedModel, merges: bool) -> None:
+    for name, layer in outer_adapters(model).items():
+        model.set_submodule(name, merged(layer) if merges else layer.get_base_layer())
     del model.peft_config

@@ -11,14 +11,18 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from lightning_sft.model.parallel import loading
+from lightning_sft.model.parallel.sharding import Sharding
 from lightning_sft.model.pretrained import load_model, model_from_config, new_token_ids, stored_quantization
 from lightning_sft.model.tuning import adapter_checkpoints, new_tokens
-from lightning_sft.model.tuning.adapters import Lora, inject, widen
+from lightning_sft.model.tuning.adapters import Lora, inject, widen, without_adapters
 from lightning_sft.model.tuning.base_dtype import base_dtype, is_stored_in_bfloat16
 from lightning_sft.model.tuning.freezing import choose
+from lightning_sft.model.tuning.packed import unpack
 from lightning_sft.model.tuning.quantization import Bits, is_quantized, prepare, quantization
 from lightning_sft.types import InputError
 
@@ -83,7 +87,7 @@ class TuningConfig:
         """Refuse settings that quantized weights cannot be combined with.
 
         Raises:
-            InputError: With ``base_dtype``, or a strategy that shards.
+            InputError: With ``base_dtype``, or DeepSpeed.
         """
         asked = None if self.lora is None else self.lora.base_dtype
         if asked is not None:
@@ -91,16 +95,18 @@ class TuningConfig:
                 f"Both {what} and model.lora.base_dtype={asked} determine how the base is stored. Remove one of them."
             )
         strategy = None if trainer is None else trainer.strategy
-        if _mesh(strategy) or getattr(strategy, "config", None):
+        if getattr(strategy, "config", None):
             raise InputError(
                 f"Quantized weights cannot be sharded by {type(strategy).__name__}, so {what} cannot be used with "
-                "it. Use a single device or trainer.strategy=ddp, or weights that are not quantized."
+                "it. Use a single device, trainer.strategy=fsdp2 or ddp, or weights that are not quantized."
             )
 
     def load(
         self, pretrained: str, hf_config: dict[str, Any] | None, attention: str | None, trainer: Trainer | None
     ) -> PreTrainedModel:
         """Load or build the model, with adapters and new tokens added and parameters frozen.
+
+        For a strategy that shards it, its weights are left empty if :meth:`shard` can read them later.
 
         Args:
             pretrained: Hub name or path of the base. It is read with adapters, or if ``hf_config`` is ``None``.
@@ -128,11 +134,15 @@ class TuningConfig:
             dtype = torch.bfloat16 if in_bfloat16 else torch.get_default_dtype()
             autocast = torch.bfloat16 if in_bfloat16 else None
             own = self.base_dtype(autocast, lambda: fits and is_stored_in_bfloat16(pretrained))
-            model = load_model(pretrained, attention, self.quantize and quantization(self.quantize, dtype), own)
+            is_sharded = trainer is not None and _mesh(trainer.strategy) is not None
+            is_plain = prequantized is None and self.quantize is None
+            empty = self._empty(pretrained, attention, own, is_plain, autocast) if is_sharded else None
+            quantized = self.quantize and quantization(self.quantize, dtype)
+            model = empty or load_model(pretrained, attention, quantized, own)
             if is_quantized(model):
                 self._check_quantized("the quantized weights of model.pretrained", trainer)
             prepare(model, dtype)
-            self._base = None if self.lora is None else adapter_checkpoints.samples(model)
+            self._base = None if self.lora is None or empty else adapter_checkpoints.samples(model)
             if autocast is None and own is torch.bfloat16:
                 widen(model.parameters())  # the values are rounded; without autocast, matmuls do not mix dtypes
             is_unasked = self.lora is not None and self.lora.base_dtype is None and not is_quantized(model)
@@ -147,6 +157,48 @@ class TuningConfig:
         if self.lora is not None:
             widen(parameter for parameter in model.parameters() if parameter.requires_grad)
         return model
+
+    def shard(
+        self, scorer: nn.Module, model: PreTrainedModel, sharding: Sharding, pretrained: str, device: torch.device
+    ) -> None:
+        """Shard a model, in place; then each rank reads its shards if :meth:`load` has left the model empty.
+
+        Args:
+            scorer: Module that is called and contains the model.
+            model: Model of :meth:`load`.
+            sharding: Layout of the shards.
+            pretrained: Hub name or path of the model.
+            device: Device of the rank.
+
+        Raises:
+            InputError: When the model cannot be sharded, or the files do not fit it.
+        """
+        is_empty = loading.is_empty(model)
+        unpack(model, sharding.gathered_dtype, device)
+        sharding.apply(scorer, model)
+        if is_empty:
+            with without_adapters(model):
+                loading.fill(model, pretrained, device, sharding.cpu_offload)
+                self._base = None if self.lora is None else adapter_checkpoints.samples(model)
+
+    def _empty(
+        self, pretrained: str, attention: str | None, dtype: torch.dtype, is_plain: bool, autocast: torch.dtype | None
+    ) -> PreTrainedModel | None:
+        """The model without memory, for each rank to read its shards later; ``None`` if it has to be loaded whole."""
+        reasons = {
+            "its weights are quantized": not is_plain,
+            "model.new_tokens changes its embeddings": bool(self.new_tokens),
+            "model.lora.dora computes magnitudes of its matrices": self.lora is not None and self.lora.dora,
+            "model.lora.base_dtype rounds its weights": autocast is None and dtype is torch.bfloat16,
+        }
+        why = next((reason for reason, holds in reasons.items() if holds), None)
+        try:
+            if why is None:
+                return loading.empty_model(pretrained, attention, dtype)
+        except InputError as error:
+            why = str(error)
+        rank_zero_info(f"Each rank loads the whole of {pretrained!r} before it is sharded: {why}.")
+        return None
 
     def base_dtype(self, autocast: torch.dtype | None, is_stored_in_bfloat16: Callable[[], bool]) -> torch.dtype:
         """Dtype to load the pretrained weights in; see :func:`~lightning_sft.model.tuning.base_dtype.base_dtype`."""
@@ -185,7 +237,8 @@ class TuningConfig:
                 ids, num_known = new_token_ids(pretrained, self.new_tokens)
                 new_tokens.resize(model, ids, num_known)
             if self.lora is not None:
-                inject(model, self.lora)
+                with loading.on_host(model):
+                    inject(model, self.lora)
                 if ids:
                     new_tokens.train_rows(model, ids)
 

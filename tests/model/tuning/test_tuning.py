@@ -60,11 +60,6 @@ def trainer(**strategy: Any) -> Any:
     [
         (
             TuningConfig(Lora(), quantize="4bit"),
-            {"device_mesh": {"tensor_parallel": [0]}},
-            "Quantized weights cannot be sharded",
-        ),
-        (
-            TuningConfig(Lora(), quantize="4bit"),
             {"config": {"zero_optimization": {}}},
             "Quantized weights cannot be sharded",
         ),

@@ -1,0 +1,186 @@
+"""Loading in shards: a model is made without memory, sharded, and each rank then reads its slices of the files.
+
+Adapters are made while the model is empty, since peft looks at shapes alone; probes run on :func:`cut_down`, a small
+copy with random weights. transformers reads: it converts names and layouts of checkpoints, and slices as DTensors say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from lightning_sft.machine.contexts import default_dtype
+from lightning_sft.model.backbone import backbone_and_head, hidden_states
+from lightning_sft.model.parallel.sharding import layers
+from lightning_sft.model.pretrained import (
+    check_whole,
+    load_architecture,
+    load_generation_config,
+    model_from_config,
+    stored_names,
+)
+from lightning_sft.model.tuning.base_dtype import weight_files
+from lightning_sft.types import InputError
+
+_VOCABULARY = 512  # rows that embeddings and head of a small copy have at most
+
+
+def empty_model(pretrained: str, attention: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """A pretrained model on the meta device, in training mode; :func:`fill` reads its weights.
+
+    Args:
+        pretrained: A hub name or a folder.
+        attention: Attention implementation of transformers; ``None`` lets transformers choose.
+        dtype: Dtype of the parameters, but for those that transformers keeps in float32.
+
+    Raises:
+        InputError: When it cannot be filled, or not be probed by a small copy.
+    """
+    names = stored_names(pretrained)
+    if not names:
+        raise InputError("it has no safetensors files")
+    with torch.device("meta"), default_dtype(dtype):
+        model = model_from_config(load_architecture(pretrained), attention)
+    if model.config.is_encoder_decoder:
+        raise InputError("it is an encoder-decoder")
+    if any(target in names and source in names for target, source in model.all_tied_weights_keys.items()):
+        raise InputError("its embeddings and head are tied, but both are in its files")
+    if found := load_generation_config(pretrained):
+        model.generation_config = found
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if re.search(pattern.replace("*", ".*"), name) and tensor.is_floating_point():
+                tensor.data = tensor.data.to(kept)
+    check_copy(model)
+    return model
+
+
+def is_empty(model: nn.Module) -> bool:
+    """Whether a model has weights without memory."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def cut_down(model: PreTrainedModel) -> PreTrainedModel:
+    """A small copy of an empty model on the CPU with random weights, a layer of each kind, and part of the vocabulary.
+
+    Layers are of one kind if their classes, shapes and settings are the same. The first ones are kept up to the last
+    that is of a new kind, so that each has the place among the others that it is made for.
+    """
+    small = deepcopy(model)
+    stacks = [part for part in small.modules() if isinstance(part, nn.ModuleList)]
+    known = set(layers(small))
+    for stack in stacks:
+        if known & set(stack):
+            kinds = [_kind(layer) for layer in stack]
+            del stack[max(kinds.index(kind) for kind in kinds) + 1 :]
+    config = small.config.get_text_config()
+    config.num_hidden_layers = max(len(stack) for stack in stacks if known & set(stack))
+    if config.vocab_size > _VOCABULARY:
+        small.resize_token_embeddings(_VOCABULARY, mean_resizing=False)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        small._apply(lambda tensor: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor)
+        for parameter in small.parameters():
+            parameter.normal_(std=0.02)
+        small.initialize_weights()  # and buffers that are no weights, such as the frequencies of RoPE
+        small.tie_weights()
+    return small
+
+
+def check_copy(model: PreTrainedModel) -> None:
+    """Refuse an empty model whose small copy does not run.
+
+    Raises:
+        InputError: When it does not.
+    """
+    try:
+        hidden_states(backbone_and_head(cut_down(model))[0], torch.arange(2)[None])
+    except Exception as error:  # an architecture may do anything with its number of layers
+        raise InputError(f"a copy with fewer layers does not run ({type(error).__name__}: {error})") from error
+
+
+def _kind(layer: nn.Module) -> Any:
+    shapes = tuple((name, tensor.shape) for name, tensor in layer.state_dict().items())
+    settings = tuple(
+        (name, key, value)
+        for name, part in layer.named_modules()
+        for key, value in vars(part).items()
+        if isinstance(value, bool | int | float | str | None) and not key.startswith("_") and key != "layer_idx"
+    )
+    return type(layer), shapes, settings
+
+
+@contextmanager
+def on_host(model: nn.Module) -> Iterator[None]:
+    """Empty parameters have a value on the CPU, zero, that takes no memory: peft makes adapters where they are."""
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    standing: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        own = module.named_parameters(recurse=False, remove_duplicate=False)
+        for name, parameter in list(own):
+            if parameter.is_meta:
+                if parameter not in standing:
+                    zeros = torch.zeros((), dtype=parameter.dtype, device="cpu").expand(parameter.shape)
+                    standing[parameter] = nn.Parameter(zeros, parameter.requires_grad)
+                held.append((module, name, parameter))
+                module._parameters[name] = standing[parameter]
+    try:
+        yield
+    finally:
+        for module, name, parameter in held:
+            parameter.requires_grad_(standing[parameter].requires_grad)
+            module._parameters[name] = parameter
+
+
+def fill(model: PreTrainedModel, pretrained: str, device: torch.device, offloaded: bool) -> None:
+    """Read this rank's slices of the weights of a sharded, empty model, in place, and compute its other buffers.
+
+    Args:
+        model: Model whose parameters are DTensors, without adapters.
+        pretrained: A hub name or a folder with safetensors files.
+        device: Device of the rank.
+        offloaded: Whether shards stay in host memory.
+
+    Raises:
+        InputError: When the files lack weights of the model, or have parts that it does not load.
+    """
+    tied = dict(model.all_tied_weights_keys)
+    slices: dict[str, Any] = {}
+    for path in weight_files(pretrained):
+        file: Any = safe_open(path, framework="pt", backend="pread")  # pages of a mapped file would count as ours
+        slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+    dtype = model.dtype
+    conversions: Any = get_model_conversion_mapping(model)
+    settings = LoadStateDictConfig(
+        pretrained_model_name_or_path=pretrained,
+        device_map={"": torch.device("cpu") if offloaded else device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=conversions,
+    )
+    try:
+        info, _ = convert_and_load_state_dict_in_model(model, slices, settings)
+        info = PreTrainedModel._finalize_model_loading(model, settings, info)
+    except RuntimeError as error:
+        raise InputError(f"The weights of {pretrained!r} cannot be read in shards: {error}") from error
+    check_whole(model, pretrained, info.to_dict())
+    if model.all_tied_weights_keys != tied:
+        raise InputError(
+            f"Embeddings and head of {pretrained!r} are tied according to its config, but differ in its files. Set "
+            "tie_word_embeddings to false in its config.json."
+        )
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)

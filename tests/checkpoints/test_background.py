@@ -1,0 +1,243 @@
+"""Checkpoints that a thread writes while training continues: what they hold, and what waits for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy
+from torch.optim import AdamW
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.preempt import Preempt, Preempted
+from lightning_sft.callbacks.record import RunRecord
+from lightning_sft.checkpoints.background import BackgroundWriter
+from lightning_sft.checkpoints.resume import POSITION_KEY
+from lightning_sft.checkpoints.writing import AtomicIO
+from lightning_sft.types import InputError
+
+Make = Callable[..., Trainer]
+
+
+class HeldIO(AtomicIO):
+    """Writes nothing until it is released; counts writes under way."""
+
+    def __init__(self) -> None:
+        self.released, self.writing, self.most = threading.Event(), 0, 0
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self.writing += 1
+        self.most = max(self.most, self.writing)
+        assert self.released.wait(60)
+        super().save_checkpoint(*args, **kwargs)
+        self.writing -= 1
+
+
+class FailingIO(AtomicIO):
+    """The first write fails."""
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+
+class AtStep(Callback):
+    """Does something when a step begins."""
+
+    def __init__(self, step: int, do: Callable[[Trainer], object]) -> None:
+        self.step, self.do = step, do
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            self.do(trainer)
+
+
+@pytest.fixture
+def fit(pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]]) -> Callable[..., Trainer]:
+    def run(*callbacks: Any, ckpt_path: Any = None, **settings: Any) -> Trainer:
+        trainer = quiet_trainer(enable_checkpointing=True, callbacks=list(callbacks), **{"max_epochs": 1, **settings})
+        module = SFTModule(pretrained, optimizer=partial(AdamW, lr=1e-2), schedule="constant", warmup=0.0)
+        trainer.fit(module, SFTDataModule(train=rows, tokens_per_batch=40), ckpt_path=ckpt_path)  # 12 steps
+        return trainer
+
+    return run
+
+
+def saver(folder: Path, every: int | None = 3, **settings: Any) -> SafeCheckpoint:
+    return SafeCheckpoint(folder, every, None, **{"in_background": True, **settings})
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix == ".ckpt"}
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two checkpoints have the same values, to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+def test_steps_are_taken_while_a_checkpoint_is_written_and_it_has_the_values_of_its_own_step(
+    fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    fit(saver(tmp_path / "inline", in_background=False, keep_last=9))
+    io, seen = HeldIO(), list[set[str]]()
+
+    def release(trainer: Trainer) -> None:  # two steps after the save
+        seen.append(names(tmp_path / "held"))
+        io.released.set()
+
+    fit(AtStep(5, release), saver(tmp_path / "held", keep_last=9), plugins=[io])
+    assert seen == [set()]
+    assert names(tmp_path / "held") == names(tmp_path / "inline")
+    for name in names(tmp_path / "held"):
+        inline, held = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("inline", "held"))
+        assert inline.keys() == held.keys()
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", POSITION_KEY):  # others have times
+            assert equal(inline[key], held[key])
+
+
+def test_one_checkpoint_is_written_at_a_time_and_the_last_complete_one_stays_meanwhile(
+    fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    io, seen = HeldIO(), list[set[str]]()
+    io.released.set()
+
+    def look(trainer: Trainer) -> None:  # while that of step 6 is held
+        seen.append(names(tmp_path))
+        io.released.set()
+
+    hold = AtStep(5, lambda trainer: io.released.clear())
+    trainer = fit(hold, AtStep(7, look), saver(tmp_path, keep_last=1), plugins=[io])
+    assert seen == [{"resume-epoch=0-step=3.ckpt"}]
+    assert io.most == 1
+    assert names(tmp_path) == {f"resume-epoch=0-step={trainer.global_step}.ckpt"}
+
+
+def test_the_second_waits_until_the_first_is_on_disk(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    io = HeldIO()
+    threading.Timer(1.0, io.released.set).start()
+    fit(saver(tmp_path, every=1, keep_last=99), plugins=[io])
+    assert io.most == 1
+    assert len(names(tmp_path)) >= 10
+
+
+@pytest.mark.parametrize("every", [2, None], ids=["within an epoch", "at the end of the fit"])
+def test_an_error_of_the_thread_ends_training_with_one_message(
+    fit: Callable[..., Trainer], tmp_path: Path, every: int | None
+) -> None:
+    message = r"The checkpoint .*step=.*ckpt cannot be written: No space left on device. Those before it are intact."
+    with pytest.raises(InputError, match=message):
+        fit(saver(tmp_path, every), plugins=[FailingIO()])
+    assert not names(tmp_path)
+
+
+def test_a_failed_write_ends_training_before_the_next_checkpoint_is_due(
+    fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    steps: list[int] = []
+
+    def wait_for_failure(trainer: Trainer) -> None:
+        [callback] = trainer.checkpoint_callbacks
+        while not callback._writer.has_failed:
+            time.sleep(0.01)
+
+    after = [AtStep(3, wait_for_failure), *(AtStep(step, lambda t: steps.append(t.global_step)) for step in (4, 5, 6))]
+    with pytest.raises(InputError, match="cannot be written"):
+        fit(*after, saver(tmp_path, every=2), plugins=[FailingIO()])
+    assert steps == []  # the third step was the last; the next checkpoint would be due after the fourth
+
+
+def test_the_record_names_a_run_as_saved_only_when_its_checkpoint_is_complete(
+    fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    io, seen = HeldIO(), list[bool]()
+
+    def saved() -> bool:
+        return bool(json.loads((tmp_path / "run.json").read_text())["saved"])
+
+    def release(trainer: Trainer) -> None:
+        seen.append(saved())
+        io.released.set()
+
+    fit(AtStep(5, release), RunRecord(tmp_path), saver(tmp_path / "checkpoints"), plugins=[io])
+    assert seen == [False]
+    assert saved()
+
+
+def test_an_error_in_training_waits_for_the_checkpoint_being_written(
+    fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    io = HeldIO()
+
+    class Release(Callback):
+        def on_exception(self, *args: Any) -> None:
+            assert not names(tmp_path)
+            io.released.set()
+
+    def fail(trainer: Trainer) -> None:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        fit(Release(), AtStep(4, fail), saver(tmp_path), plugins=[io])
+    assert names(tmp_path) == {"resume-epoch=0-step=3.ckpt"}
+
+
+def test_a_signal_waits_for_the_checkpoint_being_written_and_for_its_own(
+    fit: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    io = HeldIO()
+    threading.Timer(1.0, io.released.set).start()
+    send = AtStep(3, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Preempted):
+        fit(Preempt(), send, saver(tmp_path), plugins=[io])
+    assert names(tmp_path) == {"resume-epoch=0-step=3.ckpt", "resume-epoch=0-step=4.ckpt"}
+
+
+def test_a_run_that_saved_in_the_background_resumes_to_the_bit(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    whole = fit(saver(tmp_path / "whole"))
+    fit(saver(tmp_path / "cut"), max_epochs=-1, max_steps=6)
+    resumed = fit(saver(tmp_path / "cut"), ckpt_path="last")
+    assert resumed.global_step == whole.global_step
+    assert equal(dict(resumed.lightning_module.state_dict()), dict(whole.lightning_module.state_dict()))
+
+
+def test_a_copy_has_all_kinds_of_tensors_and_what_they_share(quiet_trainer: Make) -> None:
+    quantized = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit.zeros((256, 256))
+    quantized.copy_(torch.linspace(-1, 1, 256).expand(256, 256))
+    kept, tied, counts = quantized.dequantize(), torch.ones(4, 4), [1]
+    writer = BackgroundWriter(quiet_trainer().strategy)
+    copy = writer.copy({"a": tied, "b": {"c": tied[:2]}, "state": [quantized], "counts": counts})
+    tied.mul_(2)
+    quantized.copy_(torch.zeros(256, 256))
+    counts.append(2)
+    a, b = copy["a"], copy["b"]["c"]
+    assert a.eq(1).all()
+    assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    assert torch.equal(copy["state"][0].dequantize(), kept)
+    assert copy["counts"] == [1]
+    assert writer.copy({"a": tied})["a"].data_ptr() == a.data_ptr(), "its buffers are used again"
+    writer.close()
+
+
+def test_what_cannot_write_in_the_background_is_refused(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"in_background=True\) needs a single device, ddp or fsdp2; FSDPStrategy"):
+        BackgroundWriter(FSDPStrategy())
+    with pytest.raises(InputError, match=r"Remove the plugin from trainer.plugins, and set .*in_background=True"):
+        fit(saver(tmp_path), plugins=[AsyncCheckpointIO()])
