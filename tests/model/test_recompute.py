@@ -63,7 +63,7 @@ def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     monkeypatch.setattr(torch.autograd.graph.save_on_cpu, "__init__", init)
     monkeypatch.setattr(
         "lightning_sft.module.checkpoint_layers",
-        lambda model, setting, _, *tiles: checkpoint_layers(model, setting, "cuda", *tiles),
+        lambda model, setting, _, tile_size: checkpoint_layers(model, setting, "cuda", tile_size),
     )
     return kept
 
