@@ -74,19 +74,25 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_nodes_take_the_steps_of_one_process(nodes: list[str], pretrained: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("context", [1, 2], ids=["data", "context"])
+def test_two_nodes_take_the_steps_of_one_process(
+    context: int, nodes: list[str], pretrained_for_two: str, tmp_path: Path
+) -> None:
+    """Each with rows of its own, or with half the tokens of every row."""
     for name in ("train", "val"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     alone, both = tmp_path / "alone", tmp_path / "both"
-    one = flags(pretrained, alone, 1, **{"trainer.accumulate_grad_batches": 2, "trainer.num_nodes": 1})
+    of_one = {"trainer.accumulate_grad_batches": 2 // context, "trainer.num_nodes": 1}
+    one = flags(pretrained_for_two, alone, 1, **of_one)
+    two = flags(pretrained_for_two, both, 1, **{"trainer.strategy.context_parallel_size": context})
     command = [sys.executable, "-m", "lightning_sft", "fit", "--config", str(TORCHRUN.with_name("fit.yaml")), *one]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=200)
     environment |= {"MAIN": NODES[nodes[0]], "DEVICES": "1", "GLOO_SOCKET_IFNAME": "eth"}
     running = [
         subprocess.Popen(
-            ["ip", "netns", "exec", node, str(TORCHRUN), *flags(pretrained, both, 1)],
+            ["ip", "netns", "exec", node, str(TORCHRUN), *two],
             cwd=tmp_path,
             env={**environment, "NODE_RANK": str(rank)},
         )

@@ -46,20 +46,23 @@ class RunSummary(ModelSummary):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary before the first epoch, when the kernels have been chosen."""
-        if self._is_shown or not trainer.is_global_zero:
+        if self._is_shown:
             return
         self._is_shown = True
+        rows = list(summary(trainer, pl_module))
+        if not trainer.is_global_zero:
+            return
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True, style="bold")
         table.add_column(overflow="fold")
-        for name, text in summary(trainer, pl_module):
+        for name, text in rows:
             table.add_row(name, Text(text))
         console = Console()
         console.print("", table, "", sep="\n")
 
 
 def summary(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, str]]:
-    """What a fit is about to do, as names and texts.
+    """What a fit is about to do, as names and texts; every rank must call this.
 
     Args:
         trainer: Trainer of a fit that has begun.
