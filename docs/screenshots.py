@@ -32,9 +32,6 @@ from tests.helpers.browsing import Browser, started  # noqa: E402 - this reposit
 
 WIDTH = 104  # columns of the terminal
 FORMAT = re.sub(r"@font-face \{\{.*?\}\}\s*", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)  # fonts would come from the web
-NOISE = re.compile(
-    r"Failed to load .*(torchao|kernels-community)|you already `pip install|W\d{4} .*torch|💡 Tip|Loading weights"
-)  # of other packages
 CONTROL = re.compile(r"(\r\n|\n|\r|\x1b\[[?\d;]*[A-Za-ln-z])")  # all but colors
 CONFIG = {
     "trainer": {
@@ -77,7 +74,7 @@ def pictures(model: str, out: Path, rows: int, only: list[str]) -> None:
         (folder / "fit.yaml").write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
         for picture in [name for name in COMMANDS if name in only]:
             arguments, lines = COMMANDS[picture]
-            left = [line for line in screen(typed(arguments, folder)).rstrip().splitlines() if not NOISE.match(line)]
+            left = screen(typed(arguments, folder)).strip("\n").splitlines()
             drawn(left[lines], " ".join(["lightning-sft", *arguments]), out / f"{picture}.svg")
         typed(["show", "--config", "fit.yaml", "--rows", "0", "--check", "--html", "show.html"], folder)
         if "fit" in only:
