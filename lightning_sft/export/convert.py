@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, validation_data
 from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.rows.mixture import as_mixture
-from lightning_sft.export import parity
+from lightning_sft.export import hub, parity
 from lightning_sft.export.folder import set_aside, widest_dtype, write
 from lightning_sft.export.gguf_file import GGUFType, write_gguf
 from lightning_sft.export.kept import keep_files, pretrained_parts, put_back, unkept
@@ -84,6 +85,7 @@ def export_checkpoint(
     max_kl: NonNegative | None = None,
     gguf_converter: str | Path | None = None,
     gguf_type: GGUFType = "f16",
+    push: str | None = None,
 ) -> Path:
     """Export a checkpoint as a Hugging Face folder for plain transformers, and compare it with the trained model.
 
@@ -98,22 +100,28 @@ def export_checkpoint(
         max_kl: Maximum mean KL(trained || exported) in nats per token; by default 1e-6, or 1e-2 with half precision.
         gguf_converter: Path of llama.cpp's convert_hf_to_gguf.py, to also write and compare a GGUF file.
         gguf_type: Storage type of the weights in the GGUF file.
+        push: Repository of the Hugging Face hub, as owner/name, to upload the folder to once it has passed the
+            comparison; one that does not exist is created, private. Nothing is uploaded by default.
 
     Returns:
         Path of the folder.
 
     Raises:
-        InputError: When the checkpoint cannot be read, or the folder fails the comparison; it is then kept as
-            ``OUT.failed``, or under the next free name.
+        InputError: When the checkpoint cannot be read, the folder cannot be uploaded, or it fails the comparison; it is
+            then kept as ``OUT.failed``, or under the next free name.
     """
     check_arguments(export_checkpoint, locals(), "export")
+    if push is not None:
+        hub.check_repository(push)
     checkpoint = Checkpoint(checkpoint_of(str(ckpt)))
     metadata = checkpoint.metadata
     check_is_free(Path(out))
     found = rows_to_compare(metadata.get(RUN_INFO_KEY, {}), rows)
-    return from_checkpoint(
-        checkpoint, Path(out), found, Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type)
-    )
+    settings = Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type)
+    folder = from_checkpoint(checkpoint, Path(out), found, settings)
+    if push is not None:
+        rank_zero_info(f"Uploaded to {hub.push(folder, push)}")
+    return folder
 
 
 def from_checkpoint(
