@@ -131,9 +131,9 @@ def test_where_documents_are_padded_the_warning_names_the_layer(tmp_path: Path) 
         assert not keeps_documents_apart(module)
 
 
-def test_what_was_done_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
-        chosen("qwen3_5_text")
+def test_what_was_done_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module = SFTModule(tiny_pretrained(tmp_path, "qwen3_5_text", **HYBRIDS["qwen3_5_text"]))
+    module.configure_model()
     assert "packed documents apart: Qwen3_5GatedDeltaNet computes documents of similar length together." in caplog.text
 
 

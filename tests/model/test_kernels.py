@@ -190,6 +190,7 @@ def test_layers_compiled_by_inductor_train_as_eager_ones_do(
 def faked(device: str = "cuda", steps: int = 1000, done: int = 0, **strategy: Any) -> Any:
     """A module at the start of its training, on a device that need not be here."""
     trainer = SimpleNamespace(
+        callbacks=[],
         max_steps=steps,
         datamodule=None,
         estimated_stepping_batches=float("inf"),

@@ -58,6 +58,8 @@ def empty_model(pretrained: str, attention: str | None, dtype: torch.dtype) -> P
         raise InputError("its embeddings and head are tied, but both are in its files")
     if found := load_generation_config(pretrained):
         model.generation_config = found
+    for parameter in model.parameters():  # as from_pretrained leaves them, whatever the architecture has frozen
+        parameter.requires_grad_(parameter.is_floating_point())
     for pattern, kept in model._get_dtype_plan(dtype).items():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if re.search(pattern.replace("*", ".*"), name) and tensor.is_floating_point():
