@@ -46,6 +46,7 @@ CASES = {
     "another prefix": Case("gpt2"),
     "windows": Case("gemma3_text", {"num_hidden_layers": 8, "sliding_window": 4}),
     "recurrent": Case("falcon_h1", {"num_hidden_layers": 3}),
+    "whose initialization is not elementwise": Case("rwkv", {"attention_hidden_size": 16, "context_length": 256}),
     "experts": Case("qwen3_moe", EXPERTS, model={"router_loss": 0.01}),
     "adapters": Case(config={"tie_word_embeddings": True}, model=LORA),
     "adapters of experts": Case("qwen3_moe", EXPERTS, model={"lora": {"targets": ["q_proj", "experts.down_proj"]}}),

@@ -7,9 +7,10 @@ copy with random weights. transformers reads: it converts names and layouts of c
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.core_model_loading import Concatenate, MergeModulelist, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from lightning_sft.machine.contexts import default_dtype
@@ -58,6 +59,8 @@ def empty_model(pretrained: str, attention: str | None, dtype: torch.dtype) -> P
         raise InputError("its embeddings and head are tied, but both are in its files")
     if found := load_generation_config(pretrained):
         model.generation_config = found
+    if operation := _across_shards(model):
+        raise InputError(f"its parts are put together by {operation} along the dimension that is sharded")
     for parameter in model.parameters():  # as from_pretrained leaves them, whatever the architecture has frozen
         parameter.requires_grad_(parameter.is_floating_point())
     for pattern, kept in model._get_dtype_plan(dtype).items():
@@ -66,6 +69,22 @@ def empty_model(pretrained: str, attention: str | None, dtype: torch.dtype) -> P
                 tensor.data = tensor.data.to(kept)
     check_copy(model)
     return model
+
+
+def _across_shards(model: PreTrainedModel) -> str | None:
+    """A conversion that transformers would apply to slices, though it needs whole tensors: [q; k], cut in two.
+
+    Experts that are stored one by one are stacked, and their projections put side by side, within a rank's slice.
+    """
+    conversions: Any = get_model_conversion_mapping(model)
+    for conversion in conversions:
+        for operation in getattr(conversion, "operations", ()):
+            is_within = isinstance(operation, MergeModulelist) or (
+                isinstance(operation, Concatenate) and operation.dim != 0
+            )
+            if not is_within:
+                return type(operation).__name__
+    return None
 
 
 def is_empty(model: nn.Module) -> bool:
@@ -145,6 +164,24 @@ def on_host(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
+@contextmanager
+def _buffers_alone(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which modules with buffers are initialized; others have parameters alone, read or refused."""
+    models: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    for part in models:
+        part._init_weights = partial(_init_if_buffers, part._init_weights)
+    try:
+        yield
+    finally:
+        for part in models:
+            del part._init_weights
+
+
+def _init_if_buffers(own: Callable[[nn.Module], None], module: nn.Module) -> None:
+    if any(True for _ in module.buffers()):
+        own(module)
+
+
 def fill(model: PreTrainedModel, pretrained: str, device: torch.device, offloaded: bool) -> None:
     """Read this rank's slices of the weights of a sharded, empty model, in place, and compute its other buffers.
 
@@ -173,7 +210,8 @@ def fill(model: PreTrainedModel, pretrained: str, device: torch.device, offloade
     )
     try:
         info, _ = convert_and_load_state_dict_in_model(model, slices, settings)
-        info = PreTrainedModel._finalize_model_loading(model, settings, info)
+        with _buffers_alone(model):
+            info = PreTrainedModel._finalize_model_loading(model, settings, info)
     except RuntimeError as error:
         raise InputError(f"The weights of {pretrained!r} cannot be read in shards: {error}") from error
     check_whole(model, pretrained, info.to_dict())

@@ -23,6 +23,7 @@ from lightning_sft.model.pretrained import load_model
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.types import InputError
+from tests.helpers.hybrids import HYBRIDS
 from tests.helpers.loading import CASES, LAUNCHES, save, shown
 from tests.helpers.processes import torchrun
 from tests.helpers.splitting import ARCHITECTURES
@@ -125,6 +126,11 @@ def stored_twice(folder: Path) -> str:
     return path
 
 
+def joined(folder: Path) -> str:
+    """Its convolutions of queries, keys and values are stored apart, and are one weight of the model."""
+    return tiny_pretrained(folder, "olmo_hybrid", **HYBRIDS["olmo_hybrid"])
+
+
 def pickled(folder: Path) -> str:
     path = tiny_pretrained(folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -136,6 +142,7 @@ def pickled(folder: Path) -> str:
     ("save", "tuning", "why"),
     [
         (stored_twice, TuningConfig(), "its embeddings and head are tied, but both are in its files"),
+        (joined, TuningConfig(), "its parts are put together by Concatenate along the dimension that is sharded"),
         (pickled, TuningConfig(), "it has no safetensors files"),
         (tiny_pretrained, TuningConfig(lora=Lora(dora=True)), "model.lora.dora computes magnitudes of its matrices"),
         (tiny_pretrained, TuningConfig(new_tokens=["<a>"]), "model.new_tokens changes its embeddings"),
