@@ -29,7 +29,9 @@ extensions = [
     "sphinx.ext.viewcode",
 ]
 nitpicky = True  # names that lead nowhere are errors
-nitpick_ignore_regex = [("py:class", r"[<>]=? .*|Path|Optimizer|ArgsType|Context|Routers")]  # ranges, names
+nitpick_ignore_regex = [  # ranges, names of annotations, and classes that pages do not show
+    ("py:class", r"[<>]=? .*|Path|Optimizer|ArgsType|Context|Routers|Place|.*\.(Address|Packs)"),
+]
 intersphinx_mapping = write_inventories(DOCS.parent / "build" / "inventories")
 
 html_theme = "furo"

@@ -74,7 +74,7 @@ class Packs(Sequence[IntArray]):
 
 
 def pack(lengths: Sequence[int] | IntArray, capacity: int) -> list[list[int]]:
-    """:func:`packed` as lists.
+    """``packed`` as lists.
 
     >>> pack([3, 6, 2, 5, 4], capacity=8)
     [[1, 2], [3, 0], [4]]
@@ -194,7 +194,7 @@ def _as_bits(flags: NDArray[np.bool_]) -> int:
 
 
 def group(lengths: Sequence[int] | IntArray, capacity: int) -> list[list[int]]:
-    """:func:`grouped` as lists.
+    """``grouped`` as lists.
 
     >>> group([3, 6, 2, 5, 4], capacity=12)
     [[1, 3], [4, 0, 2]]
