@@ -8,19 +8,15 @@ from pathlib import Path
 import pytest
 
 from lightning_sft.export.convert import export_checkpoint
-from tests.helpers.processes import torchrun
-from tests.helpers.sharded_export import CASES, LAUNCHES, SMALL, save
+from tests.helpers import sharded_export
+from tests.helpers.loading import launched
+from tests.helpers.sharded_export import CASES, SMALL
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each case what ranks have exported at the end of a fit, and its checkpoint."""
-    out = tmp_path_factory.mktemp("shards")
-    for processes, names in LAUNCHES.items():
-        for name in names:
-            save(name, out)
-        torchrun("tests.helpers.sharded_export", str(out), *names, processes=processes)
-    return out
+    return launched(sharded_export, tmp_path_factory.mktemp("shards"))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from lightning_sft.strategies import FSDP2Strategy
 from lightning_sft.types import InputError
 from tests.helpers.composites import COMPOSITES, composite
 from tests.helpers.gradients import QUIET, ROWS
+from tests.helpers.processes import torchrun
 
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
 LORA: dict[str, Any] = {"lora": {"r": 4, "targets": "all-linear"}}
@@ -58,10 +60,16 @@ CASES = {
     "tensor": Case(config={"tie_word_embeddings": True}, sizes=(2, 2)),
     "tensor, of an odd size": Case(config={"vocab_size": 265, "hidden_size": 24, "head_dim": 6}, sizes=(2, 2)),
 }
-LAUNCHES = {
-    2: [name for name, case in CASES.items() if case.sizes == (2, 1)],
-    4: [name for name, case in CASES.items() if case.sizes == (2, 2)],
-}
+
+
+def launched(module: Any, out: Path) -> Path:
+    """Save the models of all cases of a module of helpers, run it on them, and return the folder of its results."""
+    for processes in (2, 4):
+        names = [name for name, case in module.CASES.items() if math.prod(case.sizes) == processes]
+        for name in names:
+            module.save(name, out)
+        torchrun(module.__name__, str(out), *names, processes=processes)
+    return out
 
 
 def save(name: str, folder: Path) -> str:

@@ -14,6 +14,7 @@ from lightning_sft.callbacks import HFExport
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.strategies import FSDP2Strategy
 from lightning_sft.types import InputError
+from tests.helpers import loading
 from tests.helpers.exporting import trained
 from tests.helpers.loading import EXPERTS, HEADS, LORA
 
@@ -21,16 +22,10 @@ SMALL = "20KB"
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(loading.Case):
     """A model, how it is sharded and what is trained, and how it is exported."""
 
-    architecture: str = "llama"
-    config: dict[str, Any] = field(default_factory=dict)
-    sizes: tuple[int, int] = (2, 1)  # data-parallel, tensor-parallel
-    layout: dict[str, Any] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
     export: dict[str, Any] = field(default_factory=dict)
-    precision: Any = "32-true"
 
 
 TIED: dict[str, Any] = {"tie_word_embeddings": True}
@@ -49,10 +44,6 @@ CASES = {
     "4 bits": Case(config=WIDE | TIED, model=LORA | {"quantize": "4bit"}),
     "8 bits": Case(config=WIDE, model=LORA | {"quantize": "8bit", "new_tokens": ["<a>"]}),
     "tensor": Case(config=TIED, sizes=(2, 2), export={"max_shard_size": SMALL}),
-}
-LAUNCHES = {
-    2: [name for name, case in CASES.items() if case.sizes == (2, 1)],
-    4: [name for name, case in CASES.items() if case.sizes == (2, 2)],
 }
 
 

@@ -23,21 +23,16 @@ from lightning_sft.model.pretrained import load_model
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.types import InputError
+from tests.helpers import loading
 from tests.helpers.hybrids import HYBRIDS
-from tests.helpers.loading import CASES, LAUNCHES, save, shown
-from tests.helpers.processes import torchrun
+from tests.helpers.loading import CASES, launched, shown
 from tests.helpers.splitting import ARCHITECTURES
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ranks had when training started, and their checkpoints."""
-    out = tmp_path_factory.mktemp("loading")
-    for processes, names in LAUNCHES.items():
-        for name in names:
-            save(name, out)
-        torchrun("tests.helpers.loading", str(out), *names, processes=processes)
-    return out
+    return launched(loading, tmp_path_factory.mktemp("loading"))
 
 
 def whole(name: str, folder: Path) -> dict[str, Any]:
