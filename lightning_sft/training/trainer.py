@@ -39,7 +39,8 @@ def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
 def logged_in_training(trainer: Trainer) -> set[str]:
     """Names of the metrics that the training step and its hooks log; the others are those of an earlier validation."""
     results = cast(Any, trainer)._results
-    return set() if results is None else set(results.metrics(on_step=True)["callback"])
+    logged = () if results is None else (item.meta for _, item in results.valid_items() if item.meta.on_step)
+    return {name for meta in logged for name in (meta.name, meta.forked_name(on_step=True))}
 
 
 def is_fast_dev_run(trainer: Trainer) -> bool:
