@@ -68,7 +68,7 @@ def test_results_and_settings_stand_side_by_side_and_curves_over_each_other(
 
 def _charts(text: str, title: str) -> list[str]:
     cards = [card for card in text.split('<section class="card chart">') if f"<h2>{title}</h2>" in card]
-    return [re.search(r'data-chart="(.*?)"', card)[1].replace("&quot;", '"') for card in cards]  # type: ignore[index]
+    return [re.search(r'data-chart="(.*?)"', card)[1].replace("&quot;", '"') for card in cards]  # type: ignore[index] # each has one
 
 
 def test_metrics_of_the_users_own_are_drawn_and_ours_are_no_such(runs: list[Path], tmp_path: Path) -> None:

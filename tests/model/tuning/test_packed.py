@@ -62,6 +62,6 @@ def test_checkpoints_have_no_packed_weights(tmp_path: Path, bits: str) -> None:
 
 def test_a_kind_of_packed_weight_that_is_not_known_is_refused_by_name() -> None:
     layer = nn.Embedding(2, 2)
-    layer.weight.quant_state = object()  # type: ignore[attr-defined]
+    layer.weight.quant_state = object()  # type: ignore[attr-defined]  # as bitsandbytes marks its own
     with pytest.raises(InputError, match=r"The weights of 0 \(Tensor\) are quantized in a way that cannot be sharded"):
         unpack(nn.Sequential(layer), torch.float32, CPU)
