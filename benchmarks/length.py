@@ -2,7 +2,7 @@
 
 Models are random, float32; documents have 512 tokens, of which the last 32 are trained, so that attention takes little
 time: its memory depends on the row alone. Each point is a process of its own, whose peak is counted from before the
-step. It writes length.json, length.md and length.png to build/bench, and with --publish the page docs/reference/memory.md.
+step. It writes length.json, length.md and length.png to build/bench, and with --publish docs/reference/memory.md.
 """
 
 from __future__ import annotations
