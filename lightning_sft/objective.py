@@ -19,7 +19,7 @@ computed in closed form while its logits are in memory. Only positions with a ta
     softmax, entropy, all sums      float32
     gradients of head and states    summed in float32, multiplied by the gradient of the total (1 / Z), then rounded
 
-With states in float64, all of it is float64. Another loss of a target than −log Pr is a function of a few rows of logits,
+With states in float64, all of it is float64. A loss of a target other than −log Pr is a function of a few rows of logits,
 which autograd differentiates while they are there.
 """
 
@@ -107,7 +107,7 @@ def log_likelihood(
 ) -> LogLikelihood:
     """Weighted log-likelihood of the targets, ``Σ_t w_t · log softmax(z_t)[label_t]``, and ``Σ_t w_t``.
 
-    With a ``loss``, the first sum is ``− Σ_t w_t · loss(z_t, label_t)``; log-probabilities and entropy stay what they are.
+    With a ``loss``, the first sum is ``− Σ_t w_t · loss(z_t, label_t)``; log-probabilities and entropy are as without.
 
     Args:
         hidden: Last hidden states of the backbone, ``[..., H]``; position t predicts ``labels[t]``.

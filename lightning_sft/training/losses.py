@@ -12,10 +12,10 @@ from lightning_sft.types import Batch
 
 
 class TargetLosses:
-    """Hooks of a module for another loss of a target than −log Pr, which needs no subclass.
+    """Hooks of a module for the loss of a target, −log Pr unless a subclass overrides them.
 
-    One step minimizes ``Σ_t w_t · loss_t / Z`` over the targets of all its micro-batches and ranks, whatever the loss is,
-    so the gradient does not depend on how they are split. Validation and test measure −log Pr, which is comparable.
+    One step minimizes ``Σ_t w_t · loss_t / Z`` over the targets of all its micro-batches and ranks, whatever the loss
+    is, so the gradient does not depend on how they are split. Validation and test measure −log Pr, which is comparable.
     """
 
     def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
