@@ -19,8 +19,8 @@ computed in closed form while its logits are in memory. Only positions with a ta
     softmax, entropy, all sums      float32
     gradients of head and states    summed in float32, multiplied by the gradient of the total (1 / Z), then rounded
 
-With states in float64, all of it is float64. A loss of a target other than −log Pr is a function of a few rows of logits,
-which autograd differentiates while they are there.
+With states in float64, all of it is float64. A loss other than −log Pr is a function of a few rows of logits, which
+autograd differentiates while they are there.
 """
 
 from __future__ import annotations

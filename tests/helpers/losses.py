@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,8 @@ def classes() -> dict[str, type[SFTModule]]:
 def applied(name: str, student: str, teacher: str, data: dict[str, Any], **settings: Any) -> Run:
     """What a fit with this loss did, in float64."""
     own = SETTINGS[name] | ({"teacher": teacher} if name == "Distilled" else {})
-    return fit(
-        student, data, precision="64-true", kind=lambda path, **given: classes()[name](path, **own, **given), **settings
-    )
+    kind = partial(classes()[name], **own)
+    return fit(student, data, precision="64-true", kind=kind, **settings)
 
 
 def wanted(name: str, student: str, teacher: str) -> Tensor:

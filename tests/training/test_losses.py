@@ -81,17 +81,9 @@ def test_a_loss_sees_the_logits_and_inputs_of_its_targets(
     def loss(logits: Tensor, targets: Tensor, more: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets, reduction="none") * more[:, 1] + logits.square().mean(-1)
 
-    found = log_likelihood(
-        hidden,
-        head,
-        labels,
-        weights,
-        scale=scale,
-        softcap=softcap,
-        chunk_size=chunk_size,
-        loss=loss,
-        loss_inputs=[inputs],
-    )
+    logit_settings: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    own: dict[str, Any] = {"chunk_size": chunk_size, "loss": loss, "loss_inputs": [inputs]}
+    found = log_likelihood(hidden, head, labels, weights, **logit_settings, **own)
     got = torch.autograd.grad(found.total, (hidden, head.weight))
     at = labels != -100
     logits = head(hidden[at]) * scale
@@ -100,7 +92,7 @@ def test_a_loss_sees_the_logits_and_inputs_of_its_targets(
     for ours, theirs in zip(got, torch.autograd.grad(total, (hidden, head.weight)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(found.total, total)
-    plain = log_likelihood(hidden, head, labels, weights, scale=scale, softcap=softcap)
+    plain = log_likelihood(hidden, head, labels, weights, **logit_settings)
     torch.testing.assert_close(found.log_probs, plain.log_probs)
     torch.testing.assert_close(found.entropy, plain.entropy)
 
