@@ -21,7 +21,7 @@ from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.main import main
 from tests.helpers.pages import blocks, code, commands, is_key, options, page, section, tables
 
-PAGE = page("coming_from.md")
+PAGE = page("howto/coming_from.md")
 PEERS = ("TRL", "LitGPT", "Axolotl")
 IN_OTHER_UNITS = {
     "lr_warmup_steps",

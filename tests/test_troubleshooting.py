@@ -15,7 +15,7 @@ from lightning_sft.types import InputError
 from tests.helpers.pages import ROOT, code, commands, is_key, options, page, section, tables, text_of, texts
 
 SOURCE = ROOT / "lightning_sft"
-PAGE = page("troubleshooting.md")
+PAGE = page("howto/troubleshooting.md")
 ROWS = (
     *("rows/turns", "rows/calls", "rows/values", "rows/given_turns", "rows/messages", "rows/formats"),
     *("rows/dialects", "rows/other_data", "rows/token_rows", "rows/files", "batches/split_plan"),

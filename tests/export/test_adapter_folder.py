@@ -26,7 +26,7 @@ from tests.model.tuning.test_adapters import lora_module
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "howto" / "adapters.md").read_text(encoding="utf-8")
 IDS = torch.randint(250, (2, 20), generator=torch.Generator().manual_seed(0))
 
 

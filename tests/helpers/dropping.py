@@ -1,4 +1,4 @@
-"""Helpers of tests/drop_in: the code of docs/drop_in.md, run as a user would."""
+"""Helpers of tests/drop_in: the code of docs/howto/drop_in.md, run as a user would."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.helpers import pages
 
-PAGE = pages.page("drop_in.md")
+PAGE = pages.page("howto/drop_in.md")
 
 
 def blocks(heading: str, language: str = "python") -> list[str]:
