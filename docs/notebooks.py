@@ -55,7 +55,7 @@ def without_outputs(source: Path) -> NotebookNode:
     return book
 
 
-def run(book: NotebookNode, folder: Path, timeout: int = 900) -> NotebookNode:
+def run(book: NotebookNode, folder: Path, timeout: int = 3600) -> NotebookNode:
     """Run all cells in `folder`, and leave what they print in the notebook.
 
     Raises:
@@ -69,6 +69,15 @@ def run(book: NotebookNode, folder: Path, timeout: int = 900) -> NotebookNode:
         if cell.cell_type == "code":
             cell.outputs = [settled(output) for output in cell.outputs if not is_empty(output)]
     return book
+
+
+def link_demo_model(folder: Path) -> None:
+    """Lay the demo model into `folder` where it has been fetched before."""
+    fetched = (
+        Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning-sft" / "SmolLM2-135M-Instruct"
+    )
+    if (fetched / "config.json").is_file():
+        (folder / "SmolLM2").symlink_to(fetched)
 
 
 def is_empty(output: NotebookNode) -> bool:
@@ -90,6 +99,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[*names, []], default=names)
     for name in parser.parse_args().names:
         with tempfile.TemporaryDirectory() as folder:
+            link_demo_model(Path(folder))
             book = run(without_outputs(NOTEBOOKS / f"{name}.py"), Path(folder))
         nbformat.write(book, NOTEBOOKS / f"{name}.ipynb")
         print(f"docs/notebooks/{name}.ipynb")

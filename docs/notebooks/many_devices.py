@@ -95,8 +95,8 @@ assert difference("gradient") < 1e-12 and difference("weights") < 1e-10
 # %% [markdown]
 # ## From the command line
 #
-# `lightning-sft fit` takes the same: `--trainer.devices` and `--trainer.strategy`, here DDP, and FSDP2, which shards parameters,
-# gradients and optimizer states over the devices.
+# `lightning-sft fit` takes the same: `--trainer.devices` and `--trainer.strategy`, here FSDP2, which shards parameters, gradients and
+# optimizer states over the devices.
 
 # %%
 flags = (
@@ -104,9 +104,9 @@ flags = (
     " --trainer.max_epochs 2 --trainer.precision 32-true --model.optimizer.class_path torch.optim.AdamW"
     " --model.optimizer.init_args.lr 1e-2 --ckpt_path last"
 )
+sharded = "--trainer.devices 2 --trainer.strategy fsdp2 --trainer.accumulate_grad_batches 2"
 # !lightning-sft fit {flags} --trainer.default_root_dir runs/one --trainer.accumulate_grad_batches 4 > /dev/null 2>> errors.txt
-# !lightning-sft fit {flags} --trainer.default_root_dir runs/ddp --trainer.devices 2 --trainer.strategy ddp --trainer.accumulate_grad_batches 2 > /dev/null 2>> errors.txt
-# !lightning-sft fit {flags} --trainer.default_root_dir runs/fsdp2 --trainer.devices 2 --trainer.strategy fsdp2 --trainer.accumulate_grad_batches 2 > /dev/null 2>> errors.txt
+# !lightning-sft fit {flags} --trainer.default_root_dir runs/fsdp2 {sharded} > /dev/null 2>> errors.txt
 
 
 # %%
@@ -119,7 +119,7 @@ def losses(run: str) -> list[float]:
 
 
 plt.figure(figsize=(6, 2.8))
-for run, style in {"one": "-", "ddp": "--", "fsdp2": ":"}.items():
+for run, style in {"one": "-", "fsdp2": ":"}.items():
     furthest = max(abs(a - b) for a, b in zip(losses(run), losses("one"), strict=True))
     print(
         f"{run:<5}  {len(losses(run))} steps, loss {losses(run)[-1]:.4f}; largest difference from one: {furthest:.0e}"
@@ -137,7 +137,7 @@ plt.show()
 # micro-batches and ranks:
 
 # %%
-for run in ("one", "ddp"):
+for run in ("one", "fsdp2"):
     step = read(run, "samples.jsonl")[0]
     print(f"{run}: Z = {step['normalizer']:.0f}")
     for rank, batches in enumerate(step["samples"]):
