@@ -48,21 +48,23 @@ def write(name: str, rows: list[dict]) -> None:
 write("rows.jsonl", [*rows, {"question": "And the fan?"}, {"question": "A charger?", "answer": 30}])
 
 # %% [markdown]
-# `show --check` reads everything, and exits with 1 where something is wrong. It names each row, the reason, and what to do:
+# `data.columns` says which columns are the prompt and its answer. `show --check` reads everything, and exits with 1 where something is
+# wrong. It names each row, the reason, and what to do:
 
 # %%
-# !lightning-sft show --model.pretrained SmolLM2 --data.train rows.jsonl --rows 1 --check
+columns = '--data.columns "{prompt: question, completion: answer}"'
+# !lightning-sft show --model.pretrained SmolLM2 --data.train rows.jsonl {columns} --rows 1 --check
 
 # %% [markdown]
 # ## After the repair
 #
-# The columns have been recognized as a prompt and its answer; other names are given by `data.columns`. The text between « and » is
+# The text between « and » is
 # trained, in a terminal it is colored: the answer, and the token that ends it. The rest is context, rendered by the model's chat
 # template, as at inference.
 
 # %%
 write("rows.jsonl", rows)
-# !lightning-sft show --model.pretrained SmolLM2 --data.train rows.jsonl --data.tokens_per_batch 256 --rows 2 --check
+# !lightning-sft show --model.pretrained SmolLM2 --data.train rows.jsonl {columns} --data.tokens_per_batch 256 --rows 2 --check
 
 # %% [markdown]
 # ## The mask, as the model is given it
@@ -71,7 +73,8 @@ write("rows.jsonl", rows)
 # nothing is trained.
 
 # %%
-data = SFTDataModule("rows.jsonl", tokenizer=model, tokens_per_batch=256)
+names = {"prompt": "question", "completion": "answer"}
+data = SFTDataModule("rows.jsonl", columns=names, tokenizer=model, tokens_per_batch=256)
 data.setup("fit")
 batches = list(data.train_dataloader())
 kinds = np.full((len(batches), 256), np.nan)
@@ -97,7 +100,7 @@ print(
 # and data:
 
 # %%
-# !lightning-sft verify --model.pretrained SmolLM2 --data.train rows.jsonl --checks '[contexts]' --samples 4
+# !lightning-sft verify --model.pretrained SmolLM2 --data.train rows.jsonl {columns} --checks '[contexts]' --samples 4
 
 # %% [markdown]
 # The page that `lightning-sft show --html page.html` writes has all rows, token by token, and a search. With the data as it should
