@@ -17,8 +17,8 @@ pytest.importorskip("jupytext")
 NOTEBOOKS = ROOT / "docs" / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
 NOISE = re.compile(
-    r"GPU available|TPU available|Tip:|UserWarning|FutureWarning|torchao|Seed set|Loading weights|site-packages|IProgress"
-    r"|ipywidgets|LOCAL_RANK|Traceback"
+    r"GPU available|TPU available|Tip:|UserWarning|FutureWarning|torchao|Seed set|Loading weights|site-packages"
+    r"|IProgress|ipywidgets|LOCAL_RANK|Traceback"
 )
 MACHINE = re.compile(r"/(?:work|tmp|root|home|usr)/")
 
@@ -81,6 +81,16 @@ def test_the_page_of_notebooks_has_them_all() -> None:
 def test_of_lines_printed_over_each_other_the_last_is_left(made: Any) -> None:
     output = nbformat.v4.new_output("stream", text="10 %\r50 %\r100 %\nnext\r\nlast\n")
     assert made.settled(output).text == "100 %\nnext\r\nlast\n"
+
+
+def test_outputs_are_kept_for_other_text_and_not_for_other_code(made: Any) -> None:
+    cells = [nbformat.v4.new_markdown_cell("A"), nbformat.v4.new_code_cell("1", execution_count=1)]
+    before = nbformat.v4.new_notebook(cells=cells)
+    text = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("B"), nbformat.v4.new_code_cell("1")])
+    assert made.with_outputs_of(text, before).cells[1].execution_count == 1
+    code = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("A"), nbformat.v4.new_code_cell("2")])
+    with pytest.raises(ValueError, match="run it again"):
+        made.with_outputs_of(code, before)
 
 
 @pytest.mark.slow

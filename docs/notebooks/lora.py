@@ -1,8 +1,9 @@
 # %% [markdown]
 # # LoRA on a laptop
 #
-# Low-rank adapters train a few million parameters beside frozen weights. Here SmolLM2-135M-Instruct learns to answer requests at home in a
-# small JSON language, in a minute or two on two CPU cores. With a larger model and a GPU the lines are the same.
+# Low-rank adapters train a few million parameters beside frozen weights. Here SmolLM2-135M-Instruct learns to answer
+# requests at home in a small JSON language, in a minute or two on two CPU cores. With a larger model and a GPU the
+# lines are the same.
 
 # %%
 from lightning_sft.machine.noise import quiet_others
@@ -95,7 +96,8 @@ print(f"loss on {data.splits['val'].account.num_rows} held-out rows: {trainer.ca
 # %% [markdown]
 # ## Merge and compare
 #
-# `export` adds the adapters to the weights. What plain transformers loads from the folder is the model that was trained:
+# `export` adds the adapters to the weights. What plain transformers loads from the folder is the model that was
+# trained:
 
 # %%
 export(module.model, data.tokenizer, "merged")
@@ -104,5 +106,5 @@ for row, answer in zip(QUESTIONS, after, strict=True):
     print(f"{row['prompt']}\n  {answer!r}, expected {row['completion']!r}")
 
 # %% [markdown]
-# On the command line this is `lightning-sft fit --config configs/recipes/smollm2_lora.yaml`, then `lightning-sft export`; QLoRA is
-# `model.quantize: 4bit` beside it, and a checkpoint has the adapters alone.
+# On the command line this is `lightning-sft fit --config configs/recipes/smollm2_lora.yaml`, then `lightning-sft
+# export`; QLoRA is `model.quantize: 4bit` beside it, and a checkpoint has the adapters alone.

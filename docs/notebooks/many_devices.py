@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Many devices on one CPU
 #
-# A step on two devices should be the step on one: the sum over all its target tokens, divided once. Two processes of this CPU are
-# enough to see whether it is, in numbers. On GPUs the script is the same without `accelerator="cpu"`.
+# A step on two devices should be the step on one: the sum over all its target tokens, divided once. Two processes of
+# this CPU are enough to see whether it is, in numbers. On GPUs the script is the same without `accelerator="cpu"`.
 
 # %%
 from lightning_sft.machine.noise import quiet_others
@@ -24,8 +24,9 @@ write_demo_data(".", num_train=48, num_test=8)
 # %% [markdown]
 # ## One script for any number of devices
 #
-# A notebook has one process, so the script stands in a file; Lightning starts the others. It trains in float64 for one epoch, and
-# keeps the first gradient (a step of gradient descent with learning rate 1 changes the weights by it) and the weights at the end.
+# A notebook has one process, so the script stands in a file; Lightning starts the others. It trains in float64 for one
+# epoch, and keeps the first gradient (a step of gradient descent with learning rate 1 changes the weights by it) and
+# the weights at the end.
 
 # %%
 # %%writefile train.py
@@ -95,8 +96,8 @@ assert difference("gradient") < 1e-12 and difference("weights") < 1e-10
 # %% [markdown]
 # ## From the command line
 #
-# `lightning-sft fit` takes the same: `--trainer.devices` and `--trainer.strategy`, here FSDP2, which shards parameters, gradients and
-# optimizer states over the devices.
+# `lightning-sft fit` takes the same: `--trainer.devices` and `--trainer.strategy`, here FSDP2, which shards parameters,
+# gradients and optimizer states over the devices.
 
 # %%
 flags = (
@@ -133,8 +134,8 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The sample log says which rank had which rows, and the normalizer Z of each step, which is planned before the step over all
-# micro-batches and ranks:
+# The sample log says which rank had which rows, and the normalizer Z of each step, which is planned before the step
+# over all micro-batches and ranks:
 
 # %%
 for run in ("one", "fsdp2"):
@@ -144,8 +145,8 @@ for run in ("one", "fsdp2"):
         print(f"  rank {rank}:", *(f"{len(rows)} rows" for rows in batches))
 
 # %% [markdown]
-# A run of one number of devices resumes on another, with devices × `accumulate_grad_batches` the same, and checkpoints of all
-# strategies export alike.
+# A run of one number of devices resumes on another, with devices × `accumulate_grad_batches` the same, and checkpoints
+# of all strategies export alike.
 
 # %%
 # !lightning-sft export --ckpt runs/fsdp2 --out exported 2>> errors.txt

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Your own data
 #
-# From rows with your own columns to the tokens that are trained: what is read, what is refused and why, and a picture of the mask.
-# Only the tokenizer of a model is needed for that, so it takes seconds, before any training.
+# From rows with your own columns to the tokens that are trained: what is read, what is refused and why, and a picture
+# of the mask. Only the tokenizer of a model is needed for that, so it takes seconds, before any training.
 
 # %%
 from lightning_sft.machine.noise import quiet_others
@@ -24,8 +24,8 @@ model = fetch_demo_model("SmolLM2")  # SmolLM2-135M-Instruct; with access to the
 # %% [markdown]
 # ## Rows
 #
-# A workshop answers customers in one line. Its rows have the columns `question` and `answer`; the last two rows are mistakes that
-# data have.
+# A workshop answers customers in one line. Its rows have the columns `question` and `answer`; the last two rows are
+# mistakes that data have.
 
 # %%
 PARTS = {"screen": "DSP-10", "battery": "BAT-07", "keyboard": "KEY-21", "speaker": "SPK-03", "hinge": "HNG-02"}
@@ -48,8 +48,8 @@ def write(name: str, rows: list[dict]) -> None:
 write("rows.jsonl", [*rows, {"question": "And the fan?"}, {"question": "A charger?", "answer": 30}])
 
 # %% [markdown]
-# `data.columns` says which columns are the prompt and its answer. `show --check` reads everything, and exits with 1 where something is
-# wrong. It names each row, the reason, and what to do:
+# `data.columns` says which columns are the prompt and its answer. `show --check` reads everything, and exits with 1
+# where something is wrong. It names each row, the reason, and what to do:
 
 # %%
 columns = '--data.columns "{prompt: question, completion: answer}"'
@@ -58,9 +58,8 @@ columns = '--data.columns "{prompt: question, completion: answer}"'
 # %% [markdown]
 # ## After the repair
 #
-# The text between « and » is
-# trained, in a terminal it is colored: the answer, and the token that ends it. The rest is context, rendered by the model's chat
-# template, as at inference.
+# The text between « and » is trained, in a terminal it is colored: the answer, and the token that ends it. The rest is
+# context, rendered by the model's chat template, as at inference.
 
 # %%
 write("rows.jsonl", rows)
@@ -69,8 +68,8 @@ write("rows.jsonl", rows)
 # %% [markdown]
 # ## The mask, as the model is given it
 #
-# In Python the same is a data module. A batch has rows of packed documents, which do not see each other; `labels` are -100 where
-# nothing is trained.
+# In Python the same is a data module. A batch has rows of packed documents, which do not see each other; `labels` are
+# -100 where nothing is trained.
 
 # %%
 names = {"prompt": "question", "completion": "answer"}
@@ -96,12 +95,13 @@ print(
 )
 
 # %% [markdown]
-# That the context of each answer is what `apply_chat_template` gives at inference is tested for each row by `verify`, on your model
-# and data:
+# That the context of each answer is what `apply_chat_template` gives at inference is tested for each row by `verify`,
+# on your model and data:
 
 # %%
 # !lightning-sft verify --model.pretrained SmolLM2 --data.train rows.jsonl {columns} --checks '[contexts]' --samples 4
 
 # %% [markdown]
-# The page that `lightning-sft show --html page.html` writes has all rows, token by token, and a search. With the data as it should
-# be, `lightning-sft init --model SmolLM2 --data rows.jsonl --out fit.yaml` writes a commented config, and `fit` trains.
+# The page that `lightning-sft show --html page.html` writes has all rows, token by token, and a search. With the data
+# as it should be, `lightning-sft init --model SmolLM2 --data rows.jsonl --out fit.yaml` writes a commented config, and
+# `fit` trains.

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Reasoning and tools
 #
-# Conversations in which the assistant thinks and calls functions: which tokens are trained, and in which context. Templates of
-# reasoning models drop the thoughts of earlier turns, so a conversation is not one sequence any more. A tiny model with random weights
-# stands in for yours, with a template in the manner of Qwen 3.
+# Conversations in which the assistant thinks and calls functions: which tokens are trained, and in which context.
+# Templates of reasoning models drop the thoughts of earlier turns, so a conversation is not one sequence any more. A
+# tiny model with random weights stands in for yours, with a template in the manner of Qwen 3.
 
 # %%
 from lightning_sft.machine.noise import quiet_others
@@ -46,7 +46,8 @@ tokenizer.chat_template = Path("template.jinja").read_text()
 # %% [markdown]
 # ## Rows
 #
-# A thought is in `reasoning_content`, a call in `tool_calls`, its result in a turn of the role `tool`. Then the user asks again.
+# A thought is in `reasoning_content`, a call in `tool_calls`, its result in a turn of the role `tool`. Then the user
+# asks again.
 
 # %%
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}}
@@ -74,9 +75,9 @@ Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 # %% [markdown]
 # ## What is trained
 #
-# One row, two sequences. In the first, the call and the first answer are trained, each with its thought. The second question makes the
-# template drop those thoughts, so the last answer is trained in a sequence of its own, in the context that inference gives it: earlier
-# turns without thoughts. The result of the call and the questions are context.
+# One row, two sequences. In the first, the call and the first answer are trained, each with its thought. The second
+# question makes the template drop those thoughts, so the last answer is trained in a sequence of its own, in the
+# context that inference gives it: earlier turns without thoughts. The result of the call and the questions are context.
 
 # %%
 data = SFTDataModule("train.jsonl", tokenizer="tiny", chat_template="template.jinja", tokens_per_batch=1024)
@@ -95,7 +96,8 @@ for document in sorted(first, key=len):
     print(text + "»" * was_target)
 
 # %% [markdown]
-# Parity, checked by hand: what comes before each answer is `apply_chat_template` of the turns before it, token for token.
+# Parity, checked by hand: what comes before each answer is `apply_chat_template` of the turns before it, token for
+# token.
 
 # %%
 messages, contexts = rows[0]["messages"], set()
@@ -111,9 +113,9 @@ for turn in (1, 3, 5):
 # %% [markdown]
 # ## Thoughts that are not trained
 #
-# `data.thoughts="mask"` makes thoughts context, and trains what follows. Rows without thoughts get `enable_thinking=False`, a variable
-# of the template: the empty thought that the template then writes is context, too. The two cannot be mixed by accident: with
-# `enable_thinking=False`, rows that have thoughts are refused.
+# `data.thoughts="mask"` makes thoughts context, and trains what follows. Rows without thoughts get
+# `enable_thinking=False`, a variable of the template: the empty thought that the template then writes is context, too.
+# The two cannot be mixed by accident: with `enable_thinking=False`, rows that have thoughts are refused.
 
 # %%
 plain = [{"messages": [{**m, "reasoning_content": ""} for m in row["messages"]], "tools": TOOLS} for row in rows]
@@ -133,8 +135,8 @@ print(f"{num_targets('plain.jsonl', chat_template_kwargs={'enable_thinking': Fal
 # %% [markdown]
 # ## Train, and answer a call
 #
-# The tiny model learns these few rows by heart, which is all that it can. It is asked as your program would ask: with the
-# functions, up to a call, and again with the result.
+# The tiny model learns these few rows by heart, which is all that it can. It is asked as your program would ask: with
+# the functions, up to a call, and again with the result.
 
 # %%
 torch.manual_seed(0)
