@@ -25,7 +25,7 @@ write_demo_data("data", num_train=64, num_test=8)
 # A config, since the same is to be fitted, tested and exported:
 
 # %%
-Path("fit.yaml").write_text("""\
+config = """\
 trainer:
   accelerator: cpu
   precision: 32-true # on a GPU: bf16-mixed
@@ -45,7 +45,9 @@ data:
   val: data/test.jsonl
   test: data/test.jsonl
   tokens_per_batch: 512
-""")
+"""
+_ = Path("fit.yaml").write_text(config)
+
 # %% [markdown]
 # ## Before, training, after
 #
