@@ -87,4 +87,4 @@ def test_the_commands_and_the_code_of_the_page_on_resuming_run(
     callbacks = yaml.safe_load(blocks(page, "yaml")[0])["trainer"]["callbacks"]
     (user_folder / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     data = ["--data.val", "val.jsonl", "--trainer.max_epochs", "2"]
-    assert main([*first, *data, "--config", "own.yaml"]).trainer.global_step == 2
+    assert main([*first, *data, "--config", "own.yaml", "--trainer.default_root_dir", "own"]).trainer.global_step == 2

@@ -11,7 +11,7 @@ import yaml
 
 from lightning_sft.data.rows.messages import Converter
 from lightning_sft.data.tokens.encode import encode
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.main import main
 from tests.architectures.configs import save

@@ -10,7 +10,7 @@ import yaml
 
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.tokens.encode import encode
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from tests.conformance import templates, tokenizer_for
 from tests.helpers.pages import blocks, is_key, page
 
