@@ -140,14 +140,13 @@ class SFTModule(TargetLosses, EvaluatedModule):
     ) -> None:
         super().__init__()
         check_arguments(SFTModule, locals(), "model")
-        pretrained = str(pretrained)
         if compile_layers is not None:
             kernels = "compiled" if compile_layers else "none"
             warnings.warn(f"model.compile_layers has been replaced: set model.kernels to {kernels}.", stacklevel=2)
         code = ["optimizer", "optimizers", *(["schedule"] if callable(schedule) else [])]  # in no checkpoint
         self.save_hyperparameters(ignore=[*code, "hf_config", "compile_layers"])
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
-        self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizers or optimizer
+        self.pretrained, self.normalize, self.optimizer = str(pretrained), normalize, optimizers or optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.kernels, self.hf_config, self.mlp_tile_size = Kernels(kernels), hf_config, mlp_tile_size
