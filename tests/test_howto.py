@@ -70,4 +70,6 @@ def test_a_sweep_of_wandb_calls_fit_with_flags_that_it_takes(started: None, caps
     with pytest.raises(SystemExit) as end:
         main([*given, *(f"--{name}={value}" for name, value in values.items()), "--print_config"])
     assert end.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"]["init_args"]["lr"] == values["model.optimizer.lr"]
+    assert (
+        yaml.safe_load(capsys.readouterr().out)["model"]["optimizer"]["init_args"]["lr"] == values["model.optimizer.lr"]
+    )
