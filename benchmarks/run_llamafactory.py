@@ -6,16 +6,23 @@ encode       each row as it is given to its trainer, or the error that it raises
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
-from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
-from llamafactory.hparams import get_train_args
-from llamafactory.model import load_tokenizer
 
-from benchmarks.record import Record, each_or_error, rows_of, settings
+# It reads sound with torchaudio, whose wheels need CUDA's libraries: an empty module is enough for texts.
+sys.modules["torchaudio"] = ModuleType("torchaudio")
+sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)
+
+from llamafactory.data import get_dataset, get_template_and_fix_tokenizer  # noqa: E402 - after its torchaudio
+from llamafactory.hparams import get_train_args  # noqa: E402
+from llamafactory.model import load_tokenizer  # noqa: E402
+
+from benchmarks.record import Record, each_or_error, rows_of, settings  # noqa: E402
 
 _ROLES = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
 _ROLES |= {"observation_tag": "tool", "system_tag": "system"}

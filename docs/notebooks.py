@@ -1,7 +1,8 @@
 """The notebooks of these pages, run anew from their sources: ``python docs/notebooks.py [NAME ...]``.
 
-``docs/notebooks/NAME.py`` is what is edited, cells between lines ``# %%`` as editors and jupytext read them. It is run in an
-empty folder, and written to ``NAME.ipynb`` with its outputs, links that open it elsewhere, and a cell that installs the library.
+``docs/notebooks/NAME.py`` is what is edited, cells between lines ``# %%`` as editors and jupytext read them. It is run
+in an empty folder, and written to ``NAME.ipynb`` with its outputs, links that open it elsewhere, and a cell that
+installs the library. With ``--text``, text alone is renewed, where no code has changed since.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def links(name: str) -> str:
     repository = project["urls"]["Repository"]
     file = f"{repository}/blob/main/docs/notebooks/{name}.ipynb"
     colab = file.replace("https://github.com", "https://colab.research.google.com/github")
-    return f"Open it in [Colab]({colab}) or in a [Lightning Studio](https://lightning.ai/new?repo_url={quote(file, safe='')})."
+    studio = f"https://lightning.ai/new?repo_url={quote(file, safe='')}"
+    return f"Open it in [Colab]({colab}) or in a [Lightning Studio]({studio})."
 
 
 def without_outputs(source: Path) -> NotebookNode:
@@ -55,7 +57,7 @@ def without_outputs(source: Path) -> NotebookNode:
     return book
 
 
-def run(book: NotebookNode, folder: Path, timeout: int = 900) -> NotebookNode:
+def run(book: NotebookNode, folder: Path, timeout: int = 3600) -> NotebookNode:
     """Run all cells in `folder`, and leave what they print in the notebook.
 
     Raises:
@@ -68,6 +70,29 @@ def run(book: NotebookNode, folder: Path, timeout: int = 900) -> NotebookNode:
     for cell in book.cells:
         if cell.cell_type == "code":
             cell.outputs = [settled(output) for output in cell.outputs if not is_empty(output)]
+    return book
+
+
+def link_demo_model(folder: Path) -> None:
+    """Lay the demo model into `folder` where it has been fetched before."""
+    fetched = (
+        Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "lightning-sft" / "SmolLM2-135M-Instruct"
+    )
+    if (fetched / "config.json").is_file():
+        (folder / "SmolLM2").symlink_to(fetched)
+
+
+def with_outputs_of(book: NotebookNode, before: NotebookNode) -> NotebookNode:
+    """The notebook with the outputs of one that has the same code.
+
+    Raises:
+        ValueError: Their code is different.
+    """
+    new, old = ([cell for cell in one.cells if cell.cell_type == "code"] for one in (book, before))
+    if [cell.source for cell in new] != [cell.source for cell in old]:
+        raise ValueError("The code has changed since the notebook was run: run it again.")
+    for cell, run_before in zip(new, old, strict=True):
+        cell.outputs, cell.execution_count = run_before.outputs, run_before.execution_count
     return book
 
 
@@ -88,11 +113,18 @@ def main() -> None:
     names = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*names, []], default=names)
-    for name in parser.parse_args().names:
-        with tempfile.TemporaryDirectory() as folder:
-            book = run(without_outputs(NOTEBOOKS / f"{name}.py"), Path(folder))
-        nbformat.write(book, NOTEBOOKS / f"{name}.ipynb")
-        print(f"docs/notebooks/{name}.ipynb")
+    parser.add_argument("--text", action="store_true", help="Renew the text, and keep the outputs.")
+    arguments = parser.parse_args()
+    for name in arguments.names:
+        book, target = without_outputs(NOTEBOOKS / f"{name}.py"), NOTEBOOKS / f"{name}.ipynb"
+        if arguments.text:
+            book = with_outputs_of(book, nbformat.read(target, as_version=4))
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                link_demo_model(Path(folder))
+                book = run(book, Path(folder))
+        nbformat.write(book, target)
+        print(target.relative_to(ROOT))
 
 
 if __name__ == "__main__":

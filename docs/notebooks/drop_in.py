@@ -2,11 +2,12 @@
 # # Your own LightningModule, and what `accumulate_grad_batches` averages
 #
 # You have a LightningModule that fine-tunes a language model, and it returns the mean loss of its batch. With
-# `accumulate_grad_batches=4`, Lightning averages the four means. Where micro-batches have different numbers of target tokens,
-# that is not the gradient of one batch four times as large. This notebook measures the difference on your kind of module, and
-# replaces first the module, then the data.
+# `accumulate_grad_batches=4`, Lightning averages the four means. Where micro-batches have different numbers of target
+# tokens, that is not the gradient of one batch four times as large. This notebook measures the difference on your kind
+# of module, and replaces first the module, then the data.
 #
-# Everything is in float64 on a tiny model with random weights, so that what is left of a difference is a difference, not rounding.
+# Everything is in float64 on a tiny model with random weights, so that what is left of a difference is a difference,
+# not rounding.
 
 # %%
 from lightning_sft.machine.noise import quiet_others
@@ -70,8 +71,8 @@ def your_loader(batch_size: int) -> DataLoader:
 
 
 # %% [markdown]
-# One step of gradient descent with learning rate 1 changes the weights by the gradient. It takes all 16 rows: in one batch, or in
-# 16 micro-batches.
+# One step of gradient descent with learning rate 1 changes the weights by the gradient. It takes all 16 rows: in one
+# batch, or in 16 micro-batches.
 
 
 # %%
@@ -104,8 +105,8 @@ print(
 )
 
 # %% [markdown]
-# The accumulated step is another objective: each row counts the same, however long its answer. A token of a short answer weighs
-# many times what a token of a long answer does.
+# The accumulated step is another objective: each row counts the same, however long its answer. A token of a short
+# answer weighs many times what a token of a long answer does.
 
 # %%
 targets = torch.tensor([sum(label != -100 for label in encoded(row)["labels"]) for row in rows[:4]])
@@ -121,8 +122,8 @@ plt.show()
 # %% [markdown]
 # ## Our module, your data
 #
-# `SFTModule` takes the same batches. It sums over the step and divides once, so the two ways are the same gradient. It is that of
-# your one large batch, too, up to float32, in which transformers computes its loss whatever the model is in.
+# `SFTModule` takes the same batches. It sums over the step and divides once, so the two ways are the same gradient. It
+# is that of your one large batch, too, up to float32, in which transformers computes its loss whatever the model is in.
 
 
 # %%
@@ -140,8 +141,8 @@ assert difference(whole, accumulated) > 0.05
 # %% [markdown]
 # ## Our data, your module
 #
-# `SFTDataModule` renders rows with the chat template, packs them, and plans each step: a batch has the `normalizer` Z, the number
-# of targets of the whole step. What Lightning divides by is multiplied back; that is all your module needs.
+# `SFTDataModule` renders rows with the chat template, packs them, and plans each step: a batch has the `normalizer` Z,
+# the number of targets of the whole step. What Lightning divides by is multiplied back; that is all your module needs.
 
 
 # %%

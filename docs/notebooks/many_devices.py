@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Many devices on one CPU
 #
-# A step on two devices should be the step on one: the sum over all its target tokens, divided once. Two processes of this CPU are
-# enough to see whether it is, in numbers. On GPUs the script is the same without `accelerator="cpu"`.
+# A step on two devices should be the step on one: the sum over all its target tokens, divided once. Two processes of
+# this CPU are enough to see whether it is, in numbers. On GPUs the script is the same without `accelerator="cpu"`.
 
 # %%
 from lightning_sft.machine.noise import quiet_others
@@ -24,8 +24,9 @@ write_demo_data(".", num_train=48, num_test=8)
 # %% [markdown]
 # ## One script for any number of devices
 #
-# A notebook has one process, so the script stands in a file; Lightning starts the others. It trains in float64 for one epoch, and
-# keeps the first gradient (a step of gradient descent with learning rate 1 changes the weights by it) and the weights at the end.
+# A notebook has one process, so the script stands in a file; Lightning starts the others. It trains in float64 for one
+# epoch, and keeps the first gradient (a step of gradient descent with learning rate 1 changes the weights by it) and
+# the weights at the end.
 
 # %%
 # %%writefile train.py
@@ -95,7 +96,7 @@ assert difference("gradient") < 1e-12 and difference("weights") < 1e-10
 # %% [markdown]
 # ## From the command line
 #
-# `lightning-sft fit` takes the same: `--trainer.devices` and `--trainer.strategy`, here DDP, and FSDP2, which shards parameters,
+# `lightning-sft fit` takes the same: `--trainer.devices` and `--trainer.strategy`, here FSDP2, which shards parameters,
 # gradients and optimizer states over the devices.
 
 # %%
@@ -104,9 +105,9 @@ flags = (
     " --trainer.max_epochs 2 --trainer.precision 32-true --model.optimizer.class_path torch.optim.AdamW"
     " --model.optimizer.init_args.lr 1e-2 --ckpt_path last"
 )
+sharded = "--trainer.devices 2 --trainer.strategy fsdp2 --trainer.accumulate_grad_batches 2"
 # !lightning-sft fit {flags} --trainer.default_root_dir runs/one --trainer.accumulate_grad_batches 4 > /dev/null 2>> errors.txt
-# !lightning-sft fit {flags} --trainer.default_root_dir runs/ddp --trainer.devices 2 --trainer.strategy ddp --trainer.accumulate_grad_batches 2 > /dev/null 2>> errors.txt
-# !lightning-sft fit {flags} --trainer.default_root_dir runs/fsdp2 --trainer.devices 2 --trainer.strategy fsdp2 --trainer.accumulate_grad_batches 2 > /dev/null 2>> errors.txt
+# !lightning-sft fit {flags} --trainer.default_root_dir runs/fsdp2 {sharded} > /dev/null 2>> errors.txt
 
 
 # %%
@@ -119,7 +120,7 @@ def losses(run: str) -> list[float]:
 
 
 plt.figure(figsize=(6, 2.8))
-for run, style in {"one": "-", "ddp": "--", "fsdp2": ":"}.items():
+for run, style in {"one": "-", "fsdp2": ":"}.items():
     furthest = max(abs(a - b) for a, b in zip(losses(run), losses("one"), strict=True))
     print(
         f"{run:<5}  {len(losses(run))} steps, loss {losses(run)[-1]:.4f}; largest difference from one: {furthest:.0e}"
@@ -133,19 +134,19 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The sample log says which rank had which rows, and the normalizer Z of each step, which is planned before the step over all
-# micro-batches and ranks:
+# The sample log says which rank had which rows, and the normalizer Z of each step, which is planned before the step
+# over all micro-batches and ranks:
 
 # %%
-for run in ("one", "ddp"):
+for run in ("one", "fsdp2"):
     step = read(run, "samples.jsonl")[0]
     print(f"{run}: Z = {step['normalizer']:.0f}")
     for rank, batches in enumerate(step["samples"]):
         print(f"  rank {rank}:", *(f"{len(rows)} rows" for rows in batches))
 
 # %% [markdown]
-# A run of one number of devices resumes on another, with devices × `accumulate_grad_batches` the same, and checkpoints of all
-# strategies export alike.
+# A run of one number of devices resumes on another, with devices × `accumulate_grad_batches` the same, and checkpoints
+# of all strategies export alike.
 
 # %%
 # !lightning-sft export --ckpt runs/fsdp2 --out exported 2>> errors.txt

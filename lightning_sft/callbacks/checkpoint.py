@@ -85,7 +85,7 @@ class SafeCheckpoint(ModelCheckpoint):
         self._writer: BackgroundWriter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, and remove partial checkpoints of killed processes from it."""
+        """Find the folder and lock it for this process."""
         super().setup(trainer, pl_module, stage)
         refuse_async_io(trainer.strategy)
         if isinstance(self._folder, Address):
@@ -94,12 +94,10 @@ class SafeCheckpoint(ModelCheckpoint):
         if stage == "fit":
             if isinstance(self._folder, Path):
                 self._lock.take(trainer, self._folder)
-            if trainer.is_global_zero:
-                sweep(self._folder, "*.ckpt*")
             self._writer = BackgroundWriter(trainer.strategy) if self.in_background else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the folder and the disk.
+        """Check the folder and the disk, and remove partial checkpoints of killed processes.
 
         Raises:
             InputError: When the folder holds checkpoints of another run, or the disk has no room for a checkpoint.
@@ -125,6 +123,7 @@ class SafeCheckpoint(ModelCheckpoint):
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}; this one resumes from "
                 f"{resumed_from}. Give it a separate folder (trainer.default_root_dir), or move the others away."
             )
+        sweep(folder, "*.ckpt*")
         if isinstance(folder, Path):
             check_disk(folder, bytes_of_checkpoint(module))
 
