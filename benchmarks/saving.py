@@ -3,17 +3,22 @@
     python benchmarks/saving.py
     torchrun --nproc-per-node 2 benchmarks/saving.py --strategy fsdp2
 
-A model of random weights is trained with AdamW, in float32, and saved after each step. What counts is the time that a
-step waits in `SafeCheckpoint.save`, once the write before has ended. The first checkpoint in the background allocates
-the buffers of its copy, and is shown by itself.
+A model of random weights is trained with AdamW, in float32, and saved after each step. What counts is the time that
+training waits for a checkpoint: where it is due, once the write before has ended, and before the next optimizer step.
+The first checkpoint in the background allocates the buffers of its copy, and is shown by itself. A step that is shorter
+than the copy waits for the rest of it, so its seconds are shown as well. `--busy` adds processes that keep a core and
+the memory busy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
+import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -29,22 +34,38 @@ from lightning_sft.callbacks import SafeCheckpoint
 from lightning_sft.demos import tiny_pretrained
 
 ROWS = [{"prompt": f"question {i} " + "why " * 9, "completion": "because " * 9} for i in range(64)]
+BUSY = """
+import numpy
+a, b = numpy.zeros((2, 2**25))
+while True:
+    b[:] = a
+"""
 
 
 class TimedSaver(SafeCheckpoint):
-    """Measures the seconds that `save` takes of a step."""
+    """Measures the seconds that training waits for each checkpoint, and those of a step besides."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.waited: list[float] = []
+        self.steps: list[float] = []
+        self._end = math.nan
 
-    def save(self, trainer: Trainer) -> None:
+    def _begin_to_save(self, trainer: Trainer) -> None:
         """Save, and note the seconds where there was something to save, without those of a write before."""
         self.finish(trainer)
         begin, step = time.perf_counter(), self._last_global_step_saved
-        super().save(trainer)
+        super()._begin_to_save(trainer)
+        self._end = time.perf_counter()
         if self._last_global_step_saved != step:
-            self.waited.append(time.perf_counter() - begin)
+            self.waited.append(self._end - begin)
+
+    def _wait_for_copy(self) -> None:
+        begin = time.perf_counter()
+        super()._wait_for_copy()
+        if self.waited:
+            self.steps.append(begin - self._end)
+            self.waited[-1] += time.perf_counter() - begin
 
 
 def measure(pretrained: str, folder: Path, given: argparse.Namespace, in_background: bool) -> dict[str, Any]:
@@ -71,6 +92,7 @@ def measure(pretrained: str, folder: Path, given: argparse.Namespace, in_backgro
         "gigabytes": round(sum(path.stat().st_size for path in files) / 1e9, 3),
         "first_wait": round(saver.waited[0], 3),
         "median_wait": round(statistics.median(saver.waited[1:]), 3),
+        "forward_and_backward": round(statistics.median(saver.steps[1:]), 3),
     }
 
 
@@ -84,11 +106,15 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=150, help="maximum number of tokens of a step and rank")
     parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--busy", type=int, default=0, help="processes that copy memory meanwhile")
     given = parser.parse_args()
     size = {"hidden_size": given.hidden, "intermediate_size": 4 * given.hidden, "num_hidden_layers": given.layers}
     with TemporaryDirectory(dir=given.folder) as temporary:
         pretrained = tiny_pretrained(Path(temporary, "model"), **size)
+        others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(given.busy)]
         found = [measure(pretrained, Path(temporary), given, in_background) for in_background in (False, True)]
+        for process in others:
+            process.kill()
     if os.environ.get("RANK", "0") == "0":
         for line in found:
             print(json.dumps(line))

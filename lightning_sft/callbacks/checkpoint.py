@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: written atomically, the last few are kept."""
+"""Checkpoints written atomically: the last few, to resume from, and the best weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
+from lightning_sft.callbacks.optimizer_in_backward import OptimizerInBackward
 from lightning_sft.checkpoints.background import BackgroundWriter, refuse_async_io, refuse_own_writer
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.checkpoints.writing import (
@@ -31,18 +35,27 @@ from lightning_sft.checkpoints.writing import (
 )
 from lightning_sft.io.address import Address, Place, place
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments, plain
-from lightning_sft.training.trainer import Agreement, first_rank_does, is_between_steps
+from lightning_sft.training.optimizers import parts_of
+from lightning_sft.training.trainer import Agreement, averages_weights, callbacks_of, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 
 _NAME = "resume-{epoch}-{step}"
 _PATTERN = "resume-*.ckpt"
+_BETWEEN_STEPS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+)
+_KNOWN = ("lightning", "lightning_sft")  # packages whose hooks between two steps change no weights
 
 
 class SafeCheckpoint(ModelCheckpoint):
     """Saves checkpoints to resume from: at the end of each epoch, and within an epoch by steps or by time.
 
     A crash or a full disk never leaves a partial checkpoint under a final name. ``ckpt_path="last"`` is the newest
-    valid one in the folder. For the best by a metric, add Lightning's ``ModelCheckpoint``.
+    valid one in the folder. :class:`BestCheckpoint` keeps the best weights beside them.
 
     Args:
         dirpath: Folder of the checkpoints, not shared with other runs; by default the logger's. An address that fsspec
@@ -50,8 +63,9 @@ class SafeCheckpoint(ModelCheckpoint):
         every_n_train_steps: Number of optimizer steps between two checkpoints; ``null`` saves by time only.
         every_n_minutes: Minutes between two checkpoints; ``null`` saves by steps only.
         keep_last: Number of most recent checkpoints to keep.
-        in_background: Whether a thread writes checkpoints while training continues, which waits only for a copy in host
-            memory. It needs room there for one checkpoint; a second one waits until the first is on disk.
+        in_background: Whether a thread copies checkpoints to host memory and writes them while training continues: only
+            the next optimizer step waits for the copy. It needs room there for one checkpoint; a second one waits until
+            the first is on disk.
     """
 
     def __init__(
@@ -71,7 +85,7 @@ class SafeCheckpoint(ModelCheckpoint):
         self._writer: BackgroundWriter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, and remove partial checkpoints of killed processes from it."""
+        """Find the folder and lock it for this process."""
         super().setup(trainer, pl_module, stage)
         refuse_async_io(trainer.strategy)
         if isinstance(self._folder, Address):
@@ -80,12 +94,10 @@ class SafeCheckpoint(ModelCheckpoint):
         if stage == "fit":
             if isinstance(self._folder, Path):
                 self._lock.take(trainer, self._folder)
-            if trainer.is_global_zero:
-                sweep(self._folder, "*.ckpt*")
             self._writer = BackgroundWriter(trainer.strategy) if self.in_background else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the folder and the disk.
+        """Check the folder and the disk, and remove partial checkpoints of killed processes.
 
         Raises:
             InputError: When the folder holds checkpoints of another run, or the disk has no room for a checkpoint.
@@ -111,6 +123,7 @@ class SafeCheckpoint(ModelCheckpoint):
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}; this one resumes from "
                 f"{resumed_from}. Give it a separate folder (trainer.default_root_dir), or move the others away."
             )
+        sweep(folder, "*.ckpt*")
         if isinstance(folder, Path):
             check_disk(folder, bytes_of_checkpoint(module))
 
@@ -145,7 +158,15 @@ class SafeCheckpoint(ModelCheckpoint):
         if self._writer is not None and self._writer.has_ended and not self._writer.has_failed:
             self._collect(trainer, self._writer)
         if self._is_due(trainer):
-            self.save(trainer)
+            self._begin_to_save(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Wait until the checkpoint is copied, since the step changes what is copied."""
+        self._wait_for_copy()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait until the checkpoint is copied, since a validation may be of other weights, such as averaged ones."""
+        self._wait_for_copy()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do nothing: the end of the epoch follows."""
@@ -157,14 +178,24 @@ class SafeCheckpoint(ModelCheckpoint):
     def save(self, trainer: Trainer) -> None:
         """Save now, unless this step is already saved; every process must call this.
 
+        In the background, the checkpoint is copied on return, but not yet written.
+
         Raises:
             InputError: When it, or the one before it in the background, cannot be written.
         """
+        self._begin_to_save(trainer)
+        self._wait_for_copy()
+
+    def _begin_to_save(self, trainer: Trainer) -> None:
         self.finish(trainer)
         if self._should_skip_saving_checkpoint(trainer):
             return
         self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
         self._last_time = time.monotonic()
+
+    def _wait_for_copy(self) -> None:
+        if self._writer is not None:
+            self._writer.wait_for_copy()
 
     def finish(self, trainer: Trainer) -> None:
         """Wait for the checkpoint being written in the background, if any; every process must call this.
@@ -188,14 +219,8 @@ class SafeCheckpoint(ModelCheckpoint):
         path = writer.path
         error = writer.wait()
         if path is not None and error is None:
-            self._has_saved(trainer, str(path))
+            _has_saved(self, trainer, str(path))
         return error
-
-    def _has_saved(self, trainer: Trainer, path: str) -> None:
-        self._last_checkpoint_saved = path
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
 
     def _remove_old(self, now: int, resumed_from: Any) -> None:
         """Remove all but the last few checkpoints, and the one the run was resumed from.
@@ -230,7 +255,7 @@ class SafeCheckpoint(ModelCheckpoint):
             save_in_background(trainer, filepath, self._writer, remove_old)
         else:
             save_whole(trainer, filepath)
-            self._has_saved(trainer, filepath)
+            _has_saved(self, trainer, filepath)
             if trainer.is_global_zero:
                 remove_old()
         self._last_global_step_saved = trainer.global_step
@@ -243,23 +268,77 @@ class SafeCheckpoint(ModelCheckpoint):
         return set() if found is None else {str(found)}
 
 
-def save_whole(trainer: Trainer, path: str | Path) -> None:
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the best validation in ``best.ckpt``, beside the checkpoints to resume from.
+
+    They serve ``test``, ``chat`` and ``export``; no run can resume from them. A fit that does not log the metric, since
+    it has no validation data, keeps none.
+
+    Args:
+        dirpath: Folder of the checkpoint; by default the logger's.
+        monitor: Metric by which validations are compared, such as ``val/loss``.
+        mode: Whether the lowest or the highest value of the metric is the best.
+    """
+
+    def __init__(
+        self, dirpath: str | Path | None = None, monitor: str = "val/loss", mode: Literal["min", "max"] = "min"
+    ) -> None:
+        check_arguments(BestCheckpoint, locals())
+        super().__init__(
+            plain(dirpath),
+            "best",
+            monitor=monitor,
+            mode=mode,
+            save_weights_only=True,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder."""
+        super().setup(trainer, pl_module, stage)
+        write_whole(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if this validation is the best so far."""
+        if self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, pl_module)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        # Averages are saved by their callback, which Lightning calls for full checkpoints alone.
+        save_whole(trainer, filepath, weights_only=not averages_weights(callbacks_of(trainer)))
+        self._last_global_step_saved = trainer.global_step
+        _has_saved(self, trainer, filepath)
+
+
+def _has_saved(saver: ModelCheckpoint, trainer: Trainer, path: str) -> None:
+    """Note the path of a checkpoint, and tell the loggers, some of which upload it."""
+    saver._last_checkpoint_saved = path
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(proxy(saver))
+
+
+def save_whole(trainer: Trainer, path: str | Path, weights_only: bool = False) -> None:
     """Save a checkpoint under a hidden name, and rename it after all processes have written their part.
 
     Args:
         trainer: Trainer to save; every process must call this.
         path: Final path of the checkpoint, a file or a folder depending on the strategy, or an address.
+        weights_only: Whether to leave out what a run needs to resume.
     """
     to = place(trainer.strategy.broadcast(str(path)))
     partial = partial_of(to)
-    trainer.save_checkpoint(str(partial) if isinstance(partial, Address) else partial, weights_only=False)
+    trainer.save_checkpoint(str(partial) if isinstance(partial, Address) else partial, weights_only)
     if trainer.is_global_zero:
         finish(to)
     trainer.strategy.barrier("save_whole")
 
 
 def save_in_background(trainer: Trainer, path: str | Path, writer: BackgroundWriter, then: Callable[[], None]) -> None:
-    """Copy a checkpoint to host memory, and leave it to a thread to write it like :func:`save_whole`.
+    """Leave it to a thread to copy a checkpoint to host memory, and to write it like :func:`save_whole`.
+
+    What is not :func:`settled` is copied on return; for the rest see :meth:`BackgroundWriter.wait_for_copy`.
 
     Args:
         trainer: Trainer to save; every process must call this.
@@ -272,18 +351,34 @@ def save_in_background(trainer: Trainer, path: str | Path, writer: BackgroundWri
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
     if not (writer.in_shards or is_first):
         return
-    copied = writer.copy(checkpoint)
 
-    def write() -> None:
+    def write(copy: dict[str, Any]) -> None:
         if writer.in_shards:
-            write_shards(copied, partial_of(to), writer.group)
+            write_shards(copy, partial_of(to), writer.group)
         else:
-            strategy.checkpoint_io.save_checkpoint(copied, str(partial_of(to)))
+            strategy.checkpoint_io.save_checkpoint(copy, str(partial_of(to)))
         if is_first:
             finish(to)
             then()
 
-    writer.begin(to, write)
+    writer.begin(to, checkpoint, write, settled(trainer))
+
+
+def settled(trainer: Trainer) -> list[Tensor]:
+    """The weights and states of the optimizers, unless something else than their steps may change them.
+
+    That is code of a user which runs between two steps, or an optimizer that takes its steps in the backward pass.
+    """
+    module, callbacks = trainer.lightning_module, callbacks_of(trainer)
+    hooks = [getattr(own, name) for own in (*callbacks, module) for name in _BETWEEN_STEPS]
+    hooks.append(module.on_train_batch_end)  # that of callbacks precedes the save
+    is_known = all(str(getattr(hook, "__module__", "")).split(".")[0] in _KNOWN for hook in hooks)
+    if not is_known or any(isinstance(own, OptimizerInBackward) for own in callbacks):
+        return []
+    optimizers = [part for optimizer in trainer.optimizers for part in parts_of(optimizer)]
+    weights = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
+    states = [leaf for optimizer in optimizers for leaf in tree_leaves(list(optimizer.state.values()))]
+    return weights + [leaf for leaf in states if isinstance(leaf, Tensor)]
 
 
 def finish_saves(trainer: Trainer) -> None:

@@ -1,28 +1,107 @@
 """Checkpoints written by a thread while training continues, from a copy in host memory.
 
-The copy is made by torch's ``DefaultStager`` and shards are written by ``torch.distributed.checkpoint.save``: the two
-halves of its ``async_save``. What follows a write, its final name and the removal of old checkpoints, belongs into the
-same thread. Lightning's ``AsyncCheckpointIO`` writes single files only, queues any number of copies in memory, and
-reports an error only at a later save.
+Between two optimizer steps nothing changes the trained weights and the states of optimizers. So the thread makes their
+copy as well, while the next forward and backward pass run, and the next optimizer step waits for it
+(:meth:`BackgroundWriter.wait_for_copy`). Plain values, and tensors that a forward pass may change, such as buffers, are
+copied at once.
+
+Shards are written by ``torch.distributed.checkpoint.save``. What follows a write, its final name and the removal of old
+checkpoints, belongs into the same thread. Lightning's ``AsyncCheckpointIO`` writes single files only, queues any number
+of copies in memory, and reports an error only at a later save.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from typing import Any, cast
+from threading import Event
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from lightning_sft.io.address import Place
 from lightning_sft.types import InputError
+
+
+class HostBuffers:
+    """Copies of tensors in host memory, page-locked for a GPU, in buffers that are used again for the next copy.
+
+    Args:
+        device: Device of the tensors; those in host memory may be among them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._buffers: dict[int, Tensor] = {}  # bytes, by the address of the storage that they are a copy of
+        self._later: dict[int, UntypedStorage] = {}  # storages to copy in `finish`, by address
+        self._versions: list[tuple[Tensor, int]] = []
+        self._ready: torch.cuda.Event | None = None
+
+    def begin(self, tensors: Sequence[Tensor], settled: Sequence[Tensor]) -> list[Tensor]:
+        """Copy tensors, except those that :meth:`finish` can copy.
+
+        Args:
+            tensors: Tensors to copy; wrappers around others, such as DTensors, may be among them.
+            settled: Tensors that keep their values until :meth:`finish` returns.
+
+        Returns:
+            Tensors in host memory that have the values of ``tensors`` then, and share what these share.
+        """
+        sources = {storage.data_ptr(): storage for tensor in tensors for storage in _storages(tensor)}
+        kept = {storage.data_ptr() for tensor in settled for storage in _storages(tensor)}
+        self._buffers = {address: self._buffer(address, source) for address, source in sources.items()}
+        self._later = {address: source for address, source in sources.items() if address in kept}
+        own = [tensor for tensor in tensors if any(part.data_ptr() in self._later for part in _storages(tensor))]
+        self._versions = [(tensor, tensor._version) for tensor in own]
+        self._copy({address: source for address, source in sources.items() if address not in kept})
+        if self._stream is not None:  # what is queued from here on may change the tensors
+            self._ready = torch.cuda.current_stream(self._device).record_event()
+        return [self._of(tensor) for tensor in tensors]
+
+    def finish(self) -> bool:
+        """Copy the others, in any thread, and wait until all copies are complete.
+
+        Returns:
+            Whether no settled tensor was changed in place meanwhile, as far as torch counts changes.
+        """
+        if self._stream is None or self._ready is None:
+            self._copy(self._later)
+        else:
+            with torch.cuda.stream(self._stream):
+                self._stream.wait_event(self._ready)
+                self._copy(self._later)
+            self._stream.synchronize()
+        versions, self._versions, self._later = self._versions, [], {}
+        return all(tensor._version == version for tensor, version in versions)
+
+    def _buffer(self, address: int, source: UntypedStorage) -> Tensor:
+        buffer = self._buffers.get(address)
+        if buffer is None or len(buffer) != source.nbytes():
+            buffer = torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=self._stream is not None)
+        return buffer
+
+    def _copy(self, sources: dict[int, UntypedStorage]) -> None:
+        for address, source in sources.items():
+            data = torch.empty(0, dtype=torch.uint8, device=source.device).set_(source)
+            self._buffers[address].copy_(data, non_blocking=self._stream is not None)
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        """The copy of a tensor, or of a wrapper around others."""
+        if not is_traceable_wrapper_subclass(tensor):
+            buffer = self._buffers[tensor.untyped_storage().data_ptr()].untyped_storage()
+            place = tensor.storage_offset(), tensor.size(), tensor.stride()
+            return torch.empty(0, dtype=tensor.dtype).set_(buffer, *place)
+        names, context = tensor.__tensor_flatten__()
+        parts = {name: self._of(getattr(tensor, name)) for name in names}
+        copy: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
+        return copy
 
 
 class BackgroundWriter:
@@ -40,13 +119,10 @@ class BackgroundWriter:
         self.in_shards = isinstance(strategy, ModelParallelStrategy) and bool(strategy._save_distributed_checkpoint)
         # collectives of two threads must not mix in one group, and those of the thread need no device
         self.group = torch.distributed.new_group(backend="gloo") if self.in_shards else None
-        on_gpu = strategy.root_device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
-            )
-        )
+        self._buffers = HostBuffers(strategy.root_device)
         self._threads = ThreadPoolExecutor(1, "checkpoint")
+        self._is_copied = Event()
+        self._is_copied.set()
         self._write: Future[None] | None = None
         self._path: Place | None = None
 
@@ -65,29 +141,46 @@ class BackgroundWriter:
         """Whether there is a write that has failed, and was not yet waited for."""
         return self._write is not None and self._write.done() and self._write.exception() is not None
 
-    def copy(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
-        """Copy a checkpoint to host memory, into the same buffers each time, page-locked ones for a GPU.
-
-        The copy is complete on return, and valid until the next one, so no write may be under way.
-
-        Args:
-            checkpoint: Dictionary of tensors and plain values, nested.
-        """
-        assert self._write is None, "the write before reads the buffers"
-        tensors = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
-        inner = {str(id(part)): part for tensor in tensors for part in _parts(tensor)}
-        copies = cast("dict[str, Tensor]", self._stager.stage(inner))
-        return deepcopy(checkpoint, {id(tensor): _rebuilt(tensor, copies) for tensor in tensors})
-
-    def begin(self, path: Place, write: Callable[[], None]) -> None:
-        """Write in the thread.
+    def begin(
+        self,
+        path: Place,
+        checkpoint: dict[str, Any],
+        write: Callable[[dict[str, Any]], None],
+        settled: Sequence[Tensor] = (),
+    ) -> None:
+        """Copy a checkpoint to host memory, and write the copy in the thread.
 
         Args:
             path: Final path of the checkpoint.
-            write: Function that writes it.
+            checkpoint: Dictionary of tensors and plain values, nested.
+            write: Function that writes the copy.
+            settled: Tensors that keep their values until :meth:`wait_for_copy` returns, so that the thread can copy
+                them; everything else is copied at once.
         """
-        assert self._write is None, "one write at a time"
-        self._write, self._path = self._threads.submit(write), path
+        assert self._write is None, "the write before reads the buffers"
+        tensors = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
+        on_host = zip(tensors, self._buffers.begin(tensors, settled), strict=True)
+        copy = deepcopy(checkpoint, {id(tensor): own for tensor, own in on_host})
+        self._is_copied.clear()
+
+        def work() -> None:
+            try:
+                is_whole = self._buffers.finish()
+            finally:
+                self._is_copied.set()
+            if not is_whole:
+                raise InputError(
+                    f"The checkpoint {path} was not written: weights or states of an optimizer were changed outside "
+                    "of an optimizer step while they were copied. Change them in a callback's on_train_batch_end, or "
+                    "set SafeCheckpoint(in_background=False)."
+                )
+            write(copy)
+
+        self._write, self._path = self._threads.submit(work), path
+
+    def wait_for_copy(self) -> None:
+        """Wait until nothing that the checkpoint was begun with is read any more."""
+        self._is_copied.wait()
 
     def wait(self) -> InputError | None:
         """Wait for the write under way, if there is one, and return its error."""
@@ -102,7 +195,7 @@ class BackgroundWriter:
     def close(self) -> None:
         """End the thread, after the write under way, and free the buffers."""
         self._threads.shutdown()
-        self._stager.close()
+        self._buffers = HostBuffers(torch.device("cpu"))
 
 
 def refuse_own_writer(strategy: Strategy, setting: str) -> None:
@@ -136,18 +229,8 @@ def refuse_async_io(strategy: Strategy) -> None:
         )
 
 
-def _parts(tensor: Tensor) -> list[Tensor]:
-    """The tensors that a wrapper, such as a DTensor or a quantized optimizer state, consists of; else the tensor."""
+def _storages(tensor: Tensor) -> list[UntypedStorage]:
+    """The storages of a tensor, or of those that a wrapper, such as a DTensor or a quantized state, consists of."""
     if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
-
-
-def _rebuilt(tensor: Tensor, copies: dict[str, Tensor]) -> Tensor:
-    """A tensor of copies of its parts, by the ids of the parts."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return copies[str(id(tensor))]
-    names, context = tensor.__tensor_flatten__()
-    parts = {name: _rebuilt(getattr(tensor, name), copies) for name in names}
-    rebuilt: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
-    return rebuilt
+        return [tensor.untyped_storage()]
+    return [storage for name in tensor.__tensor_flatten__()[0] for storage in _storages(getattr(tensor, name))]

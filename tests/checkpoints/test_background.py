@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,10 +20,11 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim import AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import checkpoint
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.preempt import Preempt, Preempted
 from lightning_sft.callbacks.record import RunRecord
-from lightning_sft.checkpoints.background import BackgroundWriter
+from lightning_sft.checkpoints.background import BackgroundWriter, HostBuffers
 from lightning_sft.checkpoints.resume import POSITION_KEY
 from lightning_sft.checkpoints.writing import AtomicIO
 from lightning_sft.types import InputError
@@ -222,18 +223,127 @@ def test_a_copy_has_all_kinds_of_tensors_and_what_they_share(quiet_trainer: Make
     quantized = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit.zeros((256, 256))
     quantized.copy_(torch.linspace(-1, 1, 256).expand(256, 256))
     kept, tied, counts = quantized.dequantize(), torch.ones(4, 4), [1]
-    writer = BackgroundWriter(quiet_trainer().strategy)
-    copy = writer.copy({"a": tied, "b": {"c": tied[:2]}, "state": [quantized], "counts": counts})
-    tied.mul_(2)
-    quantized.copy_(torch.zeros(256, 256))
-    counts.append(2)
-    a, b = copy["a"], copy["b"]["c"]
-    assert a.eq(1).all()
-    assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-    assert torch.equal(copy["state"][0].dequantize(), kept)
-    assert copy["counts"] == [1]
-    assert writer.copy({"a": tied})["a"].data_ptr() == a.data_ptr(), "its buffers are used again"
+    writer, copies = BackgroundWriter(quiet_trainer().strategy), list[dict[str, Any]]()
+    for settled in ([], [tied, quantized]):
+        tied.fill_(1)
+        quantized.copy_(kept)
+        writer.begin(
+            Path("a"),
+            {"a": tied, "b": {"c": tied[:2]}, "state": [quantized], "counts": counts[:]},
+            copies.append,
+            settled,
+        )
+        writer.wait_for_copy()
+        tied.mul_(2)
+        quantized.copy_(torch.zeros(256, 256))
+        assert writer.wait() is None
+        a, b = copies[-1]["a"], copies[-1]["b"]["c"]
+        assert a.eq(1).all()
+        assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        assert torch.equal(copies[-1]["state"][0].dequantize(), kept)
+        assert copies[-1]["counts"] == [1]
+    assert copies[0]["a"].data_ptr() == copies[1]["a"].data_ptr(), "its buffers are used again"
     writer.close()
+
+
+class Counting(SFTModule):
+    """Has a buffer that each forward pass changes, and says when one has begun."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("passes", torch.zeros(3))
+        self.has_begun = threading.Event()
+
+    def forward(self, batch: Any) -> Any:
+        self.passes += 1
+        self.has_begun.set()
+        return super().forward(batch)
+
+
+@pytest.fixture
+def slow_copy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The thread copies step 3 only when the next forward pass has begun; counts of the tensors that it may copy."""
+    counts, finish, settled = list[int](), HostBuffers.finish, checkpoint.settled
+    has_begun = threading.Event()
+    has_begun.set()
+
+    def watched(trainer: Trainer) -> list[torch.Tensor]:
+        found = settled(trainer)
+        counts.append(len(found))
+        if found and trainer.global_step == 3:
+            cast(Counting, trainer.lightning_module).has_begun = has_begun
+            has_begun.clear()
+        return found
+
+    def slow(self: HostBuffers) -> bool:
+        assert has_begun.wait(60), "the forward pass waits for the copy"
+        time.sleep(0.2)
+        return finish(self)
+
+    monkeypatch.setattr(checkpoint, "settled", watched)
+    monkeypatch.setattr(HostBuffers, "finish", slow)
+    return counts
+
+
+def test_the_next_optimizer_step_alone_waits_for_the_copy_of_weights_and_states(
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], slow_copy: list[int], tmp_path: Path
+) -> None:
+    for in_background in (False, True):
+        callbacks = [saver(tmp_path / f"{in_background}", keep_last=9, in_background=in_background)]
+        trainer = quiet_trainer(
+            enable_checkpointing=True, callbacks=callbacks, max_steps=5, accumulate_grad_batches=2, max_epochs=-1
+        )
+        module = Counting(pretrained, optimizer=partial(AdamW, lr=1e-2), schedule="constant", warmup=0.0)
+        trainer.fit(module, SFTDataModule(train=rows, tokens_per_batch=40))
+    assert slow_copy == [4 * len(list(module.parameters()))] * 2  # two saves of weights with three states each
+    assert names(tmp_path / "True") == names(tmp_path / "False")
+    for name in names(tmp_path / "True"):
+        inline, own = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("False", "True"))
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "loops", POSITION_KEY):
+            assert equal(inline[key], own[key]), (name, key)
+
+
+class Clamping(Callback):
+    """Changes weights between two optimizer steps, in a way that torch does not count."""
+
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
+        for parameter in pl_module.parameters():
+            parameter.data.clamp_(-0.01, 0.01)
+
+
+def test_nothing_is_left_to_the_thread_where_other_code_may_change_weights_between_two_steps(
+    fit: Callable[..., Trainer], slow_copy: list[int], tmp_path: Path
+) -> None:
+    for in_background in (False, True):
+        fit(Clamping(), saver(tmp_path / f"{in_background}", keep_last=9, in_background=in_background), max_steps=6)
+    assert set(slow_copy) == {0}
+    for name in names(tmp_path / "True"):
+        inline, own = (torch.load(tmp_path / folder / name, weights_only=True) for folder in ("False", "True"))
+        assert equal(inline["state_dict"], own["state_dict"])
+
+
+class Scaling(SFTModule):
+    """Changes a weight in its forward pass, which no hook shows."""
+
+    def forward(self, batch: Any) -> Any:
+        with torch.no_grad():
+            next(self.parameters()).mul_(0.5)
+        return super().forward(batch)
+
+
+def test_a_weight_that_changes_while_it_is_copied_ends_training_with_one_message(
+    pretrained: str,
+    quiet_trainer: Make,
+    rows: list[dict[str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    finish = HostBuffers.finish
+    monkeypatch.setattr(HostBuffers, "finish", lambda self: (time.sleep(0.5), finish(self))[1])
+    trainer = quiet_trainer(enable_checkpointing=True, callbacks=[saver(tmp_path)], max_steps=8)
+    with pytest.raises(InputError, match="was not written: weights or states of an optimizer were changed outside"):
+        trainer.fit(Scaling(pretrained), SFTDataModule(train=rows, tokens_per_batch=40))
+    assert not names(tmp_path)
 
 
 def test_what_cannot_write_in_the_background_is_refused(fit: Callable[..., Trainer], tmp_path: Path) -> None:
