@@ -15,6 +15,7 @@ from lightning_sft.export.restore import tokenizer_of
 from lightning_sft.export.weights import StoredWeights
 from tests.helpers import sharded_export
 from tests.helpers.loading import launched
+from tests.helpers.processes import torchrun
 from tests.helpers.sharded_export import CASES, SMALL
 
 
@@ -79,3 +80,13 @@ def test_an_export_that_fails_is_set_aside_and_its_error_reaches_all_ranks(folde
     assert first.startswith("The exported model is not the one that was trained: KL(trained ‖ reloaded) is ")
     assert second.startswith("Rank 0 failed while this rank waited for it. InputError: The exported model is not the")
     assert [path.name for path in (folder / "failing" / "exports").iterdir()] == ["final.failed"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_alone_ends_with_its_error_though_others_wait_for_it(
+    rank: int, pretrained_for_two: str, tmp_path: Path
+) -> None:
+    arguments = [pretrained_for_two, str(rank), str(tmp_path / "exports")]
+    ended = torchrun("tests.helpers.sharded_export", *arguments, timeout=120, fails=True)
+    assert ended[rank].code == 1
+    assert "MemoryError: no memory left" in ended[rank].errors
