@@ -217,7 +217,7 @@ def convert_parts(
 
     Args:
         facts: Metadata of the checkpoint.
-        weights: Its weights.
+        weights: Weights of the checkpoint.
         tokenizer: Tokenizer of the training.
         out: Folder to write.
         rows: Description of the rows, and the rows to compare on.

@@ -155,8 +155,8 @@ def architecture(hf_config: dict[str, Any], dtype: torch.dtype) -> PreTrainedMod
     """An exported model without memory.
 
     Args:
-        hf_config: Its configuration.
-        dtype: Dtype of its weights.
+        hf_config: Configuration of the model, as plain values.
+        dtype: Dtype of the weights.
 
     Raises:
         InputError: When its parts cannot be read while it runs.
