@@ -8,7 +8,7 @@ QUICKSTART := build/quickstart
 PARALLEL := -n logical --maxprocesses=4 --dist=loadfile
 test test-lowest test-newest: export OMP_NUM_THREADS ?= 1
 
-.PHONY: help quickstart test test-all test-lowest test-newest lint docs bench bench-growth gpu clean
+.PHONY: help quickstart test test-all test-lowest test-newest lint docs package bench bench-growth gpu clean
 
 help:
 	@echo "make quickstart   fine-tune a real model on example data and see what it gained (under 10 minutes on 2 cores)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-lowest  the tests with the lowest release of each package that pyproject.toml allows (gigabytes of wheels)"
 	@echo "make test-newest  the tests with the newest release of each package"
 	@echo "make docs         these pages and the API as HTML, in build/docs"
+	@echo "make package      build the source archive and the wheel, and try the wheel in an environment of its own"
 	@echo "make bench        ours, TRL and LitGPT side by side (BENCH='--data rows.jsonl ...'; BENCH=--help has all settings)"
 	@echo "make bench-growth how cost grows (BENCH=--quick for minutes)"
 	@echo "make gpu          check and measure on a GPU, also without a network (GPU='correctness smoke'; GPU=--help)"
@@ -25,7 +26,7 @@ help:
 $(BIN)/lightning-sft: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[gguf,tensorboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[tensorboard]'
 	touch $@
 
 $(VENV)/dev: $(BIN)/lightning-sft
@@ -66,6 +67,12 @@ $(VENV)/docs: $(BIN)/lightning-sft
 
 docs: $(VENV)/docs
 	$(BIN)/python -m sphinx -W --keep-going docs build/docs
+
+package: $(VENV)/dev
+	rm -rf build/dist
+	$(BIN)/python -m build --no-isolation --outdir build/dist
+	$(BIN)/python -m twine check --strict build/dist/*
+	$(BIN)/python .ci/try_wheel.py build/dist/*.whl
 
 bench bench-growth:
 	$(PYTHON) -m benchmarks.environments ours trl

@@ -1,7 +1,7 @@
 """Ours, TRL and LitGPT side by side: `make bench`, or `python -m benchmarks` in the environment build/bench/ours.
 
 The same model, rows, seed, precision and threads; one process at a time, all systems in turn, round after round. It
-writes results.json, results.md and results.png to build/bench, and with --publish the page docs/benchmarks.md.
+writes results.json, results.md and results.png to build/bench, and with --publish docs/reference/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.table import markdown, write_page
 from lightning_sft.demos.data import command_rows
 from lightning_sft.demos.pretrained import fetch_demo_model
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "reference" / "benchmarks.md"
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -4,7 +4,7 @@ against the size of the file; and sequences a second of packing against their nu
     python -m benchmarks.data_growth [--tokenizer FOLDER] [--quick] [--publish]
 
 Rates are of CPU time in one process, so that what else a machine does matters little. Each point is a process of its
-own. It writes data_growth.md and data_growth.png to build/bench, and with --publish the page docs/benchmarks.md.
+own. It writes data_growth.md and data_growth.png to build/bench, and with --publish docs/reference/benchmarks.md.
 """
 
 from __future__ import annotations

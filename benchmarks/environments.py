@@ -20,6 +20,24 @@ REQUIREMENTS: dict[str, list[list[str]]] = {  # torch first: on some machines th
     # it wants an older jsonargparse and huggingface-hub than ours: only what it shares with us is pinned; it writes its
     # settings with requests, which it does not ask for
     "litgpt": [["torch==2.13.0"], ["litgpt==0.5.13", "lightning==2.6.6", "requests"]],
+    # its data path alone: what that imports, without the packages of its pages and of images and sound
+    "llamafactory": [
+        ["torch==2.13.0"],
+        ["transformers<=5.6.0", "datasets<=4.0.0", "peft<=0.18.1", "trl<=0.24.0", "accelerate<=1.11.0"],
+        [
+            "omegaconf",
+            "sentencepiece",
+            "tiktoken",
+            "pillow",
+            "av",
+            "einops",
+            "pandas",
+            "scipy",
+            "protobuf",
+            "hf-transfer",
+        ],
+        ["--no-deps", "llamafactory==0.9.5"],
+    ],
 }
 
 

@@ -2,7 +2,7 @@
 
 Lengths are log-normal, in packs of 2,048 tokens, for a rank of 8 that accumulate 4 micro-batches. Seconds are of CPU
 time in one process; memory is what the process takes at its peak beside the lengths and weights themselves. It writes
-epoch_plan.md and epoch_plan.png to build/bench, and with --publish the page docs/packing.md.
+epoch_plan.md and epoch_plan.png to build/bench, and with --publish the page docs/concepts/packing.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.table import write_page
 from lightning_sft.data.batches.packing import packed
 from lightning_sft.data.batches.plan import EpochPlan
 
-PAGE = ROOT / "docs" / "packing.md"
+PAGE = ROOT / "docs" / "concepts" / "packing.md"
 ROWS = [100_000, 1_000_000, 10_000_000]
 CAPACITY = 2048
 

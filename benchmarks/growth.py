@@ -2,7 +2,7 @@
 second against the size of the data. `make bench-growth`, or `python -m benchmarks.growth` after `python -m benchmarks`.
 
 Models are random: two layers of the demo model's shape, with its tokenizer. One process at a time, systems in turn. It
-writes growth.json, growth.md and growth.png to build/bench, and with --publish the page docs/benchmarks.md.
+writes growth.json, growth.md and growth.png to build/bench, and with --publish the page docs/reference/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from benchmarks.plot import draw_growth
 from benchmarks.table import write_page
 from lightning_sft.demos.pretrained import fetch_demo_model
 
-PAGE = ROOT / "docs" / "benchmarks.md"
+PAGE = ROOT / "docs" / "reference" / "benchmarks.md"
 DOCUMENT, VOCABULARY, LENGTH = 256, 49152, 2048  # where something else grows
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule
 
-from benchmarks.record import Record, rows_of
+from benchmarks.record import Record, die, rows_of
 from lightning_sft.types import IGNORE, Batch
 
 
@@ -17,10 +17,12 @@ class Recorder(Callback):
 
     Args:
         out: File for the record.
+        weights: File for the weights after the fit.
+        dies_after: Step after which the process kills itself.
     """
 
-    def __init__(self, out: str) -> None:
-        self.record = Record(out)
+    def __init__(self, out: str, weights: str | None = None, dies_after: int | None = None) -> None:
+        self.record, self.weights, self.dies_after = Record(out), weights, dies_after
         self.steps = self.tokens = self.targets = self.positions = 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -37,6 +39,13 @@ class Recorder(Callback):
                 loss = float(trainer.callback_metrics["train/loss"])
                 self.record.step(loss, self.tokens, self.targets, self.positions)
             self.tokens = self.targets = self.positions = 0
+            if self.steps == self.dies_after:
+                die()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Keep the weights."""
+        if self.weights:
+            torch.save(pl_module.model.state_dict(), self.weights)
 
 
 class Given(LightningDataModule):

@@ -2,7 +2,7 @@
 
 Models are random, float32; documents have 512 tokens, of which the last 32 are trained, so that attention takes little
 time: its memory depends on the row alone. Each point is a process of its own, whose peak is counted from before the
-step. It writes length.json, length.md and length.png to build/bench, and with --publish the page docs/memory.md.
+step. It writes length.json, length.md and length.png to build/bench, and with --publish docs/reference/memory.md.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from benchmarks.environments import BUILD, ROOT
 from benchmarks.table import write_page
 
-PAGE = ROOT / "docs" / "memory.md"
+PAGE = ROOT / "docs" / "reference" / "memory.md"
 MIB = 2.0**20
 HIDDEN, DOCUMENT, TARGETS, TILE = 128, 512, 32, 1024
 SHAPE: dict[str, Any] = {

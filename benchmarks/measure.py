@@ -17,7 +17,7 @@ import psutil
 from benchmarks import environments
 from benchmarks.environments import ROOT
 
-_SCRIPTS = {name: ROOT / "benchmarks" / f"run_{name}.py" for name in ("ours", "trl", "litgpt")}
+_SCRIPTS = {name: ROOT / "benchmarks" / f"run_{name}.py" for name in ("ours", "trl", "litgpt", "llamafactory")}
 _SCRIPTS["limits"] = ROOT / "benchmarks" / "limits.py"
 _SCRIPTS["gpu"] = ROOT / "benchmarks" / "gpu" / "case.py"
 _EVERY, _EVERY_CHILD = 0.05, 1.0  # seconds between looks at a process, and at those that it has started
@@ -56,7 +56,7 @@ def run(
 
     Args:
         python: The interpreter of the environment.
-        script: ``ours``, ``trl``, ``litgpt``, ``limits`` or ``gpu``.
+        script: ``ours``, ``trl``, ``litgpt``, ``llamafactory``, ``limits`` or ``gpu``.
         settings: What the script gets, besides the files for its record and its own output.
         folder: For these files; it is made.
         threads: Threads of the process's arithmetic.

@@ -6,8 +6,11 @@ Only the standard library: every environment imports it, before it imports anyth
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,9 +46,38 @@ class Record:
             file.write(json.dumps({"at": time.time(), **facts}) + "\n")
 
 
+def die() -> None:
+    """End this process as a lost machine does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def settings() -> SimpleNamespace:
     """Those of this process: its argument, as JSON."""
     return SimpleNamespace(**json.loads(sys.argv[1]))
+
+
+def each_or_error(encode: Callable[[list[dict[str, Any]]], list[Any]], rows: list[dict[str, Any]]) -> list[Any]:
+    """What a system makes of each row: its sequences, or the error it raises, as text.
+
+    Rows are given all at once, as users do, and one by one where that fails or loses rows.
+
+    Args:
+        encode: Encodes rows.
+        rows: The rows.
+    """
+
+    def tried(some: list[dict[str, Any]]) -> list[Any]:
+        try:
+            return encode(some)
+        except Exception as error:
+            return [f"{type(error).__name__}: {error}"[:300]] * len(some)
+
+    together = tried(rows)
+    if len(together) == len(rows) and not any(isinstance(found, str) for found in together):
+        return together
+    if together and together == together[:1] * len(rows) and tried(rows[:1]) == together[:1]:
+        return together  # the same error for all
+    return [(tried([row]) or ["left out"])[0] for row in rows]
 
 
 def rows_of(path: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 train        `python -m lightning_sft fit`, as a user runs it, with a callback that records the steps
 preprocess   rows to packs
 batches      the data in figures, and the first rows as token ids, which other systems can be given
+encode       each row's sequences as token ids and labels, or why it is refused
 
 The library is imported by the tasks that need it: `train` is to begin like the command, in a process that has nothing.
 """
@@ -40,7 +41,14 @@ def train(given: SimpleNamespace) -> None:
     else:
         here |= {"--data.train": given.rows, "--data.cache": "null"}
     pairs = {**here, **given.flags}.items()
-    command = [sys.executable, "-m", "lightning_sft", "fit", *(str(part) for pair in pairs for part in pair)]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_sft",
+        "fit",
+        *(str(part) for pair in pairs for part in pair),
+        *getattr(given, "more", []),
+    ]
     os.execv(sys.executable, command)
 
 
@@ -80,6 +88,25 @@ def batches(given: SimpleNamespace) -> None:
     Record(given.out).write(**facts, pairs_per_token=pairs_per_token, longest=int(lengths.max()))
 
 
+def encode(given: SimpleNamespace) -> None:
+    """The sequences of each row; the data module's own skipping of refused rows tells why."""
+    from lightning_sft.data.tokens.dataset import load_split
+    from lightning_sft.data.tokens.encode_rows import EncodingConfig
+    from lightning_sft.model.pretrained import load_tokenizer
+    from lightning_sft.types import IGNORE
+
+    recipe = EncodingConfig(load_tokenizer(given.model))
+    split = load_split("train", given.rows, recipe, invalid_rows="skip")
+    lines = len(Path(given.rows).read_text(encoding="utf-8").splitlines())
+    rows: list[list[dict[str, list[int]]]] = [[] for _ in range(lines)]
+    for example in split.examples:
+        pairs = zip(example.input_ids, example.target_weights, strict=True)
+        labels = [int(token) if weight > 0 else IGNORE for token, weight in pairs]
+        number = int(example.provenance.rpartition(":")[2])
+        rows[number - 1].append({"input_ids": [int(i) for i in example.input_ids], "labels": labels})
+    Record(given.out).write(rows=[row or "refused" for row in rows])
+
+
 if __name__ == "__main__":
     chosen = settings()
-    {"train": train, "preprocess": preprocess, "batches": batches}[chosen.task](chosen)
+    {"train": train, "preprocess": preprocess, "batches": batches, "encode": encode}[chosen.task](chosen)

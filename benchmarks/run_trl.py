@@ -2,6 +2,7 @@
 
 train        `SFTTrainer` on conversational prompt-completion rows, so that it masks the prompt, with its own packing
 preprocess   rows to packs, as its trainer makes them
+encode       each row as its trainer encodes it, with the loss on answers alone, or the error that it raises
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from benchmarks.record import Record, rows_of, settings
+from benchmarks.record import Record, die, each_or_error, rows_of, settings
 
 
 class Recorder(TrainerCallback):
@@ -25,16 +26,24 @@ class Recorder(TrainerCallback):
         out: File for the record.
         accumulate: Micro-batches of a step.
         counts: Tokens, targets and positions of the micro-batches, in order.
+        dies_after: Step after which the process kills itself.
     """
 
-    def __init__(self, out: str, accumulate: int, counts: list[tuple[int, int, int]]) -> None:
-        self.record, self.accumulate, self.counts = Record(out), accumulate, counts
+    def __init__(
+        self, out: str, accumulate: int, counts: list[tuple[int, int, int]], dies_after: int | None = None
+    ) -> None:
+        self.record, self.accumulate, self.counts, self.dies_after = Record(out), accumulate, counts, dies_after
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         """A step has ended, or the training has, which has no loss of its own."""
         if "loss" in logs:
             own = self.counts[(state.global_step - 1) * self.accumulate : state.global_step * self.accumulate]
             self.record.step(logs["loss"], *(sum(column) for column in zip(*own, strict=True)))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """A step begins; those before it are saved, if they are to be."""
+        if state.global_step == self.dies_after:
+            die()
 
 
 class Counting:
@@ -77,11 +86,14 @@ def train(given: SimpleNamespace) -> None:
     if given.given:
         rows = rows_of(given.given)
         config |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "train_sampling_strategy": "sequential"}
-    arguments = SFTConfig(**config, **given.config)
+    arguments = SFTConfig(**{**config, **given.config})
     trainer = SFTTrainer(given.model, args=arguments, train_dataset=datasets.Dataset.from_list(rows))
     trainer.data_collator = counting = Counting(trainer.data_collator)
-    trainer.add_callback(Recorder(given.out, arguments.gradient_accumulation_steps, counting.counts))
-    trainer.train()
+    dies_after = getattr(given, "dies_after", None)
+    trainer.add_callback(Recorder(given.out, arguments.gradient_accumulation_steps, counting.counts, dies_after))
+    trainer.train(resume_from_checkpoint=getattr(given, "resumes", False))
+    if weights := getattr(given, "weights", None):
+        torch.save(trainer.model.state_dict(), weights)
 
 
 def preprocess(given: SimpleNamespace) -> None:
@@ -96,8 +108,24 @@ def preprocess(given: SimpleNamespace) -> None:
     Record(given.out).write(rows=len(rows), seconds=time.perf_counter() - began)
 
 
+def encode(given: SimpleNamespace) -> None:
+    """Each row's token ids and labels, out of the trainer's own data set and collator."""
+
+    def encoded(rows: list[dict[str, Any]]) -> list[Any]:
+        settings = {"max_length": None, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True}
+        settings |= {"output_dir": given.folder, "assistant_only_loss": "prompt" not in rows[0]}
+        data = datasets.Dataset.from_list(rows)
+        tokenizer = AutoTokenizer.from_pretrained(given.model)
+        trainer = SFTTrainer(given.model, args=SFTConfig(**settings), train_dataset=data, processing_class=tokenizer)
+        batches = [trainer.data_collator([row]) for row in trainer.train_dataset]
+        return [[{key: batch[key][0].tolist() for key in ("input_ids", "labels")}] for batch in batches]
+
+    rows = conversations(given.rows) if given.dialect == "prompt_completion" else rows_of(given.rows)
+    Record(given.out).write(rows=each_or_error(encoded, rows))
+
+
 if __name__ == "__main__":
     datasets.disable_caching()
     datasets.disable_progress_bars()
     chosen = settings()
-    {"train": train, "preprocess": preprocess}[chosen.task](chosen)
+    {"train": train, "preprocess": preprocess, "encode": encode}[chosen.task](chosen)

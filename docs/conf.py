@@ -22,7 +22,7 @@ repository = ""  # address that links to files outside of docs/ have, as https:/
 project = "lightning_sft"
 author = copyright = "the authors of lightning_sft"  # noqa: A001 - Sphinx calls it so
 extensions = [
-    "myst_parser",
+    "myst_nb",  # pages and notebooks
     "sphinx.ext.autodoc",
     "sphinx.ext.intersphinx",
     "sphinx.ext.napoleon",
@@ -40,6 +40,7 @@ html_static_path, html_css_files = ["_static"], ["pages.css"]
 html_show_copyright = html_show_sphinx = False
 highlight_language = "text"  # of blocks that do not say
 viewcode_follow_imported_members = False  # else it lists a page for built-in types, which it does not write
+nb_execution_mode = "off"  # notebooks have their outputs: docs/notebooks.py
 myst_heading_anchors = 3
 myst_fence_as_directive = ["math"]  # formulas as GitHub has them
 html_math_renderer = "mathml"

@@ -30,7 +30,7 @@ from lightning_sft.data.tokens.dataset import Split, load_prompts, load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.data.tokens.held_out import share_of, side_of
 from lightning_sft.data.tokens.overflow import Overflow
-from lightning_sft.data.tokens.template import TemplateConfig, Thoughts, configure, configured
+from lightning_sft.data.tokens.template_config import TemplateConfig, Thoughts, configure_anew
 from lightning_sft.data.tokens.workers import num_cores
 from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments, plain
 from lightning_sft.model.parallel.rank_zero import FirstRank
@@ -63,19 +63,21 @@ class SFTDataModule(LightningDataModule):
         predict: Prompts for ``predict``; takes the same forms as ``train``, and answers may be missing.
         format: Format of all rows; detected from the keys of each row by default.
         columns: Column of the data for each key of the format: ``{prompt: question, completion: answer}``.
-        system: System prompt of conversations that have none.
+        system: System prompt of conversations that have none; by default that of an exported folder, if it has one.
         train_on: Target turns of a conversation: ``all`` answers, the ``last`` one alone, or with ``prompts`` every
             other turn too.
         roles: Role (system, user, assistant or tool) for each name that the data have for one.
         message_keys: Key of a message for each name that the data have for one; ``ignored`` where it says nothing.
         tokenizer: Hub name, folder or GGUF file of the tokenizer; the model's own by default.
         chat_template: Jinja file to use instead of the tokenizer's template.
-        chat_template_kwargs: Variables of the chat template, as ``{enable_thinking: false}``; ``today`` is the date
-            that it is told, by default 2024-07-26. A row's own ``chat_template_kwargs`` come first.
+        chat_template_kwargs: Variables of the chat template, as ``{enable_thinking: false}``, over those of an exported
+            folder; ``today`` is the date that it is told, by default 2024-07-26. A row's own come first.
         control_tokens: Treatment of control tokens in the texts of a conversation: tokenized as plain ``text``, a
-            reason to ``refuse`` the row, or ``as_is``, as the tokens that they are.
+            reason to ``refuse`` the row, or ``as_is``, as the tokens that they are. By default as for an exported
+            folder, or else ``text``.
         thoughts: Treatment of reasoning: ``keep`` it as it stands, ``split`` it off an answer that has it in
-            ``<think>`` tags, or split it off and ``mask`` it, so that it is context.
+            ``<think>`` tags, or split it off and ``mask`` it, so that it is context. By default as for an exported
+            folder, or else ``keep``.
         max_length: Maximum number of tokens per sequence; the model's context length by default.
         overflow: Treatment of longer sequences: an ``error``, left out (``drop``), cut at the end (``truncate``) or at
             the beginning (``truncate_prompt``), or, for plain text, split; all are counted.
@@ -119,8 +121,8 @@ class SFTDataModule(LightningDataModule):
         roles: dict[str, str] | None = None,
         message_keys: dict[str, str] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
-        control_tokens: Treatment = "text",
-        thoughts: Thoughts = "keep",
+        control_tokens: Treatment | None = None,
+        thoughts: Thoughts | None = None,
     ) -> None:
         super().__init__()
         check_arguments(SFTDataModule, locals(), "data")
@@ -130,7 +132,9 @@ class SFTDataModule(LightningDataModule):
         if self.held_out is not None:
             self.sources["val"] = self.sources["train"]
         self.reading = Reading(format, plain(columns), system, train_on, plain(roles), plain(message_keys))
-        self.template = TemplateConfig(plain(chat_template_kwargs) or {}, control_tokens, thoughts)
+        self._rendering: dict[str, Any] = {"variables": plain(chat_template_kwargs) or {}, "system": system}
+        self._rendering |= {"control_tokens": control_tokens, "thoughts": thoughts}
+        self.template = TemplateConfig().overridden(**self._rendering)
         self.tokenizer_name: str | None = plain(tokenizer)
         self.chat_template: str | None = plain(chat_template)
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
@@ -296,8 +300,7 @@ class SFTDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """What an export needs to give the model its tokenizer back: plain strings."""
         template = None if self.tokenizer is None else self.tokenizer.chat_template
-        config = self.template if self.tokenizer is None else configured(self.tokenizer)
-        return {"tokenizer": self.tokenizer_name, "chat_template": template, "template": asdict(config)}
+        return {"tokenizer": self.tokenizer_name, "chat_template": template, "template": asdict(self.template)}
 
     @property
     def _module(self) -> Any:
@@ -359,8 +362,8 @@ class SFTDataModule(LightningDataModule):
         if self._encoded_for != (name, pretrained, self._normalize, new_tokens):
             self._encoded_for, self.splits = (name, pretrained, self._normalize, new_tokens), {}
             self.tokenizer_name, self.tokenizer = name, load_tokenizer(name, self.chat_template, new_tokens)
-            stops = stop_ids(pretrained or name)
-            configure(self.tokenizer, replace(self.template, stop_ids=stops))
+            self.template = configure_anew(self.tokenizer, stop_ids(pretrained or name), **self._rendering)
+            self.reading = replace(self.reading, system=self.template.system or None)
             self.max_length = self._asked["max_length"] or context_length(pretrained or name)
 
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -29,7 +28,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lightning_sft.checkpoints.resume import RunState
@@ -61,9 +59,10 @@ from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
+from lightning_sft.training.losses import TargetLosses
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
-from lightning_sft.training.schedules import Schedule, learning_rate_factor
+from lightning_sft.training.schedules import Schedule, named_scheduler, with_scheduler
 from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
     announce,
@@ -76,7 +75,7 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 
 
-class SFTModule(EvaluatedModule):
+class SFTModule(TargetLosses, EvaluatedModule):
     """Fine-tunes a pretrained causal language model on target tokens.
 
     Args:
@@ -85,7 +84,7 @@ class SFTModule(EvaluatedModule):
         optimizer: Factory of the optimizer from parameter groups; norms and biases are not decayed.
         optimizers: Several optimizers instead of ``optimizer``, each for the parameters that match its patterns, such
             as Muon for matrices and AdamW for the rest: :class:`~lightning_sft.training.optimizers.OptimizerPart`.
-        schedule: Learning-rate schedule after the warm-up.
+        schedule: Learning-rate schedule after the warm-up; or a scheduler of torch, which has no warm-up but its own.
         warmup: Fraction of the steps used for linear warm-up.
         gradient_checkpointing: Recompute activations in the backward pass to save memory: of each layer (``true``), of
             every n-th layer (a number), or of each layer with its input kept in host memory (``offload``).
@@ -148,7 +147,8 @@ class SFTModule(EvaluatedModule):
         if compile_layers is not None:
             kernels = "compiled" if compile_layers else "none"
             warnings.warn(f"model.compile_layers has been replaced: set model.kernels to {kernels}.", stacklevel=2)
-        self.save_hyperparameters(ignore=["optimizer", "optimizers", "hf_config", "compile_layers"])
+        code = ["optimizer", "optimizers", *(["schedule"] if callable(schedule) else [])]  # in no checkpoint
+        self.save_hyperparameters(ignore=[*code, "hf_config", "compile_layers"])
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
         self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizers or optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
@@ -210,9 +210,9 @@ class SFTModule(EvaluatedModule):
             self.tuning.shard(self.scorer, model, sharding, self.pretrained, device)
 
     def forward(self, batch: Batch) -> LogLikelihood:
-        """Weighted log-likelihood of the targets of a batch under the model."""
+        """Weighted log-likelihood of the targets of a batch under the model; in training, of a subclass's own loss."""
         assert self.scorer is not None, "configure_model has not been called"
-        return LogLikelihood(*self.scorer(batch))
+        return LogLikelihood(*self.scorer(batch, **(self.own_loss(batch) if self.training else {})))
 
     def training_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> STEP_OUTPUT:
         """``− Σ_t w_t · log Pr(t) / Z``, with the routers' loss, times what will be divided by."""
@@ -288,12 +288,12 @@ class SFTModule(EvaluatedModule):
         return optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and its schedule over all planned steps; the first factor is set when training starts."""
+        """The optimizer and its schedule over all planned steps."""
         optimizer = self.make_optimizer()
+        if callable(self.schedule):
+            return with_scheduler(optimizer, self.schedule, self.trainer)
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
-        scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, self.schedule, self.warmup))
-        for group in optimizer.param_groups:  # a schedule of a subclass begins at the rate that was asked for
-            group["lr"] = deepcopy(group["initial_lr"])
+        scheduler = named_scheduler(optimizer, self.schedule, self.warmup, total)
         self._run.scheduled(scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -303,6 +303,7 @@ class SFTModule(EvaluatedModule):
         self._window = Window()  # an earlier fit may have been interrupted within a step
         self.kernels.begin(self)
         self._step_metrics.begin(self.trainer, self.model)
+        self._step_metrics.pause()  # until the first batch, before which a callback may generate
         self._run.begin(self.trainer)
         self._modes.begin()
         settle_buckets(self.trainer.strategy.model)

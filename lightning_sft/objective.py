@@ -19,12 +19,14 @@ computed in closed form while its logits are in memory. Only positions with a ta
     softmax, entropy, all sums      float32
     gradients of head and states    summed in float32, multiplied by the gradient of the total (1 / Z), then rounded
 
-With states in float64, all of it is float64.
+With states in float64, all of it is float64. A loss other than −log Pr is a function of a few rows of logits, which
+autograd differentiates while they are there.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +85,9 @@ def target_weight(normalize: Normalize, num_targets: int, weight: float = 1.0) -
     return weight / {"sequence": num_targets, "sqrt": math.sqrt(num_targets)}.get(normalize, 1)
 
 
+TargetLoss = Callable[..., Tensor]
+"""Loss of each target ``[T]`` from its logits ``[T, V]``, its token ``[T]`` and further tensors ``[T, ...]``."""
+
 _CACHED = 2**18  # logits per softmax block on a CPU: 1 MB in float32
 _UNFUSED = 2**26  # the same on other devices without the fused kernel: 256 MB
 
@@ -97,8 +102,12 @@ def log_likelihood(
     softcap: float | None = None,
     chunk_size: int | None = None,
     indices: Tensor | None = None,
+    loss: TargetLoss | None = None,
+    loss_inputs: Sequence[Tensor] = (),
 ) -> LogLikelihood:
     """Weighted log-likelihood of the targets, ``Σ_t w_t · log softmax(z_t)[label_t]``, and ``Σ_t w_t``.
+
+    With a ``loss``, the first sum is ``− Σ_t w_t · loss(z_t, label_t)``; log-probabilities and entropy are as without.
 
     Args:
         hidden: Last hidden states of the backbone, ``[..., H]``; position t predicts ``labels[t]``.
@@ -111,18 +120,25 @@ def log_likelihood(
             means 512 on a CPU, and elsewhere a size that fits the device's memory.
         indices: Indices of the targets in the flattened ``labels``, ``[T]``, if known. Computing them synchronizes with
             the device.
+        loss: Function to train on instead of −log Pr: the loss of each target ``[T]`` from logits ``[T, V]`` and tokens
+            ``[T]``, called on a few targets at a time. Only the logits get a gradient.
+        loss_inputs: Tensors of all positions, ``[..., *]``, that ``loss`` takes as well, at its targets.
 
     Returns:
         Sum and weight in float32, or float64 where the hidden states are, with each target's log-probability and
         the entropy of the prediction there.
 
     Raises:
-        InputError: If the shapes do not match, or ``chunk_size`` is not positive.
+        InputError: If the shapes do not match, ``chunk_size`` is not positive, or ``loss`` gives something else.
 
     >>> hidden, head = torch.zeros(1, 3, 8), torch.zeros(4, 8)  # all tokens equally likely
     >>> total, weight = log_likelihood(hidden, head, labels=torch.tensor([[1, -100, 3]]))
     >>> round(total.exp().item(), 4), weight.item()  # 1/4 · 1/4
     (0.0625, 2.0)
+    >>> from functools import partial
+    >>> smoothed = partial(torch.nn.functional.cross_entropy, label_smoothing=0.1, reduction="none")
+    >>> round(log_likelihood(hidden, head, torch.tensor([[1, -100, 3]]), loss=smoothed).total.item(), 4)
+    -2.7726
     """
     if hidden.shape[:-1] != labels.shape or (weights is not None and weights.shape != labels.shape):
         shapes = f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}"
@@ -136,11 +152,13 @@ def log_likelihood(
     if weights is not None:
         w = weights.flatten().index_select(0, at).to(dtype)
 
+    inputs = [x.detach().flatten(0, labels.ndim - 1).index_select(0, at) for x in loss_inputs]  # [T, *] each
+    of_loss = None if loss is None else (loss, inputs)
     parameters = [head] if isinstance(head, Tensor) else list(head.parameters())
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     size = chunk_size or automatic_chunk_size(head, states)
     chunked_sum: Any = _ChunkedSum  # autograd functions are untyped in torch
-    total, *of_targets = chunked_sum.apply(head, (scale, softcap), size, targets, w, states, *trained)
+    total, *of_targets = chunked_sum.apply(head, (scale, softcap), size, of_loss, targets, w, states, *trained)
     return LogLikelihood(total, w.sum(), *of_targets)
 
 
@@ -159,6 +177,7 @@ class _ChunkedSum(torch.autograd.Function):
         head: Head,
         transformation: tuple[float, float | None],
         chunk_size: int,
+        other: tuple[TargetLoss, list[Tensor]] | None,
         targets: Tensor,
         weights: Tensor,
         states: Tensor,
@@ -166,19 +185,24 @@ class _ChunkedSum(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_probs, entropy = torch.empty_like(weights), torch.empty_like(weights)
         correct = torch.empty_like(targets, dtype=torch.bool)
+        values = log_probs if other is None else torch.empty_like(weights)
         chunked = on_chunks(head, states, trained)
         # on GPUs, chunks of equal shapes reuse the same kernels
         for chunk in slices(len(targets), chunk_size, even=states.is_cpu):
             raw, gradient = chunked.forward(chunk)  # [chunk, V] each
             of_targets = (x[chunk] for x in (targets, weights, log_probs, correct, entropy))
-            _softmax(raw, transformation, gradient, *of_targets)
+            _softmax(raw, transformation, gradient if other is None else None, *of_targets)
+            if other is not None:
+                loss, inputs = other
+                of_loss = (x[chunk] for x in (targets, weights, values, *inputs))
+                _differentiate(loss, raw, transformation, gradient, *of_loss)
             if gradient is not None:
                 chunked.backward(chunk, gradient)
             del raw, gradient  # before the next
         ctx.save_for_backward(chunked.of_states, *chunked.of_trained)
         ctx.dtypes = [tensor.dtype for tensor in (states, *trained)]
         ctx.mark_non_differentiable(log_probs, correct, entropy)
-        return (weights * log_probs).sum(), log_probs, correct, entropy  # as a matmul, autocast would round it
+        return (weights * values).sum(), log_probs, correct, entropy  # as a matmul, autocast would round it
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -188,7 +212,7 @@ class _ChunkedSum(torch.autograd.Function):
                 "without create_graph=True."
             )
         gradients = map(scaled, ctx.saved_tensors, ctx.dtypes, [grad_total] * len(ctx.dtypes))
-        return (None, None, None, None, None, *gradients)
+        return (None, None, None, None, None, None, *gradients)
 
 
 def _softmax(
@@ -198,10 +222,41 @@ def _softmax(
     if fuses(raw):
         fused_softmax(raw, gradient, *of_targets, *transformation)
         return
-    block = _CACHED if raw.is_cpu else _UNFUSED
-    for rows in slices(len(raw), max(1, block // raw.shape[1]), even=True):
+    for rows in _blocks(raw):
         here = None if gradient is None else gradient[rows]
         _softmax_of_rows(raw[rows], transformation, here, *(x[rows] for x in of_targets))
+
+
+def _blocks(raw: Tensor) -> Iterator[slice]:
+    """Rows of logits ``[chunk, V]`` whose softmax is taken at a time."""
+    return slices(len(raw), max(1, (_CACHED if raw.is_cpu else _UNFUSED) // raw.shape[1]), even=True)
+
+
+def _differentiate(
+    loss: TargetLoss,
+    raw: Tensor,
+    transformation: tuple[float, float | None],
+    gradient: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    values: Tensor,
+    *inputs: Tensor,
+) -> None:
+    """Fill in minus the loss of each target of a chunk and the gradient of the weighted sum, by autograd."""
+    for rows in _blocks(raw):
+        target, weight, *others = (x[rows] for x in (targets, weights, *inputs))
+        z = raw[rows].detach().to(weight.dtype).requires_grad_(gradient is not None)
+        with torch.set_grad_enabled(gradient is not None):
+            losses = loss(transformed(z, *transformation), target, *others)
+        if losses.shape != target.shape or losses.requires_grad != z.requires_grad:
+            given = f"{tuple(losses.shape)}{'' if losses.requires_grad else ' without a gradient'}"
+            raise InputError(
+                f"The loss must be one number for each target, [{len(target)}], computed from the logits; got {given}. "
+                'Leave reductions out, as with reduction="none".'
+            )
+        values[rows] = -losses.detach()
+        if gradient is not None:
+            gradient[rows] = torch.autograd.grad(losses, z, -weight.to(losses.dtype))[0]
 
 
 def _softmax_of_rows(

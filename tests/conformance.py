@@ -1,7 +1,7 @@
 """Published chat templates × kinds of conversations: exact and by which mechanism, or refused and why.
 
-``python -m tests.conformance > docs/conformance.md`` writes the page; test_conformance holds it to be true. What is
-exact, :mod:`tests.oracle` finds out without our code. The part on further templates needs the folder that
+``python -m tests.conformance > docs/reference/conformance.md`` writes the page; test_conformance holds it to be true.
+What is exact, :mod:`tests.oracle` finds out without our code. The part on further templates needs the folder that
 ``CHAT_TEMPLATES`` names (tests/oracle/SOURCES.md); without it, that part of the page stays as it is.
 """
 
@@ -26,7 +26,7 @@ from tests.oracle.vocabularies import tokenizer_for
 
 __all__ = ["CONVERSATIONS", "TOOLS", "FrozenClock", "answer", "conversation", "templates", "tokenizer_for", "user"]
 
-PAGE = Path(__file__).parents[1] / "docs" / "conformance.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "conformance.md"
 FURTHER = "\n## Further templates\n"
 GROUPS = {
     "Texts": tuple(kind for kind in kinds.TEXTS if "thought" not in kind),

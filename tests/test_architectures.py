@@ -1,4 +1,4 @@
-"""A dozen rows of docs/models.md, measured again."""
+"""A dozen rows of docs/reference/models.md, measured again."""
 
 from __future__ import annotations
 

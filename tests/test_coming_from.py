@@ -1,4 +1,4 @@
-"""The page for those who come from elsewhere: options are real, and our configurations run and say what theirs say."""
+"""The pages for those who come from elsewhere: options are real, and our configurations run and say what theirs say."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from lightning_sft.data.rows.messages import to_conversation
 from lightning_sft.data.tokens.encode import encode
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.main import main
-from tests.helpers.pages import blocks, code, commands, is_key, options, page, section, tables
+from tests.helpers.pages import blocks, code, commands, is_key, options, page, tables
 
-PAGE = page("coming_from.md")
 PEERS = ("TRL", "LitGPT", "Axolotl")
+PAGES = {peer: page(f"howto/from_{peer.lower()}.md") for peer in PEERS}
+PAGE = "\n".join([page("howto/coming_from.md"), *PAGES.values()])
 IN_OTHER_UNITS = {
     "lr_warmup_steps",
     "evals_per_epoch",
@@ -34,7 +35,7 @@ IN_OTHER_UNITS = {
 
 def rows(peer: str) -> Iterator[tuple[list[str], list[str], str]]:
     """Their options, our keys, and what differs."""
-    for head, *body in tables(section(PAGE, f"## {peer}")):
+    for head, *body in tables(PAGES[peer]):
         assert head == [peer, "ours", "what differs"]
         yield from ((code(theirs), code(ours), remark) for theirs, ours, remark in body)
 
@@ -85,7 +86,7 @@ def test_no_option_is_there_twice() -> None:
 
 def their_settings(peer: str) -> dict[str, Any]:
     """Of their example, those that are plain values, under the names that the table has."""
-    text = section(PAGE, f"## {peer}")
+    text = PAGES[peer]
     if peer == "TRL":
         calls = [node for node in ast.walk(ast.parse(blocks(text, "python")[0])) if isinstance(node, ast.Call)]
         words = [word for call in calls if ast.unparse(call.func) != "load_dataset" for word in call.keywords]
@@ -98,7 +99,7 @@ def their_settings(peer: str) -> dict[str, Any]:
 
 
 def our_config(peer: str) -> dict[str, Any]:
-    [config] = [yaml.safe_load(block) for block in blocks(section(PAGE, f"## {peer}"), "yaml")][-1:]
+    [config] = [yaml.safe_load(block) for block in blocks(PAGES[peer], "yaml")][-1:]
     assert isinstance(config, dict)
     return config
 

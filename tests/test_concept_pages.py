@@ -14,7 +14,17 @@ from tests.helpers.pages import is_key
 from tests.helpers.reading import Reader
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ["objective", "packing", "cli", "security", "limits", "performance"]
+PAGES = {
+    path.stem: path
+    for path in (
+        DOCS / "concepts" / "objective.md",
+        DOCS / "concepts" / "packing.md",
+        DOCS / "concepts" / "security.md",
+        DOCS / "howto" / "performance.md",
+        DOCS / "reference" / "cli.md",
+        DOCS / "reference" / "limits.md",
+    )
+}
 
 
 def of_class(key: str) -> str:
@@ -48,12 +58,12 @@ def test_every_block_of_a_page_does_what_the_page_says(
     Path("fit.yaml").write_text("{model: {pretrained: SmolLM2}, data: {train: train.jsonl}}")
     Path("foreign.yaml").write_text("{model: {class_path: somebody.Module}}")
     elsewhere = {"lightning-sft doctor\n": ""}  # takes seconds; test_doctor runs it
-    Reader(capsys, elsewhere).read(without_directives(DOCS / f"{name}.md"))
+    Reader(capsys, elsewhere).read(without_directives(PAGES[name]))
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_key_of_a_page_is_one_of_fit(name: str) -> None:
-    text = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    text = PAGES[name].read_text(encoding="utf-8")
     prose = re.sub(r"```.*?```|\(.*?\.md.*?\)", "", text, flags=re.DOTALL)  # blocks are run
     named = re.findall(r"(?<![\w/.])(?:model|data|trainer)\.[a-z_]+(?:\.[a-z_]+)*", prose)
     unknown = {key for key in named if not key.endswith(".py") and not is_key(of_class(key))}
@@ -61,7 +71,7 @@ def test_every_key_of_a_page_is_one_of_fit(name: str) -> None:
 
 
 def test_flags_that_cannot_be_read_end_with_the_code_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    page = PAGES["cli"].read_text(encoding="utf-8")
     [code] = re.findall(r"^\| (\d+) \| flags that cannot be read", page, re.MULTILINE)
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--no.such.key", "1"])
@@ -69,12 +79,12 @@ def test_flags_that_cannot_be_read_end_with_the_code_of_the_page(capsys: pytest.
 
 
 def test_the_table_of_normalization_is_that_of_the_code() -> None:
-    page = (DOCS / "objective.md").read_text(encoding="utf-8")
+    page = PAGES["objective"].read_text(encoding="utf-8")
     assert tuple(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == get_args(Normalize)
 
 
 def test_the_table_of_verbs_has_all_of_them() -> None:
-    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    page = PAGES["cli"].read_text(encoding="utf-8")
     named = {
         verb for cell in re.findall(r"^\| (`.+?`) \|", page, re.MULTILINE) for verb in re.findall(r"`([^`]+)`", cell)
     }

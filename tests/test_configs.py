@@ -35,6 +35,9 @@ def sources(value: Any) -> Iterator[str]:
 
 
 def write_data(config: Path, folder: Path) -> None:
+    """Write the data that a config names below `folder`, where it finds the templates of configs/, too."""
+    if not (folder / "configs").exists():
+        (folder / "configs").symlink_to(ROOT / "configs")
     for name in sources(yaml.safe_load(config.read_text())["data"]):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ def test_the_tree_of_the_readme_is_the_tree() -> None:
 
 
 def test_the_rows_of_the_data_page_are_rows() -> None:
-    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "howto" / "data.md").read_text(encoding="utf-8")
     for line in blocks(page, "json")[0].splitlines():
         read = Converter().read(json.loads(line), "f:1")
         assert (read.weights if isinstance(read, Conversation) else read.target_weights)[-1] > 0
@@ -75,7 +75,7 @@ def test_the_rows_of_the_data_page_are_rows() -> None:
 def test_the_commands_and_the_code_of_the_page_on_resuming_run(
     user_folder: Path, pretrained: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = (ROOT / "docs" / "resume.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "howto" / "resume.md").read_text(encoding="utf-8")
     (user_folder / "SmolLM2").symlink_to(pretrained)
     first, replayed = (block.split()[1:] for block in blocks(page, "bash"))
     assert main(first).trainer.global_step == main(first).trainer.global_step == 1  # the second time, nothing is left
@@ -87,4 +87,4 @@ def test_the_commands_and_the_code_of_the_page_on_resuming_run(
     callbacks = yaml.safe_load(blocks(page, "yaml")[0])["trainer"]["callbacks"]
     (user_folder / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
     data = ["--data.val", "val.jsonl", "--trainer.max_epochs", "2"]
-    assert main([*first, *data, "--config", "own.yaml"]).trainer.global_step == 2
+    assert main([*first, *data, "--config", "own.yaml", "--trainer.default_root_dir", "own"]).trainer.global_step == 2

@@ -30,33 +30,34 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("api/*.rst"))
+    pages = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("reference/api/*.rst"))
     documented = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", pages, re.MULTILINE))
     names = {f"lightning_sft.{name}" for name in lightning_sft.__all__ if name != "__version__"}
     assert names | {f"lightning_sft.callbacks.{name}" for name in callbacks.__all__} <= documented
 
 
-def test_every_page_is_in_the_contents() -> None:
-    contents = (DOCS / "index.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"^[\w/*]+$", contents, re.MULTILINE))
-    for page in DOCS.rglob("*.md"):
-        name = page.relative_to(DOCS).with_suffix("").as_posix()
-        assert name == "index" or name in listed or f"{name.partition('/')[0]}/*" in listed, name
+def test_every_page_is_in_the_contents_of_its_folder() -> None:
+    for index in DOCS.rglob("index.md"):
+        listed = set(re.findall(r"^[\w/*]+$", index.read_text(encoding="utf-8"), re.MULTILINE))
+        pages = {page.stem for page in index.parent.glob("*.md")} - {"index"}
+        folders = {f"{inner.parent.name}/index" for inner in index.parent.glob("*/index.*")}
+        assert folders <= listed, index
+        assert "*" in listed or pages <= listed, index
 
 
 @pytest.mark.slow
 def test_the_module_is_documented_with_its_arguments(built: Path) -> None:
-    text = words(built / "api" / "train.html")
+    text = words(built / "reference" / "api" / "train.html")
     assert "pretrained ( str | Path ) – A hub name, a folder, or a GGUF file." in text
     assert "neftune_alpha" in text
-    page = (built / "api" / "train.html").read_text(encoding="utf-8")
+    page = (built / "reference" / "api" / "train.html").read_text(encoding="utf-8")
     assert 'id="lightning_sft.SFTModule"' in page
     assert "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch.core.LightningModule.html" in page
 
 
 @pytest.mark.slow
 def test_code_on_the_page_of_the_objective_is_that_of_the_package(built: Path) -> None:
-    assert "of_z = exps . mul_" in words(built / "objective.html")
+    assert "of_z = exps . mul_" in words(built / "concepts" / "objective.html")
 
 
 @pytest.mark.slow
@@ -70,16 +71,17 @@ def test_every_link_within_the_pages_leads_somewhere(built: Path) -> None:
 
 @pytest.mark.slow
 def test_links_out_of_the_documentation_are_files_to_download(built: Path) -> None:
-    assert re.search(r'_downloads/\w+/test_objective\.py"', (built / "objective.html").read_text(encoding="utf-8"))
+    page = (built / "concepts" / "objective.html").read_text(encoding="utf-8")
+    assert re.search(r'_downloads/\w+/test_objective\.py"', page)
 
 
 def test_with_an_address_links_go_to_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(DOCS)
     from links import rewritten
 
-    text = "[a](../configs) [b](../tests/test_main.py) [c](show.md#check) [d](https://x.org) `[e](nowhere.md)`"
+    text = "[a](../configs) [b](../tests/test_main.py) [c](howto/show.md#check) [d](https://x.org) `[e](nowhere.md)`"
     page = DOCS / "index.md"
     assert rewritten(text, DOCS, page, "") == text.replace("[a](../configs)", "a")
     there = text.replace("../configs", "https://x/configs").replace("../tests", "https://x/tests")
     assert rewritten(text, DOCS, page, "https://x") == there
-    assert rewritten("[c](docs/show.md#check)", ROOT, page, "") == "[c](show.md#check)"
+    assert rewritten("[c](docs/howto/show.md#check)", ROOT, page, "") == "[c](howto/show.md#check)"

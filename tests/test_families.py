@@ -1,4 +1,4 @@
-"""docs/families.md and configs/models/: each config runs on a tiny model of its architecture, as the page says."""
+"""docs/reference/families.md and configs/models/: each config runs on a tiny model of its architecture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from lightning_sft.data.rows.messages import Converter
 from lightning_sft.data.tokens.encode import encode
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.main import main
 from tests.architectures.configs import save
@@ -41,7 +41,7 @@ class Family(NamedTuple):
 
 
 def families() -> dict[str, Family]:
-    [rows] = [rows for head, *rows in tables(page("families.md")) if head[1] == "config"]
+    [rows] = [rows for head, *rows in tables(page("reference/families.md")) if head[1] == "config"]
     found = {}
     for _, config, model_type, template, variables, stop, adapted in rows:
         path = ROOT / config.partition("](../")[2].rstrip(")")

@@ -1,4 +1,4 @@
-"""Random kills over 1, 2 and 4 ranks change nothing: a short version of docs/kills.md."""
+"""Random kills over 1, 2 and 4 ranks change nothing: a short version of docs/reference/kills.md."""
 
 from __future__ import annotations
 

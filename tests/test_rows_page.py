@@ -15,7 +15,7 @@ from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.types import Conversation, InputError
 from tests.helpers.pages import blocks, code, is_key, page, tables
 
-PAGE = page("rows.md")
+PAGE = page("reference/rows.md")
 SECTIONS = {text.partition("\n")[0]: text for text in PAGE.split("\n## ")[1:]}
 IN_ROWS = ("columns", "system", "roles", "message_keys")
 

@@ -24,8 +24,8 @@ def test_pictures_are_small_load_nothing_and_are_shown_with_a_text() -> None:
     for path in pictures:
         if path.suffix == ".svg":
             assert not re.search(r"url\((?!#)|href=", path.read_text(encoding="utf-8")), path.name
-    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md"))
-    shown = dict(re.findall(r"!\[([^\]]{20,})\]\(images/([^)]+)\)", text))
+    text = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs").rglob("*.md"))
+    shown = dict(re.findall(r"!\[([^\]]{20,})\]\((?:\.\./)?images/([^)]+)\)", text))
     assert set(shown.values()) == {path.name for path in pictures}
 
 

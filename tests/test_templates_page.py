@@ -10,11 +10,11 @@ import yaml
 
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.tokens.encode import encode
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from tests.conformance import templates, tokenizer_for
 from tests.helpers.pages import blocks, is_key, page
 
-EXAMPLES = page("chat_templates.md").split("<!-- template: ")[1:]
+EXAMPLES = page("reference/chat_templates.md").split("<!-- template: ")[1:]
 
 
 def trained(row: dict[str, Any], template: str, settings: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the page on troubleshooting quotes and names is there, and it has every refusal of a row."""
+"""What the pages on troubleshooting and on refused rows quote and name is there, and every refusal of a row is quoted."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 
 from lightning_sft.main import main
 from lightning_sft.types import InputError
-from tests.helpers.pages import ROOT, code, commands, is_key, options, page, section, tables, text_of, texts
+from tests.helpers.pages import ROOT, code, commands, is_key, options, page, tables, text_of, texts
 
 SOURCE = ROOT / "lightning_sft"
-PAGE = page("troubleshooting.md")
+REFUSED = page("reference/refused_rows.md")
+PAGE = page("howto/troubleshooting.md") + REFUSED
 ROWS = (
     *("rows/turns", "rows/calls", "rows/values", "rows/given_turns", "rows/messages", "rows/formats"),
     *("rows/dialects", "rows/other_data", "rows/token_rows", "rows/files", "batches/split_plan"),
@@ -54,7 +55,7 @@ def refusals() -> Iterator[str]:
 
 
 def test_every_refusal_of_a_row_is_on_the_page() -> None:
-    found = quoted(section(PAGE, "## A row is refused"))
+    found = quoted(REFUSED)
     left_out = [text for text in refusals() if not any(is_in(fragment, text) for fragment in found)]
     assert len(list(refusals())) > 45
     assert not left_out

@@ -14,7 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = sorted((ROOT / "lightning_sft").rglob("*.py"))
-PAGES = sorted([*(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+PAGES = sorted(
+    [
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "docs" / "notebooks").glob("*.py"),
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+    ]
+)
 
 STEMS = "initiali|maximi|minimi|normali|optimi|organi|penali|quanti|recogni|seriali|summari|synchroni|tokeni|utili"
 

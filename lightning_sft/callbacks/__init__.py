@@ -5,7 +5,7 @@ Out: files in the folder of the run.
 May import: everything but demos and commands.
 """
 
-from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.checkpoint import BestCheckpoint, SafeCheckpoint
 from lightning_sft.callbacks.drift import DriftMonitor
 from lightning_sft.callbacks.hf_export import HFExport
 from lightning_sft.callbacks.keep_memory import KeepMemory
@@ -20,6 +20,7 @@ from lightning_sft.callbacks.scores import ScoreAnswers
 from lightning_sft.callbacks.summary import RunSummary
 
 __all__ = [
+    "BestCheckpoint",
     "DriftMonitor",
     "HFExport",
     "KeepMemory",

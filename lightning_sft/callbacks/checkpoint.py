@@ -1,4 +1,4 @@
-"""Checkpoints to resume from: written atomically, the last few are kept."""
+"""Checkpoints written atomically: the last few, to resume from, and the best weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
@@ -36,7 +36,7 @@ from lightning_sft.checkpoints.writing import (
 from lightning_sft.io.address import Address, Place, place
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments, plain
 from lightning_sft.training.optimizers import parts_of
-from lightning_sft.training.trainer import Agreement, callbacks_of, first_rank_does, is_between_steps
+from lightning_sft.training.trainer import Agreement, averages_weights, callbacks_of, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 
 _NAME = "resume-{epoch}-{step}"
@@ -55,7 +55,7 @@ class SafeCheckpoint(ModelCheckpoint):
     """Saves checkpoints to resume from: at the end of each epoch, and within an epoch by steps or by time.
 
     A crash or a full disk never leaves a partial checkpoint under a final name. ``ckpt_path="last"`` is the newest
-    valid one in the folder. For the best by a metric, add Lightning's ``ModelCheckpoint``.
+    valid one in the folder. :class:`BestCheckpoint` keeps the best weights beside them.
 
     Args:
         dirpath: Folder of the checkpoints, not shared with other runs; by default the logger's. An address that fsspec
@@ -85,7 +85,7 @@ class SafeCheckpoint(ModelCheckpoint):
         self._writer: BackgroundWriter | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, and remove partial checkpoints of killed processes from it."""
+        """Find the folder and lock it for this process."""
         super().setup(trainer, pl_module, stage)
         refuse_async_io(trainer.strategy)
         if isinstance(self._folder, Address):
@@ -94,12 +94,10 @@ class SafeCheckpoint(ModelCheckpoint):
         if stage == "fit":
             if isinstance(self._folder, Path):
                 self._lock.take(trainer, self._folder)
-            if trainer.is_global_zero:
-                sweep(self._folder, "*.ckpt*")
             self._writer = BackgroundWriter(trainer.strategy) if self.in_background else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the folder and the disk.
+        """Check the folder and the disk, and remove partial checkpoints of killed processes.
 
         Raises:
             InputError: When the folder holds checkpoints of another run, or the disk has no room for a checkpoint.
@@ -125,6 +123,7 @@ class SafeCheckpoint(ModelCheckpoint):
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}; this one resumes from "
                 f"{resumed_from}. Give it a separate folder (trainer.default_root_dir), or move the others away."
             )
+        sweep(folder, "*.ckpt*")
         if isinstance(folder, Path):
             check_disk(folder, bytes_of_checkpoint(module))
 
@@ -220,14 +219,8 @@ class SafeCheckpoint(ModelCheckpoint):
         path = writer.path
         error = writer.wait()
         if path is not None and error is None:
-            self._has_saved(trainer, str(path))
+            _has_saved(self, trainer, str(path))
         return error
-
-    def _has_saved(self, trainer: Trainer, path: str) -> None:
-        self._last_checkpoint_saved = path
-        if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.after_save_checkpoint(proxy(self))
 
     def _remove_old(self, now: int, resumed_from: Any) -> None:
         """Remove all but the last few checkpoints, and the one the run was resumed from.
@@ -262,7 +255,7 @@ class SafeCheckpoint(ModelCheckpoint):
             save_in_background(trainer, filepath, self._writer, remove_old)
         else:
             save_whole(trainer, filepath)
-            self._has_saved(trainer, filepath)
+            _has_saved(self, trainer, filepath)
             if trainer.is_global_zero:
                 remove_old()
         self._last_global_step_saved = trainer.global_step
@@ -275,16 +268,68 @@ class SafeCheckpoint(ModelCheckpoint):
         return set() if found is None else {str(found)}
 
 
-def save_whole(trainer: Trainer, path: str | Path) -> None:
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the best validation in ``best.ckpt``, beside the checkpoints to resume from.
+
+    They serve ``test``, ``chat`` and ``export``; no run can resume from them. A fit that does not log the metric, since
+    it has no validation data, keeps none.
+
+    Args:
+        dirpath: Folder of the checkpoint; by default the logger's.
+        monitor: Metric by which validations are compared, such as ``val/loss``.
+        mode: Whether the lowest or the highest value of the metric is the best.
+    """
+
+    def __init__(
+        self, dirpath: str | Path | None = None, monitor: str = "val/loss", mode: Literal["min", "max"] = "min"
+    ) -> None:
+        check_arguments(BestCheckpoint, locals())
+        super().__init__(
+            plain(dirpath),
+            "best",
+            monitor=monitor,
+            mode=mode,
+            save_weights_only=True,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder."""
+        super().setup(trainer, pl_module, stage)
+        write_whole(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save if this validation is the best so far."""
+        if self.monitor in trainer.callback_metrics:
+            super().on_validation_end(trainer, pl_module)
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        # Averages are saved by their callback, which Lightning calls for full checkpoints alone.
+        save_whole(trainer, filepath, weights_only=not averages_weights(callbacks_of(trainer)))
+        self._last_global_step_saved = trainer.global_step
+        _has_saved(self, trainer, filepath)
+
+
+def _has_saved(saver: ModelCheckpoint, trainer: Trainer, path: str) -> None:
+    """Note the path of a checkpoint, and tell the loggers, some of which upload it."""
+    saver._last_checkpoint_saved = path
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(proxy(saver))
+
+
+def save_whole(trainer: Trainer, path: str | Path, weights_only: bool = False) -> None:
     """Save a checkpoint under a hidden name, and rename it after all processes have written their part.
 
     Args:
         trainer: Trainer to save; every process must call this.
         path: Final path of the checkpoint, a file or a folder depending on the strategy, or an address.
+        weights_only: Whether to leave out what a run needs to resume.
     """
     to = place(trainer.strategy.broadcast(str(path)))
     partial = partial_of(to)
-    trainer.save_checkpoint(str(partial) if isinstance(partial, Address) else partial, weights_only=False)
+    trainer.save_checkpoint(str(partial) if isinstance(partial, Address) else partial, weights_only)
     if trainer.is_global_zero:
         finish(to)
     trainer.strategy.barrier("save_whole")

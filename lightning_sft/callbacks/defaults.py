@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint as CheckpointCallback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.checkpoint import BestCheckpoint, SafeCheckpoint
 from lightning_sft.callbacks.keep_memory import KeepMemory
 from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import Preempt
@@ -61,8 +61,12 @@ def default_callbacks(trainer: Mapping[str, Any], resumes: bool, is_fit: bool = 
     for kind in (SampleLedger, RunRecord):
         if is_fit and not any(isinstance(callback, kind) for callback in given):
             added.append(kind(str(root) if resumes else None))
+    folder = str(root / "checkpoints") if resumes else None
+    savers = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+    if all(isinstance(saver, SafeCheckpoint) for saver in savers):
+        added.append(BestCheckpoint(next((saver.dirpath for saver in savers), folder)))
     if not any(map(_saves_whole, given)):
-        added.append(SafeCheckpoint(str(root / "checkpoints") if resumes else None))
+        added.append(SafeCheckpoint(folder))
     return added
 
 

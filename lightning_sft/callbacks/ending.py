@@ -41,13 +41,16 @@ def ending(trainer: Trainer, resumed_at: int = 0) -> str:
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     written = [path for saver in savers if (path := saver._last_checkpoint_saved) and place(path).exists()]
     last = next(reversed(written), str(trainer.ckpt_path or "") if step == resumed_at else "")
+    best = ""
     for saver in savers:
         if saver.monitor and saver.best_model_path:
+            best = best or short_path(saver.best_model_path)
             score = "" if saver.best_model_score is None else f" ({float(saver.best_model_score):.6g})"
             lines.append(f"Best by {saver.monitor}{score}: {short_path(saver.best_model_path)}")
     if last:
         last = short_path(last)
         lines.append(f"Last checkpoint: {last}")
-        lines.append(f"Talk to it: lightning-sft chat --model {last}")
-        lines.append(f"Export it: lightning-sft export --ckpt {last} --out FOLDER")
+    if chosen := best or last:
+        lines.append(f"Talk to it: lightning-sft chat --model {chosen}")
+        lines.append(f"Export it: lightning-sft export --ckpt {chosen} --out FOLDER")
     return "\n".join(lines)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +28,7 @@ from lightning_sft.model.parallel.rank_zero import FirstRank, whole_state
 from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_module
-from lightning_sft.training.trainer import callbacks_of, datamodule_of, is_fast_dev_run
+from lightning_sft.training.trainer import averages_weights, callbacks_of, datamodule_of, is_fast_dev_run
 from lightning_sft.types import Conversation, Example, InputError
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ class HFExport(Callback):
         """
         check_module(self, pl_module)
         callbacks = callbacks_of(trainer)
-        if _averages(callbacks[callbacks.index(self) :]):
+        if averages_weights(callbacks[callbacks.index(self) :]):
             raise InputError(
                 "HFExport comes before a WeightAveraging, which loads the averaged weights when training ends, so they "
                 "would not be exported. Put HFExport after it in trainer.callbacks."
@@ -125,7 +124,7 @@ class HFExport(Callback):
             self._begin(trainer)
             is_missing = self._first_rank(lambda: not (self._root / "final").exists())
             if self.at_end and is_missing and not is_fast_dev_run(trainer):
-                if _averages(callbacks_of(trainer)):
+                if averages_weights(callbacks_of(trainer)):
                     rank_zero_warn(
                         "The final export is missing: use lightning-sft export to write the averaged weights."
                     )
@@ -211,10 +210,6 @@ class HFExport(Callback):
                 found = parity.held_out(as_mixture(source), data.reading, side)
                 return f"{len(found)} rows of the run's validation data", found
         return rows_to_compare({}, self.rows)
-
-
-def _averages(callbacks: Sequence[Callback]) -> bool:
-    return any(isinstance(callback, WeightAveraging) for callback in callbacks)
 
 
 def _live(trainer: Trainer, module: SFTModule, examples: Sequence[Example]) -> Live:

@@ -36,6 +36,7 @@ class SampleLedger(Callback):
         self._lines: list[dict[str, Any]] = []  # of steps not written yet; without the samples of other ranks
         self._samples: list[list[list[str]]] = []  # of this rank, by step and micro-batch
         self._window: list[Batch] = []
+        self._has_begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder and lock it for this process."""
@@ -45,20 +46,21 @@ class SampleLedger(Callback):
             self._lock.take(trainer, self.path.parent)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the lines of steps that will be repeated.
+        """Check the folder.
 
         Raises:
             InputError: When a new run would overwrite a run that has finished steps.
         """
-        self._lines, self._samples, self._window = [], [], []
+        self._lines, self._samples, self._window, self._has_begun = [], [], [], False
         first_rank_does(trainer, lambda: refuse_anew(trainer, self.path.parent))
-        if trainer.is_global_zero:
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember a micro-batch of the current step; before the first, remove the lines of steps to be repeated."""
+        if not self._has_begun and trainer.is_global_zero:  # no other callback has refused the fit
             last = cut_off(self.path, trainer.global_step)
             if last < trainer.global_step:
                 rank_zero_info(f"{self.path} has no lines of steps {last + 1} to {trainer.global_step}.")
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Remember a micro-batch of the current step."""
+        self._has_begun = True
         self._window.append(Batch.of(batch))
 
     def on_train_batch_end(

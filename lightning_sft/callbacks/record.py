@@ -55,6 +55,7 @@ class RunRecord(Callback):
         self._lines: list[tuple[dict[str, float], dict[str, Tensor]]] = []
         self._untrained: dict[str, Tensor] = {}  # metrics of the pretrained model
         self._lock, self._record = FolderLock(), dict[str, Any]()
+        self._planned: dict[str, Any] = {}  # the record of a fit that has not begun
         self._is_saving = False
         self._validated: int | None = None  # step whose validation is already recorded, which a resumed run repeats
 
@@ -69,7 +70,7 @@ class RunRecord(Callback):
             self._lock.take(trainer, self._folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the description of the run, and remove the lines of steps that will be repeated.
+        """Describe the run; nothing is written yet, since another callback may refuse the fit.
 
         Raises:
             InputError: When a new run would overwrite a run that has finished steps.
@@ -77,38 +78,54 @@ class RunRecord(Callback):
         self._lines, self._begin, self._record, self._is_saving = [], time.time(), {}, False
         first_rank_does(trainer, lambda: refuse_anew(trainer, self._folder))
         facts, logged = run_info(trainer), trainer.log_dir  # collective
+        self._config, self._validated = Path(logged or ".", "config.yaml"), None
         if not trainer.is_global_zero:
             return
-        metrics = self._folder / METRICS_FILE
-        self._validated = None
-        if cut_off(metrics, trainer.global_step) == trainer.global_step and metrics.exists():
-            last = [line for line, _ in lines_of(metrics) if line["step"] == trainer.global_step]
-            self._validated = trainer.global_step if any("train/loss" not in line for line in last) else None
         before = record_of(self._folder) if trainer.global_step else {}
-        config = Path(logged or ".", "config.yaml")
         start = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "step": trainer.global_step,
             "command": sys.argv,
             "device": _device(trainer),
         }
-        self._record = {
+        self._planned = {
             "starts": [*before.get("starts", []), start],
             "saved": bool(trainer.global_step),
             "pretrained": getattr(pl_module, "pretrained", None),
-            "config": config.read_text(encoding="utf-8") if config.is_file() else None,
+            "config": None,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
             "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "facts": facts,
             "data": _data(datamodule_of(trainer)),
         }
+
+    def _start(self, trainer: Trainer) -> None:
+        """Write the description, and remove the lines of steps that will be repeated."""
+        if not self._planned:
+            return
+        metrics = self._folder / METRICS_FILE
+        if cut_off(metrics, trainer.global_step) == trainer.global_step and metrics.exists():
+            last = [line for line, _ in lines_of(metrics) if line["step"] == trainer.global_step]
+            self._validated = trainer.global_step if any("train/loss" not in line for line in last) else None
+        self._record, self._planned = self._planned, {}
+        if self._config.is_file():
+            self._record["config"] = self._config.read_text(encoding="utf-8")
         self._write_record()
         if not trainer.global_step:
             self._add(trainer, self._untrained)
         self._untrained = {}
 
+    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        """Write the description before the first validation, which may precede the first batch of a resumed run."""
+        if not trainer.sanity_checking:
+            self._start(trainer)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Record that the first checkpoint is saved: from now on, no other run may start in this folder."""
+        """Write the description before the first batch.
+
+        When the first checkpoint is saved, record that: from now on, no other run may start in this folder.
+        """
+        self._start(trainer)
         if self._is_saving and not any(getattr(saver, "is_saving", False) for saver in trainer.checkpoint_callbacks):
             self._has_saved()
 
@@ -143,6 +160,7 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the remaining lines, and the exception that ended training."""
+        self._planned = {}
         with suppress(InputError):  # e.g. the full disk that ended the fit
             self._write()
             has_saved = self._is_saving and isinstance(exception, Preempted)

@@ -63,7 +63,7 @@ class SampleGenerations(Callback):
         self.batch_size, self.console = batch_size, console
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the prompts, and generate the answers of the pretrained model.
+        """Choose the prompts.
 
         Raises:
             InputError: When module or data are not those of lightning_sft, or a prompt leaves no position for an
@@ -78,10 +78,15 @@ class SampleGenerations(Callback):
         self._questions = [_question(data.tokenizer, prompt) for prompt in self._chosen]
         self._folder, self._before = folder_of(trainer) / SAMPLES_FOLDER, {}
         first = self._folder / "step=00000000.jsonl"
-        if trainer.global_step == 0:
-            self._ask(trainer, pl_module)
-        elif first.is_file():
+        self._is_first = trainer.global_step == 0
+        if not self._is_first and first.is_file():
             self._before = {row["source"]: row["prediction"] for row, _ in rows_of(first)}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Generate the answers of the pretrained model before the first batch, when nothing can refuse the fit."""
+        if self._is_first:
+            self._is_first = False
+            self._ask(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate answers after a validation."""

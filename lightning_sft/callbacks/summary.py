@@ -82,8 +82,10 @@ def summary(trainer: Trainer, module: LightningModule) -> Iterator[tuple[str, st
     if isinstance(module, SFTModule):
         yield "Attention", str(module.attention)
         yield "Kernels", f"{module.kernels.name}: {module.kernels.why}"
-    schedule = f"; {module.schedule} schedule, warm-up {module.warmup:.0%}" if isinstance(module, SFTModule) else ""
-    yield "Optimizer", "; ".join(map(described, trainer.optimizers)) + schedule
+    schedules = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+    if isinstance(module, SFTModule) and isinstance(module.schedule, str):
+        schedules = [f"{module.schedule} schedule, warm-up {module.warmup:.0%}"]
+    yield "Optimizer", "; ".join([*map(described, trainer.optimizers), *schedules])
     yield "Steps", _steps(trainer)
     yield "Memory", _memory(trainer, parameters.values())
     yield from _folders(trainer)

@@ -15,7 +15,7 @@ from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
 from lightning_sft.data.rows.sources import Source, files_of
 from lightning_sft.data.tokens.held_out import Side, side_of
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.training.optimizers import parts_of
 from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import InputError
@@ -56,10 +56,16 @@ def run_info(trainer: Trainer) -> dict[str, Any]:
         "trainer": {"strategy": type(trainer.strategy).__name__} | _plain(trainer, _TRAINER),
         "data_module": {"class": type(data).__name__} | _plain(data, _DATA),
         "reading": _different(getattr(data, "reading", None), Reading()),
-        "template": _different(getattr(data, "template", None), TemplateConfig()),
+        "template": _template(data),
         "data": {name: _split(cast("SFTDataModule", data), name) for name in getattr(data, "splits", {})},
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
+
+
+def _template(data: Any) -> dict[str, Any]:
+    """How conversations are rendered, where it is not the default."""
+    found = getattr(data, "template", None)  # of a data module of somebody else's, it may be anything
+    return found.different if isinstance(found, TemplateConfig) else {}
 
 
 def _different(settings: Any, defaults: Any) -> dict[str, Any]:

@@ -30,10 +30,11 @@ class FolderLock:
 
     It is a POSIX record lock on a file in the folder. The system releases it when the process ends for whatever reason,
     and worker processes do not inherit it, so there are no stale locks. Callbacks of a run share it. File systems
-    without locks are not locked.
+    without locks are not locked. Folders that it creates are removed at the end if nothing has been written to them.
     """
 
     _held: ClassVar[dict[Path, tuple[IO[str], int]]] = {}  # by path: the file, and the number of holders
+    _made: ClassVar[list[Path]] = []  # folders created for locks that are held, parents first
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -59,11 +60,16 @@ class FolderLock:
             with suppress(OSError):  # Windows does not remove open files
                 path.unlink()
             file.close()
+        while not self._held and self._made:
+            with suppress(OSError):  # the run has written to it
+                self._made.pop().rmdir()
 
     def _take(self, folder: Path) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             path = folder.resolve() / LOCK_FILE
+            made = [parent for parent in reversed(path.parents) if not parent.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            self._made.extend(made)
             file, count = self._held.get(path) or (_locked(path), 0)
         except OSError as error:
             raise InputError(

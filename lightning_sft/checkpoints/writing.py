@@ -98,15 +98,16 @@ def newest(folders: Iterable[str | Place], *, resumable: bool = True) -> Path | 
     for folder in dict.fromkeys(map(place, folders)):
         runs.setdefault(_number_of(folder), []).extend(sorted(folder.glob("*.ckpt")))
     for _, paths in sorted(runs.items(), reverse=True):
-        places: dict[Place, tuple[int, int, bool]] = {}
+        places: dict[Place, tuple[int, int, bool, bool]] = {}
         for path in paths:
             try:
                 saved = Checkpoint(path).metadata
             except InputError as error:
                 warnings.warn(f"Skipping {path}: {error}", stacklevel=2)
                 continue
-            if "callbacks" in saved or not resumable:  # otherwise weights only
-                places[path] = _place_of(saved)
+            is_whole = "callbacks" in saved  # otherwise weights only
+            if is_whole or not resumable:
+                places[path] = (*_place_of(saved), is_whole)
         if places:
             found = max(places, key=places.__getitem__)
             return str(found) if isinstance(found, Address) else found

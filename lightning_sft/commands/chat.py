@@ -44,7 +44,8 @@ def chat(
         model: An exported folder, a checkpoint of any strategy, the folder of a run, adapters, a hub name or a GGUF
             file.
         compare: A second model, such as the pretrained one, to answer the same questions side by side.
-        system: System prompt of the conversation.
+        system: System prompt of the conversation; by default the one that the training gave conversations without one,
+            if any. An empty one is none.
         chat_template: A Jinja file to use instead of the template that the model was trained with.
         max_new_tokens: Maximum number of tokens per answer.
         sampling: Sampling settings; greedy by default.
@@ -84,7 +85,7 @@ class Session:
 
     Args:
         talks: One conversation per model.
-        system: System prompt, or ``None``.
+        system: System prompt, empty for none; ``None`` is the one that each model was trained with, if any.
         max_new_tokens: Maximum number of tokens per answer.
         sampling: Sampling settings.
     """
@@ -100,10 +101,11 @@ class Session:
         self.begin(system)
 
     def begin(self, system: str | None) -> None:
-        """Reset the conversation, with a system prompt or without one."""
-        self.system = system or None
+        """Reset the conversation, with a system prompt, without one if it is empty, or with that of the training."""
+        self.system = system
         for talk in self.talks:
-            talk.messages = [{"role": "system", "content": self.system}] if self.system else []
+            own = talk.speaker.system if system is None else system
+            talk.messages = [{"role": "system", "content": own}] if own else []
 
     def ask(self, question: str, say: Callable[[int, str], None]) -> list[str]:
         """Ask all models in turn, and append question and answers to their conversations.
@@ -212,6 +214,9 @@ def _talk(session: Session, console: Console) -> None:
 
     names = " and ".join(talk.speaker.name for talk in session.talks)
     console.print(f"Talking to {names}. /help lists commands.", style="dim")
+    for talk in session.talks:
+        if session.system is None and talk.speaker.system:
+            console.print(f"System prompt of its training: {talk.speaker.system}", style="dim")
     while True:
         try:
             line = input("> ").strip()

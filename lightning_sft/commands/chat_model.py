@@ -14,6 +14,7 @@ from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.batches.loader import PromptBatch
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode_prompt
+from lightning_sft.data.tokens.template_config import configured
 from lightning_sft.evaluation.generation import Sampling, answers
 from lightning_sft.export.restore import restored, tokenizer_of
 from lightning_sft.io.arguments import check_arguments
@@ -49,6 +50,11 @@ class Speaker:
             self.model.float()
         torch.nn.Module.to(self.model, where)
         self.model.eval()
+
+    @property
+    def system(self) -> str | None:
+        """System prompt that conversations of the training were given where they had none."""
+        return configured(self.tokenizer).system
 
     @torch.no_grad()
     def answer(

@@ -34,6 +34,7 @@ _NEEDED = (
     "tokenizers",
     "datasets",
     "safetensors",
+    "gguf",
     "jsonargparse",
     "torchmetrics",
 )
@@ -42,7 +43,6 @@ _OPTIONAL = {  # purpose, and the extra that installs it
     "bitsandbytes": ("model.quantize=4bit", "lightning-sft[quant]"),
     "torchao": ("model.quantize=8bit", "lightning-sft[quant]"),
     "deepspeed": ("trainer.strategy=deepspeed_stage_*", "lightning-sft[deepspeed]"),
-    "gguf": ("GGUF files and the demo model", "lightning-sft[gguf]"),
     "tensorboard": ("curves in TensorBoard; CSV without it", "lightning-sft[tensorboard]"),
 }
 _MALICIOUS = ("2.6.2", "2.6.3")  # wheels of lightning, GHSA-w37p-236h-pfx3

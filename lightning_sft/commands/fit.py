@@ -19,6 +19,7 @@ from lightning_sft.callbacks.defaults import default_callbacks, find_last
 from lightning_sft.callbacks.ending import ending
 from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.commands.base import ConfigCLI, ConfigParser, with_own_defaults
+from lightning_sft.commands.saved_config import SaveConfig, no_trace_if_refused
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import unwrapped
 from lightning_sft.module import SFTModule
@@ -63,7 +64,15 @@ class SFTCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add checkpoints, graceful preemption and a sample log, unless the user has configured their own."""
-        return super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
+        trainer = super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
+        own: list[Callback] = cast(Any, trainer).callbacks
+        own.sort(key=lambda callback: not isinstance(callback, SaveConfig))  # RunRecord reads what it has saved
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Without traces on disk if the command is refused."""
+        with no_trace_if_refused(self.trainer):
+            super()._run_subcommand(subcommand)
 
     def _defaults(self, config: Mapping[str, Any]) -> list[Callback]:
         return default_callbacks(config, self._resumes, is_fit=self.subcommand == "fit")
@@ -101,6 +110,7 @@ def run(args: ArgsType) -> SFTCLI:
         args: The verb and its arguments, or a configuration as a mapping.
     """
     settings: dict[str, Any] = {
+        "save_config_callback": SaveConfig,
         "save_config_kwargs": {"overwrite": True},
         "parser_kwargs": {"prog": "lightning-sft"},
     }

@@ -89,7 +89,7 @@ def as_yaml(
         f"  accelerator: {machine.accelerator} # what this machine has",
         f"  devices: {machine.devices} # on each node",
         f"  strategy: {'ddp' if several else 'auto'} # "
-        + ("a copy of the model each; fsdp2 shards it, see docs/strategies.md" if several else "one device needs none"),
+        + ("a full copy each; fsdp2 shards it, see docs/howto/strategies.md" if several else "one device needs none"),
         f"  precision: {machine.precision} # {machine.why}",
         f"  max_epochs: {schedule.epochs} # passes over the data: "
         f"{size.rows_in_words} make about {schedule.num_steps:,} steps",
@@ -111,7 +111,7 @@ def as_yaml(
     ]
     if lora:
         lines += [
-            "  lora: # low-rank adapters; the base is frozen, see docs/adapters.md",
+            "  lora: # low-rank adapters; the base is frozen, see docs/howto/adapters.md",
             "    r: 16 # rank",
             "    alpha: 32 # numerator of the scale alpha / r",
             "    dropout: 0.05 # on the input of each adapter",

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Outputs = dict[str, LogLikelihood]
+"""Outputs of a step: the ``likelihood`` of its batch, for a callback's ``on_validation_batch_end``."""
+
+
 class EvaluatedModule(LightningModule):
     """A module whose validation and test log the metrics of whole data sets.
 
@@ -33,9 +37,9 @@ class EvaluatedModule(LightningModule):
         """Reset the validation metrics."""
         self._evaluation.begin(self, len(self.trainer.num_val_batches))
 
-    def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the validation metrics of its loader."""
-        self._evaluation.add(self, batch, dataloader_idx)
+    def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
+        """Add a batch to the validation metrics of its loader, and hand its likelihood to callbacks."""
+        return {"likelihood": self._evaluation.add(self, batch, dataloader_idx)}
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""
@@ -45,9 +49,9 @@ class EvaluatedModule(LightningModule):
         """Reset the test metrics."""
         self._evaluation.begin(self, len(self.trainer.num_test_batches))
 
-    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add a batch to the test metrics of its loader."""
-        self._evaluation.add(self, batch, dataloader_idx)
+    def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
+        """Add a batch to the test metrics of its loader, and hand its likelihood to callbacks."""
+        return {"likelihood": self._evaluation.add(self, batch, dataloader_idx)}
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the whole test set."""
@@ -82,7 +86,7 @@ class _Evaluation:
         self._metrics = [self._new_metric(module.device) for _ in range(num_loaders)]
         self._not_finite = []
 
-    def add(self, module: LightningModule, batch: Batch | Mapping[str, Any], loader: int = 0) -> None:
+    def add(self, module: LightningModule, batch: Batch | Mapping[str, Any], loader: int = 0) -> LogLikelihood:
         """Compute the likelihood of a batch, and add it to the metrics of its loader."""
         batch = Batch.of(batch)
         if batch.part_names != self._metrics[loader].part_names:  # the first batch of a mixture
@@ -91,6 +95,7 @@ class _Evaluation:
         self._metrics[loader].update(likelihood, batch)
         if not torch.isfinite(likelihood.total):
             self._not_finite.append((batch, likelihood))
+        return likelihood
 
     def _new_metric(self, device: torch.device, part_names: Sequence[str] = ()) -> CorpusLikelihood:
         return CorpusLikelihood(part_names, self._token_bytes, widest(device)).to(device)

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.chat_template import ChatTemplate
+from lightning_sft.data.tokens.template_config import for_inference
 from lightning_sft.io.disk import whole_folder
 
 
@@ -54,7 +55,7 @@ def write(
     """Write the same files into a folder that may have others, see :func:`export`."""
     with _for_inference(model, tokenizer, generation):
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
+    for_inference(tokenizer).save_pretrained(folder)
 
 
 def write_settings(
@@ -67,7 +68,7 @@ def write_settings(
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    for_inference(tokenizer).save_pretrained(folder)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,13 +73,15 @@ def _use(name: str, config: Mapping[str, Any], template: Mapping[str, Any]) -> s
     [architecture, *_] = config.get("architectures") or ["AutoModelForCausalLM"]
     settings = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
     settings |= {key: value for key, value in template.get("variables", {}).items() if key != "today"}
+    turns = {"system": template.get("system"), "user": "Hello!"}
+    messages = json.dumps([{"role": role, "content": text} for role, text in turns.items() if text], ensure_ascii=False)
     given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     return f"""```python
 from transformers import AutoTokenizer, {architecture}
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = {architecture}.from_pretrained("{name}")
-messages = [{{"role": "user", "content": "Hello!"}}]
+messages = {messages}
 prompt = tokenizer.apply_chat_template(messages, {given})
 answer = model.generate(**prompt, max_new_tokens=256)[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))

@@ -7,7 +7,7 @@ over targets, and how often both have the same most likely token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -25,7 +25,7 @@ from lightning_sft.data.rows.sources import Source, leaves, parsed
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.data.tokens.held_out import Side
-from lightning_sft.data.tokens.template import configure, configured
+from lightning_sft.data.tokens.template_config import configured
 from lightning_sft.machine.terminal import Console
 from lightning_sft.model.backbone import language_model
 from lightning_sft.types import Conversation, Example, InputError
@@ -233,14 +233,19 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def unequal_ids(
     conversations: Sequence[Conversation], trained: PreTrainedTokenizerBase, reloaded: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Provenance of rows for which two tokenizers yield different sequences or prompts, rendered as in the training."""
-    configure(reloaded, configured(trained))
-    ours, theirs = (_ids(conversations, tokenizer) for tokenizer in (trained, reloaded))
+    """Provenance of rows for which an exported tokenizer yields other sequences or prompts than that of the training.
+
+    The prompts of the exported one are rendered without the variables of the training: those have to be its defaults.
+    """
+    ours = _ids(conversations, trained, configured(trained).variables)
+    theirs = _ids(conversations, reloaded, {})
     return [row.provenance for row, a, b in zip(conversations, ours, theirs, strict=True) if a != b]
 
 
-def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """For each row its training sequences, and its prompt by ``apply_chat_template`` at inference."""
+def _ids(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]
+) -> list[Any]:
+    """For each row its training sequences, and its prompt by ``apply_chat_template`` at inference, with variables."""
     found, template = [], ChatTemplate.of(tokenizer)
     for row, encoded in zip(conversations, encode_many(conversations, tokenizer), strict=True):
         trained: Any = str(encoded)  # message of a refusal
@@ -249,9 +254,9 @@ def _ids(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBa
         tools: Any = row.tools
         asked = [message for message in row.messages if message["role"] != "text"][:-1]
         try:
-            variables = {**template.config.variables, **row.template_kwargs}
-            dated = template.text_for(tools, variables)  # with a fixed date, since the two renderings differ in time
-            settings: dict[str, Any] = {"chat_template": dated, "add_generation_prompt": True, **variables}
+            own = {**variables, **row.template_kwargs}
+            dated = template.text_for(tools, {**template.config.variables, **own})  # with a fixed date: time passes
+            settings: dict[str, Any] = {"chat_template": dated, "add_generation_prompt": True, **own}
             prompt = asked and tokenizer.apply_chat_template(asked, tools=tools, **settings)
         except Exception as error:  # whatever one template raises, the other must raise as well
             prompt = str(error)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.data.tokens.template import TemplateConfig, configure
+from lightning_sft.data.tokens.template_config import TemplateConfig, configure
 from lightning_sft.model.pretrained import plain_tokenizer
 from lightning_sft.model.tuning.adapters import without_adapters
 from lightning_sft.module import SFTModule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.parallel.sharding import gathered_head
 from lightning_sft.model.pretrained import names_kept_in_float32
 from lightning_sft.model.probes import ProbeResult
-from lightning_sft.objective import log_likelihood
+from lightning_sft.objective import TargetLoss, log_likelihood, transformed
 from lightning_sft.types import IGNORE, Batch, InputError
 
 
@@ -62,12 +62,25 @@ class LikelihoodModel(nn.Module):
         given = batch.input_ids, batch.position_ids, batch.spans
         return hidden_states(backbone_and_head(self.model)[0], *given, self.context)
 
-    def forward(self, batch: Any, compute: Callable[[PreTrainedModel, Any], Any] | None = None) -> Any:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, ``[..., H]`` to ``[..., V]``, for a few of them; all of a batch are large."""
+        raw = gathered_head(backbone_and_head(self.model)[1])(hidden)
+        return transformed(raw, self.findings.scale, self.findings.softcap)
+
+    def forward(
+        self,
+        batch: Any,
+        compute: Callable[[PreTrainedModel, Any], Any] | None = None,
+        loss: TargetLoss | None = None,
+        loss_inputs: Sequence[Tensor] = (),
+    ) -> Any:
         """The fields of a :class:`~lightning_sft.types.LogLikelihood`, as a tuple: FSDP2 looks for tensors in it.
 
         Args:
             batch: A :class:`~lightning_sft.types.Batch`, or the input of ``compute``.
             compute: Function of the model and ``batch`` to run instead, while the strategy has the parameters gathered.
+            loss: Loss of each target instead of −log Pr, see :func:`~lightning_sft.objective.log_likelihood`.
+            loss_inputs: Further inputs of ``loss``, ``[B, N, *]`` each.
 
         Raises:
             InputError: When documents share a row but attend to each other in this architecture.
@@ -83,6 +96,7 @@ class LikelihoodModel(nn.Module):
             indices = batch.targets
         else:
             labels, weights = context.part(labels, IGNORE), context.part(weights)
+            loss_inputs = [context.part(values) for values in loss_inputs]
         likelihood = log_likelihood(
             hidden,
             gathered_head(head),
@@ -92,13 +106,16 @@ class LikelihoodModel(nn.Module):
             softcap=self.findings.softcap,
             chunk_size=self.chunk_size,
             indices=indices,
+            loss=loss,
+            loss_inputs=loss_inputs,
         )
         total, weight = likelihood
         of_targets = [likelihood.log_probs, likelihood.correct, likelihood.entropy]
         if context is not None:
             of_targets = context.joined(batch, *of_targets)
             of_all = batch.at_targets(batch.target_weights).to(of_targets[0].dtype)
-            total, weight = total - total.detach() + (of_all * of_targets[0]).sum(), of_all.sum()
+            value = (of_all * of_targets[0]).sum() if loss is None else context.summed(total)
+            total, weight = total - total.detach() + value, of_all.sum()
         balance = () if routers is None else routers.balance(batch)
         return total, weight, *of_targets, *balance
 

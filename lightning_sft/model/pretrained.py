@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from transformers import (
     dynamic_module_utils,
 )
 
+from lightning_sft.data.tokens.template_config import configure, configured
 from lightning_sft.io.hub import check_reachable
 from lightning_sft.model.tuning.base_dtype import weight_files
 from lightning_sft.model.tuning.prequantized import Prequantized
@@ -141,6 +143,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a pretrained model, with a chat template.
 
+    Conversations are rendered for it as in the training of an exported folder.
+
     Args:
         pretrained: A hub name, a folder, or a GGUF file.
         chat_template: A Jinja file to use instead of the tokenizer's own template.
@@ -162,6 +166,7 @@ def load_tokenizer(
             f"The tokenizer of {str(pretrained)!r} has no chat template, so conversations cannot be rendered. "
             "Give one with data.chat_template=FILE.jinja, or start from an instruction-tuned model."
         )
+    configure(tokenizer, replace(configured(tokenizer), stop_ids=stop_ids(str(pretrained))))
     return tokenizer
 
 

@@ -1,14 +1,24 @@
-"""Learning-rate schedules: the factor on the base learning rate at each optimizer step."""
+"""Learning-rate schedules: the factor on the base learning rate at each optimizer step, or a scheduler of torch."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, Literal
 
-Schedule = Literal["cosine", "linear", "constant", "wsd"]
+from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+NamedSchedule = Literal["cosine", "linear", "constant", "wsd"]
+Schedule = NamedSchedule | LRSchedulerCallable
 
 
-def learning_rate_factor(step: int, total: int, schedule: Schedule = "cosine", warmup: float = 0.03) -> float:
+def learning_rate_factor(step: int, total: int, schedule: NamedSchedule = "cosine", warmup: float = 0.03) -> float:
     """Linear warm-up to 1, then the schedule down to 0 at ``total``; ``constant`` stays at 1.
 
     ``wsd`` (warm-up, stable, decay) stays at 1 and falls linearly over the last fifth of the steps.
@@ -30,3 +40,40 @@ def learning_rate_factor(step: int, total: int, schedule: Schedule = "cosine", w
     falling = total - rising if schedule != "wsd" else math.ceil(total / 5)
     left = min(1.0, max(0, total - step) / max(1, falling))  # from 1 down to 0
     return 0.5 * (1 - math.cos(math.pi * left)) if schedule == "cosine" else left
+
+
+def named_scheduler(optimizer: Optimizer, schedule: NamedSchedule, warmup: float, total: int) -> LambdaLR:
+    """Scheduler of a named schedule; the first factor is set when training starts.
+
+    Args:
+        optimizer: Optimizer whose learning rates are scaled.
+        schedule: The shape after the warm-up.
+        warmup: Steps of warm-up as a share of ``total``.
+        total: Total number of optimizer steps.
+    """
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, total, schedule, warmup))
+    for group in optimizer.param_groups:  # a schedule of a subclass begins at the rate that was asked for
+        group["lr"] = deepcopy(group["initial_lr"])
+    return scheduler
+
+
+def with_scheduler(optimizer: Optimizer, make: LRSchedulerCallable, trainer: Trainer) -> OptimizerLRScheduler:
+    """The optimizer with a scheduler of torch, which Lightning steps after each optimizer step.
+
+    ``ReduceLROnPlateau`` is stepped after each validation, on its ``monitor`` if it has one, else on ``val/loss``.
+
+    Args:
+        optimizer: Optimizer whose learning rates are scheduled.
+        make: Function that makes the scheduler from the optimizer.
+        trainer: The Lightning trainer.
+    """
+    scheduler = make(optimizer)
+    config: Any = {"scheduler": scheduler, "interval": "step"}
+    if isinstance(scheduler, ReduceLROnPlateau):
+        config["monitor"] = getattr(scheduler, "monitor", "val/loss")
+        if (every := trainer.check_val_every_n_epoch) not in (None, 1):
+            config |= {"interval": "epoch", "frequency": every}
+        else:
+            trainer.fit_loop.setup_data()  # makes val_check_batch, the number of micro-batches between validations
+            config["frequency"] = trainer.val_check_batch
+    return {"optimizer": optimizer, "lr_scheduler": config}

@@ -24,6 +24,13 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return callbacks
 
 
+def averages_weights(callbacks: Sequence[Callback]) -> bool:
+    """Whether one of the callbacks averages the weights over training, as Lightning's ``EMAWeightAveraging`` does."""
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    return any(isinstance(callback, WeightAveraging) for callback in callbacks)
+
+
 def announce(trainer: Trainer | None, fact: str) -> None:
     """Log a fact about a fit, unless a callback shows it together with the others."""
     if trainer is None or not any(getattr(callback, "shows_facts", False) for callback in callbacks_of(trainer)):

@@ -1,4 +1,4 @@
-"""Write docs/models.md: ``python -m tests.architectures``; with model types, measure their rows again."""
+"""Write docs/reference/models.md: ``python -m tests.architectures``; with model types, measure their rows again."""
 
 from __future__ import annotations
 

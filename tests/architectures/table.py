@@ -15,7 +15,7 @@ from tests.helpers.pages import tables
 from tests.helpers.processes import ROOT, fork, torchrun
 
 Row = dict[str, str]
-PAGE = ROOT / "docs" / "models.md"
+PAGE = ROOT / "docs" / "reference" / "models.md"
 ALONE = ("loads", "packs", "attention", "gradient", "checkpointing", "LoRA", "export")
 COLUMNS = ("loads", "packs", "attention", "gradient", "checkpointing", "ddp", "fsdp2", "LoRA", "export")
 TIMEOUT = 300  # seconds until a process counts as hanging

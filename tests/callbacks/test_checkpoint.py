@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.checkpoint import BestCheckpoint, SafeCheckpoint
+from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.writing import AtomicIO, newest
 from lightning_sft.types import InputError
 
@@ -130,3 +131,73 @@ def test_what_is_resumed_from_may_be_in_the_folder_of_another_callback(
 def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(InputError, match=r"SafeCheckpoint.keep_last is 0; expected an integer >= 1"):
         SafeCheckpoint(keep_last=0)
+
+
+class Losses(Callback):
+    """Sets the loss of each validation, and notes the weights that it was taken at."""
+
+    def __init__(self, *losses: float) -> None:
+        self.losses, self.weights = iter(losses), []
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.log("val/chosen", next(self.losses), sync_dist=True)
+        self.weights.append({name: p.detach().clone() for name, p in pl_module.named_parameters()})
+
+
+def fit_validated(make: Make, pretrained: str, rows: Any, *callbacks: Any, **settings: Any) -> Trainer:
+    trainer = make(enable_checkpointing=True, callbacks=list(callbacks), num_sanity_val_steps=0, max_epochs=3)
+    data = SFTDataModule(train=rows, val=rows[:4], tokens_per_batch=100)
+    trainer.fit(SFTModule(pretrained, schedule="constant"), data, **settings)
+    return trainer
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 1), ("max", 2)])
+def test_the_weights_of_the_best_validation_are_kept_alone(
+    pretrained: str, quiet_trainer: Make, rows: Any, tmp_path: Path, mode: Any, best: int
+) -> None:
+    losses, saver = Losses(3.0, 1.0, 4.0), BestCheckpoint(tmp_path, "val/chosen", mode)
+    fit_validated(quiet_trainer, pretrained, rows, losses, saver, SafeCheckpoint(tmp_path / "whole"))
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["best.ckpt"]
+    saved = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert saved.keys() & {"optimizer_states", "callbacks"} == set()
+    weights = losses.weights[best]
+    assert all(torch.equal(saved["state_dict"][name], value) for name, value in weights.items())
+    assert not all(torch.equal(losses.weights[0][name], value) for name, value in weights.items())
+
+
+def test_a_resumed_run_knows_the_best_of_before(
+    pretrained: str, quiet_trainer: Make, rows: Any, tmp_path: Path
+) -> None:
+    before = fit_validated(
+        quiet_trainer,
+        pretrained,
+        rows,
+        Losses(2.0, 1.0, 3.0),
+        BestCheckpoint(tmp_path, "val/chosen"),
+        SafeCheckpoint(tmp_path / "whole", keep_last=9),
+    )
+    best = (tmp_path / "best.ckpt").read_bytes()
+    [second] = (tmp_path / "whole").glob("resume-epoch=1-*.ckpt")
+    saver = BestCheckpoint(tmp_path, "val/chosen")
+    fit_validated(
+        quiet_trainer, pretrained, rows, Losses(1.5), saver, SafeCheckpoint(tmp_path / "whole"), ckpt_path=str(second)
+    )
+    assert saver.best_model_score == 1.0
+    assert (tmp_path / "best.ckpt").read_bytes() == best
+    assert before.global_step > Checkpoint(tmp_path / "best.ckpt").step == Checkpoint(second).step
+
+
+def test_a_fit_without_validation_keeps_no_best_weights(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    fit(BestCheckpoint(tmp_path / "best"), SafeCheckpoint(tmp_path))
+    assert not (tmp_path / "best").exists()
+
+
+def test_at_the_same_step_the_checkpoint_that_a_run_resumes_from_is_the_newest(
+    pretrained: str, quiet_trainer: Make, rows: Any, tmp_path: Path
+) -> None:
+    losses = Losses(3.0, 2.0, 1.0)
+    fit_validated(
+        quiet_trainer, pretrained, rows, losses, BestCheckpoint(tmp_path, "val/chosen"), SafeCheckpoint(tmp_path)
+    )
+    assert Checkpoint(tmp_path / "best.ckpt").step == max(steps(tmp_path))
+    assert Path(str(newest([tmp_path], resumable=False))).name.startswith("resume-")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
-from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.checkpoint import BestCheckpoint, SafeCheckpoint
 from lightning_sft.callbacks.defaults import default_callbacks
 from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import Preempt
@@ -113,6 +113,13 @@ def test_only_a_callback_that_saves_whole_checkpoints_takes_the_place_of_ours(
 ) -> None:
     added = default_callbacks({"callbacks": [ModelCheckpoint(**settings)]}, True)
     assert any(isinstance(callback, SafeCheckpoint) for callback in added) is is_added
+    assert not any(isinstance(callback, BestCheckpoint) for callback in added)
+
+
+def test_the_best_weights_lie_beside_the_checkpoints_of_the_user(tmp_path: Path) -> None:
+    added = default_callbacks({"callbacks": [SafeCheckpoint(tmp_path / "own")]}, True)
+    [best] = [callback for callback in added if isinstance(callback, ModelCheckpoint)]
+    assert (type(best), best.dirpath) == (BestCheckpoint, str(tmp_path / "own"))
 
 
 def test_a_callback_that_saves_on_an_error_alone_leaves_ours_in_its_place(tmp_path: Path) -> None:
@@ -185,8 +192,8 @@ def test_at_the_end_fit_says_why_where_the_checkpoints_are_and_what_to_do(
         f"The fit ended after step {trainer.global_step}: trainer.max_epochs=1 reached.",
         f"Best by val/loss ({float(trainer.callback_metrics['val/loss']):.6g}): {best}",
         f"Last checkpoint: {last}",
-        f"Talk to it: lightning-sft chat --model {last}",
-        f"Export it: lightning-sft export --ckpt {last} --out FOLDER",
+        f"Talk to it: lightning-sft chat --model {best}",
+        f"Export it: lightning-sft export --ckpt {best} --out FOLDER",
     ]
     with caplog.at_level("INFO"):
         main(command)
@@ -209,6 +216,7 @@ def test_runs_without_last_keep_to_the_folders_of_their_loggers(arguments: list[
         main(["fit", *arguments, *logger])
         folder = tmp_path / "run" / "lightning_logs" / f"version_{version}"
         assert (folder / "samples.jsonl").is_file()
-        assert len(list((folder / "checkpoints").glob("*.ckpt"))) == 1
+        assert len(list((folder / "checkpoints").glob("resume-*.ckpt"))) == 1
+        assert (folder / "checkpoints" / "best.ckpt").is_file()
     trainer = main(["fit", *arguments, *logger, "--ckpt_path", "last"]).trainer
     assert "version_1" in str(trainer.ckpt_path)

@@ -153,7 +153,7 @@ def test_the_config_of_the_page_runs(
     pretrained: str, tmp_path: Path, jsonl: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "export.md").read_text(encoding="utf-8")
     [config] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "page.yaml").write_text(config)
     flags = ["--model.pretrained", pretrained, "--data.train", jsonl(rows), "--trainer.accelerator", "cpu"]

@@ -49,7 +49,7 @@ def test_rows_without_answers_and_expressions_without_a_group_are_refused(pretra
 
 def test_the_expression_of_the_page_comes_through_the_command_line(pretrained: str, jsonl: Any, tmp_path: Path) -> None:
     """It begins with what YAML takes for a comment."""
-    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "evaluation.md").read_text(encoding="utf-8")
     [block] = [text for text in re.findall(r"```yaml\n(.+?)```", page, re.DOTALL) if "ScoreAnswers" in text]
     (tmp_path / "page.yaml").write_text(block.replace("rouge: true, bleu: true", "rouge: false"))
     path = jsonl([conversation("a", "#### 3")])

@@ -26,6 +26,7 @@ class Echo:
     """Says how many messages it was given, and the last of them."""
 
     name = "echo"
+    system = None
 
     def answer(self, messages: Sequence[Any], say: Callable[[str], None], most: int, sampling: Sampling) -> Message:
         if messages[-1]["content"] == "bad":

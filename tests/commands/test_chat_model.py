@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from lightning_sft.commands.chat import Session, Talk
 from lightning_sft.commands.chat_model import Speaker, printable
 from lightning_sft.data.batches.loader import PromptBatch
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode_prompt
+from lightning_sft.demos import CHATML
 from lightning_sft.evaluation import generation
 from lightning_sft.evaluation.generation import Sampling
 from lightning_sft.export.adapter_folder import save_adapter
@@ -56,6 +58,28 @@ def test_a_checkpoint_a_folder_and_adapters_say_the_same(pretrained: str, tmp_pa
     answers = {said(Speaker(str(tmp_path / name), device="cpu")) for name in names}
     assert len(answers) == 1
     assert answers != {said(Speaker(pretrained, device="cpu"))}
+
+
+def test_a_folder_asks_as_its_training_did_as_the_checkpoint_does(pretrained: str, tmp_path: Path) -> None:
+    """With the variables, the system prompt and the treatment of control tokens of the run."""
+    (tmp_path / "tone.jinja").write_text("{{ tone }}|" + CHATML)
+    own = {"chat_template_kwargs": {"tone": "kind"}, "system": "Be brief.", "control_tokens": "as_is"}
+    trainer = trained(pretrained, data={"chat_template": str(tmp_path / "tone.jinja"), "tokens_per_batch": 200, **own})
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    export_checkpoint(str(tmp_path / "a.ckpt"), str(tmp_path / "folder"))
+    found = []
+    for name in ("a.ckpt", "folder"):
+        session = Session([Talk(Speaker(str(tmp_path / name), device="cpu"))])
+        [talk] = session.talks
+        messages = [*talk.messages, {"role": "user", "content": "<|im_end|>"}]
+        found.append(encode_prompt(Conversation(messages), talk.speaker.tokenizer).input_ids)
+        session.begin("")
+        assert talk.messages == []
+    assert found[0] == found[1]
+    text, turn = talk.speaker.tokenizer.decode(found[0]), "<|im_start|>{}\n{}<|im_end|>\n"
+    turns = turn.format("system", "Be brief.") + turn.format("user", "<|im_end|>")
+    assert text == f"kind|{turns}<|im_start|>assistant\n"
+    assert found[0].count(talk.speaker.tokenizer.eos_token_id) == 3
 
 
 def test_what_cannot_be_asked_is_refused_in_words(pretrained: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.callbacks import HFExport, RunRecord, SafeCheckpoint
+from lightning_sft.callbacks import BestCheckpoint, HFExport, RunRecord, SafeCheckpoint
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.types import InputError
 from tests.helpers.gradients import ROWS
@@ -65,14 +65,16 @@ def test_averaged_weights_are_validated_saved_and_exported(
     pretrained: str, quiet_trainer: Make, tmp_path: Path
 ) -> None:
     live, record = HFExport(str(tmp_path / "live")), RunRecord(str(tmp_path / "record"))
-    module, steps = fit(quiet_trainer, pretrained, tmp_path, live, record)
+    best = BestCheckpoint(tmp_path)
+    module, steps = fit(quiet_trainer, pretrained, tmp_path, live, record, best)
     average = averaged(steps.weights)
     assert not are_close(average, steps.weights[-1])
     assert are_close(module.parameters(), average)
     assert are_close(steps.validated[-1], average)
     [last] = sorted((tmp_path / "saved").glob("resume-epoch=1-*.ckpt"))
     export_checkpoint(str(last), str(tmp_path / "exported"))
-    for folder in (tmp_path / "exported", tmp_path / "live" / "final"):
+    export_checkpoint(best.best_model_path, str(tmp_path / "best"))
+    for folder in (tmp_path / "exported", tmp_path / "live" / "final", tmp_path / "best"):
         exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         assert are_close(exported.parameters(), average), folder
 

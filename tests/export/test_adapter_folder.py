@@ -26,7 +26,7 @@ from tests.model.tuning.test_adapters import lora_module
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+PAGES = [(ROOT / "docs" / "howto" / f"{name}.md").read_text(encoding="utf-8") for name in ("adapters", "quantized")]
 IDS = torch.randint(250, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -57,7 +57,7 @@ def test_plain_peft_reads_them_with_equal_logits(tmp_path: Path, tied: bool, set
 
 
 def test_the_python_of_the_page_runs(tmp_path: Path, pretrained: str, quiet_trainer: Any, monkeypatch: Any) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    [code] = re.findall(r"```python\n(.*?)```", PAGES[0], re.DOTALL)
     module = SFTModule(pretrained, lora=Lora(r=4))
     trainer = quiet_trainer(max_steps=1, enable_checkpointing=True)
     trainer.fit(module, SFTDataModule(train=ROWS))
@@ -68,7 +68,7 @@ def test_the_python_of_the_page_runs(tmp_path: Path, pretrained: str, quiet_trai
     assert torch.allclose(loaded(IDS).logits, module.eval().model(IDS).logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("line", re.findall(r"^lightning-sft fit (.*)$", PAGE, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^lightning-sft fit (.*)$", "".join(PAGES), re.MULTILINE))
 def test_the_commands_of_the_page_are_real(line: str, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:

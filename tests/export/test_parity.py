@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_sft.data.rows.mixture import Mixture, Part
-from lightning_sft.data.tokens.template import TemplateConfig, configure
+from lightning_sft.data.tokens.template_config import TemplateConfig, configure, for_inference
 from lightning_sft.demos import CHATML, tiny_model, tiny_tokenizer
 from lightning_sft.export.parity import (
     Agreement,
@@ -65,11 +65,13 @@ def test_another_template_is_seen_by_the_ids(template: str) -> None:
 
 
 def test_ids_are_compared_as_rendered_in_the_training() -> None:
-    trained, reloaded = (tiny_tokenizer("{{ effort }}|" + CHATML) for _ in range(2))
+    trained, unconfigured = (tiny_tokenizer("{{ effort }}|" + CHATML) for _ in range(2))
     configure(trained, TemplateConfig({"effort": "low"}, thoughts="split"))
     thinking = {"role": "assistant", "content": "<think>t</think>b"}
     rows = [Conversation([{"role": "user", "content": "a"}, thinking], weights=[0, 1])]
-    assert not unequal_ids(rows, trained, reloaded)
+    assert not unequal_ids(rows, trained, for_inference(trained))
+    assert unequal_ids(rows, trained, trained)  # plain transformers would be told no effort
+    assert unequal_ids(rows, trained, unconfigured)
 
 
 def test_ids_of_a_template_that_writes_the_time_are_equal_at_any_time() -> None:

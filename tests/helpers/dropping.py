@@ -1,4 +1,4 @@
-"""Helpers of tests/drop_in: the code of docs/drop_in.md, run as a user would."""
+"""Helpers of tests/drop_in: the code of the pages on existing projects, run as a user would."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.helpers import pages
 
-PAGE = pages.page("drop_in.md")
+PAGE = "".join(pages.page(f"howto/{name}.md") for name in ("drop_in", "subclass", "integrations"))
 
 
 def blocks(heading: str, language: str = "python") -> list[str]:

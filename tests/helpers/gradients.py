@@ -48,10 +48,10 @@ class Run(Callback):
         self.consumed.append([source for source in Batch.of(batch).provenance if source != "padding"])
 
 
-def fit(pretrained: str, data: Any = None, normalize: str = "token", **settings: Any) -> Run:
-    """Fit one epoch on ROWS."""
+def fit(pretrained: str, data: Any = None, normalize: str = "token", kind: Any = SFTModule, **settings: Any) -> Run:
+    """Fit one epoch on ROWS, with a module of this kind."""
     run = Run()
-    module = SFTModule(pretrained, normalize=normalize, optimizer=Recorder, schedule="constant", warmup=0.0)
+    module = kind(pretrained, normalize=normalize, optimizer=Recorder, schedule="constant", warmup=0.0)
     if not isinstance(data, LightningDataModule):
         data = SFTDataModule(**{"train": ROWS, **(data or {})})
     trainer = Trainer(accelerator="cpu", max_epochs=1, callbacks=[run], **QUIET, **{"devices": 1, **settings})

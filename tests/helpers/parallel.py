@@ -1,6 +1,6 @@
 """Ten steps of a fit under each strategy, run under torchrun by test_strategies, and the table of what they show.
 
-python -m tests.helpers.parallel    writes the table of docs/strategies.md anew
+python -m tests.helpers.parallel    writes the table of docs/reference/strategies.md anew
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lightning_sft.strategies import FSDP2Strategy
 from tests.helpers.gradients import QUIET, ROWS
 from tests.helpers.processes import ROOT, torchrun
 
-PAGE = ROOT / "docs" / "strategies.md"
+PAGE = ROOT / "docs" / "reference" / "strategies.md"
 TOLERANCE = 1e-5
 TRAIN = [{**row, "prompt": f"{i} {row['prompt']}"} for i in range(4) for row in ROWS]
 

@@ -44,7 +44,7 @@ NOT_IN_API = [Sampling, Thresholds, Settings, FSDP2Strategy, chat, export_checkp
 def documented() -> Iterator[Any]:
     """The classes that users make, of the pages of the API."""
     for page in ("train", "callbacks"):
-        text = (Path(__file__).parents[2] / "docs" / "api" / f"{page}.rst").read_text(encoding="utf-8")
+        text = (Path(__file__).parents[2] / "docs" / "reference" / "api" / f"{page}.rst").read_text(encoding="utf-8")
         for name in re.findall(r"autoclass:: ([\w.]+)", text):
             module, _, own = name.rpartition(".")
             yield getattr(importlib.import_module(module), own)

@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerFast
 
 from lightning_sft.data.tokens.encode import Encoded, encode_all, encode_prompt
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.types import Conversation, Example, InputError
 from tests.oracle.families import family_of
 from tests.oracle.inference import Inference

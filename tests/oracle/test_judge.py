@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_sft.data.tokens.encode import encode
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.types import Conversation, Example
 from tests.oracle.fields import missing
 from tests.oracle.inference import Inference, control_tokens

@@ -138,6 +138,6 @@ def _remarks(subject: Subject) -> list[str]:
     if str(trainer.devices) not in ("1", "auto") or int(trainer.num_nodes) > 1 or str(trainer.strategy) != "auto":
         remarks.append(
             f"The checks ran on one device. That ranks share a step exactly (trainer.devices={trainer.devices}, "
-            f"num_nodes={trainer.num_nodes}) is proved by tests/test_strategies.py, see docs/strategies.md, not here."
+            f"num_nodes={trainer.num_nodes}) is tested by tests/test_strategies.py: see docs/reference/strategies.md."
         )
     return remarks

@@ -20,7 +20,8 @@ from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.control_tokens import any_of, is_marked, marked_ids, unmarked
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.rendering import Rendering
-from lightning_sft.data.tokens.template import as_parts, configure, with_text_arguments
+from lightning_sft.data.tokens.template import as_parts, with_text_arguments
+from lightning_sft.data.tokens.template_config import configure
 from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.types import Conversation, Example, InputError, Message
 

@@ -19,7 +19,8 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.rendering import Rendering
-from lightning_sft.data.tokens.template import Template, TemplateConfig, configured
+from lightning_sft.data.tokens.template import Template
+from lightning_sft.data.tokens.template_config import TemplateConfig, configured
 from lightning_sft.types import Conversation, InputError, Message
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.render import in_time
 from lightning_sft.data.tokens.rendering import Answer, Rendering
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.data.tokens.tokenize import Beginning, Ids
 from lightning_sft.objective import target_weight
 from lightning_sft.types import Conversation, Example, InputError, Normalize, Prompt

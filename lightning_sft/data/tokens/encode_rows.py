@@ -28,7 +28,7 @@ from lightning_sft.data.tokens.given_ids import weighted
 from lightning_sft.data.tokens.held_out import Side
 from lightning_sft.data.tokens.overflow import Overflow, shorten
 from lightning_sft.data.tokens.row_report import RowReport
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.data.tokens.workers import iterate, leave_signals, take_turn
 from lightning_sft.types import Conversation, Example, InputError, Normalize
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,46 +14,9 @@ from lightning_sft.data.tokens import control_tokens
 from lightning_sft.data.tokens.answer_shape import Ending
 from lightning_sft.data.tokens.generation_tags import Span
 from lightning_sft.data.tokens.render import FROZEN_DATE, Renderer, Trace
+from lightning_sft.data.tokens.template_config import TemplateConfig, configured
 from lightning_sft.data.tokens.tokenize import Segments
 from lightning_sft.types import InputError, Message
-
-Thoughts = Literal["keep", "split", "mask"]
-"""Reasoning as it stands, taken out of ``<think>`` tags in an answer's text, or that and not trained."""
-
-
-@dataclass(frozen=True)
-class TemplateConfig:
-    """How conversations are rendered.
-
-    Args:
-        variables: Variables of the chat template, as ``{"enable_thinking": False}``; ``today`` is the date that it is
-            told, as ``2026-01-31``.
-        control_tokens: Treatment of control tokens in the texts of a conversation: tokenized as plain ``text``, a
-            reason to ``refuse`` the row, or ``as_is``, as the tokens that they are.
-        thoughts: Treatment of reasoning.
-        stop_ids: Ids of the tokens that generation stops at, by the model's generation config.
-    """
-
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    control_tokens: control_tokens.Treatment = "text"
-    thoughts: Thoughts = "keep"
-    stop_ids: Sequence[int] = ()
-
-
-def configure(tokenizer: PreTrainedTokenizerBase, config: TemplateConfig) -> None:
-    """Say how conversations are rendered for a tokenizer wherever nothing else is said."""
-    tokenizer.template_config = config  # it goes to worker processes with the tokenizer
-
-
-def configured(tokenizer: PreTrainedTokenizerBase) -> TemplateConfig:
-    """How conversations are rendered for a tokenizer.
-
-    >>> from lightning_sft.demos import tiny_tokenizer
-    >>> configured(tiny_tokenizer()).control_tokens
-    'text'
-    """
-    found: TemplateConfig | None = getattr(tokenizer, "template_config", None)
-    return found or TemplateConfig()
 
 
 class Template:
@@ -243,7 +205,6 @@ def _renderer(source: str, special_tokens: tuple[tuple[str, Any], ...], day: dat
 
 
 def as_parts(message: Message) -> Message:
-    """A message with its text as a list of parts, which some templates want."""
     """A message with its text as a list of parts, which some templates want."""
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message

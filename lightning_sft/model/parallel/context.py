@@ -58,9 +58,10 @@ class Context:
         return torch.cat([positions, padding], 1), tuple(longer)
 
     def part(self, values: Tensor, fill: float = 0) -> Tensor:
-        """This rank's columns of values, ``[B, N]`` to ``[B, ⌈N / C⌉]``; ``fill`` is the value of padding."""
+        """This rank's columns of values, ``[B, N, *]`` to ``[B, ⌈N / C⌉, *]``; ``fill`` is the value of padding."""
         width = -(-values.shape[1] // self.size)
-        padded = torch.nn.functional.pad(values, (0, width * self.size - values.shape[1]), value=fill)
+        before = (0, 0) * (values.ndim - 2)  # torch counts dimensions from the last
+        padded = torch.nn.functional.pad(values, (*before, 0, width * self.size - values.shape[1]), value=fill)
         return padded[:, self.rank * width : (self.rank + 1) * width].contiguous()
 
     def to_heads(self, states: Tensor) -> Tensor:
@@ -114,6 +115,12 @@ class Context:
         whole[:, here] = torch.stack([values.detach().to(whole.dtype) for values in of_targets])
         torch.distributed.all_reduce(whole, group=self.group)
         return [row.to(values.dtype) for row, values in zip(whole, of_targets, strict=True)]
+
+    def summed(self, value: Tensor) -> Tensor:
+        """The sum of a value of each rank, without gradients."""
+        total = value.detach().clone()
+        torch.distributed.all_reduce(total, group=self.group)
+        return total
 
     def _exchanged(self, chunks: Tensor) -> Tensor:
         """Chunk number r goes to rank r, and chunk number r of the result is from it."""

@@ -193,7 +193,7 @@ def test_a_data_module_of_another_kind_is_refused(config: dict[str, Any], tmp_pa
 
 
 def test_the_thresholds_of_the_page_are_the_defaults() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "show.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "howto" / "show.md").read_text(encoding="utf-8")
     [example] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     assert yaml.safe_load(example)["check"] == asdict(Thresholds())
 

@@ -27,7 +27,7 @@ from lightning_sft.data.tokens.dataset import load_split
 from lightning_sft.data.tokens.encode_rows import Chunk, EncodingConfig
 from lightning_sft.data.tokens.examples import save, to_record_batch
 from lightning_sft.data.tokens.row_report import RowReport
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Example, InputError
 

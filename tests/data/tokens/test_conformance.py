@@ -24,7 +24,7 @@ def test_nothing_is_wrong_little_is_refused_needlessly_and_the_page_says_so() ->
     counts = Counter(outcome.of for outcome in everything.values())
     assert counts["needless"] <= 0.1 * (counts["needless"] + counts["exact"])
     written = PAGE.read_text(encoding="utf-8").partition(FURTHER)[0]
-    assert written == matrix(found), "run: python -m tests.conformance > docs/conformance.md"
+    assert written == matrix(found), "run: python -m tests.conformance > docs/reference/conformance.md"
 
 
 @pytest.mark.parametrize("vocabulary", OTHERS)

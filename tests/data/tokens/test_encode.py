@@ -21,7 +21,7 @@ from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.control_tokens import marked_ids
 from lightning_sft.data.tokens.encode import encode, encode_all, encode_many, encode_prompt
 from lightning_sft.data.tokens.generation_tags import has_marks
-from lightning_sft.data.tokens.template import TemplateConfig
+from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Conversation, Example, InputError
 

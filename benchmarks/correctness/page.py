@@ -1,0 +1,97 @@
+"""The answers as tables and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from benchmarks.correctness.rows import DIALECTS
+
+NAMES = {"ours": "lightning_sft", "trl": "TRL", "litgpt": "LitGPT", "llamafactory": "LLaMA-Factory"}
+_KINDS = {"right": "#2a9d5c", "wrong": "#c8403a", "refused": "#b0b4ba"}
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """The three tables.
+
+    Args:
+        results: As the scoreboard keeps them.
+    """
+    found, rows = results["targets"], results["settings"]["rows"]
+    lines = [
+        f"Rows with the right targets, of {rows} of each dialect (in brackets: wrong, refused):",
+        "",
+        f"| system | {' | '.join(name.replace('_', '-') for name in DIALECTS)} | all |",
+        "|---" * (len(DIALECTS) + 2) + "|",
+    ]
+    for system, own in found.items():
+        counts = [[own[name].get(kind, 0) for kind in _KINDS] for name in DIALECTS if name in own]
+        total = [sum(column) for column in zip(*counts, strict=True)]
+        lines.append(f"| {NAMES[system]} | {' | '.join(map(_cell, counts))} | {total[0] / sum(total):.1%} |")
+    lines += [
+        "",
+        *_reasons(found),
+        "",
+        "| system | a step in micro-batches | a run that was killed and resumed |",
+        "|---|---|---|",
+    ]
+    for system in dict.fromkeys([*results["step"], *results["resumed"]]):
+        cells = [_share(results[question].get(system)) for question in ("step", "resumed")]
+        lines.append(f"| {NAMES[system]} | {' | '.join(cells)} |")
+    for system, why in results["missing"].items():
+        lines.append(f"\n{NAMES[system]} could not be installed: {why}")
+    return "\n".join(lines)
+
+
+def _cell(counts: list[int]) -> str:
+    right, *others = counts
+    return str(right) if not any(others) else f"{right} ({', '.join(map(str, others))})"
+
+
+def _share(found: Mapping[str, Any] | None) -> str:
+    if found is None or "error" in found:
+        return "not measured" if found is None else f"failed: {found['error']}"
+    return "the same bit for bit" if not found["unlike"] else f"{found['share']:.1e}"
+
+
+def _reasons(found: Mapping[str, Any]) -> list[str]:
+    """What was wrong most often, by system and dialect."""
+    lines = []
+    for system, own in found.items():
+        for dialect, counts in own.items():
+            for reason, count in counts["reasons"][:1]:
+                said = " ".join(reason.replace("|", "\\|").split())
+                lines.append(
+                    f"- {NAMES[system]}, {dialect.replace('_', '-')}: {count} × `{said[:220].replace('`', '')}`"
+                )
+    return ["What was found most often:", "", *lines] if lines else []
+
+
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Rows that are right, wrong and refused, as a bar for each system in each dialect.
+
+    Args:
+        results: As the scoreboard keeps them.
+        path: The PNG to write.
+    """
+    found = results["targets"]
+    figure = Figure(figsize=(11, 0.9 + 0.42 * len(found)), layout="tight")
+    all_axes = figure.subplots(1, len(DIALECTS), sharey=True)
+    for axes, dialect in zip(all_axes, DIALECTS, strict=True):
+        left = [0.0] * len(found)
+        for kind, color in _KINDS.items():
+            counts = [own.get(dialect, {}) for own in found.values()]
+            shares = [own.get(kind, 0) / max(1, sum(own.get(k, 0) for k in _KINDS)) for own in counts]
+            axes.barh(range(len(found)), shares, left=left, color=color, label=kind)
+            left = [a + b for a, b in zip(left, shares, strict=True)]
+        axes.set_title(dialect.replace("_", "-"), fontsize=10)
+        axes.set_xlim(0, 1)
+        axes.set_xticks([0, 1], ["0", "100 %"])
+        axes.set_yticks(range(len(found)), [NAMES[system] for system in found])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    all_axes[0].invert_yaxis()
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=110)

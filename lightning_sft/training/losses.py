@@ -1,0 +1,49 @@
+"""The loss of a target: −log Pr, or one of a subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_sft.types import Batch
+
+
+class TargetLosses:
+    """Hooks of a module for the loss of a target, −log Pr unless a subclass overrides them.
+
+    One step minimizes ``Σ_t w_t · loss_t / Z`` over the targets of all its micro-batches and ranks, whatever the loss
+    is, so the gradient does not depend on how they are split. Validation and test measure −log Pr, which is comparable.
+    """
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        """Loss of each target in training; override it to train on another.
+
+        It is called on a few targets at a time, so the logits of a whole batch are never in memory. Only these logits
+        get a gradient.
+
+        Args:
+            logits: Logits of some targets, ``[T, V]``, scaled and soft-capped as in the model, in float32 or float64.
+            targets: Target tokens, ``[T]``.
+            inputs: Values of :meth:`loss_inputs` at these targets, ``[T, *]`` each.
+
+        Returns:
+            Loss of each target, ``[T]``.
+        """
+        return F.cross_entropy(logits, targets, reduction="none")
+
+    def loss_inputs(self, batch: Batch) -> Sequence[Tensor]:
+        """Tensors ``[B, N, *]`` with a value for each position of a batch, which :meth:`target_loss` gets at targets.
+
+        Args:
+            batch: Micro-batch of training.
+        """
+        return ()
+
+    def own_loss(self, batch: Batch) -> dict[str, Any]:
+        """Arguments of the likelihood of a micro-batch for the loss of a subclass; none without one."""
+        if type(self).target_loss is TargetLosses.target_loss:  # its value and gradient are known in closed form
+            return {}
+        return {"loss": self.target_loss, "loss_inputs": self.loss_inputs(batch)}

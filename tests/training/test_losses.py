@@ -1,0 +1,129 @@
+"""Losses of subclasses: exact however a step is split, in chunks, and refused where they are not per target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_sft import SFTModule, log_likelihood
+from lightning_sft.training.losses import TargetLosses
+from lightning_sft.types import InputError
+from tests.helpers.gradients import ROWS, capacity_for, encoded, fit, furthest
+from tests.helpers.likelihoods import Operations, large_case
+from tests.helpers.losses import SETTINGS, applied, models, wanted
+from tests.helpers.processes import torchrun
+
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pretrained")
+    models(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def given(folder: Path) -> tuple[str, str]:
+    return str(folder / "student"), str(folder / "teacher")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_gradient_of_a_loss_of_the_page_is_that_of_the_whole_however_it_is_split(
+    given: tuple[str, str], name: str
+) -> None:
+    lengths, whole = [len(example) for example in encoded(given[0])], wanted(name, *given)
+    for packing, num in (("packed", 8), ("packed", 1), ("padded", 5)):
+        capacity = capacity_for(lengths, num) if packing == "packed" else max(lengths) * 2
+        data = {"packing": packing, "tokens_per_batch": capacity}
+        run = applied(name, *given, data, accumulate_grad_batches=12)
+        assert sum(map(bool, run.consumed)) == num
+        assert furthest(run.gradients, [whole]) <= TOLERANCE
+
+
+def test_two_ranks_apply_the_gradient_of_the_whole(folder: Path, given: tuple[str, str]) -> None:
+    torchrun("tests.helpers.losses", str(folder))
+    for name in SETTINGS:
+        (first, own), (second, other) = (torch.load(folder / f"{name}.rank{rank}") for rank in (0, 1))
+        assert sorted(row for micro in own + other for row in micro) == sorted(f"row {i + 1}" for i in range(len(ROWS)))
+        assert sum(map(len, own)) > 0 < sum(map(len, other))
+        assert furthest(first, [wanted(name, *given)]) <= TOLERANCE
+        assert torch.equal(first[0], second[0])
+
+
+class Spelled(SFTModule):
+    """The default loss, as a loss of a subclass."""
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        return super().target_loss(logits, targets)
+
+
+def test_the_default_loss_is_the_one_in_closed_form(given: tuple[str, str]) -> None:
+    settings: dict[str, Any] = {"data": {"tokens_per_batch": 150}, "precision": "64-true"}
+    own, default = (fit(given[0], kind=kind, **settings).gradients for kind in (Spelled, SFTModule))
+    assert len(own) > 1
+    assert furthest(own, default) <= 1e-12
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, None])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.5, 2.0)])
+def test_a_loss_sees_the_logits_and_inputs_of_its_targets(
+    chunk_size: int | None, scale: float, softcap: float | None
+) -> None:
+    hidden, head, labels = large_case(20, dtype=torch.float64)
+    weights, inputs = torch.rand(labels.shape), torch.rand(*labels.shape, 3)
+
+    def loss(logits: Tensor, targets: Tensor, more: Tensor) -> Tensor:
+        return F.cross_entropy(logits, targets, reduction="none") * more[:, 1] + logits.square().mean(-1)
+
+    logit_settings: dict[str, Any] = {"scale": scale, "softcap": softcap}
+    own: dict[str, Any] = {"chunk_size": chunk_size, "loss": loss, "loss_inputs": [inputs]}
+    found = log_likelihood(hidden, head, labels, weights, **logit_settings, **own)
+    got = torch.autograd.grad(found.total, (hidden, head.weight))
+    at = labels != -100
+    logits = head(hidden[at]) * scale
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    total = -(weights[at].double() * loss(logits, labels[at], inputs[at])).sum()
+    for ours, theirs in zip(got, torch.autograd.grad(total, (hidden, head.weight)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.total, total)
+    plain = log_likelihood(hidden, head, labels, weights, **logit_settings)
+    torch.testing.assert_close(found.log_probs, plain.log_probs)
+    torch.testing.assert_close(found.entropy, plain.entropy)
+
+
+def test_the_logits_of_all_targets_are_never_there() -> None:
+    hidden, head, labels = large_case(64)
+    targets = int((labels != -100).sum())
+    with Operations((targets, 48)) as seen:
+        log_likelihood(hidden, head, labels, chunk_size=8, loss=TargetLosses().target_loss).total.backward()
+    assert not seen.made
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda z, y: F.cross_entropy(z, y), lambda z, y: z, lambda z, y: z.detach().sum(-1)],
+    ids=["mean", "V", "no"],
+)
+def test_a_loss_that_is_not_one_number_per_target_is_refused(loss: Any) -> None:
+    hidden, head, labels = large_case(20)
+    with pytest.raises(InputError, match="one number for each target"):
+        log_likelihood(hidden, head, labels, loss=loss)
+
+
+def test_validation_measures_the_likelihood(given: tuple[str, str]) -> None:
+    """In evaluation mode a subclass gives what SFTModule gives, and in training its own loss."""
+    from lightning_sft.data.batches.collate import collate
+    from tests.helpers.losses import classes
+
+    batch = collate(encoded(given[0])[:3])
+    own, plain = (kind(given[0]) for kind in (classes()["LabelSmoothing"], SFTModule))
+    for module in (own, plain):
+        module.configure_model()
+    assert own.eval()(batch).total == plain.eval()(batch).total
+    assert own.train()(batch).total != plain.train()(batch).total

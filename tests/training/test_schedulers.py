@@ -1,0 +1,103 @@
+"""Schedulers of torch as ``model.schedule``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau as Monitored
+from torch.optim import SGD
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import SafeCheckpoint
+from tests.helpers.gradients import ROWS
+
+Make = Callable[..., Trainer]
+DATA: dict[str, Any] = {"train": ROWS, "val": ROWS[:4], "tokens_per_batch": 200}
+
+
+class Rates(Callback):
+    """The learning rate of each optimizer step; ends the run after one of them, if asked."""
+
+    def __init__(self, ends_after: int | None = None) -> None:
+        self.rates: list[float] = []
+        self.ends_after = ends_after
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        if trainer.global_step == self.ends_after:
+            raise KeyboardInterrupt
+        self.rates.append(optimizer.param_groups[0]["lr"])
+
+
+def module_of(pretrained: str, schedule: Any, lr: float = 0.1) -> SFTModule:
+    return SFTModule(pretrained, optimizer=partial(SGD, lr=lr), schedule=schedule)
+
+
+def test_a_scheduler_of_torch_is_stepped_after_each_optimizer_step(pretrained: str, quiet_trainer: Make) -> None:
+    seen = Rates()
+    trainer = quiet_trainer(max_epochs=2, accumulate_grad_batches=2, callbacks=[seen])
+    schedule = partial(OneCycleLR, max_lr=0.1, total_steps=20, cycle_momentum=False)
+    trainer.fit(module_of(pretrained, schedule), SFTDataModule(train=ROWS, tokens_per_batch=100))
+    optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    wanted, scheduler = [], schedule(optimizer)
+    for _ in range(trainer.global_step):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert len(set(wanted)) == len(wanted) > 3
+    assert seen.rates == wanted
+
+
+# with a threshold that nothing reaches, each validation but the first is one of no progress
+STUCK: dict[str, Any] = {"patience": 0, "factor": 0.5, "threshold": 0.9}
+
+
+@pytest.mark.parametrize(
+    "kind", [partial(ReduceLROnPlateau, **STUCK), partial(Monitored, monitor="val/entropy", **STUCK)]
+)
+@pytest.mark.parametrize(
+    ("settings", "between"), [({"val_check_interval": 2}, 2), ({}, 4), ({"check_val_every_n_epoch": 2}, 8)]
+)
+def test_a_plateau_is_looked_for_after_each_validation(
+    pretrained: str, quiet_trainer: Make, kind: Any, settings: dict[str, Any], between: int
+) -> None:
+    seen = Rates()
+    trainer = quiet_trainer(max_epochs=5, callbacks=[seen], **settings)
+    trainer.fit(module_of(pretrained, kind), SFTDataModule(**DATA))
+    assert trainer.global_step == 20
+    assert seen.rates == [0.1 * 0.5 ** max(0, step // between - 1) for step in range(20)]
+
+
+@pytest.mark.parametrize("ends_after", [2, 3, 4])
+def test_a_run_with_a_plateau_resumes_bit_for_bit(
+    pretrained: str, quiet_trainer: Make, tmp_path: Path, ends_after: int
+) -> None:
+    def fit(folder: str, seen: Rates, **settings: Any) -> Any:
+        saver = SafeCheckpoint(tmp_path / folder, every_n_train_steps=1)
+        trainer = quiet_trainer(max_epochs=2, val_check_interval=2, callbacks=[seen, saver], enable_checkpointing=True)
+        module = module_of(pretrained, partial(ReduceLROnPlateau, **STUCK))
+        trainer.fit(module, SFTDataModule(**DATA), **settings)
+        return module
+
+    whole, first, rest = Rates(), Rates(ends_after), Rates()
+    wanted = fit("whole", whole)
+    with pytest.raises(SystemExit):
+        fit("parts", first)
+    got = fit("parts", rest, ckpt_path="last")
+    assert len(set(whole.rates)) == 3
+    assert first.rates + rest.rates == whole.rates
+    assert all(torch.equal(a, b) for a, b in zip(wanted.parameters(), got.parameters(), strict=True))
+
+
+def test_a_checkpoint_holds_no_scheduler_of_a_user(pretrained: str, quiet_trainer: Make, tmp_path: Path) -> None:
+    trainer = quiet_trainer()
+    trainer.fit(module_of(pretrained, lambda optimizer: ReduceLROnPlateau(optimizer)), SFTDataModule(**DATA))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    again = SFTModule.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True)
+    assert again.schedule == "cosine"
