@@ -38,19 +38,16 @@ from lightning_sft.evaluation.metrics import metrics_by_part
 from lightning_sft.evaluation.module import EvaluatedModule
 from lightning_sft.evaluation.window import Window
 from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments, plain
-from lightning_sft.machine.contexts import in_default_dtype
 from lightning_sft.model import pretrained as loading
-from lightning_sft.model.attention.choice import Attention, check_asked, follow, probed
-from lightning_sft.model.backbone import backbone_and_head
-from lightning_sft.model.experts import RouterLoss, Routers, read_routers
+from lightning_sft.model.assembly import assemble
+from lightning_sft.model.attention.choice import Attention, check_asked
+from lightning_sft.model.experts import RouterLoss, Routers
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.buckets import settle_buckets
-from lightning_sft.model.parallel.loading import cut_down, is_empty
-from lightning_sft.model.parallel.sharding import Sharding, gathered, loading_config
-from lightning_sft.model.parallel.unused import check_all_reduced, expect_unused
+from lightning_sft.model.parallel.sharding import Sharding, loading_config
+from lightning_sft.model.parallel.unused import check_all_reduced
 from lightning_sft.model.precision import follow_autocast
-from lightning_sft.model.probes import check_split
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
@@ -143,14 +140,13 @@ class SFTModule(TargetLosses, EvaluatedModule):
     ) -> None:
         super().__init__()
         check_arguments(SFTModule, locals(), "model")
-        pretrained = str(pretrained)
         if compile_layers is not None:
             kernels = "compiled" if compile_layers else "none"
             warnings.warn(f"model.compile_layers has been replaced: set model.kernels to {kernels}.", stacklevel=2)
         code = ["optimizer", "optimizers", *(["schedule"] if callable(schedule) else [])]  # in no checkpoint
         self.save_hyperparameters(ignore=[*code, "hf_config", "compile_layers"])
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
-        self.pretrained, self.normalize, self.optimizer = pretrained, normalize, optimizers or optimizer
+        self.pretrained, self.normalize, self.optimizer = str(pretrained), normalize, optimizers or optimizer
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.kernels, self.hf_config, self.mlp_tile_size = Kernels(kernels), hf_config, mlp_tile_size
@@ -178,7 +174,6 @@ class SFTModule(TargetLosses, EvaluatedModule):
             return
         trainer = self._trainer  # None where a checkpoint is loaded without one
         strategy = None if trainer is None else trainer.strategy
-        context = getattr(strategy, "context", None)
         self._zero3 = loading_config(strategy)
         device, autocast = root_device(trainer), autocast_dtype(trainer)
         check_asked(self.attn_implementation, device, autocast or torch.get_default_dtype())
@@ -186,20 +181,17 @@ class SFTModule(TargetLosses, EvaluatedModule):
         if trainer is not None and model.device.type in ("cpu", "meta") and "bf16" in str(trainer.precision):
             warn_if_bfloat16_is_slow()
         self.hparams["hf_config"] = loading.config_dict(model)
-        small = cut_down(model) if is_empty(model) else None
-        tried = small or model
-        backbone, head = backbone_and_head(tried)
-        with gathered(tried.parameters()), in_default_dtype(tried):
-            self.attention, probe = probed(tried, backbone, head, self.attn_implementation, device, autocast)
-            announce(trainer, f"Attention {self.attention}.")
-            if small is not None:
-                follow(model, small, self.attention)
-            routers = None if context else read_routers(model, self.router_loss, small)  # a rank has some of the tokens
-            expect_unused(strategy, backbone, head)
-        if context is not None:
-            check_split(tried, backbone, probe, context)
+        self.scorer, self.attention = assemble(
+            model,
+            strategy,
+            device,
+            autocast,
+            attn_implementation=self.attn_implementation,
+            chunk_size=self.chunk_size,
+            router_loss=self.router_loss,
+        )
+        announce(trainer, f"Attention {self.attention}.")
         checkpoint_layers(model, self.gradient_checkpointing, device.type, self.mlp_tile_size)
-        self.scorer = LikelihoodModel(model, probe, self.chunk_size, context, routers)
         keep_out_of_broadcasts(self)
         if self.neftune_alpha:
             add_noise(self.scorer, model, self.neftune_alpha)

@@ -19,7 +19,7 @@ from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.data.tokens.held_out import side_of
 from lightning_sft.export import parity
 from lightning_sft.export.convert import Dtype, Live, Settings, convert, from_checkpoint, rows_to_compare
-from lightning_sft.export.gguf_file import GGUFType
+from lightning_sft.export.gguf_file import GGUFType, check_converter
 from lightning_sft.export.shards import ShardedWeights, convert_shards
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments
 from lightning_sft.io.disk import check_is_free
@@ -158,6 +158,8 @@ class HFExport(Callback):
         check_is_free(self._root)
         if self.rows is not None:
             rows_to_compare({}, self.rows)
+        if self.settings.gguf_converter is not None:
+            check_converter(self.settings.gguf_converter)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule, name: str) -> Exception | None:
         """Export a folder, and return the error, if any, on every rank."""

@@ -19,7 +19,7 @@ from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.export import hub, parity
 from lightning_sft.export.folder import set_aside, widest_dtype, write, write_settings
-from lightning_sft.export.gguf_file import GGUFType, write_gguf
+from lightning_sft.export.gguf_file import GGUFType, check_converter, write_gguf
 from lightning_sft.export.kept import keep_files, pretrained_parts, put_back, unkept
 from lightning_sft.export.model_card import model_card
 from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
@@ -114,6 +114,8 @@ def export_checkpoint(
     check_arguments(export_checkpoint, locals(), "export")
     if push is not None:
         hub.check_repository(push)
+    if gguf_converter is not None:
+        check_converter(gguf_converter)
     checkpoint = Checkpoint(checkpoint_of(str(ckpt)))
     metadata = checkpoint.metadata
     check_is_free(Path(out))
@@ -290,19 +292,27 @@ def finish(
         trained: Log-probabilities of all tokens at their targets under the trained model, ``[T, V]``.
 
     Raises:
-        InputError: When the folder fails the comparison.
+        InputError: When the folder fails the comparison, or the GGUF file cannot be written; the folder is kept as
+            ``OUT.failed``.
     """
+    no_gguf: InputError | None = None
     report.unequal_ids = parity.unequal_ids(rows, tokenizer, load_tokenizer(str(folder)))
     if settings.gguf_converter is not None:
-        file = load_model(str(write_gguf(folder, settings.gguf_converter, settings.gguf_type)))
-        report.most = report.most if settings.gguf_type == "f32" else settings.most(in_16_bits=True)
-        report.models.append(parity.agreement(f"GGUF, {settings.gguf_type}", trained, _in_float32(file, examples)))
+        try:
+            file = load_model(str(write_gguf(folder, settings.gguf_converter, settings.gguf_type)))
+        except InputError as error:
+            no_gguf = error
+        else:
+            report.most = report.most if settings.gguf_type == "f32" else settings.most(in_16_bits=True)
+            report.models.append(parity.agreement(f"GGUF, {settings.gguf_type}", trained, _in_float32(file, examples)))
     found = report.as_json()
     (folder / "parity.json").write_text(json.dumps(found, indent=2, ensure_ascii=False), encoding="utf-8")
     (folder / "README.md").write_text(model_card(out.name, own, facts, found), encoding="utf-8")
     report.show()
     if report.failures:
         raise _failed(folder, out, report)
+    if no_gguf is not None:
+        raise InputError(f"{no_gguf}\nThe exported model has passed its comparison; it is in {set_aside(folder, out)}.")
 
 
 def rows_to_compare(facts: Mapping[str, Any], rows: str | Path | None = None) -> tuple[str, Sequence[Conversation]]:

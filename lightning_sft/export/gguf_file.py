@@ -26,11 +26,7 @@ def write_gguf(folder: Path, converter: str | Path, out_type: GGUFType) -> Path:
     Raises:
         InputError: When the converter does not exist, or fails.
     """
-    if not Path(converter).is_file():
-        raise InputError(
-            f"There is no converter {str(converter)!r}. Expected convert_hf_to_gguf.py in a checkout of llama.cpp "
-            "(git clone https://github.com/ggml-org/llama.cpp)."
-        )
+    check_converter(converter)
     out = folder / f"model-{out_type}.gguf"
     command = [sys.executable, str(converter), str(folder), "--outfile", str(out), "--outtype", out_type]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -38,3 +34,16 @@ def write_gguf(folder: Path, converter: str | Path, out_type: GGUFType) -> Path:
         said = "\n".join(done.stderr.strip().splitlines()[-5:])
         raise InputError(f"{converter} could not convert the model:\n{said}")
     return out
+
+
+def check_converter(converter: str | Path) -> None:
+    """Refuse a converter that is not there.
+
+    Raises:
+        InputError: When there is no such file.
+    """
+    if not Path(converter).is_file():
+        raise InputError(
+            f"There is no converter {str(converter)!r}. Expected convert_hf_to_gguf.py in a checkout of llama.cpp "
+            "(git clone https://github.com/ggml-org/llama.cpp)."
+        )

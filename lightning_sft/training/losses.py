@@ -42,8 +42,14 @@ class TargetLosses:
         """
         return ()
 
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether a subclass trains on another loss than −log Pr."""
+        return type(self).target_loss is not TargetLosses.target_loss
+
     def own_loss(self, batch: Batch) -> dict[str, Any]:
-        """Arguments of the likelihood of a micro-batch for the loss of a subclass; none without one."""
-        if type(self).target_loss is TargetLosses.target_loss:  # its value and gradient are known in closed form
-            return {}
-        return {"loss": self.target_loss, "loss_inputs": self.loss_inputs(batch)}
+        """Arguments of the likelihood of a micro-batch for the loss of a subclass.
+
+        There are none without one: value and gradient of −log Pr are known in closed form.
+        """
+        return {"loss": self.target_loss, "loss_inputs": self.loss_inputs(batch)} if self.has_own_loss else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,50 @@ def test_other_steps_are_refused_inside_an_epoch_with_the_setting_that_keeps_the
         place().on(3, 4, "a")
     assert place(is_last=True).on(3, 4, "a").epoch == 3
     assert place(steps=0, micro_batches=0).on(3, 4, "b").epoch == 2
+
+
+def counters(position: RunPosition, accumulated: int, ready: int, now: int, steps: int) -> dict[str, Any]:
+    """The counters of a position, where Lightning's say so many micro-batches in all, in the epoch, and steps."""
+    saved = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu").fit_loop.state_dict()
+    saved["epoch_loop.batch_progress"]["total"]["ready"] = ready
+    saved["epoch_loop.batch_progress"]["current"]["ready"] = now
+    saved["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"] = steps
+    before = deepcopy(saved)
+    found = position.counters(saved, accumulated)
+    assert saved == before
+    return found
+
+
+def test_counters_are_those_of_the_last_whole_step() -> None:
+    """In epoch 2, Lightning has fetched one more micro-batch than the 12 of three steps."""
+    found = counters(place(), 4, ready=29, now=13, steps=7)
+    batches = found["epoch_loop.batch_progress"]
+    assert set(batches["total"].values()) == {28}
+    assert set(batches["current"].values()) == {12}
+    assert batches["is_last_batch"] is False
+    begun = {"ready": 3, "started": 3, "processed": 2, "completed": 2}
+    assert found["epoch_progress"]["current"] == found["epoch_progress"]["total"] == begun
+    step = found["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    assert step == {"total": {"ready": 7, "completed": 7}, "current": {"ready": 3, "completed": 3}}
+    assert found["epoch_loop.state_dict"]["_batches_that_stepped"] == 6
+    validation = found["epoch_loop.val_loop.batch_progress"]
+    assert set(validation["total"].values()) == set(validation["current"].values()) == {0}
+    assert validation["is_last_batch"] is False
+
+
+def test_counters_between_epochs_under_another_accumulation_and_before_a_validation_that_is_due() -> None:
+    between = counters(place(steps=0, micro_batches=0), 4, ready=28, now=12, steps=7)
+    assert set(between["epoch_progress"]["total"].values()) == {2}
+    assert set(between["epoch_loop.batch_progress"]["total"].values()) == {16}
+    assert between["epoch_loop.state_dict"]["_batches_that_stepped"] == 7
+    halved = counters(place(accumulate=2, num_ranks=4, micro_batches=6), 4, ready=28, now=12, steps=7)
+    assert set(halved["epoch_loop.batch_progress"]["total"].values()) == {14}
+    due = counters(place(is_validated=False, is_last=True), 4, ready=28, now=12, steps=7)
+    began = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    assert due["epoch_loop.val_loop.batch_progress"]["total"] == began
+    assert due["epoch_loop.batch_progress"]["is_last_batch"] is True
+    nothing_due = counters(place(is_validated=False, steps=0, micro_batches=0), 4, ready=28, now=12, steps=7)
+    assert set(nothing_due["epoch_loop.val_loop.batch_progress"]["total"].values()) == {0}
 
 
 def results(pretrained: str, folder: Path, plan: dict[str, Any], timeout: float = 500) -> dict[str, dict[str, Any]]:

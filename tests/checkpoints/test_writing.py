@@ -5,12 +5,23 @@ import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_sft.checkpoints.writing import AtomicIO, check_disk, checkpoint_of, folders_of, newest, sweep
+from lightning_sft.checkpoints import writing
+from lightning_sft.checkpoints.writing import (
+    AtomicIO,
+    bytes_of_checkpoint,
+    check_disk,
+    checkpoint_of,
+    folders_of,
+    newest,
+    step_of,
+    sweep,
+)
 from lightning_sft.io.disk import hidden, publish
 from lightning_sft.types import InputError
 
@@ -57,6 +68,16 @@ def test_of_runs_that_a_logger_has_numbered_the_last_is_taken_whatever_its_step(
     write("lightning_logs/version_9/checkpoints/long.ckpt", 900)
     later = write("lightning_logs/version_10/checkpoints/short.ckpt", 5)
     assert newest(folders_of(tmp_path)) == later
+
+
+def test_what_is_beside_numbered_runs_comes_before_them(write: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("checkpoints", "lightning_logs/version_1/checkpoints"):
+        (tmp_path / name).mkdir(parents=True)
+    write("lightning_logs/version_1/checkpoints/long.ckpt", 900)
+    own = write("checkpoints/short.ckpt", 5)
+    assert newest(folders_of(tmp_path)) == own
+    own.unlink()
+    assert newest(folders_of(tmp_path)) == tmp_path / "lightning_logs/version_1/checkpoints/long.ckpt"
 
 
 def test_of_two_at_a_step_the_one_after_its_validation_is_taken(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -127,6 +148,22 @@ def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
     check_disk(tmp_path, 1000)
     with pytest.raises(InputError, match=r"needs about 1000000000.0 GB, but .* Make room, or set"):
         check_disk(tmp_path, 10**18)
+
+
+def test_a_disk_with_exactly_the_room_of_a_checkpoint_has_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(3, 5)  # 20 parameters
+    module.bias.requires_grad = False
+    size = bytes_of_checkpoint(module.to(torch.bfloat16))
+    assert size == 15 * (2 + 8)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: SimpleNamespace(free=size))
+    check_disk(tmp_path, size)
+    with pytest.raises(InputError, match="Make room"):
+        check_disk(tmp_path, size + 1)
+
+
+def test_only_names_of_ours_have_a_step() -> None:
+    names = ["resume-epoch=1-step=250.ckpt", "resume-step=7.ckpt", "resume-step=7.ckpt.x", "a-resume-step=7.ckpt"]
+    assert [step_of(Path("run", name)) for name in names] == [250, 7, None, None]
 
 
 def test_checkpoints_of_loggers_are_looked_for_too(tmp_path: Path) -> None:

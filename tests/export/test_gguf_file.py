@@ -8,6 +8,7 @@ import pytest
 
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.export.gguf_file import write_gguf
+from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.types import InputError
 from tests.helpers.exporting import trained
 
@@ -23,6 +24,37 @@ def test_a_converter_that_is_missing_or_fails_is_one_clear_error(tmp_path: Path)
     (tmp_path / "idle.py").write_text("")
     with pytest.raises(InputError, match="could not convert the model"):
         write_gguf(tmp_path, str(tmp_path / "idle.py"), "f16")
+
+
+def test_a_model_that_passed_its_comparison_is_kept_where_its_conversion_fails(pretrained: str, tmp_path: Path) -> None:
+    trained(pretrained, max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="There is no converter"):  # before anything is loaded
+        export_checkpoint(tmp_path / "a.ckpt", tmp_path / "out", gguf_converter="nowhere.py")
+    (tmp_path / "broken.py").write_text("raise SystemExit('No module named sentencepiece')")
+    kept = tmp_path / "out.failed"
+    with pytest.raises(InputError, match=rf"No module named sentencepiece\n.* passed its comparison; it is in {kept}"):
+        export_checkpoint(tmp_path / "a.ckpt", tmp_path / "out", gguf_converter=tmp_path / "broken.py")
+    assert json.loads((kept / "parity.json").read_text())["passed"]
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in kept.iterdir()}
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_chat_template_of_a_gguf_file_is_found(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    path = tmp_path / "m.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "ab", "</s>"])
+    writer.add_token_merges(["a b"])
+    writer.add_eos_token_id(3)
+    writer.add_chat_template(template)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert load_tokenizer(path).chat_template == template
 
 
 @pytest.mark.slow

@@ -24,9 +24,11 @@ def settings(folder: Path, **changed: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**own, "strategy": "auto", "default_root_dir": str(folder), **changed})
 
 
-def subject(pretrained: str, folder: Path, data: Any = None, samples: Any = None, **model: Any) -> Subject:
+def subject(
+    pretrained: str, folder: Path, data: Any = None, samples: Any = None, kind: Any = SFTModule, **model: Any
+) -> Subject:
     """What is verified of ROWS."""
-    module = SFTModule(pretrained, optimizer=partial(AdamW, lr=0.01), warmup=0.0, **model)
+    module = kind(pretrained, optimizer=partial(AdamW, lr=0.01), warmup=0.0, **model)
     return Subject.of(
         module, SFTDataModule(**{"train": ROWS, "cache": None, **(data or {})}), settings(folder), **(samples or {})
     )

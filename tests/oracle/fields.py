@@ -52,6 +52,7 @@ def spellings(value: Leaf) -> list[str]:
     """The ways in which a template may write a value."""
     if isinstance(value, str):
         ways = [value, json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1], repr(value)[1:-1]]
+        ways.append(value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n"))  # a text of Python
         ways += [json.dumps(way, ensure_ascii=False)[1:-1] for way in ways[1:3]]  # JSON in JSON
         return list(dict.fromkeys([*ways, value.strip()]))
     return list(dict.fromkeys([json.dumps(value), str(value)]))

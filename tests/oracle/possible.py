@@ -59,7 +59,7 @@ def impossible(inference: Inference, conversation: Conversation, known: Sequence
         if ending.is_interrupted:
             return "e"
         has_thought = message.get("reasoning_content") or "<think>" in (message.get("content") or "")
-        if has_thought and prompt.rstrip().endswith(("</think>", "[/THINK]")):
+        if has_thought and re.search(r"(</(\w+:)?think[\w:]*>|\[/THINK\])\s*\Z", prompt):
             return "h"
     return ""
 

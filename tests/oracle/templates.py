@@ -7,6 +7,7 @@ folder, each text once (SOURCES.md).
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+_OF_A_MODEL = ("chat_template", "tokenizer_config")  # files in the folder of a model
 _NO_CHAT = re.compile(r"score|rerank|embed|ui/src|pooling|vlm2vec|asr")
 
 
@@ -46,7 +48,7 @@ def collect(folder: Path, sources: Sequence[str]) -> None:
             if text.strip() in known or _NO_CHAT.search(path):
                 continue
             known.add(text.strip())
-            name = Path(path).stem
+            name = Path(path).stem if Path(path).stem not in _OF_A_MODEL else Path(path).parent.name
             if (folder / f"{name}.jinja").exists():
                 name += f"-{re.split(r'[-.]', Path(source).name)[0]}"
             (folder / f"{name}.jinja").write_text(text, encoding="utf-8")
@@ -57,6 +59,10 @@ def _texts(source: Path) -> Iterator[tuple[str, str]]:
     if source.is_dir():
         for file in source.rglob("*.jinja"):
             yield file.as_posix(), file.read_text(encoding="utf-8")
+        for file in source.rglob("tokenizer_config.json"):
+            found = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+            if isinstance(found, str):
+                yield file.as_posix(), found
         return
     with tarfile.open(source) as archive:
         for member in archive.getmembers():

@@ -38,17 +38,18 @@ def check_gradients(subject: Subject) -> Outcome:
     """Check that a step's gradient is ``−∇ Σ_t w_t · log Pr(t) / Z``, however its samples are split into micro-batches.
 
     Each split runs through Lightning's trainer, the module and the data module as in ``fit``, up to the optimizer. The
-    reference is :mod:`lightning_sft.commands.verify.reference` on plain transformers. The measure is
-    ``‖difference‖ / ‖reference‖`` per tensor, up to 1e-4 in float32 and 1e-6 in float64. Dropout and noise are off in
-    both, and parameters initialized to zero get small values.
+    reference is :mod:`lightning_sft.commands.verify.reference` on plain transformers, with the loss of a subclass if it
+    has its own. The measure is ``‖difference‖ / ‖reference‖`` per tensor, up to 1e-4 in float32 and 1e-6 in float64.
+    Dropout and noise are off in both, and parameters initialized to zero get small values.
     """
     outcome = Outcome(
         "gradients: of a step",
         "a step has the gradient of the objective over its samples, however it is split into micro-batches",
         "largest relative difference of a tensor from one pass over the same samples, document by document",
     )
-    wanted = gradients_alone(subject.plain(), subject.samples)
-    module = subject.loaded()
+    own_loss = subject.loaded() if subject.module.has_own_loss else None
+    wanted = gradients_alone(subject.plain(), subject.samples, own_loss)
+    module = own_loss or subject.loaded()
     assert module.model is not None
     names = {id(p): name for name, p in module.model.named_parameters()}
     module.schedule, module.warmup = "constant", 0.0

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lightning_sft.types import Example
+from lightning_sft.data.batches.collate import collate
+from lightning_sft.module import SFTModule
+from lightning_sft.types import Example, widest
 
 
 def log_probs_alone(model: nn.Module, example: Example) -> tuple[Tensor, Tensor]:
@@ -20,21 +22,52 @@ def log_probs_alone(model: nn.Module, example: Example) -> tuple[Tensor, Tensor]
         model: Model of transformers, on any device.
         example: Document to compute.
     """
-    device = next(model.parameters()).device
-    ids = torch.tensor([list(map(int, example.input_ids))], device=device)  # [1, N]
+    logits, targets, weights, _ = _targets(model, example)
+    return logits.cpu().double().log_softmax(-1)[torch.arange(len(targets)), targets.cpu()], weights
+
+
+def losses_alone(model: nn.Module, example: Example, module: SFTModule) -> tuple[Tensor, Tensor]:
+    """Loss and weight of each target of a document, in float64 on the CPU, ``[T]`` each, for a subclass's own loss.
+
+    Args:
+        model: Model of transformers, on the module's device.
+        example: Document to compute.
+        module: Configured module with a loss of its own.
+    """
+    logits, targets, weights, at = _targets(model, example)
+    own = module.own_loss(collate([example]).to(logits.device))
+    losses = own["loss"](logits.to(widest(logits.device)), targets, *(values[0, at] for values in own["loss_inputs"]))
+    return losses.cpu().double(), weights
+
+
+def _targets(model: nn.Module, example: Example) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Logits ``[T, V]`` and token of each target of a document, its weight in float64 on the CPU, and its position."""
+    ids = torch.tensor([list(map(int, example.input_ids))], device=next(model.parameters()).device)  # [1, N]
     weights = torch.tensor(list(map(float, example.target_weights)), dtype=torch.float64)
     places = [i for i, weight in enumerate(weights.tolist()) if weight > 0 and i > 0]  # token i is predicted at i - 1
-    logits = model(input_ids=ids, use_cache=False).logits[0, [i - 1 for i in places]].cpu().double()  # [T, V]
-    return logits.log_softmax(-1)[torch.arange(len(places)), ids[0, places].cpu()], weights[places]
+    at = [i - 1 for i in places]
+    return model(input_ids=ids, use_cache=False).logits[0, at], ids[0, places], weights[places], at
 
 
-def gradients_alone(model: nn.Module, examples: Iterable[Example]) -> dict[str, Tensor]:
-    """``−∇ Σ_t w_t · log Pr(t) / Σ_t w_t`` over all documents, by parameter name, in float64 on the CPU."""
+def gradients_alone(
+    model: nn.Module, examples: Iterable[Example], module: SFTModule | None = None
+) -> dict[str, Tensor]:
+    """``−∇ Σ_t w_t · log Pr(t) / Σ_t w_t`` over all documents, by parameter name, in float64 on the CPU.
+
+    Args:
+        model: Model of transformers, on any device.
+        examples: Documents to compute.
+        module: Module whose own loss takes the place of −log Pr; ``None`` for that.
+    """
     model.zero_grad()
     total = 0.0
     for example in examples:
-        log_probs, weights = log_probs_alone(model, example)
-        loss = -sum((w * p for w, p in zip(weights, log_probs, strict=True)), torch.zeros(()))
+        if module is None:
+            log_probs, weights = log_probs_alone(model, example)
+            losses = -log_probs
+        else:
+            losses, weights = losses_alone(model, example, module)
+        loss = sum((w * one for w, one in zip(weights, losses, strict=True)), torch.zeros(()))
         loss.backward()
         total += float(weights.sum())
     found = {name: p.grad.cpu().double() / total for name, p in model.named_parameters() if p.grad is not None}

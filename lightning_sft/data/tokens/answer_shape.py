@@ -176,6 +176,16 @@ def num_shared(a: str, b: str) -> int:
     return low
 
 
+def but_for_space(left: str, rest: str) -> str | None:
+    r"""What follows in one text on another, which it begins with but for space; ``None`` where it does not.
+
+    >>> but_for_space("<a>\n<b>\n", "   <a> <b>\n  yes"), but_for_space("<a>", "<b>")
+    ('  yes', None)
+    """
+    found = re.match(r"\s*".join(["", *map(re.escape, "".join(left.split()))]), rest)
+    return found and rest[found.end() :].removeprefix(left[len(left.rstrip()) :])
+
+
 def values_in(value: Any) -> Iterator[Any]:
     """Every key and value in nested lists and mappings."""
     if isinstance(value, Mapping):
@@ -189,6 +199,23 @@ def values_in(value: Any) -> Iterator[Any]:
         yield value
 
 
+def value_of(field: str, message: Message) -> str:
+    """What a message has in a field that :func:`with_sentinels` names; arguments are named."""
+    found: dict[str, str | None] = {
+        "the reasoning": message.get("reasoning_content"),
+        "the text": message.get("content"),
+    }
+    for number, call in enumerate(message.get("tool_calls") or (), 1):
+        found[f"the name of tool call {number}"] = call["function"]["name"]
+    value = found.get(field)
+    return short(value.strip()) if value else field
+
+
+def short(text: str) -> str:
+    """A text in quotes, cut where it is long."""
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
 def is_written(value: Any, text: str) -> bool:
     """Whether a value of an argument stands in a text, in one of the ways in which templates write values."""
     if not isinstance(value, str):
@@ -198,6 +225,7 @@ def is_written(value: Any, text: str) -> bool:
         lambda own: json.dumps(own, ensure_ascii=False)[1:-1],
         lambda own: json.dumps(own)[1:-1],
         lambda own: repr(own)[1:-1],
+        lambda own: repr(f'"{own}')[2:-1],  # single quotes escaped
         lambda own: str(htmlsafe_json_dumps(own))[1:-1],
         escape,
         str.strip,

@@ -11,10 +11,13 @@ from lightning_sft.data.tokens import control_tokens, thoughts
 from lightning_sft.data.tokens.answer_shape import (
     Ending,
     Stops,
+    but_for_space,
     is_written,
     learn,
     num_shared,
     shape_of,
+    short,
+    value_of,
     values_in,
     with_sentinels,
 )
@@ -253,18 +256,18 @@ class Rendering:
                 "answer would be trained in a context that the model never gets. Give a template where both agree: "
                 "data.chat_template."
             )
-        lost = _value_of(ending.lost[0], message) if ending.lost else ""
+        lost = value_of(ending.lost[0], message) if ending.lost else ""
         place = thoughts.OPENING.search(opening)
         shown = (place.group() if place else "") + rest
         for text in ("" if lost else message.get("reasoning_content") or "", message.get("content") or ""):
             if any(
                 part.strip() not in shown for part in ([text] if text.strip() in shown else thoughts.TAGS.split(text))
             ):
-                lost = lost or _short(text.strip())
+                lost = lost or short(text.strip())
         for call in () if lost else message.get("tool_calls") or ():
             for value in (call["function"]["name"], *values_in(call["function"].get("arguments"))):
                 if not is_written(value, rest):
-                    lost = lost or _short(value)
+                    lost = lost or short(value)
         if lost:
             return (
                 f"the chat template does not render {lost} of the answer as it is. Use a template that does "
@@ -286,9 +289,11 @@ class Rendering:
         """What follows the prompt up to and with the stop token; empty where it ends in another way than was learnt."""
         if rest.endswith(ending.tail):
             return rest[: len(rest) - len(ending.tail)] + ending.stop
-        token = self.template.endings.search(ending.stop)
-        stop = ending.stop[token.start() :] if token else ending.stop
-        return rest.rstrip() if ending.tail.rstrip() == ending.stop and rest.rstrip().endswith(stop) else ""
+        token = None if ending.stops_at_next else self.template.endings.search(ending.stop)
+        rest, closing = rest.rstrip(), ending.tail[token.start() :].rstrip() if token else ""
+        if not token or not rest.endswith(closing):
+            return ""
+        return rest[: len(rest) - len(closing)] + ending.stop[token.start() :]  # a field may be quoted in another way
 
     def _joined(self, prompt: str, whole: str, ending: Ending) -> str | None:
         """What follows a prompt in a render that parts from it: in space or a thought at its end, or far before."""
@@ -323,6 +328,8 @@ class Rendering:
         has_header = True
         if at and self.messages[at - 1]["role"] == "assistant":  # two answers in a row
             has_header = prompt.rfind(self.template.opener) >= prompt.rfind(self.messages[at - 1]["content"].strip())
+        if message.get("tool_calls") and (own := self._call(at, prompt, message)):
+            return own
         if message.get("tool_calls") or not stop or not has_header:
             raise InputError(problem)
         text, opened = message.get("content") or "", thoughts.OPENING.search(prompt)
@@ -331,6 +338,13 @@ class Rendering:
         if opened and inline:  # it begins with the prompt's end
             return text[inline.start("thought") :].removeprefix(opened["space"]) + stop
         return (self._header(plain) or (thoughts.closing(opened) if opened else "")) + text + stop
+
+    def _call(self, at: int, prompt: str, message: Message) -> str:
+        """An answer with tool calls as the template writes it behind a prompt that has other space; else nothing."""
+        whole, ending = self._whole(at, message)[0], self._ending(at, message)
+        shared = num_shared(prompt, whole)
+        rest = but_for_space(prompt[shared:], whole[shared:])
+        return "" if rest is None or self._problem(message, prompt, rest, ending) else self._stopped(rest, ending)
 
     def _header(self, ending: Ending) -> str:
         """What the template writes between the prompt and an answer, where that has control tokens."""
@@ -377,19 +391,3 @@ _NO_STOP = (
     "the chat template puts no stop token after the answer, so the model would never learn to stop. Add the "
     "end-of-turn token to the template: data.chat_template."
 )
-
-
-def _value_of(field: str, message: Message) -> str:
-    """What a message has in a field that answer_shape names; arguments are named."""
-    found: dict[str, str | None] = {
-        "the reasoning": message.get("reasoning_content"),
-        "the text": message.get("content"),
-    }
-    for number, call in enumerate(message.get("tool_calls") or (), 1):
-        found[f"the name of tool call {number}"] = call["function"]["name"]
-    value = found.get(field)
-    return _short(value.strip()) if value else field
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 40 else text[:37] + "...")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from lightning_sft import SFTModule
 from lightning_sft.commands.verify.gradients import check_gradients
@@ -26,6 +28,30 @@ def test_it_passes_in_float64_with_a_tighter_tolerance(pretrained: str, tmp_path
     outcome = check_gradients(subject(pretrained, tmp_path, samples={"precision": "64-true"}))
     assert outcome.passed
     assert {case.tolerance for case in outcome.cases} == {1e-6}
+
+
+class LateTokensMore(SFTModule):
+    """A loss of its own, which depends on a value of each position."""
+
+    def loss_inputs(self, batch: Batch) -> Sequence[Tensor]:
+        return [batch.position_ids]
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        return super().target_loss(logits, targets) * (1 + inputs[0])
+
+
+class MeanOfItsOwn(SFTModule):
+    """A loss that is not one of each target alone: it depends on how many are computed at a time."""
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        return super().target_loss(logits, targets) / len(targets)
+
+
+@pytest.mark.parametrize(("kind", "passes"), [(LateTokensMore, True), (MeanOfItsOwn, False)])
+def test_the_loss_of_a_subclass_is_that_of_the_reference(
+    pretrained: str, tmp_path: Path, kind: type[SFTModule], passes: bool
+) -> None:
+    assert check_gradients(subject(pretrained, tmp_path, kind=kind)).passed is passes
 
 
 def test_a_mean_over_micro_batches_is_found(pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,38 @@ def test_what_a_template_writes_otherwise_in_the_past_is_continued_from_the_prom
     assert targets(example, tokenizer) == trained
 
 
+PARIS = {"type": "function", "function": {"name": "f", "arguments": {"city": "Paris"}}}
+CALLING = CHATML.replace(
+    "m['content'] +", "m['content'] + (m.tool_calls | map('string') | join if m.tool_calls else '') +"
+)
+
+
+def test_a_call_whose_prompt_has_other_space_is_put_behind_it_as_the_template_writes_it() -> None:
+    tokenizer = tiny_tokenizer(CALLING.replace("'<|im_start|>assistant\n'", repr("<|im_start|> \n assistant\n")))
+    asked = {"role": "user", "content": "a"}
+    turn = {"role": "assistant", "content": "", "tool_calls": [PARIS]}
+    [example] = encode(Conversation([asked, turn], weights=[0, 1]), tokenizer)
+    context = tokenizer.apply_chat_template([asked], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert example.input_ids[: len(context)] == context
+    assert targets(example, tokenizer) == f"{PARIS}<|im_end|>"
+
+
+def test_a_call_whose_prompt_has_other_words_is_refused() -> None:
+    template = CALLING.replace("'<|im_start|>assistant\n'", repr("<|im_start|>assistant\nI think:\n"))
+    turn = {"role": "assistant", "content": "", "tool_calls": [PARIS]}
+    with pytest.raises(InputError, match="is not what it puts before a generated one"):
+        encode(Conversation([{"role": "user", "content": "a"}, turn]), tiny_tokenizer(template))
+
+
+def test_an_answer_ends_with_its_stop_token_also_where_its_last_field_is_quoted_in_another_way() -> None:
+    """Python writes a text that has a single quote between double ones."""
+    city = {"type": "function", "function": {"name": "f", "arguments": {"city": "L'Aquila"}}}
+    tokenizer = tiny_tokenizer(CALLING + "{% if not add_generation_prompt %}<|pad|>{% endif %}")
+    turn = {"role": "assistant", "content": "", "tool_calls": [city]}
+    [example] = encode(Conversation([{"role": "user", "content": "a"}, turn], weights=[0, 1]), tokenizer)
+    assert targets(example, tokenizer) == f"{city}<|im_end|>"
+
+
 def test_a_field_that_a_template_drops_is_missed_also_where_its_text_stands_elsewhere() -> None:
     """The city of the call is the text of the answer, which is not rendered beside a call."""
     template = CHATML.replace("m['content']", "(m.tool_calls | tojson if m.tool_calls else m['content'])")
@@ -586,7 +618,10 @@ def test_control_tokens_in_the_description_of_a_tool_are_text_and_in_a_name_refu
         encode(replace(conversation("a", "b"), tools=tools), tiny_tokenizer(template))
 
 
-@pytest.mark.parametrize("written", ["{{ a }}", "{{ a | tojson }}", "{{ a | e }}", "{{ a | string }}"])
+ESCAPED = """'{{ a | replace('\\\\', '\\\\\\\\') | replace("'", "\\\\'") | replace('\\n', '\\\\n') }}'"""
+
+
+@pytest.mark.parametrize("written", ["{{ a }}", "{{ a | tojson }}", "{{ a | e }}", "{{ a | string }}", ESCAPED])
 def test_arguments_are_found_as_templates_escape_them(written: str) -> None:
     body = "{% for call in m.tool_calls %}{{ call.function.name }}{% for k, a in call.function.arguments.items() %}"
     body += "{{ k }}=" + written + "{% endfor %}{% endfor %}"
