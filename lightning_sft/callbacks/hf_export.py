@@ -20,7 +20,7 @@ from lightning_sft.data.tokens.held_out import side_of
 from lightning_sft.export import parity
 from lightning_sft.export.convert import Dtype, Live, Settings, convert, from_checkpoint, rows_to_compare
 from lightning_sft.export.gguf_file import GGUFType, check_converter
-from lightning_sft.export.shards import ShardedWeights, convert_shards, is_shared
+from lightning_sft.export.shards import ShardedWeights, convert_shards
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments
 from lightning_sft.io.disk import check_is_free
 from lightning_sft.machine.contexts import eval_mode
@@ -198,14 +198,10 @@ class HFExport(Callback):
         if module.device_mesh is None:
             return None
         try:
-            weights = ShardedWeights(module, self.settings.dtype, self._first_rank.is_here)
-            why = "" if is_shared(self._root, self._first_rank) else f"not all ranks see {self._root}"
+            return ShardedWeights(module, self.settings.dtype, self._first_rank.is_here)
         except InputError as error:
-            why = str(error)
-        if not why:
-            return weights
-        rank_zero_info(f"Rank 0 gathers the whole model to export it: {why}.")
-        return None
+            rank_zero_info(f"Rank 0 gathers the whole model to export it: {error}.")
+            return None
 
     def _rows(self, trainer: Trainer) -> tuple[str, Sequence[Conversation]]:
         data = cast("SFTDataModule", datamodule_of(trainer))  # or a user's own

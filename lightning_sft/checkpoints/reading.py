@@ -10,7 +10,7 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import is_dataclass
 from enum import Enum
@@ -30,6 +30,7 @@ Kind = Literal["file", "distributed", "deepspeed"]
 
 META = "meta.pt"  # Lightning's file for everything but tensors in a distributed checkpoint
 INDEX = ".metadata"  # torch's file of what is where in it, written last
+WEIGHTS = "scorer.model."  # with which the names of the weights of an SFTModule's model begin
 _PREFIX = "state_dict."
 _OPTIMIZERS = "torchao.optim"
 
@@ -103,16 +104,27 @@ class Checkpoint:
         """Number of optimizer steps of its run."""
         return int(self.metadata.get("global_step", 0))
 
-    def weights(self) -> dict[str, Tensor]:
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtypes of the weights of a distributed checkpoint, by their names in the module; none are read.
+
+        Raises:
+            InputError: When its index could run code, or cannot be read.
+        """
+        return {name: entry.properties.dtype for name, entry in _entries(self.path).items()}
+
+    def weights(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """The weights on the CPU, by their names in the module.
 
         For DeepSpeed these are the float32 master weights of its optimizer, if there are any.
+
+        Args:
+            names: Weights to read of a distributed checkpoint; by default all.
 
         Raises:
             InputError: When there is no checkpoint, or it cannot be read without running code.
         """
         if self.kind == "distributed":
-            return _distributed_weights(self.path)
+            return _distributed_weights(self.path, names)
         if self.kind == "deepspeed":
             return _deepspeed_weights(self.path)
         found = _load(self.path, "cpu").get("state_dict")
@@ -125,25 +137,39 @@ class Checkpoint:
         return self.metadata | {"state_dict": self.weights()}
 
 
-def _distributed_weights(path: Place) -> dict[str, Tensor]:
+def _reader(path: Place) -> Any:
     from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
-    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-    from torch.distributed.checkpoint.state_dict_loader import load
 
     check_index(path)
-    reader = FsspecReader(str(path)) if isinstance(path, Address) else FileSystemReader(path)
-    entries = reader.read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+    return FsspecReader(str(path)) if isinstance(path, Address) else FileSystemReader(path)
+
+
+def _entries(path: Place) -> dict[str, Any]:
+    """What the index of a distributed checkpoint says of its weights, by name."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = _reader(path).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix(_PREFIX): entry
         for name, entry in entries.items()
         if name.startswith(_PREFIX) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _distributed_weights(path: Place, names: Collection[str] | None) -> dict[str, Tensor]:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    entries = _entries(path)
+    tensors = {
+        f"{_PREFIX}{name}": torch.empty(entries[name].size, dtype=entries[name].properties.dtype)
+        for name in (entries if names is None else names)
     }
     try:
         with warnings.catch_warnings():  # about loading in a single process, which is intended
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(tensors, storage_reader=reader, no_dist=True)  # reads only these
+            load(tensors, storage_reader=_reader(path), no_dist=True)  # reads only these
     except CheckpointException as error:
         cause, _ = error.failures[0]
         raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(cause)}") from error

@@ -18,11 +18,12 @@ from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, validation_data
 from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.export import hub, parity
-from lightning_sft.export.folder import set_aside, widest_dtype, write
+from lightning_sft.export.folder import set_aside, widest_dtype, write, write_settings
 from lightning_sft.export.gguf_file import GGUFType, check_converter, write_gguf
 from lightning_sft.export.kept import keep_files, pretrained_parts, put_back, unkept
 from lightning_sft.export.model_card import model_card
 from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
+from lightning_sft.export.weights import StoredWeights, architecture, compare_folder, log_probs, write_file
 from lightning_sft.io.arguments import NonNegative, check_arguments
 from lightning_sft.io.disk import check_is_free, whole_folder
 from lightning_sft.model.pretrained import load_exported, load_generation_config, load_model, load_tokenizer
@@ -133,12 +134,19 @@ def from_checkpoint(
     settings: Settings,
     replace: bool = False,
 ) -> Path:
-    """Export a checkpoint on disk, see :func:`convert`.
+    """Export a checkpoint on disk, see :func:`convert`; a distributed one a part at a time, where that is possible.
 
     Raises:
         InputError: When the checkpoint cannot be read, or the folder fails the comparison.
     """
     tokenizer = tokenizer_of(checkpoint.metadata)
+    if checkpoint.kind == "distributed":
+        try:
+            weights = StoredWeights(checkpoint, settings.dtype)
+        except InputError as error:
+            rank_zero_info(f"The whole model is read to export it: {error}.")
+        else:
+            return convert_parts(checkpoint.metadata, weights, tokenizer, out, rows, settings, replace)
     return convert(checkpoint.whole(), tokenizer, out, rows, settings, replace=replace)
 
 
@@ -195,6 +203,48 @@ def convert(
         del reloaded
         facts = checkpoint.get(RUN_INFO_KEY, {})
         finish(folder, out, report, settings, own, facts, rows[1], tokenizer, examples, trained)
+    return out
+
+
+def convert_parts(
+    facts: Mapping[str, Any],
+    weights: StoredWeights,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    rows: tuple[str, Sequence[Conversation]],
+    settings: Settings = Settings(),
+    replace: bool = False,
+) -> Path:
+    """Export the weights of a checkpoint like :func:`convert`, with a file of them and a layer in memory at a time.
+
+    Args:
+        facts: Metadata of the checkpoint.
+        weights: Weights of the checkpoint.
+        tokenizer: Tokenizer of the training.
+        out: Folder to write.
+        rows: Description of the rows, and the rows to compare on.
+        settings: Settings of the export.
+        replace: Whether to replace an existing folder.
+
+    Returns:
+        Path of the folder.
+
+    Raises:
+        InputError: When the folder fails the comparison.
+    """
+    own, computed_in = facts["hyper_parameters"], (torch.float32, torch.device("cpu"))
+    report, _ = begun(rows[0], weights.widest, settings, None)
+    examples = parity.sequences(rows[1], tokenizer)
+    model = architecture(weights.hf_config, torch.float32)
+    trained = log_probs(model, weights.trained, examples, *computed_in)
+    report.targets = len(trained)
+    with whole_folder(out, replace) as folder:
+        write_settings(weights.plain, tokenizer, folder, load_generation_config(own["pretrained"]))
+        for file, tensors, index in weights.files(settings.max_shard_size):
+            write_file(folder, file, tensors, index)
+        compare_folder(weights, folder, own["pretrained"], report, trained, examples, *computed_in)
+        run = facts.get(RUN_INFO_KEY, {})
+        finish(folder, out, report, settings, own, run, rows[1], tokenizer, examples, trained)
     return out
 
 

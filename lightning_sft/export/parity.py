@@ -33,6 +33,7 @@ from lightning_sft.types import Conversation, Example, InputError
 _LONGEST = 1024  # maximum number of tokens per sequence
 _LOOKED_AT = 10_000  # maximum number of rows of each part searched for usable ones
 _TARGETS = 512  # maximum number of targets over all rows, whose logits are kept
+_ROWS = 32  # targets that are compared at a time
 _BUILT_IN = (
     ("What is 17 * 23?", "17 * 23 = 391."),
     ("Write a Python function that adds two numbers.", "def add(a, b):\n    return a + b\n"),
@@ -181,12 +182,18 @@ def sequences(conversations: Sequence[Conversation], tokenizer: PreTrainedTokeni
 
 
 @torch.no_grad()
-def log_probs(model: PreTrainedModel, examples: Iterable[Example]) -> Tensor:
-    """Log-probabilities of all tokens at each target of the sequences, ``[T, V]`` on the CPU, in evaluation mode."""
+def log_probs(model: PreTrainedModel, examples: Iterable[Example], device: torch.device | None = None) -> Tensor:
+    """Log-probabilities of all tokens at each target of the sequences, ``[T, V]`` on the CPU, in evaluation mode.
+
+    Args:
+        model: Model to run.
+        examples: The sequences.
+        device: Device that it runs on; by default that of its weights.
+    """
     model.eval()
     found, text = [], language_model(model)
     for example in examples:
-        ids = torch.tensor([list(map(int, example.input_ids))], device=model.device)
+        ids = torch.tensor([list(map(int, example.input_ids))], device=device or model.device)
         logits = text(input_ids=ids, use_cache=False).logits[0]  # [N, V]
         is_target = torch.tensor([weight > 0 for weight in example.target_weights[1:]])
         found.append(logits[:-1][is_target.to(logits.device)].cpu().float().log_softmax(-1))
@@ -202,9 +209,13 @@ def agreement(name: str, trained: Tensor, other: Tensor) -> Agreement:
     >>> round(agreement("other", trained, trained.flip(1)).max_kl, 4)  # 0.9 · log 9 + 0.1 · log 1/9
     1.7578
     """
-    p, q = (found.double().log_softmax(-1) for found in (trained, other))  # float32 sums to 1 only roughly
-    kl = (p.exp() * (p - q)).sum(1)
-    return Agreement(name, kl.mean().item(), kl.max().item(), (p.argmax(1) == q.argmax(1)).double().mean().item())
+    found, same = [], []
+    for ours, theirs in zip(trained.split(_ROWS), other.split(_ROWS), strict=True):
+        p, q = (part.double().log_softmax(-1) for part in (ours, theirs))  # float32 sums to 1 only roughly
+        found.append((p.exp() * (p - q)).sum(1))
+        same.append(p.argmax(1) == q.argmax(1))
+    kl = torch.cat(found)
+    return Agreement(name, kl.mean().item(), kl.max().item(), torch.cat(same).double().mean().item())
 
 
 def unequal_weights(model: PreTrainedModel, reloaded: PreTrainedModel) -> list[str]:

@@ -43,8 +43,10 @@ class Ended(NamedTuple):
     errors: str
 
 
-def torchrun(module: str, *arguments: str, processes: int = 2, timeout: float = 300) -> None:
-    """Run a module in so many processes, each with the variables that torchrun gives it.
+def torchrun(
+    module: str, *arguments: str, processes: int = 2, timeout: float = 300, fails: bool = False
+) -> list[Ended]:
+    """Run a module in so many processes, each with the variables that torchrun gives it; see :func:`fork`.
 
     Raises:
         AssertionError: One failed or hung; with what all have printed, and the stacks of those that had to be ended.
@@ -54,7 +56,7 @@ def torchrun(module: str, *arguments: str, processes: int = 2, timeout: float = 
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     ranks = [{**common, "TORCHELASTIC_RUN_ID": "tests", "RANK": n, "LOCAL_RANK": n} for n in range(processes)]
-    fork(module, *arguments, ranks=ranks, timeout=timeout)
+    return fork(module, *arguments, ranks=ranks, timeout=timeout, fails=fails)
 
 
 def fork(

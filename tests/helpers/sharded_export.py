@@ -9,9 +9,11 @@ from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
+from torch import Tensor
 
 from lightning_sft.callbacks import HFExport
 from lightning_sft.demos import tiny_pretrained
+from lightning_sft.export.shards import ShardedWeights
 from lightning_sft.strategies import FSDP2Strategy
 from lightning_sft.types import InputError
 from tests.helpers import loading
@@ -71,8 +73,24 @@ def fail(out: Path) -> None:
         (out / "failing" / f"rank{dist.get_rank()}").write_text(str(error), encoding="utf-8")
 
 
+def fail_alone(pretrained: str, out: Path, rank: int) -> None:
+    """A fit in whose export one rank fails between two gathers, while the other waits for it."""
+    gather = ShardedWeights.part
+
+    def part(self: ShardedWeights, names: list[str]) -> dict[str, Tensor]:
+        if dist.get_rank() == rank and "model.layers.0" in names[0]:
+            raise MemoryError("no memory left")
+        return gather(self, names)
+
+    with patch.object(ShardedWeights, "part", part):
+        trained(pretrained, HFExport(out), devices=2, strategy=FSDP2Strategy())
+
+
 if __name__ == "__main__":
     folder, *chosen = sys.argv[1:]
+    if chosen[0].isdecimal():
+        fail_alone(folder, Path(chosen[1]), int(chosen[0]))
+        chosen = []
     with patch("lightning_sft.callbacks.hf_export.whole_state", side_effect=AssertionError("gathered whole")):
         for one in chosen:
             run(one, Path(folder))

@@ -7,7 +7,7 @@ copy with random weights. transformers reads: it converts names and layouts of c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging as progress
 
 from lightning_sft.machine.contexts import default_dtype
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
@@ -165,7 +166,7 @@ def on_host(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_alone(model: PreTrainedModel) -> Iterator[None]:
+def buffers_alone(model: PreTrainedModel) -> Iterator[None]:
     """Context in which modules with buffers are initialized; others have parameters alone, read or refused."""
     models: list[Any] = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     for part in models:
@@ -195,22 +196,10 @@ def fill(model: PreTrainedModel, pretrained: str, device: torch.device, offloade
         InputError: When the files lack weights of the model, or have parts that it does not load.
     """
     tied = dict(model.all_tied_weights_keys)
-    slices: dict[str, Any] = {}
-    for path in weight_files(pretrained):
-        file: Any = safe_open(path, framework="pt", backend="pread")  # pages of a mapped file would count as ours
-        slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-    dtype = model.dtype
-    conversions: Any = get_model_conversion_mapping(model)
-    settings = LoadStateDictConfig(
-        pretrained_model_name_or_path=pretrained,
-        device_map={"": torch.device("cpu") if offloaded else device},
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=conversions,
-    )
+    settings = _settings(model, pretrained, torch.device("cpu") if offloaded else device)
     try:
-        info, _ = convert_and_load_state_dict_in_model(model, slices, settings)
-        with _buffers_alone(model):
+        info, _ = convert_and_load_state_dict_in_model(model, _slices(pretrained), settings)
+        with buffers_alone(model):
             info = PreTrainedModel._finalize_model_loading(model, settings, info)
     except RuntimeError as error:
         raise InputError(f"The weights of {pretrained!r} cannot be read in shards: {error}") from error
@@ -224,3 +213,76 @@ def fill(model: PreTrainedModel, pretrained: str, device: torch.device, offloade
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = buffer.to(device)
+
+
+def reader(model: PreTrainedModel, folder: str) -> Callable[[Iterable[str]], dict[str, Tensor]]:
+    """A function that reads some tensors of a folder, by their names in its files, as the weights of an empty model.
+
+    It returns them on the CPU by their names in the model, in its dtypes.
+
+    Args:
+        model: Model on the meta device, which stays empty.
+        folder: Folder with safetensors files.
+    """
+    target, slices = deepcopy(model), _slices(folder)
+    settings = _settings(model, folder, torch.device("cpu"))
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        try:
+            with _without_progress():
+                info, _ = convert_and_load_state_dict_in_model(target, {n: slices[n] for n in names}, settings)
+        except (KeyError, RuntimeError) as error:
+            raise InputError(f"The weights of {folder} cannot be read: {error}") from error
+        if info.mismatched_keys or info.conversion_errors:
+            raise InputError(
+                f"The weights of {folder} cannot be read: {info.mismatched_keys or info.conversion_errors}"
+            )
+        found = {name: value for name, value in target.state_dict().items() if not value.is_meta}
+        for name, value in found.items():
+            set_tensor(target, name, torch.empty_like(value, device="meta"))
+        return found
+
+    return read
+
+
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or a buffer by one with a value, without a gradient."""
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if own in module._parameters:
+        module._parameters[own] = nn.Parameter(value.detach(), requires_grad=False)
+    else:
+        module._buffers[own] = value
+
+
+def _slices(pretrained: str) -> dict[str, Any]:
+    """The tensors of a model's files by name, to be read in whole or in part."""
+    found: dict[str, Any] = {}
+    for path in weight_files(pretrained):
+        file: Any = safe_open(path, framework="pt", backend="pread")  # pages of a mapped file would count as ours
+        found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+    return found
+
+
+def _settings(model: PreTrainedModel, pretrained: str, device: torch.device) -> LoadStateDictConfig:
+    dtype = model.dtype
+    conversions: Any = get_model_conversion_mapping(model)
+    return LoadStateDictConfig(
+        pretrained_model_name_or_path=pretrained,
+        device_map={"": device},
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        weight_mapping=conversions,
+    )
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Transformers shows no progress, as it would of each layer."""
+    is_shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if is_shown:
+            progress.enable_progress_bar()

@@ -31,6 +31,7 @@ class FirstRank:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self.is_here = self.group is None or dist.get_rank() == 0
+        self._told: Exception | None = None  # the last error of rank 0, as this rank has it
 
     def __call__(self, work: Callable[[], T]) -> T:
         """The result of ``work`` on rank 0.
@@ -62,22 +63,25 @@ class FirstRank:
         if message is not None and raised is None:
             text = f"Rank 0 failed while this rank waited for it. {message}"
             raised = InputError(text) if is_of_user else RuntimeError(text)
+        self._told = raised
         return result, raised
 
     def shared(self, work: Callable[[], object]) -> Exception | None:
-        """The error of ``work``, which all ranks do together, on every rank if rank 0 has one."""
-        own: Exception | None = None
+        """The error of ``work``, which all ranks do together, on every rank: one that rank 0 has told them.
+
+        Args:
+            work: Function that every rank calls, with the same calls of this object inside.
+
+        Raises:
+            Exception: What else ``work`` raises. Other ranks may wait for this one, until its process ends.
+        """
         try:
             work()
         except Exception as error:
-            own = error
-
-        def raise_again() -> None:
-            if own is not None:
-                raise own
-
-        of_first = self.tried(raise_again)[1]
-        return own or of_first
+            if error is not self._told:
+                raise
+            return error
+        return None
 
 
 def whole_state(module: nn.Module, keep: bool) -> dict[str, Tensor]:
