@@ -21,7 +21,7 @@ ROWS = """
 from pathlib import Path
 from lightning_sft.demos.data import write_demo_data
 
-write_demo_data(".", num_train=64, num_test=16)
+write_demo_data(".", num_train=16, num_test=8)
 Path("test.jsonl").rename("val.jsonl")
 """
 

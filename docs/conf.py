@@ -31,6 +31,7 @@ extensions = [
 nitpicky = True  # names that lead nowhere are errors
 nitpick_ignore_regex = [  # ranges, names of annotations, and classes that pages do not show
     ("py:class", r"[<>]=? .*|Path|Optimizer|ArgsType|Context|Routers|Place|.*\.(Address|Packs)"),
+    ("py:class", r".*\.(TargetLosses|LRScheduler|ReduceLROnPlateau)"),
 ]
 intersphinx_mapping = write_inventories(DOCS.parent / "build" / "inventories")
 

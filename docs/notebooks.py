@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import tempfile
 import tomllib
@@ -27,6 +26,7 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 INSTALL = '%pip install -q "lightning-sft[notebooks]"'
 SETTINGS = {
     "COLUMNS": "100",  # of what commands print
+    "TERM": "dumb",  # without colors, and lines that are printed over each other
     "JUPYTER_COLUMNS": "100",  # of what rich prints in a cell
     "PYTHONPATH": str(ROOT),
     "HF_HUB_OFFLINE": "1",
@@ -64,12 +64,12 @@ def run(book: NotebookNode, folder: Path, timeout: int = 3600) -> NotebookNode:
         CellExecutionError: A cell failed; with its traceback.
     """
     os.environ.update(SETTINGS, PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    client = NotebookClient(book, timeout=timeout, resources={"metadata": {"path": str(folder)}}, record_timing=False)
-    client.execute()
+    place = {"metadata": {"path": str(folder)}}
+    NotebookClient(book, timeout=timeout, resources=place, record_timing=False, coalesce_streams=True).execute()
     book.metadata = NotebookNode(kernelspec=KERNEL, language_info={"name": "python"})
     for cell in book.cells:
         if cell.cell_type == "code":
-            cell.outputs = [settled(output) for output in cell.outputs if not is_empty(output)]
+            cell.outputs = [output for output in cell.outputs if not is_empty(output)]
     return book
 
 
@@ -99,13 +99,6 @@ def with_outputs_of(book: NotebookNode, before: NotebookNode) -> NotebookNode:
 def is_empty(output: NotebookNode) -> bool:
     """Whether an output is what rich leaves of a bar that has gone."""
     return output.output_type == "display_data" and not output.data.get("text/plain", "").strip()
-
-
-def settled(output: NotebookNode) -> NotebookNode:
-    """An output as it is left, where lines are printed over each other."""
-    if output.output_type == "stream":
-        output.text = re.sub(r"[^\n]*\r(?!\n)", "", output.text)
-    return output
 
 
 def main() -> None:

@@ -295,7 +295,6 @@ class SFTModule(TargetLosses, EvaluatedModule):
         self._window = Window()  # an earlier fit may have been interrupted within a step
         self.kernels.begin(self)
         self._step_metrics.begin(self.trainer, self.model)
-        self._step_metrics.pause()  # until the first batch, before which a callback may generate
         self._run.begin(self.trainer)
         self._modes.begin()
         settle_buckets(self.trainer.strategy.model)

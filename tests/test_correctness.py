@@ -68,6 +68,15 @@ def test_right_rows_are_right_and_a_label_more_or_less_is_wrong(
     assert [verdict for verdict, _ in verdicts(tokenizer, found, rows)] == ["refused", "wrong", "wrong", "wrong"]
 
 
+def test_a_line_end_that_is_trained_behind_the_stop_changes_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    found = conversations("alpaca", 1, seed=0)
+    [[sequence]] = rows = sequences(tokenizer, found)
+    [line_end] = tokenizer("\n", add_special_tokens=False).input_ids
+    for ids in sequence.values():
+        ids.append(line_end)
+    assert verdicts(tokenizer, found, rows) == [("right", "")]
+
+
 def test_rows_that_fail_together_are_tried_one_by_one() -> None:
     def encode(rows: list[dict[str, Any]]) -> list[Any]:
         if any(row["bad"] for row in rows):
@@ -81,7 +90,11 @@ def test_rows_that_fail_together_are_tried_one_by_one() -> None:
 
 def test_the_page_has_every_system_with_its_figures(tmp_path: Path) -> None:
     own = {dialect: {"right": 3, "wrong": 1, "reasons": [["turn 2: no `stop`", 1]]} for dialect in DIALECTS}
-    results = {"settings": {"rows": 4}, "missing": {"litgpt": "no wheel"}, "targets": {"ours": own, "trl": own}}
+    results = {
+        "settings": {"rows": 4},
+        "missing": {"litgpt": "no wheel"},
+        "targets": {"qwen3": {"ours": own, "trl": own}},
+    }
     results |= {"step": {"ours": {"share": 1e-7, "unlike": 3}}, "resumed": {"ours": {"share": 0.0, "unlike": 0}}}
     text = markdown(results)
     assert "| lightning_sft | 3 (1, 0) | 3 (1, 0) | 3 (1, 0) | 3 (1, 0) | 3 (1, 0) | 75.0% |" in text
@@ -96,7 +109,8 @@ def test_the_page_has_every_system_with_its_figures(tmp_path: Path) -> None:
 def test_our_rows_are_right_our_split_step_is_the_same_and_a_killed_run_resumes(
     tmp_path: Path,
 ) -> None:
-    results = main(["--systems", "ours", "--rows", "5", "--out", str(tmp_path), "--python", sys.executable])
-    assert all(own["right"] == 5 for own in results["targets"]["ours"].values())
+    small = ["--systems", "ours", "--rows", "5", "--templates", "qwen3"]
+    results = main([*small, "--out", str(tmp_path), "--python", sys.executable])
+    assert all(own["right"] == 5 for own in results["targets"]["qwen3"]["ours"].values())
     assert results["step"]["ours"]["share"] < 1e-5
     assert results["resumed"]["ours"]["unlike"] == 0

@@ -61,6 +61,7 @@ def test_outputs_say_nothing_of_other_packages_or_of_the_machine(name: str) -> N
         assert output.get("name") != "stderr", text(output)
         assert not NOISE.search(text(output)), text(output)
         assert not MACHINE.search(text(output)), text(output)
+        assert "\x1b" not in str(output.get("text", "")), text(output)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -76,11 +77,6 @@ def test_a_notebook_links_to_itself_in_the_repository_of_the_project(name: str) 
 def test_the_page_of_notebooks_has_them_all() -> None:
     page = (NOTEBOOKS / "index.md").read_text(encoding="utf-8")
     assert sorted(re.findall(r"\((\w+)\.ipynb\)", page)) == NAMES
-
-
-def test_of_lines_printed_over_each_other_the_last_is_left(made: Any) -> None:
-    output = nbformat.v4.new_output("stream", text="10 %\r50 %\r100 %\nnext\r\nlast\n")
-    assert made.settled(output).text == "100 %\nnext\r\nlast\n"
 
 
 def test_outputs_are_kept_for_other_text_and_not_for_other_code(made: Any) -> None:

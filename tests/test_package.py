@@ -98,6 +98,17 @@ def test_the_citation_and_the_addresses_are_those_of_the_project(built: Built) -
     assert all(url.startswith(URL) for url in urls.values())
 
 
+def test_badges_say_what_the_metadata_says(built: Built) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    badges = dict(re.findall(r"img\.shields\.io/badge/(\w+)-([\w.+-]+?)\+?-\w+\)", readme))
+    needs = " ".join(built.metadata.get_all("Requires-Dist", []))
+    assert built.metadata["Requires-Python"] == f">={badges.pop('python')}"
+    assert badges.pop("license").replace("--", "-") == built.metadata["License-Expression"]
+    assert badges.keys() == {"pytorch", "lightning"}
+    assert f"torch>={badges['pytorch']}" in needs
+    assert re.search(rf"lightning[^ ]*>={re.escape(badges['lightning'])}\b", needs)
+
+
 def workflow(name: str) -> dict[str, Any]:
     parsed: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text())
     return parsed

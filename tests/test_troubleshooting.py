@@ -1,4 +1,4 @@
-"""What the pages on troubleshooting and refused rows quote and name is there, and every refusal of a row is quoted."""
+"""What the pages on troubleshooting and refused rows quote and name is there, and they quote every refusal of a row."""
 
 from __future__ import annotations
 

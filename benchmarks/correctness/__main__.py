@@ -29,6 +29,10 @@ from tests.oracle.vocabularies import tokenizer_for
 
 PAGE = ROOT / "docs" / "reference" / "correctness.md"
 SYSTEMS = ("ours", "trl", "litgpt", "llamafactory")
+TEMPLATES = {  # by their names in trl's wheel; what the other systems call them
+    "qwen2_5": {"litgpt": "qwen2.5", "llamafactory": "qwen"},
+    "qwen3": {"litgpt": "qwen3", "llamafactory": "qwen3"},
+}
 QUESTIONS = ("targets", "step", "resumed")
 STEP_ROWS, RESUME_ROWS, RESUME_STEPS, DIES_AFTER = 8, 24, 4, 3
 _SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 1.0}}
@@ -40,7 +44,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--questions", nargs="+", default=list(QUESTIONS), choices=QUESTIONS)
     parser.add_argument("--rows", type=int, default=200, help="of each dialect")
-    parser.add_argument("--template", default="qwen3", help="chat template, by its name in trl's wheel")
+    parser.add_argument("--templates", nargs="+", default=list(TEMPLATES), choices=TEMPLATES)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=BUILD)
@@ -59,14 +63,13 @@ class Scoreboard:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.out = given, given.out.resolve() / "correctness"
         self.out.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = tokenizer_for(of_trl()[given.template])
-        self.model = _random_model(self.out / "pythia-14m", self.tokenizer)
+        self.model = _random_model(self.out / "pythia-14m", tokenizer_for(of_trl()["qwen2_5"]))
         self.converted = str(self.out / "converted" / Path(self.model).name)
         common = {"model": self.model, "seed": given.seed, "given": None, "precision": "float32"}
         common |= {"converted": self.converted, "length": 512}
         self.script = Scripts(self.out / "runs", given.threads, given.python, common)
         self.results: dict[str, Any] = {"targets": {}, "step": {}, "resumed": {}, "missing": {}}
-        self.results["settings"] = {"template": given.template, "rows": given.rows}
+        self.results["settings"] = {"rows": given.rows}
 
     def prepare(self) -> list[str]:
         """Make environments; returns the systems that have one."""
@@ -83,20 +86,24 @@ class Scoreboard:
 
     def targets(self, systems: list[str]) -> None:
         """Whether rows become the right targets."""
-        for dialect in DIALECTS:
-            found = conversations(dialect, self.given.rows, self.given.seed)
-            path = self.out / f"{dialect}.jsonl"
-            path.write_text(lines(dialect, found), encoding="utf-8")
-            for system in systems:
-                settings = {"rows": str(path), "dialect": dialect}
-                settings |= {"prompt_style": self.given.template}
-                done = self.script(system, f"{system}-{dialect}", task="encode", **settings)
-                rows = done.lines[0]["rows"] if done.lines else ["failed"] * len(found)
-                said = verdicts(self.tokenizer, found, rows)
-                own = self.results["targets"].setdefault(system, {})
-                own[dialect] = dict(Counter(verdict for verdict, _ in said))
-                reasons = Counter(reason.split(":")[0][:120] if kind == "refused" else reason for kind, reason in said)
-                own[dialect]["reasons"] = [pair for pair in reasons.most_common(4) if pair[0]]
+        for template in self.given.templates:
+            tokenizer = tokenizer_for(of_trl()[template])
+            model = _random_model(self.out / template, tokenizer)
+            results = self.results["targets"].setdefault(template, {system: {} for system in systems})
+            for dialect in DIALECTS:
+                found = conversations(dialect, self.given.rows, self.given.seed)
+                path = self.out / f"{dialect}.jsonl"
+                path.write_text(lines(dialect, found), encoding="utf-8")
+                for system in systems:
+                    settings = {"rows": str(path), "dialect": dialect, "model": model}
+                    settings |= {"prompt_style": TEMPLATES[template].get(system)}
+                    done = self.script(system, f"{system}-{template}-{dialect}", task="encode", **settings)
+                    rows = done.lines[0]["rows"] if done.lines else ["failed"] * len(found)
+                    said = verdicts(tokenizer, found, rows)
+                    reasons = Counter(reason for _, reason in said if reason)
+                    kinds = Counter(verdict for verdict, _ in said)
+                    results[system][dialect] = {**kinds, "reasons": reasons.most_common(4)}
+                self.save()
 
     def pairs(self, name: str, count: int) -> str:
         """A file of rows of unlike lengths, with a prompt and a completion."""

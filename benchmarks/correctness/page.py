@@ -20,24 +20,21 @@ def markdown(results: Mapping[str, Any]) -> str:
     Args:
         results: As the scoreboard keeps them.
     """
-    found, rows = results["targets"], results["settings"]["rows"]
-    lines = [
-        f"Rows with the right targets, of {rows} of each dialect (in brackets: wrong, refused):",
-        "",
-        f"| system | {' | '.join(name.replace('_', '-') for name in DIALECTS)} | all |",
-        "|---" * (len(DIALECTS) + 2) + "|",
-    ]
-    for system, own in found.items():
-        counts = [[own[name].get(kind, 0) for kind in _KINDS] for name in DIALECTS if name in own]
-        total = [sum(column) for column in zip(*counts, strict=True)]
-        lines.append(f"| {NAMES[system]} | {' | '.join(map(_cell, counts))} | {total[0] / sum(total):.1%} |")
-    lines += [
-        "",
-        *_reasons(found),
-        "",
-        "| system | a step in micro-batches | a run that was killed and resumed |",
-        "|---|---|---|",
-    ]
+    lines: list[str] = []
+    for template, found in results["targets"].items():
+        lines += [
+            f"Rows with the right targets under the template `{template}`, of {results['settings']['rows']} of each "
+            "dialect (in brackets: wrong, refused):",
+            "",
+            f"| system | {' | '.join(name.replace('_', '-') for name in DIALECTS)} | all |",
+            "|---" * (len(DIALECTS) + 2) + "|",
+        ]
+        for system, own in found.items():
+            counts = [[own[name].get(kind, 0) for kind in _KINDS] for name in DIALECTS]
+            total = [sum(column) for column in zip(*counts, strict=True)]
+            lines.append(f"| {NAMES[system]} | {' | '.join(map(_cell, counts))} | {total[0] / sum(total):.1%} |")
+        lines += ["", *_reasons(found), ""]
+    lines += ["| system | a step in micro-batches | a run that was killed and resumed |", "|---|---|---|"]
     for system in dict.fromkeys([*results["step"], *results["resumed"]]):
         cells = [_share(results[question].get(system)) for question in ("step", "resumed")]
         lines.append(f"| {NAMES[system]} | {' | '.join(cells)} |")
@@ -77,21 +74,23 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         results: As the scoreboard keeps them.
         path: The PNG to write.
     """
-    found = results["targets"]
-    figure = Figure(figsize=(11, 0.9 + 0.42 * len(found)), layout="tight")
-    all_axes = figure.subplots(1, len(DIALECTS), sharey=True)
-    for axes, dialect in zip(all_axes, DIALECTS, strict=True):
-        left = [0.0] * len(found)
-        for kind, color in _KINDS.items():
-            counts = [own.get(dialect, {}) for own in found.values()]
-            shares = [own.get(kind, 0) / max(1, sum(own.get(k, 0) for k in _KINDS)) for own in counts]
-            axes.barh(range(len(found)), shares, left=left, color=color, label=kind)
-            left = [a + b for a, b in zip(left, shares, strict=True)]
-        axes.set_title(dialect.replace("_", "-"), fontsize=10)
-        axes.set_xlim(0, 1)
-        axes.set_xticks([0, 1], ["0", "100 %"])
-        axes.set_yticks(range(len(found)), [NAMES[system] for system in found])
-        axes.spines[["top", "right", "left"]].set_visible(False)
-    all_axes[0].invert_yaxis()
+    figure = Figure(figsize=(11, 1.4 + 2.1 * len(results["targets"])), layout="constrained")
+    parts = figure.subfigures(len(results["targets"]), 1, squeeze=False)[:, 0]
+    for part, (template, found) in zip(parts, results["targets"].items(), strict=True):
+        part.suptitle(template, x=0.01, ha="left", fontsize=11)
+        all_axes = part.subplots(1, len(DIALECTS), sharey=True)
+        for axes, dialect in zip(all_axes, DIALECTS, strict=True):
+            left = [0.0] * len(found)
+            for kind, color in _KINDS.items():
+                counts = [own[dialect] for own in found.values()]
+                shares = [own.get(kind, 0) / sum(own.get(k, 0) for k in _KINDS) for own in counts]
+                axes.barh(range(len(found)), shares, left=left, color=color, label=kind)
+                left = [a + b for a, b in zip(left, shares, strict=True)]
+            axes.set_title(dialect.replace("_", "-"), fontsize=10)
+            axes.set_xlim(0, 1)
+            axes.set_xticks([0, 1], ["0", "100 %"])
+            axes.set_yticks(range(len(found)), [NAMES[system] for system in found])
+            axes.spines[["top", "right", "left"]].set_visible(False)
+        all_axes[0].invert_yaxis()
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)

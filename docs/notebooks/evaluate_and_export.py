@@ -19,7 +19,7 @@ from lightning_sft.demos.data import write_demo_data
 from lightning_sft.demos.pretrained import fetch_demo_model
 
 model = fetch_demo_model("SmolLM2")
-write_demo_data("data", num_train=64, num_test=8)
+write_demo_data("data", num_train=48, num_test=8)
 
 # %% [markdown]
 # A config, since the same is to be fitted, tested and exported:
@@ -33,6 +33,7 @@ trainer:
   gradient_clip_val: 1.0
   log_every_n_steps: 1
   enable_progress_bar: false
+  num_sanity_val_steps: -1
   default_root_dir: runs/home
 model:
   pretrained: SmolLM2
@@ -49,20 +50,22 @@ data:
 _ = Path("fit.yaml").write_text(config)
 
 # %% [markdown]
-# ## Before, training, after
+# ## Train
+#
+# `num_sanity_val_steps: -1` is a whole validation before the training, for the report.
+
+# %% language="bash"
+# lightning-sft fit --config fit.yaml --ckpt_path last
+
+# %% [markdown]
+# ## Score
 #
 # `ScoreAnswers` generates answers for `data.test` and compares them with those of the rows; `extract` is the part to
 # compare beside the whole answer, here the name of the command.
 
-# %%
-score = """--trainer.callbacks+ lightning_sft.callbacks.ScoreAnswers --trainer.callbacks.extract '"do": "(\\w+)"' """
-# !lightning-sft test --config fit.yaml {score} --trainer.default_root_dir runs/before
-
-# %%
-# !lightning-sft fit --config fit.yaml --ckpt_path last
-
-# %%
-# !lightning-sft test --config fit.yaml {score} --ckpt_path last
+# %% language="bash"
+# lightning-sft test --config fit.yaml --ckpt_path last --trainer.callbacks+ lightning_sft.callbacks.ScoreAnswers \
+#   --trainer.callbacks.extract '"do": "(\w+)"'
 
 # %% [markdown]
 # Sums over the whole set, divided once: no metric depends on batches or devices. All answers are in a file; those that
@@ -81,9 +84,9 @@ for answer in wrong[:3]:
 # The folder is an ordinary model of transformers. `export` loads it again, and compares its logits with those of the
 # checkpoint before it says that it is done.
 
-# %%
-# !lightning-sft export --ckpt runs/home --out home-model
-# !ls home-model
+# %% language="bash"
+# lightning-sft export --ckpt runs/home --out home-model
+# ls home-model
 
 # %%
 tokenizer = AutoTokenizer.from_pretrained("home-model")

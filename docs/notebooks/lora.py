@@ -26,14 +26,14 @@ from lightning_sft.demos.pretrained import fetch_demo_model
 from lightning_sft.export.folder import export
 
 model = fetch_demo_model("SmolLM2")
-write_demo_data("data", num_train=128, num_test=16)
+write_demo_data("data", num_train=64, num_test=8)
 print(*Path("data/train.jsonl").read_text().splitlines()[:2], sep="\n")
 
 # %% [markdown]
 # ## Before
 
 # %%
-QUESTIONS = [json.loads(line) for line in Path("data/test.jsonl").read_text().splitlines()[:4]]
+QUESTIONS = [json.loads(line) for line in Path("data/test.jsonl").read_text().splitlines()[:2]]
 tokenizer = AutoTokenizer.from_pretrained(model)
 
 

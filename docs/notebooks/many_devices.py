@@ -78,9 +78,11 @@ if __name__ == "__main__":
 # %% [markdown]
 # Keep devices × `accumulate_grad_batches` the same, and the steps are the same: 4 micro-batches in each.
 
+# %% language="bash"
+# python train.py 1 4 one.pt > log.txt 2>&1
+# python train.py 2 2 two.pt >> log.txt 2>&1
+
 # %%
-# !python train.py 1 4 one.pt 2> errors.txt > /dev/null
-# !python train.py 2 2 two.pt 2>> errors.txt > /dev/null
 one, two = torch.load("one.pt"), torch.load("two.pt")
 
 
@@ -99,15 +101,13 @@ assert difference("gradient") < 1e-12 and difference("weights") < 1e-10
 # `lightning-sft fit` takes the same: `--trainer.devices` and `--trainer.strategy`, here FSDP2, which shards parameters,
 # gradients and optimizer states over the devices.
 
-# %%
-flags = (
-    "--model.pretrained tiny --data.train train.jsonl --data.tokens_per_batch 512 --trainer.accelerator cpu"
-    " --trainer.max_epochs 2 --trainer.precision 32-true --model.optimizer.class_path torch.optim.AdamW"
-    " --model.optimizer.init_args.lr 1e-2 --ckpt_path last"
-)
-sharded = "--trainer.devices 2 --trainer.strategy fsdp2 --trainer.accumulate_grad_batches 2"
-# !lightning-sft fit {flags} --trainer.default_root_dir runs/one --trainer.accumulate_grad_batches 4 > /dev/null 2>> errors.txt
-# !lightning-sft fit {flags} --trainer.default_root_dir runs/fsdp2 {sharded} > /dev/null 2>> errors.txt
+# %% language="bash"
+# flags="--model.pretrained tiny --data.train train.jsonl --data.tokens_per_batch 512 --trainer.max_epochs 2
+#   --trainer.accelerator cpu --trainer.precision 32-true --model.optimizer.class_path torch.optim.AdamW
+#   --model.optimizer.init_args.lr 1e-2 --ckpt_path last"
+# lightning-sft fit $flags --trainer.accumulate_grad_batches 4 --trainer.default_root_dir runs/one >> log.txt 2>&1
+# lightning-sft fit $flags --trainer.accumulate_grad_batches 2 --trainer.default_root_dir runs/fsdp2 \
+#   --trainer.devices 2 --trainer.strategy fsdp2 >> log.txt 2>&1
 
 
 # %%
@@ -145,8 +145,5 @@ for run in ("one", "fsdp2"):
         print(f"  rank {rank}:", *(f"{len(rows)} rows" for rows in batches))
 
 # %% [markdown]
-# A run of one number of devices resumes on another, with devices × `accumulate_grad_batches` the same, and checkpoints
-# of all strategies export alike.
-
-# %%
-# !lightning-sft export --ckpt runs/fsdp2 --out exported 2>> errors.txt
+# A run of one number of devices resumes on another, with devices × `accumulate_grad_batches` the same, and `lightning-sft
+# export` reads the checkpoints of all strategies.

@@ -58,7 +58,7 @@ columns = '--data.columns "{prompt: question, completion: answer}"'
 # %% [markdown]
 # ## After the repair
 #
-# The text between « and » is trained, in a terminal it is colored: the answer, and the token that ends it. The rest is
+# The text between « and » is trained (in a terminal it is colored): the answer, and the token that ends it. The rest is
 # context, rendered by the model's chat template, as at inference.
 
 # %%

@@ -140,10 +140,10 @@ print(f"{num_targets('plain.jsonl', chat_template_kwargs={'enable_thinking': Fal
 
 # %%
 torch.manual_seed(0)
-module = SFTModule("tiny", optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2), warmup=0.1, max_new_tokens=96)
+module = SFTModule("tiny", optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2), warmup=0.1, kernels="none")
 quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-trainer = Trainer(accelerator="cpu", max_epochs=40, gradient_clip_val=1.0, **quiet)
-trainer.fit(module, SFTDataModule("train.jsonl", chat_template="template.jinja", tokens_per_batch=1024))
+trainer = Trainer(accelerator="cpu", max_epochs=30, gradient_clip_val=1.0, **quiet)
+trainer.fit(module, SFTDataModule("train.jsonl", chat_template="template.jinja", tokens_per_batch=2048))
 print(f"loss of the last step: {trainer.callback_metrics['train/loss']:.4f}")
 
 

@@ -295,9 +295,16 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder."""
+        """Find the folder.
+
+        Raises:
+            InputError: When another one saves there.
+        """
         super().setup(trainer, pl_module, stage)
         write_whole(trainer)
+        savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, BestCheckpoint)]
+        if any(saver is not self and saver.dirpath == self.dirpath for saver in savers):
+            raise InputError(f"Two BestCheckpoint save {self.dirpath}/best.ckpt. Give each a separate dirpath.")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save if this validation is the best so far."""

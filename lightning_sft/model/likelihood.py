@@ -81,7 +81,7 @@ class LikelihoodModel(nn.Module):
         Args:
             batch: A :class:`~lightning_sft.types.Batch`, or the input of ``compute``.
             compute: Function of the model and ``batch`` to run instead, while the strategy has the parameters gathered.
-            loss: Loss of each target instead of −log Pr, see :func:`~lightning_sft.objective.log_likelihood`.
+            loss: Loss of each target instead of −log Pr, see :func:`log_likelihood`.
             loss_inputs: Further inputs of ``loss``, ``[B, N, *]`` each.
 
         Raises:

@@ -62,7 +62,7 @@ class StepMetrics:
         self._flops = flops(cast("PreTrainedModel", model)) if self._peak else None  # configure_model has loaded it
         self._capacity = getattr(datamodule_of(trainer), "positions_per_batch", None)
         self._marks.clear()
-        self._paused, self._pause = 0.0, None
+        self._paused, self._pause = 0.0, time.perf_counter()  # until the first batch
         self._marks.append((time.perf_counter(), self._done))
 
     def pause(self) -> None:

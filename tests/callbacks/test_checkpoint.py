@@ -187,6 +187,11 @@ def test_a_resumed_run_knows_the_best_of_before(
     assert before.global_step > Checkpoint(tmp_path / "best.ckpt").step == Checkpoint(second).step
 
 
+def test_two_that_would_save_the_same_file_are_refused(fit: Callable[..., Trainer], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Two BestCheckpoint save .*best.ckpt. Give each a separate dirpath"):
+        fit(BestCheckpoint(tmp_path), BestCheckpoint(tmp_path, "val/accuracy", "max"))
+
+
 def test_a_fit_without_validation_keeps_no_best_weights(fit: Callable[..., Trainer], tmp_path: Path) -> None:
     fit(BestCheckpoint(tmp_path / "best"), SafeCheckpoint(tmp_path))
     assert not (tmp_path / "best").exists()

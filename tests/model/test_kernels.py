@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
@@ -79,9 +80,10 @@ def test_layers_that_cannot_be_compiled_run_as_written(
     rows: list[dict[str, str]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     tried: list[str] = []
+    log = logging.getLogger("torch._dynamo.convert_frame")  # of torch 2.10, it tells no other logger
+    monkeypatch.setattr(log, "handlers", [*log.handlers, caplog.handler])
 
     def broken(graph: Any, inputs: Any) -> Any:
         tried.append("compiled")
@@ -95,7 +97,7 @@ def test_layers_that_cannot_be_compiled_run_as_written(
     _, eager = losses(quiet_trainer(max_steps=2), pretrained, rows, "none")
     _, fallen_back = losses(quiet_trainer(max_steps=2), pretrained, rows, "compiled")
     assert tried
-    assert "WON'T CONVERT" in caplog.text + capfd.readouterr().err  # torch 2.10 logs to stderr alone
+    assert "WON'T CONVERT" in caplog.text
     assert fallen_back == pytest.approx(eager, rel=1e-6)
 
 
