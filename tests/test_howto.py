@@ -66,6 +66,7 @@ def test_a_sweep_of_wandb_calls_fit_with_flags_that_it_takes(started: None, caps
     sweep = yaml.safe_load(next(block for block in blocks(page("howto/sweeps.md"), "yaml") if "${args}" in block))
     values = {name: given.get("value", given.get("min")) for name, given in sweep["parameters"].items()}
     assert sweep["command"][:2] == ["lightning-sft", "fit"]
+    Path("wandb.yaml").write_text("{trainer: {logger: true}}", encoding="utf-8")  # that of the guide on loggers
     given = [word for word in sweep["command"][1:] if word != "${args}"]
     with pytest.raises(SystemExit) as end:
         main([*given, *(f"--{name}={value}" for name, value in values.items()), "--print_config"])

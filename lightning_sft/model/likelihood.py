@@ -8,6 +8,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
@@ -64,7 +65,8 @@ class LikelihoodModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, ``[..., H]`` to ``[..., V]``, for a few of them; all of a batch are large."""
-        raw = gathered_head(backbone_and_head(self.model)[1])(hidden)
+        head = gathered_head(backbone_and_head(self.model)[1])
+        raw = F.linear(hidden, head) if isinstance(head, Tensor) else head(hidden)
         return transformed(raw, self.findings.scale, self.findings.softcap)
 
     def forward(
