@@ -77,6 +77,18 @@ def test_a_line_end_that_is_trained_behind_the_stop_changes_nothing(tokenizer: P
     assert verdicts(tokenizer, found, rows) == [("right", "")]
 
 
+def test_a_line_end_of_the_generation_prompt_may_be_trained_and_its_role_may_not(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    found = conversations("messages", 1, seed=0)
+    for blanks, verdict in ((1, "right"), (2, "wrong")):
+        rows = sequences(tokenizer, found)
+        labels, ids = rows[0][0]["labels"], rows[0][0]["input_ids"]
+        first = next(n for n, label in enumerate(labels) if label != IGNORE)
+        labels[first - blanks : first] = ids[first - blanks : first]
+        assert [said for said, _ in verdicts(tokenizer, found, rows)] == [verdict]
+
+
 def test_rows_that_fail_together_are_tried_one_by_one() -> None:
     def encode(rows: list[dict[str, Any]]) -> list[Any]:
         if any(row["bad"] for row in rows):

@@ -17,7 +17,10 @@ Verdict = tuple[Literal["right", "wrong", "refused"], str]
 def verdicts(
     tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Conversation], rows: Sequence[Any]
 ) -> list[Verdict]:
-    """A verdict on each row, with what is wrong about it; blanks that are trained behind a stop token change nothing.
+    """A verdict on each row, with what is wrong about it.
+
+    Blanks that end the generation prompt or stand behind a stop token may be trained or not: no answer begins before the
+    first, and generation has ended at the second.
 
     Args:
         tokenizer: Tokenizer with the chat template.
@@ -44,8 +47,32 @@ def _example(tokenizer: PreTrainedTokenizerFast, input_ids: list[int], labels: l
     weights = [0.0, *(float(label != IGNORE) for label in labels[1:])]
     names = {tokenizer.eos_token, *family_of(str(tokenizer.chat_template)).stops}
     stops, is_behind = set(tokenizer.convert_tokens_to_ids(sorted(filter(None, names)))), False
+    header = _header(tokenizer)
+    blanks = len(header) - len(_without_last_blanks(tokenizer, header))
     for n, token in enumerate(input_ids):
-        is_behind = token in stops or (is_behind and not tokenizer.decode([token]).strip())
+        is_behind = token in stops or (is_behind and _is_blank(tokenizer, token))
         if is_behind and token not in stops:
-            weights[n] = 0.0  # generation has ended
+            weights[n] = 0.0
+        if blanks and input_ids[n + 1 - len(header) : n + 1] == header:
+            weights[n + 1 - blanks : n + 1] = [0.0] * blanks
     return Example(input_ids, weights)
+
+
+def _header(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """What the template writes before an answer."""
+    turn = [{"role": "user", "content": "?"}]
+    short, long = (
+        tokenizer.apply_chat_template(turn, add_generation_prompt=prompts, return_dict=False)
+        for prompts in (False, True)
+    )
+    return list(long[len(short) :])
+
+
+def _without_last_blanks(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[int]:
+    while tokens and _is_blank(tokenizer, tokens[-1]):
+        tokens = tokens[:-1]
+    return tokens
+
+
+def _is_blank(tokenizer: PreTrainedTokenizerFast, token: int) -> bool:
+    return not tokenizer.decode([token]).strip()
