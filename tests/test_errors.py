@@ -190,7 +190,7 @@ def test_a_link_to_a_checkpoint_that_is_gone_does_not_block_the_others(
 def test_resuming_with_other_frozen_parameters_is_refused(shell: Shell, given: list[Any], tmp_path: Path) -> None:
     """Also where as many are frozen as before, which the optimizer's state would fit."""
     assert not shell("fit", *given, "--model.frozen", "['*.layers.0.*']")
-    [path] = (tmp_path / "run").rglob("*.ckpt")
+    [path] = (tmp_path / "run").rglob("resume-*.ckpt")
     told = shell("fit", *given, "--model.frozen", "['*.layers.1.*']", "--ckpt_path", path, "--trainer.max_epochs", 2)
     assert "model.frozen=['*.layers.0.*'], now ['*.layers.1.*']" in told
     assert "Use the same settings to resume" in told

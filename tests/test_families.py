@@ -44,7 +44,7 @@ def families() -> dict[str, Family]:
     [rows] = [rows for head, *rows in tables(page("reference/families.md")) if head[1] == "config"]
     found = {}
     for _, config, model_type, template, variables, stop, adapted in rows:
-        path = ROOT / config.partition("](../")[2].rstrip(")")
+        path = (ROOT / "docs" / "reference" / config.partition("](")[2].rstrip(")")).resolve()
         texts = (
             *code(model_type),
             template.strip("`"),

@@ -19,6 +19,7 @@ from torch.optim import SGD
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import SafeCheckpoint
 from lightning_sft.main import VERBS, console, main
 from lightning_sft.types import InputError
 from tests.helpers.payload import Payload
@@ -255,10 +256,16 @@ def test_the_tokenizer_is_the_models_unless_another_is_named(arguments: list[str
         main(["validate", *arguments, "--data.tokenizer", "/nowhere"])
 
 
+def last_checkpoint(cli: Any) -> str:
+    """The checkpoint that a run resumes from."""
+    [path] = (saver.best_model_path for saver in cli.trainer.checkpoint_callbacks if isinstance(saver, SafeCheckpoint))
+    return str(path)
+
+
 def test_a_checkpoint_never_overrides_the_command_line(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = main(["fit", *arguments, "--model.optimizer.lr", "0.5"]).trainer.checkpoint_callback.best_model_path
+    path = last_checkpoint(main(["fit", *arguments, "--model.optimizer.lr", "0.5"]))
 
     def no_reading(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the pretrained weights were read although a checkpoint was given")
@@ -381,7 +388,7 @@ def test_an_export_has_the_chat_template_it_was_trained_with_also_with_the_users
     trainer = arguments[arguments.index("--trainer.accelerator") :]
     mine = ["--data", f"{__name__}.MyTemplate", "--data.path", jsonl(rows), "--data.template", str(template)]
     cli = main(["fit", *mine, "--model.pretrained", arguments[1], *trainer])
-    out = main(["export", "--ckpt", cli.trainer.checkpoint_callback.best_model_path, "--out", str(tmp_path / "out")])
+    out = main(["export", "--ckpt", last_checkpoint(cli), "--out", str(tmp_path / "out")])
     assert AutoTokenizer.from_pretrained(out).chat_template.endswith("{# mine #}")
 
 

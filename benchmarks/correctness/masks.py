@@ -19,8 +19,8 @@ def verdicts(
 ) -> list[Verdict]:
     """A verdict on each row, with what is wrong about it.
 
-    Blanks that end the generation prompt or stand behind a stop token may be trained or not: no answer begins before the
-    first, and generation has ended at the second.
+    Blanks that end the generation prompt or stand behind a stop token may be trained or not: no answer begins before
+    the first, and generation has ended at the second.
 
     Args:
         tokenizer: Tokenizer with the chat template.

@@ -136,7 +136,10 @@ class HFExport(Callback):
             return
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if not path:
-            rank_zero_warn("HFExport(best=True) has no effect: there is no checkpoint. Add a ModelCheckpoint.")
+            rank_zero_warn(
+                "HFExport(best=True) has no effect: no best checkpoint was saved. Add validation data, or a "
+                "ModelCheckpoint."
+            )
             return
 
         def write() -> None:

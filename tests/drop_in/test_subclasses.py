@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -19,6 +18,7 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.demos import tiny_pretrained
 from tests.helpers.dropping import blocks, flat_gradient, run_code
 from tests.helpers.gradients import ROWS, Recorder, furthest
+from tests.helpers.losses import classes
 
 Make = Callable[..., Trainer]
 SETTINGS: dict[str, Any] = {"optimizer": Recorder, "schedule": "constant", "warmup": 0.0}
@@ -32,7 +32,7 @@ def preference() -> Subclass:
 
 @pytest.fixture(scope="module")
 def distilled() -> Subclass:
-    return run_code("Distillation")["Distilled"]
+    return classes()["Distilled"]
 
 
 @pytest.fixture(scope="module")
@@ -97,26 +97,6 @@ def test_preference_gradients_are_those_of_the_formula(
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_distillation_gradients_are_those_of_the_formula(
-    pretrained: str, quiet_trainer: Make, distilled: Subclass, teacher: str
-) -> None:
-    """With packs, in one step of several micro-batches, whose tokens all weigh the same."""
-    data, trainer = SFTDataModule(train=ROWS, tokens_per_batch=100), quiet_trainer(accumulate_grad_batches=20)
-    trainer.fit(distilled(pretrained, teacher=teacher, share=0.3, **SETTINGS), data)
-    own, other = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32).train() for p in (pretrained, teacher))
-    total, count = torch.zeros((), dtype=torch.float64), 0.0
-    for example in data.splits["train"].examples:
-        ids = [int(i) for i in example.input_ids]
-        p, q = logits_of(own, ids).double().log_softmax(-1), logits_of(other, ids).detach().double().softmax(-1)
-        weights = torch.tensor([float(w) for w in example.target_weights[1:]], dtype=torch.float64)
-        apart = F.kl_div(p, q, reduction="none").sum(-1)
-        total = total - weights @ (0.7 * p.gather(1, torch.tensor(ids[1:])[:, None])[:, 0] - 0.3 * apart)
-        count += weights.sum().item()
-    (total / count).backward()
-    assert furthest(trainer.optimizers[0].gradients, [flat_gradient(own)]) <= 1e-5
-    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(total.item() / count, rel=1e-5)
-
-
 def test_a_checkpoint_of_a_subclass_loads_and_has_nothing_of_its_teacher(
     pretrained: str, quiet_trainer: Make, distilled: Subclass, teacher: str, tmp_path: Path
 ) -> None:
@@ -147,7 +127,6 @@ def test_a_training_step_of_a_subclass_stands_for_itself(pretrained: str, quiet_
     assert furthest(*gradients) == 0
 
 
-@pytest.mark.parametrize("heading", ["Preferences", "Distillation"])
-def test_such_a_subclass_has_less_than_30_lines(heading: str) -> None:
-    code = blocks(heading)[0].partition("class ")[2]
+def test_such_a_subclass_has_less_than_30_lines() -> None:
+    code = blocks("Preferences")[0].partition("class ")[2]
     assert len([line for line in code.splitlines() if line]) < 30

@@ -140,7 +140,11 @@ def test_a_number_that_makes_no_sense_is_refused(of: Any, settings: dict[str, An
     ("of", "settings", "message"),
     [
         (SFTModule, {"schedule": "Cosine"}, r"model.schedule is 'Cosine'; expected cosine, .* Did you mean cosine\?"),
-        (SFTModule, {"schedule": "constant_with_warmup"}, r"linear, constant, wsd or a function. Did you mean constant\?"),
+        (
+            SFTModule,
+            {"schedule": "constant_with_warmup"},
+            r"linear, constant, wsd or a function. Did you mean constant\?",
+        ),
         (SFTDataModule, {"overflow": "raise"}, r"is .raise.; expected error, .* truncate_prompt or split.$"),
         (Lora, {"targets": "q_proj"}, r"targets is 'q_proj'; expected all-linear or a list of strings"),
         (SFTModule, {"lora": {"rank": 8}}, r"Lora has no 'rank'; it has r, alpha, .*"),
