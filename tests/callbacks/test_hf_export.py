@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_sft.callbacks.hf_export
-from lightning_sft.callbacks import HFExport
+from lightning_sft.callbacks import HFExport, SafeCheckpoint
 from lightning_sft.main import main
 from lightning_sft.types import InputError
 from tests.helpers.exporting import TWO, ZERO, trained
@@ -82,8 +82,9 @@ def test_adapters_are_merged(pretrained: str, tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_is_exported_when_the_training_has_ended(pretrained: str, tmp_path: Path) -> None:
     saver = ModelCheckpoint(tmp_path / "ckpt", monitor="lr", mode="max", every_n_train_steps=1)
+    newest = SafeCheckpoint(tmp_path / "newest")  # which is listed first, and whose best_model_path is the newest
     export = HFExport(str(tmp_path / "out"), at_end=False, best=True)
-    trained(pretrained, export, callbacks=[saver], enable_checkpointing=True)
+    trained(pretrained, export, callbacks=[newest, saver], enable_checkpointing=True)
     saved = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
     assert names(tmp_path / "out") == ["best"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "best").state_dict()
