@@ -139,7 +139,7 @@ class HFExport(Callback):
         if not path:
             rank_zero_warn(
                 "HFExport(best=True) has no effect: no best checkpoint was saved. Add validation data, or a "
-                "ModelCheckpoint."
+                "ModelCheckpoint with a monitor."
             )
             return
 
