@@ -35,7 +35,10 @@ def test_under_every_strategy_a_folder_is_what_two_processes_train(
         found = json.loads((folder / "parity.json").read_text())
         assert found["passed"]
         assert found["live"] < 1e-5  # log Pr under the strategy, as the folder has it on one process
-        assert found["models"] == [{"name": "reloaded", "mean_kl": 0.0, "max_kl": 0.0, "top1": 1.0}]
+        [reloaded] = found["models"]
+        assert reloaded["name"] == "reloaded"
+        assert reloaded["max_kl"] < 1e-12  # 0 where this processor sums in the order of the shards
+        assert reloaded["top1"] == 1.0
     first, last = (AutoModelForCausalLM.from_pretrained(out / step)(IDS).logits for step in ("step-2", "final"))
     assert not torch.equal(first, last)
 
@@ -157,8 +160,8 @@ def test_the_config_of_the_page_runs(
     page = (Path(__file__).parents[2] / "docs" / "howto" / "export.md").read_text(encoding="utf-8")
     [config] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "page.yaml").write_text(config)
-    flags = ["--model.pretrained", pretrained, "--data.train", jsonl(rows), "--trainer.accelerator", "cpu"]
-    main(["fit", "--config", "page.yaml", *flags])
+    flags = ["--model.pretrained", pretrained, "--data.train", jsonl(rows), "--data.val", jsonl(rows)]
+    main(["fit", "--config", "page.yaml", *flags, "--trainer.accelerator", "cpu"])
     assert names(tmp_path / "exports") == ["best", "final"]
 
 
