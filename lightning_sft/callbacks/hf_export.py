@@ -134,11 +134,12 @@ class HFExport(Callback):
             raise self._error
         if not self.best or is_fast_dev_run(trainer):
             return
-        path = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        savers = [saver for saver in trainer.checkpoint_callbacks if getattr(saver, "monitor", None)]
+        path = next((found for saver in savers if (found := getattr(saver, "best_model_path", ""))), "")
         if not path:
             rank_zero_warn(
                 "HFExport(best=True) has no effect: no best checkpoint was saved. Add validation data, or a "
-                "ModelCheckpoint."
+                "ModelCheckpoint with a monitor."
             )
             return
 

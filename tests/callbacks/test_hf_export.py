@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_sft.callbacks.hf_export
 from lightning_sft.callbacks import HFExport
+from lightning_sft.callbacks.checkpoint import BestCheckpoint, SafeCheckpoint
 from lightning_sft.main import main
 from lightning_sft.types import InputError
 from tests.helpers.exporting import TWO, ZERO, trained
@@ -90,6 +91,18 @@ def test_the_best_checkpoint_is_exported_when_the_training_has_ended(pretrained:
     assert all(torch.equal(value, saved[f"scorer.model.{key}"]) for key, value in exported.items())
     with pytest.warns(UserWarning, match=r"HFExport\(best=True\) has no effect"):
         trained(pretrained, HFExport(str(tmp_path / "none"), at_end=False, best=True))
+
+
+def test_the_best_checkpoint_is_not_the_last_one_though_that_is_saved_by_a_callback_before(
+    pretrained: str, tmp_path: Path
+) -> None:
+    savers = [SafeCheckpoint(tmp_path / "ckpt"), BestCheckpoint(tmp_path / "ckpt", monitor="lr")]  # of the first step
+    export = HFExport(str(tmp_path / "out"), at_end=False, best=True)
+    trained(pretrained, export, callbacks=savers, enable_checkpointing=True, val_check_interval=1)
+    saved = torch.load(tmp_path / "ckpt" / "best.ckpt", weights_only=True)
+    assert saved["global_step"] == 1
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "best").state_dict()
+    assert all(torch.equal(value, saved["state_dict"][f"scorer.model.{key}"]) for key, value in exported.items())
 
 
 def test_a_folder_that_is_in_use_is_refused_before_the_first_step(pretrained: str, tmp_path: Path) -> None:
