@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_sft.checkpoints.reading import INDEX, META, check_index, tensors_alone
 from lightning_sft.checkpoints.writing import write_shards
-from lightning_sft.io.address import Address, is_address, place
+from lightning_sft.io.address import Address, place
 from lightning_sft.io.arguments import Count, check_arguments
 from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.parallel.sharding import DtypeName
@@ -119,8 +119,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint; in shards also to an address."""
-        if is_address(filepath) and self._save_distributed_checkpoint:
-            write_shards(checkpoint, Address(filepath))
+        if self._save_distributed_checkpoint and storage_options is None:
+            write_shards(checkpoint, place(self.broadcast(filepath)))
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
 

@@ -25,6 +25,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from lightning_sft.checkpoints.writing import unwritten
 from lightning_sft.io.address import Place
 from lightning_sft.types import InputError
 
@@ -99,7 +100,8 @@ class HostBuffers:
             place = tensor.storage_offset(), tensor.size(), tensor.stride()
             return torch.empty(0, dtype=tensor.dtype).set_(buffer, *place)
         names, context = tensor.__tensor_flatten__()
-        parts = {name: self._of(getattr(tensor, name)) for name in names}
+        values = {name: getattr(tensor, name) for name in names}  # also a DTensor's mesh, since torch 2.13
+        parts = {name: self._of(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         copy: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
         return copy
 
@@ -188,7 +190,7 @@ class BackgroundWriter:
         error = None if write is None else write.exception()
         if error is None or isinstance(error, InputError):
             return error
-        reason = InputError(f"The checkpoint {path} cannot be written: {error}. Those before it are intact.")
+        reason = unwritten(str(path), error)
         reason.__cause__ = error
         return reason
 
@@ -233,4 +235,5 @@ def _storages(tensor: Tensor) -> list[UntypedStorage]:
     """The storages of a tensor, or of those that a wrapper, such as a DTensor or a quantized state, consists of."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor.untyped_storage()]
-    return [storage for name in tensor.__tensor_flatten__()[0] for storage in _storages(getattr(tensor, name))]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [storage for part in parts if isinstance(part, Tensor) for storage in _storages(part)]

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim import AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.callbacks import checkpoint
+from lightning_sft.callbacks import saving
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.preempt import Preempt, Preempted
 from lightning_sft.callbacks.record import RunRecord
@@ -263,7 +263,7 @@ class Counting(SFTModule):
 @pytest.fixture
 def slow_copy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The thread copies step 3 only when the next forward pass has begun; counts of the tensors that it may copy."""
-    counts, finish, settled = list[int](), HostBuffers.finish, checkpoint.settled
+    counts, finish, settled = list[int](), HostBuffers.finish, saving.settled
     has_begun = threading.Event()
     has_begun.set()
 
@@ -280,7 +280,7 @@ def slow_copy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         time.sleep(0.2)
         return finish(self)
 
-    monkeypatch.setattr(checkpoint, "settled", watched)
+    monkeypatch.setattr(saving, "settled", watched)
     monkeypatch.setattr(HostBuffers, "finish", slow)
     return counts
 
