@@ -17,6 +17,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -244,6 +246,23 @@ def test_a_copy_has_all_kinds_of_tensors_and_what_they_share(quiet_trainer: Make
         assert copies[-1]["counts"] == [1]
     assert copies[0]["a"].data_ptr() == copies[1]["a"].data_ptr(), "its buffers are used again"
     writer.close()
+
+
+def test_a_copy_of_a_sharded_tensor_is_sharded_alike(quiet_trainer: Make) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        writer, copies = BackgroundWriter(quiet_trainer().strategy), list[dict[str, Any]]()
+        shards = distribute_tensor(torch.ones(4, 2), init_device_mesh("cpu", (1,)), [Shard(0)])
+        for settled in ([], [shards]):
+            writer.begin(Path("a"), {"a": shards}, copies.append, settled)
+            assert writer.wait() is None
+        for copy in (copy["a"] for copy in copies):
+            assert (copy.device_mesh, copy.placements) == (shards.device_mesh, shards.placements)
+            assert torch.equal(copy.to_local(), shards.to_local())
+            assert copy.to_local().data_ptr() != shards.to_local().data_ptr()
+        writer.close()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Counting(SFTModule):
