@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -57,6 +58,7 @@ class HostBuffers:
         """
         sources = {storage.data_ptr(): storage for tensor in tensors for storage in _storages(tensor)}
         kept = {storage.data_ptr() for tensor in settled for storage in _storages(tensor)}
+        self._buffers = {address: buffer for address, buffer in self._buffers.items() if address in sources}
         self._buffers = {address: self._buffer(address, source) for address, source in sources.items()}
         self._later = {address: source for address, source in sources.items() if address in kept}
         own = [tensor for tensor in tensors if any(part.data_ptr() in self._later for part in _storages(tensor))]
@@ -121,8 +123,10 @@ class BackgroundWriter:
         self.in_shards = isinstance(strategy, ModelParallelStrategy) and bool(strategy._save_distributed_checkpoint)
         # collectives of two threads must not mix in one group, and those of the thread need no device
         self.group = torch.distributed.new_group(backend="gloo") if self.in_shards else None
-        self._buffers = HostBuffers(strategy.root_device)
-        self._threads = ThreadPoolExecutor(1, "checkpoint")
+        device = strategy.root_device  # a thread begins on the first GPU, where torch's writer would use memory
+        begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._threads = ThreadPoolExecutor(1, "checkpoint", begin)
+        self._buffers = HostBuffers(device)
         self._is_copied = Event()
         self._is_copied.set()
         self._write: Future[None] | None = None

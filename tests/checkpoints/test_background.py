@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, SingleDeviceStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim import AdamW
@@ -26,6 +27,7 @@ from lightning_sft.callbacks import saving
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.preempt import Preempt, Preempted
 from lightning_sft.callbacks.record import RunRecord
+from lightning_sft.checkpoints import background
 from lightning_sft.checkpoints.background import BackgroundWriter, HostBuffers
 from lightning_sft.checkpoints.resume import POSITION_KEY
 from lightning_sft.checkpoints.writing import AtomicIO
@@ -263,6 +265,33 @@ def test_a_copy_of_a_sharded_tensor_is_sharded_alike(quiet_trainer: Make) -> Non
         writer.close()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_buffers_of_what_is_no_longer_there_are_freed_before_others_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is copied may be somewhere else each time: weights of a schedule-free optimizer are."""
+    buffers, left = HostBuffers(torch.device("cpu")), list[bool]()
+    before, after = torch.ones(4), torch.ones(4)
+    before_copied = weakref.ref(buffers.begin([before], [])[0].untyped_storage())
+    make = HostBuffers._buffer
+    monkeypatch.setattr(
+        HostBuffers, "_buffer", lambda self, *args: (left.append(before_copied() is not None), make(self, *args))[1]
+    )
+    buffers.begin([after], [])
+    assert left == [False]
+
+
+def test_the_thread_is_on_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads begin on the first one, where torch's writer of shards would use memory for each process."""
+    found = list[tuple[str, Any]]()
+    monkeypatch.setattr(background, "HostBuffers", lambda device: HostBuffers(torch.device("cpu")))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: found.append((threading.current_thread().name, device))
+    )
+    writer = BackgroundWriter(SingleDeviceStrategy("cuda:1"))
+    writer.begin(Path("a"), {}, lambda copy: None)
+    assert writer.wait() is None
+    writer.close()
+    assert found == [("checkpoint_0", torch.device("cuda:1"))]
 
 
 class Counting(SFTModule):
