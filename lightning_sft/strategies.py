@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, Strate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from lightning_sft.checkpoints.reading import INDEX, META, check_index, tensors_alone
+from lightning_sft.checkpoints.reading import INDEX, META, check_index, first_failure, tensors_alone
 from lightning_sft.checkpoints.writing import write_shards
 from lightning_sft.io.address import Address, place
 from lightning_sft.io.arguments import Count, check_arguments
@@ -85,18 +85,24 @@ class FSDP2Strategy(ModelParallelStrategy):
         With ``weights_only=False`` other objects are unpickled too, as in Lightning; the index is always checked.
 
         Raises:
-            InputError: When it is a file at an address, or an index that could run code.
+            InputError: When it is a file at an address, or an index that could run code; or when shards cannot be read,
+                or are those of another model.
         """
+        from torch.distributed.checkpoint.api import CheckpointException
+
         path = place(checkpoint_path)
         is_folder = (path / INDEX).is_file()
         if is_folder:
             check_index(path)
-        with tensors_alone() if is_folder and weights_only is not False else nullcontext():
-            if not isinstance(path, Address):
-                return super().load_checkpoint(checkpoint_path, weights_only)
-            if not is_folder:
-                raise InputError(f"{path} is not the folder of a complete checkpoint. Copy a file to a local disk.")
-            return self._load_shards(path)
+        try:
+            with tensors_alone() if is_folder and weights_only is not False else nullcontext():
+                if not isinstance(path, Address):
+                    return super().load_checkpoint(checkpoint_path, weights_only)
+                if not is_folder:
+                    raise InputError(f"{path} is not the folder of a complete checkpoint. Copy a file to a local disk.")
+                return self._load_shards(path)
+        except CheckpointException as error:
+            raise InputError(f"{path} cannot be loaded: {first_failure(error)}") from error
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The model's state; its shards stay on their devices, from which they are written or copied."""

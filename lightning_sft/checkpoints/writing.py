@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints.reading import INDEX, META, Checkpoint, know_optimizer_states
+from lightning_sft.checkpoints.reading import INDEX, META, Checkpoint, first_failure, know_optimizer_states
 from lightning_sft.checkpoints.resume import POSITION_KEY, SHARDED_KEY
 from lightning_sft.io.address import Address, Place, is_address, place
 from lightning_sft.io.disk import PARTIAL, hidden, publish, remove, whole
@@ -188,9 +188,9 @@ def finish(path: Place) -> None:
         raise unwritten(path, error) from error
 
 
-def unwritten(path: str | Place, error: BaseException | None) -> InputError:
+def unwritten(path: str | Place, reason: object) -> InputError:
     """The error for a checkpoint that cannot be written."""
-    return InputError(f"The checkpoint {path} cannot be written: {error}. Those before it are intact.")
+    return InputError(f"The checkpoint {path} cannot be written: {reason}. Those before it are intact.")
 
 
 def remove_checkpoint(path: Place) -> None:
@@ -231,8 +231,7 @@ def write_shards(checkpoint: dict[str, Any], folder: Place, group: ProcessGroup 
         _DistWrapper(group, True, 0).broadcast("begin", begin)  # in the first process, whose error reaches all
         save({"state_dict": checkpoint["state_dict"], **states}, checkpoint_id=to, process_group=group)
     except CheckpointException as error:
-        cause, _ = next(iter(error.failures.values()))
-        raise unwritten(folder, cause) from error
+        raise unwritten(folder, first_failure(error)) from error
 
 
 def bytes_of_checkpoint(module: torch.nn.Module) -> int:
