@@ -55,6 +55,9 @@ class HostBuffers:
 
         Returns:
             Tensors in host memory that have the values of ``tensors`` then, and share what these share.
+
+        Raises:
+            InputError: When there is no room for them.
         """
         sources = {storage.data_ptr(): storage for tensor in tensors for storage in _storages(tensor)}
         kept = {storage.data_ptr() for tensor in settled for storage in _storages(tensor)}
@@ -87,7 +90,13 @@ class HostBuffers:
     def _buffer(self, address: int, source: UntypedStorage) -> Tensor:
         buffer = self._buffers.get(address)
         if buffer is None or len(buffer) != source.nbytes():
-            buffer = torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=self._stream is not None)
+            try:
+                buffer = torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=self._stream is not None)
+            except RuntimeError as error:
+                raise InputError(
+                    f"There is no room in host memory for a copy of the checkpoint: {error}. Set "
+                    "SafeCheckpoint(in_background=False)."
+                ) from error
         return buffer
 
     def _copy(self, sources: dict[int, UntypedStorage]) -> None:

@@ -280,6 +280,22 @@ def test_buffers_of_what_is_no_longer_there_are_freed_before_others_are_made(mon
     assert left == [False]
 
 
+def test_too_little_host_memory_is_one_message(
+    fit: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = torch.empty
+
+    def full(*size: Any, **settings: Any) -> torch.Tensor:
+        if "pin_memory" in settings and settings["dtype"] == torch.uint8:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **settings)
+
+    monkeypatch.setattr(background.torch, "empty", full)
+    with pytest.raises(InputError, match=r"room in host memory .*: CUDA error: out of memory. Set .*background=False"):
+        fit(saver(tmp_path))
+    assert not names(tmp_path)
+
+
 def test_the_thread_is_on_the_gpu_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads begin on the first one, where torch's writer of shards would use memory for each process."""
     found = list[tuple[str, Any]]()
