@@ -159,6 +159,6 @@ def convert_shards(
 def _log_probs(module: SFTModule, scorer: LikelihoodModel, examples: Sequence[Example]) -> Tensor:
     """Log-probabilities of all tokens at the targets under a sharded model, ``[T, V]``, at its precision."""
     with eval_mode(scorer), evaluating(module):
-        found: Tensor = scorer(None, lambda model, _: parity.log_probs(model, examples))
+        found: Tensor = scorer(None, lambda model, _: parity.log_probs(model, examples, module.device))
     cast(Any, scorer).reshard()  # after a forward pass FSDP2 keeps the embeddings whole, for a backward pass
     return found
