@@ -105,10 +105,12 @@ def main() -> None:
     """Run the notebooks that the command line names, or all."""
     names = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*names, []], default=names)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"Notebooks; by default all: {', '.join(names)}.")
     parser.add_argument("--text", action="store_true", help="Renew the text, and keep the outputs.")
     arguments = parser.parse_args()
-    for name in arguments.names:
+    if unknown := set(arguments.names) - set(names):
+        parser.error(f"there is no {', '.join(sorted(unknown))}")
+    for name in arguments.names or names:
         book, target = without_outputs(NOTEBOOKS / f"{name}.py"), NOTEBOOKS / f"{name}.ipynb"
         if arguments.text:
             book = with_outputs_of(book, nbformat.read(target, as_version=4))

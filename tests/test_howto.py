@@ -57,6 +57,9 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: str) -> No
 
 # peft asks transformers for an attribute that has another name by now
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated"
+)  # torchao, as torch compiles its optimizer
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in NAMES])
 def test_every_block_of_a_guide_does_what_the_page_says(name: str, started: None, capsys: Any) -> None:
     Reader(capsys).read(ROOT / "docs" / "howto" / f"{name}.md")

@@ -68,7 +68,7 @@ def row(city: str, sky: str) -> dict:
     return {"messages": messages, "tools": TOOLS}
 
 
-cities = ["Oslo", "Rome", "Lima", "Bonn", "Kyiv", "Bath", "Cork", "Nice", "Pisa", "Bern", "Graz", "Riga"]
+cities = ["Oslo", "Rome", "Lima", "Bonn", "Kyiv", "Bath"]
 rows = [row(city, "rain" if number % 2 else "sun") for number, city in enumerate(cities)]
 Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -140,10 +140,10 @@ print(f"{num_targets('plain.jsonl', chat_template_kwargs={'enable_thinking': Fal
 
 # %%
 torch.manual_seed(0)
-module = SFTModule("tiny", optimizer=lambda groups: torch.optim.AdamW(groups, lr=1e-2), warmup=0.1, kernels="none")
+module = SFTModule("tiny", optimizer=lambda groups: torch.optim.AdamW(groups, lr=6e-3), warmup=0.1, kernels="none")
 quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-trainer = Trainer(accelerator="cpu", max_epochs=30, gradient_clip_val=1.0, **quiet)
-trainer.fit(module, SFTDataModule("train.jsonl", chat_template="template.jinja", tokens_per_batch=2048))
+trainer = Trainer(accelerator="cpu", max_epochs=60, gradient_clip_val=1.0, **quiet)
+trainer.fit(module, SFTDataModule("train.jsonl", chat_template="template.jinja", tokens_per_batch=512))
 print(f"loss of the last step: {trainer.callback_metrics['train/loss']:.4f}")
 
 
@@ -153,7 +153,7 @@ def answer(messages: list[dict]) -> str:
         messages, tools=TOOLS, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
-        out = module.model.eval().generate(**prompt, max_new_tokens=96, do_sample=False)
+        out = module.model.eval().generate(**prompt, max_new_tokens=160, do_sample=False)
     return tokenizer.decode(out[0, prompt["input_ids"].shape[1] :])
 
 

@@ -61,8 +61,11 @@ def default_callbacks(trainer: Mapping[str, Any], resumes: bool, is_fit: bool = 
     for kind in (SampleLedger, RunRecord):
         if is_fit and not any(isinstance(callback, kind) for callback in given):
             added.append(kind(str(root) if resumes else None))
-    folder = str(root / "checkpoints") if resumes else None
+    folder = str((root / "checkpoints").expanduser().resolve()) if resumes else None
     savers = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
+    for saver in savers:
+        if isinstance(saver, (SafeCheckpoint, BestCheckpoint)):
+            saver.dirpath = saver.dirpath or folder
     if all(isinstance(saver, SafeCheckpoint) for saver in savers):
         added.append(BestCheckpoint(next((saver.dirpath for saver in savers), folder)))
     if not any(map(_saves_whole, given)):

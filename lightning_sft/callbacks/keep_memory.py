@@ -10,7 +10,7 @@ from lightning_sft.training.trainer import announce
 
 
 class KeepMemory(Callback):
-    """On CPUs, makes glibc retain freed memory for the next step; docs/performance has measurements.
+    """On CPUs, makes glibc retain freed memory for the next step; docs/howto/performance.md has measurements.
 
     It configures the allocator of this process with ``mallopt``, so no restart is needed. The command line adds it to
     ``fit``. ``enabled=False`` leaves the allocator alone, and so do ``MALLOC_*`` environment variables.

@@ -27,7 +27,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str, layout: Adapte
         model: Unsharded model with adapters.
         folder: Folder for ``adapter_model.safetensors`` and ``adapter_config.json``; created if needed.
         base: Name or path of the base model.
-        layout: How adapters on fused experts are written, see docs/experts.
+        layout: How adapters on fused experts are written, see docs/concepts/experts.md.
 
     Raises:
         InputError: When there are no adapters, other parameters were trained as well, or the layout is not that of any

@@ -122,6 +122,15 @@ def test_the_best_weights_lie_beside_the_checkpoints_of_the_user(tmp_path: Path)
     assert (type(best), best.dirpath) == (BestCheckpoint, str(tmp_path / "own"))
 
 
+@pytest.mark.parametrize("own", [SafeCheckpoint, BestCheckpoint])
+def test_checkpoints_of_a_run_lie_in_its_folder_whichever_callback_the_user_lists(own: type, tmp_path: Path) -> None:
+    given = own()
+    added = default_callbacks({"callbacks": [given], "default_root_dir": str(tmp_path)}, True)
+    savers = [given, *(callback for callback in added if isinstance(callback, ModelCheckpoint))]
+    assert sorted(type(saver).__name__ for saver in savers) == ["BestCheckpoint", "SafeCheckpoint"]
+    assert {saver.dirpath for saver in savers} == {str(tmp_path / "checkpoints")}
+
+
 def test_a_callback_that_saves_on_an_error_alone_leaves_ours_in_its_place(tmp_path: Path) -> None:
     added = default_callbacks({"callbacks": [OnExceptionCheckpoint(tmp_path)]}, True)
     assert any(isinstance(callback, SafeCheckpoint) for callback in added)

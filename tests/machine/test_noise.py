@@ -62,7 +62,7 @@ def test_a_whole_fit_prints_our_lines_alone(pretrained: str, jsonl: object, tmp_
         text=True,
         check=True,
     )
-    assert [line.partition(" ")[0] for line in done.stderr.splitlines()] == ["The", "Last", "Talk", "Export"]
+    assert [line.partition(" ")[0] for line in done.stderr.splitlines()] == ["The", "Best", "Last", "Talk", "Export"]
     ours = ("Data", "rows", "refused", "left out", "cut", "expanded", "sequences", "tokens", "targets", "longest", "──")
     ours += ("An epoch", "So few optimizer steps", "Model", "Trained", "Precision", "Devices", "Attention", "Kernels")
     ours += ("Optimizer", "Steps", "Memory", "Checkpoints", "Logs", "Step ")

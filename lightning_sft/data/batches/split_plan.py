@@ -143,9 +143,10 @@ class SplitPlan:
         return outlier_remark(lengths, lambda index: self.split.examples[index].provenance)
 
     def __str__(self) -> str:
+        steps, batches = self.plan.num_steps, self.plan.num_ranks * self.plan.accumulate
         return (
-            f"An epoch: {self.plan.num_steps:,} optimizer steps of {self.plan.num_ranks * self.plan.accumulate} "
-            f"{self.packing} micro-batches of at most {self.capacity:,} tokens ({self.fill:.0%} full)."
+            f"An epoch: {steps:,} optimizer step{'s' * (steps > 1)} of {batches} {self.packing} "
+            f"micro-batch{'es' * (batches > 1)} of at most {self.capacity:,} tokens ({self.fill:.0%} full)."
         )
 
     @property

@@ -64,7 +64,7 @@ def test_the_plan_is_that_of_the_trainers_settings(show: Any, config: dict[str, 
     assert "2 optimizer steps of 4 packed micro-batches of at most 64 tokens" in show()
     assert "4 optimizer steps of 2 packed" in show("--trainer.devices", "1")
     config["trainer"]["limit_train_batches"] = 2
-    assert "1 optimizer steps of 4 packed" in show()
+    assert "1 optimizer step of 4 packed micro-batches of" in show()
 
 
 def test_weights_are_shown_where_they_are_not_1(show: Any) -> None:
@@ -81,7 +81,7 @@ def test_a_config_that_fit_has_saved_can_be_shown(
     assert "ckpt_path" in saved
     data = saved["data"] | config["data"]
     config |= saved | {"data": data}
-    assert "7 optimizer steps of 1 packed" in show()
+    assert "7 optimizer steps of 1 packed micro-batch of" in show()
 
 
 def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: dict[str, Any], jsonl: Any) -> None:
