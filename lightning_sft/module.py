@@ -59,7 +59,7 @@ from lightning_sft.training.checks import check_epoch, check_trainer, not_finite
 from lightning_sft.training.losses import TargetLosses
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
-from lightning_sft.training.schedules import Schedule, named_scheduler, with_scheduler
+from lightning_sft.training.schedules import Schedule, named_scheduler, step_plateau, with_scheduler
 from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
     announce,
@@ -308,6 +308,12 @@ class SFTModule(TargetLosses, EvaluatedModule):
         """Stop the clock of training, and reset the validation metrics."""
         self._step_metrics.pause()
         super().on_validation_start()
+
+    def on_validation_end(self) -> None:
+        """Step a schedule that looks for a plateau."""
+        super().on_validation_end()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            step_plateau(self.trainer)
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """Answers to a batch of prompts, see :func:`lightning_sft.evaluation.generation.answers`."""

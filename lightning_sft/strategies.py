@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy, Strate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from lightning_sft.checkpoints.reading import INDEX, META, check_index, tensors_alone
+from lightning_sft.checkpoints.reading import INDEX, META, check_index, first_failure, tensors_alone
 from lightning_sft.checkpoints.writing import write_shards
-from lightning_sft.io.address import Address, is_address, place
+from lightning_sft.io.address import Address, place
 from lightning_sft.io.arguments import Count, check_arguments
 from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.parallel.sharding import DtypeName
@@ -85,18 +85,24 @@ class FSDP2Strategy(ModelParallelStrategy):
         With ``weights_only=False`` other objects are unpickled too, as in Lightning; the index is always checked.
 
         Raises:
-            InputError: When it is a file at an address, or an index that could run code.
+            InputError: When it is a file at an address, or an index that could run code; or when shards cannot be read,
+                or are those of another model.
         """
+        from torch.distributed.checkpoint.api import CheckpointException
+
         path = place(checkpoint_path)
         is_folder = (path / INDEX).is_file()
         if is_folder:
             check_index(path)
-        with tensors_alone() if is_folder and weights_only is not False else nullcontext():
-            if not isinstance(path, Address):
-                return super().load_checkpoint(checkpoint_path, weights_only)
-            if not is_folder:
-                raise InputError(f"{path} is not the folder of a complete checkpoint. Copy a file to a local disk.")
-            return self._load_shards(path)
+        try:
+            with tensors_alone() if is_folder and weights_only is not False else nullcontext():
+                if not isinstance(path, Address):
+                    return super().load_checkpoint(checkpoint_path, weights_only)
+                if not is_folder:
+                    raise InputError(f"{path} is not the folder of a complete checkpoint. Copy a file to a local disk.")
+                return self._load_shards(path)
+        except CheckpointException as error:
+            raise InputError(f"{path} cannot be loaded: {first_failure(error)}") from error
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The model's state; its shards stay on their devices, from which they are written or copied."""
@@ -119,8 +125,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save a checkpoint; in shards also to an address."""
-        if is_address(filepath) and self._save_distributed_checkpoint:
-            write_shards(checkpoint, Address(filepath))
+        if self._save_distributed_checkpoint and storage_options is None:
+            write_shards(checkpoint, place(self.broadcast(filepath)))
         else:
             super().save_checkpoint(checkpoint, filepath, storage_options)
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from lightning.pytorch import Trainer
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -90,6 +92,20 @@ def test_a_full_disk_is_one_message(shell: Shell, given: list[Any], monkeypatch:
 
     monkeypatch.setattr(SFTModule, "on_train_start", full)
     assert shell("fit", *given) == "lightning-sft: [Errno 28] No space left on device: 'metrics.jsonl'"
+
+
+def test_an_export_to_a_full_disk_is_one_message(
+    shell: Shell, given: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not shell("fit", *given)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full)
+    told = shell("export", "--ckpt", tmp_path / "run", "--out", tmp_path / "out")
+    assert told == "lightning-sft: Error while serializing: I/O error: No space left on device (os error 28)"
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unexpected_error_says_how_to_get_its_traceback(

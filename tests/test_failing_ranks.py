@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.failing import POISON
+from tests.helpers.full_disk import CASES, FULL, HOW
 from tests.helpers.processes import torchrun
 
 LAUNCHES = [["ddp", "fsdp2", "fsdp2_lora", "tensor"]]
@@ -25,3 +27,14 @@ def test_a_nan_on_one_rank_names_its_row_on_all_of_them(
     assert told.keys() == {f"{name}-{verb}-{rank}" for name, verb in verbs for rank in (0, 1)}
     for text in told.values():
         assert f"Samples: {POISON}." in text
+
+
+def test_a_disk_that_is_full_on_one_rank_is_one_message_on_all_of_them(pretrained_for_two: str, tmp_path: Path) -> None:
+    torchrun("tests.helpers.full_disk", pretrained_for_two, str(tmp_path), timeout=100)
+    for name in (f"{case} {how}" for case in CASES for how in HOW):
+        for rank in (0, 1):
+            told = (tmp_path / f"{name} {rank}.txt").read_text()
+            assert re.fullmatch(rf"The checkpoint .*ckpt\S* cannot be written: .*{FULL}\. Those .* intact\.", told), (
+                told
+            )
+        assert not list((tmp_path / name).glob("*.ckpt"))

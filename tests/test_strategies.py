@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import pickle
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_sft.callbacks import RunRecord
 from lightning_sft.demos import tiny_model
@@ -93,6 +97,15 @@ def test_an_index_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="could run code"):
         FSDP2Strategy().load_checkpoint(tmp_path)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_shards_that_cannot_be_read_are_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut_short(*args: Any) -> None:
+        raise CheckpointException("read", {1: (EOFError("Ran out of input"), traceback.StackSummary())})
+
+    monkeypatch.setattr(ModelParallelStrategy, "load_checkpoint", cut_short)
+    with pytest.raises(InputError, match=r"a.ckpt cannot be loaded: Ran out of input"):
+        FSDP2Strategy().load_checkpoint(tmp_path / "a.ckpt")
 
 
 def test_layers_are_found_again_when_fsdp2_has_given_them_a_class_of_its_own() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -13,42 +12,28 @@ from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
-from lightning_sft.callbacks.optimizer_in_backward import OptimizerInBackward
+from lightning_sft.callbacks.saving import save_in_background, save_whole
 from lightning_sft.checkpoints.background import BackgroundWriter, refuse_async_io, refuse_own_writer
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.checkpoints.writing import (
     bytes_of_checkpoint,
     check_disk,
-    finish,
     folders_of,
     newest,
-    partial_of,
     remove_checkpoint,
     step_of,
     sweep,
-    write_shards,
     write_whole,
 )
 from lightning_sft.io.address import Address, Place, place
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments, plain
-from lightning_sft.training.optimizers import parts_of
 from lightning_sft.training.trainer import Agreement, averages_weights, callbacks_of, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 
 _NAME = "resume-{epoch}-{step}"
 _PATTERN = "resume-*.ckpt"
-_BETWEEN_STEPS = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-)
-_KNOWN = ("lightning", "lightning_sft")  # packages whose hooks between two steps change no weights
 
 
 class SafeCheckpoint(ModelCheckpoint):
@@ -103,9 +88,7 @@ class SafeCheckpoint(ModelCheckpoint):
             InputError: When the folder holds checkpoints of another run, or the disk has no room for a checkpoint.
         """
         self._last_time, self._agreement = time.monotonic(), Agreement()
-        self._last_global_step_saved = (
-            trainer.global_step
-        )  # the checkpoint that was resumed from need not be written again
+        self._last_global_step_saved = trainer.global_step  # what was resumed from need not be written again
         first_rank_does(trainer, lambda: self._check(trainer, pl_module))
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
@@ -324,68 +307,6 @@ def _has_saved(saver: ModelCheckpoint, trainer: Trainer, path: str) -> None:
     if trainer.is_global_zero:
         for logger in trainer.loggers:
             logger.after_save_checkpoint(proxy(saver))
-
-
-def save_whole(trainer: Trainer, path: str | Path, weights_only: bool = False) -> None:
-    """Save a checkpoint under a hidden name, and rename it after all processes have written their part.
-
-    Args:
-        trainer: Trainer to save; every process must call this.
-        path: Final path of the checkpoint, a file or a folder depending on the strategy, or an address.
-        weights_only: Whether to leave out what a run needs to resume.
-    """
-    to = place(trainer.strategy.broadcast(str(path)))
-    partial = partial_of(to)
-    trainer.save_checkpoint(str(partial) if isinstance(partial, Address) else partial, weights_only)
-    if trainer.is_global_zero:
-        finish(to)
-    trainer.strategy.barrier("save_whole")
-
-
-def save_in_background(trainer: Trainer, path: str | Path, writer: BackgroundWriter, then: Callable[[], None]) -> None:
-    """Leave it to a thread to copy a checkpoint to host memory, and to write it like :func:`save_whole`.
-
-    What is not :func:`settled` is copied on return; for the rest see :meth:`BackgroundWriter.wait_for_copy`.
-
-    Args:
-        trainer: Trainer to save; every process must call this.
-        path: Final path of the checkpoint, a file or a folder depending on the strategy, or an address.
-        writer: The thread, without a write under way.
-        then: What the first process does in the thread when the checkpoint is complete.
-    """
-    strategy, is_first = trainer.strategy, trainer.is_global_zero
-    to = place(strategy.broadcast(str(path)))
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-    if not (writer.in_shards or is_first):
-        return
-
-    def write(copy: dict[str, Any]) -> None:
-        if writer.in_shards:
-            write_shards(copy, partial_of(to), writer.group)
-        else:
-            strategy.checkpoint_io.save_checkpoint(copy, str(partial_of(to)))
-        if is_first:
-            finish(to)
-            then()
-
-    writer.begin(to, checkpoint, write, settled(trainer))
-
-
-def settled(trainer: Trainer) -> list[Tensor]:
-    """The weights and states of the optimizers, unless something else than their steps may change them.
-
-    That is code of a user which runs between two steps, or an optimizer that takes its steps in the backward pass.
-    """
-    module, callbacks = trainer.lightning_module, callbacks_of(trainer)
-    hooks = [getattr(own, name) for own in (*callbacks, module) for name in _BETWEEN_STEPS]
-    hooks.append(module.on_train_batch_end)  # that of callbacks precedes the save
-    is_known = all(str(getattr(hook, "__module__", "")).split(".")[0] in _KNOWN for hook in hooks)
-    if not is_known or any(isinstance(own, OptimizerInBackward) for own in callbacks):
-        return []
-    optimizers = [part for optimizer in trainer.optimizers for part in parts_of(optimizer)]
-    weights = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
-    states = [leaf for optimizer in optimizers for leaf in tree_leaves(list(optimizer.state.values()))]
-    return weights + [leaf for leaf in states if isinstance(leaf, Tensor)]
 
 
 def finish_saves(trainer: Trainer) -> None:

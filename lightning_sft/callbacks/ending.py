@@ -39,7 +39,8 @@ def ending(trainer: Trainer, resumed_at: int = 0) -> str:
     if step == resumed_at and step:
         lines = [f"Nothing was left to train after step {step:,}: {why}. Raise trainer.max_epochs or max_steps."]
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
-    written = [path for saver in savers if (path := saver._last_checkpoint_saved) and place(path).exists()]
+    in_turn = sorted(savers, key=lambda saver: not saver.save_weights_only)  # those to resume from behind the others
+    written = [path for saver in in_turn if (path := saver._last_checkpoint_saved) and place(path).exists()]
     last = next(reversed(written), str(trainer.ckpt_path or "") if step == resumed_at else "")
     best = ""
     for saver in savers:

@@ -14,7 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.callbacks.checkpoint import SafeCheckpoint, save_whole
+from lightning_sft.callbacks.checkpoint import SafeCheckpoint
+from lightning_sft.callbacks.saving import save_whole
 from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.io.arguments import check_arguments

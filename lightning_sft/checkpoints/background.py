@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
+from functools import partial
 from threading import Event
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from lightning_sft.checkpoints.writing import unwritten
 from lightning_sft.io.address import Place
 from lightning_sft.types import InputError
 
@@ -53,9 +55,13 @@ class HostBuffers:
 
         Returns:
             Tensors in host memory that have the values of ``tensors`` then, and share what these share.
+
+        Raises:
+            InputError: When there is no room for them.
         """
         sources = {storage.data_ptr(): storage for tensor in tensors for storage in _storages(tensor)}
         kept = {storage.data_ptr() for tensor in settled for storage in _storages(tensor)}
+        self._buffers = {address: buffer for address, buffer in self._buffers.items() if address in sources}
         self._buffers = {address: self._buffer(address, source) for address, source in sources.items()}
         self._later = {address: source for address, source in sources.items() if address in kept}
         own = [tensor for tensor in tensors if any(part.data_ptr() in self._later for part in _storages(tensor))]
@@ -84,7 +90,13 @@ class HostBuffers:
     def _buffer(self, address: int, source: UntypedStorage) -> Tensor:
         buffer = self._buffers.get(address)
         if buffer is None or len(buffer) != source.nbytes():
-            buffer = torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=self._stream is not None)
+            try:
+                buffer = torch.empty(source.nbytes(), dtype=torch.uint8, pin_memory=self._stream is not None)
+            except RuntimeError as error:
+                raise InputError(
+                    f"There is no room in host memory for a copy of the checkpoint: {error}. Set "
+                    "SafeCheckpoint(in_background=False)."
+                ) from error
         return buffer
 
     def _copy(self, sources: dict[int, UntypedStorage]) -> None:
@@ -99,7 +111,8 @@ class HostBuffers:
             place = tensor.storage_offset(), tensor.size(), tensor.stride()
             return torch.empty(0, dtype=tensor.dtype).set_(buffer, *place)
         names, context = tensor.__tensor_flatten__()
-        parts = {name: self._of(getattr(tensor, name)) for name in names}
+        values = {name: getattr(tensor, name) for name in names}  # also a DTensor's mesh, since torch 2.13
+        parts = {name: self._of(value) if isinstance(value, Tensor) else value for name, value in values.items()}
         copy: Tensor = type(tensor).__tensor_unflatten__(parts, context, tensor.size(), tensor.stride())
         return copy
 
@@ -119,8 +132,10 @@ class BackgroundWriter:
         self.in_shards = isinstance(strategy, ModelParallelStrategy) and bool(strategy._save_distributed_checkpoint)
         # collectives of two threads must not mix in one group, and those of the thread need no device
         self.group = torch.distributed.new_group(backend="gloo") if self.in_shards else None
-        self._buffers = HostBuffers(strategy.root_device)
-        self._threads = ThreadPoolExecutor(1, "checkpoint")
+        device = strategy.root_device  # a thread begins on the first GPU, where torch's writer would use memory
+        begin = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._threads = ThreadPoolExecutor(1, "checkpoint", begin)
+        self._buffers = HostBuffers(device)
         self._is_copied = Event()
         self._is_copied.set()
         self._write: Future[None] | None = None
@@ -188,7 +203,7 @@ class BackgroundWriter:
         error = None if write is None else write.exception()
         if error is None or isinstance(error, InputError):
             return error
-        reason = InputError(f"The checkpoint {path} cannot be written: {error}. Those before it are intact.")
+        reason = unwritten(str(path), error)
         reason.__cause__ = error
         return reason
 
@@ -233,4 +248,5 @@ def _storages(tensor: Tensor) -> list[UntypedStorage]:
     """The storages of a tensor, or of those that a wrapper, such as a DTensor or a quantized state, consists of."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor.untyped_storage()]
-    return [storage for name in tensor.__tensor_flatten__()[0] for storage in _storages(getattr(tensor, name))]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [storage for part in parts if isinstance(part, Tensor) for storage in _storages(part)]

@@ -18,13 +18,16 @@ from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_sft.io.address import Address, Place, place
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
 
 Kind = Literal["file", "distributed", "deepspeed"]
 
@@ -171,8 +174,7 @@ def _distributed_weights(path: Place, names: Collection[str] | None) -> dict[str
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
             load(tensors, storage_reader=_reader(path), no_dist=True)  # reads only these
     except CheckpointException as error:
-        cause, _ = error.failures[0]
-        raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(cause)}") from error
+        raise InputError(f"{path} cannot be read, it may have been cut short: {first_failure(error)}") from error
     return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 
@@ -305,3 +307,9 @@ def check_index(path: Place) -> None:
 
 def _reason(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def first_failure(error: CheckpointException) -> str:
+    """What was wrong on the first of the processes that an error of torch's distributed checkpoints is of."""
+    cause, _ = next(iter(error.failures.values()))
+    return _reason(cause)

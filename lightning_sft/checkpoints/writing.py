@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints.reading import INDEX, META, Checkpoint, know_optimizer_states
+from lightning_sft.checkpoints.reading import INDEX, META, Checkpoint, first_failure, know_optimizer_states
 from lightning_sft.checkpoints.resume import POSITION_KEY, SHARDED_KEY
 from lightning_sft.io.address import Address, Place, is_address, place
 from lightning_sft.io.disk import PARTIAL, hidden, publish, remove, whole
@@ -51,9 +51,7 @@ class AtomicIO(TorchCheckpointIO):
                 with whole(to) as [partial], partial.open("wb") as file:
                     torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            raise InputError(
-                f"The checkpoint {path} cannot be written: {error}. Those before it are intact."
-            ) from error
+            raise unwritten(path, error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint on the CPU, since torch refuses a callable location for tensor subclasses.
@@ -178,9 +176,21 @@ def partial_of(path: Place) -> Place:
 
 
 def finish(path: Place) -> None:
-    """Make a checkpoint that all processes have written to :func:`partial_of` the one at ``path``."""
-    if not isinstance(path, Address):
-        publish(path)
+    """Make a checkpoint that all processes have written to :func:`partial_of` the one at ``path``.
+
+    Raises:
+        InputError: When it cannot be renamed.
+    """
+    try:
+        if not isinstance(path, Address):
+            publish(path)
+    except OSError as error:
+        raise unwritten(path, error) from error
+
+
+def unwritten(path: str | Place, reason: object) -> InputError:
+    """The error for a checkpoint that cannot be written."""
+    return InputError(f"The checkpoint {path} cannot be written: {reason}. Those before it are intact.")
 
 
 def remove_checkpoint(path: Place) -> None:
@@ -199,18 +209,29 @@ def write_shards(checkpoint: dict[str, Any], folder: Place, group: ProcessGroup 
         checkpoint: The checkpoint, as each process has it.
         folder: Folder that is written, which is no complete checkpoint until all have written to it.
         group: The processes; by default all.
+
+    Raises:
+        InputError: On every process, when one of them cannot write.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
+    from torch.distributed.checkpoint.utils import _DistWrapper
 
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     states = {f"optimizer_{n}": state for n, state in enumerate(checkpoint.get("optimizer_states", []))}
-    if torch.distributed.get_rank() == 0:  # others wait for it in `save`, before they write
+
+    def begin() -> None:
         remove_checkpoint(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / META).open("wb") as file:
             torch.save(rest, file)
+
     to = str(folder) if isinstance(folder, Address) else folder
-    save({"state_dict": checkpoint["state_dict"], **states}, checkpoint_id=to, process_group=group)
+    try:
+        _DistWrapper(group, True, 0).broadcast("begin", begin)  # in the first process, whose error reaches all
+        save({"state_dict": checkpoint["state_dict"], **states}, checkpoint_id=to, process_group=group)
+    except CheckpointException as error:
+        raise unwritten(folder, first_failure(error)) from error
 
 
 def bytes_of_checkpoint(module: torch.nn.Module) -> int:

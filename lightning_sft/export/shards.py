@@ -7,7 +7,7 @@ folder layer by layer, and compares it with the model in training on held-out ro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -140,8 +140,8 @@ def convert_shards(
     assert module.scorer is not None
     trained = _log_probs(module, module.scorer, live.examples)
     report.targets, report.live = len(trained), mean_difference(trained, live)
-    with whole_folder(out, replace=True) if first.is_here else nullcontext() as unfinished:
-        folder = Path(first(lambda: str(unfinished)))
+    with ExitStack() as unfinished:
+        folder = Path(first(lambda: str(unfinished.enter_context(whole_folder(out, replace=True)))))
         first(lambda: write_settings(plain, tokenizer, folder, load_generation_config(own["pretrained"])))
         for file, tensors, index in weights.files(settings.max_shard_size):
             first(lambda: write_file(folder, file, tensors, index))  # noqa: B023, called at once
@@ -153,11 +153,12 @@ def convert_shards(
             finish(folder, out, report, settings, own, facts, rows[1], tokenizer, live.examples, trained)
 
         first(compare)
+        first(unfinished.close)  # which gives it its name
 
 
 def _log_probs(module: SFTModule, scorer: LikelihoodModel, examples: Sequence[Example]) -> Tensor:
     """Log-probabilities of all tokens at the targets under a sharded model, ``[T, V]``, at its precision."""
     with eval_mode(scorer), evaluating(module):
-        found: Tensor = scorer(None, lambda model, _: parity.log_probs(model, examples))
+        found: Tensor = scorer(None, lambda model, _: parity.log_probs(model, examples, module.device))
     cast(Any, scorer).reshard()  # after a forward pass FSDP2 keeps the embeddings whole, for a backward pass
     return found

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
 
 from lightning_sft.io.closest import did_you_mean
 from lightning_sft.machine.terminal import printable
@@ -58,7 +59,8 @@ def is_foreseen(error: Exception) -> bool:
     Args:
         error: Any that has been raised.
     """
-    if isinstance(error, (InputError, FloatingPointError, MisconfigurationException, OSError, yaml.YAMLError)):
+    foreseen = InputError, FloatingPointError, MisconfigurationException, OSError, SafetensorError, yaml.YAMLError
+    if isinstance(error, foreseen):  # safetensors has an error of its own for a full disk
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     package = str(frame.f_globals.get("__name__")).partition(".")[0]

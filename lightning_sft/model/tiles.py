@@ -119,7 +119,8 @@ class _Tiled(torch.autograd.Function):
             raise RuntimeError("MLPs in tiles have no second derivatives. Call backward without create_graph=True.")
         sums: list[Tensor | None] = [None] * len(ctx.trained)
         [states] = ctx.kept[0].saved_tensors
-        rows, of_out, of_states = _rows(states), _rows(gradient), torch.empty_like(states)
+        rows, of_out = _rows(states), _rows(gradient)
+        of_states = torch.empty_like(states, memory_format=torch.contiguous_format)  # whose rows are a view
         with ctx.modes.restored():
             for tile in slices(rows.shape[1], ctx.size, even=False):
                 own = rows[:, tile].detach().requires_grad_()

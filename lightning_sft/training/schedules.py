@@ -11,11 +11,16 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from lightning_sft.training.trainer import datamodule_of
+from lightning_sft.types import InputError
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 NamedSchedule = Literal["cosine", "linear", "constant", "wsd"]
 Schedule = NamedSchedule | LRSchedulerCallable
+
+_NEVER = 2**62  # optimizer steps between those of a scheduler that Lightning leaves alone
 
 
 def learning_rate_factor(step: int, total: int, schedule: NamedSchedule = "cosine", warmup: float = 0.03) -> float:
@@ -60,20 +65,41 @@ def named_scheduler(optimizer: Optimizer, schedule: NamedSchedule, warmup: float
 def with_scheduler(optimizer: Optimizer, make: LRSchedulerCallable, trainer: Trainer) -> OptimizerLRScheduler:
     """The optimizer with a scheduler of torch, which Lightning steps after each optimizer step.
 
-    ``ReduceLROnPlateau`` is stepped after each validation, on its ``monitor`` if it has one, else on ``val/loss``.
+    ``ReduceLROnPlateau`` is stepped by :func:`step_plateau` instead, on its ``monitor`` if it has one, else on
+    ``val/loss``.
 
     Args:
         optimizer: Optimizer whose learning rates are scheduled.
         make: Function that makes the scheduler from the optimizer.
         trainer: The Lightning trainer.
+
+    Raises:
+        InputError: For a ``ReduceLROnPlateau`` without validation data.
     """
     scheduler = make(optimizer)
     config: Any = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
-        config["monitor"] = getattr(scheduler, "monitor", "val/loss")
-        if (every := trainer.check_val_every_n_epoch) not in (None, 1):
-            config |= {"interval": "epoch", "frequency": every}
-        else:
-            trainer.fit_loop.setup_data()  # makes val_check_batch, the number of micro-batches between validations
-            config["frequency"] = trainer.val_check_batch
+        if "val" not in getattr(datamodule_of(trainer), "splits", ["val"]):
+            raise InputError("model.schedule=ReduceLROnPlateau is stepped after each validation: set data.val.")
+        config |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "frequency": _NEVER}
     return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def step_plateau(trainer: Trainer) -> None:
+    """Step a ``ReduceLROnPlateau`` of :func:`with_scheduler` after a validation.
+
+    Lightning counts micro-batches of an epoch instead, and misses validations within an optimizer step, at times, or
+    at the end of a stream; at the end of an epoch it steps after the checkpoint is saved.
+
+    Raises:
+        InputError: When its metric was not logged.
+    """
+    for config in trainer.lr_scheduler_configs:
+        if config.reduce_on_plateau and config.frequency == _NEVER:
+            logged = trainer.callback_metrics
+            if config.monitor not in logged:
+                known = ", ".join(sorted(logged))
+                raise InputError(
+                    f"ReduceLROnPlateau: the metric {config.monitor!r} was not logged. Logged are {known}."
+                )
+            trainer.lightning_module.lr_scheduler_step(config.scheduler, logged[config.monitor])

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_sft.callbacks.hf_export
-from lightning_sft.callbacks import HFExport, SafeCheckpoint
+from lightning_sft.callbacks import HFExport
+from lightning_sft.callbacks.checkpoint import BestCheckpoint, SafeCheckpoint
 from lightning_sft.main import main
 from lightning_sft.types import InputError
 from tests.helpers.exporting import TWO, ZERO, trained
@@ -96,6 +97,18 @@ def test_the_best_checkpoint_is_exported_when_the_training_has_ended(pretrained:
         trained(pretrained, HFExport(str(tmp_path / "none"), at_end=False, best=True))
 
 
+def test_the_best_checkpoint_is_not_the_last_one_though_that_is_saved_by_a_callback_before(
+    pretrained: str, tmp_path: Path
+) -> None:
+    savers = [SafeCheckpoint(tmp_path / "ckpt"), BestCheckpoint(tmp_path / "ckpt", monitor="lr")]  # of the first step
+    export = HFExport(str(tmp_path / "out"), at_end=False, best=True)
+    trained(pretrained, export, callbacks=savers, enable_checkpointing=True, val_check_interval=1)
+    saved = torch.load(tmp_path / "ckpt" / "best.ckpt", weights_only=True)
+    assert saved["global_step"] == 1
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "best").state_dict()
+    assert all(torch.equal(value, saved["state_dict"][f"scorer.model.{key}"]) for key, value in exported.items())
+
+
 def test_a_folder_that_is_in_use_is_refused_before_the_first_step(pretrained: str, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("")
     steps: list[int] = []
@@ -135,7 +148,7 @@ def test_an_export_that_failed_at_the_end_is_made_when_the_run_is_resumed(
         raise OSError("no space left")
 
     def fit(best: bool, ckpt_path: str | None = None) -> Trainer:
-        saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True, every_n_train_steps=3)
+        saver = ModelCheckpoint(tmp_path / "ckpt", monitor="lr", save_last=True, every_n_train_steps=3)
         export = HFExport(str(tmp_path / "out"), best=best)
         return trained(pretrained, export, callbacks=[saver], enable_checkpointing=True, ckpt_path=ckpt_path)
 

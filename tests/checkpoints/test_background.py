@@ -20,10 +20,11 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch.optim import AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.callbacks import checkpoint
+from lightning_sft.callbacks import saving
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.preempt import Preempt, Preempted
 from lightning_sft.callbacks.record import RunRecord
+from lightning_sft.checkpoints import background
 from lightning_sft.checkpoints.background import BackgroundWriter, HostBuffers
 from lightning_sft.checkpoints.resume import POSITION_KEY
 from lightning_sft.checkpoints.writing import AtomicIO
@@ -219,31 +220,20 @@ def test_a_run_that_saved_in_the_background_resumes_to_the_bit(fit: Callable[...
     assert equal(dict(resumed.lightning_module.state_dict()), dict(whole.lightning_module.state_dict()))
 
 
-def test_a_copy_has_all_kinds_of_tensors_and_what_they_share(quiet_trainer: Make) -> None:
-    quantized = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit.zeros((256, 256))
-    quantized.copy_(torch.linspace(-1, 1, 256).expand(256, 256))
-    kept, tied, counts = quantized.dequantize(), torch.ones(4, 4), [1]
-    writer, copies = BackgroundWriter(quiet_trainer().strategy), list[dict[str, Any]]()
-    for settled in ([], [tied, quantized]):
-        tied.fill_(1)
-        quantized.copy_(kept)
-        writer.begin(
-            Path("a"),
-            {"a": tied, "b": {"c": tied[:2]}, "state": [quantized], "counts": counts[:]},
-            copies.append,
-            settled,
-        )
-        writer.wait_for_copy()
-        tied.mul_(2)
-        quantized.copy_(torch.zeros(256, 256))
-        assert writer.wait() is None
-        a, b = copies[-1]["a"], copies[-1]["b"]["c"]
-        assert a.eq(1).all()
-        assert a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-        assert torch.equal(copies[-1]["state"][0].dequantize(), kept)
-        assert copies[-1]["counts"] == [1]
-    assert copies[0]["a"].data_ptr() == copies[1]["a"].data_ptr(), "its buffers are used again"
-    writer.close()
+def test_too_little_host_memory_is_one_message(
+    fit: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = torch.empty
+
+    def full(*size: Any, **settings: Any) -> torch.Tensor:
+        if "pin_memory" in settings and settings["dtype"] == torch.uint8:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*size, **settings)
+
+    monkeypatch.setattr(background.torch, "empty", full)
+    with pytest.raises(InputError, match=r"room in host memory .*: CUDA error: out of memory. Set .*background=False"):
+        fit(saver(tmp_path))
+    assert not names(tmp_path)
 
 
 class Counting(SFTModule):
@@ -263,7 +253,7 @@ class Counting(SFTModule):
 @pytest.fixture
 def slow_copy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The thread copies step 3 only when the next forward pass has begun; counts of the tensors that it may copy."""
-    counts, finish, settled = list[int](), HostBuffers.finish, checkpoint.settled
+    counts, finish, settled = list[int](), HostBuffers.finish, saving.settled
     has_begun = threading.Event()
     has_begun.set()
 
@@ -280,7 +270,7 @@ def slow_copy(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         time.sleep(0.2)
         return finish(self)
 
-    monkeypatch.setattr(checkpoint, "settled", watched)
+    monkeypatch.setattr(saving, "settled", watched)
     monkeypatch.setattr(HostBuffers, "finish", slow)
     return counts
 

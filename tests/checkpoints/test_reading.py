@@ -111,7 +111,7 @@ def test_nothing_in_a_shard_is_run_where_fit_goes_on(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(ModelParallelStrategy, "load_checkpoint", load)  # what of it would run what it reads
     torch_checkpoint.save({"a": Payload(tmp_path / "run")}, checkpoint_id=tmp_path / "bad.ckpt", no_dist=True)
-    with pytest.raises(torch_checkpoint.CheckpointException, match="Weights only load failed"):
+    with pytest.raises(InputError, match=r"bad.ckpt cannot be loaded: Weights only load failed"):
         FSDP2Strategy().load_checkpoint(tmp_path / "bad.ckpt")
     assert not (tmp_path / "run").exists()
     ModelParallelStrategy().load_checkpoint(tmp_path / "bad.ckpt", None)

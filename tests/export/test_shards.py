@@ -90,3 +90,13 @@ def test_a_rank_that_fails_alone_ends_with_its_error_though_others_wait_for_it(
     ended = torchrun("tests.helpers.sharded_export", *arguments, timeout=120, fails=True)
     assert ended[rank].code == 1
     assert "MemoryError: no memory left" in ended[rank].errors
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning_on_the_way_and_an_error_at_the_end_on_all_ranks(
+    pretrained_for_two: str, tmp_path: Path
+) -> None:
+    torchrun("tests.helpers.sharded_export", pretrained_for_two, "disk", str(tmp_path), timeout=120)
+    for name in ("whole_folder", "sync"):
+        first, second = ((tmp_path / f"{name} {rank}").read_text(encoding="utf-8") for rank in (0, 1))
+        assert first == "3 [Errno 28] No space left on device"  # the export after step 2 let training continue
+        assert second == f"3 Rank 0 failed while this rank waited for it. OSError: {first[2:]}"

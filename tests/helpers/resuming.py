@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from lightning_sft import Mixture, Part, SFTDataModule, SFTModule
-from lightning_sft.callbacks import checkpoint
+from lightning_sft.callbacks import saving
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import EX_TEMPFAIL, Preempt
@@ -75,7 +75,7 @@ class Run:
         )
         module = SFTModule(pretrained, **{"optimizer": partial(AdamW, lr=1e-2), "warmup": 0.1, **self.model})
         data = SFTDataModule(**{"train": TRAIN, "val": ROWS[:6], "tokens_per_batch": 150, "cache": None, **self.data})
-        with patch.object(checkpoint, "_KNOWN", (*checkpoint._KNOWN, "tests", "__main__")):  # which change no weights
+        with patch.object(saving, "_KNOWN", (*saving._KNOWN, "tests", "__main__")):  # which change no weights
             trainer.fit(module, data, ckpt_path=newest([where]))
         weights = {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in module.state_dict().items()}
         if trainer.is_global_zero:

@@ -73,6 +73,18 @@ def fail(out: Path) -> None:
         (out / "failing" / f"rank{dist.get_rank()}").write_text(str(error), encoding="utf-8")
 
 
+def fail_on_disk(pretrained: str, out: Path) -> None:
+    """A fit whose exports cannot be begun, or not be ended; each rank writes how far it comes, and its error."""
+    for name in ("whole_folder", "sync"):
+        export = HFExport(out / name, every_n_steps=2)
+        where = "lightning_sft.export.shards" if name == "whole_folder" else "lightning_sft.io.disk"
+        try:
+            with patch(f"{where}.{name}", side_effect=OSError(28, "No space left on device")):
+                trained(pretrained, export, devices=2, strategy=FSDP2Strategy())
+        except (OSError, RuntimeError) as error:
+            (out / f"{name} {dist.get_rank()}").write_text(f"{export._last_step} {error}", encoding="utf-8")
+
+
 def fail_alone(pretrained: str, out: Path, rank: int) -> None:
     """A fit in whose export one rank fails between two gathers, while the other waits for it."""
     gather = ShardedWeights.part
@@ -88,7 +100,10 @@ def fail_alone(pretrained: str, out: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     folder, *chosen = sys.argv[1:]
-    if chosen[0].isdecimal():
+    if chosen[0] == "disk":
+        fail_on_disk(folder, Path(chosen[1]))
+        chosen = []
+    elif chosen[0].isdecimal():
         fail_alone(folder, Path(chosen[1]), int(chosen[0]))
         chosen = []
     with patch("lightning_sft.callbacks.hf_export.whole_state", side_effect=AssertionError("gathered whole")):

@@ -102,6 +102,17 @@ def test_no_activation_of_the_mlp_is_larger_than_a_tile(pretrained: str, tile_si
     assert largest.tokens == (max(TILE, weights) if tile_size else batch.input_ids.numel())
 
 
+def test_tokens_may_lie_in_any_order_in_memory() -> None:
+    model = tiny_model()
+    layer = model.model.layers[0]
+    states = torch.randn(5, 3, model.config.hidden_size).transpose(0, 1).requires_grad_()  # tokens first, then rows
+    weights = torch.randn(3, 5, model.config.hidden_size)
+    wanted, *_ = torch.autograd.grad((layer.mlp(states) * weights).sum(), states)
+    tile_mlps(model, 4)
+    found, *_ = torch.autograd.grad((layer.mlp(states) * weights).sum(), states)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_dropout_of_a_tile_is_the_same_when_it_is_computed_again() -> None:
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 4))

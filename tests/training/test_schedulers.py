@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import SafeCheckpoint
+from lightning_sft.types import InputError
 from tests.helpers.gradients import ROWS
 
 Make = Callable[..., Trainer]
@@ -62,7 +64,13 @@ STUCK: dict[str, Any] = {"patience": 0, "factor": 0.5, "threshold": 0.9}
     "kind", [partial(ReduceLROnPlateau, **STUCK), partial(Monitored, monitor="val/entropy", **STUCK)]
 )
 @pytest.mark.parametrize(
-    ("settings", "between"), [({"val_check_interval": 2}, 2), ({}, 4), ({"check_val_every_n_epoch": 2}, 8)]
+    ("settings", "between"),
+    [
+        ({"val_check_interval": 2}, 2),
+        ({}, 4),
+        ({"check_val_every_n_epoch": 2}, 8),
+        ({"check_val_every_n_epoch": None, "val_check_interval": 6}, 6),
+    ],
 )
 def test_a_plateau_is_looked_for_after_each_validation(
     pretrained: str, quiet_trainer: Make, kind: Any, settings: dict[str, Any], between: int
@@ -72,6 +80,55 @@ def test_a_plateau_is_looked_for_after_each_validation(
     trainer.fit(module_of(pretrained, kind), SFTDataModule(**DATA))
     assert trainer.global_step == 20
     assert seen.rates == [0.1 * 0.5 ** max(0, step // between - 1) for step in range(20)]
+
+
+class Slow(Callback):
+    """Lets a micro-batch take some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        time.sleep(self.seconds)
+
+
+class Validations(Callback):
+    """The step of each validation."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_validation_end(self, trainer: Any, module: Any) -> None:
+        self.steps += [] if trainer.sanity_checking else [trainer.global_step]
+
+
+@pytest.mark.parametrize(
+    ("settings", "data"),
+    [
+        ({}, {"streaming": True, "num_workers": 0}),
+        ({"val_check_interval": 3, "accumulate_grad_batches": 2}, {}),
+        ({"val_check_interval": "00:00:00:01", "callbacks": [Slow(0.2)]}, {}),
+    ],
+    ids=["a stream", "within a step", "by time"],
+)
+def test_a_plateau_is_looked_for_whenever_a_validation_comes(
+    pretrained: str, quiet_trainer: Make, settings: dict[str, Any], data: dict[str, Any]
+) -> None:
+    seen, validations = Rates(), Validations()
+    callbacks = [seen, validations, *settings.pop("callbacks", [])]
+    trainer = quiet_trainer(**{"max_epochs": 4, "callbacks": callbacks} | settings)
+    trainer.fit(module_of(pretrained, partial(ReduceLROnPlateau, **STUCK)), SFTDataModule(**DATA | data))
+    before = [sum(at <= step for at in validations.steps) for step in range(trainer.global_step)]
+    assert max(before) > 1
+    assert seen.rates == [0.1 * 0.5 ** max(0, number - 1) for number in before]
+
+
+def test_a_plateau_needs_validation_data_and_a_metric_that_is_logged(pretrained: str, quiet_trainer: Make) -> None:
+    with pytest.raises(InputError, match=r"ReduceLROnPlateau is stepped after each validation: set data\.val"):
+        quiet_trainer().fit(module_of(pretrained, ReduceLROnPlateau), SFTDataModule(**DATA | {"val": None}))
+    module = module_of(pretrained, partial(Monitored, monitor="val/los"))
+    with pytest.raises(InputError, match=r"the metric 'val/los' was not logged\. Logged are .*val/loss"):
+        quiet_trainer(max_epochs=1).fit(module, SFTDataModule(**DATA))
 
 
 @pytest.mark.parametrize("ends_after", [2, 3, 4])
