@@ -59,7 +59,7 @@ from lightning_sft.training.checks import check_epoch, check_trainer, not_finite
 from lightning_sft.training.losses import TargetLosses
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
-from lightning_sft.training.schedules import Schedule, named_scheduler, step_plateau, with_scheduler
+from lightning_sft.training.schedules import WARMUP, Schedule, named_scheduler, step_plateau, with_scheduler
 from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
     announce,
@@ -120,7 +120,7 @@ class SFTModule(TargetLosses, EvaluatedModule):
         optimizer: OptimizerCallable = lambda groups: AdamW(groups, lr=2e-5, weight_decay=0.01, fused=True),
         optimizers: list[OptimizerPart] | None = None,
         schedule: Schedule = "cosine",
-        warmup: Fraction = 0.03,
+        warmup: Fraction = WARMUP,
         gradient_checkpointing: Checkpointing = False,
         kernels: KernelName = "auto",
         attn_implementation: str | None = None,
@@ -283,7 +283,7 @@ class SFTModule(TargetLosses, EvaluatedModule):
         """The optimizer and its schedule over all planned steps."""
         optimizer = self.make_optimizer()
         if callable(self.schedule):
-            return with_scheduler(optimizer, self.schedule, self.trainer)
+            return with_scheduler(optimizer, self.schedule, self.trainer, self.warmup)
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
         scheduler = named_scheduler(optimizer, self.schedule, self.warmup, total)
         self._run.scheduled(scheduler)

@@ -7,6 +7,7 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 NamedSchedule = Literal["cosine", "linear", "constant", "wsd"]
 Schedule = NamedSchedule | LRSchedulerCallable
 
+WARMUP = 0.03  # steps of warm-up of a named schedule, as a share of all
 _NEVER = 2**62  # optimizer steps between those of a scheduler that Lightning leaves alone
 
 
-def learning_rate_factor(step: int, total: int, schedule: NamedSchedule = "cosine", warmup: float = 0.03) -> float:
+def learning_rate_factor(step: int, total: int, schedule: NamedSchedule = "cosine", warmup: float = WARMUP) -> float:
     """Linear warm-up to 1, then the schedule down to 0 at ``total``; ``constant`` stays at 1.
 
     ``wsd`` (warm-up, stable, decay) stays at 1 and falls linearly over the last fifth of the steps.
@@ -62,7 +64,9 @@ def named_scheduler(optimizer: Optimizer, schedule: NamedSchedule, warmup: float
     return scheduler
 
 
-def with_scheduler(optimizer: Optimizer, make: LRSchedulerCallable, trainer: Trainer) -> OptimizerLRScheduler:
+def with_scheduler(
+    optimizer: Optimizer, make: LRSchedulerCallable, trainer: Trainer, warmup: float = WARMUP
+) -> OptimizerLRScheduler:
     """The optimizer with a scheduler of torch, which Lightning steps after each optimizer step.
 
     ``ReduceLROnPlateau`` is stepped by :func:`step_plateau` instead, on its ``monitor`` if it has one, else on
@@ -72,10 +76,16 @@ def with_scheduler(optimizer: Optimizer, make: LRSchedulerCallable, trainer: Tra
         optimizer: Optimizer whose learning rates are scheduled.
         make: Function that makes the scheduler from the optimizer.
         trainer: The Lightning trainer.
+        warmup: What was asked for with a named schedule in mind; it has no effect here, which is said.
 
     Raises:
         InputError: For a ``ReduceLROnPlateau`` without validation data.
     """
+    if warmup not in (0, WARMUP):
+        rank_zero_warn(
+            f"model.warmup={warmup:g} has no effect beside a scheduler of torch. Give the scheduler a warm-up of its "
+            "own, such as a SequentialLR that begins with a LinearLR."
+        )
     scheduler = make(optimizer)
     config: Any = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):

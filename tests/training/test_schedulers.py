@@ -56,6 +56,13 @@ def test_a_scheduler_of_torch_is_stepped_after_each_optimizer_step(pretrained: s
     assert seen.rates == wanted
 
 
+def test_a_warm_up_beside_a_scheduler_of_torch_has_no_effect_and_is_said(pretrained: str, quiet_trainer: Make) -> None:
+    schedule = partial(OneCycleLR, max_lr=0.1, total_steps=20, cycle_momentum=False)
+    module = SFTModule(pretrained, schedule=schedule, warmup=0.1)
+    with pytest.warns(UserWarning, match=r"model.warmup=0.1 has no effect beside a scheduler of torch"):
+        quiet_trainer().fit(module, SFTDataModule(train=ROWS, tokens_per_batch=400))
+
+
 # with a threshold that nothing reaches, each validation but the first is one of no progress
 STUCK: dict[str, Any] = {"patience": 0, "factor": 0.5, "threshold": 0.9}
 
