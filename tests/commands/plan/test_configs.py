@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tests.test_configs import ALL, write_data
 from tests.test_families import FAMILIES
 
 DEVICES = 8
+QUICK = {"deepseek_r1_distill", "gemma4", "gpt_oss"}  # families that are planned in every run: dense, sliding, experts
 COPIES = {"context_parallel": 4, "tensor_parallel": 2}  # devices that get the same batches
 
 
@@ -29,7 +31,12 @@ def planned(config: Path, pretrained: str, capsys: pytest.CaptureFixture[str], *
     return found
 
 
-@pytest.mark.parametrize("name", ALL)
+def some(names: Iterable[str], quick: Container[str]) -> list[Any]:
+    """All names; those that are not quick are slow."""
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
+
+
+@pytest.mark.parametrize("name", some(ALL, {name for name, path in ALL.items() if path.parent.name != "recipes"}))
 def test_a_rank_takes_its_share(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,7 +58,7 @@ def test_a_rank_takes_its_share(
 
 
 @pytest.mark.filterwarnings("ignore:In this model, documents packed into one row see each other")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some(FAMILIES, QUICK))
 def test_a_config_of_a_family_is_planned_for(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
