@@ -3,6 +3,7 @@
 Three questions to each system, in an environment of its own: whether the same rows of five dialects become the right
 targets, whether a step that is split into micro-batches is the same step, and whether a run that was killed and resumed
 ends where one ends that was not. It writes correctness.json, .md and .png to build/bench, and with --publish the page.
+What is asked of some systems alone is renewed among what an earlier call found with as many rows.
 """
 
 from __future__ import annotations
@@ -69,7 +70,16 @@ class Scoreboard:
         common |= {"converted": self.converted, "length": 512}
         self.script = Scripts(self.out / "runs", given.threads, given.python, common)
         self.results: dict[str, Any] = {"targets": {}, "step": {}, "resumed": {}, "missing": {}}
-        self.results["settings"] = {"rows": given.rows}
+        self.results["settings"] = {"rows": given.rows, "seed": given.seed}
+        if self.file.is_file():
+            before = json.loads(self.file.read_text(encoding="utf-8"))
+            if before["settings"] == self.results["settings"]:
+                self.results = before
+
+    @property
+    def file(self) -> Path:
+        """Where results are kept."""
+        return self.out.parent / "correctness.json"
 
     def prepare(self) -> list[str]:
         """Make environments; returns the systems that have one."""
@@ -80,6 +90,7 @@ class Scoreboard:
                 if self.given.python is None:
                     environments.make(name)
                 found.append(name)
+                self.results["missing"].pop(name, None)
             except Exception as error:
                 self.results["missing"][name] = str(error)[-300:]
         return found
@@ -89,7 +100,7 @@ class Scoreboard:
         for template in self.given.templates:
             tokenizer = tokenizer_for(of_trl()[template])
             model = _random_model(self.out / template, tokenizer)
-            results = self.results["targets"].setdefault(template, {system: {} for system in systems})
+            results = self.results["targets"].setdefault(template, {})
             for dialect in DIALECTS:
                 found = conversations(dialect, self.given.rows, self.given.seed)
                 path = self.out / f"{dialect}.jsonl"
@@ -102,7 +113,7 @@ class Scoreboard:
                     said = verdicts(tokenizer, found, rows)
                     reasons = Counter(reason for _, reason in said if reason)
                     kinds = Counter(verdict for verdict, _ in said)
-                    results[system][dialect] = {**kinds, "reasons": reasons.most_common(4)}
+                    results.setdefault(system, {})[dialect] = {**kinds, "reasons": reasons.most_common(4)}
                 self.save()
 
     def pairs(self, name: str, count: int) -> str:
@@ -164,7 +175,7 @@ class Scoreboard:
 
     def save(self) -> None:
         """Keep what there is so far."""
-        (self.out.parent / "correctness.json").write_text(json.dumps(self.results, indent=1), encoding="utf-8")
+        self.file.write_text(json.dumps(self.results, indent=1), encoding="utf-8")
 
 
 def _random_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -182,7 +193,7 @@ def _step_settings(system: str, size: int) -> dict[str, Any]:
     if system == "ours":
         flags = {"--model.optimizer": "torch.optim.SGD", "--model.optimizer.lr": 1.0, "--model.schedule": "constant"}
         flags |= {"--model.warmup": 0.0, "--trainer.logger": "false", "--trainer.enable_checkpointing": "false"}
-        flags |= {"--data.tokens_per_batch": 4096 if size > 1 else 150, "--trainer.accumulate_grad_batches": 64}
+        flags |= {"--data.tokens_per_batch": 4096 if size > 1 else 256, "--trainer.accumulate_grad_batches": 64}
         flags |= {"--trainer.gradient_clip_val": "null"}
         return {"steps": 1, "flags": flags}
     if system == "trl":
