@@ -35,6 +35,7 @@ trainer:
   enable_progress_bar: false
   num_sanity_val_steps: -1
   default_root_dir: runs/home
+  logger: false
 model:
   pretrained: SmolLM2
   optimizer:
