@@ -25,6 +25,10 @@ class Recorder(Callback):
         self.record, self.weights, self.dies_after = Record(out), weights, dies_after
         self.steps = self.tokens = self.targets = self.positions = 0
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """A resumed run begins behind the steps of its checkpoint."""
+        self.steps = trainer.global_step
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Count the micro-batch, and close the step if it was its last."""
         mask = None if isinstance(batch, Batch) else batch["attention_mask"]  # packs have no padding

@@ -33,11 +33,17 @@ class Recorder(TrainerCallback):
         self, out: str, accumulate: int, counts: list[tuple[int, int, int]], dies_after: int | None = None
     ) -> None:
         self.record, self.accumulate, self.counts, self.dies_after = Record(out), accumulate, counts, dies_after
+        self.begun_at = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """A resumed run begins behind the steps of its checkpoint."""
+        self.begun_at = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **others: Any) -> None:
         """A step has ended, or the training has, which has no loss of its own."""
         if "loss" in logs:
-            own = self.counts[(state.global_step - 1) * self.accumulate : state.global_step * self.accumulate]
+            step = state.global_step - self.begun_at
+            own = self.counts[(step - 1) * self.accumulate : step * self.accumulate]
             self.record.step(logs["loss"], *(sum(column) for column in zip(*own, strict=True)))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:

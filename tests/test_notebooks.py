@@ -18,7 +18,7 @@ NOTEBOOKS = ROOT / "docs" / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.py"))
 NOISE = re.compile(
     r"GPU available|TPU available|Tip:|UserWarning|FutureWarning|torchao|Seed set|Loading weights|site-packages"
-    r"|IProgress|ipywidgets|LOCAL_RANK|Traceback"
+    r"|LOAD REPORT|configuration_validator|IProgress|ipywidgets|LOCAL_RANK|Traceback"
 )
 MACHINE = re.compile(r"/(?:work|tmp|root|home|usr)/")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import environments
 from benchmarks.correctness.masks import verdicts
@@ -64,7 +64,7 @@ class Scoreboard:
     def __init__(self, given: argparse.Namespace) -> None:
         self.given, self.out = given, given.out.resolve() / "correctness"
         self.out.mkdir(parents=True, exist_ok=True)
-        self.model = _random_model(self.out / "pythia-14m", tokenizer_for(of_trl()["qwen2_5"]))
+        self.model = _random_model(self.out / "SmolLM2-135M", tokenizer_for(of_trl()["qwen2_5"]))
         self.converted = str(self.out / "converted" / Path(self.model).name)
         common = {"model": self.model, "seed": given.seed, "given": None, "precision": "float32"}
         common |= {"converted": self.converted, "length": 512}
@@ -179,10 +179,11 @@ class Scoreboard:
 
 
 def _random_model(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
-    """A model of a shape that all systems know, that of EleutherAI's pythia-14m."""
-    size = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 4}
+    """A model of a shape that all systems know, that of HuggingFaceTB/SmolLM2-135M."""
+    size = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    size |= {"num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192}
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=50304, max_position_embeddings=512, rotary_pct=0.25, **size))
+    model = LlamaForCausalLM(LlamaConfig(**size, rms_norm_eps=1e-5, rope_theta=100_000.0, tie_word_embeddings=True))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

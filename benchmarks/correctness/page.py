@@ -50,7 +50,7 @@ def _cell(counts: list[int]) -> str:
 
 def _share(found: Mapping[str, Any] | None) -> str:
     if found is None or "error" in found:
-        return "not measured" if found is None else f"failed: {found['error']}"
+        return "not measured" if found is None else f"failed: {' '.join(found['error'].split())[-120:]}"
     return "the same bit for bit" if not found["unlike"] else f"{found['share']:.1e}"
 
 

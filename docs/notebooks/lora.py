@@ -20,10 +20,9 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.callbacks import RunSummary
+from lightning_sft.callbacks import HFExport, RunSummary
 from lightning_sft.demos.data import write_demo_data
 from lightning_sft.demos.pretrained import fetch_demo_model
-from lightning_sft.export.folder import export
 
 model = fetch_demo_model("SmolLM2")
 write_demo_data("data", num_train=64, num_test=8)
@@ -73,7 +72,7 @@ trainer = Trainer(
     log_every_n_steps=1,
     num_sanity_val_steps=-1,  # a whole validation before the training
     logger=CSVLogger(".", name="logs", version=0),
-    callbacks=[RunSummary()],
+    callbacks=[RunSummary(), HFExport("exports")],
     enable_checkpointing=False,
     enable_progress_bar=False,
 )
@@ -96,12 +95,11 @@ print(f"loss on {data.splits['val'].account.num_rows} held-out rows: {trainer.ca
 # %% [markdown]
 # ## Merge and compare
 #
-# `export` adds the adapters to the weights. What plain transformers loads from the folder is the model that was
-# trained:
+# `HFExport` has added the adapters to the weights, and compared the folder with the model in training. What plain
+# transformers loads from it is the model that was trained:
 
 # %%
-export(module.model, data.tokenizer, "merged")
-after = answers(AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32))
+after = answers(AutoModelForCausalLM.from_pretrained("exports/final", dtype=torch.float32))
 for row, answer in zip(QUESTIONS, after, strict=True):
     print(f"{row['prompt']}\n  {answer!r}, expected {row['completion']!r}")
 

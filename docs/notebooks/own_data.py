@@ -51,9 +51,9 @@ write("rows.jsonl", [*rows, {"question": "And the fan?"}, {"question": "A charge
 # `data.columns` says which columns are the prompt and its answer. `show --check` reads everything, and exits with 1
 # where something is wrong. It names each row, the reason, and what to do:
 
-# %%
-columns = '--data.columns "{prompt: question, completion: answer}"'
-# !lightning-sft show --model.pretrained SmolLM2 --data.train rows.jsonl {columns} --rows 1 --check
+# %% language="bash"
+# lightning-sft show --model.pretrained SmolLM2 --data.train rows.jsonl \
+#   --data.columns '{prompt: question, completion: answer}' --rows 1 --check || echo "exit code $?"
 
 # %% [markdown]
 # ## After the repair
@@ -63,7 +63,10 @@ columns = '--data.columns "{prompt: question, completion: answer}"'
 
 # %%
 write("rows.jsonl", rows)
-# !lightning-sft show --model.pretrained SmolLM2 --data.train rows.jsonl {columns} --data.tokens_per_batch 256 --rows 2 --check
+
+# %% language="bash"
+# lightning-sft show --model.pretrained SmolLM2 --data.train rows.jsonl \
+#   --data.columns '{prompt: question, completion: answer}' --data.tokens_per_batch 256 --rows 2 --check
 
 # %% [markdown]
 # ## The mask, as the model is given it
@@ -98,8 +101,9 @@ print(
 # That the context of each answer is what `apply_chat_template` gives at inference is tested for each row by `verify`,
 # on your model and data:
 
-# %%
-# !lightning-sft verify --model.pretrained SmolLM2 --data.train rows.jsonl {columns} --checks '[contexts]' --samples 4
+# %% language="bash"
+# lightning-sft verify --model.pretrained SmolLM2 --data.train rows.jsonl \
+#   --data.columns '{prompt: question, completion: answer}' --checks '[contexts]' --samples 4
 
 # %% [markdown]
 # The page that `lightning-sft show --html page.html` writes has all rows, token by token, and a search. With the data

@@ -18,6 +18,7 @@ from lightning.pytorch import Trainer
 from transformers import AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import RunSummary
 from lightning_sft.data.inspect.documents import documents
 from lightning_sft.demos import tiny_pretrained
 
@@ -141,8 +142,8 @@ print(f"{num_targets('plain.jsonl', chat_template_kwargs={'enable_thinking': Fal
 # %%
 torch.manual_seed(0)
 module = SFTModule("tiny", optimizer=lambda groups: torch.optim.AdamW(groups, lr=6e-3), warmup=0.1, kernels="none")
-quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-trainer = Trainer(accelerator="cpu", max_epochs=60, gradient_clip_val=1.0, **quiet)
+quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+trainer = Trainer(accelerator="cpu", max_epochs=60, gradient_clip_val=1.0, callbacks=[RunSummary()], **quiet)
 trainer.fit(module, SFTDataModule("train.jsonl", chat_template="template.jinja", tokens_per_batch=512))
 print(f"loss of the last step: {trainer.callback_metrics['train/loss']:.4f}")
 

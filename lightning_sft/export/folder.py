@@ -16,6 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.template_config import for_inference
 from lightning_sft.io.disk import whole_folder
+from lightning_sft.model.tuning.adapters import has_adapters
+from lightning_sft.types import InputError
 
 
 def export(
@@ -28,7 +30,7 @@ def export(
     """Write weights (safetensors), configs, tokenizer and chat template atomically.
 
     Args:
-        model: Unsharded model.
+        model: Unsharded model; its adapters, if it has any, must be merged.
         tokenizer: Tokenizer with the chat template of the training.
         out: Folder that does not exist yet, or is empty.
         generation: Generation config; by default the model's. The stop token of the chat template is added.
@@ -38,8 +40,14 @@ def export(
         Path of the folder.
 
     Raises:
-        InputError: When the folder is not empty.
+        InputError: When the folder is not empty, or the model has adapters, which plain transformers would not load.
     """
+    if has_adapters(model):
+        raise InputError(
+            "The model has adapters, which plain transformers would not load from there. Export its "
+            "checkpoint (lightning-sft export), train with the callback HFExport, which merges a copy, or merge this "
+            "model: lightning_sft.model.tuning.adapters.merge(model)."
+        )
     with whole_folder(out) as folder:
         write(model, tokenizer, folder, generation, max_shard_size)
     return Path(out)

@@ -12,6 +12,7 @@ _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use, deprecated by torch 2.13
     "Precision bf16-mixed is not supported by the model summary",  # which counts bytes; plan does it
     "The `srun` command is available",  # a remark for whoever forgot it, and nobody does interactive work otherwise
+    "You defined a `validation_step` but have no `val_dataloader`",  # the module has one for whoever has such data
     r"Found .* module\(s\) in eval mode at the start of training",  # frozen parts, which the summary counts
 )
 _LOGS = {  # by logger

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lightning_sft import SFTModule
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.export.folder import export
 from lightning_sft.io.disk import whole_folder
 from lightning_sft.model.pretrained import load_exported, load_model
+from lightning_sft.model.tuning.adapters import merge
 from lightning_sft.types import InputError
 
 IDS = torch.tensor([[1, 2, 3]])
@@ -38,6 +41,20 @@ def test_plain_transformers_loads_it_with_equal_logits_and_the_chat_template(pre
     assert model.config.use_cache is False
     assert AutoTokenizer.from_pretrained(out).chat_template == "{{ messages }}"
     assert list(out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("settings", [{}, {"new_tokens": ["<|new|>"]}])
+def test_adapters_are_merged_before_or_refused(pretrained: str, tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Their names say nothing to plain transformers, which would go on with random weights in their place."""
+    pytest.importorskip("peft")
+    module = SFTModule(pretrained, lora={"r": 2}, **settings)
+    module.configure_model()
+    with pytest.raises(InputError, match=r"has adapters.*HFExport.*merge\(model\)"):
+        export(module.model, tiny_tokenizer(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    out = export(merge(module.model), tiny_tokenizer(), tmp_path / "out")
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(plain(IDS).logits, module.model.eval()(IDS).logits)
 
 
 def test_weights_are_split_into_files_of_the_given_size(pretrained_for_two: str, tmp_path: Path) -> None:
