@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import tomllib
@@ -23,6 +24,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "docs" / "notebooks"
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
 INSTALL = '%pip install -q "lightning-sft[notebooks]"'
 SETTINGS = {
     "COLUMNS": "100",  # of what commands print
@@ -69,7 +71,7 @@ def run(book: NotebookNode, folder: Path, timeout: int = 3600) -> NotebookNode:
     book.metadata = NotebookNode(kernelspec=KERNEL, language_info={"name": "python"})
     for cell in book.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if not is_empty(output)]
+            cell.outputs = [without_colors(output) for output in cell.outputs if not is_empty(output)]
     return book
 
 
@@ -94,6 +96,13 @@ def with_outputs_of(book: NotebookNode, before: NotebookNode) -> NotebookNode:
     for cell, run_before in zip(new, old, strict=True):
         cell.outputs, cell.execution_count = run_before.outputs, run_before.execution_count
     return book
+
+
+def without_colors(output: NotebookNode) -> NotebookNode:
+    """An output without the colors that Jupyter asks all commands for, and pages show as text."""
+    if "text" in output:
+        output.text = COLORS.sub("", output.text)
+    return output
 
 
 def is_empty(output: NotebookNode) -> bool:

@@ -56,7 +56,7 @@ _ = Path("fit.yaml").write_text(config)
 # `num_sanity_val_steps: -1` is a whole validation before the training, for the report.
 
 # %% language="bash"
-# lightning-sft fit --config fit.yaml --ckpt_path last
+# lightning-sft fit --config fit.yaml --ckpt_path last 2>&1
 
 # %% [markdown]
 # ## Score
@@ -66,7 +66,7 @@ _ = Path("fit.yaml").write_text(config)
 
 # %% language="bash"
 # lightning-sft test --config fit.yaml --ckpt_path last --trainer.callbacks+ lightning_sft.callbacks.ScoreAnswers \
-#   --trainer.callbacks.extract '"do": "(\w+)"'
+#   --trainer.callbacks.extract '"do": "(\w+)"' 2>&1
 
 # %% [markdown]
 # Sums over the whole set, divided once: no metric depends on batches or devices. All answers are in a file; those that
@@ -86,7 +86,7 @@ for answer in wrong[:3]:
 # checkpoint before it says that it is done.
 
 # %% language="bash"
-# lightning-sft export --ckpt runs/home --out home-model
+# lightning-sft export --ckpt runs/home/checkpoints/best.ckpt --out home-model 2>&1
 # ls home-model
 
 # %%

@@ -40,6 +40,9 @@ class Console(rich.Console):
 
     def __init__(self, *, markup: bool = False, **settings: Any) -> None:
         super().__init__(markup=markup, **settings)
+        if self.is_terminal and "force_terminal" not in settings and not self.file.isatty():
+            # FORCE_COLOR, which Jupyter sets for its shells, asks for colors; there is no cursor to move
+            super().__init__(markup=markup, force_terminal=False, color_system="standard", **settings)
         self.soft_wrap = self.soft_wrap and not self.is_terminal
 
     def render_str(self, text: str, **settings: Any) -> Text:

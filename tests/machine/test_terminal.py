@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from rich.panel import Panel
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -110,3 +111,15 @@ def test_a_key_of_a_config_reaches_no_terminal(
         main(["fit", "--model.pretrained", pretrained, "--config", str(tmp_path / "a.yaml")])
     assert SHOWN.partition("<U+000D>")[0] in (printed := capfd.readouterr().err)
     assert not has_control(printed.replace("\n", ""))
+
+
+def test_where_colors_are_forced_into_a_pipe_no_cursor_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Jupyter forces them upon its shells."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-color")
+    console = Console(file=io.StringIO())
+    with Progress(console=console, transient=True) as progress:
+        progress.advance(progress.add_task("Encoding", total=2))
+    console.print("done", style="red")
+    printed = console.file.getvalue()  # type: ignore[attr-defined] # it is the StringIO
+    assert printed == "\n\x1b[31mdone\x1b[0m\n"
