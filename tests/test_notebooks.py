@@ -20,7 +20,7 @@ NOISE = re.compile(
     r"GPU available|TPU available|Tip:|UserWarning|FutureWarning|torchao|Seed set|Loading weights|site-packages"
     r"|LOAD REPORT|configuration_validator|IProgress|ipywidgets|LOCAL_RANK|Traceback"
 )
-MACHINE = re.compile(r"/(?:work|tmp|root|home|usr)/")
+MACHINE = re.compile(r"(?<!\w)/(?:work|tmp|root|home|usr)/")
 
 
 @pytest.fixture

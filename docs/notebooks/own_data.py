@@ -103,7 +103,7 @@ print(
 
 # %% language="bash"
 # lightning-sft verify --model.pretrained SmolLM2 --data.train rows.jsonl \
-#   --data.columns '{prompt: question, completion: answer}' --checks '[contexts]' --samples 4
+#   --data.columns '{prompt: question, completion: answer}' --checks '[contexts]' --samples 4 2>&1
 
 # %% [markdown]
 # The page that `lightning-sft show --html page.html` writes has all rows, token by token, and a search. With the data

@@ -32,8 +32,8 @@ def averages_weights(callbacks: Sequence[Callback]) -> bool:
 
 
 def announce(trainer: Trainer | None, fact: str) -> None:
-    """Log a fact about a fit, unless a callback shows it together with the others."""
-    if trainer is None or not any(getattr(callback, "shows_facts", False) for callback in callbacks_of(trainer)):
+    """Log a fact about a run, unless a callback shows it together with the others, or no trainer runs the model."""
+    if trainer is not None and not any(getattr(callback, "shows_facts", False) for callback in callbacks_of(trainer)):
         rank_zero_info(fact)
 
 
