@@ -50,10 +50,10 @@ lightning-sft fit --config configs/recipes/smollm2_lora.yaml
 
 ## Measured
 
-SmolLM2-135M-Instruct in float32 (`--trainer.precision 32-true`) on a machine of two CPU cores that other work shared, so this
-is CPU time and not the clock's: of the whole command, with imports, a validation before the training and one after it. Loss and token accuracy
-before → after are those of {num_val} held-out rows (of the texts: of two handbooks). There are few rows and one
-epoch: this checks that a recipe learns, and does not compare methods.
+SmolLM2-135M-Instruct in float32 (`--trainer.precision 32-true`) on a machine of two CPU cores that other work shared,
+so this is CPU time and not the clock's: of the whole command, with imports, a validation before the training and one
+after it. Loss and token accuracy before → after are those of {num_val} held-out rows (of the texts: of two handbooks).
+There are few rows and one epoch: this checks that a recipe learns, and does not compare methods.
 
 {measured}
 
