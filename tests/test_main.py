@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import SafeCheckpoint
+from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import VERBS, console, main
 from lightning_sft.types import InputError
 from tests.helpers.payload import Payload
@@ -276,6 +277,16 @@ def test_a_checkpoint_never_overrides_the_command_line(
     assert cli.model.chunk_size == 7
     assert cli.model.schedule == "constant"
     assert cli.trainer.global_step == 2
+
+
+def test_the_checkpoint_of_a_model_of_another_shape_is_refused(arguments: list[str], tmp_path: Path) -> None:
+    path = last_checkpoint(main(["fit", *arguments]))
+    other = tiny_pretrained(tmp_path / "other", hidden_size=32)
+    same = tiny_pretrained(tmp_path / "moved")
+    for verb in ("fit", "test"):
+        with pytest.raises(InputError, match=r"is of a model with hidden_size=16, and model.pretrained=.*other has 32"):
+            main([verb, *arguments, "--model.pretrained", other, "--ckpt_path", path])
+    assert main(["test", *arguments, "--model.pretrained", same, "--ckpt_path", path]).trainer.ckpt_path == path
 
 
 def test_a_checkpoint_runs_no_code(arguments: list[str], tmp_path: Path) -> None:

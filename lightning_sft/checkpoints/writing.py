@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -140,9 +141,23 @@ def checkpoint_of(path: str | Path) -> str:
 
 
 def folders_of(root: str | Path) -> list[Path]:
-    """Folders in which a run may have checkpoints: ``checkpoints``, and those below its loggers' folders."""
+    """Folders in which a run may have checkpoints: ``checkpoints``, and those below its loggers' folders.
+
+    Runs that have a folder of their own below ``root``, as their config says, are other runs.
+    """
     root = Path(root)
-    return [root / "checkpoints", *sorted(root.glob("*/*/checkpoints"))]
+    below = sorted(root.glob("*/*/checkpoints"))
+    return [root / "checkpoints", *(folder for folder in below if not _is_root(folder.parent))]
+
+
+def _is_root(folder: Path) -> bool:
+    """Whether a folder is the ``default_root_dir`` of the config that is saved in it, which may have been relative."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        parts = Path(config["trainer"]["default_root_dir"]).parts
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return False
+    return bool(parts) and folder.resolve().parts[-len(parts) :] == parts
 
 
 def step_of(path: Place) -> int | None:

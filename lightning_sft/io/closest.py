@@ -17,11 +17,18 @@ def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", c
 
     >>> did_you_mean(["fti"], ["fit", "test"])
     ' Did you mean fit?'
+    >>> did_you_mean(["model.lr"], ["model.lora", "model.optimizer.lr"])
+    ' Did you mean model.optimizer.lr?'
     >>> did_you_mean(["fit"], ["fit", "test"])
     ''
     """
     names = {name.lower(): name for name in known}
     for name in given:
+        if name not in names.values() and "." in name:
+            verb, _, last = name.rpartition(".")
+            deeper = [known for known in names.values() if known.startswith(verb) and known.endswith(f".{last}")]
+            if len(deeper) == 1:
+                return f" Did you mean {prefix}{deeper[0]}?"
         least = cutoff or (0.75 if "." in name else 0.6)
         if name not in names.values() and (close := get_close_matches(name.lower(), names, n=1, cutoff=least)):
             return f" Did you mean {prefix}{names[close[0]]}?"

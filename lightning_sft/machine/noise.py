@@ -12,6 +12,9 @@ _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use, deprecated by torch 2.13
     "Precision bf16-mixed is not supported by the model summary",  # which counts bytes; plan does it
     "The `srun` command is available",  # a remark for whoever forgot it, and nobody does interactive work otherwise
+    "Checkpoint directory .* exists and is not empty",  # that of the run, which the lock and earlier starts have used
+    "The dirpath has changed from",  # as above
+    "Starting from v1.9.0, `tensorboardX` has been removed",  # CSV files take its place, and the summary names them
     "You defined a `validation_step` but have no `val_dataloader`",  # the module has one for whoever has such data
     r"Found .* module\(s\) in eval mode at the start of training",  # frozen parts, which the summary counts
 )

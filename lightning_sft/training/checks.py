@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_sft.training.trainer import callbacks_of, context_parallel, gather
+from lightning_sft.training.trainer import callbacks_of, check_numbers, context_parallel, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
 if TYPE_CHECKING:
@@ -47,6 +47,12 @@ def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: LightningMod
         if name and not is_sound:
             guilty.add(name)
     of_ranks = gather(module.trainer, (guilty, {name for name, _, _ in suspects}))
+    weights = gather(module.trainer, [float(likelihood.weight) for _, likelihood in seen])
+    if not any(map(sum, weights)) and any(weights):
+        return FloatingPointError(
+            "The loss is 0/0: no token of this step is a target, since all labels are -100 or have weight 0. Look at "
+            "the labels of your batches."
+        )
     named = sorted(set().union(*(own for own, _ in of_ranks)) or set().union(*(own for _, own in of_ranks)))
     where = ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
     return FloatingPointError(
@@ -64,7 +70,8 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        InputError: With FSDP1, with float16 on a CPU, with a number of micro-batches that changes, with callbacks that
+        InputError: With numbers that :func:`~lightning_sft.training.trainer.check_numbers` refuses, with FSDP1, with
+            float16 on a CPU, with a number of micro-batches that changes, with callbacks that
             :func:`~lightning_sft.training.checks.check_tuner` refuses; for answers of a sharded model, whose ranks
             would have to write equally many tokens; for validation with ZeRO-3 out of fit; for what needs whole rows
             where they are split.
@@ -88,6 +95,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
             "GradientAccumulationScheduler changes how many micro-batches a step has after steps have been planned. "
             "Use a constant trainer.accumulate_grad_batches."
         )
+    check_numbers(trainer)
     check_tuner(callbacks_of(trainer))
     needs_rows = [name for name in ("neftune_alpha", "router_loss") if getattr(trainer.lightning_module, name, None)]
     if needs_rows and context_parallel(trainer)[1] > 1:

@@ -81,10 +81,26 @@ def on_cuda(trainer: Trainer | None) -> bool:
     return strategy is not None and bool(strategy.root_device.type == "cuda")
 
 
+def check_numbers(trainer: Trainer) -> None:
+    """Refuse what Lightning takes as it is.
+
+    Raises:
+        InputError: When ``accumulate_grad_batches`` is less than 1, or ``gradient_clip_val``, which would turn every
+            gradient around, less than 0.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        raise InputError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; expected at least 1.")
+    if (trainer.gradient_clip_val or 0) < 0:
+        raise InputError(
+            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; expected a positive number or null."
+        )
+
+
 def division_of(trainer: Trainer | None) -> Division:
     """How a trainer divides the work of its training; that of a single process if it is ``None``."""
     if trainer is None:
         return Division()
+    check_numbers(trainer)
     rank, num_ranks = data_parallel(trainer)
     accumulate, limit = trainer.accumulate_grad_batches, trainer.limit_train_batches
     return Division(rank, num_ranks, accumulate, limit, trainer.num_devices)

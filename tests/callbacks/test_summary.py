@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary
 from torch.utils.data import DataLoader
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -58,6 +59,29 @@ def test_adapters_and_the_folders_are_named(
     assert said["Trained"].startswith(f"{num:,} parameters (")
     assert said["Checkpoints"] == "saved"
     assert said["Optimizer"] == "AdamW with a learning rate of 2e-05; cosine schedule, warm-up 3%"
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # of the callback that saved it
+def test_a_run_that_resumes_within_an_epoch_is_summarized_before_its_first_step(
+    pretrained: str, quiet_trainer: Any, rows: list[dict[str, str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data: dict[str, Any] = {"train": rows, "tokens_per_batch": 64}
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    quiet_trainer(callbacks=[saver], enable_checkpointing=True, max_steps=1).fit(
+        SFTModule(pretrained, schedule="constant"), SFTDataModule(**data)
+    )
+
+    class Heard(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.text = getattr(self, "text", capsys.readouterr().out)
+
+    heard = Heard()
+    trainer = quiet_trainer(callbacks=[RunSummary(), heard], max_epochs=2)
+    trainer.fit(
+        SFTModule(pretrained, schedule="constant"), SFTDataModule(**data), ckpt_path=str(tmp_path / "step=1.ckpt")
+    )
+    assert "Model " in heard.text
+    assert "of which 1 are done" in heard.text
 
 
 def test_without_it_the_same_facts_are_logged(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from lightning_sft.checkpoints import writing
 from lightning_sft.checkpoints.writing import (
@@ -164,6 +165,17 @@ def test_a_disk_with_exactly_the_room_of_a_checkpoint_has_room(tmp_path: Path, m
 def test_only_names_of_ours_have_a_step() -> None:
     names = ["resume-epoch=1-step=250.ckpt", "resume-step=7.ckpt", "resume-step=7.ckpt.x", "a-resume-step=7.ckpt"]
     assert [step_of(Path("run", name)) for name in names] == [250, 7, None, None]
+
+
+@pytest.mark.parametrize("root", ["runs/b", "{tmp_path}/runs/b"])
+def test_a_run_with_a_folder_of_its_own_is_another_run(tmp_path: Path, root: str) -> None:
+    for name, config in (("runs/b", root.format(tmp_path=tmp_path)), ("lightning_logs/version_0", None)):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+        config_file = tmp_path / name / "config.yaml"
+        config_file.write_text(yaml.safe_dump({"trainer": {"default_root_dir": config}}), encoding="utf-8")
+    names = [folder.relative_to(tmp_path).as_posix() for folder in folders_of(tmp_path)]
+    assert names == ["checkpoints", "lightning_logs/version_0/checkpoints"]
+    assert folders_of(tmp_path / "runs" / "b")[0].is_dir()
 
 
 def test_checkpoints_of_loggers_are_looked_for_too(tmp_path: Path) -> None:

@@ -45,6 +45,12 @@ def test_a_row_of_several_sequences_is_named_also_where_its_last_one_is_sound() 
     assert "Samples: f:1." in text
 
 
+def test_a_step_without_targets_is_said_so() -> None:
+    batch = Batch.of({"input_ids": torch.tensor([[1, 2]]), "labels": torch.full((1, 2), -100)})
+    empty = LogLikelihood(*torch.tensor([0.0, 0.0]), *torch.zeros(3, 0))
+    assert "no token of this step is a target" in str(guards.not_finite([(batch, empty)], module_on_one_rank(bool)))
+
+
 def test_where_no_sample_is_to_blame_it_says_so() -> None:
     assert "Samples: none by itself" in str(guards.not_finite([], module_on_one_rank(lambda _: True)))
 
@@ -54,6 +60,8 @@ def test_where_no_sample_is_to_blame_it_says_so() -> None:
     [
         ({"callbacks": [GradientAccumulationScheduler({0: 1, 2: 4})]}, "Use a constant trainer.accumulate"),
         ({"precision": "16-true"}, "Use trainer.precision=32-true"),
+        ({"gradient_clip_val": -1.0}, "expected a positive number or null"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0; expected at least 1"),
     ],
 )
 def test_what_would_make_the_gradient_wrong_is_refused_before_anything_is_read(

@@ -86,7 +86,8 @@ class BrokenRow:
 
 
 def read_file(path: File) -> Iterator[tuple[Any, str]]:
-    """The rows of a file, each with its place: ``file:line``, or ``file:row number`` in Parquet and Arrow.
+    """The rows of a file, each with its place: ``file:line``, or ``file:row number`` in Parquet and Arrow, and where
+    several rows of JSON stand on one line.
 
     Raises:
         InputError: When the file is of an unknown kind, cannot be read, or has no rows.
@@ -148,10 +149,13 @@ def _read_text(path: File) -> Iterator[tuple[Any, int]]:
             yield {"text": _decoded(line, path, number).rstrip("\r\n")}, number
 
 
-def _read_json(path: File) -> Iterator[tuple[Any, int]]:
-    """The elements of a list one by one, with the line on which each begins; or objects that follow each other."""
+def _read_json(path: File) -> Iterator[tuple[Any, int | str]]:
+    """The elements of a list one by one, with the line on which each begins; or objects that follow each other.
+
+    A row on the line of the one before, as in a file without line ends, has its number for a place.
+    """
     text = _text(path)
-    at, line, counted = _skip(text, 0), 1, 0
+    at, line, counted, before, number = _skip(text, 0), 1, 0, 0, 0
     is_list = text[at : at + 1] == "["
     at = _skip(text, at + is_list)
     if is_list and text[at : at + 1] == "]":
@@ -169,7 +173,9 @@ def _read_json(path: File) -> Iterator[tuple[Any, int]]:
                     raise json.JSONDecodeError("expected a comma or the end of the list", text, at - 1)
         except ValueError as error:
             raise _not_json(path, getattr(error, "lineno", line), error) from error
-        yield row, line
+        number += 1
+        yield row, line if line > before else f"row {number}"
+        before = line
 
 
 def _read_csv(path: File, delimiter: str = ",") -> Iterator[tuple[Any, int]]:

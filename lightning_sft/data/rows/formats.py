@@ -190,6 +190,11 @@ def _name(
             f"the keys {_sorted(row)} are of several formats at once: {' and '.join(found)}. "
             "Say which with data.format."
         )
+    if missing := [column for column in columns.values() if column not in row]:
+        raise InputError(
+            f"the row has no {' and no '.join(map(repr, missing))}, which data.columns={dict(columns)} names; its keys "
+            f"are {_sorted(row)}."
+        )
     expected = "; ".join(f"{name}: {form}" for name, form in FORMATS.items())
     likely = likely_columns(map(str, row)) or {"prompt": "question", "completion": "answer"}
     mapped = ", ".join(f"{key}: {column}" for key, column in likely.items())

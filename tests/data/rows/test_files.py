@@ -36,7 +36,7 @@ def test_each_element_of_a_json_list_is_a_row_with_the_line_it_begins_on(tmp_pat
     path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
     got = list(read_file(path))
     assert [row for row, _ in got] == rows
-    lines = [2, 10, 13] if indent else [1, 1, 1]
+    lines = [2, 10, 13] if indent else [1, "row 2", "row 3"]
     assert [where for _, where in got] == [f"{path}:{line}" for line in lines]
 
 

@@ -19,6 +19,12 @@ def calling(*arguments: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
+def test_a_row_without_a_column_that_is_mapped_is_said_to_lack_it() -> None:
+    convert = Converter(Reading(columns={"prompt": "question", "completion": "answer"}))
+    with pytest.raises(InputError, match=r"f:1: the row has no 'answer', which data.columns=.* keys are \['question'"):
+        convert({"question": "Hi"}, "f:1")
+
+
 @pytest.mark.parametrize(
     ("row", "messages"),
     [
