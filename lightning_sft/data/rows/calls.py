@@ -79,13 +79,16 @@ def read_result(value: Any, what: str) -> str:
 
     >>> read_result({"city": "Rome", "degrees": 21}, "a result")
     '{"city": "Rome", "degrees": 21}'
+    >>> read_result([{"type": "text", "value": "21"}], "a result")
+    '21'
     """
     if value is None or isinstance(value, str):
         return text_of(value, what)
     if isinstance(value, list) and value:
         kinds = [part.get("type") if isinstance(part, Mapping) else None for part in value]
-        if all(kind == "text" and isinstance(part.get("text"), str) for kind, part in zip(kinds, value, strict=True)):
-            return "".join(text_of(part["text"], what) for part in value)
+        texts = [part.get("text", part.get("value")) for part in value if isinstance(part, Mapping)]
+        if all(kind == "text" for kind in kinds) and all(isinstance(text, str) for text in texts):
+            return "".join(text_of(text, what) for text in texts)
         if found := sorted(MEDIA.intersection(kind for kind in kinds if isinstance(kind, str))):
             raise InputError(f"{what} has a part of the type {found[0]!r}, and only texts can be trained on.")
     check_json(value, what)

@@ -146,6 +146,8 @@ class Rendering:
             text = self._text(at + 1, generation=False)[0]
             before = self._text(at, generation=False)[0] if at else ""
             begin, end = num_shared(before, text), len(text)
+        if not at and self.messages[0]["role"] != "system":
+            begin = self.template.begin_of_first(self.messages[0], text, self.tools, self.variables)
         end = begin + len(text[begin:end].rstrip())
         if self.messages[at]["content"].strip() not in text[begin:end]:
             raise InputError(f"the chat template does not write the {self.messages[at]['role']} turn as it is.")
@@ -381,7 +383,7 @@ _THOUGHTFUL: Message = {**_PLAIN, "reasoning_content": "x"}
 _BY_ITSELF = "the answer is put behind the prompt by itself, since the chat template writes the past in another way"
 _UNTHINKING = (
     "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
-    "false}, where the template has that, it is context)"
+    "false}, where the template has that, it is context; with data.thoughts=split, thoughts in the text are thoughts)"
 )
 _ENDED = (
     "the prompt of the chat template ends the thought before it begins, but the row has one. Set "

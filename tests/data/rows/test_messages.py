@@ -241,7 +241,7 @@ def test_columns_of_other_names_can_be_mapped(row: dict[str, Any], columns: dict
     ("row", "settings", "message"),
     [
         ({"a": "Hi"}, {"columns": {"promt": "a"}}, "'promt' is no key of a format. .* keys are .*completion"),
-        ({"a": "Hi"}, {"columns": {"prompt": "q"}}, r"no known format with data\.columns=\{'prompt': 'q'\}"),
+        ({"a": "Hi"}, {"columns": {"prompt": "q"}}, r"the row has no 'q', which data\.columns=\{'prompt': 'q'\}"),
         ({"prompt": "Hi"}, {"format": "sharegtp"}, "data.format=sharegtp is no format. Expected one of chat, sharegpt"),
         ({"prompt": "Hi"}, {"format": "chat"}, r"the keys \['prompt'\] are not those of chat: messages"),
         ({"instruction": "Hi"}, {"format": "alpaca"}, "are not those of alpaca: instruction, output or response"),
