@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -71,7 +72,7 @@ def interleave(passes: Sequence[Pass], shares: Sequence[float | None]) -> Iterat
     """Chunks of several data sets, always of the one that is furthest behind its share of the rows so far.
 
     Without shares all have the same share, and a data set that has ended drops out: every row comes once. With shares
-    it starts again, until each has ended at least once.
+    it starts again until each has ended at least once; then those that are behind catch up, to the row.
 
     Args:
         passes: Function for the passes over each data set.
@@ -82,24 +83,35 @@ def interleave(passes: Sequence[Pass], shares: Sequence[float | None]) -> Iterat
     'abaa'
     >>> "".join(rows[0] for _, rows in interleave([a, b], [1.0, 2.0]))
     'abbabbabb'
+    >>> once = [lambda number: iter([["a"] * 4]), lambda number: iter([["b"] * 3])]
+    >>> "".join("".join(rows) for _, rows in interleave(once, [1.0, 1.0]))
+    'aaaabbbb'
     """
-    repeats = None not in shares
-    chunks = {number: begin(0) for number, begin in enumerate(passes)}
-    taken, rounds = [0.0] * len(passes), [0] * len(passes)
-    while chunks:
-        number = min(chunks, key=lambda i: (taken[i], i))
-        rows = next(chunks[number], None)
-        if rows is not None:
-            taken[number] += len(rows) / (shares[number] or 1.0)
-            yield number, rows
-            continue
-        rounds[number] += 1
-        if repeats and not all(rounds):
+    repeats, size = None not in shares, [share or 1.0 for share in shares]
+    taken, rounds, goal = [0.0] * len(passes), [0] * len(passes), math.inf
+    chunks = [begin(0) for begin in passes]
+    coming = [next(own, None) for own in chunks]  # the next chunk of each, so that an end is seen when it is reached
+    left = [number for number, rows in enumerate(coming) if rows]
+    while left:
+        number = min(left, key=lambda i: (taken[i], i))
+        if coming[number] is None:
             chunks[number] = passes[number](rounds[number])
-        else:
-            del chunks[number]
-            if repeats:
-                return
+            coming[number] = next(chunks[number], None)
+        rows = coming[number] or []
+        if goal < math.inf:
+            rows = rows[: round((goal - taken[number]) * size[number])]
+        if not rows:
+            left.remove(number)
+            continue
+        yield number, rows
+        taken[number] += len(rows) / size[number]
+        coming[number] = next(chunks[number], None)
+        if coming[number] is None:
+            rounds[number] += 1
+            if not repeats:
+                left.remove(number)
+            elif all(rounds[other] for other in left):
+                goal = min(goal, max(taken))
 
 
 def _chunks(part: Part, size: int, seeds: Sequence[int], number: int) -> Iterator[Rows]:

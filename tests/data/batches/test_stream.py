@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch.utils.data import get_worker_info
 
 from lightning_sft.data.batches import stream
+from lightning_sft.data.batches.interleave import interleave, num_lanes
 from lightning_sft.data.batches.interleave import lanes as stream_lanes
-from lightning_sft.data.batches.interleave import num_lanes
 from lightning_sft.data.batches.stream import StreamLoader
 from lightning_sft.data.batches.stream_blocks import RankSummary, StreamLayout, deal
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
@@ -378,3 +378,22 @@ def test_packs_are_dealt_out_once_in_steps_of_one_normalizer(weights: list[list[
         step = [(r, *m) for r, dealt in enumerate(ranks) for m in dealt[begin : begin + accumulate]]
         assert len({normalizer for _, _, normalizer in step}) == 1
         assert step[0][2] == pytest.approx(sum(weights[r][pack] for r, pack, _ in step if pack is not None))
+
+
+def test_shares_of_streams_are_exact_to_the_row_whatever_the_chunks() -> None:
+    def passes(rows: int, chunk: int) -> Any:
+        return lambda number: iter([[0] * min(chunk, rows - begin) for begin in range(0, rows, chunk)])
+
+    for sizes, shares, wanted in (
+        ((200, 100), (2, 1), (200, 100)),
+        ((500, 100), (2, 1), (500, 250)),
+        ((90, 70, 10), (1, 1, 0.5), (90, 90, 45)),
+    ):
+        for chunk in (7, 64, 1000):
+            counts = [0] * len(sizes)
+            for number, rows in interleave([passes(size, chunk) for size in sizes], shares):
+                counts[number] += len(rows)
+            assert all(count >= size for count, size in zip(counts, sizes, strict=True))
+            assert counts == [round(counts[0] / shares[0] * share) for share in shares]
+            if chunk == 7:
+                assert max(abs(a - b) for a, b in zip(counts, wanted, strict=True)) <= 2 * chunk
