@@ -17,8 +17,8 @@ SITES: dict[str, tuple[str, dict[str, str]]] = {
             "library/functions.html": "bool float int object type",
             "library/stdtypes.html": "bytes dict frozenset list set str tuple",
             "library/constants.html": "None",
-            "library/collections.abc.html": "collections.abc.Callable collections.abc.Iterable "
-            "collections.abc.Iterator collections.abc.Mapping collections.abc.Sequence",
+            "library/collections.abc.html": "collections.abc.Callable collections.abc.Collection "
+            "collections.abc.Iterable collections.abc.Iterator collections.abc.Mapping collections.abc.Sequence",
             "library/exceptions.html": "Exception FloatingPointError SystemExit ValueError",
             "library/pathlib.html": "pathlib.Path",
             "library/typing.html": "typing.Any typing.Literal",

@@ -102,9 +102,9 @@ assert difference("gradient") < 1e-12 and difference("weights") < 1e-10
 # gradients and optimizer states over the devices.
 
 # %% language="bash"
-# flags="--model.pretrained tiny --data.train train.jsonl --data.tokens_per_batch 512 --trainer.max_epochs 2
-#   --trainer.accelerator cpu --trainer.precision 32-true --model.optimizer.class_path torch.optim.AdamW
-#   --model.optimizer.init_args.lr 1e-2 --ckpt_path last"
+# flags="--model.pretrained tiny --data.train train.jsonl --data.tokens_per_batch 512 --trainer.max_epochs 2"
+# flags="$flags --trainer.accelerator cpu --trainer.precision 32-true --ckpt_path last"
+# flags="$flags --model.optimizer.class_path torch.optim.AdamW --model.optimizer.init_args.lr 1e-2"
 # lightning-sft fit $flags --trainer.accumulate_grad_batches 4 --trainer.default_root_dir runs/one >> log.txt 2>&1
 # lightning-sft fit $flags --trainer.accumulate_grad_batches 2 --trainer.default_root_dir runs/fsdp2 \
 #   --trainer.devices 2 --trainer.strategy fsdp2 >> log.txt 2>&1

@@ -84,16 +84,18 @@ def on_cuda(trainer: Trainer | None) -> bool:
 def check_numbers(trainer: Trainer) -> None:
     """Refuse what Lightning takes as it is.
 
+    Args:
+        trainer: The Lightning trainer, or one on paper.
+
     Raises:
         InputError: When ``accumulate_grad_batches`` is less than 1, or ``gradient_clip_val``, which would turn every
             gradient around, less than 0.
     """
     if trainer.accumulate_grad_batches < 1:
         raise InputError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; expected at least 1.")
-    if (trainer.gradient_clip_val or 0) < 0:
-        raise InputError(
-            f"trainer.gradient_clip_val is {trainer.gradient_clip_val}; expected a positive number or null."
-        )
+    clip = getattr(trainer, "gradient_clip_val", None)
+    if clip is not None and clip < 0:
+        raise InputError(f"trainer.gradient_clip_val is {clip}; expected a positive number or null.")
 
 
 def division_of(trainer: Trainer | None) -> Division:
