@@ -33,6 +33,7 @@ nitpick_ignore_regex = [  # ranges, names of annotations, and classes that pages
     ("py:class", r"[<>]=? .*|Path|Optimizer|ArgsType|Context|Routers|Place|.*\.(Address|Packs)"),
     ("py:class", r".*\.(TargetLosses|LRScheduler|ReduceLROnPlateau)"),
 ]
+suppress_warnings = ["misc.highlighting_failure"]  # cells of bash in a notebook of Python
 intersphinx_mapping = write_inventories(DOCS.parent / "build" / "inventories")
 
 html_theme = "furo"
