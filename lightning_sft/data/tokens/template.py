@@ -140,7 +140,7 @@ class Template:
         other: Message = {**first, "content": "1" if first["content"].strip().startswith("0") else "0"}
         begin = num_shared(text, rendered(other))
         answer: Message = {"role": "assistant", "content": "Yes."}
-        for between in ([], [answer]):  # its header is what stands before the turn once more; some want an answer there
+        for between in ([], [answer]):  # what stands before the turn again is its header; some want an answer there
             with suppress(InputError):
                 before, one, two = (rendered(first, *between, *last) for last in ([], [first], [other]))
                 header = one[num_shared(before, one) : num_shared(one, two)]
