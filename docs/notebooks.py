@@ -29,7 +29,6 @@ INSTALL = '%pip install -q "lightning-sft[notebooks]"'
 SETTINGS = {
     "COLUMNS": "100",  # of what commands print
     "TQDM_DELAY": "3600",  # bars are for whoever waits
-    "TERM": "dumb",  # without colors, and lines that are printed over each other
     "JUPYTER_COLUMNS": "100",  # of what rich prints in a cell
     "PYTHONPATH": str(ROOT),
     "HF_HUB_OFFLINE": "1",

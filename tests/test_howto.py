@@ -57,9 +57,8 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, smollm2: str) -> No
 
 # peft asks transformers for an attribute that has another name by now
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated"
-)  # torchao, as torch compiles its optimizer
+# torch's own use, as it compiles an optimizer of torchao
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in NAMES])
 def test_every_block_of_a_guide_does_what_the_page_says(name: str, started: None, capsys: Any) -> None:
     Reader(capsys).read(ROOT / "docs" / "howto" / f"{name}.md")

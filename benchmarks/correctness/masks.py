@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import takewhile
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerFast
@@ -48,7 +50,7 @@ def _example(tokenizer: PreTrainedTokenizerFast, input_ids: list[int], labels: l
     names = {tokenizer.eos_token, *family_of(str(tokenizer.chat_template)).stops}
     stops, is_behind = set(tokenizer.convert_tokens_to_ids(sorted(filter(None, names)))), False
     header = _header(tokenizer)
-    blanks = len(header) - len(_without_last_blanks(tokenizer, header))
+    blanks = sum(1 for _ in takewhile(partial(_is_blank, tokenizer), reversed(header)))
     for n, token in enumerate(input_ids):
         is_behind = token in stops or (is_behind and _is_blank(tokenizer, token))
         if is_behind and token not in stops:
@@ -66,12 +68,6 @@ def _header(tokenizer: PreTrainedTokenizerFast) -> list[int]:
         for prompts in (False, True)
     )
     return list(long[len(short) :])
-
-
-def _without_last_blanks(tokenizer: PreTrainedTokenizerFast, tokens: list[int]) -> list[int]:
-    while tokens and _is_blank(tokenizer, tokens[-1]):
-        tokens = tokens[:-1]
-    return tokens
 
 
 def _is_blank(tokenizer: PreTrainedTokenizerFast, token: int) -> bool:

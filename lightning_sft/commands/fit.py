@@ -52,8 +52,8 @@ class SFTCLI(LightningCLI):
         self._checkpoint_config = None
         config, path = self._own_config, self._get(self.config, "ckpt_path")
         self._resumes = path == "last"
+        model = config.get("model.init_args.pretrained", config.get("model.pretrained"))
         if self._resumes:
-            model = config.get("model.init_args.pretrained", config.get("model.pretrained"))
             root, own = config.get("trainer.default_root_dir"), config.get("trainer.callbacks")
             path = find_last(root, own, model, self.subcommand == "fit")
         self._found = path
@@ -64,8 +64,7 @@ class SFTCLI(LightningCLI):
             )
         if path and path != "hpc" and not path.startswith(("http", "registry")):  # which Lightning finds
             self._checkpoint_config = Checkpoint(path).hyper_parameters.get("hf_config")
-            asked = config.get("model.init_args.pretrained", config.get("model.pretrained"))
-            _refuse_other_model(path, self._checkpoint_config, asked)
+            _refuse_other_model(path, self._checkpoint_config, model)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add checkpoints, graceful preemption and a sample log, unless the user has configured their own."""

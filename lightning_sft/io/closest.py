@@ -24,12 +24,13 @@ def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", c
     """
     names = {name.lower(): name for name in known}
     for name in given:
-        if name not in names.values() and "." in name:
-            verb, _, last = name.rpartition(".")
-            deeper = [known for known in names.values() if known.startswith(verb) and known.endswith(f".{last}")]
-            if len(deeper) == 1:
-                return f" Did you mean {prefix}{deeper[0]}?"
-        least = cutoff or (0.75 if "." in name else 0.6)
-        if name not in names.values() and (close := get_close_matches(name.lower(), names, n=1, cutoff=least)):
+        if name in names.values():
+            continue
+        before, dot, last = name.rpartition(".")
+        deeper = [other for other in names.values() if dot and other.startswith(before) and other.endswith(dot + last)]
+        if len(deeper) == 1:
+            return f" Did you mean {prefix}{deeper[0]}?"
+        least = cutoff or (0.75 if dot else 0.6)
+        if close := get_close_matches(name.lower(), names, n=1, cutoff=least):
             return f" Did you mean {prefix}{names[close[0]]}?"
     return ""

@@ -46,14 +46,15 @@ def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: LightningMod
             is_sound = bool(module(batch.document(number)).total.isfinite())
         if name and not is_sound:
             guilty.add(name)
-    of_ranks = gather(module.trainer, (guilty, {name for name, _, _ in suspects}))
-    weights = gather(module.trainer, [float(likelihood.weight) for _, likelihood in seen])
+    own_weights = [float(likelihood.weight) for _, likelihood in seen]
+    of_ranks = gather(module.trainer, (guilty, {name for name, _, _ in suspects}, own_weights))
+    weights = [weights for *_, weights in of_ranks]
     if not any(map(sum, weights)) and any(weights):
         return FloatingPointError(
             "The loss is 0/0: no token of this step is a target, since all labels are -100 or have weight 0. Look at "
             "the labels of your batches."
         )
-    named = sorted(set().union(*(own for own, _ in of_ranks)) or set().union(*(own for _, own in of_ranks)))
+    named = sorted(set().union(*(own for own, _, _ in of_ranks)) or set().union(*(own for _, own, _ in of_ranks)))
     where = ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
     return FloatingPointError(
         f"The loss is NaN or infinite. Samples: {where or 'none by itself'}. Nothing was updated with it. Look at "

@@ -117,9 +117,9 @@ def test_where_colors_are_forced_into_a_pipe_no_cursor_is_moved(monkeypatch: pyt
     """As Jupyter forces them upon its shells."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-color")
-    console = Console(file=io.StringIO())
+    printed = io.StringIO()
+    console = Console(file=printed)
     with Progress(console=console, transient=True) as progress:
         progress.advance(progress.add_task("Encoding", total=2))
     console.print("done", style="red")
-    printed = console.file.getvalue()  # type: ignore[attr-defined] # it is the StringIO
-    assert printed == "\n\x1b[31mdone\x1b[0m\n"
+    assert printed.getvalue() == "\n\x1b[31mdone\x1b[0m\n"
