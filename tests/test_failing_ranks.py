@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.failing import POISON
-from tests.helpers.full_disk import CASES, FULL, HOW
+from tests.helpers.full_disk import CASES, FILES, FULL, HOW
 from tests.helpers.processes import torchrun
 
 LAUNCHES = [["ddp", "fsdp2", "fsdp2_lora", "tensor"]]
@@ -38,3 +38,7 @@ def test_a_disk_that_is_full_on_one_rank_is_one_message_on_all_of_them(pretraine
                 told
             )
         assert not list((tmp_path / name).glob("*.ckpt"))
+    for name in FILES:
+        for rank in (0, 1):
+            told = (tmp_path / f"{name} {rank}.txt").read_text()
+            assert re.search(rf"{name} cannot be written: .*{FULL}", told), told

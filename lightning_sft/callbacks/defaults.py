@@ -58,9 +58,13 @@ def default_callbacks(trainer: Mapping[str, Any], resumes: bool, is_fit: bool = 
     root = Path(trainer.get("default_root_dir") or ".")
     if is_fit and not any(isinstance(callback, Preempt) for callback in given):
         added.append(Preempt())
+    of_run = str(root) if resumes else None
     for kind in (SampleLedger, RunRecord):
-        if is_fit and not any(isinstance(callback, kind) for callback in given):
-            added.append(kind(str(root) if resumes else None))
+        own = [callback for callback in given if isinstance(callback, kind)]
+        for callback in own:
+            callback.dirpath = callback.dirpath or of_run
+        if is_fit and not own:
+            added.append(kind(of_run))
     folder = str((root / "checkpoints").expanduser().resolve()) if resumes else None
     savers = [callback for callback in given if isinstance(callback, ModelCheckpoint)]
     for saver in savers:

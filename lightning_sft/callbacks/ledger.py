@@ -110,9 +110,8 @@ class SampleLedger(Callback):
         if not lines:  # on any rank
             return
         of_steps = zip(*gather(trainer, samples), strict=True)
-        if trainer.is_global_zero:
-            text = "".join(
-                json.dumps({**line, "samples": of_step}, ensure_ascii=False) + "\n"
-                for line, of_step in zip(lines, of_steps, strict=True)
-            )
-            append(self.path, text)
+        text = "".join(
+            json.dumps({**line, "samples": of_step}, ensure_ascii=False) + "\n"
+            for line, of_step in zip(lines, of_steps, strict=True)
+        )
+        first_rank_does(trainer, lambda: append(self.path, text))

@@ -56,7 +56,7 @@ class RunRecord(Callback):
         self._untrained: dict[str, Tensor] = {}  # metrics of the pretrained model
         self._lock, self._record = FolderLock(), dict[str, Any]()
         self._planned: dict[str, Any] = {}  # the record of a fit that has not begun
-        self._is_saving = False
+        self._is_saving, self._has_begun = False, True
         self._validated: int | None = None  # step whose validation is already recorded, which a resumed run repeats
 
     def folder(self, trainer: Trainer) -> Path:
@@ -77,6 +77,7 @@ class RunRecord(Callback):
         """
         self._lines, self._begin, self._record, self._is_saving = [], time.time(), {}, False
         first_rank_does(trainer, lambda: refuse_anew(trainer, self._folder))
+        self._has_begun = False
         facts, logged = run_info(trainer), trainer.log_dir  # collective
         self._config, self._validated = Path(logged or ".", "config.yaml"), None
         if not trainer.is_global_zero:
@@ -100,9 +101,12 @@ class RunRecord(Callback):
         }
 
     def _start(self, trainer: Trainer) -> None:
+        if not self._has_begun:
+            self._has_begun = True
+            first_rank_does(trainer, lambda: self._write_start(trainer))
+
+    def _write_start(self, trainer: Trainer) -> None:
         """Write the description, and remove the lines of steps that will be repeated."""
-        if not self._planned:
-            return
         metrics = self._folder / METRICS_FILE
         if cut_off(metrics, trainer.global_step) == trainer.global_step and metrics.exists():
             last = [line for line, _ in lines_of(metrics) if line["step"] == trainer.global_step]
@@ -115,7 +119,7 @@ class RunRecord(Callback):
             self._add(trainer, self._untrained)
         self._untrained = {}
 
-    def on_validation_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the description before the first validation, which may precede the first batch of a resumed run."""
         if not trainer.sanity_checking:
             self._start(trainer)
@@ -133,9 +137,13 @@ class RunRecord(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record the metrics of a finished step."""
-        if trainer.is_global_zero and is_between_steps(trainer) and trainer.global_step % self.every_n_steps == 0:
+        if not is_between_steps(trainer) or trainer.global_step % self.every_n_steps:
+            return
+        if trainer.is_global_zero:
             logged = logged_in_training(trainer)  # the user's own, too
             self._note(trainer, lambda name: name == "lr" or name.startswith("train/") or name in logged)
+        if trainer.global_step // self.every_n_steps % self.flush_every == 0:
+            first_rank_does(trainer, self._write)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the metrics of a validation, also of a complete sanity check (``num_sanity_val_steps=-1``)."""
@@ -147,7 +155,7 @@ class RunRecord(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write the lines of all steps that the checkpoint includes, before it is saved."""
-        self._write()
+        first_rank_does(trainer, self._write)
         self._is_saving = bool(self._record) and not self._record["saved"]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,8 +163,12 @@ class RunRecord(Callback):
         finish_saves(trainer)
         if trainer.is_global_zero and not sum(trainer.num_val_batches):
             self._note(trainer, lambda name: name.startswith("drift/"))
-        self._write()
-        self._end(trainer, why_ended(trainer), has_saved=self._is_saving)
+
+        def end() -> None:
+            self._write()
+            self._end(trainer, why_ended(trainer), has_saved=self._is_saving)
+
+        first_rank_does(trainer, end)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the remaining lines, and the exception that ended training."""
@@ -173,7 +185,8 @@ class RunRecord(Callback):
 
     def _has_saved(self) -> None:
         self._is_saving, self._record["saved"] = False, True
-        self._write_record()
+        with suppress(InputError):  # of a full disk, on this rank alone: it is written again at the end
+            self._write_record()
 
     def _end(self, trainer: Trainer, reason: str, has_saved: bool) -> None:
         if self._record:
@@ -193,8 +206,6 @@ class RunRecord(Callback):
             return
         at = {"step": trainer.global_step, "epoch": trainer.current_epoch, "seconds": time.time() - self._begin}
         self._lines.append((at, {name: value.detach().float() for name, value in chosen.items()}))
-        if len(self._lines) >= self.flush_every:
-            self._write()
 
     def _write(self) -> None:
         lines, self._lines = self._lines, []

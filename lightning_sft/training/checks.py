@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sft.training.losses import warn_of_unused_inputs
 from lightning_sft.training.trainer import callbacks_of, check_numbers, context_parallel, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
@@ -98,6 +99,8 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         )
     check_numbers(trainer)
     check_tuner(callbacks_of(trainer))
+    if stage == "fit":
+        warn_of_unused_inputs(trainer.lightning_module)
     needs_rows = [name for name in ("neftune_alpha", "router_loss") if getattr(trainer.lightning_module, name, None)]
     if needs_rows and context_parallel(trainer)[1] > 1:
         raise InputError(f"model.{needs_rows[0]} needs whole rows: set trainer.strategy.context_parallel_size=1.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -53,3 +54,13 @@ class TargetLosses:
         There are none without one: value and gradient of −log Pr are known in closed form.
         """
         return {"loss": self.target_loss, "loss_inputs": self.loss_inputs(batch)} if self.has_own_loss else {}
+
+
+def warn_of_unused_inputs(module: object) -> None:
+    """Warn of a module that gives inputs of a loss, and trains on −log Pr, which takes none."""
+    own = getattr(type(module), "loss_inputs", TargetLosses.loss_inputs)
+    if own is not TargetLosses.loss_inputs and isinstance(module, TargetLosses) and not module.has_own_loss:
+        rank_zero_warn(
+            f"{type(module).__name__}.loss_inputs has no effect without a target_loss, to which they would be passed: "
+            "the module trains on −log Pr. Override target_loss, too."
+        )

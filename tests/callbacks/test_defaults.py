@@ -14,10 +14,20 @@ from lightning_sft.callbacks.checkpoint import BestCheckpoint, SafeCheckpoint
 from lightning_sft.callbacks.defaults import default_callbacks
 from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import Preempt
+from lightning_sft.callbacks.record import RunRecord
 from lightning_sft.commands.chat_model import Speaker
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
 from lightning_sft.types import InputError
+
+
+@pytest.mark.parametrize("kind", [SampleLedger, RunRecord])
+def test_a_file_of_the_run_lies_in_its_folder_though_the_user_gives_the_callback(kind: type, tmp_path: Path) -> None:
+    given, elsewhere = kind(), kind(str(tmp_path / "elsewhere"))
+    for own, wanted in ((given, str(tmp_path)), (elsewhere, str(tmp_path / "elsewhere"))):
+        added = default_callbacks({"callbacks": [own], "default_root_dir": str(tmp_path)}, resumes=True)
+        assert own.dirpath == wanted
+        assert not any(isinstance(callback, kind) for callback in added)
 
 
 @pytest.fixture

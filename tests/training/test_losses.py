@@ -127,3 +127,17 @@ def test_validation_measures_the_likelihood(given: tuple[str, str]) -> None:
         module.configure_model()
     assert own.eval()(batch).total == plain.eval()(batch).total
     assert own.train()(batch).total != plain.train()(batch).total
+
+
+def test_inputs_of_a_loss_that_is_not_given_are_said(given: tuple[str, str]) -> None:
+    class Half(SFTModule):
+        def loss_inputs(self, batch: Any) -> Any:
+            return [batch.target_weights]
+
+    class Whole(Half):
+        def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+            return super().target_loss(logits, targets)
+
+    with pytest.warns(UserWarning, match=r"Half.loss_inputs has no effect without a target_loss"):
+        fit(given[0], kind=Half)
+    fit(given[0], kind=Whole)  # a warning would be an error
