@@ -7,7 +7,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import proxy
 
 from lightning.pytorch import LightningModule, Trainer
@@ -77,6 +77,8 @@ class SafeCheckpoint(ModelCheckpoint):
             refuse_own_writer(trainer.strategy, f"SafeCheckpoint(dirpath={str(self._folder)!r})")
         write_whole(trainer)
         if stage == "fit":
+            # Lightning's ckpt_path="best" asks the first saver alone, and this one knows the newest, not the best
+            cast(Any, trainer).callbacks = [own for own in callbacks_of(trainer) if own is not self] + [self]
             if isinstance(self._folder, Path):
                 self._lock.take(trainer, self._folder)
             self._writer = BackgroundWriter(trainer.strategy) if self.in_background else None

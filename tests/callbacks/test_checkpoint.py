@@ -151,6 +151,14 @@ def fit_validated(make: Make, pretrained: str, rows: Any, *callbacks: Any, **set
     return trainer
 
 
+@pytest.mark.parametrize("best", [BestCheckpoint, ModelCheckpoint])
+def test_the_best_is_not_the_newest_in_any_order(fit: Callable[..., Trainer], tmp_path: Path, best: type) -> None:
+    saver = best(dirpath=tmp_path / "best", monitor="train/loss")
+    trainer = fit(SafeCheckpoint(tmp_path, 2), saver)
+    assert trainer.checkpoint_callback is saver
+    assert trainer.checkpoint_callbacks[-1].best_model_path != saver.best_model_path
+
+
 @pytest.mark.parametrize(("mode", "best"), [("min", 1), ("max", 2)])
 def test_the_weights_of_the_best_validation_are_kept_alone(
     pretrained: str, quiet_trainer: Make, rows: Any, tmp_path: Path, mode: Any, best: int
