@@ -30,8 +30,9 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
+from lightning_sft.checkpoints.reading import RUN_INFO_KEY
 from lightning_sft.checkpoints.resume import RunState
-from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
+from lightning_sft.checkpoints.run_info import log_settings, run_info
 from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.evaluation.generation import Sampling, answers
 from lightning_sft.evaluation.metrics import metrics_by_part
@@ -297,6 +298,7 @@ class SFTModule(TargetLosses, EvaluatedModule):
         self._step_metrics.begin(self.trainer, self.model)
         self._run.begin(self.trainer)
         self._modes.begin()
+        log_settings(self.trainer)
         settle_buckets(self.trainer.strategy.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

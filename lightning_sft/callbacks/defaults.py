@@ -106,7 +106,7 @@ def find_last(root: str | None, callbacks: Any, pretrained: str | None, is_fit: 
         rank_zero_info(f"ckpt_path=last: there is no checkpoint below {root or '.'} yet, so the run starts at step 0.")
         return None
     of = Checkpoint(path).hyper_parameters.get("pretrained")
-    if None not in (of, pretrained) and of != pretrained:
+    if of and pretrained and of != pretrained and Path(of).resolve() != Path(pretrained).resolve():
         raise InputError(
             f"ckpt_path=last is {path}, from a run with model.pretrained={of}, now {pretrained}. Give this run a "
             "separate folder (trainer.default_root_dir), or set ckpt_path to the checkpoint."

@@ -12,8 +12,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.checkpoints.reading import Checkpoint
-from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, run_info
+from lightning_sft.checkpoints.reading import RUN_INFO_KEY, Checkpoint
+from lightning_sft.checkpoints.run_info import run_info
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.data.tokens.held_out import side_of

@@ -34,6 +34,8 @@ Kind = Literal["file", "distributed", "deepspeed"]
 META = "meta.pt"  # Lightning's file for everything but tensors in a distributed checkpoint
 INDEX = ".metadata"  # torch's file of what is where in it, written last
 WEIGHTS = "scorer.model."  # with which the names of the weights of an SFTModule's model begin
+RUN_INFO_KEY = "lightning_sft"
+"""Checkpoint key of the facts of the run."""
 _PREFIX = "state_dict."
 _OPTIMIZERS = "torchao.optim"
 
@@ -86,7 +88,7 @@ class Checkpoint:
         """
         file = {"file": self.path, "distributed": self.path / META}.get(self.kind) or _of_deepspeed(self.path)[0]
         left_out = ("state_dict", "module", "optimizer", "optimizer_states")
-        return {key: value for key, value in _load(file, "meta").items() if key not in left_out}
+        return _found({key: value for key, value in _load(file, "meta").items() if key not in left_out})
 
     @property
     def hyper_parameters(self) -> dict[str, Any]:
@@ -138,6 +140,27 @@ class Checkpoint:
     def whole(self) -> dict[str, Any]:
         """Metadata and weights, as the checkpoint file of a single process has them."""
         return self.metadata | {"state_dict": self.weights()}
+
+
+def found_from(folder: str | None, name: str) -> str:
+    """A name as it is, or as a path in another folder where it exists only there.
+
+    >>> found_from("/usr", "lib"), found_from("/usr", "owner/model"), found_from(None, "lib")
+    ('/usr/lib', 'owner/model', 'lib')
+    """
+    there = Path(folder or ".", name)
+    return str(there) if folder and not Path(name).exists() and there.exists() else name
+
+
+def _found(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata whose model and tokenizer, given relative to the folder in which the run began, are found from here."""
+    run = metadata.get(RUN_INFO_KEY)
+    folder = run.get("folder") if isinstance(run, dict) else None
+    for part in metadata.values():
+        for name in ("pretrained", "tokenizer") if isinstance(part, dict) and isinstance(folder, str) else ():
+            if isinstance(part.get(name), str):
+                part[name] = found_from(folder, part[name])
+    return metadata
 
 
 def _reader(path: Place) -> Any:

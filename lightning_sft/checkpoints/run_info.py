@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from lightning_sft.checkpoints.reading import found_from
 from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
 from lightning_sft.data.rows.sources import Source, files_of
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
     from lightning_sft.data.tokens.dataset import Split
     from lightning_sft.datamodule import SFTDataModule
-
-RUN_INFO_KEY = "lightning_sft"
-"""Checkpoint key of the facts of the run."""
 
 _PACKAGES = ("lightning-sft", "lightning", "torch", "transformers", "tokenizers", "peft", "deepspeed")
 _TRAINER = (
@@ -49,6 +47,7 @@ def run_info(trainer: Trainer) -> dict[str, Any]:
     """
     data = datamodule_of(trainer)
     return {
+        "folder": str(Path.cwd()),  # which relative paths are relative to
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -60,6 +59,18 @@ def run_info(trainer: Trainer) -> dict[str, Any]:
         "data": {name: _split(cast("SFTDataModule", data), name) for name in getattr(data, "splits", {})},
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
+
+
+def log_settings(trainer: Trainer) -> None:
+    """Give the loggers what Lightning does not: the optimizer, its learning rate, and the data.
+
+    They get the hyperparameters of the module again with it, since some keep only what they are given last.
+    """
+    facts = run_info(trainer)
+    settings = {k: v for k, v in trainer.lightning_module.hparams_initial.items() if not k.startswith("_")}
+    settings |= {name: facts[name] for name in ("optimizer", "data_module", "data")}
+    for logger in trainer.loggers:
+        logger.log_hyperparams(settings)
 
 
 def _template(data: Any) -> dict[str, Any]:
@@ -93,16 +104,18 @@ def validation_data(facts: Mapping[str, Any]) -> tuple[Mixture, Reading, Side | 
     if not known:
         return None
     made = {
-        name: Part(_files(part), **{key: part.get(key) for key in ("format", "columns", *_OF_PARTS)})
+        name: Part(
+            _files(part, facts.get("folder")), **{key: part.get(key) for key in ("format", "columns", *_OF_PARTS)}
+        )
         for name, part in known.items()
     }
     side = side_of("val", facts.get("data_module", {}).get("held_out"))
     return Mixture(dict(made)), Reading(**facts.get("reading", {})), side
 
 
-def _files(part: Mapping[str, Any]) -> list[str]:
+def _files(part: Mapping[str, Any], folder: str | None) -> list[str]:
     source = part.get("files") or part["source"]
-    names = [source] if isinstance(source, str) else list(source)
+    names = [found_from(folder, name) for name in ([source] if isinstance(source, str) else source)]
     for name in names:
         if not (Path(name).is_file() or name.startswith("hf:") or (Path(name) / "dataset_info.json").is_file()):
             raise InputError(f"there is no file {name!r}")

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_sft.checkpoints.reading import Checkpoint
-from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, validation_data
+from lightning_sft.checkpoints.reading import RUN_INFO_KEY, Checkpoint
+from lightning_sft.checkpoints.run_info import validation_data
 from lightning_sft.checkpoints.writing import checkpoint_of
 from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.export import hub, parity

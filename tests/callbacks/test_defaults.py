@@ -75,6 +75,15 @@ def test_last_of_another_model_is_refused(arguments: list[str], tmp_path: Path) 
         main(["fit", *arguments, "--model.pretrained", other, "--ckpt_path", "last"])
 
 
+def test_last_finds_the_same_model_by_another_path(
+    arguments: list[str], pretrained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = main(["fit", *arguments, "--ckpt_path", "last"])
+    monkeypatch.chdir(Path(pretrained).parent)
+    again = [Path(pretrained).name if text == pretrained else text for text in arguments]
+    assert main(["fit", *again, "--ckpt_path", "last"]).trainer.global_step == first.trainer.global_step
+
+
 def test_callbacks_of_the_user_take_the_place_of_ours(arguments: list[str], tmp_path: Path) -> None:
     own = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "own"), "save_last": True}}
     told = {"class_path": "lightning_sft.callbacks.Preempt", "init_args": {"signals": ["SIGUSR2"]}}

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from lightning.pytorch.loggers import CSVLogger
 
-from lightning_sft.checkpoints.reading import Checkpoint
-from lightning_sft.checkpoints.run_info import RUN_INFO_KEY, validation_data
+from lightning_sft.checkpoints.reading import RUN_INFO_KEY, Checkpoint
+from lightning_sft.checkpoints.run_info import validation_data
 from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.data.tokens.held_out import side_of
 from lightning_sft.export.parity import held_out
@@ -67,3 +69,12 @@ def test_of_a_stream_no_rows_are_counted(pretrained: str, saved: Any, jsonl: Any
     found = saved(trained(pretrained, data={"train": path, "streaming": True, "num_workers": 0}))
     assert "rows" not in found["data"]["train"]["parts"][0]
     assert "targets" not in found["data"]["train"]
+
+
+def test_loggers_get_the_optimizer_and_the_data(pretrained: str, jsonl: Any, tmp_path: Path) -> None:
+    path = jsonl([{"prompt": f"{i}", "completion": "a"} for i in range(5)])
+    trained(pretrained, data={"train": path}, logger=CSVLogger(str(tmp_path / "log"), "", ""))
+    found = yaml.safe_load((tmp_path / "log" / "hparams.yaml").read_text())
+    assert (found["optimizer"]["class"], found["optimizer"]["lr"]) == ("AdamW", 0.01)
+    assert (found["data"]["train"]["parts"][0]["source"], found["data"]["train"]["parts"][0]["rows"]) == (path, 5)
+    assert (found["data_module"]["tokens_per_batch"], found["pretrained"]) == (100, pretrained)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lightning_sft.export.convert
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.demos import CHATML, tiny_model, tiny_tokenizer
+from lightning_sft.demos import CHATML, tiny_model, tiny_pretrained, tiny_tokenizer
 from lightning_sft.export.convert import export_checkpoint
 from lightning_sft.types import InputError
 from tests.helpers.exporting import trained
@@ -58,6 +58,23 @@ def test_an_export_is_compared_on_the_validation_data_and_says_so(ckpt: str, tmp
     assert found["rows"] == "8 rows of the run's validation data"
     assert found["models"] == [{"name": "reloaded", "mean_kl": 0.0, "max_kl": 0.0, "top1": 1.0}]
     assert "8 rows of the run's validation data" in (out / "README.md").read_text()
+
+
+def test_a_run_of_relative_paths_is_exported_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for folder in (run, elsewhere):
+        folder.mkdir()
+    monkeypatch.chdir(run)
+    tiny_pretrained(run / "models" / "base")
+    Path("val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = {"val": "val.jsonl", "tokenizer": "models/base"}
+    trained("models/base", data=data).save_checkpoint("run.ckpt")
+    monkeypatch.chdir(elsewhere)
+    found = parity_of(export_checkpoint("../run/run.ckpt", "out"))
+    assert found["passed"]
+    assert found["rows"] == "8 rows of the run's validation data"
 
 
 def test_other_rows_can_be_given_and_without_any_there_are_built_in_ones(
