@@ -17,6 +17,7 @@ from lightning_sft.main import main
 from tests.architectures.configs import save
 from tests.helpers.pages import code, page, tables
 from tests.helpers.processes import ROOT
+from tests.helpers.slow import slow_but
 from tests.oracle.templates import of_trl
 from tests.oracle.vocabularies import tokenizer_for
 from tests.test_configs import write_data
@@ -64,7 +65,7 @@ def test_each_config_has_a_row_of_the_page() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:In this model, documents packed into one row see each other")
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_but(["qwen3", "gpt_oss", "lfm2", "granite4"], FAMILIES))
 def test_a_config_runs_on_a_tiny_model_of_its_architecture(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

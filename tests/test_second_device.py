@@ -38,6 +38,7 @@ from lightning_sft.types import Example
 from tests.helpers.fake_cuda import fake_cuda, to_cuda
 from tests.helpers.gradients import QUIET
 from tests.helpers.second_device import counted_waits, on_second, second_device, without_float64
+from tests.helpers.slow import slow_but
 
 ROWS = [{"prompt": f"What is {i} and {i}?", "completion": f"It is {i + i}, I think."} for i in range(24)]
 
@@ -134,7 +135,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(["checkpointing", "adapters and new tokens", "8 bits"], MODELS))
 def test_every_way_to_train_a_model_works_there(pretrained: str, name: str) -> None:
     with second_device() as device:
         _, trainer, observer = fit(pretrained, on_second("bf16-mixed"), **MODELS[name])

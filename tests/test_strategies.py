@@ -23,30 +23,58 @@ from lightning_sft.model.parallel.sharding import layers
 from lightning_sft.strategies import FSDP2Strategy, layout
 from lightning_sft.training.optimizers import clip_gradients
 from lightning_sft.types import InputError
-from tests.helpers.parallel import ALONE, CASES, LAUNCHES, PAGE, measured, model, run_all, table, write_page
+from tests.helpers.parallel import (
+    ALONE,
+    CASES,
+    LAUNCHES,
+    PAGE,
+    SLOW,
+    launch,
+    measured,
+    model,
+    run_all,
+    table,
+    write_page,
+)
 from tests.helpers.payload import Payload
 from tests.helpers.second_device import second_device
 
 WITH_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-NAMES = [name for names in LAUNCHES for name in names if WITH_DEEPSPEED or not CASES[name].stage]
+NAMES = [
+    pytest.param(name, marks=[pytest.mark.slow] if names in SLOW else [])
+    for names in LAUNCHES
+    for name in names
+    if WITH_DEEPSPEED or not CASES[name].stage
+]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what cases have shown; those of a single process, which others are compared with, are in it."""
     folder = tmp_path_factory.mktemp("strategies")
-    launches = [names for names in LAUNCHES if WITH_DEEPSPEED or not CASES[names[0]].stage]
-    run_all(model(folder / "model"), folder, launches)
+    model(folder / "model")
+    run_all(str(folder / "model"), folder, [])
     return folder
+
+
+def run_case(name: str, out: Path) -> None:
+    """Run a case with those that can share its processes, if it has not been run."""
+    if not (out / f"{name}.json").exists():
+        launch(next(names for names in LAUNCHES if name in names), str(out / "model"), out)
 
 
 @pytest.mark.parametrize("name", [*ALONE, *NAMES])
 def test_ten_steps_are_those_of_one_device_and_a_resumed_run_repeats_them(out: Path, name: str) -> None:
     """Loss and gradient norm to 1e-5, with accumulation, clipping and a short window; the resumed losses bit by bit."""
+    run_case(name, out)
     assert all(measured(name, out).values()), measured(name, out)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not WITH_DEEPSPEED, reason="the table has DeepSpeed in it")
 def test_the_table_of_the_page_is_what_was_measured(out: Path) -> None:
+    for name in CASES:
+        run_case(name, out)
     page = PAGE.read_text(encoding="utf-8")
     assert page == write_page(page, table(out)), "run: python -m tests.helpers.parallel"
     assert table(out) in page

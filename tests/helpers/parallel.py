@@ -108,14 +108,20 @@ CASES = {
     **{f"deepspeed{n}": Case(f"`deepspeed_stage_{n}`", limit=14, stage=n, reference="single_whole") for n in (1, 2, 3)},
 }
 ALONE = ["single", "single_whole", "single_lora", "single_4bit", "single_8bit"]
-LAUNCHES = [
-    ["ddp", "ddp_tiles", "ddp_lora", "fsdp2", "fsdp2_lora", "fsdp2_4bit", "fsdp2_8bit", "checkpointing", "tiles"],
-    ["offload", "tensor", "tensor_tiles"],
-    ["offload_alone"],
-    ["context", "context_lora"],
-    ["both", "context_both", "context_tensor"],
-    ["deepspeed1", "deepspeed2", "deepspeed3"],
+QUICK = [
+    ["ddp", "ddp_lora", "fsdp2", "fsdp2_lora", "fsdp2_4bit", "tiles"],
+    ["offload", "tensor"],
+    ["context_lora"],
+    ["deepspeed3"],
 ]
+SLOW = [
+    ["ddp_tiles", "fsdp2_8bit", "checkpointing", "tensor_tiles"],
+    ["offload_alone"],
+    ["context"],
+    ["both", "context_both", "context_tensor"],
+    ["deepspeed1", "deepspeed2"],
+]
+LAUNCHES = [*QUICK, *SLOW]  # cases that processes run one after the other
 
 
 @dataclass

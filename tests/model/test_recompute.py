@@ -20,6 +20,7 @@ from lightning_sft.model.recompute import checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.types import InputError
 from tests.helpers.gradients import encoded
+from tests.helpers.slow import slow_but
 
 LAYERS = 5
 
@@ -97,7 +98,7 @@ def test_inputs_of_layers_that_are_offloaded_come_back_bit_for_bit(
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.parametrize("settings", [{}, {"lora": Lora(r=4)}], ids=["whole", "lora"])
-@pytest.mark.parametrize("setting", [True, 2])
+@pytest.mark.parametrize("setting", slow_but([2], [True, 2]))
 def test_layers_that_are_compiled_and_computed_again_are_one_graph_with_the_same_gradients(
     deep: str, setting: Any, settings: dict[str, Any]
 ) -> None:

@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from lightning_sft.demos import tiny_model
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
+from tests.helpers.slow import slow_but
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -59,7 +60,7 @@ def furthest(a: tuple[Tensor, list[Tensor]], b: tuple[Tensor, list[Tensor]]) -> 
 
 @pytest.mark.parametrize(("batches", "dynamic"), [(BATCHES, None), (OTHERS, True)], ids=["one size", "any size"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16-mixed"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_but(["llama", "gemma3_text"], ARCHITECTURES))
 def test_a_layer_is_one_graph_for_all_batches_and_equals_eager(
     name: str, autocast: bool, batches: list[list[int]], dynamic: bool | None
 ) -> None:

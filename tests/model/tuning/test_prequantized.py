@@ -27,6 +27,7 @@ from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.types import InputError
 from tests.helpers.gradients import ROWS, encoded
 from tests.helpers.prequantizing import KINDS, SIZE, prequantized
+from tests.helpers.slow import slow_but
 from tests.model.tuning.test_adapter_checkpoints import fit
 
 pytestmark = [  # of peft
@@ -98,7 +99,7 @@ def test_adapters_have_the_gradients_that_they_have_on_plain_weights_of_the_same
     assert all(torch.equal(quantized.state_dict()[name], value) for name, value in plain.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", slow_but(["mxfp4", "gptq"], ALL))
 def test_a_run_resumes_bit_for_bit_and_exports_what_was_trained(
     tmp_path: Path, made: Any, kind: str, quiet_trainer: Callable[..., Trainer], jsonl: Any
 ) -> None:
