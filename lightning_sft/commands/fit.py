@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from lightning_sft.commands.base import ConfigCLI, ConfigParser, with_own_defaul
 from lightning_sft.commands.saved_config import SaveConfig, no_trace_if_refused
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import unwrapped
+from lightning_sft.io.config_files import flags, placed
 from lightning_sft.model.pretrained import load_architecture
 from lightning_sft.module import SFTModule
 from lightning_sft.training.checks import check_precision
@@ -140,7 +141,7 @@ def run(args: ArgsType) -> SFTCLI:
         "save_config_kwargs": {"overwrite": True},
         "parser_kwargs": {"prog": "lightning-sft"},
     }
-    with unwrapped():
+    with placed(args), unwrapped():
         own = _own_classes(args)
         return SFTCLI(**_for_classes(own), **settings, args=_classes_first(own, args))
 
@@ -155,7 +156,7 @@ def run_config_verb(cli: type[ConfigCLI], args: list[str]) -> ConfigCLI:
     Raises:
         SystemExit: With 1 when it finds what does not pass.
     """
-    with unwrapped():
+    with placed(args), unwrapped():
         own, prog = _own_classes(args), {"prog": f"lightning-sft {args[0]}"}
         done = cli(**_for_classes(own), parser_kwargs=prog, args=_classes_first(own, args)[1:], run=False)
     if not done.passes:
@@ -195,7 +196,7 @@ def _own_class(key: str, args: Any) -> str | None:
     found = None
     for section in args.values() if isinstance(args, Mapping) else ():
         found = _class_path(section, key) or found
-    for flag, value in _flags(args) if isinstance(args, list) else ():
+    for flag, value in flags(args) if isinstance(args, list) else ():
         if flag == f"--{key}.class_path" or (flag == f"--{key}" and not value.endswith((".yaml", ".yml"))):
             found = value
         if flag in ("--config", "-c") and Path(value).is_file():
@@ -206,8 +207,3 @@ def _own_class(key: str, args: Any) -> str | None:
 def _class_path(config: Any, key: str) -> str | None:
     section = config.get(key) if isinstance(config, Mapping) else None
     return section.get("class_path") if isinstance(section, Mapping) else None
-
-
-def _flags(args: Sequence[str]) -> list[tuple[str, str]]:
-    following = [*args[1:], ""]
-    return [(a.partition("=")[0], a.partition("=")[2] if "=" in a else b) for a, b in zip(args, following, strict=True)]
