@@ -20,6 +20,7 @@ from lightning_sft.callbacks.ending import ending
 from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.commands.base import ConfigCLI, ConfigParser, with_own_defaults
 from lightning_sft.commands.saved_config import SaveConfig, no_trace_if_refused
+from lightning_sft.commands.trainer_settings import refused_by_name
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import unwrapped
 from lightning_sft.io.config_files import flags, placed
@@ -69,7 +70,8 @@ class SFTCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add checkpoints, graceful preemption and a sample log, unless the user has configured their own."""
-        trainer = super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
+        with refused_by_name(config):
+            trainer = super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
         own: list[Callback] = cast(Any, trainer).callbacks
         own.sort(key=lambda callback: not isinstance(callback, SaveConfig))  # RunRecord reads what it has saved
         return trainer

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sft.training.schedules import check_length
 from lightning_sft.training.trainer import callbacks_of, check_numbers, context_parallel, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
@@ -231,12 +232,13 @@ def check_precision(asked: Any, trainer: Trainer) -> None:
 
 
 def check_epoch(trainer: Trainer) -> None:
-    """Refuse epochs that cannot be divided into whole optimizer steps or over all ranks.
+    """Refuse epochs that cannot be divided into whole optimizer steps or over all ranks, or that outlast a scheduler.
 
     Raises:
-        InputError: When an epoch ends inside an optimizer step of DeepSpeed, which would carry it on into the next; or
-            when there are more ranks than micro-batches.
+        InputError: When an epoch ends inside an optimizer step of DeepSpeed, which would carry it on into the next;
+            when there are more ranks than micro-batches; or when a scheduler of torch ends before the fit.
     """
+    check_length(trainer)
     accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
     if trainer.strategy.handles_gradient_accumulation and math.isfinite(per_epoch) and per_epoch % accumulate:
         raise InputError(
