@@ -42,6 +42,7 @@ from lightning_sft.model import pretrained as loading
 from lightning_sft.model.assembly import assemble
 from lightning_sft.model.attention.choice import Attention, check_asked
 from lightning_sft.model.experts import RouterLoss, Routers
+from lightning_sft.model.first_checks import FirstChecks
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.buckets import settle_buckets
@@ -72,7 +73,7 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 
 
-class SFTModule(TargetLosses, EvaluatedModule):
+class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
     """Fine-tunes a pretrained causal language model on target tokens.
 
     Args:
@@ -330,6 +331,7 @@ class SFTModule(TargetLosses, EvaluatedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume between two steps, wherever the run was saved; refuse the checkpoint of another model."""
+        super().on_load_checkpoint(checkpoint)
         self.tuning.complete(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
             self._run.load(self.trainer, checkpoint)

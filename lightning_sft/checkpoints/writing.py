@@ -16,7 +16,15 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints.reading import INDEX, META, Checkpoint, first_failure, know_optimizer_states
+from lightning_sft.checkpoints.reading import (
+    DAMAGE,
+    INDEX,
+    META,
+    Checkpoint,
+    first_failure,
+    know_optimizer_states,
+    unreadable,
+)
 from lightning_sft.checkpoints.resume import POSITION_KEY, SHARDED_KEY
 from lightning_sft.io.address import Address, Place, is_address, place
 from lightning_sft.io.disk import PARTIAL, hidden, publish, remove, whole
@@ -64,8 +72,12 @@ class AtomicIO(TorchCheckpointIO):
         """
         if place(path).is_dir():
             return Checkpoint(path).whole() | {SHARDED_KEY: True}
+        Checkpoint(path).check_is_whole()
         know_optimizer_states(path)
-        found: Any = super().load_checkpoint(path, map_location, weights_only)
+        try:
+            found: Any = super().load_checkpoint(path, map_location, weights_only)
+        except DAMAGE as error:
+            raise unreadable(place(path), error) from error
         if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
             what = (
                 f"a dictionary of {', '.join(map(str, list(found)[:5]))}"
@@ -73,6 +85,8 @@ class AtomicIO(TorchCheckpointIO):
                 else "not a dictionary"
             )
             raise InputError(f"{path} is not a checkpoint of Lightning, but {what}. Expected a file saved by fit.")
+        if not isinstance(found.get("state_dict"), dict):
+            raise InputError(f"{path} is not a checkpoint of a module: it has no 'state_dict'.")
         return found
 
 

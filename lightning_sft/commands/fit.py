@@ -24,12 +24,10 @@ from lightning_sft.commands.trainer_settings import refused_by_name
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import unwrapped
 from lightning_sft.io.config_files import flags, placed
-from lightning_sft.model.pretrained import load_architecture
+from lightning_sft.model.first_checks import refuse_other_model
 from lightning_sft.module import SFTModule
 from lightning_sft.training.checks import check_precision
 from lightning_sft.types import InputError
-
-_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 class SFTCLI(LightningCLI):
@@ -66,7 +64,7 @@ class SFTCLI(LightningCLI):
             )
         if path and path != "hpc" and not path.startswith(("http", "registry")):  # which Lightning finds
             self._checkpoint_config = Checkpoint(path).hyper_parameters.get("hf_config")
-            _refuse_other_model(path, self._checkpoint_config, model)
+            refuse_other_model(path, self._checkpoint_config, model)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add checkpoints, graceful preemption and a sample log, unless the user has configured their own."""
@@ -108,28 +106,6 @@ class SFTCLI(LightningCLI):
         check_precision(self._own_config.get("trainer.precision"), self.trainer)
         if self._checkpoint_config and isinstance(self.model, SFTModule):
             self.model.hf_config = self._checkpoint_config
-
-
-def _refuse_other_model(path: str, saved: Mapping[str, Any] | None, pretrained: str | None) -> None:
-    """Refuse the checkpoint of a model of another shape than the one asked for; one that was moved is as good.
-
-    Raises:
-        InputError: With the first value that differs.
-    """
-    if not saved or not pretrained:
-        return
-    try:
-        asked = load_architecture(pretrained)
-    except InputError:  # it is read no more
-        return
-    is_text = "text_config" not in saved.keys() | asked.keys()
-    one, other = (config.get("text_config") or config for config in (saved, asked))
-    for key in (*_SHAPE, *["model_type"] * is_text):
-        if key in one and key in other and one[key] != other[key]:
-            raise InputError(
-                f"ckpt_path={path} is of a model with {key}={one[key]}, and model.pretrained={pretrained} has "
-                f"{other[key]}. Give the pretrained model that the checkpoint is of, or another checkpoint."
-            )
 
 
 def run(args: ArgsType) -> SFTCLI:
