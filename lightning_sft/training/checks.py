@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sft.training.monitors import check_monitors
 from lightning_sft.training.schedules import check_length
 from lightning_sft.training.trainer import callbacks_of, check_numbers, context_parallel, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
@@ -74,7 +75,8 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     Raises:
         InputError: With numbers that :func:`~lightning_sft.training.trainer.check_numbers` refuses, with FSDP1, with
             float16 on a CPU, with a number of micro-batches that changes, with callbacks that
-            :func:`~lightning_sft.training.checks.check_tuner` refuses; for answers of a sharded model, whose ranks
+            :func:`~lightning_sft.training.checks.check_tuner` refuses, or that wait for a metric that nothing logs; for
+            answers of a sharded model, whose ranks
             would have to write equally many tokens; for validation with ZeRO-3 out of fit; for what needs whole rows
             where they are split.
     """
@@ -99,6 +101,8 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         )
     check_numbers(trainer)
     check_tuner(callbacks_of(trainer))
+    if stage == "fit":
+        check_monitors(trainer)
     needs_rows = [name for name in ("neftune_alpha", "router_loss") if getattr(trainer.lightning_module, name, None)]
     if needs_rows and context_parallel(trainer)[1] > 1:
         raise InputError(f"model.{needs_rows[0]} needs whole rows: set trainer.strategy.context_parallel_size=1.")

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from lightning_sft.training.monitors import check_monitor
 from lightning_sft.training.trainer import datamodule_of, total_steps
 from lightning_sft.types import InputError
 
@@ -95,7 +96,9 @@ def with_scheduler(
     if isinstance(scheduler, ReduceLROnPlateau):
         if "val" not in getattr(datamodule_of(trainer), "splits", ["val"]):
             raise InputError("model.schedule=ReduceLROnPlateau is stepped after each validation: set data.val.")
-        config |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "frequency": _NEVER}
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        check_monitor(trainer, "model.schedule=ReduceLROnPlateau", monitor)
+        config |= {"monitor": monitor, "frequency": _NEVER}
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 
