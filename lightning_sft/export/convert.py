@@ -91,8 +91,8 @@ def export_checkpoint(
     """Export a checkpoint as a Hugging Face folder for plain transformers, and compare it with the trained model.
 
     Args:
-        ckpt: Checkpoint: a file; a folder written by FSDP2, tensor parallelism or DeepSpeed; or the folder of a run,
-            whose newest checkpoint is used.
+        ckpt: Checkpoint: a file; a folder written by FSDP2, tensor parallelism or DeepSpeed; or the folder of a run
+            or of checkpoints, whose newest is used.
         out: Folder to write, which must not exist yet.
         dtype: Dtype of the exported weights; by default that of the trained ones. Half precision halves the size and
             rounds.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from inspect import signature
 from typing import Any, NamedTuple, get_args, get_origin
@@ -63,6 +64,10 @@ def refusal(message: str, hints: Any, args: Sequence[str]) -> Refusal | None:
         return _unknown(key, unknown[1], _CLASS.findall(message[: unknown.start()]) or _CLASS.findall(message))
     given = _GIVEN.search(inner)
     expected = list(dict.fromkeys(_expected(inner if given is None else inner[: given.start()])))
+    settings = [kind for kind in _classes(hints.get(key)) if is_dataclass(kind)]
+    if settings and len(keys) == 1 and given is not None:
+        example = f"{key}.{fields(settings[0])[0].name}"
+        return Refusal(key, f"is {given[1].rstrip('.')}; expected its settings, as {example}, or null.", given[1])
     if (no_class := _NO_CLASS.search(inner)) and (len(keys) == 1 or not set(expected) - {"null"}):
         name = next(filter(None, no_class.groups()))
         path = next((path for path in _PATH.findall(inner) if name in path.split(".")), name)

@@ -19,6 +19,7 @@ from lightning_sft.main import main
         ("--model.schedule cosin", "--model.schedule is cosin; expected cosine, linear, .* Did you mean cosine\\?"),
         ("--model.optimizer.lr abc", "--model.optimizer.lr is abc; expected a number"),
         ("--model.lora.r x", "--model.lora.r is x; expected an integer"),
+        ("--model.lora true", "--model.lora is true; expected its settings, as model.lora.r, or null"),
         ("--model.lora.rr 4", "--model.lora.rr is not known: Lora has r, alpha, .* Did you mean r\\?"),
         ("--trainer.max_epochs abc", "--trainer.max_epochs is abc; expected an integer or null"),
         ("--model.optimizer AdamWW", "--model.optimizer is AdamWW; .* a class of Optimizer, .* Did you mean AdamW\\?"),
