@@ -13,6 +13,7 @@ from lightning_sft.evaluation.answer_scores import extracted, extracted_from_all
 from lightning_sft.evaluation.generation import answer_all
 from lightning_sft.io.arguments import Count, check_arguments
 from lightning_sft.io.disk import write
+from lightning_sft.io.words import counted
 from lightning_sft.training.checks import check_data, check_module
 from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import InputError
@@ -80,7 +81,7 @@ class ScoreAnswers(Callback):
         if trainer.is_global_zero:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write(folder / self.filename, text)
-        rank_zero_info(f"{len(rows)} answers: {folder / self.filename}")
+        rank_zero_info(f"{counted(len(rows), 'answer')}: {folder / self.filename}")
         pairs = [row["prediction"] for row in rows], [row["reference"] for row in rows]
         found = scores(*pairs, self.extract, self.rouge, self.bleu)
         found["normalised_match"] = found["normalized_match"]  # the old key, for one release

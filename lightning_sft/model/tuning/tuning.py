@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from lightning_sft.io.words import counted
 from lightning_sft.model.parallel import loading
 from lightning_sft.model.parallel.sharding import Sharding
 from lightning_sft.model.pretrained import load_model, model_from_config, new_token_ids, stored_quantization
@@ -171,8 +172,8 @@ class TuningConfig:
             self._prepare(model, pretrained)
         if untrained := choose(model, self.frozen, self.trained):
             rank_zero_info(
-                f"{len(untrained)} parameters are not trained, such as {untrained[0]}: the architecture freezes "
-                "them, or text does not use them."
+                f"{counted(len(untrained), 'parameter', 'are')} not trained, such as {untrained[0]}: the architecture "
+                "freezes them, or text does not use them."
             )
         if self.lora is not None:
             widen(parameter for parameter in model.parameters() if parameter.requires_grad)
