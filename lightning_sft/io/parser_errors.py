@@ -71,7 +71,9 @@ def refusal(message: str, hints: Any, args: Sequence[str]) -> Refusal | None:
     if (no_class := _NO_CLASS.search(inner)) and (len(keys) == 1 or not set(expected) - {"null"}):
         name = next(filter(None, no_class.groups()))
         path = next((path for path in _PATH.findall(inner) if name in path.split(".")), name)
-        return _misspelt(".".join(keys[:2]), path, expected, hints.get(".".join(keys[:2])))
+        refused = _misspelt(".".join(keys[:2]), path, expected, hints.get(".".join(keys[:2])))
+        package = f" No package {no_class[3].partition('.')[0]} is installed." if no_class[3] else ""
+        return refused._replace(said=f"{refused.said}{package}")
     if given is None or not expected:
         return None
     value = given[1].rstrip(".")
@@ -127,7 +129,7 @@ def _expected(text: str) -> Iterator[str]:
             yield _WORDS[kind]
 
 
-def _classes(hint: Any) -> Iterator[type]:
+def _classes(hint: Any) -> Iterator[type[Any]]:
     """Classes in an annotation that are not Python's own."""
     if isinstance(hint, type) and hint.__module__ != "builtins":
         yield hint
@@ -136,8 +138,9 @@ def _classes(hint: Any) -> Iterator[type]:
         yield from _classes(one)
 
 
-def _below(base: type) -> Iterator[type]:
-    for kind in base.__subclasses__():
+def _below(base: type[Any]) -> Iterator[type[Any]]:
+    own: list[type[Any]] = base.__subclasses__()
+    for kind in own:
         yield kind
         yield from _below(kind)
 
