@@ -60,8 +60,8 @@ def check_config(path: str, is_whole: bool = False) -> None:
     if size > MAX_VALUES:
         raise InputError(f"{path}: its aliases stand for {size:,} values; at most {MAX_VALUES:,} are read.")
     if is_whole and not isinstance(root, yaml.MappingNode):
-        line = 1 if root is None else _line(root)
-        raise InputError(f"{path}:{line}: expected sections with their keys, as model:, data: and trainer:.")
+        begin = 1 if root is None else _line(root)
+        raise InputError(f"{path}:{begin}: expected sections with their keys, as model:, data: and trainer:.")
     if root is not None and (twice := next(_twice(root), None)) is not None:
         first, second = twice
         raise InputError(

@@ -71,9 +71,9 @@ def refusal(message: str, hints: Any, args: Sequence[str]) -> Refusal | None:
     if (no_class := _NO_CLASS.search(inner)) and (len(keys) == 1 or not set(expected) - {"null"}):
         name = next(filter(None, no_class.groups()))
         path = next((path for path in _PATH.findall(inner) if name in path.split(".")), name)
-        refused = _misspelt(".".join(keys[:2]), path, expected, hints.get(".".join(keys[:2])))
+        found = _misspelt(".".join(keys[:2]), path, expected, hints.get(".".join(keys[:2])))
         package = f" No package {no_class[3].partition('.')[0]} is installed." if no_class[3] else ""
-        return refused._replace(said=f"{refused.said}{package}")
+        return found._replace(said=f"{found.said}{package}")
     if given is None or not expected:
         return None
     value = given[1].rstrip(".")

@@ -22,7 +22,7 @@ class FirstChecks(LightningModule):
     tuning: TuningConfig
     kernels: Kernels
 
-    def configure_callbacks(self) -> Sequence[Callback]:
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """No callbacks: this is the only hook of Lightning before data are prepared.
 
         Raises:
