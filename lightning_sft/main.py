@@ -138,10 +138,10 @@ def _imported(target: str) -> Any:
 
 def _check_configs(given: list[str]) -> None:
     """Refuse YAML files among the arguments that a parser would not get through."""
-    for text in given:
-        value = text.partition("=")[2] if text.startswith("-") else text
+    for before, text in zip(["", *given], given, strict=False):
+        flag, _, value = text.partition("=") if text.startswith("-") else (before, "", text)
         if value.endswith((".yaml", ".yml")) and Path(value).is_file():
-            _imported("lightning_sft.commands.base:check_config")(value)
+            _imported("lightning_sft.io.config_files:check_config")(value, flag in ("--config", "-c"))
 
 
 def _help() -> str:

@@ -30,9 +30,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
-from lightning_sft.checkpoints.reading import RUN_INFO_KEY
 from lightning_sft.checkpoints.resume import RunState
-from lightning_sft.checkpoints.run_info import log_settings, run_info
+from lightning_sft.checkpoints.run_info import log_settings, save_run_info
 from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.evaluation.generation import Sampling, answers
 from lightning_sft.evaluation.metrics import metrics_by_part
@@ -43,6 +42,7 @@ from lightning_sft.model import pretrained as loading
 from lightning_sft.model.assembly import assemble
 from lightning_sft.model.attention.choice import Attention, check_asked
 from lightning_sft.model.experts import RouterLoss, Routers
+from lightning_sft.model.first_checks import FirstChecks
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.buckets import settle_buckets
@@ -73,7 +73,7 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 
 
-class SFTModule(TargetLosses, EvaluatedModule):
+class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
     """Fine-tunes a pretrained causal language model on target tokens.
 
     Args:
@@ -327,11 +327,12 @@ class SFTModule(TargetLosses, EvaluatedModule):
         self.tuning.shrink(checkpoint, self)
         self._modes.save(checkpoint)
         self._run.save(self.trainer, checkpoint)
-        checkpoint[RUN_INFO_KEY] = run_info(self.trainer)
+        save_run_info(self.trainer, checkpoint)
         checkpoint[SEEN_KEY], checkpoint[KERNELS_KEY] = self._step_metrics.state(), self.kernels.name
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resume between two steps, wherever the run was saved; refuse the checkpoint of another model."""
+        super().on_load_checkpoint(checkpoint)
         self.tuning.complete(checkpoint, self)
         if self._trainer is not None and self.trainer.training:
             self._run.load(self.trainer, checkpoint)

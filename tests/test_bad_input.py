@@ -93,5 +93,5 @@ def test_rows_left_out_are_counted_and_listed(pretrained: str, jsonl: Any, capsy
     text = capsys.readouterr().out
     assert "1 of 4 rows cannot be used" in text
     assert "train.jsonl:3: 'completion' must be a string" in text
-    assert "1 sequences are longer than data.max_length" in text
+    assert "1 sequence is longer than data.max_length" in text
     assert "train.jsonl:4" in text

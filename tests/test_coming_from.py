@@ -71,11 +71,24 @@ def test_options_of_trl_are_those_of_its_source_and_none_of_its_own_is_left_out(
     known |= fields("trl", "trainer/sft_trainer.py", "SFTTrainer") | fields(
         "peft", "tuners/lora/config.py", "LoraConfig"
     )
+    known |= fields("peft", "config.py", "PeftConfig")
     known |= fields("transformers", "training_args.py", "TrainingArguments")
     named = {name for theirs, _, _ in rows("TRL") for name in theirs}
     assert len(own) > 20
     assert not named - known
     assert not own - named
+
+
+@pytest.mark.parametrize("peer", ["TRL", "Axolotl"])
+def test_who_trains_adapters_is_told_what_to_install(peer: str) -> None:
+    assert "lora" in our_config(peer)["model"]
+    assert "pip install 'lightning-sft[peft]'" in PAGES[peer]
+
+
+def test_options_that_people_look_for_are_there() -> None:
+    looked_for = {"TRL": {"bias", "task_type"}, "Axolotl": {"wandb_project", "wandb_name", "wandb_entity"}}
+    for peer, names in looked_for.items():
+        assert names <= {name for theirs, _, _ in rows(peer) for name in theirs}, peer
 
 
 def test_no_option_is_there_twice() -> None:

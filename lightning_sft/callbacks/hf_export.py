@@ -23,6 +23,7 @@ from lightning_sft.export.gguf_file import GGUFType, check_converter
 from lightning_sft.export.shards import ShardedWeights, convert_shards
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments
 from lightning_sft.io.disk import check_is_free
+from lightning_sft.io.words import counted
 from lightning_sft.machine.contexts import eval_mode
 from lightning_sft.model.parallel.rank_zero import FirstRank, whole_state
 from lightning_sft.model.pretrained import load_tokenizer
@@ -214,7 +215,7 @@ class HFExport(Callback):
             with suppress(InputError):  # e.g. an exhausted iterator
                 side = side_of("val", getattr(data, "held_out", None))
                 found = parity.held_out(as_mixture(source), data.reading, side)
-                return f"{len(found)} rows of the run's validation data", found
+                return f"{counted(len(found), 'row')} of the run's validation data", found
         return rows_to_compare({}, self.rows)
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.io.arguments import check_arguments
 from lightning_sft.io.disk import write
+from lightning_sft.io.words import counted
 from lightning_sft.training.trainer import data_parallel, datamodule_of, gather
 from lightning_sft.types import Prompt
 
@@ -56,7 +57,8 @@ class PredictionWriter(Callback):
         known = {number for rows in gather(trainer, sorted(self._rows)) for number in rows}
         trainer.strategy.barrier("answered")  # nobody writes before all have read
         if known:
-            rank_zero_info(f"{len(known):,} of {len(prompts):,} prompts have been answered before.")
+            have = "has" if len(known) == 1 else "have"
+            rank_zero_info(f"Of {counted(len(prompts), 'prompt')}, {len(known):,} {have} been answered before.")
         return known if len(known) < len(prompts) else known - {prompts[-1].number}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

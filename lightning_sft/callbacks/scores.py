@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, cast
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.evaluation.answer_scores import extracted, scores
+from lightning_sft.evaluation.answer_scores import extracted, extracted_from_all, scores
 from lightning_sft.evaluation.generation import answer_all
 from lightning_sft.io.arguments import Count, check_arguments
 from lightning_sft.io.disk import write
+from lightning_sft.io.words import counted
 from lightning_sft.training.checks import check_data, check_module
 from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import InputError
@@ -57,8 +58,8 @@ class ScoreAnswers(Callback):
         """Check module, data and prompts.
 
         Raises:
-            InputError: When module or data are not those of lightning_sft, no row has a reference answer, or a prompt
-                leaves no position for an answer.
+            InputError: When module or data are not those of lightning_sft, no row has a reference answer, ``extract``
+                does not match one, or a prompt leaves no position for an answer.
         """
         check_module(self, pl_module)
         data = datamodule_of(trainer)
@@ -67,6 +68,9 @@ class ScoreAnswers(Callback):
         self._prompts = [prompt for prompt in prompts if prompt.reference is not None]
         if not self._prompts:
             raise InputError("ScoreAnswers needs rows with answers: data.test has none.")
+        if self.extract is not None:
+            references = [str(prompt.reference) for prompt in self._prompts]
+            extracted_from_all(references, self.extract, [prompt.provenance for prompt in self._prompts])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, write and score the answers."""
@@ -77,7 +81,7 @@ class ScoreAnswers(Callback):
         if trainer.is_global_zero:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             write(folder / self.filename, text)
-        rank_zero_info(f"{len(rows)} answers: {folder / self.filename}")
+        rank_zero_info(f"{counted(len(rows), 'answer')}: {folder / self.filename}")
         pairs = [row["prediction"] for row in rows], [row["reference"] for row in rows]
         found = scores(*pairs, self.extract, self.rouge, self.bleu)
         found["normalised_match"] = found["normalized_match"]  # the old key, for one release

@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import is_dataclass
@@ -78,6 +79,17 @@ class Checkpoint:
                 "the run was killed while writing it, use an earlier one."
             )
         return "distributed"
+
+    def check_is_whole(self) -> None:
+        """Refuse a checkpoint that is not there, or a file that is empty, cut short or none of torch; none are loaded.
+
+        Raises:
+            InputError: When it is one of them.
+        """
+        if self.kind == "file":
+            with self.path.open("rb") as file:
+                if not zipfile.is_zipfile(file):
+                    raise unreadable(self.path, None)
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -246,19 +258,46 @@ def _load(path: Place, device: str) -> dict[str, Any]:
                 found: Any = torch.load(file, map_location=device, weights_only=True)
         else:
             found = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} holds more than tensors and plain values, so loading it could run code; it was not loaded. "
-            f"A callback or module keeps an object in its state: {_reason(error)}"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(error)}") from error
+    except DAMAGE as error:
+        raise unreadable(path, error) from error
     if not isinstance(found, dict):
         raise InputError(
             f"{path} is not a checkpoint of Lightning: it holds a {type(found).__name__}, not a dictionary."
         )
     whole: dict[str, Any] = found
     return whole
+
+
+DAMAGE = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, ValueError, AttributeError, TypeError)
+"""What torch raises for files that are damaged, or none of its own."""
+
+
+def unreadable(path: Place, error: BaseException | None) -> InputError:
+    """The refusal of a checkpoint file that torch does not load, for what can be seen of the file.
+
+    Args:
+        path: The file.
+        error: What torch has raised, if it has tried.
+    """
+    with path.open("rb") as file:
+        first, is_whole = file.read(4), zipfile.is_zipfile(file)
+    earlier = "Give the path of another one; ckpt_path=last skips damaged ones."
+    if not first:
+        return InputError(f"{path} is not a checkpoint: the file is empty. {earlier}")
+    if first[:2] != b"PK":
+        return InputError(f"{path} is not a checkpoint: the file is none that torch has saved. {earlier}")
+    if not is_whole:
+        return InputError(f"{path} cannot be read, it was cut short. {earlier}")
+    said = str(error)
+    if isinstance(error, pickle.UnpicklingError) and any(word in said for word in _CODE):
+        return InputError(
+            f"{path} holds more than tensors and plain values, so loading it could run code; it was not loaded. "
+            f"A callback or module keeps an object in its state: {_reason(error)}"
+        )
+    return InputError(f"{path} cannot be read, it is damaged ({_reason(error).partition('. ')[0]}). {earlier}")
+
+
+_CODE = ("Unsupported global", "Unsupported class", "GLOBAL", "allowed")  # words of torch for what could run code
 
 
 def know_optimizer_states(path: str | Place) -> None:
@@ -328,8 +367,10 @@ def check_index(path: Place) -> None:
         raise InputError(f"{path} cannot be read, it may have been cut short: {_reason(error)}") from error
 
 
-def _reason(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _reason(error: BaseException | None) -> str:
+    text = str(error).strip()
+    said = text.partition("WeightsUnpickler error:")[2].strip() or text  # before it, torch advises to run what is there
+    return next(iter(said.splitlines()), type(error).__name__)
 
 
 def first_failure(error: CheckpointException) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from lightning_sft.checkpoints.reading import found_from
+from lightning_sft.checkpoints.reading import RUN_INFO_KEY, found_from
 from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
 from lightning_sft.data.rows.sources import Source, files_of
@@ -59,6 +59,11 @@ def run_info(trainer: Trainer) -> dict[str, Any]:
         "data": {name: _split(cast("SFTDataModule", data), name) for name in getattr(data, "splits", {})},
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
+
+
+def save_run_info(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    """Put :func:`run_info` into a checkpoint; every process must call this."""
+    checkpoint[RUN_INFO_KEY] = run_info(trainer)
 
 
 def log_settings(trainer: Trainer) -> None:

@@ -16,7 +16,15 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints.reading import INDEX, META, Checkpoint, first_failure, know_optimizer_states
+from lightning_sft.checkpoints.reading import (
+    DAMAGE,
+    INDEX,
+    META,
+    Checkpoint,
+    first_failure,
+    know_optimizer_states,
+    unreadable,
+)
 from lightning_sft.checkpoints.resume import POSITION_KEY, SHARDED_KEY
 from lightning_sft.io.address import Address, Place, is_address, place
 from lightning_sft.io.disk import PARTIAL, hidden, publish, remove, whole
@@ -64,8 +72,12 @@ class AtomicIO(TorchCheckpointIO):
         """
         if place(path).is_dir():
             return Checkpoint(path).whole() | {SHARDED_KEY: True}
+        Checkpoint(path).check_is_whole()
         know_optimizer_states(path)
-        found: Any = super().load_checkpoint(path, map_location, weights_only)
+        try:
+            found: Any = super().load_checkpoint(path, map_location, weights_only)
+        except DAMAGE as error:
+            raise unreadable(place(path), error) from error
         if not isinstance(found, dict) or "pytorch-lightning_version" not in found:
             what = (
                 f"a dictionary of {', '.join(map(str, list(found)[:5]))}"
@@ -73,6 +85,8 @@ class AtomicIO(TorchCheckpointIO):
                 else "not a dictionary"
             )
             raise InputError(f"{path} is not a checkpoint of Lightning, but {what}. Expected a file saved by fit.")
+        if not isinstance(found.get("state_dict"), dict):
+            raise InputError(f"{path} is not a checkpoint of a module: it has no 'state_dict'.")
         return found
 
 
@@ -126,18 +140,36 @@ def _place_of(saved: dict[str, Any]) -> tuple[int, int, bool]:
 
 
 def checkpoint_of(path: str | Path) -> str:
-    """The newest checkpoint if the path is the folder of a run, otherwise the path unchanged.
+    """The newest checkpoint if the path is the folder of a run or of checkpoints, otherwise the path unchanged.
 
     Args:
-        path: ``trainer.default_root_dir`` of a run, a checkpoint, or any other model path; an address is left as it is.
+        path: ``trainer.default_root_dir`` of a run, a folder that holds checkpoints at any depth, a checkpoint, or any
+            other model path; an address is left as it is.
+
+    Raises:
+        InputError: When the folder is none of a run, and several folders in it hold checkpoints.
     """
     if is_address(path):
         return str(path)
-    is_run = Path(path).is_dir() and not Checkpoint.is_at(path)
-    found = newest(folders_of(path), resumable=False) if is_run else None
+    is_folder = Path(path).is_dir() and not Checkpoint.is_at(path)
+    found = newest(folders_of(path), resumable=False) if is_folder else None
+    if is_folder and found is None:
+        found = newest(_below(Path(path)), resumable=False)
     if found is not None:
         rank_zero_info(f"The newest checkpoint of {path}: {found}")
     return str(found or path)
+
+
+def _below(root: Path) -> list[Path]:
+    """The folder that holds checkpoints at any depth, or several that a logger has numbered."""
+    found = sorted({checkpoint.parent for checkpoint in root.rglob("*.ckpt")})
+    if len(found) > 1 and any(math.isinf(_number_of(folder)) for folder in found):
+        names = ", ".join(map(str, found[:_NAMED])) + (", …" if len(found) > _NAMED else "")
+        raise InputError(f"{root} holds the checkpoints of several runs. Give the folder of one: {names}.")
+    return found
+
+
+_NAMED = 5  # maximum number of folders in a message
 
 
 def folders_of(root: str | Path) -> list[Path]:

@@ -4,51 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from itertools import chain
-from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from lightning_sft.io.disk import whole
 from lightning_sft.io.errors import OneLine
-from lightning_sft.types import InputError
-
-MAX_VALUES = 100_000
-"""Values of a config file, where an alias counts as often as it stands for something."""
-
-
-def check_config(path: str) -> None:
-    """Refuse a YAML file whose aliases stand for themselves or for too much: what reads it would not end.
-
-    Args:
-        path: The file; one that is no YAML is left to the parser.
-
-    Raises:
-        InputError: When it is such a file.
-    """
-    try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        size = 0 if root is None else _size(root, {})
-    except RecursionError as error:
-        raise InputError(f"{path}: an alias stands for what it is in, or it is nested too deeply.") from error
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return
-    if size > MAX_VALUES:
-        raise InputError(f"{path}: its aliases stand for {size:,} values; at most {MAX_VALUES:,} are read.")
-
-
-def _size(node: Any, known: dict[int, int]) -> int:
-    """How many values a node of YAML stands for."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in known:
-        inner = chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
-        known[id(node)] = 1 + sum(_size(child, known) for child in inner)
-    return known[id(node)]
 
 
 class ConfigParser(OneLine, LightningArgumentParser):

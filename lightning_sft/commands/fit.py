@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,14 +20,14 @@ from lightning_sft.callbacks.ending import ending
 from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.commands.base import ConfigCLI, ConfigParser, with_own_defaults
 from lightning_sft.commands.saved_config import SaveConfig, no_trace_if_refused
+from lightning_sft.commands.trainer_settings import refused_by_name
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import unwrapped
-from lightning_sft.model.pretrained import load_architecture
+from lightning_sft.io.config_files import flags, placed
+from lightning_sft.model.first_checks import refuse_other_model
 from lightning_sft.module import SFTModule
 from lightning_sft.training.checks import check_precision
 from lightning_sft.types import InputError
-
-_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
 class SFTCLI(LightningCLI):
@@ -64,11 +64,12 @@ class SFTCLI(LightningCLI):
             )
         if path and path != "hpc" and not path.startswith(("http", "registry")):  # which Lightning finds
             self._checkpoint_config = Checkpoint(path).hyper_parameters.get("hf_config")
-            _refuse_other_model(path, self._checkpoint_config, model)
+            refuse_other_model(path, self._checkpoint_config, model)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add checkpoints, graceful preemption and a sample log, unless the user has configured their own."""
-        trainer = super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
+        with refused_by_name(config):
+            trainer = super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
         own: list[Callback] = cast(Any, trainer).callbacks
         own.sort(key=lambda callback: not isinstance(callback, SaveConfig))  # RunRecord reads what it has saved
         return trainer
@@ -107,28 +108,6 @@ class SFTCLI(LightningCLI):
             self.model.hf_config = self._checkpoint_config
 
 
-def _refuse_other_model(path: str, saved: Mapping[str, Any] | None, pretrained: str | None) -> None:
-    """Refuse the checkpoint of a model of another shape than the one asked for; one that was moved is as good.
-
-    Raises:
-        InputError: With the first value that differs.
-    """
-    if not saved or not pretrained:
-        return
-    try:
-        asked = load_architecture(pretrained)
-    except InputError:  # it is read no more
-        return
-    is_text = "text_config" not in saved.keys() | asked.keys()
-    one, other = (config.get("text_config") or config for config in (saved, asked))
-    for key in (*_SHAPE, *["model_type"] * is_text):
-        if key in one and key in other and one[key] != other[key]:
-            raise InputError(
-                f"ckpt_path={path} is of a model with {key}={one[key]}, and model.pretrained={pretrained} has "
-                f"{other[key]}. Give the pretrained model that the checkpoint is of, or another checkpoint."
-            )
-
-
 def run(args: ArgsType) -> SFTCLI:
     """Run one of Lightning's verbs.
 
@@ -140,7 +119,7 @@ def run(args: ArgsType) -> SFTCLI:
         "save_config_kwargs": {"overwrite": True},
         "parser_kwargs": {"prog": "lightning-sft"},
     }
-    with unwrapped():
+    with placed(args), unwrapped():
         own = _own_classes(args)
         return SFTCLI(**_for_classes(own), **settings, args=_classes_first(own, args))
 
@@ -155,7 +134,7 @@ def run_config_verb(cli: type[ConfigCLI], args: list[str]) -> ConfigCLI:
     Raises:
         SystemExit: With 1 when it finds what does not pass.
     """
-    with unwrapped():
+    with placed(args), unwrapped():
         own, prog = _own_classes(args), {"prog": f"lightning-sft {args[0]}"}
         done = cli(**_for_classes(own), parser_kwargs=prog, args=_classes_first(own, args)[1:], run=False)
     if not done.passes:
@@ -195,7 +174,7 @@ def _own_class(key: str, args: Any) -> str | None:
     found = None
     for section in args.values() if isinstance(args, Mapping) else ():
         found = _class_path(section, key) or found
-    for flag, value in _flags(args) if isinstance(args, list) else ():
+    for flag, value in flags(args) if isinstance(args, list) else ():
         if flag == f"--{key}.class_path" or (flag == f"--{key}" and not value.endswith((".yaml", ".yml"))):
             found = value
         if flag in ("--config", "-c") and Path(value).is_file():
@@ -206,8 +185,3 @@ def _own_class(key: str, args: Any) -> str | None:
 def _class_path(config: Any, key: str) -> str | None:
     section = config.get(key) if isinstance(config, Mapping) else None
     return section.get("class_path") if isinstance(section, Mapping) else None
-
-
-def _flags(args: Sequence[str]) -> list[tuple[str, str]]:
-    following = [*args[1:], ""]
-    return [(a.partition("=")[0], a.partition("=")[2] if "=" in a else b) for a, b in zip(args, following, strict=True)]

@@ -19,6 +19,7 @@ from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.data.tokens.held_out import share_of
 from lightning_sft.data.tokens.outliers import outlier_remark
 from lightning_sft.io.arguments import Count, check_arguments, plain
+from lightning_sft.io.words import counted
 from lightning_sft.machine.terminal import Console, printable
 from lightning_sft.model.pretrained import context_length, load_tokenizer
 from lightning_sft.types import Conversation, InputError
@@ -85,7 +86,8 @@ def init(
     path.write_text(text, encoding="utf-8")
     if remark := outlier_remark(size.lengths, size.places.__getitem__):
         console.print(remark, highlight=False)
-    console.print(f"{size.rows_in_words} make about {schedule.num_steps:,} optimizer steps.", highlight=False)
+    steps = counted(schedule.num_steps, "optimizer step")
+    console.print(f"{size.rows_make} about {steps}.", highlight=False)
     console.print(f"Wrote {out}. See what will be trained on:  lightning-sft show --config {out}", highlight=False)
     console.print(f"Train:  lightning-sft fit --config {out}", highlight=False)
     return path

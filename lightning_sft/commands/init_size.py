@@ -14,6 +14,7 @@ from lightning_sft.data.batches.split_plan import default_tokens_per_batch
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.sources import leaves, parsed
 from lightning_sft.data.tokens.encode import encode_many
+from lightning_sft.io.words import counted
 from lightning_sft.types import Conversation, InputError
 
 _COUNTED = 100_000  # rows at most
@@ -48,9 +49,9 @@ class Size:
         return sum(self.lengths) * self.num_rows // max(1, self.num_encoded)
 
     @property
-    def rows_in_words(self) -> str:
-        """Number of rows, as it is shown."""
-        return f"{self.num_rows:,} rows" if self.num_rows < _COUNTED else f"{_COUNTED:,} rows or more"
+    def rows_make(self) -> str:
+        """Number of rows with a verb, as it is shown."""
+        return counted(self.num_rows, "row", "make") if self.num_rows < _COUNTED else f"{_COUNTED:,} rows or more make"
 
 
 def size_of_data(data: str, columns: dict[str, str] | None, tokenizer: PreTrainedTokenizerBase) -> Size:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from lightning_sft.commands.init_size import Schedule, Size
+from lightning_sft.io.words import counted
 from lightning_sft.training.checks import bfloat16_is_slow
 from lightning_sft.types import InputError
 
@@ -92,7 +93,7 @@ def as_yaml(
         + ("a full copy each; fsdp2 shards it, see docs/howto/strategies.md" if several else "one device needs none"),
         f"  precision: {machine.precision} # {machine.why}",
         f"  max_epochs: {schedule.epochs} # passes over the data: "
-        f"{size.rows_in_words} make about {schedule.num_steps:,} steps",
+        f"{size.rows_make} about {counted(schedule.num_steps, 'step')}",
         f"  accumulate_grad_batches: {schedule.accumulate} # micro-batches per device in one optimizer step",
         "  gradient_clip_val: 1.0 # maximum gradient norm",
         "  log_every_n_steps: 1 # optimizer steps between logged metrics",

@@ -49,12 +49,7 @@ def scores(
         "normalized_match": _share(normalized(answer) == normalized(reference) for answer, reference in pairs),
     }
     if extract is not None:
-        wanted = [extracted(reference, extract) for reference in references]
-        if None in wanted:
-            raise InputError(
-                f"extract={extract!r} does not match the reference {references[wanted.index(None)][-80:]!r}. "
-                r"Give an expression that matches every answer of the data set, as '####\s*(\S+)' for GSM8K."
-            )
+        wanted = extracted_from_all(references, extract)
         found["extracted_match"] = _share(extracted(a, extract) == w for a, w in zip(answers, wanted, strict=True))
     if rouge:
         from torchmetrics.functional.text import rouge_score
@@ -67,6 +62,28 @@ def scores(
 
         found["bleu"] = float(sacre_bleu_score(list(answers), [[reference] for reference in references]))
     return found
+
+
+def extracted_from_all(references: Sequence[str], pattern: str, sources: Sequence[str] = ()) -> list[str]:
+    """The :func:`extracted` part of each reference.
+
+    Args:
+        references: Reference answers of the data set.
+        pattern: Regular expression with one group.
+        sources: Names of the references' rows, as ``file:line``, for the message.
+
+    Raises:
+        InputError: When the expression is none, has no group, or does not match every reference.
+    """
+    found = [extracted(reference, pattern) for reference in references]
+    for number, (reference, part) in enumerate(zip(references, found, strict=True)):
+        if part is None:
+            where = f"{sources[number]}: " if sources else ""
+            raise InputError(
+                f"{where}extract={pattern!r} does not match the reference {reference[-80:]!r}. Give an expression that "
+                r"matches every answer of the data set, as '####\s*(\S+)' for GSM8K."
+            )
+    return [part for part in found if part is not None]
 
 
 def normalized(text: str) -> str:

@@ -26,6 +26,7 @@ from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
 from lightning_sft.export.weights import StoredWeights, architecture, compare_folder, log_probs, write_file
 from lightning_sft.io.arguments import NonNegative, check_arguments
 from lightning_sft.io.disk import check_is_free, whole_folder
+from lightning_sft.io.words import counted
 from lightning_sft.model.pretrained import load_exported, load_generation_config, load_model, load_tokenizer
 from lightning_sft.model.tuning.adapters import has_adapters, merge
 from lightning_sft.types import Conversation, Example, InputError
@@ -91,8 +92,8 @@ def export_checkpoint(
     """Export a checkpoint as a Hugging Face folder for plain transformers, and compare it with the trained model.
 
     Args:
-        ckpt: Checkpoint: a file; a folder written by FSDP2, tensor parallelism or DeepSpeed; or the folder of a run,
-            whose newest checkpoint is used.
+        ckpt: Checkpoint: a file; a folder written by FSDP2, tensor parallelism or DeepSpeed; or the folder of a run
+            or of checkpoints, whose newest is used.
         out: Folder to write, which must not exist yet.
         dtype: Dtype of the exported weights; by default that of the trained ones. Half precision halves the size and
             rounds.
@@ -327,11 +328,11 @@ def rows_to_compare(facts: Mapping[str, Any], rows: str | Path | None = None) ->
     """
     if rows is not None:
         found = parity.held_out(as_mixture(rows))
-        return f"{len(found)} rows of {rows}", found
+        return f"{counted(len(found), 'row')} of {rows}", found
     try:
         if (recorded := validation_data(facts)) is not None:
             found = parity.held_out(*recorded)
-            return f"{len(found)} rows of the run's validation data", found
+            return f"{counted(len(found), 'row')} of the run's validation data", found
         why = "the run had no validation data in files"
     except InputError as error:  # e.g. on another machine
         why = f"the run's validation data cannot be read: {error}"

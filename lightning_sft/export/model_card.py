@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import yaml
 
+from lightning_sft.io.words import counted
 from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.types import Normalize
 
@@ -116,13 +117,14 @@ def _data(data: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     head = "| split | source | rows | sequences | share | weight |\n|---|---|---|---|---|---|\n"
-    left_out = [
-        f"{split}: {found['targets']:,} target tokens; {found['refused']} rows were refused, {found['too_long']} "
-        f"sequences left out because of their length, {found['cut']} cut."
-        for split, found in data.items()
-        if found.get("targets") is not None
-    ]
+    left_out = [_left_out(split, found) for split, found in data.items() if found.get("targets") is not None]
     return head + "\n".join(rows) + "\n\n" + "\n".join(f"- {line}" for line in left_out)
+
+
+def _left_out(split: str, found: Mapping[str, Any]) -> str:
+    targets, refused = counted(found["targets"], "target token"), counted(found["refused"], "row", "were")
+    too_long = counted(found["too_long"], "sequence")
+    return f"{split}: {targets}; {refused} refused, {too_long} left out because of their length, {found['cut']} cut."
 
 
 def _settings(hyper_parameters: Mapping[str, Any], facts: Mapping[str, Any]) -> str:

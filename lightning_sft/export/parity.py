@@ -26,6 +26,7 @@ from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.data.tokens.held_out import Side
 from lightning_sft.data.tokens.template_config import configured
+from lightning_sft.io.words import counted
 from lightning_sft.machine.terminal import Console
 from lightning_sft.model.backbone import language_model
 from lightning_sft.types import Conversation, Example, InputError
@@ -112,7 +113,7 @@ class Report:
 
     def show(self) -> None:
         """Print the report as a table."""
-        table = Table(title=f"Parity on {self.targets} targets of {self.rows}", title_justify="left")
+        table = Table(title=f"Parity on {counted(self.targets, 'target')} of {self.rows}", title_justify="left")
         for column in ("compared with the trained model", "mean KL", "largest KL", "same top token"):
             table.add_column(column, justify="left" if column.startswith("compared") else "right")
         for model in self.models:

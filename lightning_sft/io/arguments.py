@@ -8,6 +8,7 @@ function does, for every public constructor: choices are those of ``Literal``, r
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -78,6 +79,8 @@ Tokens = Annotated[int, Range(ge=2)]
 
 _T = TypeVar("_T")
 
+_OF_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':\s*(.+?)(?=\n  - |\nGiven value|$)", re.DOTALL)
+
 
 def plain(value: Any) -> Any:
     """A list or dictionary of OmegaConf as one of Python, a path as its text; anything else as it is.
@@ -146,16 +149,23 @@ def made(of: Callable[..., _T], given: Any) -> Any:
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """A refusal inside that jsonargparse has put among the reasons of a union's other types comes out by itself."""
+    """A refusal inside that jsonargparse has put among the reasons of a union's other types comes out by itself.
+
+    So does what a class of others says when it is made, as a logger whose package is not installed.
+    """
     try:
         yield
     except (ValueError, TypeError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, InputError):
             cause = cause.__cause__
-        if cause is None or cause is error:
+        if cause is error:
             raise
-        raise cause from None
+        if cause is not None:
+            raise cause from None
+        if (said := _OF_CLASS.search(str(error))) is None:
+            raise
+        raise InputError(f"{said[1]}: {' '.join(said[2].split())}") from error
 
 
 @lru_cache

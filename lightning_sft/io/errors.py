@@ -15,9 +15,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 from lightning_sft.io.closest import did_you_mean
+from lightning_sft.io.config_files import place_of
+from lightning_sft.io.parser_errors import refusal
 from lightning_sft.machine.terminal import printable
 from lightning_sft.types import InputError
 
+_NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)  # argparse takes -1e-4 for an option
 _NAME = re.compile(r"""(?:--|(?:[Oo]ption|[Kk]ey) ['"])(\w[\w.-]*)""")  # of an option, in messages of jsonargparse
 
 
@@ -25,8 +28,13 @@ class OneLine:
     """For parsers of jsonargparse: instead of a page of options, the one that may be meant."""
 
     prog: str
+    args: list[str]
     exit_on_error: bool
     _option_string_actions: dict[str, Any]
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._negative_number_matcher = _NEGATIVE
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong, and exit with 2 as argparse does.
@@ -43,8 +51,15 @@ class OneLine:
         text = " ".join(message.split())
         for name in getattr(getattr(parser, "_subcommands_action", None), "choices", ()):
             text = text.replace(f"required: {name}.", "required: --")  # an argument is called as it is given
-        closest = did_you_mean(_NAME.findall(text), options, "--")
-        sys.stderr.write(printable(f"{prog}: {text.rstrip('.')}.{closest}"))
+        hints = {action.dest: getattr(action, "_typehint", None) for action in parser._option_string_actions.values()}
+        args = getattr(self, "args", None) or []
+        found = refusal(text, hints, args)
+        if found is None:
+            text = f"{text.rstrip('.')}.{did_you_mean(_NAME.findall(text), options, '--')}"
+        else:
+            where = place_of(args, found.key, found.value)
+            text = f"{where}: {found.key} {found.said}" if where else f"--{found.key} {found.said}"
+        sys.stderr.write(printable(f"{prog}: {text}"))
         sys.stderr.write(f" All options: {prog} --help\n")
         sys.exit(2)
 

@@ -74,7 +74,7 @@ class Kernels:
                 self.name, self.why = name, "; ".join([why, *reasons])
                 break
             if self.asked == name:
-                raise InputError(f"model.kernels={name} is not available: {reason}. Set model.kernels=auto or none.")
+                raise _unavailable(name, reason)
             reasons.append(f"not {name}, because {reason}")
         if self.restored not in (None, self.name):
             warnings.warn(
@@ -84,6 +84,15 @@ class Kernels:
             )
         if module.device.type != "cpu" or self.name != "none":
             announce(module.trainer, f"Kernels {self.name}: {self.why}.")
+
+    def check_packages(self) -> None:
+        """Refuse requested kernels whose packages are not installed.
+
+        Raises:
+            InputError: When one is missing.
+        """
+        if self.asked == "liger" and (missing := _liger_missing()):
+            raise _unavailable("liger", missing)
 
     def _candidates(self, module: SFTModule) -> list[tuple[str, str]]:
         """Candidates in the order they are tried, each with its reason; the last is always available."""
@@ -100,6 +109,10 @@ class Kernels:
         if passes is not None and passes < COMPILES_FROM:
             return [("liger", f"{passes} micro-batches are too few for compilation to pay off"), none]
         return [("compiled", f"from {COMPILES_FROM} micro-batches on, compilation pays off"), ("liger", "fused"), none]
+
+
+def _unavailable(name: str, reason: str) -> InputError:
+    return InputError(f"model.kernels={name} is not available: {reason}. Set model.kernels=auto or none.")
 
 
 def _passes_left(module: SFTModule) -> int | None:
@@ -143,10 +156,15 @@ def _compile(module: SFTModule) -> str | None:
     return None
 
 
+def _liger_missing() -> str | None:
+    is_there = all(map(importlib.util.find_spec, ("liger_kernel", "triton")))
+    return None if is_there else "it needs liger-kernel and triton: pip install 'lightning-sft[gpu]'"
+
+
 def _try_liger(module: SFTModule) -> str | None:
     """Patch the model; keep the patch only if hidden states are unchanged up to rounding on all ranks."""
-    if not all(map(importlib.util.find_spec, ("liger_kernel", "triton"))):
-        return "it needs liger-kernel and triton: pip install 'lightning-sft[gpu]'"
+    if missing := _liger_missing():
+        return missing
     assert module.model is not None
     assert module.num_embeddings is not None
     ids = torch.randint(module.num_embeddings, (1, _TOKENS), generator=torch.Generator().manual_seed(0))

@@ -13,6 +13,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_sft.training.losses import warn_of_unused_inputs
+from lightning_sft.training.monitors import check_monitors
+from lightning_sft.training.schedules import check_length
 from lightning_sft.training.trainer import callbacks_of, check_numbers, context_parallel, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
@@ -74,7 +76,8 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     Raises:
         InputError: With numbers that :func:`~lightning_sft.training.trainer.check_numbers` refuses, with FSDP1, with
             float16 on a CPU, with a number of micro-batches that changes, with callbacks that
-            :func:`~lightning_sft.training.checks.check_tuner` refuses; for answers of a sharded model, whose ranks
+            :func:`~lightning_sft.training.checks.check_tuner` refuses, or that wait for a metric that nothing logs; for
+            answers of a sharded model, whose ranks
             would have to write equally many tokens; for validation with ZeRO-3 out of fit; for what needs whole rows
             where they are split.
     """
@@ -101,6 +104,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
     check_tuner(callbacks_of(trainer))
     if stage == "fit":
         warn_of_unused_inputs(trainer.lightning_module)
+        check_monitors(trainer)
     needs_rows = [name for name in ("neftune_alpha", "router_loss") if getattr(trainer.lightning_module, name, None)]
     if needs_rows and context_parallel(trainer)[1] > 1:
         raise InputError(f"model.{needs_rows[0]} needs whole rows: set trainer.strategy.context_parallel_size=1.")
@@ -234,12 +238,13 @@ def check_precision(asked: Any, trainer: Trainer) -> None:
 
 
 def check_epoch(trainer: Trainer) -> None:
-    """Refuse epochs that cannot be divided into whole optimizer steps or over all ranks.
+    """Refuse epochs that cannot be divided into whole optimizer steps or over all ranks, or that outlast a scheduler.
 
     Raises:
-        InputError: When an epoch ends inside an optimizer step of DeepSpeed, which would carry it on into the next; or
-            when there are more ranks than micro-batches.
+        InputError: When an epoch ends inside an optimizer step of DeepSpeed, which would carry it on into the next;
+            when there are more ranks than micro-batches; or when a scheduler of torch ends before the fit.
     """
+    check_length(trainer)
     accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
     if trainer.strategy.handles_gradient_accumulation and math.isfinite(per_epoch) and per_epoch % accumulate:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from lightning_sft.training.trainer import datamodule_of
+from lightning_sft.training.monitors import check_monitor
+from lightning_sft.training.trainer import datamodule_of, total_steps
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -79,20 +81,57 @@ def with_scheduler(
         warmup: What was asked for with a named schedule in mind; it has no effect here, which is said.
 
     Raises:
-        InputError: For a ``ReduceLROnPlateau`` without validation data.
+        InputError: For a ``ReduceLROnPlateau`` without validation data, or settings that the scheduler does not take.
     """
     if warmup not in (0, WARMUP):
         rank_zero_warn(
             f"model.warmup={warmup:g} has no effect beside a scheduler of torch. Give the scheduler a warm-up of its "
             "own, such as a SequentialLR that begins with a LinearLR."
         )
-    scheduler = make(optimizer)
+    try:
+        scheduler = make(optimizer)
+    except (ValueError, TypeError, KeyError) as error:  # KeyError of an optimizer without momentum
+        raise InputError(f"model.schedule: the scheduler does not take its optimizer or settings: {error}.") from error
     config: Any = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
         if "val" not in getattr(datamodule_of(trainer), "splits", ["val"]):
             raise InputError("model.schedule=ReduceLROnPlateau is stepped after each validation: set data.val.")
-        config |= {"monitor": getattr(scheduler, "monitor", "val/loss"), "frequency": _NEVER}
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        check_monitor(trainer, "model.schedule=ReduceLROnPlateau", monitor)
+        config |= {"monitor": monitor, "frequency": _NEVER}
     return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def check_length(trainer: Trainer) -> None:
+    """Refuse schedulers of torch that end before the fit, as ``OneCycleLR`` does with an error.
+
+    Args:
+        trainer: The Lightning trainer, with its optimizers restored where it resumes.
+
+    Raises:
+        InputError: When one has fewer steps than the fit.
+    """
+    for config in trainer.lr_scheduler_configs:
+        by_step = config.interval == "step"
+        needed = (total_steps(trainer, may_be_endless=True) if by_step else trainer.max_epochs or 0) // config.frequency
+        for scheduler, steps in _with_parts(config.scheduler, needed):
+            given = getattr(scheduler, "total_steps", None)  # of a OneCycleLR
+            if isinstance(given, int) and given < steps:
+                raise InputError(
+                    f"{type(scheduler).__name__} ends after total_steps={given}, but the fit has {steps} "
+                    f"{'optimizer steps' if by_step else 'epochs'} for it. Set total_steps to that, or limit the fit "
+                    "(trainer.max_steps)."
+                )
+
+
+def _with_parts(scheduler: Any, steps: int) -> Iterator[tuple[Any, int]]:
+    """A scheduler and those that it consists of, each with how often it is stepped."""
+    yield scheduler, steps
+    begins = [0, *getattr(scheduler, "_milestones", ())]  # of a SequentialLR; a ChainedScheduler steps all at once
+    ends = [*begins[1:], steps]
+    for number, part in enumerate(getattr(scheduler, "_schedulers", ())):
+        own = min(ends[number], steps) - begins[number] if len(begins) > 1 else steps
+        yield from _with_parts(part, own)
 
 
 def step_plateau(trainer: Trainer) -> None:

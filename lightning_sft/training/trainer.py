@@ -287,7 +287,13 @@ def trainer_on_paper(module: LightningModule | None, settings: Any) -> SimpleNam
 
 
 def num_devices(settings: Any) -> int:
-    """Devices of all nodes that the arguments of a trainer ask for."""
+    """Devices of all nodes that the arguments of a trainer ask for.
+
+    Raises:
+        InputError: When a number of devices or nodes is none.
+    """
+    if settings.num_nodes < 1:
+        raise InputError(f"trainer.num_nodes is {settings.num_nodes}; expected at least 1.")
     return _num_devices(settings) * int(settings.num_nodes)
 
 
@@ -311,4 +317,6 @@ def _num_devices(settings: Any) -> int:
         return len(devices)
     if str(devices) in ("auto", "-1"):
         return 1 if settings.accelerator == "cpu" else max(1, torch.cuda.device_count())
+    if not str(devices).isdecimal() or not int(devices):
+        raise InputError(f"trainer.devices is {devices}; expected a number of devices, a list as [0, 1], or auto.")
     return int(devices)

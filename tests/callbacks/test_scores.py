@@ -47,6 +47,27 @@ def test_rows_without_answers_and_expressions_without_a_group_are_refused(pretra
         ScoreAnswers(extract="####")
 
 
+@pytest.mark.parametrize(
+    ("extract", "message"), [("(", "is no regular expression"), ("a(b)(c)", "must have one group")]
+)
+def test_an_expression_that_is_none_is_refused_when_it_is_given(extract: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ScoreAnswers(extract=extract)
+
+
+def test_an_expression_that_does_not_match_a_reference_is_refused_before_answers_are_generated(
+    pretrained: str, jsonl: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generated(*args: Any) -> Any:
+        raise AssertionError("answers were generated")
+
+    monkeypatch.setattr("lightning_sft.callbacks.scores.answer_all", generated)
+    monkeypatch.setattr("lightning_sft.module.SFTModule.test_step", generated)
+    path = jsonl([conversation("a", "it is 3"), conversation("b", "four")])
+    with pytest.raises(InputError, match=r"train.jsonl:2: extract='is .*' does not match the reference 'four'"):
+        main(["test", *flags(pretrained, path, tmp_path), r"--trainer.callbacks.extract=is (\d)"])
+
+
 def test_the_expression_of_the_page_comes_through_the_command_line(pretrained: str, jsonl: Any, tmp_path: Path) -> None:
     """It begins with what YAML takes for a comment."""
     page = (Path(__file__).parents[2] / "docs" / "howto" / "evaluation.md").read_text(encoding="utf-8")

@@ -99,6 +99,27 @@ def test_the_folder_of_a_run_stands_for_its_newest_checkpoint(write: Callable[..
     assert checkpoint_of(tmp_path / "run") == str(tmp_path / "run")
 
 
+def test_a_folder_of_plain_checkpoints_stands_for_its_newest_too(write: Callable[..., Path], tmp_path: Path) -> None:
+    for folder in ("plain", "run/version_0/checkpoints", "run/version_1/checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+    write("plain/epoch=0-step=9.ckpt", 9)
+    newer = write("plain/epoch=1-step=18.ckpt", 18)
+    assert checkpoint_of(tmp_path / "plain") == str(newer)
+    write("run/version_0/checkpoints/a.ckpt", 9)
+    last = write("run/version_1/checkpoints/b.ckpt", 3)
+    assert checkpoint_of(tmp_path / "run") == str(last)  # numbered by a logger, in a folder of the user's choice
+
+
+def test_a_folder_of_several_runs_is_refused_with_their_names(write: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "runs" / name / "checkpoints").mkdir(parents=True)
+    only = write("runs/one/checkpoints/a.ckpt", 1)
+    assert checkpoint_of(tmp_path / "runs") == str(only)
+    write("runs/two/checkpoints/a.ckpt", 1)
+    with pytest.raises(InputError, match=r"runs holds the checkpoints of several runs. .*one/checkpoints, .*two"):
+        checkpoint_of(tmp_path / "runs")
+
+
 def test_a_full_disk_leaves_what_was_there(write: Callable[..., Path], tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk."""
     path = write("a.ckpt", number=1)

@@ -82,7 +82,7 @@ def test_other_rows_can_be_given_and_without_any_there_are_built_in_ones(
 ) -> None:
     rows = jsonl([{"prompt": "a", "completion": "bcd"}])
     found = parity_of(export_checkpoint(ckpt, str(tmp_path / "given"), rows=rows))
-    assert (found["rows"], found["targets"]) == (f"1 rows of {rows}", 4)
+    assert (found["rows"], found["targets"]) == (f"1 row of {rows}", 4)
     with pytest.raises(InputError, match=r"There is no data file 'nowhere.jsonl'"):
         export_checkpoint(ckpt, str(tmp_path / "other"), rows="nowhere.jsonl")
     trained(pretrained).save_checkpoint(tmp_path / "in_memory.ckpt")

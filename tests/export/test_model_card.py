@@ -57,7 +57,7 @@ def test_a_card_has_data_figures_settings_and_the_objective() -> None:
     card = model_card("mine", hyper_parameters, RUN_INFO_KEY, PARITY)
     for part in (
         "| train | hf:owner/data:train | 1,234 | 1,300 |  | 1.0 |",
-        "- train: 99 target tokens; 1 rows were refused, 2 sequences left out because of their length, 3 cut.",
+        "- train: 99 target tokens; 1 row was refused, 2 sequences left out because of their length, 3 cut.",
         "| val/loss | 1.5 |",
         "w is 1 / targets of its answer",
         "weights in bfloat16, rounded from float32",

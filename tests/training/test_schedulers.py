@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau as Monitored
 from torch.optim import SGD
-from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import SafeCheckpoint
@@ -54,6 +54,49 @@ def test_a_scheduler_of_torch_is_stepped_after_each_optimizer_step(pretrained: s
         scheduler.step()
     assert len(set(wanted)) == len(wanted) > 3
     assert seen.rates == wanted
+
+
+def one_cycle(optimizer: Any, steps: int = 3) -> Any:
+    return OneCycleLR(optimizer, max_lr=0.1, total_steps=steps, cycle_momentum=False)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        one_cycle,
+        lambda optimizer: ChainedScheduler([ConstantLR(optimizer), one_cycle(optimizer)], optimizer),
+        lambda optimizer: SequentialLR(optimizer, [ConstantLR(optimizer), one_cycle(optimizer, 2)], [1]),
+    ],
+    ids=["alone", "chained", "sequential"],
+)
+def test_a_scheduler_that_ends_before_the_fit_is_refused_before_the_first_step(
+    pretrained: str, quiet_trainer: Make, schedule: Any
+) -> None:
+    seen = Rates()
+    trainer = quiet_trainer(max_steps=4, max_epochs=-1, callbacks=[seen])
+    with pytest.raises(InputError, match=r"OneCycleLR ends after total_steps=\d, but the fit has \d optimizer steps"):
+        trainer.fit(module_of(pretrained, schedule), SFTDataModule(train=ROWS, tokens_per_batch=100))
+    assert seen.rates == []
+
+
+def test_a_sequence_whose_last_part_has_as_many_steps_as_are_left_is_trained(
+    pretrained: str, quiet_trainer: Make
+) -> None:
+    trainer = quiet_trainer(max_steps=4, max_epochs=-1)
+    trainer.fit(
+        module_of(pretrained, lambda own: SequentialLR(own, [ConstantLR(own), one_cycle(own)], [1])),
+        SFTDataModule(train=ROWS, tokens_per_batch=100),
+    )
+    assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize("settings", [{"max_lr": 0.1}, {"max_lr": 0.1, "total_steps": 0}])
+def test_settings_that_a_scheduler_does_not_take_are_refused(
+    pretrained: str, quiet_trainer: Make, settings: dict[str, Any]
+) -> None:
+    module = module_of(pretrained, partial(OneCycleLR, **settings))
+    with pytest.raises(InputError, match=r"model.schedule: the scheduler does not take its optimizer or settings"):
+        quiet_trainer().fit(module, SFTDataModule(train=ROWS, tokens_per_batch=400))
 
 
 def test_a_warm_up_beside_a_scheduler_of_torch_has_no_effect_and_is_said(pretrained: str, quiet_trainer: Make) -> None:

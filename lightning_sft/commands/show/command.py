@@ -118,6 +118,9 @@ def show(
     return findings
 
 
+_ANSWERS = {"--check=true": "--check={}", "--check=false": "--check=null"}
+
+
 class ShowCLI(ConfigCLI):
     """The command line of ``fit`` with the arguments of :func:`show`; its ``result`` is the list of findings."""
 
@@ -129,11 +132,15 @@ class ShowCLI(ConfigCLI):
         return all(finding.passes for finding in self.result)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Accept ``--check`` without a value, for the thresholds of the config or the default ones."""
+        """Accept ``--check`` without a value or with true, for the thresholds of the config or the default ones."""
         assert isinstance(args, list)
         following = [*args[1:], "--"]
-        rest = [a for a, b in zip(args, following, strict=True) if not (a == "--check" and b.startswith("--"))]
-        super().parse_arguments(parser, rest if rest == args else ["--check={}", *rest])
+        bare = [
+            f"{a}=true" if a == "--check" and b.startswith("--") else a for a, b in zip(args, following, strict=True)
+        ]
+        joined = "\0".join(bare).replace("--check\0", "--check=").split("\0")
+        rest = [_ANSWERS.get(argument.lower(), argument) for argument in joined]
+        super().parse_arguments(parser, sorted(rest, key=lambda argument: argument != _ANSWERS["--check=true"]))
 
 
 def _previewed(data: SFTDataModule, module: LightningModule | None, trainer: Any) -> tuple[SFTDataModule, bool]:

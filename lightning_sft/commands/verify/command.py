@@ -22,6 +22,7 @@ from lightning_sft.commands.verify.subject import Subject
 from lightning_sft.commands.verify.verdict import Outcome, Verdict
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import Count, Index, check_arguments
+from lightning_sft.io.words import counted
 from lightning_sft.machine.terminal import Console
 from lightning_sft.module import SFTModule
 from lightning_sft.types import InputError
@@ -116,11 +117,12 @@ def _run(name: CheckName, subject: Subject) -> Outcome:
 
 def _about(subject: Subject) -> dict[str, Any]:
     data, lengths = subject.data, subject.samples.lengths
+    samples = [example.provenance for example in subject.samples]
     sizes = f"{lengths.min():,} to {lengths.max():,} tokens, {lengths.sum():,} in all"
     return {
         "model": subject.module.pretrained,
-        "data": ", ".join(f"{name}: {len(split.examples):,} sequences" for name, split in data.splits.items()),
-        "samples": f"{len(lengths)} sequences of {sizes}: {', '.join(e.provenance for e in subject.samples)}",
+        "data": ", ".join(f"{name}: {counted(len(split.examples), 'sequence')}" for name, split in data.splits.items()),
+        "samples": f"{counted(len(lengths), 'sequence')} of {sizes}: {', '.join(samples)}",
         "device": str(subject.device),
         "precision": f"{subject.precision} to compare, {subject.trainer.precision or '32-true'} to train",
         "versions": f"lightning_sft {__version__}, torch {torch.__version__}",

@@ -22,6 +22,7 @@ from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.rendering import Rendering
 from lightning_sft.data.tokens.template import as_parts, with_text_arguments
 from lightning_sft.data.tokens.template_config import configure
+from lightning_sft.io.words import counted
 from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.types import Conversation, Example, InputError, Message
 
@@ -63,11 +64,12 @@ def check_contexts(subject: Subject) -> Outcome:
                 found = problems_of(row, sequences, tokenizer, power, longest)
             problems += [f"{row.provenance}: {problem}" for problem in found]
         if count < len(chosen):
-            problems.append(f"{len(chosen) - count} rows of data.{name} were not found when it was read again")
+            lost, were = counted(len(chosen) - count, "row"), "was" if len(chosen) - count == 1 else "were"
+            problems.append(f"{lost} of data.{name} {were} not found when it was read again")
         total = len(set(_keys(split)))
-        number = f"{count:,}" if count == total else f"{count:,} of {total:,}"
+        number = counted(total, "row") if count == total else f"{count:,} of {counted(total, 'row')}"
         outcome.cases.append(
-            Case(f"{name}: {number} rows", float(len({p.partition(": ")[0] for p in problems})), 0.0, problems)
+            Case(f"{name}: {number}", float(len({p.partition(": ")[0] for p in problems})), 0.0, problems)
         )
     return outcome
 
@@ -125,7 +127,7 @@ def problems_of(
             wrong.append(f"its weight is {weights[begin]:g}, expected {weight / size**power:g}")
         problems += [f"turn {turn + 1}: {problem}" for problem in wrong]
     if num_trained and not problems and not with_prompts:
-        problems.append(f"{num_trained} tokens are trained that belong to no answer")
+        problems.append(f"{counted(num_trained, 'token', 'are')} trained that belong to no answer")
     return problems
 
 

@@ -13,6 +13,7 @@ from lightning_sft.data.batches.plan import Division, EpochPlan
 from lightning_sft.data.batches.sampling import EpochSampler
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.outliers import outlier_remark
+from lightning_sft.io.words import counted
 from lightning_sft.types import InputError
 
 _TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16_384}  # a GPU idles where kernels are small
@@ -143,11 +144,9 @@ class SplitPlan:
         return outlier_remark(lengths, lambda index: self.split.examples[index].provenance)
 
     def __str__(self) -> str:
-        steps, batches = self.plan.num_steps, self.plan.num_ranks * self.plan.accumulate
-        return (
-            f"An epoch: {steps:,} optimizer step{'s' * (steps > 1)} of {batches} {self.packing} "
-            f"micro-batch{'es' * (batches > 1)} of at most {self.capacity:,} tokens ({self.fill:.0%} full)."
-        )
+        steps = counted(self.plan.num_steps, "optimizer step")
+        batches = counted(self.plan.num_ranks * self.plan.accumulate, f"{self.packing} micro-batch")
+        return f"An epoch: {steps} of {batches} of at most {self.capacity:,} tokens ({self.fill:.0%} full)."
 
     @property
     def mixture(self) -> list[list[str]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_sft.data.batches.loader import EpochLoader
+from lightning_sft.io.words import counted
 from lightning_sft.types import IGNORE, Batch
 
 
@@ -93,7 +94,7 @@ class PlacedDocument:
     def remark(self) -> str:
         """Where it is used and how long it is, in words."""
         rank = "" if self.rank is None else f" of rank {self.rank}"
-        size = f"{len(self.document):,} tokens, {self.document.num_targets:,} targets"
+        size = f"{counted(len(self.document), 'token')}, {counted(self.document.num_targets, 'target')}"
         return f"step {self.step}, micro-batch {self.micro_batch}{rank}, {size}"
 
 

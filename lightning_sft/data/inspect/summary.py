@@ -16,6 +16,7 @@ from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import repeated_tokens
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.row_report import RowReport
+from lightning_sft.io.words import counted
 from lightning_sft.machine.terminal import Console
 
 _PLACE = re.compile(r"(.+?:\d+|row \d+): (.*)", re.DOTALL)
@@ -51,7 +52,8 @@ def show_counts(splits: Mapping[str, Split], train: SplitPlan, console: Console)
 def show_stream_report(account: RowReport, targets: Mapping[str, int]) -> None:
     """Print the account of the rows read from a stream in an epoch, and the shares of its data sets."""
     console = Console(soft_wrap=True)
-    console.print(f"Read of the stream: {account.num_rows:,} rows, {sum(targets.values()):,} targets.", highlight=False)
+    rows, trained = counted(account.num_rows, "row"), counted(sum(targets.values()), "target")
+    console.print(f"Read of the stream: {rows}, {trained}.", highlight=False)
     if len(targets) > 1:
         shares = ", ".join(f"{name} {count / sum(targets.values()):.1%}" for name, count in targets.items())
         console.print(f"Shares of the targets: {shares}", highlight=False)
@@ -77,9 +79,10 @@ def show_details(split: Split, console: Console) -> None:
             console.print(f"\n{len(places):,} {what}, longer than data.max_length", style="yellow", highlight=False)
             console.print(f"  {_some(places)}", highlight=False)
     for key, count in account.ignored.most_common():
-        console.print(f"\n{count:,} rows have the key {key!r}, which is ignored", style="yellow", highlight=False)
+        rows = counted(count, "row", "have")
+        console.print(f"\n{rows} the key {key!r}, which is ignored", style="yellow", highlight=False)
     for what, count in account.notes.most_common():
-        console.print(f"\n{count:,} rows: {what}", style="yellow", highlight=False)
+        console.print(f"\n{counted(count, 'row')}: {what}", style="yellow", highlight=False)
         console.print(f"  the first is {account.noted[what]}", highlight=False)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from lightning_sft.data.rows.other_data import refuse_other_data
+from lightning_sft.io.closest import did_you_mean
 from lightning_sft.types import InputError
 
 FormatName = Literal["chat", "sharegpt", "prompt-completion", "alpaca", "query", "text", "tokens"]
@@ -193,7 +194,7 @@ def _name(
     if missing := [column for column in columns.values() if column not in row]:
         raise InputError(
             f"the row has no {' and no '.join(map(repr, missing))}, which data.columns={dict(columns)} names; its keys "
-            f"are {_sorted(row)}."
+            f"are {_sorted(row)}.{did_you_mean(missing, map(str, row))}"
         )
     expected = "; ".join(f"{name}: {form}" for name, form in FORMATS.items())
     likely = likely_columns(map(str, row)) or {"prompt": "question", "completion": "answer"}

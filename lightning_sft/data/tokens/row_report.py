@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_sft.io.words import counted
 from lightning_sft.types import InputError
 
 _LISTED = 5  # rows named in a message
@@ -82,18 +83,18 @@ class RowReport:
 
     def remarks(self, name: str) -> list[str]:
         """What of a split is not trained on, in words; empty where every row is used whole."""
-        why = "sequences are longer than data.max_length and"
-        kinds = {"too_long": f"{why} left out", "cut": f"{why} cut"}
-        kinds = {"refused": f"of {self.num_rows} rows cannot be used", **kinds}
         said = []
-        for kind, what in kinds.items():
+        for kind, ends in {"refused": "", "too_long": "left out", "cut": "cut"}.items():
             if places := getattr(self, kind):
                 count = len(places) + self.unlisted[kind]
-                said.append(f"{count} {what}:\n{some(places, count)}")
+                too_long = f"{counted(count, 'sequence', 'are')} longer than data.max_length and {ends}"
+                what = too_long if ends else f"{count} of {counted(self.num_rows, 'row')} cannot be used"
+                said.append(f"{what}:\n{some(places, count)}")
         if self.ignored:
-            keys = ", ".join(f"{key!r} ({count} rows)" for key, count in self.ignored.most_common())
+            keys = ", ".join(f"{key!r} ({counted(count, 'row')})" for key, count in self.ignored.most_common())
             said.append(f"keys without a meaning in their format are ignored: {keys}")
-        said += [f"{what}: {count} rows, the first is {self.noted[what]}" for what, count in self.notes.most_common()]
+        for what, count in self.notes.most_common():
+            said.append(f"{what}: {counted(count, 'row')}, the first is {self.noted[what]}")
         return [f"{name}: {remark}" for remark in said]
 
     def refusal(self, name: str) -> InputError:
@@ -111,6 +112,16 @@ class RowReport:
 
 
 def some(reasons: list[str], count: int) -> str:
-    """The first of so many reasons, a line each, and how many more there are."""
-    more = [f"  ... and {count - _LISTED} more"] if count > _LISTED else []
-    return "\n".join([f"  {reason}" for reason in reasons[:_LISTED]] + more)
+    """The first of so many reasons, a line for each that differs, and how many more there are.
+
+    >>> print(some(["a:1: no answer", "a:2: no answer", "a:3: empty"], 3))
+      a:1: no answer (and 1 more row)
+      a:3: empty
+    """
+    groups: dict[str, list[str]] = {}
+    for reason in reasons:
+        groups.setdefault(reason.partition(": ")[2] or reason, []).append(reason)
+    shown = list(groups.values())[:_LISTED]
+    lines = [f"  {own[0]}" + (f" (and {counted(len(own) - 1, 'more row')})" if own[1:] else "") for own in shown]
+    left = count - sum(map(len, shown))
+    return "\n".join(lines + ([f"  ... and {left} more"] if left > 0 else []))

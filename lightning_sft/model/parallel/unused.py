@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_sft.io.words import counted
 from lightning_sft.machine.contexts import eval_mode
 from lightning_sft.model.backbone import hidden_states
 from lightning_sft.types import InputError
@@ -30,7 +31,8 @@ def expect_unused(strategy: Strategy | None, backbone: nn.Module, head: nn.Modul
         return
     if names := unused(backbone, head):
         strategy._ddp_kwargs["find_unused_parameters"] = True
-        rank_zero_info(f"Text gives {len(names)} parameters no gradient, such as {names[0]}; DDP looks for them.")
+        parameters = counted(len(names), "parameter")
+        rank_zero_info(f"Text gives {parameters} no gradient, such as {names[0]}; DDP looks for them.")
 
 
 def check_all_reduced(strategy: Strategy, module: nn.Module) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -66,16 +67,25 @@ class Lora:
         return found
 
 
+def check_peft() -> None:
+    """Refuse to train adapters without peft.
+
+    Raises:
+        InputError: When it is not installed.
+    """
+    if find_spec("peft") is None:
+        raise InputError("model.lora needs peft: pip install 'lightning-sft[peft]'.")
+
+
 def inject(model: PreTrainedModel, lora: Lora) -> None:
     """Inject adapters into a model, in place, and freeze all other parameters.
 
     Raises:
         InputError: When peft is missing, or a name matches no module or tied embeddings.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise InputError("model.lora needs peft: pip install 'lightning-sft[peft]'.") from error
+    check_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     _check_names(model, lora)
     experts = [t for t in lora.targets if _ending(t, _fused(model))] if lora.targets != "all-linear" else []
     try:

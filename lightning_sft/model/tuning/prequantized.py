@@ -104,6 +104,17 @@ class Prequantized:
                 "weights of bitsandbytes, torchao (weight-only), MXFP4, FP8, compressed-tensors, GPTQ (2, 4 or 8 bits) "
                 "and AWQ (4 bits, gemm). Use the model before quantization; model.quantize quantizes it on loading."
             )
+        self.check_package(pretrained)
+
+    def check_package(self, pretrained: str) -> None:
+        """Refuse weights whose package is missing.
+
+        Args:
+            pretrained: Path or hub name of the model, for the message.
+
+        Raises:
+            InputError: When the package that reads them is not installed.
+        """
         needed = _NEEDS.get(self.method)
         if needed is not None and find_spec(needed) is None:
             raise InputError(

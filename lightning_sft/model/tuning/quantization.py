@@ -17,6 +17,22 @@ Bits = Literal["4bit", "8bit"]
 _NEEDS = {"4bit": "bitsandbytes", "8bit": "torchao"}
 
 
+def check_package(bits: Bits) -> None:
+    """Refuse a quantization whose package is missing.
+
+    Args:
+        bits: Number of bits, ``4bit`` or ``8bit``.
+
+    Raises:
+        InputError: When it is not installed.
+    """
+    if find_spec(_NEEDS[bits]) is None:
+        raise InputError(
+            f"model.quantize={bits} needs {_NEEDS[bits]}, which is not installed: "
+            "pip install 'lightning-sft[quant]', or leave model.quantize out."
+        )
+
+
 def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
     """Config with which transformers quantizes linear layers on loading; embeddings, head and norms are not quantized.
 
@@ -32,11 +48,7 @@ def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
     Raises:
         InputError: When the required package is not installed.
     """
-    if find_spec(_NEEDS[bits]) is None:
-        raise InputError(
-            f"model.quantize={bits} needs {_NEEDS[bits]}, which is not installed: "
-            "pip install 'lightning-sft[quant]', or leave model.quantize out."
-        )
+    check_package(bits)
     if bits == "8bit":
         from torchao.quantization import Int8WeightOnlyConfig
 

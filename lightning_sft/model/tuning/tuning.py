@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -15,15 +16,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
+from lightning_sft.io.words import counted
 from lightning_sft.model.parallel import loading
 from lightning_sft.model.parallel.sharding import Sharding
 from lightning_sft.model.pretrained import load_model, model_from_config, new_token_ids, stored_quantization
 from lightning_sft.model.tuning import adapter_checkpoints, new_tokens
-from lightning_sft.model.tuning.adapters import Lora, inject, widen, without_adapters
+from lightning_sft.model.tuning.adapters import Lora, check_peft, inject, widen, without_adapters
 from lightning_sft.model.tuning.base_dtype import base_dtype, is_stored_in_bfloat16
 from lightning_sft.model.tuning.freezing import choose
 from lightning_sft.model.tuning.packed import unpack
-from lightning_sft.model.tuning.quantization import Bits, is_quantized, prepare, quantization
+from lightning_sft.model.tuning.quantization import Bits, check_package, is_quantized, prepare, quantization
 from lightning_sft.types import InputError
 
 
@@ -50,6 +52,25 @@ class TuningConfig:
     def hyper_parameters(self) -> dict[str, Any]:
         """The settings of the adapters as plain values, since a checkpoint holds no objects."""
         return {"lora": None if self.lora is None else asdict(self.lora)}
+
+    def check_packages(self, pretrained: str) -> None:
+        """Refuse settings whose packages are not installed.
+
+        Args:
+            pretrained: Hub name or path of the base, whose weights may be quantized.
+
+        Raises:
+            InputError: When one is missing.
+        """
+        if self.lora is not None:
+            check_peft()
+            prequantized = None
+            with suppress(InputError):  # loading says what is wrong with the folder
+                prequantized = stored_quantization(pretrained)
+            if prequantized is not None:
+                prequantized.check_package(pretrained)
+        if self.quantize is not None:
+            check_package(self.quantize)
 
     def _check(self, trainer: Trainer | None) -> None:
         """Refuse settings that would not work, or not be exact, before anything is loaded.
@@ -151,8 +172,8 @@ class TuningConfig:
             self._prepare(model, pretrained)
         if untrained := choose(model, self.frozen, self.trained):
             rank_zero_info(
-                f"{len(untrained)} parameters are not trained, such as {untrained[0]}: the architecture freezes "
-                "them, or text does not use them."
+                f"{counted(len(untrained), 'parameter', 'are')} not trained, such as {untrained[0]}: the architecture "
+                "freezes them, or text does not use them."
             )
         if self.lora is not None:
             widen(parameter for parameter in model.parameters() if parameter.requires_grad)

@@ -105,6 +105,22 @@ def test_a_row_that_is_not_used_says_why(show: Any, config: dict[str, Any], json
         show("--row", "train.jsonl:3")
 
 
+@pytest.mark.parametrize("flags", [["--check", "true"], ["--check=true"], ["--rows", "1", "--check", "True"]])
+def test_a_check_may_be_asked_for_with_true_and_left_out_with_false(
+    show: Any, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):  # validation rows are in training
+        show(*flags)
+    assert "FAILS" in capsys.readouterr().out
+    assert "FAILS" not in show("--check", "false")
+
+
+def test_another_value_of_check_says_what_is_expected(show: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        show("--check", "0.1")
+    assert "--check is 0.1; expected its settings, as check.max_" in capsys.readouterr().err
+
+
 def test_a_check_that_fails_exits_with_1(show: Any, config: dict[str, Any], jsonl: Any) -> None:
     assert "FAILS" not in show("--data.val", "null", "--check")
     with pytest.raises(SystemExit) as stop:  # validation rows are in training

@@ -156,7 +156,7 @@ def test_a_file_that_has_changed_since_does_not_pass(
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]), encoding="utf-8")
     failures = check_contexts(given).cases[0].failures
     assert failures[0].startswith(f"{path}:3: turn 2")
-    assert failures[1] == "1 rows of data.train were not found when it was read again"
+    assert failures[1] == "1 row of data.train was not found when it was read again"
 
 
 def test_of_many_rows_those_of_the_longest_and_shortest_sequences_are_among_the_chosen(

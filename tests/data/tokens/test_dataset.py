@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_sft.data.rows.messages import Reading
+from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.data.tokens import dataset
 from lightning_sft.data.tokens.dataset import load_prompts, load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
@@ -83,7 +84,7 @@ def test_what_is_read_of_a_folder_is_said_and_a_test_split_is_not_trained_on(tmp
 def test_long_sequences_are_left_out_counted_and_said() -> None:
     split = load([GOOD, {**GOOD, "completion": "x" * 500}], max_length=200)
     assert len(split.examples) == 1
-    assert "1 sequences are longer than data.max_length" in split.account.remarks("train")[0]
+    assert "1 sequence is longer than data.max_length" in split.account.remarks("train")[0]
     assert "row 2 (5" in split.account.remarks("train")[0]
 
 
@@ -101,7 +102,7 @@ def test_nothing_left_is_an_error_even_when_rows_may_be_skipped() -> None:
 def test_ignored_keys_are_counted_and_said() -> None:
     split = load([{**GOOD, "id": 1}, {**GOOD, "id": 2, "wieght": 0.5}])
     assert split.account.remarks("train") == [
-        "train: keys without a meaning in their format are ignored: 'id' (2 rows), 'wieght' (1 rows)"
+        "train: keys without a meaning in their format are ignored: 'id' (2 rows), 'wieght' (1 row)"
     ]
 
 
@@ -133,14 +134,24 @@ def test_mixed_formats_of_a_file_are_refused(tmp_path: Path) -> None:
 
 def test_only_a_few_of_many_refused_rows_are_named() -> None:
     with pytest.raises(InputError, match=r"\.\.\. and 15 more"):
-        load([{**GOOD, "completion": 7}] * 20)
+        load([{**GOOD, "completion": number} for number in range(20)])
+
+
+def test_a_refusal_that_many_rows_share_is_said_once() -> None:
+    part = Part([{"question": "Hi", "answer": "Yo"}] * 9, columns={"prompt": "question", "completion": "ansewr"})
+    with pytest.raises(InputError) as refused:
+        load_split("train", Mixture({"only": part}), EncodingConfig(tiny_tokenizer()))
+    said = str(refused.value)
+    assert said.count("which data.columns=") == 1
+    assert "row 1: the row has no 'ansewr'" in said
+    assert "Did you mean answer? (and 8 more rows)" in said
 
 
 def test_what_is_too_long_is_cut_as_asked_counted_and_said() -> None:
     rows = [GOOD, {**GOOD, "completion": "x" * 500}]
     split = load(rows, max_length=200, overflow="truncate")
     assert [len(example) for example in split.examples][1:] == [200]
-    assert "1 sequences are longer than data.max_length and cut" in split.account.remarks("train")[0]
+    assert "1 sequence is longer than data.max_length and cut" in split.account.remarks("train")[0]
     with pytest.raises(InputError, match=r"row 2: the sequence has .* more than data.max_length=200"):
         load(rows, max_length=200, overflow="error")
     split = load([{"text": "x" * 500}], max_length=200, overflow="split")

@@ -1,0 +1,23 @@
+"""Numbers of things, in words."""
+
+from __future__ import annotations
+
+_OF_ONE = {"are": "is", "were": "was", "have": "has", "make": "makes"}
+
+
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """A number of things, of which there may be one.
+
+    Args:
+        number: How many there are.
+        noun: Name of one of them.
+        verb: Verb after several of them, if one follows.
+
+    >>> counted(1, "row"), counted(1200, "packed micro-batch"), counted(0, "target")
+    ('1 row', '1,200 packed micro-batches', '0 targets')
+    >>> counted(1, "row", "have"), counted(2, "row", "have")
+    ('1 row has', '2 rows have')
+    """
+    plural = f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
+    words = [f"{number:,}", noun if number == 1 else plural, _OF_ONE.get(verb, verb) if number == 1 else verb]
+    return " ".join(filter(None, words))

@@ -1,0 +1,68 @@
+"""What a fit needs besides its data, looked for before data are read and encoded, which may take an hour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule
+
+from lightning_sft.model.kernels import Kernels
+from lightning_sft.model.pretrained import load_architecture
+from lightning_sft.model.tuning.tuning import TuningConfig
+from lightning_sft.types import InputError
+
+_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+
+
+class FirstChecks(LightningModule):
+    """A module of a pretrained model that refuses packages that are missing, and checkpoints that are not its own."""
+
+    pretrained: str
+    tuning: TuningConfig
+    kernels: Kernels
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """No callbacks: this is the only hook of Lightning before data are prepared.
+
+        Raises:
+            InputError: When a package is missing that settings need.
+        """
+        self.tuning.check_packages(self.pretrained)
+        if self.trainer.state.fn == "fit":
+            self.kernels.check_packages()
+        return super().configure_callbacks()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of a model of another shape, before its weights are loaded."""
+        if self._trainer is not None:
+            saved = checkpoint.get("hyper_parameters", {}).get("hf_config")
+            refuse_other_model(str(self.trainer.ckpt_path), saved, self.pretrained)
+        super().on_load_checkpoint(checkpoint)
+
+
+def refuse_other_model(path: str, saved: Mapping[str, Any] | None, pretrained: str | None) -> None:
+    """Refuse the checkpoint of a model of another shape than the one asked for; one that was moved is as good.
+
+    Args:
+        path: Path of the checkpoint.
+        saved: Configuration of the model that the checkpoint is of, if it has one.
+        pretrained: Folder or hub name of the model that is asked for; it may be gone.
+
+    Raises:
+        InputError: With the first value that differs.
+    """
+    if not saved or not pretrained:
+        return
+    try:
+        asked = load_architecture(pretrained)
+    except InputError:  # it is read no more
+        return
+    is_text = "text_config" not in saved.keys() | asked.keys()
+    one, other = (config.get("text_config") or config for config in (saved, asked))
+    for key in (*_SHAPE, *["model_type"] * is_text):
+        if key in one and key in other and one[key] != other[key]:
+            raise InputError(
+                f"ckpt_path={path} is of a model with {key}={one[key]}, and model.pretrained={pretrained} has "
+                f"{other[key]}. Give the pretrained model that the checkpoint is of, or another checkpoint."
+            )

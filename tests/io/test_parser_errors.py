@@ -1,0 +1,54 @@
+"""A wrong argument is one short message: what was given, what is expected, what may be meant."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lightning_sft.io.parser_errors import refusal
+from lightning_sft.main import main
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--trainer.precision bf16-mxied", "--trainer.precision is bf16-mxied; expected 64, 32, 16, .* bf16-mixed\\?"),
+        ("--model.schedule cosin", "--model.schedule is cosin; expected cosine, linear, .* Did you mean cosine\\?"),
+        ("--model.optimizer.lr abc", "--model.optimizer.lr is abc; expected a number"),
+        ("--model.lora.r x", "--model.lora.r is x; expected an integer"),
+        ("--model.lora true", "--model.lora is True; expected its settings, as model.lora.r, or null"),
+        ("--model.lora.rr 4", "--model.lora.rr is not known: Lora has r, alpha, .* Did you mean r\\?"),
+        ("--trainer.max_epochs abc", "--trainer.max_epochs is abc; expected an integer or null"),
+        ("--model.optimizer AdamWW", "--model.optimizer is AdamWW; .* a class of Optimizer, .* Did you mean AdamW\\?"),
+        ("--model.optimizer nowhere.Adam", "--model.optimizer is nowhere.Adam; .* No package nowhere is installed"),
+        ("--trainer.callbacks+=EarlyStoping", "--trainer.callbacks is EarlyStoping; .* Did you mean EarlyStopping\\?"),
+        ("--trainer.callbacks+=EarlyStopping --trainer.callbacks.patiens=3", "EarlyStopping has monitor, .*patience"),
+        ("--model.optimizer.lr -x", "--model.optimizer.lr has no value. If -x .*, write --model.optimizer.lr=-x"),
+        ("--model.optimizer.lr --model.warmup 0", "--model.optimizer.lr has no value"),
+        ("--config nowhere.yaml", "--config is .*nowhere.yaml; there is no such file"),
+        ("--model.optimizers '[{optimizer: {class_path: AdamWW}}]'", "AdamWW; expected the path of a class"),
+    ],
+)
+def test_a_wrong_argument_is_one_short_message(flags: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--model.pretrained", "x", *shlex.split(flags)])
+    told = capsys.readouterr().err
+    assert end.value.code == 2
+    assert re.search(message, told)
+    assert len(told.splitlines()) == 1
+    assert len(told) < 450
+    assert not re.search("Union|Subtypes|typing|<class|Namespace", told)
+
+
+def test_a_negative_number_in_scientific_notation_is_a_value(tmp_path: Path) -> None:
+    for value in ("-1e-4", "-2.5E+3", "-1", "-.5"):
+        with pytest.raises(Exception, match=rf"model.warmup is {float(value)}; expected a number >= 0 and <= 1"):
+            main(["fit", "--model.pretrained", "x", "--model.warmup", value])
+
+
+def test_a_message_of_unknown_words_stays_as_it_is() -> None:
+    assert refusal("the words of another version", {}, []) is None
+    assert refusal('Parser key "model.warmup": no words that are known', {}, []) is None
