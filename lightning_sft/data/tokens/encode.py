@@ -217,7 +217,10 @@ def _draft(conversation: Conversation, template: ChatTemplate) -> _Draft:
                     is_opened = True
                     rendering.notes.add("the assistant opens the conversation: without a prompt, that turn is context")
         if draft.runs and messages[-1]["role"] != "text":
-            rendering.unseen(draft.runs[-1].text)
+            end = draft.runs[-1].turns[-1][0] + 1
+            rendering.unseen(draft.runs[-1].text, end)
+            if left := ", ".join(dict.fromkeys(message["role"] for message in messages[end:])):
+                rendering.notes.add(f"turns after the last that is trained are left out, they are of the role {left}")
     except InputError as error:
         draft.refusal = InputError(f"{where}: {error}")
     if not draft.runs and draft.refusal is None:

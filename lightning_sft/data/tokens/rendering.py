@@ -153,12 +153,12 @@ class Rendering:
             raise InputError(f"the chat template does not write the {self.messages[at]['role']} turn as it is.")
         return Answer(text, begin, end, begin)
 
-    def unseen(self, prompt: str) -> None:
-        """Note what of the conversation a prompt does not show, though it is there."""
+    def unseen(self, prompt: str, end: int) -> None:
+        """Note what of the conversation up to a turn a prompt does not show, though it is there."""
         for tool in self.tools or ():
             if str(tool.get("function", tool).get("name", "")) not in prompt:
                 self.notes.add(TOOLS_NOT_SHOWN)
-        for message in self.messages:
+        for message in self.messages[: end - self.shift]:
             if message["role"] == "system" and message["content"].strip() not in prompt:
                 self.notes.add(SYSTEM_NOT_SHOWN)
 

@@ -356,6 +356,22 @@ def test_tools_and_system_turns_that_a_template_does_not_show_are_said() -> None
     }
 
 
+@pytest.mark.parametrize("roles", [["user"], ["tool"], ["system"], ["tool", "user"], ["user", "assistant"]])
+def test_turns_after_the_last_that_is_trained_are_left_out_and_said(roles: list[str]) -> None:
+    messages = [*turns("a", "b"), *({"role": role, "content": f"late {n}"} for n, role in enumerate(roles))]
+    weights, tokenizer = [0.0, 1.0, *[0.0] * len(roles)], tiny_tokenizer()
+    [encoded] = encode_all([Conversation(messages, weights=weights, provenance="f:7")], tokenizer)
+    left = ", ".join(roles)
+    assert encoded.notes == {f"turns after the last that is trained are left out, they are of the role {left}"}
+    [example] = encoded.examples
+    assert example.input_ids.tolist() == encode(conversation("a", "b"), tokenizer)[0].input_ids
+
+
+def test_turns_before_the_last_that_is_trained_are_no_leftovers() -> None:
+    given = [conversation("a", "b", "c", "d"), Conversation([{"role": "text", "content": "a"}], weights=[1.0])]
+    assert [encoded.notes for encoded in encode_all(given, tiny_tokenizer())] == [set(), set()]
+
+
 def test_a_conversation_without_an_answer_is_refused() -> None:
     with pytest.raises(InputError, match=r"f:7: the row has no answer"):
         encode(conversation("a"), tiny_tokenizer())
