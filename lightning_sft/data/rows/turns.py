@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_sft.data.rows.calls import MEDIA, read_call, read_result
 from lightning_sft.data.rows.dialects import CALLERS, COMMON, Dialect
+from lightning_sft.data.rows.markup import inline_thought
 from lightning_sft.data.rows.values import decoded, decoded_call, shown, text_of, weight_of
 from lightning_sft.types import InputError, Message
 
@@ -173,6 +174,13 @@ class _Message:
             raise InputError(f"the reasoning is there twice: {thoughts[0][0]} and {thoughts[1][0]}. Keep one.")
         for name, value in thoughts[:1]:
             turn["reasoning_content"] = text_of(value, name)
+            if value.strip() and (found := inline_thought(turn["content"])):
+                if found[0].strip() not in ("", value.strip()):
+                    raise InputError(
+                        f"the reasoning is there twice: {name} and in tags in the content, and they differ. Keep one; "
+                        f"data.message_keys={{{keys[0] if keys else 'thinking'}: ignored}} keeps that of the content."
+                    )
+                turn["content"] = found[1]
         if calls and parts.calls:
             raise InputError("the tool calls are there twice: in 'tool_calls' and in parts of the content. Keep one.")
         if calls := calls or parts.calls:

@@ -107,8 +107,9 @@ class Rendering:
         Raises:
             InputError: When it cannot be trained in the context that inference gives it.
         """
-        at = turn - self.shift
-        message = self.messages[at]
+        return self._answer(turn - self.shift, self.messages[turn - self.shift])
+
+    def _answer(self, at: int, message: Message) -> Answer:
         text, begin, own, problem = self._written(at, message)
         trained, reasoning = 0, (message.get("reasoning_content") or "").strip()
         if not problem and reasoning:
@@ -122,10 +123,18 @@ class Rendering:
             if reasoning:
                 own, trained = self._with_thought(at, text[:begin], {**bare, "reasoning_content": reasoning}, own)
             self.notes.add(_BY_ITSELF)
+        if thoughts.begin_of(own) is not None and thoughts.are_ended_by(text[:begin]):
+            raise InputError(thoughts.ENDED)
         if not any(shape_of(message)):
             self.notes.add("an answer is empty, and its stop token alone is trained")
-        if not reasoning and thoughts.EMPTY_THOUGHT.match(own):
-            self.notes.add(_UNTHINKING)
+        if not reasoning and (empty := thoughts.EMPTY_THOUGHT.match(own)):
+            content, apart = message["content"].strip(), thoughts.taken_apart(message)
+            if apart is not message and own[empty.end() :].lstrip().startswith(content):
+                self.notes.add(thoughts.TAKEN_APART)
+                return self._answer(at, apart)
+            if thoughts.is_unended(content):
+                raise InputError(thoughts.UNENDED)
+            self.notes.add(thoughts.UNTHINKING)
         if not text.startswith(own, begin):
             text = text[:begin] + own
         return Answer(text, begin, begin + len(own), begin + trained * (self.template.config.thoughts == "mask"))
@@ -335,10 +344,11 @@ class Rendering:
         if message.get("tool_calls") or not stop or not has_header:
             raise InputError(problem)
         text, opened = message.get("content") or "", thoughts.OPENING.search(prompt)
-        if (inline := thoughts.INLINE.match(text)) and thoughts.are_ended_by(prompt):
-            raise InputError(_ENDED)
-        if opened and inline:  # it begins with the prompt's end
-            return text[inline.start("thought") :].removeprefix(opened["space"]) + stop
+        begin = thoughts.begin_of(text)
+        if begin is not None and thoughts.are_ended_by(prompt):
+            raise InputError(thoughts.ENDED)
+        if opened and begin is not None:  # it begins with the prompt's end
+            return text[begin:].removeprefix(opened["space"]) + stop
         return (self._header(plain) or (thoughts.closing(opened) if opened else "")) + text + stop
 
     def _call(self, at: int, prompt: str, message: Message) -> str:
@@ -365,7 +375,7 @@ class Rendering:
             own = own if own.startswith(closing) else closing + own
             return thought + own, len(thought) + len(closing)
         if thoughts.are_ended_by(prompt):
-            raise InputError(_ENDED)
+            raise InputError(thoughts.ENDED)
         header = self._header(self._ending(at, _PLAIN)) if has_text else ""
         header = header if own.startswith(header) else ""
         begin, end = f"{header}<think>\n", "\n</think>\n\n"
@@ -381,14 +391,6 @@ class Rendering:
 _PLAIN: Message = {"role": "assistant", "content": "x"}
 _THOUGHTFUL: Message = {**_PLAIN, "reasoning_content": "x"}
 _BY_ITSELF = "the answer is put behind the prompt by itself, since the chat template writes the past in another way"
-_UNTHINKING = (
-    "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
-    "false}, where the template has that, it is context; with data.thoughts=split, thoughts in the text are thoughts)"
-)
-_ENDED = (
-    "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
-    "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
-)
 _NO_STOP = (
     "the chat template puts no stop token after the answer, so the model would never learn to stop. Add the "
     "end-of-turn token to the template: data.chat_template."

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import re
 
+from lightning_sft.data.rows.markup import inline_thought
 from lightning_sft.types import Message
 
 _TAG = r"(?:\w+:)?think[\w:]*"  # of a thought: <think>, <seed:think>, <think:opensource>
 OPENING = re.compile(rf"(?:<(?P<tag>{_TAG}|thought\w*|reason\w*)>|\[(?P<mark>THINK)\])(?P<space>\s*)\Z")
-INLINE = re.compile(r"(?s)\s*<(think|thinking)>(?P<thought>.*?)</\1>\s*(?P<text>.*)\Z")
 THOUGHT_WORD = re.compile(r"\s*((think|thought|thinking|reasoning)\s*)?")
 EMPTY_THOUGHT = re.compile(rf"\s*(<{_TAG}>\s*)?</{_TAG}>")
 TAGS = re.compile(rf"</?{_TAG}>")
 _ENDING = re.compile(rf"</{_TAG}>\s*\Z")
+_BEGUN = re.compile(r"\s*<(think|thinking)>")
+
+UNTHINKING = (
+    "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
+    "false}, where the template has that, it is context)"
+)
+TAKEN_APART = "the thought in the answer's text takes the place of the empty one that the chat template would write"
+"""Notes on answers."""
+
+ENDED = (
+    "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
+    "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
+)
+UNENDED = (
+    "the chat template ends a thought before the answer, whose text begins one that it never ends. End it in the row "
+    "with </think>, or remove the row."
+)
 
 
 def are_ended_by(prompt: str) -> bool:
@@ -36,7 +53,24 @@ def closing(opened: re.Match[str]) -> str:
 
 def taken_apart(message: Message) -> Message:
     """An answer whose text begins with a thought in tags, with the thought as its reasoning."""
-    found = INLINE.match(message["content"]) if message["role"] == "assistant" else None
+    found = inline_thought(message["content"]) if message["role"] == "assistant" else None
     if found is None or message.get("reasoning_content"):
         return message
-    return {**message, "content": found["text"], "reasoning_content": found["thought"].strip()}
+    return {**message, "content": found[1], "reasoning_content": found[0].strip()}
+
+
+def begin_of(text: str) -> int | None:
+    r"""Where the thought at the beginning of a text begins, behind its tag.
+
+    >>> begin_of("<think>Why?</think>So."), begin_of("Why?\n</think>So."), begin_of("So.")
+    (7, 0, None)
+    """
+    if inline_thought(text) is None:
+        return None
+    begun = _BEGUN.match(text)
+    return begun.end() if begun else 0
+
+
+def is_unended(text: str) -> bool:
+    """Whether a text begins a thought and does not end it."""
+    return _BEGUN.match(text) is not None and inline_thought(text) is None

@@ -345,6 +345,44 @@ def test_a_thought_that_shares_a_token_with_its_answer_is_not_masked() -> None:
         encode(conv, tokenizer, config=TemplateConfig(thoughts="mask"))
 
 
+# an empty thought before each answer without a reasoning; ahead of it, the prompt may open that thought or end it
+THINKER = CHATML.replace(
+    "+ m['content'] + ",
+    "+ ('<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' if m.role == 'assistant' else '') + m['content'] + ",
+)
+OPENING = THINKER.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("text", ["<think>\nWhy?\n</think>\n\nSo.", "Why?\n</think>\n\nSo.", "<thinking>Why?</thinking>So."])
+@pytest.mark.parametrize("template", [THINKER, OPENING])
+def test_a_thought_in_the_text_takes_the_place_of_an_empty_one(text: str, template: str) -> None:
+    [encoded] = encode_all([conversation("q", text)], tiny_tokenizer(template))
+    tokenizer = tiny_tokenizer(template)
+    [example] = encoded.examples
+    opened = "<think>\n" if template is THINKER else ""
+    assert targets(example, tokenizer) == f"{opened}Why?\n</think>\n\nSo.<|im_end|>"
+    assert [note for note in encoded.notes if "takes the place of the empty one" in note]
+    assert not [note for note in encoded.notes if "an empty thought is trained" in note]
+
+
+@pytest.mark.parametrize("template", [THINKER, OPENING])
+def test_an_empty_thought_is_said_and_one_that_never_ends_refused(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    for text in ("So.", "A </think> in prose.", "<think>\n\n</think>\n\nSo."):
+        [encoded] = encode_all([conversation("q", text)], tokenizer)
+        assert [note for note in encoded.notes if "an empty thought is trained" in note], text
+        assert tokenizer.decode(encoded.examples[0].input_ids).count("<think>") == 1
+    with pytest.raises(InputError, match=r"f:7: turn 2: the chat template ends a thought .* begins one that it never"):
+        encode(conversation("q", "<think>\nWhy?"), tokenizer)
+
+
+@pytest.mark.parametrize("text", ["<think>Why?</think>So.", "Why?\n</think>\n\nSo."])
+def test_a_thought_is_no_answer_to_a_prompt_that_ends_one(text: str) -> None:
+    template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
+    with pytest.raises(InputError, match=r"ends the thought before it begins, but the row has one"):
+        encode(conversation("q", text), tiny_tokenizer(template))
+
+
 def test_tools_and_system_turns_that_a_template_does_not_show_are_said() -> None:
     shy = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     tools = [{"type": "function", "function": {"name": "look_up", "description": "d", "parameters": {}}}]
