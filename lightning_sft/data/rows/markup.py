@@ -1,8 +1,16 @@
-"""Markup that texts of data sets have: thoughts in tags."""
+"""Markup that texts of data sets have: thoughts in tags, and places of images and sounds."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from lightning_sft.data.rows.calls import MEDIA
+from lightning_sft.data.rows.dialects import KEYS
+
+MEDIA_COLUMNS = ("image", "images", "audio", "audios", "video", "videos")
+"""Columns of images and sounds that belong to the texts of a row."""
 
 _THOUGHT = re.compile(r"(?s)\s*<(think|thinking)>(.*?)</\1>\s*(.*)\Z")
 _END = "\n</think>"  # of a thought whose beginning is missing; in prose, the tag stands within a line
@@ -18,3 +26,39 @@ def inline_thought(text: str) -> tuple[str, str] | None:
         return found[2], found[3]
     thought, end, rest = text.partition(_END)
     return (thought, rest.lstrip()) if end and "<think>" not in thought else None
+
+
+def without_media(message: Any, columns: Iterable[str], ignored: set[str]) -> Any:
+    """A message as it was given, without its images and sounds, and the places that texts have for them.
+
+    Args:
+        message: The message.
+        columns: Columns of the row: ``images`` has its places at ``<image>``.
+        ignored: Takes in what is left out.
+
+    >>> without_media({"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}, [], set())
+    {'role': 'user', 'content': [{'type': 'text', 'text': 'Who?'}]}
+    >>> without_media({"from": "human", "value": "<image>\\nWho?"}, ["images"], set())
+    {'from': 'human', 'value': 'Who?'}
+    """
+    kinds = sorted({column.removesuffix("s") for column in columns if column in MEDIA_COLUMNS})
+    places = re.compile(rf"<({'|'.join(kinds)})>\n?") if kinds else None
+
+    def of_text(value: Any) -> Any:
+        if places is None or not isinstance(value, str) or not places.search(value):
+            return value
+        ignored.update(f"messages[].<{found[1]}>" for found in places.finditer(value))
+        return places.sub("", value)
+
+    def of_part(part: Any) -> Any:
+        is_text = isinstance(part, Mapping) and part.get("type") == "text"
+        return {key: of_text(value) for key, value in part.items()} if is_text else of_text(part)
+
+    def of_key(key: str, value: Any) -> Any:
+        if not isinstance(value, list) or key not in KEYS["content"]:
+            return of_text(value)
+        kept = [part for part in value if not (isinstance(part, Mapping) and part.get("type") in MEDIA)]
+        ignored.update(f"messages[].content[].{part['type']}" for part in value if part not in kept)
+        return list(map(of_part, kept))
+
+    return {key: of_key(key, value) for key, value in message.items()} if isinstance(message, Mapping) else message
