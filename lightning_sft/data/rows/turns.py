@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_sft.data.rows.calls import MEDIA, read_call, read_result
 from lightning_sft.data.rows.dialects import CALLERS, COMMON, Dialect
-from lightning_sft.data.rows.markup import inline_thought
+from lightning_sft.data.rows.markup import inline_calls, inline_thought
 from lightning_sft.data.rows.values import decoded, decoded_call, shown, text_of, weight_of
 from lightning_sft.types import InputError, Message
 
@@ -138,7 +138,9 @@ class _Message:
         """The turn of anyone but a tool, after the results of tools that it carries."""
         calls = self._calls()
         if self.is_call:
-            content, calls = "", [*calls, *_as_list(decoded_call(content, "the function call"))]
+            given = inline_calls(content) if isinstance(content, str) else [content]
+            own = [call for each in given for call in _as_list(decoded_call(each, "the function call"))]
+            content, calls = "", [*calls, *own]
         parts = _parts(content, self.ignored) if isinstance(content, list) else _Parts(content)
         if parts.text is None and calls:
             parts.text = ""

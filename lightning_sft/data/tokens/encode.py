@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.tokens.answer_shape import Answer
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.render import in_time
-from lightning_sft.data.tokens.rendering import Answer, Rendering
+from lightning_sft.data.tokens.rendering import Rendering
 from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.data.tokens.tokenize import Beginning, Ids
 from lightning_sft.objective import target_weight

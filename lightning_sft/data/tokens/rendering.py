@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 
 from lightning_sft.data.tokens import control_tokens, thoughts
 from lightning_sft.data.tokens.answer_shape import (
+    Answer,
     Ending,
     Stops,
     but_for_space,
@@ -31,28 +32,6 @@ SYSTEM_NOT_SHOWN = "the chat template does not show a system turn"
 """Notes that an audit looks for."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One trained turn as text.
-
-    Args:
-        text: A text that has the turn and all before it; turns may share one.
-        begin: Where the turn begins, and its prompt ends.
-        end: Where it ends, with its stop token.
-        trained: Where what is trained of it begins.
-    """
-
-    text: str
-    begin: int
-    end: int
-    trained: int
-
-    @property
-    def own(self) -> str:
-        """The text of the turn."""
-        return self.text[self.begin : self.end]
-
-
 class Rendering:
     """One conversation, as a template renders it.
 
@@ -67,12 +46,9 @@ class Rendering:
     def __init__(self, template: Template, conversation: Conversation) -> None:
         self.template, config = template, template.config
         self.variables = {**config.variables, **conversation.template_kwargs}
-        self.notes: set[str] = set()
-        messages, self.tools = list(conversation.messages), conversation.tools
-        if config.thoughts != "keep":
-            messages = list(map(thoughts.taken_apart, messages))
+        messages, self.notes = template.prepared(conversation.messages)
         messages, self.tools, found = control_tokens.treated(
-            messages, self.tools, template.special, config.control_tokens
+            messages, conversation.tools, template.special, config.control_tokens
         )
         if found:
             self.notes.add(f"control tokens in their texts are {found}")
@@ -84,6 +60,9 @@ class Rendering:
         if template.wants_parts:
             self.notes.add("contents are given to the chat template as lists of parts, which it wants")
         self.messages = messages
+        if any(map(self._doubles, {form for m in messages if (form := thoughts.form_of(m))})):
+            self.messages = list(map(thoughts.taken_apart, messages))
+            self.notes.add(thoughts.TAKEN_APART)
 
     def prompt(self, turn: int) -> str:
         """What stands before a turn at inference.
@@ -107,9 +86,8 @@ class Rendering:
         Raises:
             InputError: When it cannot be trained in the context that inference gives it.
         """
-        return self._answer(turn - self.shift, self.messages[turn - self.shift])
-
-    def _answer(self, at: int, message: Message) -> Answer:
+        at = turn - self.shift
+        message = self.messages[at]
         text, begin, own, problem = self._written(at, message)
         trained, reasoning = 0, (message.get("reasoning_content") or "").strip()
         if not problem and reasoning:
@@ -128,12 +106,8 @@ class Rendering:
         if not any(shape_of(message)):
             self.notes.add("an answer is empty, and its stop token alone is trained")
         if not reasoning and (empty := thoughts.EMPTY_THOUGHT.match(own)):
-            content, apart = message["content"].strip(), thoughts.taken_apart(message)
-            if apart is not message and own[empty.end() :].lstrip().startswith(content):
-                self.notes.add(thoughts.TAKEN_APART)
-                return self._answer(at, apart)
-            if thoughts.is_unended(content):
-                raise InputError(thoughts.UNENDED)
+            if own[empty.end() :].lstrip().startswith(message["content"].strip()):
+                thoughts.check_after_empty_one(message["content"])
             self.notes.add(thoughts.UNTHINKING)
         if not text.startswith(own, begin):
             text = text[:begin] + own
@@ -186,6 +160,25 @@ class Rendering:
         if not trace.text.startswith(trace.prompt, trace.begins[at]):
             return None
         return trace.text, begin, trace.text[begin : trace.begins[at + 1]] + trace.end
+
+    def _doubles(self, form: str) -> bool:
+        """Whether an empty thought would be trained before one in the text of an answer."""
+
+        def learnt() -> bool:
+            message = {"role": "assistant", "content": form.format("Xqthoughtq", "Xqtextq")}
+            given = Conversation([{"role": "user", "content": "x"}, _PLAIN], template_kwargs=self.variables)
+            made = Rendering(self.template, given)
+            made.messages[-1] = message
+            try:
+                text, begin, own, problem = made._written(1, message)
+                own = made._raw(1, text[:begin], message, problem) if problem else own
+            except InputError:
+                return False
+            empty = thoughts.EMPTY_THOUGHT.match(own)
+            return empty is not None and own[empty.end() :].lstrip().startswith(message["content"])
+
+        shown = json.dumps(self.variables, sort_keys=True, default=str)
+        return self.template.doubled(f"{form} {shown}", learnt)
 
     def _whole(self, at: int, message: Message) -> tuple[str, list[Span]]:
         """The conversation up to and with an answer, and what of it is marked."""

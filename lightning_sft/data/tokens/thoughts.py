@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from lightning_sft.data.rows.markup import inline_thought
-from lightning_sft.types import Message
+from lightning_sft.types import InputError, Message
 
 _TAG = r"(?:\w+:)?think[\w:]*"  # of a thought: <think>, <seed:think>, <think:opensource>
 OPENING = re.compile(rf"(?:<(?P<tag>{_TAG}|thought\w*|reason\w*)>|\[(?P<mark>THINK)\])(?P<space>\s*)\Z")
@@ -19,12 +19,16 @@ UNTHINKING = (
     "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
     "false}, where the template has that, it is context)"
 )
-TAKEN_APART = "the thought in the answer's text takes the place of the empty one that the chat template would write"
+TAKEN_APART = "thoughts in the texts of answers take the place of the empty ones that would be trained before them"
 """Notes on answers."""
 
 ENDED = (
     "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
     "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
+)
+DOUBLED = (
+    "an empty thought would be trained before the one in the answer's text. Set data.thoughts=split: then this "
+    "one takes its place."
 )
 UNENDED = (
     "the chat template ends a thought before the answer, whose text begins one that it never ends. End it in the row "
@@ -71,6 +75,26 @@ def begin_of(text: str) -> int | None:
     return begun.end() if begun else 0
 
 
-def is_unended(text: str) -> bool:
-    """Whether a text begins a thought and does not end it."""
-    return _BEGUN.match(text) is not None and inline_thought(text) is None
+def form_of(message: Message) -> str:
+    r"""How the text of an answer has a thought, with places for that and the rest; empty where it has none.
+
+    >>> form_of({"role": "assistant", "content": "<think>Why?</think>So."})
+    '<think>\n{}\n</think>\n\n{}'
+    """
+    if taken_apart(message) is message:
+        return ""
+    begun = _BEGUN.match(message["content"])
+    tag = begun[1] if begun else "think"
+    return f"<{tag}>\n{{}}\n</{tag}>\n\n{{}}" if begun else "{}\n</think>\n\n{}"
+
+
+def check_after_empty_one(text: str) -> None:
+    """Check the text of an answer that follows an empty thought.
+
+    Raises:
+        InputError: When it begins with a thought, too.
+    """
+    if begin_of(text) is not None and not EMPTY_THOUGHT.match(text):
+        raise InputError(DOUBLED)
+    if _BEGUN.match(text) and inline_thought(text) is None:
+        raise InputError(UNENDED)

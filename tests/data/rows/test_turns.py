@@ -339,7 +339,17 @@ def test_a_thought_that_the_content_repeats_is_there_once(content: str) -> None:
 
 def test_two_thoughts_are_refused_and_the_remedy_works() -> None:
     message = {"role": "assistant", "content": "<think>Why?</think>So.", "thinking": "How?"}
-    with pytest.raises(InputError, match=r"twice: 'thinking' and in tags .*; data\.message_keys={thinking: ignored} keeps"):
+    with pytest.raises(
+        InputError, match=r"twice: 'thinking' and in tags .*; data\.message_keys={thinking: ignored} keeps"
+    ):
         read_turns(message)
     [(turn, _)] = read_turns(message, Dialect({}, {"thinking": "ignored"}))
     assert turn == {"role": "assistant", "content": message["content"]}
+
+
+def test_calls_in_tags_are_read_as_calls() -> None:
+    value = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\n'
+    value += "<tool_call>{'name': 'weather', 'arguments': {'city': 'Rome'}}</tool_call>"
+    assert read_turn({"from": "function_call", "value": value})[0] == calling({}, ROME)
+    with pytest.raises(InputError, match="the function call: not valid JSON"):
+        read_turn({"from": "function_call", "value": f"I call. {value}"})

@@ -348,12 +348,15 @@ def test_a_thought_that_shares_a_token_with_its_answer_is_not_masked() -> None:
 # an empty thought before each answer without a reasoning; ahead of it, the prompt may open that thought or end it
 THINKER = CHATML.replace(
     "+ m['content'] + ",
-    "+ ('<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' if m.role == 'assistant' else '') + m['content'] + ",
+    "+ ('<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' if m.role == 'assistant' else '')"
+    " + m['content'] + ",
 )
 OPENING = THINKER.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
 
 
-@pytest.mark.parametrize("text", ["<think>\nWhy?\n</think>\n\nSo.", "Why?\n</think>\n\nSo.", "<thinking>Why?</thinking>So."])
+@pytest.mark.parametrize(
+    "text", ["<think>\nWhy?\n</think>\n\nSo.", "Why?\n</think>\n\nSo.", "<thinking>Why?</thinking>So."]
+)
 @pytest.mark.parametrize("template", [THINKER, OPENING])
 def test_a_thought_in_the_text_takes_the_place_of_an_empty_one(text: str, template: str) -> None:
     [encoded] = encode_all([conversation("q", text)], tiny_tokenizer(template))
@@ -361,7 +364,7 @@ def test_a_thought_in_the_text_takes_the_place_of_an_empty_one(text: str, templa
     [example] = encoded.examples
     opened = "<think>\n" if template is THINKER else ""
     assert targets(example, tokenizer) == f"{opened}Why?\n</think>\n\nSo.<|im_end|>"
-    assert [note for note in encoded.notes if "takes the place of the empty one" in note]
+    assert [note for note in encoded.notes if "take the place of the empty ones" in note]
     assert not [note for note in encoded.notes if "an empty thought is trained" in note]
 
 
@@ -381,6 +384,27 @@ def test_a_thought_is_no_answer_to_a_prompt_that_ends_one(text: str) -> None:
     template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
     with pytest.raises(InputError, match=r"ends the thought before it begins, but the row has one"):
         encode(conversation("q", text), tiny_tokenizer(template))
+
+
+@pytest.mark.parametrize("result", ["21", "<tool_response>\n21\n</tool_response>"])
+def test_tags_of_results_are_there_once_where_the_template_writes_them(result: str) -> None:
+    wrapping = CHATML.replace(
+        "+ m['content'] + ",
+        "+ ('<tool_response>\n' + m['content'] + '\n</tool_response>' if m.role == 'tool' else m['content']) + ",
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "tool", "content": result}, *turns("b", "c")]
+    given = Conversation(messages, weights=[0.0, 0.0, 0.0, 1.0])
+    for template, written in ((wrapping, "<tool_response>\n21\n</tool_response>"), (CHATML, result)):
+        tokenizer = tiny_tokenizer(template)
+        [encoded] = encode_all([given], tokenizer)
+        assert f"tool\n{written}<|im_end|>" in tokenizer.decode(encoded.examples[0].input_ids)
+        said = "taken out of their" if template is wrapping else "tags, which stay"
+        assert [said in note for note in encoded.notes] == ([True] if result != "21" else [])
+
+
+def test_a_call_in_the_text_of_an_answer_is_said() -> None:
+    [encoded] = encode_all([conversation("q", "<tool_call>\n{}\n</tool_call>")], tiny_tokenizer())
+    assert encoded.notes == {"answers have tool calls in their texts (<tool_call>), which are trained as they are"}
 
 
 def test_tools_and_system_turns_that_a_template_does_not_show_are_said() -> None:
