@@ -83,6 +83,8 @@ class Template:
                 notes.add(_RESULTS[self.wraps_results])
             elif message["role"] == "assistant" and "<tool_call>" in message["content"]:
                 notes.add("answers have tool calls in their texts (<tool_call>), which are trained as they are")
+            elif message["role"] == "user" and not message["content"].strip():
+                notes.add("a turn of the user is empty")
         return found, notes
 
     @cached_property

@@ -402,6 +402,12 @@ def test_tags_of_results_are_there_once_where_the_template_writes_them(result: s
         assert [said in note for note in encoded.notes] == ([True] if result != "21" else [])
 
 
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_turn_of_the_user_is_said(text: str) -> None:
+    [encoded] = encode_all([conversation(text, "x")], tiny_tokenizer())
+    assert encoded.notes == {"a turn of the user is empty"}
+
+
 def test_a_call_in_the_text_of_an_answer_is_said() -> None:
     [encoded] = encode_all([conversation("q", "<tool_call>\n{}\n</tool_call>")], tiny_tokenizer())
     assert encoded.notes == {"answers have tool calls in their texts (<tool_call>), which are trained as they are"}
