@@ -15,14 +15,13 @@ from lightning_sft.commands.init_yaml import Machine, Method, as_yaml
 from lightning_sft.data.rows.formats import find_format, likely_columns
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.sources import leaves, parsed
-from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.data.tokens.held_out import share_of
 from lightning_sft.data.tokens.outliers import outlier_remark
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.io.words import counted
 from lightning_sft.machine.terminal import Console, printable
 from lightning_sft.model.pretrained import context_length, load_tokenizer
-from lightning_sft.types import Conversation, InputError
+from lightning_sft.types import InputError
 
 _LOOKED_AT = 200  # rows inspected
 
@@ -65,16 +64,16 @@ def init(
     seen = look_at(data, columns, ask)
     console = Console(stderr=True, soft_wrap=True)
     console.print(f"Data: format {seen.format}; columns {', '.join(seen.keys)}.", highlight=False)
-    encoded = [row for row in encode_many(seen.rows, tokenizer) if isinstance(row, list)]
-    if not encoded:
-        [problem, *_] = encode_many(seen.rows[:1], tokenizer)
-        raise InputError(f"No row can be trained on with the chat template of {model}: {problem}")
-    size = size_of_data(data, seen.columns, tokenizer)
-    if seen.problem is not None:
-        console.print(f"fit will stop at rows that cannot be used, such as this: {seen.problem}", highlight=False)
+    size = size_of_data(data, seen.columns, tokenizer, context)
+    if not size.lengths:
+        raise InputError(f"No row can be trained on with the chat template of {model}: {size.problem}")
+    if size.problem is not None:
+        console.print(f"fit will stop at rows that cannot be used, such as this: {size.problem}", highlight=False)
     if val is None and ask.is_possible:
         val = ask("Validation data, or a share of the training data such as 5% (empty for none)", "--val", "") or None
-    if val is not None and share_of(val, data) is None:
+    if (share := share_of(val, data)) is not None:
+        size.trained -= share
+    elif val is not None:
         look_at(str(val), seen.columns, ask)
     method = method or ask("Train the whole model or adapters", "--method", "full", ["full", "lora"])
     machine = Machine.here(devices)
@@ -84,6 +83,12 @@ def init(
     text = as_yaml(model, context, given, size, schedule, method, machine, out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
+    if count := len(size.too_long):
+        console.print(
+            f"Of the first {size.num_encoded:,} rows, {count:,} sequence{'s are' if count > 1 else ' is'} longer than "
+            f"the model's context of {context:,} tokens and left out (data.overflow): {size.too_long[0]}.",
+            highlight=False,
+        )
     if remark := outlier_remark(size.lengths, size.places.__getitem__):
         console.print(remark, highlight=False)
     steps = counted(schedule.num_steps, "optimizer step")
@@ -117,15 +122,11 @@ class Seen:
         format: Name of the format.
         keys: Keys of the first row.
         columns: Column for each key of the format if the names differ, or ``None``.
-        rows: Usable rows as conversations.
-        problem: Error of the first row that cannot be used, or ``None``.
     """
 
     format: str
     keys: list[str]
     columns: dict[str, str] | None
-    rows: list[Conversation]
-    problem: InputError | None
 
 
 def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
@@ -164,13 +165,14 @@ def look_at(data: str, columns: dict[str, str] | None, ask: _Asker) -> Seen:
             question = ask(f"Which column is the question ({names})", "--columns '{prompt: …, completion: …}'")
             answer = ask(f"Which column is the answer ({names})", "--columns '{prompt: …, completion: …}'")
             columns = {"prompt": question, "completion": answer}
-    convert, found = Converter(Reading(columns=columns)), list[Conversation]()
+    convert, is_usable = Converter(Reading(columns=columns)), False
     for row, provenance in rows:
         try:
-            found.append(convert(row, provenance))
+            convert(row, provenance)
+            is_usable = True
         except InputError as error:
             problem = problem or error
-    if not found:
+    if not is_usable:
         raise problem or InputError(f"{data} has no rows.")
     whole = {"messages": first} if isinstance(first, list) else first
-    return Seen(find_format(whole, None, columns).name, keys or ["a list of messages"], columns, found, problem)
+    return Seen(find_format(whole, None, columns).name, keys or ["a list of messages"], columns)

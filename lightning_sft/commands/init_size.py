@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.sources import leaves, parsed
 from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.io.words import counted
-from lightning_sft.types import Conversation, InputError
+from lightning_sft.types import Conversation, Example, InputError
 
 _COUNTED = 100_000  # rows at most
 _ENCODED = 5_000  # rows at most
@@ -33,20 +33,26 @@ class Size:
 
     Args:
         num_rows: Number of its rows, or of those that were counted.
-        lengths: Tokens of the sequences of its first rows.
+        lengths: Tokens of the sequences of its first rows, but for those that are too long for the model.
         places: Location of each of these sequences.
-        num_encoded: Number of rows that these sequences come from.
+        num_encoded: Number of rows that were encoded for it.
+        too_long: Location and length of each sequence that is longer than the model's context.
+        problem: Error of the first row that cannot be used, or ``None``.
+        trained: Share of the rows that is trained, where one is held out.
     """
 
     num_rows: int = 0
     lengths: list[int] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     num_encoded: int = 0
+    too_long: list[str] = field(default_factory=list)
+    problem: InputError | None = None
+    trained: float = 1.0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows, estimated from those that were encoded."""
-        return sum(self.lengths) * self.num_rows // max(1, self.num_encoded)
+        """Tokens of all rows that are trained, estimated from those that were encoded."""
+        return int(sum(self.lengths) * self.num_rows * self.trained / max(1, self.num_encoded))
 
     @property
     def rows_make(self) -> str:
@@ -54,16 +60,20 @@ class Size:
         return counted(self.num_rows, "row", "make") if self.num_rows < _COUNTED else f"{_COUNTED:,} rows or more make"
 
 
-def size_of_data(data: str, columns: dict[str, str] | None, tokenizer: PreTrainedTokenizerBase) -> Size:
+def size_of_data(
+    data: str, columns: dict[str, str] | None, tokenizer: PreTrainedTokenizerBase, context: int | None = None
+) -> Size:
     """Count the rows of a data set, and encode the first of them.
 
     Args:
         data: Data source, as for ``data.train``.
         columns: Column for each key of the format.
         tokenizer: Tokenizer of the model.
+        context: Maximum number of tokens of the model's context, if known: longer sequences are left out, as by
+            ``fit``.
 
     Raises:
-        InputError: When a file cannot be read.
+        InputError: When a file cannot be read, or no sequence is short enough.
     """
     size, convert = Size(), Converter(Reading(columns=columns))
     rows = islice((row for leaf in leaves(data) for row in leaf()), _COUNTED)
@@ -71,19 +81,35 @@ def size_of_data(data: str, columns: dict[str, str] | None, tokenizer: PreTraine
         size.num_rows += len(chunk)
         if size.num_encoded < _ENCODED and sum(size.lengths) < _TOKENS:
             size.num_encoded += len(chunk)
-            for sequences in encode_many(list(_usable(chunk, convert)), tokenizer):
-                if not isinstance(sequences, InputError):
-                    size.lengths += map(len, sequences)
-                    size.places += [sequence.provenance for sequence in sequences]
+            for sequences in encode_many(list(_usable(chunk, convert, size)), tokenizer):
+                if isinstance(sequences, InputError):
+                    size.problem = size.problem or sequences
+                else:
+                    _take_in(sequences, context, size)
+    if size.too_long and not size.lengths:
+        raise InputError(
+            f"{data}: every sequence of the first {size.num_encoded:,} rows is longer than the model's context of "
+            f"{context:,} tokens, such as {size.too_long[0]}. Shorten the rows, or take a model with a longer context."
+        )
     return size
 
 
-def _usable(rows: list[tuple[Any, str]], convert: Converter) -> Iterator[Conversation]:
+def _usable(rows: list[tuple[Any, str]], convert: Converter, size: Size) -> Iterator[Conversation]:
     for row, place in rows:
         try:
             yield convert(parsed(row, place), place)
-        except InputError:  # fit will say so
-            continue
+        except InputError as error:
+            size.problem = size.problem or error
+
+
+def _take_in(sequences: Sequence[Example], context: int | None, size: Size) -> None:
+    """Take in the sequences of a row that ``fit`` will use, and name the others."""
+    for sequence in sequences:
+        if context is not None and len(sequence) > context:
+            size.too_long.append(f"{sequence.provenance} ({len(sequence):,} tokens)")
+        else:
+            size.lengths.append(len(sequence))
+            size.places.append(sequence.provenance)
 
 
 @dataclass(frozen=True)

@@ -128,13 +128,18 @@ def as_yaml(
         lines.append(f"  chat_template: {_value(data['chat_template'])} # instead of the tokenizer's own")
     lines += [
         f"  max_length: {context or 'null'} # maximum number of tokens per sequence; the model's context",
-        "  overflow: drop # longer ones are left out and counted; or: error, truncate, split",
+        f"  overflow: drop # longer ones are left out and counted{_too_long(size)}; or: error, truncate, split",
         f"  tokens_per_batch: {schedule.tokens_per_batch or 'null'} # maximum tokens per micro-batch; null: 2,048 "
         f"(16,384 on a GPU), or the longest sequence if longer (of the first rows: {max(size.lengths):,})",
         "  packing: packed # sequences end to end without padding; or: padded",
         "  invalid_rows: error # stop at a row that cannot be used; skip leaves it out and counts it",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _too_long(size: Size) -> str:
+    """How many sequences are left out, if any."""
+    return f" ({len(size.too_long):,} of the first {size.num_encoded:,} rows)" if size.too_long else ""
 
 
 def _value(value: Any) -> str:

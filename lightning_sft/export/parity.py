@@ -143,9 +143,9 @@ def held_out(
     found: list[Conversation] = []
     each = -(-most // len(mixture.parts))
     for part in mixture.of_name.values():
-        convert = Converter((reading or Reading()).of(part))
-        rows = _usable(part.source, convert)
-        found += islice((row for row in rows if side is None or side.has(row)), each)
+        own_reading = (reading or Reading()).of(part)
+        own_side, rows = side and side.within(part, own_reading), _usable(part.source, Converter(own_reading))
+        found += islice((row for row in rows if own_side is None or own_side.has(row)), each)
     if not found:
         raise InputError("No row of the data can be used to compare the trained and the exported model.")
     return found[:most]

@@ -177,9 +177,12 @@ def plain_tokenizer(pretrained: str | Path, new_tokens: Sequence[str] = ()) -> P
         InputError: When there is no tokenizer.
     """
     tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer, str(pretrained), "tokenizer")
+    for name in [name for name, token in tokenizer.special_tokens_map.items() if not token]:
+        setattr(tokenizer, name, None)  # an empty text is no token: transformers looks it up without end
     if new_tokens:
-        added = [AddedToken(token, special=True, normalized=False) for token in new_tokens]
-        tokenizer.add_tokens(added, special_tokens=True)
+        tokenizer.add_tokens(
+            [AddedToken(new, special=True, normalized=False) for new in new_tokens], special_tokens=True
+        )
     return tokenizer
 
 
@@ -191,8 +194,7 @@ def new_token_ids(pretrained: str, new_tokens: Sequence[str]) -> tuple[list[int]
 
 def load_exported(folder: str | Path) -> PreTrainedModel:
     """Load the model of a folder as a user of transformers would: in the dtype that it is stored in."""
-    auto_class = _auto_class(str(folder))
-    return cast(PreTrainedModel, _load(auto_class, str(folder), "causal language model", dtype="auto"))
+    return cast(PreTrainedModel, _load(_auto_class(str(folder)), str(folder), "causal language model", dtype="auto"))
 
 
 def stop_ids(pretrained: str) -> tuple[int, ...]:

@@ -99,11 +99,46 @@ def test_many_rows_have_the_defaults(pretrained: str) -> None:
 def test_a_row_that_is_far_longer_than_others_is_named_with_its_remedy(
     pretrained: str, jsonl: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"prompt": "a", "completion": "b" * (300 if i == 70 else 9)} for i in range(90)]
+    rows = [{"prompt": "a", "completion": "b" * (200 if i == 70 else 9)} for i in range(90)]
     init(pretrained, jsonl(rows))
     said = capsys.readouterr().err
     assert "1 of 90 sequences is far longer than the others" in said
     assert re.search(r"train.jsonl:71 has \d+\. .*data.max_length=\d\d leaves it out", said)
+
+
+@pytest.mark.parametrize("val", [None, "20%"])
+def test_rows_that_fit_leaves_out_are_said_and_do_not_count(
+    pretrained: str, jsonl: Any, capsys: pytest.CaptureFixture[str], val: str | None
+) -> None:
+    rows = [{"prompt": f"Ask {i}", "completion": f"It is {i}. " * 3} for i in range(80)]
+    rows += [{"prompt": "a", "completion": "b " * 3000}, {"prompt": "a", "completion": "c " * 4000}]
+    data = jsonl(rows)
+    text = init(pretrained, data, val=val, method="full", devices=1).read_text()
+    said = capsys.readouterr().err
+    assert "Of the first 82 rows, 2 sequences are longer than the model's context of 256 tokens and left out" in said
+    assert re.search(r"train\.jsonl:81 \([\d,]+ tokens\)", said)
+    assert "far longer" not in said
+    assert "left out and counted (2 of the first 82 rows)" in text
+    longest = int(re.search(r"of the first rows: (\d+)\)", text)[1])  # type: ignore[index]
+    told = int(re.search(r"82 rows make about (\d+) steps", text)[1])  # type: ignore[index]
+    cli = main(["fit", "--config", "config.yaml", *QUICK])
+    lengths = [max(split.lengths) for split in cli.datamodule.splits.values()]
+    assert (longest, len(cli.datamodule.splits["train"].account.too_long) > 0) == (max(lengths), True)
+    assert told == pytest.approx(cli.trainer.global_step, rel=0.15)
+
+
+def test_rows_that_are_all_too_long_are_refused(pretrained: str, jsonl: Any) -> None:
+    with pytest.raises(InputError, match=r"every sequence of the first 3 rows is longer than .*256 tokens, such as"):
+        init(pretrained, jsonl([{"prompt": "a", "completion": "b " * 3000}] * 3))
+
+
+def test_a_row_that_the_template_refuses_is_said(
+    pretrained: str, jsonl: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unanswered = {"messages": [{"role": "user", "content": "Hi"}]}
+    answered = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    init(pretrained, jsonl([*[answered] * 300, unanswered]))
+    assert "train.jsonl:301: the row has no answer" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_a_share_of_the_data_may_be_the_validation(pretrained: str, gsm: str) -> None:

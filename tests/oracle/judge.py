@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerFast
 
-from lightning_sft.types import Conversation, Example
+from lightning_sft.types import Conversation, Example, Message
 from tests.oracle.endings import Ending, ending_of
 from tests.oracle.fields import Marked, marked, missing
 from tests.oracle.inference import Inference, control_tokens
 
 TAG = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|</?seed:think>|</?mm:think>|</?think:\w+>")
 """Begins or ends a thought."""
+
+_TWO = re.compile(r"<think>\s*</think>\s*<think>")
+_INLINE = re.compile(r"(?s)<think>\s*(.*?)\s*</think>\s*(.*)")
 
 Encode = Callable[[Conversation], Sequence[Example]]
 
@@ -69,6 +73,21 @@ def judge(
         _judge_answer(inference, turn, span, ending, marks)
     if encode is not None and spans:
         _judge_sentinels(tokenizer, other, encode)
+
+
+def as_meant(tokenizer: PreTrainedTokenizerFast, conversation: Conversation) -> Conversation:
+    """The conversation with its thoughts in texts as reasoning, if its template writes an empty thought before one."""
+    inference = inference_of(tokenizer, conversation)
+    with suppress(Exception):  # of the template, which the encoder refuses
+        wholes = [inference.text(turn + 1, generation=False) for turn in trained_turns(conversation)]
+        if any(_TWO.search(whole) for whole in wholes):
+            return replace(conversation, messages=list(map(_taken_apart, conversation.messages)))
+    return conversation
+
+
+def _taken_apart(message: Message) -> Message:
+    found = _INLINE.fullmatch(message["content"]) if message["role"] == "assistant" else None
+    return {**message, "reasoning_content": found[1], "content": found[2]} if found else message
 
 
 def last_answer(

@@ -12,7 +12,7 @@ from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.types import Conversation, Example, InputError
 from tests.oracle.families import family_of
 from tests.oracle.inference import Inference
-from tests.oracle.judge import WrongError, inference_of, judge, last_answer
+from tests.oracle.judge import WrongError, as_meant, inference_of, judge, last_answer
 from tests.oracle.kinds import conversation
 from tests.oracle.possible import impossible
 from tests.oracle.vocabularies import tokenizer_for
@@ -32,6 +32,7 @@ MECHANISMS = {
     "v": ("an answer is empty", "the stop of an empty answer is trained"),
     "a": ("opens the conversation", "an answer that opens the conversation is context"),
     "g": ("marks begin in the prompt", "`{% generation %}` marks of the prompt are left out"),
+    "t": ("thoughts in the texts", "a thought in the text takes the place of an empty one"),
     "u": ("does not show", "tools or a system turn are not shown by the template, which is said"),
 }
 """Letter -> what a note says, and what it means."""
@@ -90,6 +91,7 @@ class Case:
         Raises:
             WrongError: When they are wrong.
         """
+        given = as_meant(self.tokenizer, given)
         judge(self.tokenizer, given, examples, self.encode, self.stops)
         if (ids := last_answer(self.tokenizer, given, examples)) is not None:
             said = self.tokenizer.decode(ids, skip_special_tokens=True)  # as generated answers are

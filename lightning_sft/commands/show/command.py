@@ -89,9 +89,8 @@ def show(
         console.print(
             f"\nThe training data are streamed: these are the first {data.sample_rows:,} rows of each data set."
         )
-    if fit_stops:
-        reason = "data.invalid_rows or data.overflow is 'error'"
-        console.print(f"\nfit stops at these rows: {reason}.", style="bold red", highlight=False)
+    for why in fit_stops:
+        console.print(f"\nfit stops at {why}.", style="bold red", highlight=False)
 
     findings: list[Finding] = []
     if check is not None:
@@ -115,6 +114,8 @@ def show(
             console.print(f"\nUsable rows: {count:,} in {path}", highlight=False)
         refused, too_long = left_out(own)
         console.print(f"Left out: {refused:,} refused, {too_long:,} too long", highlight=False)
+        if data.reading.format is not None or data.reading.columns:
+            console.print("Train on them without data.format and data.columns.", highlight=False)
     return findings
 
 
@@ -143,16 +144,19 @@ class ShowCLI(ConfigCLI):
         super().parse_arguments(parser, sorted(rest, key=lambda argument: argument != _ANSWERS["--check=true"]))
 
 
-def _previewed(data: SFTDataModule, module: LightningModule | None, trainer: Any) -> tuple[SFTDataModule, bool]:
-    """All usable rows, and whether ``fit`` would stop at a row."""
+def _previewed(data: SFTDataModule, module: LightningModule | None, trainer: Any) -> tuple[SFTDataModule, list[str]]:
+    """All usable rows, and why ``fit`` would stop at others, if it would."""
     by_row, by_length = data.invalid_rows == "error", data.overflow == "error"
     data = copy(data)
     data.invalid_rows, data.overflow = "skip", "drop" if by_length else data.overflow
     data = data.preview(module, trainer, progress=True)
-    return data, any(
-        (by_row and account.refused) or (by_length and account.too_long)
-        for account in (split.account for split in data.splits.values())
+    accounts = [split.account for split in data.splits.values()]
+    refused, too_long = any(account.refused for account in accounts), any(account.too_long for account in accounts)
+    rows, sequences = (
+        "the refused rows: data.invalid_rows is 'error'",
+        "the sequences left out: data.overflow is 'error'",
     )
+    return data, [rows] * (by_row and refused) + [sequences] * (by_length and too_long)
 
 
 def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

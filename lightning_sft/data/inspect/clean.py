@@ -22,8 +22,8 @@ from lightning_sft.types import IGNORE, Conversation, Example
 def write_clean(path: str | Path, splits: Sequence[Split], reading: Reading) -> dict[Path, int]:
     """Write the rows of splits that have a sequence, one line of JSON each; their files and numbers of rows.
 
-    Messages are in the normal form, with their weights and tools. Trained with the same settings, the file gives the
-    same sequences as the data it was made from.
+    Messages are in the normal form, with their weights and tools. Trained with the same settings, but for
+    ``data.format`` and ``data.columns``, the file gives the same sequences as the data it was made from.
 
     Args:
         path: Path of the JSONL file; with several data sets, each has a file, with its name before the suffix.

@@ -19,7 +19,7 @@ from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.io.words import counted
 from lightning_sft.machine.terminal import Console
 
-_PLACE = re.compile(r"(.+?:\d+|row \d+): (.*)", re.DOTALL)
+_PLACE = re.compile(r"((?:shard \d+, )?row \d+|.+?:(?:\d+|(?:shard \d+, )?row \d+)): (.*)", re.DOTALL)
 _LISTED = 20  # rows named for a reason
 _FEW_STEPS = 10  # of an epoch
 _BAR = 40  # characters of the longest bar

@@ -63,6 +63,11 @@ class Line:
         except InputError:
             raise
         except ValueError as error:
+            if self.number == 1 and self.content.strip() in (b"[", b"{"):
+                raise InputError(
+                    f"{self.path}:1: not valid JSON: the line is {self.content.strip().decode()!r} alone, and each "
+                    "line of JSONL is a row. Name a file of JSON over several lines .json."
+                ) from error
             raise _not_json(self.path, self.number, error) from error
 
 

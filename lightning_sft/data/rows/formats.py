@@ -50,6 +50,7 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "input": ("context",),
     "system": ("system_prompt", "system_message", "systemInstruction"),
     "tools": ("functions",),
+    "weight": ("loss_weight", "sample_weight"),
 }
 """Columns that are read as a key of a format where the row does not have that key."""
 

@@ -14,6 +14,7 @@ from lightning_sft.data.rows.calls import read_tools
 from lightning_sft.data.rows.dialects import COMMON, Dialect
 from lightning_sft.data.rows.formats import Found, find_format
 from lightning_sft.data.rows.given_turns import Given, given_turns
+from lightning_sft.data.rows.markup import without_media
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.token_rows import read_tokens
 from lightning_sft.data.rows.turns import Turn, read_turns
@@ -194,7 +195,10 @@ def _read(found: Found, reading: Reading, provenance: str, ignored: set[str]) ->
         if not text.strip():
             raise InputError("the text is empty. Remove the row.")
         return Conversation([{"role": "text", "content": text}], weights=[scale], provenance=provenance)
-    turns = _turns(given_turns(found), reading.dialect, ignored)
+    given = given_turns(found)
+    if reading.format is not None:  # so the texts alone are meant
+        given = [(without_media(message, found.ignored, ignored), is_target) for message, is_target in given]
+    turns = _turns(given, reading.dialect, ignored)
     messages = [message for (message, _), _ in turns]
     weights = [weight * scale for weight in _weights(turns, reading.train_on)]
     if not all(map(math.isfinite, weights)):

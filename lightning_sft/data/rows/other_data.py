@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lightning_sft.data.rows.markup import MEDIA_COLUMNS
 from lightning_sft.data.rows.values import flag_of, shown
 from lightning_sft.types import InputError
 
 _TREE = ("parent_id", "message_tree_id")
 _VERDICTS = ("label", "kto_tag")
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
-_TELLING = frozenset((*_VERDICTS, *_MEDIA))  # of a row that has the keys of a format
+_FLAGS = ("loss", "train")  # of a message, and true or false
+_TELLING = frozenset((*_VERDICTS, *_FLAGS, *MEDIA_COLUMNS))  # of a row that has the keys of a format
 
 
 def refuse_other_data(row: Mapping[str, Any], name: str | None, mapped: Iterable[str]) -> None:
@@ -23,8 +24,8 @@ def refuse_other_data(row: Mapping[str, Any], name: str | None, mapped: Iterable
         mapped: Columns that ``data.columns`` gives a meaning.
 
     Raises:
-        InputError: When it is one of two answers to choose from, an answer with a verdict, a message of a tree, or
-            nests its answers.
+        InputError: When it is one of two answers to choose from, an answer with a verdict, a row with a flag, a message
+            of a tree, or nests its answers.
 
     >>> refuse_other_data({"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}, None, ())
     Traceback (most recent call last):
@@ -49,10 +50,16 @@ answers: data.columns={completion: chosen}.
             f"learn the wanted ones: data.columns={{weight: {verdict}}} with data.invalid_rows=skip; to learn all: "
             f"data.format={name}."
         )
-    if name is not None and (media := next((key for key in _MEDIA if row.get(key)), None)) is not None:
+    flag = next((key for key in _FLAGS if flag_of(row.get(key)) is not None and key not in mapped), None)
+    if name is not None and flag is not None:
+        raise InputError(
+            f"{flag!r} is {row[flag]}: the row says whether it is to be learned. To go by it: data.columns="
+            f"{{weight: {flag}}} with data.invalid_rows=skip; to learn all rows: data.format={name}."
+        )
+    if name is not None and (media := next((key for key in MEDIA_COLUMNS if row.get(key)), None)) is not None:
         raise InputError(
             f"the row has {media!r}, and only texts can be trained on. To learn the texts without them: "
-            f"data.format={name}."
+            f"data.format={name}. To leave such rows out: data.invalid_rows=skip."
         )
     if any(key in row for key in _TREE) and (name is None or (name == "text" and "role" in row)):
         raise InputError(

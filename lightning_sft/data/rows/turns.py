@@ -14,6 +14,7 @@ from typing import Any
 
 from lightning_sft.data.rows.calls import MEDIA, read_call, read_result
 from lightning_sft.data.rows.dialects import CALLERS, COMMON, Dialect
+from lightning_sft.data.rows.markup import inline_calls, inline_thought
 from lightning_sft.data.rows.values import decoded, decoded_call, shown, text_of, weight_of
 from lightning_sft.types import InputError, Message
 
@@ -137,7 +138,9 @@ class _Message:
         """The turn of anyone but a tool, after the results of tools that it carries."""
         calls = self._calls()
         if self.is_call:
-            content, calls = "", [*calls, *_as_list(decoded_call(content, "the function call"))]
+            given = inline_calls(content) if isinstance(content, str) else [content]
+            own = [call for each in given for call in _as_list(decoded_call(each, "the function call"))]
+            content, calls = "", [*calls, *own]
         parts = _parts(content, self.ignored) if isinstance(content, list) else _Parts(content)
         if parts.text is None and calls:
             parts.text = ""
@@ -173,6 +176,13 @@ class _Message:
             raise InputError(f"the reasoning is there twice: {thoughts[0][0]} and {thoughts[1][0]}. Keep one.")
         for name, value in thoughts[:1]:
             turn["reasoning_content"] = text_of(value, name)
+            if value.strip() and (found := inline_thought(turn["content"])):
+                if found[0].strip() not in ("", value.strip()):
+                    raise InputError(
+                        f"the reasoning is there twice: {name} and in tags in the content, and they differ. Keep one; "
+                        f"data.message_keys={{{keys[0] if keys else 'thinking'}: ignored}} keeps that of the content."
+                    )
+                turn["content"] = found[1]
         if calls and parts.calls:
             raise InputError("the tool calls are there twice: in 'tool_calls' and in parts of the content. Keep one.")
         if calls := calls or parts.calls:
@@ -212,7 +222,8 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
         if isinstance(kind, str) and kind in MEDIA:
             raise InputError(
                 f"{what} is of the type {kind!r}, and only texts can be trained on: the processor of a model of images "
-                "and text is not used in training yet. Take such parts, or the row, out."
+                "and text is not used in training yet. To learn the texts without such parts, name the format of the "
+                "rows: data.format=chat, or sharegpt, …. To leave such rows out: data.invalid_rows=skip."
             )
         if not isinstance(kind, str) or (kind not in _PARTS and kind != "tool_result"):
             raise InputError(f"{what} must be of the type {', '.join(_PARTS)} or tool_result, got {shown(part)}.")

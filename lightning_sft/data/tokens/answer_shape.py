@@ -26,6 +26,28 @@ Shape = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One trained turn as text.
+
+    Args:
+        text: A text that has the turn and all before it; turns may share one.
+        begin: Where the turn begins, and its prompt ends.
+        end: Where it ends, with its stop token.
+        trained: Where what is trained of it begins.
+    """
+
+    text: str
+    begin: int
+    end: int
+    trained: int
+
+    @property
+    def own(self) -> str:
+        """The text of the turn."""
+        return self.text[self.begin : self.end]
+
+
+@dataclass(frozen=True)
 class Ending:
     """How a template writes answers of a shape.
 

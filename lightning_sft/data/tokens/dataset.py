@@ -114,6 +114,8 @@ def load_split(
         if recipe.side is None or not recipe.side.is_held_out:
             _say_folders(name, part.source)
         title, own_recipe = f"{name}, {part_name}" if part_name else name, recipe.of(part)
+        if own_recipe.side is not None:
+            own_recipe = replace(own_recipe, side=own_recipe.side.within(part, own_recipe.reading))
         chunks = Chunks(partial(_lanes, part, first), [own_recipe])
         files = files_behind(part.source) if first is None else None
         key = key_of(files, own_recipe) if cache else None
@@ -125,10 +127,6 @@ def load_split(
         if own.refused and invalid_rows == "error":
             raise own.refusal(title)
         if recipe.side is not None and recipe.side.is_held_out:
-            if not own.num_rows:
-                raise InputError(
-                    f"{title}: {recipe.side.share:.3g} of the training rows are none. Hold out a greater share."
-                )
             own.notes[_HELD_OUT] = own.num_rows
             own.noted[_HELD_OUT] = examples[0].provenance if len(examples) else title
         if not examples:
@@ -169,14 +167,15 @@ def load_prompts(
     for part in as_mixture(source).of_name.values():
         if title:
             _say_folders(title, part.source)
-        convert, begin = Converter((reading or Reading()).of(part), answered=False), len(found)
+        own_reading, begin = (reading or Reading()).of(part), len(found)
+        convert, own_side = Converter(own_reading, answered=False), side and side.within(part, own_reading)
         for row, where in islice((row for leaf in leaves(part.source) for row in leaf()), part.first):
             if first is not None and len(found) - begin >= first:
                 break
             account.num_rows += 1
             try:
                 conversation = convert(parsed(row, where), where)
-                if side is not None and not side.has(conversation):
+                if own_side is not None and not own_side.has(conversation):
                     continue
                 found.append(replace(encode_prompt(conversation, tokenizer), number=len(found)))
             except InputError as error:

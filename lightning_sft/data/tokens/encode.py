@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.tokens.answer_shape import Answer
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.render import in_time
-from lightning_sft.data.tokens.rendering import Answer, Rendering
+from lightning_sft.data.tokens.rendering import Rendering
 from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.data.tokens.tokenize import Beginning, Ids
 from lightning_sft.objective import target_weight
@@ -217,7 +218,10 @@ def _draft(conversation: Conversation, template: ChatTemplate) -> _Draft:
                     is_opened = True
                     rendering.notes.add("the assistant opens the conversation: without a prompt, that turn is context")
         if draft.runs and messages[-1]["role"] != "text":
-            rendering.unseen(draft.runs[-1].text)
+            end = draft.runs[-1].turns[-1][0] + 1
+            rendering.unseen(draft.runs[-1].text, end)
+            if left := ", ".join(dict.fromkeys(message["role"] for message in messages[end:])):
+                rendering.notes.add(f"turns after the last that is trained are left out, they are of the role {left}")
     except InputError as error:
         draft.refusal = InputError(f"{where}: {error}")
     if not draft.runs and draft.refusal is None:

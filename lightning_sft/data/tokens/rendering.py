@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 
 from lightning_sft.data.tokens import control_tokens, thoughts
 from lightning_sft.data.tokens.answer_shape import (
+    Answer,
     Ending,
     Stops,
     but_for_space,
@@ -31,28 +32,6 @@ SYSTEM_NOT_SHOWN = "the chat template does not show a system turn"
 """Notes that an audit looks for."""
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One trained turn as text.
-
-    Args:
-        text: A text that has the turn and all before it; turns may share one.
-        begin: Where the turn begins, and its prompt ends.
-        end: Where it ends, with its stop token.
-        trained: Where what is trained of it begins.
-    """
-
-    text: str
-    begin: int
-    end: int
-    trained: int
-
-    @property
-    def own(self) -> str:
-        """The text of the turn."""
-        return self.text[self.begin : self.end]
-
-
 class Rendering:
     """One conversation, as a template renders it.
 
@@ -67,12 +46,9 @@ class Rendering:
     def __init__(self, template: Template, conversation: Conversation) -> None:
         self.template, config = template, template.config
         self.variables = {**config.variables, **conversation.template_kwargs}
-        self.notes: set[str] = set()
-        messages, self.tools = list(conversation.messages), conversation.tools
-        if config.thoughts != "keep":
-            messages = list(map(thoughts.taken_apart, messages))
+        messages, self.notes = template.prepared(conversation.messages)
         messages, self.tools, found = control_tokens.treated(
-            messages, self.tools, template.special, config.control_tokens
+            messages, conversation.tools, template.special, config.control_tokens
         )
         if found:
             self.notes.add(f"control tokens in their texts are {found}")
@@ -84,6 +60,9 @@ class Rendering:
         if template.wants_parts:
             self.notes.add("contents are given to the chat template as lists of parts, which it wants")
         self.messages = messages
+        if any(map(self._doubles, {form for m in messages if (form := thoughts.form_of(m))})):
+            self.messages = list(map(thoughts.taken_apart, messages))
+            self.notes.add(thoughts.TAKEN_APART)
 
     def prompt(self, turn: int) -> str:
         """What stands before a turn at inference.
@@ -122,10 +101,14 @@ class Rendering:
             if reasoning:
                 own, trained = self._with_thought(at, text[:begin], {**bare, "reasoning_content": reasoning}, own)
             self.notes.add(_BY_ITSELF)
+        if thoughts.begin_of(own) is not None and thoughts.are_ended_by(text[:begin]):
+            raise InputError(thoughts.ENDED)
         if not any(shape_of(message)):
             self.notes.add("an answer is empty, and its stop token alone is trained")
-        if not reasoning and thoughts.EMPTY_THOUGHT.match(own):
-            self.notes.add(_UNTHINKING)
+        if not reasoning and (empty := thoughts.EMPTY_THOUGHT.match(own)):
+            if own[empty.end() :].lstrip().startswith(message["content"].strip()):
+                thoughts.check_after_empty_one(message["content"])
+            self.notes.add(thoughts.UNTHINKING)
         if not text.startswith(own, begin):
             text = text[:begin] + own
         return Answer(text, begin, begin + len(own), begin + trained * (self.template.config.thoughts == "mask"))
@@ -153,12 +136,12 @@ class Rendering:
             raise InputError(f"the chat template does not write the {self.messages[at]['role']} turn as it is.")
         return Answer(text, begin, end, begin)
 
-    def unseen(self, prompt: str) -> None:
-        """Note what of the conversation a prompt does not show, though it is there."""
+    def unseen(self, prompt: str, end: int) -> None:
+        """Note what of the conversation up to a turn a prompt does not show, though it is there."""
         for tool in self.tools or ():
             if str(tool.get("function", tool).get("name", "")) not in prompt:
                 self.notes.add(TOOLS_NOT_SHOWN)
-        for message in self.messages:
+        for message in self.messages[: end - self.shift]:
             if message["role"] == "system" and message["content"].strip() not in prompt:
                 self.notes.add(SYSTEM_NOT_SHOWN)
 
@@ -177,6 +160,25 @@ class Rendering:
         if not trace.text.startswith(trace.prompt, trace.begins[at]):
             return None
         return trace.text, begin, trace.text[begin : trace.begins[at + 1]] + trace.end
+
+    def _doubles(self, form: str) -> bool:
+        """Whether an empty thought would be trained before one in the text of an answer."""
+
+        def learnt() -> bool:
+            message = {"role": "assistant", "content": form.format("Xqthoughtq", "Xqtextq")}
+            given = Conversation([{"role": "user", "content": "x"}, _PLAIN], template_kwargs=self.variables)
+            made = Rendering(self.template, given)
+            made.messages[-1] = message
+            try:
+                text, begin, own, problem = made._written(1, message)
+                own = made._raw(1, text[:begin], message, problem) if problem else own
+            except InputError:
+                return False
+            empty = thoughts.EMPTY_THOUGHT.match(own)
+            return empty is not None and own[empty.end() :].lstrip().startswith(message["content"])
+
+        shown = json.dumps(self.variables, sort_keys=True, default=str)
+        return self.template.doubled(f"{form} {shown}", learnt)
 
     def _whole(self, at: int, message: Message) -> tuple[str, list[Span]]:
         """The conversation up to and with an answer, and what of it is marked."""
@@ -335,10 +337,11 @@ class Rendering:
         if message.get("tool_calls") or not stop or not has_header:
             raise InputError(problem)
         text, opened = message.get("content") or "", thoughts.OPENING.search(prompt)
-        if (inline := thoughts.INLINE.match(text)) and thoughts.are_ended_by(prompt):
-            raise InputError(_ENDED)
-        if opened and inline:  # it begins with the prompt's end
-            return text[inline.start("thought") :].removeprefix(opened["space"]) + stop
+        begin = thoughts.begin_of(text)
+        if begin is not None and thoughts.are_ended_by(prompt):
+            raise InputError(thoughts.ENDED)
+        if opened and begin is not None:  # it begins with the prompt's end
+            return text[begin:].removeprefix(opened["space"]) + stop
         return (self._header(plain) or (thoughts.closing(opened) if opened else "")) + text + stop
 
     def _call(self, at: int, prompt: str, message: Message) -> str:
@@ -365,7 +368,7 @@ class Rendering:
             own = own if own.startswith(closing) else closing + own
             return thought + own, len(thought) + len(closing)
         if thoughts.are_ended_by(prompt):
-            raise InputError(_ENDED)
+            raise InputError(thoughts.ENDED)
         header = self._header(self._ending(at, _PLAIN)) if has_text else ""
         header = header if own.startswith(header) else ""
         begin, end = f"{header}<think>\n", "\n</think>\n\n"
@@ -381,14 +384,6 @@ class Rendering:
 _PLAIN: Message = {"role": "assistant", "content": "x"}
 _THOUGHTFUL: Message = {**_PLAIN, "reasoning_content": "x"}
 _BY_ITSELF = "the answer is put behind the prompt by itself, since the chat template writes the past in another way"
-_UNTHINKING = (
-    "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
-    "false}, where the template has that, it is context; with data.thoughts=split, thoughts in the text are thoughts)"
-)
-_ENDED = (
-    "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
-    "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
-)
 _NO_STOP = (
     "the chat template puts no stop token after the answer, so the model would never learn to stop. Add the "
     "end-of-turn token to the template: data.chat_template."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date
 from functools import cached_property, lru_cache
@@ -11,13 +11,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_sft.data.tokens import control_tokens
+from lightning_sft.data.rows.markup import inline_result
+from lightning_sft.data.tokens import control_tokens, thoughts
 from lightning_sft.data.tokens.answer_shape import Ending, num_shared
 from lightning_sft.data.tokens.generation_tags import Span
 from lightning_sft.data.tokens.render import FROZEN_DATE, Renderer, Trace
 from lightning_sft.data.tokens.template_config import TemplateConfig, configured
 from lightning_sft.data.tokens.tokenize import Segments
 from lightning_sft.types import InputError, Message
+
+_RESULTS = {
+    True: "results of tools are taken out of their <tool_response> tags, since the chat template writes those",
+    False: "results of tools have <tool_response> tags, which stay, since the chat template writes none",
+}
 
 
 class Template:
@@ -39,8 +45,10 @@ class Template:
         self.known_stops = frozenset(str(token) for token in known if token)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         self.segments = Segments(backend, tokenizer)
+        self.wraps_results = "<tool_response>" in written
         self._special_tokens = tuple(tokenizer.special_tokens_map.items())
         self._learnt: dict[Any, Ending] = {}
+        self._doubled: dict[str, bool] = {}
 
     @property
     def text(self) -> str:
@@ -51,6 +59,33 @@ class Template:
     def text_for(self, tools: Any, variables: Mapping[str, Any] | None = None) -> str:
         """The template for conversations with such tools, with its date, as ``apply_chat_template`` takes it."""
         return self.renderer_for(tools, variables or {}).text
+
+    def doubled(self, key: str, learn: Callable[[], bool]) -> bool:
+        """Whether an empty thought is written before a thought of some form, learnt once."""
+        if key not in self._doubled:
+            if len(self._doubled) > 4096:
+                self._doubled.clear()
+            self._doubled[key] = learn()
+        return self._doubled[key]
+
+    def prepared(self, messages: Sequence[Message]) -> tuple[list[Message], set[str]]:
+        """Messages as the template gets them, and what has to be said of them.
+
+        Tags of results are those of templates such as Qwen's, which would write them a second time.
+        """
+        found, notes = list(messages), set[str]()
+        if self.config.thoughts != "keep":
+            found = list(map(thoughts.taken_apart, found))
+        for number, message in enumerate(found):
+            if message["role"] == "tool" and (result := inline_result(message["content"])) != message["content"]:
+                if self.wraps_results:
+                    found[number] = {**message, "content": result}
+                notes.add(_RESULTS[self.wraps_results])
+            elif message["role"] == "assistant" and "<tool_call>" in message["content"]:
+                notes.add("answers have tool calls in their texts (<tool_call>), which are trained as they are")
+            elif message["role"] == "user" and not message["content"].strip():
+                notes.add("a turn of the user is empty")
+        return found, notes
 
     @cached_property
     def beginning(self) -> str:

@@ -4,15 +4,36 @@ from __future__ import annotations
 
 import re
 
-from lightning_sft.types import Message
+from lightning_sft.data.rows.markup import inline_thought
+from lightning_sft.types import InputError, Message
 
 _TAG = r"(?:\w+:)?think[\w:]*"  # of a thought: <think>, <seed:think>, <think:opensource>
 OPENING = re.compile(rf"(?:<(?P<tag>{_TAG}|thought\w*|reason\w*)>|\[(?P<mark>THINK)\])(?P<space>\s*)\Z")
-INLINE = re.compile(r"(?s)\s*<(think|thinking)>(?P<thought>.*?)</\1>\s*(?P<text>.*)\Z")
 THOUGHT_WORD = re.compile(r"\s*((think|thought|thinking|reasoning)\s*)?")
 EMPTY_THOUGHT = re.compile(rf"\s*(<{_TAG}>\s*)?</{_TAG}>")
 TAGS = re.compile(rf"</?{_TAG}>")
 _ENDING = re.compile(rf"</{_TAG}>\s*\Z")
+_BEGUN = re.compile(r"\s*<(think|thinking)>")
+
+UNTHINKING = (
+    "an empty thought is trained, so the model learns not to think (with data.chat_template_kwargs={enable_thinking: "
+    "false}, where the template has that, it is context)"
+)
+TAKEN_APART = "thoughts in the texts of answers take the place of the empty ones that would be trained before them"
+"""Notes on answers."""
+
+ENDED = (
+    "the prompt of the chat template ends the thought before it begins, but the row has one. Set "
+    "data.chat_template_kwargs={enable_thinking: true}, or take the thought out of the row."
+)
+DOUBLED = (
+    "an empty thought would be trained before the one in the answer's text. Set data.thoughts=split: then this "
+    "one takes its place."
+)
+UNENDED = (
+    "the chat template ends a thought before the answer, whose text begins one that it never ends. End it in the row "
+    "with </think>, or remove the row."
+)
 
 
 def are_ended_by(prompt: str) -> bool:
@@ -36,7 +57,44 @@ def closing(opened: re.Match[str]) -> str:
 
 def taken_apart(message: Message) -> Message:
     """An answer whose text begins with a thought in tags, with the thought as its reasoning."""
-    found = INLINE.match(message["content"]) if message["role"] == "assistant" else None
+    found = inline_thought(message["content"]) if message["role"] == "assistant" else None
     if found is None or message.get("reasoning_content"):
         return message
-    return {**message, "content": found["text"], "reasoning_content": found["thought"].strip()}
+    return {**message, "content": found[1], "reasoning_content": found[0].strip()}
+
+
+def begin_of(text: str) -> int | None:
+    r"""Where the thought at the beginning of a text begins, behind its tag.
+
+    >>> begin_of("<think>Why?</think>So."), begin_of("Why?\n</think>So."), begin_of("So.")
+    (7, 0, None)
+    """
+    if inline_thought(text) is None:
+        return None
+    begun = _BEGUN.match(text)
+    return begun.end() if begun else 0
+
+
+def form_of(message: Message) -> str:
+    r"""How the text of an answer has a thought, with places for that and the rest; empty where it has none.
+
+    >>> form_of({"role": "assistant", "content": "<think>Why?</think>So."})
+    '<think>\n{}\n</think>\n\n{}'
+    """
+    if taken_apart(message) is message:
+        return ""
+    begun = _BEGUN.match(message["content"])
+    tag = begun[1] if begun else "think"
+    return f"<{tag}>\n{{}}\n</{tag}>\n\n{{}}" if begun else "{}\n</think>\n\n{}"
+
+
+def check_after_empty_one(text: str) -> None:
+    """Check the text of an answer that follows an empty thought.
+
+    Raises:
+        InputError: When it begins with a thought, too.
+    """
+    if begin_of(text) is not None and not EMPTY_THOUGHT.match(text):
+        raise InputError(DOUBLED)
+    if _BEGUN.match(text) and inline_thought(text) is None:
+        raise InputError(UNENDED)

@@ -8,8 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import yaml
+from pyarrow import parquet
 
 from lightning_sft.data.inspect.audit import Thresholds
 from lightning_sft.demos import tiny_tokenizer
@@ -93,8 +95,46 @@ def test_all_refused_rows_are_listed_although_fit_would_stop(show: Any, config: 
     assert re.search(r"1 refused: 'completion' must be a string.*\n  \S*train.jsonl:2\n", text)
     assert re.search(r"1 refused: the keys.*\n  \S*train.jsonl:3\n", text)
     assert re.search(r"1 left out, longer than data.max_length\n  \S*train.jsonl:4 \(\d+ tokens\)\n", text)
-    assert "fit stops at these rows: data.invalid_rows or data.overflow is 'error'" in text
-    assert "fit stops" not in show("--data.invalid_rows", "skip")
+    rows, sequences = (
+        "the refused rows: data.invalid_rows is 'error'.",
+        "the sequences left out: data.overflow is 'error'.",
+    )
+    stops = {("error", "drop"): [rows], ("error", "error"): [rows, sequences]}
+    stops |= {("skip", "error"): [sequences], ("skip", "drop"): []}
+    for (invalid_rows, overflow), said in stops.items():
+        text = show("--data.invalid_rows", invalid_rows, "--data.overflow", overflow)
+        assert re.findall(r"fit stops at (.*)", text) == said
+
+
+def test_rows_without_a_line_of_their_own_are_listed_and_the_clean_file_has_the_others(
+    show: Any, config: dict[str, Any], jsonl: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Say {i}", "completion": 7 if i % 3 == 1 else f"{i} it is"} for i in range(9)]
+    whole, lines = json.dumps(rows), [", ".join(map(json.dumps, part)) for part in (rows[:4], rows[4:])]
+    files = [
+        jsonl(whole, "one.json"),
+        jsonl("[" + ",\n".join(lines) + "]", "two.json"),
+        jsonl(whole[1:-1].replace("}, {", "} {"), "three.json"),
+    ]
+    tables = [
+        {
+            "messages": [{"role": "user", "content": r["prompt"]}]
+            + [{"role": "assistant", "content": "x"}] * (r["completion"] != 7)
+        }
+        for r in rows
+    ]
+    parquet.write_table(pa.Table.from_pylist(tables), tmp_path / "four.parquet")
+    config["data"]["train"] = [*files, str(tmp_path / "four.parquet")]
+    text = show("--clean", str(tmp_path / "out.jsonl"))
+    assert (
+        len(re.findall(r"9 refused: 'completion' must be a string.*\n  \S*one.json:row 2, \S*one.json:row 5", text))
+        == 1
+    )
+    assert re.search(r"two.json:row 2, \S*two.json:2, \S*two.json:row 8, \S*three.json:row 2", text)
+    assert re.search(r"3 refused: the row has no answer.*\n  \S*four.parquet:row 2, \S*four.parquet:row 5", text)
+    lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = [json.loads(line)["messages"][0]["content"] for line in lines]
+    assert kept == [f"Say {i}" for i in range(9) if i % 3 != 1] * 4
 
 
 def test_a_row_that_is_not_used_says_why(show: Any, config: dict[str, Any], jsonl: Any) -> None:

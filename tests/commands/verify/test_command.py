@@ -12,7 +12,8 @@ import pytest
 from lightning_sft.commands.verify.command import CHECKS, verify
 from lightning_sft.commands.verify.verdict import Case, Outcome
 from lightning_sft.data.rows.mixture import Mixture, Part
-from lightning_sft.data.tokens.rendering import Answer, Rendering
+from lightning_sft.data.tokens.answer_shape import Answer
+from lightning_sft.data.tokens.rendering import Rendering
 from lightning_sft.main import main
 from lightning_sft.types import InputError
 from tests.helpers.verifying import settings

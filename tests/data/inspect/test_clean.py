@@ -92,6 +92,15 @@ def test_rows_that_are_held_out_are_in_the_clean_file_too(jsonl: Callable[..., s
     assert write_clean(out, [train, val], Reading()) == {out: 4}
 
 
+def test_rows_that_a_format_and_columns_were_needed_for_need_none_in_the_clean_file(
+    jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    reading = Reading(format="prompt-completion", columns={"prompt": "q", "completion": "a"})
+    split = load(jsonl([{"q": "Hi", "a": "Yo"}]), reading)
+    write_clean(tmp_path / "out.jsonl", [split], reading)
+    assert sequences(load(str(tmp_path / "out.jsonl"), Reading())) == sequences(split)
+
+
 def test_each_row_that_is_left_out_is_counted_once(jsonl: Callable[..., str]) -> None:
     long = {"messages": [USER, ANSWER, {**USER, "content": "x" * 99}, ANSWER]}
     path = jsonl([{"messages": [USER, {**ANSWER, "content": "x" * 99}]}, long, {"messages": 3}, [USER, ANSWER]])

@@ -102,6 +102,12 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     ("a.json", '[1, {"a": ' + "[" * 100 + "]" * 100 + "}]", r"a\.json:1: not valid JSON: it is nested too deeply"),
     ("a.jsonl", "[" * 100_000, r"a\.jsonl:1: not valid JSON: it is nested too deeply"),
+    (
+        "a.jsonl",
+        '[\n{"a": 1}\n]',
+        r"a\.jsonl:1: .* the line is '\[' alone, .* Name a file of JSON over several lines .json",
+    ),
+    ("a.jsonl", '{\n"a": 1\n}', r"a\.jsonl:1: .* the line is '{' alone"),
     ("a.jsonl", "9" * 5_000, r"a\.jsonl:1: not valid JSON: Exceeds the limit"),
     ("a.csv", "", "has no rows"),
     ("a.csv", "a,b\n", "has no rows"),

@@ -362,3 +362,23 @@ def test_a_named_format_is_not_mixed() -> None:
         assert [named(row, f"a.jsonl:{n}").messages for n, row in enumerate(order, 1)] == [[USER, ANSWER]] * 2
     with pytest.raises(InputError, match=r"a.jsonl:3: the keys \['completion', 'prompt'\] are not those of chat"):
         named({"prompt": "Hey", "completion": "Ho"}, "a.jsonl:3")
+
+
+@pytest.mark.parametrize("key", ["loss", "train"])
+@pytest.mark.parametrize("value", [False, True, "False"])
+def test_a_flag_of_a_row_is_refused_until_it_is_said_what_it_means(key: str, value: Any) -> None:
+    row = {"prompt": "Hi", "completion": "Yo", key: value}
+    with pytest.raises(InputError, match=rf"{key!r} is {value}: the row says .* data\.columns={{weight: {key}}} with"):
+        Converter()(row, "f:1")
+    assert Converter(Reading(columns={"weight": key}))(row, "f:1").weights == [0.0, float(value is True)]
+    assert Converter(Reading(format="prompt-completion"))(row, "f:1").weights == [0.0, 1.0]
+
+
+def test_a_number_that_is_no_flag_is_ignored_and_other_names_of_a_weight_are_read() -> None:
+    convert = Converter()
+    assert convert({"prompt": "Hi", "completion": "Yo", "loss": 0.7}, "f:1").weights == [0.0, 1.0]
+    assert convert.ignored == {"loss": 1}
+    for name in ("loss_weight", "sample_weight"):
+        assert convert({"prompt": "Hi", "completion": "Yo", name: 0.5}, "f:1").weights == [0.0, 0.5]
+    with pytest.raises(InputError, match="both 'weight' and 'loss_weight'"):
+        convert({"prompt": "Hi", "completion": "Yo", "weight": 1, "loss_weight": 0.5}, "f:1")

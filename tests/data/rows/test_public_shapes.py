@@ -6,6 +6,7 @@ The keys are those of the data sets; the texts are made up.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -202,6 +203,34 @@ def test_a_thought_in_a_column_is_mapped_to_the_answer() -> None:
     row = {"question": "Hi", "attempt": "Yo", "thinking": "Hm", "cot_type": "math"}  # as simplescaling/s1K-1.1
     columns = {"prompt": "question", "completion": "attempt", "reasoning_content": "thinking"}
     assert Converter(Reading(columns=columns))(row, "f:1").messages == [HI, {**YO, "reasoning_content": "Hm"}]
+
+
+_PARTS = [{"type": "image", "text": None}, {"type": "text", "text": "Hi"}]
+VISION = [  # as trl-lib/llava-instruct-mix, liuhaotian/LLaVA-Instruct-150K, LLaMA-Factory's mllm_demo, OpenAI's
+    {"images": ["a.png"], "messages": [{"role": "user", "content": _PARTS}, YO]},
+    {"image": "a.png", "prompt": [{"role": "user", "content": _PARTS}], "completion": [YO]},
+    {"image": "a.png", "conversations": [{**HUMAN, "value": "<image>\nHi"}, GPT]},
+    {"images": ["a.png"], "messages": [{"role": "user", "content": "<image>Hi"}, YO]},
+    {"audios": ["a.wav"], "instruction": "<audio>Hi", "output": "Yo"},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}, _PARTS[1]]}, YO]},
+]
+
+
+@pytest.mark.parametrize("row", VISION)
+def test_what_a_refused_row_with_images_names_as_a_remedy_works(row: dict[str, Any]) -> None:
+    with pytest.raises(
+        InputError, match=r"data\.format=\S+.* To leave such rows out: data.invalid_rows=skip"
+    ) as refusal:
+        Converter()(row, "f:1")
+    named = re.search(r"data\.format=([\w-]+)", str(refusal.value))
+    convert = Converter(Reading(format=named and named[1]))
+    assert convert(row, "f:1").messages == [HI, YO]
+    assert [key for key in convert.ignored if key.startswith("messages[]")]
+
+
+def test_a_place_of_an_image_is_a_text_where_there_is_none() -> None:
+    row = {"messages": [{"role": "user", "content": "What is <image> in SVG?"}, YO]}
+    assert Converter(Reading(format="chat"))(row, "f:1").messages == row["messages"]
 
 
 @pytest.mark.parametrize(

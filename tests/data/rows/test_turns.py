@@ -329,3 +329,27 @@ def test_the_normal_form_of_a_normal_form_is_itself(thought: str, texts: list[st
     turn, _ = read_turn({"role": "assistant", "content": parts})
     assert turn["content"] == "".join(texts)
     assert read_turn(turn) == (turn, None)
+
+
+@pytest.mark.parametrize("content", ["<think>\nWhy?\n</think>\n\nSo.", "<think></think>So.", "So."])
+def test_a_thought_that_the_content_repeats_is_there_once(content: str) -> None:
+    turn, _ = read_turn({"role": "assistant", "content": content, "reasoning_content": "Why?"})
+    assert turn == {"role": "assistant", "content": "So.", "reasoning_content": "Why?"}
+
+
+def test_two_thoughts_are_refused_and_the_remedy_works() -> None:
+    message = {"role": "assistant", "content": "<think>Why?</think>So.", "thinking": "How?"}
+    with pytest.raises(
+        InputError, match=r"twice: 'thinking' and in tags .*; data\.message_keys={thinking: ignored} keeps"
+    ):
+        read_turns(message)
+    [(turn, _)] = read_turns(message, Dialect({}, {"thinking": "ignored"}))
+    assert turn == {"role": "assistant", "content": message["content"]}
+
+
+def test_calls_in_tags_are_read_as_calls() -> None:
+    value = '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>\n'
+    value += "<tool_call>{'name': 'weather', 'arguments': {'city': 'Rome'}}</tool_call>"
+    assert read_turn({"from": "function_call", "value": value})[0] == calling({}, ROME)
+    with pytest.raises(InputError, match="the function call: not valid JSON"):
+        read_turn({"from": "function_call", "value": f"I call. {value}"})

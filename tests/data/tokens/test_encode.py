@@ -345,6 +345,74 @@ def test_a_thought_that_shares_a_token_with_its_answer_is_not_masked() -> None:
         encode(conv, tokenizer, config=TemplateConfig(thoughts="mask"))
 
 
+# an empty thought before each answer without a reasoning; ahead of it, the prompt may open that thought or end it
+THINKER = CHATML.replace(
+    "+ m['content'] + ",
+    "+ ('<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' if m.role == 'assistant' else '')"
+    " + m['content'] + ",
+)
+OPENING = THINKER.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>\nWhy?\n</think>\n\nSo.", "Why?\n</think>\n\nSo.", "<thinking>Why?</thinking>So."]
+)
+@pytest.mark.parametrize("template", [THINKER, OPENING])
+def test_a_thought_in_the_text_takes_the_place_of_an_empty_one(text: str, template: str) -> None:
+    [encoded] = encode_all([conversation("q", text)], tiny_tokenizer(template))
+    tokenizer = tiny_tokenizer(template)
+    [example] = encoded.examples
+    opened = "<think>\n" if template is THINKER else ""
+    assert targets(example, tokenizer) == f"{opened}Why?\n</think>\n\nSo.<|im_end|>"
+    assert [note for note in encoded.notes if "take the place of the empty ones" in note]
+    assert not [note for note in encoded.notes if "an empty thought is trained" in note]
+
+
+@pytest.mark.parametrize("template", [THINKER, OPENING])
+def test_an_empty_thought_is_said_and_one_that_never_ends_refused(template: str) -> None:
+    tokenizer = tiny_tokenizer(template)
+    for text in ("So.", "A </think> in prose.", "<think>\n\n</think>\n\nSo."):
+        [encoded] = encode_all([conversation("q", text)], tokenizer)
+        assert [note for note in encoded.notes if "an empty thought is trained" in note], text
+        assert tokenizer.decode(encoded.examples[0].input_ids).count("<think>") == 1
+    with pytest.raises(InputError, match=r"f:7: turn 2: the chat template ends a thought .* begins one that it never"):
+        encode(conversation("q", "<think>\nWhy?"), tokenizer)
+
+
+@pytest.mark.parametrize("text", ["<think>Why?</think>So.", "Why?\n</think>\n\nSo."])
+def test_a_thought_is_no_answer_to_a_prompt_that_ends_one(text: str) -> None:
+    template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n\n</think>\n\n' }}{% endif %}")
+    with pytest.raises(InputError, match=r"ends the thought before it begins, but the row has one"):
+        encode(conversation("q", text), tiny_tokenizer(template))
+
+
+@pytest.mark.parametrize("result", ["21", "<tool_response>\n21\n</tool_response>"])
+def test_tags_of_results_are_there_once_where_the_template_writes_them(result: str) -> None:
+    wrapping = CHATML.replace(
+        "+ m['content'] + ",
+        "+ ('<tool_response>\n' + m['content'] + '\n</tool_response>' if m.role == 'tool' else m['content']) + ",
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "tool", "content": result}, *turns("b", "c")]
+    given = Conversation(messages, weights=[0.0, 0.0, 0.0, 1.0])
+    for template, written in ((wrapping, "<tool_response>\n21\n</tool_response>"), (CHATML, result)):
+        tokenizer = tiny_tokenizer(template)
+        [encoded] = encode_all([given], tokenizer)
+        assert f"tool\n{written}<|im_end|>" in tokenizer.decode(encoded.examples[0].input_ids)
+        said = "taken out of their" if template is wrapping else "tags, which stay"
+        assert [said in note for note in encoded.notes] == ([True] if result != "21" else [])
+
+
+@pytest.mark.parametrize("text", ["", " \n"])
+def test_an_empty_turn_of_the_user_is_said(text: str) -> None:
+    [encoded] = encode_all([conversation(text, "x")], tiny_tokenizer())
+    assert encoded.notes == {"a turn of the user is empty"}
+
+
+def test_a_call_in_the_text_of_an_answer_is_said() -> None:
+    [encoded] = encode_all([conversation("q", "<tool_call>\n{}\n</tool_call>")], tiny_tokenizer())
+    assert encoded.notes == {"answers have tool calls in their texts (<tool_call>), which are trained as they are"}
+
+
 def test_tools_and_system_turns_that_a_template_does_not_show_are_said() -> None:
     shy = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
     tools = [{"type": "function", "function": {"name": "look_up", "description": "d", "parameters": {}}}]
@@ -354,6 +422,22 @@ def test_tools_and_system_turns_that_a_template_does_not_show_are_said() -> None
         "the chat template does not show the tools",
         "the chat template does not show a system turn",
     }
+
+
+@pytest.mark.parametrize("roles", [["user"], ["tool"], ["system"], ["tool", "user"], ["user", "assistant"]])
+def test_turns_after_the_last_that_is_trained_are_left_out_and_said(roles: list[str]) -> None:
+    messages = [*turns("a", "b"), *({"role": role, "content": f"late {n}"} for n, role in enumerate(roles))]
+    weights, tokenizer = [0.0, 1.0, *[0.0] * len(roles)], tiny_tokenizer()
+    [encoded] = encode_all([Conversation(messages, weights=weights, provenance="f:7")], tokenizer)
+    left = ", ".join(roles)
+    assert encoded.notes == {f"turns after the last that is trained are left out, they are of the role {left}"}
+    [example] = encoded.examples
+    assert example.input_ids.tolist() == encode(conversation("a", "b"), tokenizer)[0].input_ids
+
+
+def test_turns_before_the_last_that_is_trained_are_no_leftovers() -> None:
+    given = [conversation("a", "b", "c", "d"), Conversation([{"role": "text", "content": "a"}], weights=[1.0])]
+    assert [encoded.notes for encoded in encode_all(given, tiny_tokenizer())] == [set(), set()]
 
 
 def test_a_conversation_without_an_answer_is_refused() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from lightning.pytorch import Trainer
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.batches.stream import check_stream
+from lightning_sft.data.rows.messages import Reading
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
 from lightning_sft.data.tokens import cache, dataset
 from lightning_sft.data.tokens.dataset import load_prompts, load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.data.tokens.held_out import Side, share_of, side_of
 from lightning_sft.demos import tiny_tokenizer
+from lightning_sft.export import parity
 from lightning_sft.types import InputError
 
 TOKENIZER = tiny_tokenizer()
@@ -111,9 +114,44 @@ def test_the_cache_tells_shares_and_sides_apart(tmp_path: Path, monkeypatch: pyt
     assert len(list((tmp_path / "kept").glob("*.arrow"))) == 3
 
 
-def test_a_share_of_few_rows_that_holds_none_is_refused() -> None:
-    with pytest.raises(InputError, match=r"val: .* of the training rows are none. Hold out a greater share"):
-        places(ROWS[:3], "val", share=0.001)
+@pytest.mark.parametrize(("share", "num_held_out"), [(0.001, 1), (0.999, 2)])
+def test_of_few_rows_at_least_one_is_on_each_side(share: float, num_held_out: int) -> None:
+    held_out = texts(ROWS[:3], "val", share)
+    assert len(held_out) == num_held_out
+    assert texts(ROWS[:3], "train", share) == {row["prompt"] for row in ROWS[:3]} - held_out
+    assert texts(ROWS[2::-1], "val", share) == held_out
+    twice = [*ROWS[:3], *({**row, "id": 1} for row in ROWS[:3])]
+    assert texts(twice, "val", share) == held_out
+    assert not held_out & texts(twice, "train", share)
+    prompts = load_prompts(ROWS[:3], TOKENIZER, side=side_of("val", share))
+    assert [prompt.provenance for prompt in prompts] == places(ROWS[:3], "val", share)
+    compared = parity.held_out(as_mixture(ROWS[:3]), side=side_of("val", share))
+    assert {given.messages[0]["content"] for given in compared} == held_out
+
+
+def test_each_small_part_has_a_row_on_each_side_of_those_that_are_used() -> None:
+    mixture = Mixture({"a": Part(ROWS[:100], first=2), "b": Part(ROWS[100:])})
+    recipe = EncodingConfig(TOKENIZER, side=Side(0.05, True))
+    assert load_split("val", mixture, recipe).part_sizes[0] == 1
+    assert load_split("train", mixture, replace(recipe, side=Side(0.05, False))).part_sizes[0] == 1
+
+
+def test_of_large_data_only_the_first_rows_are_read_for_it() -> None:
+    class Rows(list[dict[str, str]]):
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            for number, row in enumerate(super().__iter__()):
+                assert number < 100
+                yield row
+
+    assert Side(0.1, True).within(Part(Rows(ROWS)), Reading()) == Side(0.1, True)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_share_of_one_row_or_of_an_iterator_is_refused(split: str) -> None:
+    with pytest.raises(InputError, match=r"data\.val=5% of the training data cannot be held out: they are one row"):
+        places([ROWS[0], ROWS[0]], split, share=0.05)
+    with pytest.raises(InputError, match=r"data\.val=12\.5% needs rows that can be read twice, got an iterator"):
+        places(iter(ROWS), split, share=0.125)
 
 
 @pytest.mark.parametrize("val", ["0%", "100%", "250 %"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.data.tokens.encode import encode, encode_prompt
+from lightning_sft.data.tokens.encode import encode, encode_all, encode_prompt
 from lightning_sft.data.tokens.template_config import TemplateConfig, configure, configured, for_inference
 from lightning_sft.demos import CHATML, tiny_model, tiny_tokenizer
 from lightning_sft.export.folder import export
+from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.types import Conversation
 from tests.conformance import answer, templates, tokenizer_for, user
 from tests.oracle.kinds import WEATHER, system
@@ -119,3 +121,20 @@ def test_another_model_after_an_exported_folder_gets_nothing_of_it(
     quiet_trainer(max_steps=1).fit(SFTModule(pretrained), data)
     assert data.template.different == {}
     assert data.reading.system is None
+
+
+@pytest.mark.parametrize("name", ["unk_token", "pad_token", "sep_token"])
+def test_a_special_token_that_is_an_empty_text_is_none(name: str, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {name: ""}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert (getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")) == (None, None)
+    assert tokenizer.convert_tokens_to_ids("no token") is None
+    given = Conversation(
+        [{"role": "user", "content": "Hi é\n"}, {"role": "assistant", "content": "Yo"}], weights=[0, 1]
+    )
+    [encoded], [usual] = (list(encode_all([given], each)) for each in (tokenizer, tiny_tokenizer()))
+    assert not encoded.notes
+    assert encoded.examples[0].input_ids.tolist() == usual.examples[0].input_ids.tolist()
