@@ -254,10 +254,7 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
         self.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), device="cpu"), batch_size=1)
 
     def clip_gradients(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """Clip as the trainer asks, across device meshes too, and log the norm before clipping."""
         if self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed keeps its gradients to itself
