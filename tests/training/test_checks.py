@@ -104,7 +104,7 @@ def test_an_epoch_that_ends_inside_a_step_is_refused_where_the_strategy_would_go
 ) -> None:
     strategy = SimpleNamespace(handles_gradient_accumulation=True)
     trainer = SimpleNamespace(strategy=strategy, accumulate_grad_batches=2, num_training_batches=limit)
-    trainer.train_dataloader = None
+    trainer.train_dataloader, trainer.lr_scheduler_configs = None, []
     with pytest.raises(InputError, match="a multiple of") if refused else nullcontext():
         guards.check_epoch(trainer)
 
@@ -113,7 +113,7 @@ def test_an_epoch_that_ends_inside_a_step_is_refused_where_the_strategy_would_go
 def test_a_rank_that_would_never_have_anything_to_do_is_refused(num_ranks: int, refused: bool) -> None:
     plan = EpochPlan([4, 4], [1.0, 1.0], lambda lengths: [[0], [1]], num_ranks=num_ranks)
     trainer = SimpleNamespace(strategy=SingleDeviceStrategy("cpu"), accumulate_grad_batches=1, num_training_batches=1)
-    trainer.train_dataloader = EpochLoader([], plan)
+    trainer.train_dataloader, trainer.lr_scheduler_configs = EpochLoader([], plan), []
     with pytest.raises(InputError, match="fills 2 micro-batches, so of 3 ranks") if refused else nullcontext():
         guards.check_epoch(trainer)
 
