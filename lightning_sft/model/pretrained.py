@@ -210,7 +210,7 @@ def stop_ids(pretrained: str) -> tuple[int, ...]:
 def load_generation_config(pretrained: str) -> GenerationConfig | None:
     """The published generation config of a pretrained model, or ``None`` if it has none or no longer exists."""
     try:
-        return cast(GenerationConfig, GenerationConfig.from_pretrained(str(Path(pretrained).expanduser())))
+        return GenerationConfig.from_pretrained(str(Path(pretrained).expanduser()))
     except (OSError, ValueError):
         return None
 
