@@ -180,9 +180,8 @@ def plain_tokenizer(pretrained: str | Path, new_tokens: Sequence[str] = ()) -> P
     for name in [name for name, token in tokenizer.special_tokens_map.items() if not token]:
         setattr(tokenizer, name, None)  # an empty text is no token: transformers looks it up without end
     if new_tokens:
-        tokenizer.add_tokens(
-            [AddedToken(new, special=True, normalized=False) for new in new_tokens], special_tokens=True
-        )
+        added = [AddedToken(token, special=True, normalized=False) for token in new_tokens]
+        tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer
 
 
@@ -211,10 +210,9 @@ def stop_ids(pretrained: str) -> tuple[int, ...]:
 def load_generation_config(pretrained: str) -> GenerationConfig | None:
     """The published generation config of a pretrained model, or ``None`` if it has none or no longer exists."""
     try:
-        found: GenerationConfig = GenerationConfig.from_pretrained(str(Path(pretrained).expanduser()))
+        return GenerationConfig.from_pretrained(str(Path(pretrained).expanduser()))
     except (OSError, ValueError):
         return None
-    return found
 
 
 def context_length(pretrained: str) -> int | None:
