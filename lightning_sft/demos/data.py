@@ -11,6 +11,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from lightning_sft.types import InputError
+
+_MOST = 15_000  # rows; the last of all requests would take forever to be drawn
 _ROOMS = ("kitchen", "bedroom", "bathroom", "hallway", "office", "garage", "attic", "nursery", "living room")
 _NAMES = ("Anna", "Ben", "Chloe", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kim", "Lena")
 _TEXTS = (
@@ -76,9 +79,18 @@ _COMMANDS = (_light, _heat, _alarm, _timer, _message, _buy)
 def command_rows(num_rows: int, seed: int = 0) -> list[dict[str, str]]:
     """Requests and their commands, without duplicate requests.
 
+    Args:
+        num_rows: Number of rows, at most 15,000: there are about 19,000 different requests.
+        seed: Seed of the choice.
+
+    Raises:
+        InputError: When more rows are asked for.
+
     >>> command_rows(1)[0]["prompt"], command_rows(1)[0]["completion"]
     ('I would like you to remind me of the pizza in 4 minutes', '{"do": "timer", "for": "pizza", "minutes": 4}')
     """
+    if num_rows > _MOST:
+        raise InputError(f"There are no {num_rows:,} different requests; ask for {_MOST:,} rows at most.")
     r = Random(seed)
     rows: dict[str, str] = {}
     while len(rows) < num_rows:

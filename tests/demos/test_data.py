@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from lightning_sft.data.rows.messages import to_conversation
 from lightning_sft.demos.data import command_rows, write_demo_data
+from lightning_sft.types import InputError
 
 
 def test_training_and_held_out_rows_do_not_overlap_and_are_enough(tmp_path: Path) -> None:
@@ -22,4 +25,6 @@ def test_every_answer_is_strict_json_of_a_known_command() -> None:
 
 
 def test_the_seed_decides() -> None:
+    with pytest.raises(InputError, match=r"no 25,000 different requests; ask for 15,000 rows at most"):
+        command_rows(25_000)
     assert command_rows(20, seed=1) == command_rows(20, seed=1) != command_rows(20, seed=2)
