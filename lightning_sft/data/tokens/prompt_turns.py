@@ -26,9 +26,7 @@ from lightning_sft.data.tokens.template import Template
 from lightning_sft.data.tokens.text_marks import MARK, MARKS, with_marks
 from lightning_sft.types import InputError, Message
 
-_REMEDY = (
-    " Give it the weight 0 (with data.train_on=prompts too, a message may have one), or another data.chat_template."
-)
+_REMEDY = " Give it the weight 0, train answers alone (data.train_on=all), or give another data.chat_template."
 
 
 @dataclass(frozen=True)
