@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from lightning_sft.types import Conversation
-from tests.oracle import kinds
+from tests.oracle import kinds, prompts
 from tests.oracle.inference import Clock as FrozenClock
 from tests.oracle.kinds import answer, user
 from tests.oracle.outcomes import MECHANISMS, Case, Outcome
@@ -27,6 +27,7 @@ from tests.oracle.vocabularies import tokenizer_for
 __all__ = ["CONVERSATIONS", "TOOLS", "FrozenClock", "answer", "conversation", "templates", "tokenizer_for", "user"]
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "conformance.md"
+OTHERS = "\n## Turns that no model generates\n"
 FURTHER = "\n## Further templates\n"
 GROUPS = {
     "Texts": tuple(kind for kind in kinds.TEXTS if "thought" not in kind),
@@ -93,6 +94,14 @@ name what made it exact:
 """
 BETWEEN = """A capital letter says why nobody could train it exactly with this template, and `?` that it is refused
 though one could:"""
+OTHERS_PREFACE = f"""`data.train_on: prompts`, and a weight on a turn of the user, the system or a tool, by the same
+templates and {len(prompts.KINDS)} kinds of conversations. Exact is a turn whose ids are those that the next answer
+is given, with all of its text, and besides it no character of another turn, no stop of an answer, and nothing that the
+template says of its own but a header and what closes the turn (`tests/oracle/prompts.py`). Impossible is what the
+template drops, changes or raises an error on.
+
+| trained | exact | refused, though possible | wrong | impossible |
+|---|---|---|---|---|"""
 FURTHER_PREFACE = f"""Templates that other projects publish (`tests/oracle/SOURCES.md` says where they come from),
 and all kinds of tokenizers. These numbers are of the day on which the page was written: the tests have trl's
 templates alone.
@@ -113,6 +122,20 @@ def matrix(found: Mapping[str, Mapping[str, Outcome]]) -> str:
     return "\n".join([PREFACE.format(totals(everything)), *mechanisms, "", BETWEEN, "", *reasons, *rows, ""])
 
 
+def others() -> str:
+    """The part of the page on turns that no model generates."""
+    counts: Counter[tuple[bool, str]] = Counter()
+    for template in templates().values():
+        case = Case(template)
+        for kind in prompts.KINDS:
+            counts.update((what == "prompts", found.of) for what, found in prompts.outcomes(case, kind))
+    rows = []
+    for is_all, words in ((False, "one turn by itself, answers with the weight 0"), (True, "all turns together")):
+        numbers = (f"{counts[is_all, of]:,}" for of in ("exact", "needless", "wrong", "refused"))
+        rows.append(f"| {words} | {' | '.join(numbers)} |")
+    return "\n".join([OTHERS, OTHERS_PREFACE, *rows, ""])
+
+
 def further() -> str:
     """The part of the page on all tokenizers and on further templates."""
     rows = []
@@ -130,4 +153,5 @@ def further() -> str:
 if __name__ == "__main__":
     kept = PAGE.read_text(encoding="utf-8").partition(FURTHER) if PAGE.exists() else ("", "", "")
     print(matrix(outcomes(templates())), end="")
+    print(others(), end="")
     print(further() if published() else "".join(kept[1:]), end="")

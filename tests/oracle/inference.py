@@ -46,6 +46,7 @@ class Inference:
         self._control = _control_pattern(tokenizer)
         self.tools = self._hide(tools) if tools else tools
         self.messages: list[Message] = [self._hide(message) for message in messages]
+        self.given = list(self.messages)
         self.merged = 0
         self.forms: list[str] = []
         self._take_form("parts", as_parts, self._is_blind_to_strings)
@@ -115,13 +116,13 @@ class Inference:
         message = self.messages[turn - self.merged]
         if isinstance(message.get("content"), list):
             message = {**message, "content": message["content"][0]["text"]}
-        return [self._with_marks(value) if isinstance(value, str) else value for value in fields_of(message)]
+        return [self.with_marks(value) if isinstance(value, str) else value for value in fields_of(message)]
 
     def texts_before(self, turn: int) -> list[str]:
         """The texts of the turns before one, as they would stand in a rendered text."""
         before = [message.get("content") or "" for message in self.messages[: turn - self.merged]]
         texts = [text if isinstance(text, str) else text[0]["text"] for text in before]
-        return [self._with_marks(text).strip() for text in texts if text.strip()]
+        return [self.with_marks(text).strip() for text in texts if text.strip()]
 
     def _tokenized(self, messages: Sequence[Message], **more: Any) -> list[int]:
         with patch.object(chat_template_utils, "datetime", Clock):
@@ -146,9 +147,10 @@ class Inference:
                     **self.variables,
                 )
             )
-        return self._with_marks(text)
+        return self.with_marks(text)
 
-    def _with_marks(self, text: str) -> str:
+    def with_marks(self, text: str) -> str:
+        """A text with one mark for each control token of messages."""
         for number, token in enumerate(self.hidden):
             text = text.replace(f"{_OPEN}{token}{_CLOSE}", chr(_FIRST_MARK + number))
         return text.replace(_OPEN, "").replace(_CLOSE, "")

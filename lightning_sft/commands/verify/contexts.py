@@ -100,6 +100,8 @@ def problems_of(
             continue
         is_answer = message["role"] in ("assistant", "text")
         context, whole = _ids_at_inference(rendering, turn, is_answer)
+        is_first = not is_answer and not context  # its first token, which has no context, is not trained
+        context = context or whole[: int(is_first)]
         is_masked = rendering.template.config.thoughts == "mask" and "reasoning_content" in message
         found = [example for example in sequences if _begins_with(example, context, is_masked, with_prompts)]
         if not found:
@@ -113,16 +115,23 @@ def problems_of(
         if is_masked:
             begin += int(np.argmax(np.append(weights[begin:] > 0, True)))
         end = begin + int(np.argmax(np.append(weights[begin:] <= 0, True)))
-        end = end if is_answer else min(end, len(whole))
+        is_rendered = list(map(int, found[0].input_ids[: len(whole)])) == whole
+        is_other = not is_answer and (end < len(whole) or not is_rendered)
+        if not is_answer or (with_prompts and is_rendered):  # what follows may be trained, too
+            begins_next = is_answer and whole[-1] not in tokenizer.added_tokens_decoder  # what stops it
+            end = min(end, len(whole) + begins_next)
         num_trained -= (end - begin) * len(found)
         is_cut = longest is not None and end == len(weights) == longest
         wrong: list[str] = []
         if is_answer:
             own = rendering.messages[turn - rendering.shift]
             wrong = _wrong(list(map(int, found[0].input_ids[:end])), len(context), whole, own, tokenizer, is_cut)
+        elif is_other and not is_cut:
+            wrong.append("what is trained is not what the next answer is given of it")
         if len(found) > 1 and not with_prompts:
             wrong.append(f"it is trained {len(found)} times")
-        size = end - begin + (message["role"] == "text" and whole[0] != tokenizer.bos_token_id)
+        is_whole = is_first or (message["role"] == "text" and whole[0] != tokenizer.bos_token_id)
+        size = end - begin + is_whole
         if not is_cut and not np.allclose(weights[begin:end], weight / size**power, rtol=1e-9, atol=0):
             wrong.append(f"its weight is {weights[begin]:g}, expected {weight / size**power:g}")
         problems += [f"turn {turn + 1}: {problem}" for problem in wrong]
@@ -176,11 +185,15 @@ def _ids_at_inference(rendering: Rendering, turn: int, is_answer: bool) -> tuple
             ids.append(tokenizer.eos_token_id)
         return ids[:1], ids  # a first token has no context, so it is never trained
     before = rendering.messages[:at]
-    prompt, whole = _rendered(rendering, before, is_answer) if before else [], _rendered(rendering, [*before, message])
-    if not is_answer:  # of a turn that nobody generates, the context is what the template writes before it
-        shared = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-        prompt = prompt[:shared] or whole[:1]
-    return prompt, whole
+    if is_answer:
+        return _rendered(rendering, before, is_prompt=True) if before else [], _rendered(rendering, [*before, message])
+    own = rendering.turn(turn)  # which of the ids that the next answer is given are those of the turn, and of its texts
+    [[begin, end]] = rendering.template.segments.beginnings([(own.text, [own.begin, own.end])])
+    count = len(rendering.messages)
+    ends = [n for n in range(at + 1, count + 1) if n == count or rendering.messages[n]["role"] == "assistant"]
+    prompts = (_rendered(rendering, rendering.messages[:n], is_prompt=True) for n in ends)
+    prompt = next(filter(None, prompts), [])
+    return prompt[: begin.length], prompt[: end.length]
 
 
 def _rendered(rendering: Rendering, messages: Sequence[Message], is_prompt: bool = False) -> list[int]:

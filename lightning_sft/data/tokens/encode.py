@@ -247,7 +247,8 @@ def _of_text(text: str, template: ChatTemplate) -> Answer:
 def _append(runs: list[_Run], turn: int, weight: float, answer: Answer) -> None:
     """Put a turn into the last run, if its text begins with all that is there, or else into a new one."""
     last = runs[-1].turns[-1][2] if runs else None
-    if last is not None and (answer.text is last.text or answer.text.startswith(last.text[: last.end])):
+    is_longer = last is not None and (answer.text is last.text or answer.text.startswith(last.text[: last.end]))
+    if last is not None and is_longer and last.end <= answer.begin:  # a template may write turns in another order
         runs[-1].text = answer.text
         runs[-1].turns.append((turn, weight, answer))
     else:

@@ -23,6 +23,7 @@ from lightning_sft.data.tokens.answer_shape import (
     with_sentinels,
 )
 from lightning_sft.data.tokens.generation_tags import Span, marked_end
+from lightning_sft.data.tokens.prompt_turns import PromptTurns
 from lightning_sft.data.tokens.render import Trace
 from lightning_sft.data.tokens.template import Template
 from lightning_sft.types import Conversation, InputError, Message
@@ -52,9 +53,10 @@ class Rendering:
         )
         if found:
             self.notes.add(f"control tokens in their texts are {found}")
-        self.shift = 0
+        self.shift, self._merged = 0, None
         if [message["role"] for message in messages[:2]] == ["system", "user"] and template.merges_system:
             text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+            self._merged = len(messages[0]["content"])
             messages, self.shift = [{**messages[1], "content": text}, *messages[2:]], 1
             self.notes.add("the chat template refuses system turns, so theirs begins the user's turn")
         if template.wants_parts:
@@ -114,27 +116,25 @@ class Rendering:
         return Answer(text, begin, begin + len(own), begin + trained * (self.template.config.thoughts == "mask"))
 
     def turn(self, turn: int) -> Answer:
-        """A turn that is no assistant's, with all before it: what the template adds for it.
+        """A turn that is no assistant's, with all before it as the next answer sees it.
 
         Raises:
-            InputError: When the template refuses it, or does not write its text.
+            InputError: When the template refuses that, or does not write the turn.
         """
-        at = turn - self.shift
-        if at < 0:
-            raise InputError("the system turn is merged into the user's, so it cannot be trained by itself.")
-        trace = self._trace
-        if trace and trace.begins[at + 1] and not trace.end and (trace.begins[at] or not at):
-            text, begin, end = trace.text, trace.begins[at], trace.begins[at + 1]
-        else:
-            text = self._text(at + 1, generation=False)[0]
-            before = self._text(at, generation=False)[0] if at else ""
-            begin, end = num_shared(before, text), len(text)
-        if not at and self.messages[0]["role"] != "system":
-            begin = self.template.begin_of_first(self.messages[0], text, self.tools, self.variables)
-        end = begin + len(text[begin:end].rstrip())
-        if self.messages[at]["content"].strip() not in text[begin:end]:
-            raise InputError(f"the chat template does not write the {self.messages[at]['role']} turn as it is.")
+        text, begin, end = self._others.span(turn)
         return Answer(text, begin, end, begin)
+
+    @cached_property
+    def _others(self) -> PromptTurns:
+        def stop_of(at: int) -> str:
+            message = self.messages[at]
+            try:
+                stop = (any(shape_of(message)) and self._ending(at, message).stop) or self._ending(at, _PLAIN).stop
+            except InputError:  # of the answer, or of one like it
+                return ""
+            return "".join(self.template.endings.findall(stop)[-1:])
+
+        return PromptTurns(self.template, self.messages, self.tools, self.variables, self._merged, stop_of, self._trace)
 
     def unseen(self, prompt: str, end: int) -> None:
         """Note what of the conversation up to a turn a prompt does not show, though it is there."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from datetime import date
 from functools import cached_property, lru_cache
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.markup import inline_result
 from lightning_sft.data.tokens import control_tokens, thoughts
-from lightning_sft.data.tokens.answer_shape import Ending, num_shared
+from lightning_sft.data.tokens.answer_shape import Ending
 from lightning_sft.data.tokens.generation_tags import Span
 from lightning_sft.data.tokens.render import FROZEN_DATE, Renderer, Trace
 from lightning_sft.data.tokens.template_config import TemplateConfig, configured
@@ -47,7 +46,7 @@ class Template:
         self.segments = Segments(backend, tokenizer)
         self.wraps_results = "<tool_response>" in written
         self._special_tokens = tuple(tokenizer.special_tokens_map.items())
-        self._learnt: dict[Any, Ending] = {}
+        self._learnt: dict[Any, Any] = {}
         self._doubled: dict[str, bool] = {}
 
     @property
@@ -159,30 +158,6 @@ class Template:
             said = str(error) or type(error).__name__  # a MemoryError says nothing
             raise InputError(f"the chat template refuses the conversation: {said}") from error
 
-    def begin_of_first(self, first: Message, text: str, tools: Any, variables: Mapping[str, Any]) -> int:
-        """Where a first turn begins in its text: behind a system turn of the template's own, and the tools.
-
-        Args:
-            first: The turn.
-            text: What the template writes for it alone.
-            tools: Tools of the conversation.
-            variables: Variables of the template.
-        """
-
-        def rendered(*turns: Message) -> str:
-            return self.rendered(turns, tools, False, variables)[0]
-
-        other: Message = {**first, "content": "1" if first["content"].strip().startswith("0") else "0"}
-        begin = num_shared(text, rendered(other))
-        answer: Message = {"role": "assistant", "content": "Yes."}
-        for between in ([], [answer]):  # what stands before the turn again is its header; some want an answer there
-            with suppress(InputError):
-                before, one, two = (rendered(first, *between, *last) for last in ([], [first], [other]))
-                header = one[num_shared(before, one) : num_shared(one, two)]
-                if text[:begin].endswith(header):
-                    return begin - len(header)
-        return begin
-
     def trace(self, messages: Sequence[Message], tools: Any, variables: Mapping[str, Any]) -> Trace | None:
         """The render of a conversation in which those of its beginnings are found, where that is possible."""
         if self.wants_parts:
@@ -249,6 +224,11 @@ class Template:
 
     def ending(self, key: Any, make: Any) -> Ending:
         """How the template ends an answer of some shape in some place, learnt once."""
+        found: Ending = self.learnt(key, make)
+        return found
+
+    def learnt(self, key: Any, make: Any) -> Any:
+        """What is learnt of the template once, by a key."""
         if key not in self._learnt:
             if len(self._learnt) > 4096:
                 self._learnt.clear()

@@ -90,6 +90,15 @@ class Segments:
         cuts = [match.start() for match in self._cuts.finditer(text)]
         return [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)]) if begin < end]
 
+    def around(self, text: str, place: int) -> tuple[int, int]:
+        """Begin and end of the segment that a place in a text is in; both are the place where that is between two."""
+        if self._backend is None or is_marked(text):
+            return 0, len(text)
+        begin = max((match.start() for match in self._cuts.finditer(text, 0, place)), default=0)
+        cut = self._cuts.search(text, place)
+        end = cut.start() if cut else len(text)
+        return (place, place) if end == place else (begin, end)
+
     def beginnings(
         self, texts: Sequence[tuple[str, Sequence[int]]], known: dict[str, Ids] | None = None
     ) -> list[list[Beginning]]:

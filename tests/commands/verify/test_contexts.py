@@ -14,7 +14,7 @@ from lightning_sft.commands.verify.contexts import check_contexts, problems_of
 from lightning_sft.data.tokens.encode import encode
 from lightning_sft.data.tokens.examples import Examples, to_record_batch
 from lightning_sft.demos import tiny_tokenizer
-from lightning_sft.types import Conversation, Example, InputError
+from lightning_sft.types import Conversation, Example, InputError, Message
 from tests.conformance import CONVERSATIONS, conversation, templates, tokenizer_for
 from tests.helpers.verifying import subject
 
@@ -70,6 +70,22 @@ def test_what_every_vendors_template_gives_passes() -> None:
             assert problems_of(given, examples, tokenizer, power=1.0) == [], (template[:40], name)
             checked += 1
     assert checked > 250
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "gemma", "phi3", "llama3_1", "glm4moe", "gptoss"])
+def test_trained_turns_of_others_pass_and_no_other_ids_do(name: str) -> None:
+    tokenizer = tokenizer_for(templates()[name])
+    given = conversation("turns", tokenizer)
+    turns: list[Message] = [{"role": "system", "content": "Be kind."}, *given.messages]
+    for weights in ([1.0] * 5, [0.0, 0.0, 0.0, 1.0, 0.0]):
+        row = replace(given, messages=turns, weights=weights)
+        examples = encode(row, tokenizer, "sequence")
+        assert problems_of(row, examples, tokenizer, power=1.0) == []
+    [example] = examples
+    assert problems_of(row, [ones(example, shifted_back)], tokenizer, power=1.0)
+    assert problems_of(row, [ones(example, shifted)], tokenizer, power=1.0)
+    ids = list(example.input_ids)
+    assert problems_of(row, [replace(example, input_ids=[*ids[:2], 7, *ids[3:]])], tokenizer, power=1.0)
 
 
 @pytest.mark.parametrize(

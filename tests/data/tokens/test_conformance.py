@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from tests.conformance import FURTHER, PAGE, matrix, outcomes, templates
+from tests.conformance import FURTHER, PAGE, matrix, others, outcomes, templates
+from tests.conformance import OTHERS as OTHER_TURNS
 from tests.oracle.kinds import NAMES
 from tests.oracle.outcomes import Case
 from tests.oracle.templates import published
@@ -23,8 +24,14 @@ def test_nothing_is_wrong_little_is_refused_needlessly_and_the_page_says_so() ->
     assert {place: outcome.said for place, outcome in everything.items() if outcome.of == "wrong"} == {}
     counts = Counter(outcome.of for outcome in everything.values())
     assert counts["needless"] <= 0.1 * (counts["needless"] + counts["exact"])
-    written = PAGE.read_text(encoding="utf-8").partition(FURTHER)[0]
+    written = PAGE.read_text(encoding="utf-8").partition(OTHER_TURNS)[0]
     assert written == matrix(found), "run: python -m tests.conformance > docs/reference/conformance.md"
+
+
+@pytest.mark.slow
+def test_the_page_says_what_becomes_of_turns_that_no_model_generates() -> None:
+    written = PAGE.read_text(encoding="utf-8").partition(FURTHER)[0]
+    assert written.endswith(others()), "run: python -m tests.conformance > docs/reference/conformance.md"
 
 
 @pytest.mark.parametrize("vocabulary", OTHERS)
