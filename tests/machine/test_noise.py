@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,15 @@ from tests.helpers.processes import ROOT
 
 
 @pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the command line sets for its process."""
     factory = logging.getLogRecordFactory()
-    request.addfinalizer(lambda: logging.setLogRecordFactory(factory))
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.delenv("TQDM_DELAY", raising=False)
     for name in noise._LOGS:
         monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    yield
+    logging.setLogRecordFactory(factory)
 
 
 @pytest.mark.parametrize("debug", [True, False])
