@@ -52,6 +52,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 DRY_RUN = "--dry_run"
 """Option of ``fit``, which runs ``plan`` on its arguments."""
 
+_INTERRUPTED = 128 + 2  # exit code of what SIGINT has ended, for shells
+
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
 
 
@@ -162,7 +164,7 @@ def _help() -> str:
 
 
 def console() -> None:
-    """``main`` for the shell: errors are one message, not a traceback, which ``--debug`` shows.
+    """``main`` for the shell: errors and Ctrl-C are one message, not a traceback, which ``--debug`` shows.
 
     Classes of the current folder can be named, as with ``python -m``, unless Python runs with ``-P``.
     """
@@ -173,8 +175,13 @@ def console() -> None:
         sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed package
     try:
         result = _from_shell()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         if debug:
+            raise
+        if isinstance(error if isinstance(error, KeyboardInterrupt) else error.__context__, KeyboardInterrupt):
+            print("lightning-sft: interrupted", file=sys.stderr)  # Lightning makes a SystemExit(1) of it
+            sys.exit(_INTERRUPTED)
+        if isinstance(error, SystemExit):
             raise
         from lightning_sft.io.errors import is_foreseen, unexpected
         from lightning_sft.machine.terminal import printable

@@ -30,6 +30,7 @@ _LOGS = {  # by logger
         (
             r"(GPU|TPU) available: ",  # the summary has the device in use
             "💡 Tip: ",  # advertisements of litlogger and litmodels
+            "Detected KeyboardInterrupt",  # said as the process ends
             r"`Trainer\.fit` stopped: ",  # said at the end, with the checkpoints
             "Trainer already configured with model summary callbacks",  # ours, which is meant to take the place
             r"Using .*Automatic Mixed Precision \(AMP\)",  # the summary has the precision
