@@ -555,6 +555,13 @@ def test_freezing_the_date_changes_nothing_else_of_what_a_template_renders() -> 
         assert ChatTemplate.of(tokenizer).render(messages, None, generation=False) == plain
 
 
+def test_a_special_token_without_a_text_is_no_control_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"unk_token": ""})
+    assert "" in tokenizer.all_special_tokens
+    assert encode(conversation("a b", "c"), tokenizer) == encode(conversation("a b", "c"), tiny_tokenizer())
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + CHATML
 
 
