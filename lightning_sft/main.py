@@ -175,13 +175,13 @@ def console() -> None:
         sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed package
     try:
         result = _from_shell()
-    except (Exception, KeyboardInterrupt, SystemExit) as error:
-        if debug:
+    except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the one into the other
+        if debug or KeyboardInterrupt not in (type(end), type(end.__context__)):
             raise
-        if isinstance(error if isinstance(error, KeyboardInterrupt) else error.__context__, KeyboardInterrupt):
-            print("lightning-sft: interrupted", file=sys.stderr)  # Lightning makes a SystemExit(1) of it
-            sys.exit(_INTERRUPTED)
-        if isinstance(error, SystemExit):
+        print("lightning-sft: interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    except Exception as error:
+        if debug:
             raise
         from lightning_sft.io.errors import is_foreseen, unexpected
         from lightning_sft.machine.terminal import printable
