@@ -52,6 +52,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 DRY_RUN = "--dry_run"
 """Option of ``fit``, which runs ``plan`` on its arguments."""
 
+_INTERRUPTED = 128 + 2  # exit code of what SIGINT has ended, for shells
+
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
 
 
@@ -162,7 +164,7 @@ def _help() -> str:
 
 
 def console() -> None:
-    """``main`` for the shell: errors are one message, not a traceback, which ``--debug`` shows.
+    """``main`` for the shell: errors and Ctrl-C are one message, not a traceback, which ``--debug`` shows.
 
     Classes of the current folder can be named, as with ``python -m``, unless Python runs with ``-P``.
     """
@@ -173,6 +175,11 @@ def console() -> None:
         sys.path.append(os.getcwd())  # last, so that no file there takes the place of an installed package
     try:
         result = _from_shell()
+    except (KeyboardInterrupt, SystemExit) as end:  # Lightning makes the one into the other
+        if debug or KeyboardInterrupt not in (type(end), type(end.__context__)):
+            raise
+        print("lightning-sft: interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         if debug:
             raise

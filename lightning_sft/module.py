@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -37,7 +37,7 @@ from lightning_sft.evaluation.generation import Sampling, answers
 from lightning_sft.evaluation.metrics import metrics_by_part
 from lightning_sft.evaluation.module import EvaluatedModule
 from lightning_sft.evaluation.window import Window
-from lightning_sft.io.arguments import Count, Fraction, NonNegative, check_arguments, plain
+from lightning_sft.io.arguments import Count, Filled, Fraction, Name, NonNegative, check_arguments, plain
 from lightning_sft.model import pretrained as loading
 from lightning_sft.model.assembly import assemble
 from lightning_sft.model.attention.choice import Attention, check_asked
@@ -116,10 +116,10 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
 
     def __init__(
         self,
-        pretrained: str | Path,
+        pretrained: Name | Path,
         normalize: Normalize = "token",
         optimizer: OptimizerCallable = lambda groups: AdamW(groups, lr=2e-5, weight_decay=0.01, fused=True),
-        optimizers: list[OptimizerPart] | None = None,
+        optimizers: Annotated[list[OptimizerPart], Filled()] | None = None,
         schedule: Schedule = "cosine",
         warmup: Fraction = WARMUP,
         gradient_checkpointing: Checkpointing = False,

@@ -48,22 +48,23 @@ def drawn_run(seed: int) -> Run:
     trainer: dict[str, Any] = {
         "max_epochs": of.choice([2, 3]),
         "accumulate_grad_batches": of.choice([1, 2, 3]),
-        "limit_train_batches": of.choice([1.0, 3, 4, 5, 7]),
+        "limit_train_batches": of.choice([1.0, 0.5, 0.8, 3, 4, 5, 7]),
         "gradient_clip_val": of.choice([None, 1.0]),
     }
     if "streaming" in data:
-        trainer |= {"max_steps": of.choice([7, 12])}
+        trainer |= {"max_steps": of.choice([7, 12]), "limit_train_batches": of.choice([1.0, 3, 5])}  # no fractions
     if of.random() < 0.25:
         data = {**data, "val": None}
     else:
         trainer |= {"check_val_every_n_epoch": of.choice([1, 1, 2])}
         if of.random() < 0.5:  # counted in micro-batches, and not beyond an epoch
-            trainer |= {"val_check_interval": of.choice([1, 2, 3]), "limit_val_batches": of.choice([1, 1.0])}
+            trainer |= {"val_check_interval": of.choice([1, 2, 3]), "limit_val_batches": of.choice([1, 0.5, 1.0])}
     model = {**of.choice(ADAPTERS), **of.choice(OPTIMIZERS)}
     if "lora" not in model and of.random() < 0.2:
         model = {**{name: value for name, value in model.items() if name != "optimizer"}, **PARTS}
     ranks = 2 if of.random() < 0.15 else 1
-    return Run(data, trainer, ranks, of.randint(1, 5), model)
+    patience = of.choice([0, 0, 1, 2]) if data.get("val", True) else 0
+    return Run(data, trainer, ranks, of.randint(1, 5), model, patience=patience)
 
 
 def fuzz(root: Path, first: int, wanted: int) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.failing import POISON
+from tests.helpers.failing import ENDS, POISON
 from tests.helpers.full_disk import CASES, FILES, FULL, HOW
 from tests.helpers.processes import torchrun
 
-LAUNCHES = [["ddp", "fsdp2", "fsdp2_lora", "tensor"]]
+LAUNCHES = [["ddp", "fsdp2", "fsdp2_lora", "tensor", "context"]]
+SECONDS = 60  # after the NaN, in which all ranks have to have ended, on a busy machine too
 if importlib.util.find_spec("deepspeed"):
     LAUNCHES.append(["deepspeed1", "deepspeed2", "deepspeed3"])
 
@@ -27,6 +28,10 @@ def test_a_nan_on_one_rank_names_its_row_on_all_of_them(
     assert told.keys() == {f"{name}-{verb}-{rank}" for name, verb in verbs for rank in (0, 1)}
     for text in told.values():
         assert f"Samples: {POISON}." in text
+    for name, verb in verbs:
+        began, ended = ([float(path.read_text()) for path in tmp_path.glob(f"{name}-{verb}-*.{end}")] for end in ENDS)
+        assert len(ended) == 2
+        assert max(ended) - min(began) < SECONDS, (name, verb)
 
 
 def test_a_disk_that_is_full_on_one_rank_is_one_message_on_all_of_them(pretrained_for_two: str, tmp_path: Path) -> None:

@@ -149,10 +149,12 @@ def test_another_optimizer_takes_its_own_defaults_and_says_its_learning_rate(
     found = optimizer("--model.optimizer", "NAdam").defaults
     assert (found["lr"], found["weight_decay"]) == (2e-3, 0)
     assert "NAdam with a learning rate of 0.002" in caplog.text
-    (tmp_path / "o.yaml").write_text("model: {optimizer: {class_path: torch.optim.Adafactor}}")
-    if not own_class:
-        found = optimizer("--config", str(tmp_path / "o.yaml"))
-        assert (type(found).__name__, found.defaults["lr"], found.defaults["eps"]) == ("Adafactor", 1e-2, (None, 1e-3))
+    settings: Any = {"optimizer": {"class_path": "torch.optim.Adafactor"}}
+    if own_class:
+        settings = {"class_path": f"{__name__}.MyModule", "init_args": settings}
+    (tmp_path / "o.yaml").write_text(yaml.safe_dump({"model": settings}))
+    found = main(["fit", "--config", str(tmp_path / "o.yaml"), *arguments]).trainer.optimizers[0]
+    assert (type(found).__name__, found.defaults["lr"], found.defaults["eps"]) == ("Adafactor", 1e-2, (None, 1e-3))
     found = optimizer("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.5").defaults
     assert (found["lr"], found["weight_decay"]) == (0.5, 0)
     found = optimizer("--model.optimizer.weight_decay", "0.5").defaults

@@ -21,7 +21,7 @@ from lightning_sft.export import parity
 from lightning_sft.export.convert import Dtype, Live, Settings, convert, from_checkpoint, rows_to_compare
 from lightning_sft.export.gguf_file import GGUFType, check_converter
 from lightning_sft.export.shards import ShardedWeights, convert_shards
-from lightning_sft.io.arguments import Count, NonNegative, check_arguments
+from lightning_sft.io.arguments import Count, FileSize, NonNegative, check_arguments
 from lightning_sft.io.disk import check_is_free
 from lightning_sft.io.words import counted
 from lightning_sft.machine.contexts import eval_mode
@@ -63,7 +63,7 @@ class HFExport(Callback):
         at_end: bool = True,
         best: bool = False,
         dtype: Dtype | None = None,
-        max_shard_size: str = "5GB",
+        max_shard_size: FileSize = "5GB",
         rows: str | Path | None = None,
         max_kl: NonNegative | None = None,
         gguf_converter: str | Path | None = None,

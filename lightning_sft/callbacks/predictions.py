@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.io.arguments import check_arguments
-from lightning_sft.io.disk import write
+from lightning_sft.io.disk import rows_of, write
 from lightning_sft.io.words import counted
 from lightning_sft.training.trainer import data_parallel, datamodule_of, gather
 from lightning_sft.types import Prompt
@@ -51,9 +51,9 @@ class PredictionWriter(Callback):
         """The numbers of the prompts that need not be answered again, but for one; every rank calls it."""
         self._key, self._rows = _key(trainer, prompts), {}
         for part in self._parts():
-            lines = [line for line in part.read_text(encoding="utf-8").split("\n")[:-1] if line]  # the last may be cut
-            if lines and json.loads(lines[0]) == self._key:
-                self._rows |= dict(json.loads(line) for line in lines[1:])
+            first, *rows = [row for row, _ in rows_of(part)] or [{}]
+            if first.get("key") == self._key:
+                self._rows |= {row["number"]: row["row"] for row in rows}
         known = {number for rows in gather(trainer, sorted(self._rows)) for number in rows}
         trainer.strategy.barrier("answered")  # nobody writes before all have read
         if known:
@@ -65,7 +65,7 @@ class PredictionWriter(Callback):
         """Begin a file of this rank, with what it knows; those of another model or of other prompts are overwritten."""
         self._file = self._part(data_parallel(trainer)[0])
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._append(json.dumps(self._key), *map(json.dumps, self._rows.items()), mode="w")
+        self._append({"key": self._key}, *_lines(self._rows), mode="w")
 
     def on_predict_batch_end(
         self,
@@ -84,7 +84,7 @@ class PredictionWriter(Callback):
         numbers = numbers if prompts is None else [prompt.number for prompt in prompts]
         found = dict(zip(numbers, outputs, strict=True))
         self._rows |= found
-        self._append(*map(json.dumps, found.items()))
+        self._append(*_lines(found))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect the rows of all ranks and write them on the first."""
@@ -103,9 +103,13 @@ class PredictionWriter(Callback):
     def _parts(self) -> list[Path]:
         return sorted(self.path.parent.glob(self._part("*").name))
 
-    def _append(self, *lines: str, mode: str = "a") -> None:
+    def _append(self, *lines: dict[str, Any], mode: str = "a") -> None:
         with self._file.open(mode, encoding="utf-8") as file:
-            file.write("".join(f"{line}\n" for line in lines))
+            file.write("".join(f"{json.dumps(line)}\n" for line in lines))
+
+
+def _lines(rows: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"number": number, "row": row} for number, row in rows.items()]
 
 
 def _key(trainer: Trainer, prompts: Sequence[Prompt]) -> str:

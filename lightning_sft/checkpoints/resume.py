@@ -92,27 +92,27 @@ class RunPosition:
         Raises:
             InputError: When the remaining steps of a started epoch would differ.
         """
-        if self.plan != plan and None not in (self.plan, plan) and self.micro_batches and not self.is_last:
+        size, new_size = self.num_ranks * self.accumulate, num_ranks * accumulate
+        changed = replace(self, num_ranks=num_ranks, accumulate=accumulate, plan=plan)
+        is_inside = self.micro_batches and not self.is_last
+        if not is_inside and size != new_size:
+            return replace(changed, epoch=self.epoch + self.is_last, steps=0, micro_batches=0, is_last=False)
+        if size != new_size:  # before the plans, since an epoch is filled up to whole steps, so they differ, too
+            fits = size % num_ranks == 0
+            accumulation = f"trainer.accumulate_grad_batches={size // num_ranks}"
+            raise InputError(
+                f"The checkpoint was saved within epoch {self.epoch} with {self.num_ranks} ranks x {self.accumulate} "
+                f"micro-batches per step; now they are {num_ranks} x {accumulate}, so its steps would have other data. "
+                f"Set {accumulation if fits else f'devices whose number divides {size}'}, or resume from a checkpoint "
+                "at the end of an epoch."
+            )
+        if is_inside and self.plan != plan and None not in (self.plan, plan):
             raise InputError(
                 f"The checkpoint was saved within epoch {self.epoch}, and the data or their order have changed since: "
                 f"{self.plan}; now {plan}. Resume with the original data and settings, or start a new run from its "
                 "weights (lightning-sft export)."
             )
-        size, new_size = self.num_ranks * self.accumulate, num_ranks * accumulate
-        changed = replace(self, num_ranks=num_ranks, accumulate=accumulate, plan=plan)
-        if size == new_size:
-            return replace(changed, micro_batches=self.micro_batches * self.num_ranks // num_ranks)
-        if self.is_last or not self.micro_batches:
-            return replace(changed, epoch=self.epoch + self.is_last, steps=0, micro_batches=0, is_last=False)
-        fits = size % num_ranks == 0
-        remedy = (
-            f"trainer.accumulate_grad_batches={size // num_ranks}" if fits else f"devices whose number divides {size}"
-        )
-        raise InputError(
-            f"The checkpoint was saved within epoch {self.epoch} with {self.num_ranks} ranks x {self.accumulate} "
-            f"micro-batches per step; now they are {num_ranks} x {accumulate}, so its steps would have other data. "
-            f"Set {remedy}, or resume from a checkpoint at the end of an epoch."
-        )
+        return replace(changed, micro_batches=self.micro_batches * self.num_ranks // num_ranks)
 
     def counters(self, saved: Mapping[str, Any], accumulated: int) -> dict[str, Any]:
         """The counters of Lightning's fit loop for this position.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, ClassVar
+from unittest.mock import patch
 
-from jsonargparse import ArgumentParser, Namespace
+import torch
+from jsonargparse import ArgumentParser, Namespace, _typehints
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
@@ -41,6 +43,7 @@ def with_own_defaults(
         parse: Function that parses them with it.
         subcommands: Parsers of its subcommands.
     """
+    parse = _torch_first(parse)
     config = parse()
     name = config.get("subcommand")
     own, found = (subcommands or {}).get(name, parser), config if name is None else config[name]
@@ -55,6 +58,30 @@ def with_own_defaults(
     else:
         own.set_defaults({"model": {"class_path": model, "init_args": {"optimizer": optimizer}}})
     return parse()
+
+
+def _torch_first(parse: Callable[[], Namespace]) -> Callable[[], Namespace]:
+    """Parse so that a short name of torch's, as AdamW, is torch's own class where other packages have one of that name.
+
+    jsonargparse knows all classes that have been imported, and refuses a name that several have: that of bitsandbytes
+    would be ambiguous once a module of the user imports it.
+    """
+    resolve = _typehints.resolve_class_path_by_name
+
+    def resolved(kind: Any, name: str) -> str:
+        try:
+            return str(resolve(kind, name))
+        except ValueError:
+            for module in (torch.optim, torch.optim.lr_scheduler):
+                if isinstance(getattr(module, name, None), type):
+                    return f"{module.__name__}.{name}"
+            raise
+
+    def parsed() -> Namespace:
+        with patch.object(_typehints, "resolve_class_path_by_name", resolved):
+            return parse()
+
+    return parsed
 
 
 def _default_optimizer(parser: ArgumentParser, model: str | None) -> Any:

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from lightning_sft.commands.chat_model import Speaker
 from lightning_sft.evaluation.generation import Sampling
-from lightning_sft.io.arguments import Count, check_arguments
+from lightning_sft.io.arguments import Count, Name, check_arguments
 from lightning_sft.machine.terminal import Console
 from lightning_sft.types import InputError, Message
 
@@ -30,7 +30,7 @@ _HELP = """/reset          forget the conversation
 
 
 def chat(
-    model: str | Path,
+    model: Name | Path,
     compare: str | Path | None = None,
     system: str | None = None,
     chat_template: str | Path | None = None,

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lightning_sft.export.per_expert import per_expert
 from lightning_sft.io.arguments import check_arguments
+from lightning_sft.io.disk import share
 from lightning_sft.model.tuning import new_tokens
 from lightning_sft.model.tuning.adapters import ADAPTER_NAME, is_adapter
 from lightning_sft.types import InputError
@@ -62,3 +63,4 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str, layout: Adapte
     tensors = {f"base_model.model.{key}": value.detach().cpu().contiguous() for key, value in found.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+    share(folder / "adapter_model.safetensors")

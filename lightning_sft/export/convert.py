@@ -24,7 +24,7 @@ from lightning_sft.export.kept import keep_files, pretrained_parts, put_back, un
 from lightning_sft.export.model_card import model_card
 from lightning_sft.export.restore import cast_weights, restored, tokenizer_of
 from lightning_sft.export.weights import StoredWeights, architecture, compare_folder, log_probs, write_file
-from lightning_sft.io.arguments import NonNegative, check_arguments
+from lightning_sft.io.arguments import FileSize, Name, NonNegative, check_arguments
 from lightning_sft.io.disk import check_is_free, whole_folder
 from lightning_sft.io.words import counted
 from lightning_sft.model.pretrained import load_exported, load_generation_config, load_model, load_tokenizer
@@ -50,7 +50,7 @@ class Settings:
     """
 
     dtype: Dtype | None = None
-    max_shard_size: str = "5GB"
+    max_shard_size: FileSize = "5GB"
     max_kl: NonNegative | None = None
     gguf_converter: str | Path | None = None
     gguf_type: GGUFType = "f16"
@@ -79,10 +79,10 @@ class Live:
 
 
 def export_checkpoint(
-    ckpt: str | Path,
-    out: str | Path,
+    ckpt: Name | Path,
+    out: Name | Path,
     dtype: Dtype | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: FileSize = "5GB",
     rows: str | Path | None = None,
     max_kl: NonNegative | None = None,
     gguf_converter: str | Path | None = None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from functools import lru_cache
@@ -53,6 +53,31 @@ class Range:
         return " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None)
 
 
+class Filled:
+    """Said of a string or a list in its annotation: it must not be empty."""
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(value)
+
+    def __repr__(self) -> str:  # shown by --help
+        return "that is not empty"
+
+
+class Bytes:
+    """Said of a string in its annotation: a number of bytes with its unit.
+
+    >>> "5GB" in Bytes(), "0.5 mb" in Bytes(), "5 parsecs" in Bytes(), "0GB" in Bytes()
+    (True, True, False, False)
+    """
+
+    def __contains__(self, value: str) -> bool:
+        number = re.fullmatch(r"([0-9]*\.?[0-9]+) *[KMGT]B", value.strip().upper())
+        return number is not None and float(number[1]) > 0
+
+    def __repr__(self) -> str:
+        return "such as 5GB or 200MB"
+
+
 Count = Annotated[int, Range(ge=1)]
 """A number of things of which there is at least one."""
 
@@ -77,24 +102,33 @@ AboveZero = Annotated[float, Range(gt=0, le=1)]
 Tokens = Annotated[int, Range(ge=2)]
 """A number of tokens of which one can be a target, since the first has no context."""
 
+Name = Annotated[str, Filled()]
+"""What something is called."""
+
+FileSize = Annotated[str, Bytes()]
+"""A maximum size of files."""
+
+_RULES = (Range, Filled, Bytes)
 _T = TypeVar("_T")
 
 _OF_CLASS = re.compile(r"Problem with given class_path '([\w.]+)':\s*(.+?)(?=\n  - |\nGiven value|$)", re.DOTALL)
 
 
 def plain(value: Any) -> Any:
-    """A list or dictionary of OmegaConf as one of Python, a path as its text; anything else as it is.
+    """A list or dictionary of OmegaConf as one of Python, a path as its text, also in a list; others as they are.
 
     A checkpoint holds plain values only, and rows are told by being dictionaries.
 
     Args:
         value: An argument as it was given.
 
-    >>> plain([1, "a"]), plain(None), plain(Path("a", "b"))
-    ([1, 'a'], None, 'a/b')
+    >>> plain([1, "a"]), plain(None), plain(Path("a", "b")), plain(["a", Path("b")])
+    ([1, 'a'], None, 'a/b', ['a', 'b'])
     """
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], (str, Path)):  # no rows
+        return type(value)(map(plain, value)) if any(isinstance(one, Path) for one in value) else value
     if type(value).__module__.partition(".")[0] != "omegaconf":
         return value
     from omegaconf import OmegaConf
@@ -179,7 +213,7 @@ def _fits(value: Any, hint: Any) -> bool:
     """Whether a value matches an annotation; unknown annotations match any value."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _fits(value, inner[0]) and all(value in one for one in inner[1:] if isinstance(one, Range))
+        return _fits(value, inner[0]) and all(value in one for one in inner[1:] if isinstance(one, _RULES))
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
@@ -192,6 +226,12 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind in (list, Sequence):
         items = isinstance(value, (list, tuple) if kind is list else Sequence) and not isinstance(value, str)
         return items and all(_fits(item, one) for one in inner for item in value)
+    if kind in (dict, Mapping) and isinstance(value, Mapping) and inner:
+        of_values = inner[1] if isinstance(inner[1], type) else Any  # a union is checked where it is read
+        return all(_fits(one, inner[0]) and _fits(value[one], of_values) for one in value)
+    if kind is Iterable:  # of rows, where names are a Sequence[str]
+        named = isinstance(value, (list, tuple)) and value and isinstance(value[0], str)
+        return isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and not named
     return isinstance(value, kind) or (is_dataclass(kind) and isinstance(value, Mapping))
 
 
@@ -203,6 +243,7 @@ _WORDS = {
     Path: "a path",
     NoneType: "null",
     dict: "a dictionary",
+    Iterable: "rows",
     Callable: "a function",
 }
 
@@ -218,10 +259,16 @@ def _described(hint: Any) -> Iterator[str]:
     elif origin is Literal:
         yield from map(str, inner)
     elif origin in (list, Sequence):
-        yield f"a list of {'strings' if inner == (str,) else 'values'}"
+        yield f"a list of {_of_kind(inner)}"
+    elif origin in (dict, Mapping):
+        yield f"a dictionary of {_of_kind(inner[1:])}"
     else:
         kind = origin or hint
         yield _WORDS.get(kind) or f"{getattr(kind, '__name__', kind)}"
+
+
+def _of_kind(inner: tuple[Any, ...]) -> str:
+    return "strings" if inner == (str,) else "values"
 
 
 def _either(names: Sequence[str]) -> str:

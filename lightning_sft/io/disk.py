@@ -115,6 +115,9 @@ def whole_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
     unfinished.mkdir()
     try:
         yield unfinished
+        for path in unfinished.rglob("*"):
+            if path.is_file():
+                share(path)
         sync([*unfinished.rglob("*"), unfinished])
         if out.exists():
             out.rename(old)
@@ -127,6 +130,11 @@ def whole_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
         sync([out.parent])
     finally:
         shutil.rmtree(own, ignore_errors=True)
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions of its folder, as the umask does: safetensors files are for their owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def check_is_free(out: Path) -> None:

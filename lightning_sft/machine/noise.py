@@ -1,4 +1,6 @@
-"""Silences messages of other packages about which a user of the command line can do nothing; ``--debug`` keeps them."""
+"""Messages of other packages: those about which a user of the command line can do nothing are dropped, unless
+``--debug`` is given; of others, no character controls the terminal.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,9 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 _WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use, deprecated by torch 2.13
@@ -26,6 +30,7 @@ _LOGS = {  # by logger
         (
             r"(GPU|TPU) available: ",  # the summary has the device in use
             "💡 Tip: ",  # advertisements of litlogger and litmodels
+            "Detected KeyboardInterrupt",  # said as the process ends
             r"`Trainer\.fit` stopped: ",  # said at the end, with the checkpoints
             "Trainer already configured with model summary callbacks",  # ours, which is meant to take the place
             r"Using .*Automatic Mixed Precision \(AMP\)",  # the summary has the precision
@@ -40,15 +45,19 @@ _LONG_SECONDS = 2  # bars of other packages, such as "Loading weights", are for 
 def quiet_others(debug: bool = False) -> None:
     """Print warnings without the places in code they come from, and drop the messages of the tables above.
 
+    Warnings and log records may name files of others, so what would control the terminal is escaped.
+
     Call it before the packages are imported.
 
     Args:
-        debug: Whether everything is printed as it is.
+        debug: Whether nothing is left out.
     """
+    logging.setLogRecordFactory(_Record)
     if debug:
+        warnings.formatwarning = partial(_as_text, written=warnings.formatwarning)
         return
     os.environ.setdefault("TQDM_DELAY", str(_LONG_SECONDS))
-    warnings.formatwarning = _as_text
+    warnings.formatwarning = partial(_as_text, written=_without_place)
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)
     for name, pattern in _LOGS.items():
@@ -59,10 +68,20 @@ def _is_heard(noise: re.Pattern[str], record: logging.LogRecord) -> bool:
     return noise.search(record.getMessage()) is None
 
 
-def _as_text(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning, whose text may name files of others, without what would control the terminal."""
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802  # of logging
+        return _printable(super().getMessage())
+
+
+def _as_text(*warning: Any, written: Callable[..., str], **place: Any) -> str:
+    return _printable(written(*warning, **place))
+
+
+def _without_place(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"Warning: {message}\n"
+
+
+def _printable(text: str) -> str:
     from lightning_sft.machine.terminal import printable  # of rich, for which --version does not wait
 
-    return printable(f"Warning: {message}\n")
+    return printable(text)

@@ -38,6 +38,34 @@ class KilledError(RuntimeError):
     pass
 
 
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["key", "first row", "second row"])
+def test_damaged_lines_of_a_killed_predict_are_named_and_their_rows_are_answered_again(
+    pretrained: str, jsonl: Any, tmp_path: Path, place: int
+) -> None:
+    path = jsonl([{"prompt": "a" * n, "completion": str(n)} for n in (3, 9, 1)])
+    main(["predict", *flags(pretrained, path, tmp_path / "whole")])
+    out, kept = tmp_path / "killed" / "predictions.jsonl", []
+
+    class Kept(PredictionWriter):
+        def on_predict_end(self, *args: Any) -> None:
+            kept.append(self._file.read_bytes().splitlines(keepends=True))
+            super().on_predict_end(*args)
+
+    def predict() -> None:
+        trainer = Trainer(accelerator="cpu", logger=False, callbacks=[Kept(str(out))], enable_progress_bar=False)
+        trainer.predict(SFTModule(pretrained, max_new_tokens=2), SFTDataModule(predict=path, predict_batch_size=2))
+
+    predict()
+    lines = kept.pop()
+    lines[place] = b"\0\0\0\n"  # as after a power failure
+    part = out.with_name(".predictions.jsonl.rank0.partial")
+    part.write_bytes(b"".join(lines))
+    with pytest.warns(UserWarning, match=rf"Skipping line {place + 1} of .*rank0.partial: it is damaged"):
+        predict()
+    assert out.read_text() == (tmp_path / "whole" / "predictions.jsonl").read_text()
+    assert list(out.parent.iterdir()) == [out]
+
+
 def test_a_predict_that_is_killed_goes_on_and_has_the_rows_of_one_that_was_not(
     pretrained: str, jsonl: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -63,7 +91,7 @@ def test_a_predict_that_is_killed_goes_on_and_has_the_rows_of_one_that_was_not(
         predict()
     [part] = out.parent.iterdir()
     with part.open("a", encoding="utf-8") as file:
-        file.write('[4, {"source": "cut sho')
+        file.write('{"number": 4, "row": {"source": "cut sho')
     predict()
     assert calls == [2, 2, 1]
     assert out.read_text() == (tmp_path / "whole" / "predictions.jsonl").read_text()

@@ -226,6 +226,17 @@ def test_other_data_are_refused_inside_an_epoch_and_allowed_between_two(
     assert trainer.current_epoch == 3
 
 
+@pytest.mark.parametrize("accumulate", [1, 3, 4])
+def test_another_accumulation_inside_an_epoch_is_called_so_and_not_other_data(
+    dropping: str, tmp_path: Path, accumulate: int
+) -> None:
+    with pytest.raises(InterruptionError):
+        RUNS["packed"].fit(dropping, tmp_path, StopAt(6))
+    expected = rf"1 ranks x 2 .* now they are 1 x {accumulate}, .* Set trainer.accumulate_grad_batches=2, or"
+    with pytest.raises(InputError, match=expected):
+        RUNS["packed"].fit(dropping, tmp_path, accumulate_grad_batches=accumulate)
+
+
 def test_overfitting_takes_the_same_micro_batches_each_epoch_and_after_an_interruption(
     dropping: str, tmp_path: Path
 ) -> None:
@@ -252,7 +263,7 @@ def test_the_same_steps_can_be_divided_among_other_ranks() -> None:
 
 def test_other_steps_are_refused_inside_an_epoch_with_the_setting_that_keeps_them() -> None:
     with pytest.raises(InputError, match=r"2 ranks x 4 .* now they are 4 x 4.*Set trainer.accumulate_grad_batches=2"):
-        place().on(4, 4, "a")
+        place().on(4, 4, "b")  # an epoch is filled up to whole steps, so its plan is another
     with pytest.raises(InputError, match=r"devices whose number divides 8"):
         place().on(3, 4, "a")
     assert place(is_last=True).on(3, 4, "a").epoch == 3

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -19,11 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
@@ -32,7 +34,8 @@ from lightning_sft.callbacks import saving
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.ledger import SampleLedger
 from lightning_sft.callbacks.preempt import EX_TEMPFAIL, Preempt
-from lightning_sft.checkpoints.run_files import lines_of
+from lightning_sft.callbacks.record import RunRecord
+from lightning_sft.checkpoints.run_files import METRICS_FILE, lines_of
 from lightning_sft.checkpoints.writing import newest
 from lightning_sft.demos import tiny_pretrained
 from tests.helpers.gradients import QUIET, ROWS
@@ -51,11 +54,14 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     in_background: bool = False
     protocol: str = ""  # of the address that checkpoints are saved at
+    patience: int = 0  # of an EarlyStopping, where there is one
 
     def fit(self, pretrained: str, folder: Path, *callbacks: Callback, **settings: Any) -> Trainer:
         """The same command, whether the run begins or goes on."""
         folder.mkdir(parents=True, exist_ok=True)
-        own = [Losses(folder / "losses"), SampleLedger(str(folder)), Preempt()]
+        own = [Losses(folder / "losses"), SampleLedger(str(folder)), RunRecord(str(folder)), Preempt()]
+        if self.patience:
+            own.append(EarlyStopping("val/loss", patience=self.patience, verbose=False))
         every, where = self.every_n_train_steps, f"{self.protocol}{folder / 'checkpoints'}"
         saver = SafeCheckpoint(where, every, None, in_background=self.in_background)
         trainer = Trainer(
@@ -83,6 +89,7 @@ class Run:
         return trainer
 
 
+_MEASURED = re.compile(r"seconds|per_second|memory|mfu|flops|^train/loss/")  # names of metrics that may differ
 MIXTURE = Mixture({"a": Part(TRAIN[:20], share=2), "b": Part(TRAIN[20:], share=1)})
 STREAM = {"streaming": True, "buffer_rows": 12}
 RUNS = {
@@ -122,14 +129,15 @@ class Losses(Callback):
 
 
 class KillAt(Callback):
-    """Kills this process the n-th time that it is at a place; ``told`` tells it to end, in a forward pass."""
+    """Kills this process the n-th time that it is at a place; a signal tells it to end, in a forward pass."""
 
-    PLACES = ("forward", "step", "validation", "writing", "saved", "epoch", "told")
+    SIGNALS: ClassVar = {"told": signal.SIGTERM, "interrupted": signal.SIGINT}
+    PLACES = ("forward", "step", "validation", "writing", "saved", "epoch", *SIGNALS)
 
     def __init__(self, place: str, number: int, is_last_rank: bool = True) -> None:
         self.place, self.number, self.seen, self.signal = place, number, 0, signal.SIGKILL
-        if place == "told":  # one of the ranks alone
-            self.place, self.signal = "forward" if is_last_rank else "nowhere", signal.SIGTERM
+        if place in self.SIGNALS:  # one of the ranks alone
+            self.place, self.signal = "forward" if is_last_rank else "nowhere", self.SIGNALS[place]
 
     def at(self, place: str) -> None:
         self.seen += place == self.place
@@ -175,6 +183,16 @@ def losses(folder: Path) -> dict[int, set[str]]:
         step, loss = line.split()
         found.setdefault(int(step), set()).add(loss)
     return found
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the clock or the machine.
+
+    Without the losses of parts, too: at a step without targets of a part, Lightning repeats that of an earlier step,
+    which a process that resumes has not seen.
+    """
+    lines = [line for line, _ in lines_of(folder / METRICS_FILE)]
+    return [{name: value for name, value in line.items() if not _MEASURED.search(name)} for line in lines]
 
 
 def forked(run: Callable[[int], Any], ranks: int) -> list[int]:
@@ -236,8 +254,9 @@ def attempt(run: Run, pretrained: str, folder: Path, place: str = "never", numbe
         for process in processes[int(number * 1000) % len(processes) :]:  # one or all of the ranks
             os.kill(process, signal.SIGKILL)
     codes = wait(processes)
-    expected = {0}, {EX_TEMPFAIL} if place == "told" else {-signal.SIGKILL}
-    if set(codes) not in expected and not (place != "told" and -signal.SIGKILL in codes):
+    is_told = place in KillAt.SIGNALS
+    expected = {0}, {EX_TEMPFAIL} if is_told else {-signal.SIGKILL}
+    if set(codes) not in expected and not (not is_told and -signal.SIGKILL in codes):
         raise RuntimeError(f"{place} {number} in {folder}: exit codes {codes}")
     return not any(codes)
 
@@ -249,6 +268,7 @@ def compare(whole: Path, killed: Path) -> list[str]:
         "losses": losses(whole) == losses(killed),
         "weights": all(torch.equal(a, b) for a, b in zip(*weights, strict=True)),
         "ledger": (whole / "samples.jsonl").read_bytes() == (killed / "samples.jsonl").read_bytes(),
+        "metrics": metrics(whole) == metrics(killed),
     }
     return [name for name, equal in same.items() if not equal]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -18,15 +19,17 @@ from lightning_sft import Batch, Mixture, Part, SFTDataModule, SFTModule, __vers
 from lightning_sft.commands.chat import chat
 from lightning_sft.commands.init import init
 from lightning_sft.data.inspect.audit import Thresholds
+from lightning_sft.data.rows.sources import Row
 from lightning_sft.demos import tiny_model, tiny_tokenizer
 from lightning_sft.evaluation.generation import Sampling
 from lightning_sft.export.convert import Settings, export_checkpoint
-from lightning_sft.io.arguments import Range, plain
+from lightning_sft.io.arguments import Bytes, Filled, Range, plain
 from lightning_sft.main import main
 from lightning_sft.model.attention.choice import Attention
 from lightning_sft.model.kernels import Kernels
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.strategies import FSDP2Strategy
+from lightning_sft.training.optimizers import Chained
 from lightning_sft.types import InputError
 
 REQUIRED: dict[str, dict[str, Any]] = {
@@ -53,7 +56,8 @@ def documented() -> Iterator[Any]:
 def public() -> list[Any]:
     own = {getattr(lightning_sft, name) for name in lightning_sft.__all__} - {Batch, log_likelihood, __version__}
     own |= {getattr(callbacks, name) for name in callbacks.__all__}
-    return sorted({*own, *documented(), *NOT_IN_API} - {Attention, Kernels, Range}, key=lambda one: str(one.__name__))
+    made_by_us = {Attention, Kernels, Range, Chained}
+    return sorted({*own, *documented(), *NOT_IN_API} - made_by_us, key=lambda one: str(one.__name__))
 
 
 def hints(of: Any) -> dict[str, Any]:
@@ -70,10 +74,27 @@ def alternatives(hint: Any) -> list[Any]:
     return [hint]
 
 
+def rules(hint: Any) -> list[Any]:
+    """What is said of ranges and forms in an annotation."""
+    own = list(get_args(hint)[1:]) if get_origin(hint) is Annotated else []
+    return own + [one for inner in get_args(hint) for one in rules(inner)]
+
+
 def bad(hint: Any) -> list[Any]:
     """Values that a parameter of this annotation can never mean."""
     allowed = alternatives(hint)
-    found: list[Any] = []
+    dicts = [one for one in allowed if get_origin(one) is dict]
+    found: list[Any] = [empty for rule in rules(hint) if isinstance(rule, Filled) for empty in ("", [])]
+    if any(isinstance(rule, Bytes) for rule in rules(hint)):
+        found += ["5 parsecs", "GB", "5", "-5GB", "0GB"]
+    if not {Any, int, float, bool}.intersection(allowed):
+        found += [5, 1.5]
+        if not any(map(is_dataclass, allowed)) and Iterable[Row] not in allowed:  # where the message is of its keys
+            found += [{5: "a"}, *([] if dicts else [{"a": "b"}])]
+    if dict[str, str] in dicts:
+        found += [{"prompt": 5}, {"prompt": ["a"]}, {"prompt": None}]
+    if Iterable[Row] in allowed:
+        found += [["a", 5], ["a", {"prompt": "b"}]]
     if any(get_origin(one) is Literal for one in allowed) and str not in allowed:
         found.append("no-such-choice")
     if int in allowed or float in allowed:
@@ -98,6 +119,7 @@ def test_the_public_constructors_are_found() -> None:
     names = {of.__name__ for of in public()}
     assert {"SFTModule", "SFTDataModule", "Mixture", "Part", "Lora", "Sampling", *callbacks.__all__} <= names
     parameters = {(of.__name__, name) for of, name, _ in CASES}
+    assert {("SFTDataModule", "columns"), ("SFTModule", "optimizers"), ("HFExport", "max_shard_size")} <= parameters
     assert {("SFTModule", "schedule"), ("SFTDataModule", "seed"), ("Part", "weight"), ("Lora", "init")} <= parameters
 
 
@@ -149,6 +171,14 @@ def test_a_number_that_makes_no_sense_is_refused(of: Any, settings: dict[str, An
         (Lora, {"targets": "q_proj"}, r"targets is 'q_proj'; expected all-linear or a list of strings"),
         (SFTModule, {"lora": {"rank": 8}}, r"Lora has no 'rank'; it has r, alpha, .*"),
         (SFTModule, {"lora": {"drop_out": 0.1}}, r"Did you mean dropout\?"),
+        (SFTDataModule, {"columns": {"promt": "q"}}, r"'promt' is no key of a format\..* Did you mean prompt\?"),
+        (Part, {"columns": {"completions": "a"}}, r"'completions' is no key.* Did you mean completion\?"),
+        (SFTDataModule, {"columns": {"prompt": 5}}, r"data.columns is {'prompt': 5}; expected a dictionary of strings"),
+        (SFTDataModule, {"train": ["a", 5]}, r"data.train is \['a', 5\]; expected .*a list of strings, rows, a path"),
+        (SFTModule, {"optimizers": []}, r"model.optimizers is \[\]; expected a list of values that is not empty or"),
+        (SFTModule, {"pretrained": ""}, r"model.pretrained is ''; expected a string that is not empty or a path\."),
+        (callbacks.HFExport, {"max_shard_size": "5 parsecs"}, r"'5 parsecs'; expected a string such as 5GB or 200MB"),
+        (export_checkpoint, {"max_shard_size": "5GiB"}, r"max_shard_size is '5GiB'; expected a string such as 5GB"),
         (SFTModule, {"sampling": {"temp": 1}}, r"Sampling has no 'temp'.* Did you mean temperature\?"),
         (Mixture, {"parts": {"a": {"source": "a", "wieght": 1}}}, r"Part has no 'wieght'.*Did you mean weight\?"),
     ],
@@ -159,7 +189,7 @@ def test_the_message_has_the_choices_and_the_closest(of: Any, settings: dict[str
 
 
 def test_objects_in_place_of_names_are_refused_with_the_remedy() -> None:
-    message = r"an object of type {}; expected a string or a path.* Write it to a folder with its save_pretrained"
+    message = r"an object of type {}; expected a string.* or a path.* Write it to a folder with its save_pretrained"
     with pytest.raises(InputError, match="model.pretrained is " + message.format("LlamaForCausalLM")):
         SFTModule(tiny_model())  # type: ignore[arg-type]  # that is what is tested
     tokenizer: Any = tiny_tokenizer()
@@ -180,6 +210,7 @@ def test_values_of_numpy_and_mappings_are_taken() -> None:
         (["--data.predict_batch_size", "0"], r"data.predict_batch_size is 0; expected an integer >= 1"),
         (["--model.lora.r", "0"], r"^model.lora.r is 0; expected an integer >= 1.$"),
         (["--model.sampling.temperature", "-1"], r"^Sampling.temperature is -1.0; expected a number >= 0.$"),
+        (["--data.columns", "{promt: q}"], r"'promt' is no key of a format.* Did you mean prompt"),
         (["--data.train", "{parts: {a: a.jsonl}, temperature: 0}"], r"^Mixture.temperature is 0.0; expected a number"),
         (["--data.train", "{parts: {a: {source: a.jsonl, share: -1}}}"], r"^Part.share is -1.0; expected a number"),
     ],
@@ -216,6 +247,11 @@ def test_paths_are_taken_everywhere(
     assert (tmp_path / "run" / "samples.jsonl").is_file()
     assert (tmp_path / "folders" / "final" / "model.safetensors").is_file()
     assert export_checkpoint(ckpt, tmp_path / "out", rows=Path(jsonl(rows))) == tmp_path / "out"
+
+
+def test_paths_in_a_list_of_names_become_text(tmp_path: Path) -> None:
+    assert SFTDataModule(train=["a", tmp_path]).sources["train"] == ["a", str(tmp_path)]
+    assert Part((tmp_path, "a")).source == (str(tmp_path), "a")
 
 
 def test_what_is_no_config_of_omegaconf_is_left_as_it_is() -> None:

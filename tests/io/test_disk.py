@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from lightning_sft.io.disk import append, rows_of, sync, write
+from lightning_sft.io.disk import append, rows_of, sync, whole_folder, write
 from lightning_sft.types import InputError
 
 
@@ -50,6 +52,21 @@ def test_on_a_full_disk_no_half_line_is_appended(tmp_path: Path) -> None:
     with full_disk(), pytest.raises(InputError, match=r"samples.jsonl cannot be written: File too large"):
         append(path, "{}\n" * 500)  # of which some would still fit
     assert path.read_text() == "{}\n" * 500
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_of_a_folder_have_the_permissions_of_the_umask(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "out") as folder:
+            save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+            (folder / "inner").mkdir()
+            (folder / "inner" / "a").touch(0o600)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(("model.safetensors", "config.json", "a"), 0o666 & ~umask)
 
 
 def test_damaged_lines_are_skipped_by_name(tmp_path: Path) -> None:

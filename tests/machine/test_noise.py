@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,15 @@ from tests.helpers.processes import ROOT
 
 
 @pytest.fixture(autouse=True)
-def restored(monkeypatch: pytest.MonkeyPatch) -> None:
+def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What the command line sets for its process."""
+    factory = logging.getLogRecordFactory()
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.delenv("TQDM_DELAY", raising=False)
     for name in noise._LOGS:
         monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    yield
+    logging.setLogRecordFactory(factory)
 
 
 @pytest.mark.parametrize("debug", [True, False])
@@ -46,6 +50,19 @@ def test_messages_of_the_tables_are_heard_with_debug_alone_and_others_always(
 def test_a_warning_is_printed_as_text_without_its_place_in_the_code() -> None:
     noise.quiet_others()
     assert warnings.formatwarning("It is\x1b[2J 0.", UserWarning, "a.py", 1) == "Warning: It is<U+001B>[2J 0.\n"
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_warnings_and_log_records_of_others_cannot_control_the_terminal(
+    debug: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    noise.quiet_others(debug)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").warning("Loaded model weights from %s", "e\x1b[31mvil")
+    assert caplog.messages == ["Loaded model weights from e<U+001B>[31mvil"]
+    assert caplog.records[0].message == caplog.messages[0]  # what handlers print
+    printed = warnings.formatwarning("e\x1b[31mvil", UserWarning, "a.py", 1)
+    assert "e<U+001B>[31mvil" in printed
+    assert ("a.py" in printed) is debug
 
 
 def test_a_whole_fit_prints_our_lines_alone(pretrained: str, jsonl: object, tmp_path: Path) -> None:

@@ -309,8 +309,9 @@ def test_parts_take_the_same_steps_under_ddp_and_fsdp2_and_resume_bit_for_bit(
     optimizing.run(pretrained_for_two, "single", tmp_path)
     torchrun("tests.helpers.optimizing", pretrained_for_two, str(tmp_path), "ddp", "fsdp2")
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in optimizing.CASES}
-    for losses, resumed in found.values():
+    for losses, resumed, weights, resumed_weights in found.values():
         assert resumed == losses[3:]
+        assert resumed_weights == weights != ""
         assert losses == pytest.approx(found["single"][0], rel=1e-4)
 
 

@@ -110,7 +110,9 @@ def find_format(
     'prompt-completion'
     """
     columns = columns or {}
-    _check_names(named, columns)
+    check_columns(columns)
+    if named is not None and named not in FORMATS:
+        raise InputError(f"data.format={named} is no format. Expected one of {', '.join(get_args(FormatName))}.")
     where = _columns_of(row, columns)
     here = {key: row[column] for key, column in where.items()}
     name = _name(here, row, named, columns, answered)
@@ -129,6 +131,22 @@ def find_format(
     used = {where.get(key) for key in (form.question, *answers, *form.optional, "weight")}
     ignored = frozenset(str(key) for key in row if key not in used)
     return Found(name, here[form.question], {key: here[key] for key in answers}, optional, ignored)
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Refuse a column for what is no key of a format.
+
+    Args:
+        columns: Column of the data for each key.
+
+    Raises:
+        InputError: When there is such a column.
+    """
+    if unknown := sorted(columns.keys() - _KEYS):
+        raise InputError(
+            f"data.columns={dict(columns)}: {unknown[0]!r} is no key of a format. Give the format's key first and the "
+            f"data's column second; keys are {', '.join(sorted(_KEYS))}.{did_you_mean(unknown, _KEYS)}"
+        )
 
 
 def likely_columns(keys: Iterable[str]) -> dict[str, str] | None:
@@ -213,13 +231,3 @@ def _has(form: Format, keys: Iterable[str], answered: bool) -> bool:
 def _sorted(keys: Iterable[Any]) -> list[str]:
     names = sorted(map(str, keys))
     return names if len(names) <= 12 else [*names[:12], f"... and {len(names) - 12} more"]
-
-
-def _check_names(named: str | None, columns: Mapping[str, str]) -> None:
-    if named is not None and named not in FORMATS:
-        raise InputError(f"data.format={named} is no format. Expected one of {', '.join(get_args(FormatName))}.")
-    if unknown := sorted(columns.keys() - _KEYS):
-        raise InputError(
-            f"data.columns={dict(columns)}: {unknown[0]!r} is no key of a format. Give the format's key first and the "
-            f"data's column second; keys are {', '.join(sorted(_KEYS))}."
-        )

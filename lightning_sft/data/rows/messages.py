@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lightning_sft.data.rows.calls import read_tools
 from lightning_sft.data.rows.dialects import COMMON, Dialect
-from lightning_sft.data.rows.formats import Found, find_format
+from lightning_sft.data.rows.formats import Found, check_columns, find_format
 from lightning_sft.data.rows.given_turns import Given, given_turns
 from lightning_sft.data.rows.markup import without_media
 from lightning_sft.data.rows.mixture import Part
@@ -56,6 +56,7 @@ class Reading:
 
     def __post_init__(self) -> None:
         check_arguments(Reading, vars(self), "data")
+        check_columns(self.columns or {})
         assert self.dialect is not None
 
     def of(self, part: Part) -> Reading:

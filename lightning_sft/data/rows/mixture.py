@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_sft.data.rows.formats import FormatName
+from lightning_sft.data.rows.formats import FormatName, check_columns
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.io.arguments import Count, Positive, check_arguments, made, plain
 from lightning_sft.types import InputError
@@ -45,6 +45,7 @@ class Part:
         self.source, self.columns = plain(self.source), plain(self.columns)
         self.chat_template_kwargs = plain(self.chat_template_kwargs)
         check_arguments(Part, vars(self))
+        check_columns(self.columns or {})
 
 
 @dataclass

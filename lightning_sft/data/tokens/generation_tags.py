@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
+from jinja2 import Template
 
-from lightning_sft.types import InputError, Message
+from lightning_sft.types import InputError
 
 Span = tuple[int, int]
 """Where a marked text begins and ends in a rendered conversation, in characters."""
@@ -30,20 +30,22 @@ def has_marks(template: str) -> bool:
     return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", re.sub(r"(?s)\{#.*?(#\}|\Z)", "", template)) is not None
 
 
-def render_with_marks(
-    variables: Mapping[str, Any], template: str, messages: Sequence[Message], tools: Any
-) -> tuple[str, list[Span]]:
-    """The text that ``apply_chat_template`` gives, and the spans of it that the template marks.
+def render_with_marks(template: Template, variables: Mapping[str, Any]) -> tuple[str, list[Span]]:
+    """The text that a template of :mod:`lightning_sft.data.tokens.sandbox` renders, and the spans of it that it marks.
 
-    >>> template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
-    >>> render_with_marks({}, template, [{"content": "Hi"}, {"content": "Yo"}], None)
+    >>> from lightning_sft.data.tokens.sandbox import template_environment
+    >>> text = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}"
+    >>> compiled = template_environment().from_string(text)
+    >>> render_with_marks(compiled, {"messages": [{"content": "Hi"}, {"content": "Yo"}]})
     ('Hi;Yo;', [(0, 2), (3, 5)])
     """
-    given = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    settings: dict[str, Any] = {"chat_template": template, "return_assistant_tokens_mask": True}
-    rendered: Any = render_jinja_template([given], tools, **settings | dict(variables))
-    [text], [spans] = rendered
-    return text, spans
+    environment: Any = template.environment
+    pieces: list[str] = []
+    spans: list[Span] = []
+    with environment.activate_tracker(pieces, spans):  # of transformers' extension, which measures what is there so far
+        for piece in template.generate(variables):
+            pieces.append(piece)
+    return "".join(pieces), spans
 
 
 def marked_end(text: str, begin: int, stop: int, spans: Iterable[Span], special: re.Pattern[str]) -> int:

@@ -19,11 +19,10 @@ from string import ascii_letters
 from threading import current_thread, main_thread
 from typing import Any, overload
 
-from jinja2 import Environment, nodes
-from jinja2.runtime import LoopContext
-from transformers.utils.chat_template_utils import _compile_jinja_template
+from jinja2 import nodes
 
 from lightning_sft.data.tokens.generation_tags import Span, has_marks, render_with_marks
+from lightning_sft.data.tokens.sandbox import template_environment
 from lightning_sft.types import InputError, Message
 
 FROZEN_DATE = date(2024, 7, 26)
@@ -32,11 +31,6 @@ FROZEN_DATE = date(2024, 7, 26)
 MAX_SECONDS = 60.0
 """Of rendering one conversation; a template is a program that somebody else has written."""
 
-_OF_DICT = frozenset(dir(dict))
-_HARMLESS = {
-    str: frozenset({"split", "strip", "lstrip", "rstrip", "startswith", "endswith", "replace", "lower", "upper"}),
-    LoopContext: frozenset({"index", "index0", "first", "last", "previtem", "nextitem", "length", "revindex"}),
-}
 _ONWARDS = frozenset({"index", "index0", "first", "previtem", "cycle", "changed", "depth", "depth0"})  # of a loop
 
 
@@ -96,17 +90,14 @@ class Renderer:
 
     @cached_property
     def _compiled(self) -> Any:
-        """Compiled by transformers, in an environment in which looking a key up in a dictionary is quick."""
         refuse_random(self.text)
-        environment = _compile_jinja_template(self.text).environment.overlay()
-        environment.getattr = _quick_getattr(environment)
-        compiled = environment.from_string(self.text)
+        compiled = template_environment().from_string(self.text)
         compiled.globals = dict(compiled.globals)  # a chain of dictionaries would be walked at each render
         return compiled
 
     @cached_property
     def _can_be_traced(self) -> bool:
-        return not self.has_marks and _goes_through_once(self._compiled.environment, self.text)
+        return not self.has_marks and _goes_through_once(self.text)
 
     def render(
         self, messages: Sequence[Message], tools: Any, generation: bool, variables: Mapping[str, Any]
@@ -117,12 +108,12 @@ class Renderer:
             Exception: Whatever the template raises.
         """
         given = self.special_tokens | dict(variables)
-        if self.has_marks and not generation:
-            refuse_random(self.text)
-            return render_with_marks(given, self.text, messages, tools)
         messages = [_with_aliases(message) for message in messages]
         given |= {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generation}
-        return str(self._compiled.render(given)), []
+        with in_time():
+            if self.has_marks and not generation:
+                return render_with_marks(self._compiled, given)
+            return str(self._compiled.render(given)), []
 
     def trace(self, messages: Sequence[Message], tools: Any, variables: Mapping[str, Any]) -> Trace | None:
         """The render of a conversation with those of its beginnings, or ``None`` where each is to be rendered alone."""
@@ -206,13 +197,13 @@ class _Watched(Sequence[Any]):
         self.seen.take(len(self.messages))
 
 
-def _goes_through_once(environment: Environment, text: str) -> bool:
+def _goes_through_once(text: str) -> bool:
     """Whether a template is one loop over the messages that looks at none after its own, and an end that is always one.
 
     That is a sufficient condition: the loop stands at the top, or in a condition there; it does not ask whether a
     message is the last; and what follows it uses nothing that it has changed.
     """
-    tree = environment.parse(text)
+    tree = template_environment().parse(text)
     derived = {"messages"}
     for node in tree.find_all(nodes.Assign):
         if isinstance(node.target, nodes.Name) and derived & _loaded(node.node):
@@ -259,23 +250,6 @@ def _looks_back(node: nodes.Node) -> bool:
     return all(map(_looks_back, node.iter_child_nodes()))
 
 
-def _quick_getattr(environment: Environment) -> Any:
-    """What ``message.content`` is in the sandbox, without its checks where they find nothing."""
-    checked, namespace = environment.getattr, environment.globals.get("namespace")
-
-    def looked_up(obj: Any, attribute: str) -> Any:
-        kind = type(obj)
-        if kind is dict and attribute not in _OF_DICT:  # a key, or nothing
-            return obj[attribute] if attribute in obj else environment.undefined(obj=obj, name=attribute)
-        if attribute in _HARMLESS.get(kind, ()):
-            return getattr(obj, attribute)
-        if kind is namespace and attribute[0] != "_":  # it has what the template has put there, and nothing else
-            return getattr(obj, attribute, environment.undefined(obj=obj, name=attribute))
-        return checked(obj, attribute)
-
-    return looked_up
-
-
 def _with_aliases(message: Message) -> Message:
     """As transformers hands a message on: without nulls, and its reasoning under the names that templates read."""
     found = {key: value for key, value in message.items() if value is not None}
@@ -316,7 +290,7 @@ def refuse_random(template: str) -> None:
         InputError: Then.
     """
     if "random" in template or "lipsum" in template:
-        tree = _compile_jinja_template(template).environment.parse(template)
+        tree = template_environment().parse(template)
         filters = {node.name for node in tree.find_all(nodes.Filter)}
         names = {node.name for node in tree.find_all(nodes.Name) if node.ctx == "load"}
         if found := sorted(filters & {"random"} | names & {"lipsum"}):

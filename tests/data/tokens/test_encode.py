@@ -639,6 +639,13 @@ def test_freezing_the_date_changes_nothing_else_of_what_a_template_renders() -> 
         assert ChatTemplate.of(tokenizer).render(messages, None, generation=False) == plain
 
 
+def test_a_special_token_without_a_text_is_no_control_token() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"unk_token": ""})
+    assert "" in tokenizer.all_special_tokens
+    assert encode(conversation("a b", "c"), tokenizer) == encode(conversation("a b", "c"), tiny_tokenizer())
+
+
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}" + CHATML
 
 
@@ -678,6 +685,41 @@ def test_a_timer_of_the_caller_is_left_alone_and_other_threads_render_too() -> N
 def test_whatever_a_template_raises_is_one_error(head: str) -> None:
     with pytest.raises(InputError, match="the chat template refuses the conversation: "):
         encode(conversation("a", "b"), tiny_tokenizer(head + CHATML))
+
+
+@pytest.mark.parametrize("marks", ["", "{% generation %}{% endgeneration %}"], ids=["plain", "marked"])
+@pytest.mark.parametrize(
+    "huge",
+    [
+        "(9**40000000) % 7",
+        "(9**n) % 7",
+        "9**(9**9)",
+        "'a' * 10**10",
+        "n * 'abc'",
+        "([0] * 10**9) | length",
+        "(1, 2) * n",
+        "range(10**9) | length",
+    ],
+)
+def test_what_one_operation_would_take_hours_or_gigabytes_for_is_refused_also_when_it_is_compiled(
+    huge: str, marks: str
+) -> None:
+    template = f"{{% set n = 40000000 %}}{marks}{{{{ {huge} }}}}{CHATML}"
+    with pytest.raises(InputError, match=r"the chat template refuses the conversation: .*(longer|more) than|too big"):
+        encode(conversation("a", "b"), tiny_tokenizer(template))
+
+
+def test_sums_of_a_template_are_those_of_python() -> None:
+    head = "{{ '-' * 3 }}{{ 2 * [1] }}{{ 2 ** 10 * 3 }}{{ 2 ** -1 }}{{ 1.5 * 2 }}{{ 0 * 'a' }}{{ -5 * (1,) }}|"
+    [example] = encode(conversation("a", "b"), tiny_tokenizer(head + CHATML))
+    assert tiny_tokenizer().decode(example.input_ids).startswith("---[1, 1]30720.53.0()|")
+
+
+def test_a_template_that_does_not_end_is_stopped_wherever_it_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "MAX_SECONDS", 0.2)
+    signal.setitimer(signal.ITIMER_REAL, 0)  # of pytest-timeout
+    with pytest.raises(TimeoutError, match=r"has not rendered it after 0\.2 s"):
+        ChatTemplate.of(tiny_tokenizer(LOOP)).render(conversation("a", "b").messages, None, generation=True)
 
 
 @pytest.mark.parametrize("head", ["{{ [1, 2] | random }}", "{{ lipsum() }}"])
