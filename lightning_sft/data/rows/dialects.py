@@ -31,13 +31,13 @@ CALLERS = frozenset({"function_call", "function-call", "tool_call"})
 KEYS: dict[str, tuple[str, ...]] = {
     "role": ("role", "from", "speaker", "author", "sender", "type"),
     "content": ("content", "value", "text", "message", "utterance", "parts"),
-    "reasoning_content": ("reasoning_content", "thinking", "reasoning"),
+    "reasoning_content": ("reasoning_content", "thinking", "reasoning", "reasoning_details", "thinking_blocks"),
     "tool_calls": ("tool_calls",),
     "function_call": ("function_call",),
-    "name": ("name",),
+    "name": ("name", "tool_name"),
     "tool_call_id": ("tool_call_id",),
     "loss": ("loss",),
-    "train": ("train",),
+    "train": ("train", "train_on_turn"),
     "weight": ("weight",),
     "loss_weight": ("loss_weight", "loss_scale"),
 }
@@ -54,9 +54,11 @@ IGNORED = frozenset(
         # of an interface that made it
         *("annotations", "cache_control", "citations", "logprobs", "model", "finish_reason", "stop_reason"),
         *("stop_sequence", "usage", "usage_metadata", "response_metadata", "provider_specific_fields", "metadata"),
-        *("token_count", "num_tokens", "openai"),
+        *("token_count", "num_tokens", "openai", "source", "agent", "message_type", "markdown", "done", "done_reason"),
+        *("eval_count", "eval_duration", "prompt_eval_count", "prompt_eval_duration", "total_duration"),
+        "load_duration",
         # of those who rated it
-        *("toxic", "redacted", "deleted", "synthetic", "review_count", "review_result", "emojis"),
+        *("toxic", "redacted", "deleted", "synthetic", "review_count", "review_result", "emojis", "score", "rating"),
     ]
 )
 """Keys of messages that say nothing to a model: they are ignored and counted."""

@@ -54,8 +54,14 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
 }
 """Columns that are read as a key of a format where the row does not have that key."""
 
-_QUESTIONS = ("prompt", "question", "query", "problem", "instruction", "input", "request", "source", "text")
-_ANSWERS = ("completion", "answer", "response", "solution", "output", "reply", "target", "label")
+_QUESTIONS = (
+    *("prompt", "question", "query", "problem", "instruction", "input", "inputs", "request", "source", "text"),
+    *("user", "human", "q"),
+)
+_ANSWERS = (
+    *("completion", "answer", "response", "solution", "output", "reply", "target", "targets", "label"),
+    *("assistant", "gpt", "bot", "a"),
+)
 _OTHERS = frozenset(name for names in OTHER_NAMES.values() for name in names)
 _KEYS = frozenset({"weight"}).union(*((f.question, *f.answers, *f.optional) for f in FORMATS.values()))
 
@@ -202,7 +208,7 @@ def _name(
     if len(found) > 1 and "text" in found:  # beside messages or columns, it is what a template made of them
         found.remove("text")
     if len(found) < 2 and (answered or not found):
-        refuse_other_data(row, found[0] if found else None, columns.values())
+        refuse_other_data(row, found[0] if found else None, columns)
     if len(found) == 1:
         return found[0]
     if found:

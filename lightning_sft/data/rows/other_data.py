@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_sft.data.rows.markup import MEDIA_COLUMNS
 from lightning_sft.data.rows.values import flag_of, shown
 from lightning_sft.types import InputError
 
+_OF_PAIRS = ("chosen", "reject")
 _TREE = ("parent_id", "message_tree_id")
 _VERDICTS = ("label", "kto_tag")
 _FLAGS = ("loss", "train")  # of a message, and true or false
-_TELLING = frozenset((*_VERDICTS, *_FLAGS, *MEDIA_COLUMNS))  # of a row that has the keys of a format
+_CONTEXTS = ("context", "contexts", "documents", "passage", "passages")  # of a question
+_TELLING = frozenset((*_VERDICTS, *_FLAGS, *_CONTEXTS, *MEDIA_COLUMNS))  # of a row that has the keys of a format
+_WITHOUT_CONTEXT = {"prompt-completion": ("prompt", "completion"), "query": ("query", "response")}
 
 
-def refuse_other_data(row: Mapping[str, Any], name: str | None, mapped: Iterable[str]) -> None:
+def refuse_other_data(row: Mapping[str, Any], name: str | None, columns: Mapping[str, str]) -> None:
     """Refuse a row that is not meant to be learned as it is.
 
     Args:
         row: The row.
         name: The format whose keys it has, if it has those of one.
-        mapped: Columns that ``data.columns`` gives a meaning.
+        columns: The row's column for a key of the format, where it has another name.
 
     Raises:
-        InputError: When it is one of two answers to choose from, an answer with a verdict, a row with a flag, a message
-            of a tree, or nests its answers.
+        InputError: When it is one of two answers to choose from, an answer with a verdict, a row with a flag, a
+            question whose context would be left out, a message of a tree, or nests its answers.
 
-    >>> refuse_other_data({"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}, None, ())
+    >>> refuse_other_data({"prompt": "Hi", "chosen": "Hello", "rejected": "What?"}, None, {})
     Traceback (most recent call last):
     ...
     lightning_sft.types.InputError: the row is a preference pair, with 'chosen' and 'rejected'. To learn the chosen \
 answers: data.columns={completion: chosen}.
     """
-    if name is not None and name != "text" and not any(key in _TELLING or str(key)[:6] == "chosen" for key in row):
+    if name is not None and name != "text" and not any(key in _TELLING or str(key)[:6] in _OF_PAIRS for key in row):
         return
-    mapped = set(mapped)
+    mapped = set(columns.values())
     chosen = next((key for key in row if _is_chosen(row, key) and not mapped & {key, _rejected(key)}), None)
     question = row.get("messages", row.get("conversations"))
     if chosen is not None and (name is None or question is None or question != row[chosen]):
@@ -43,7 +46,13 @@ answers: data.columns={completion: chosen}.
             f"the row is a preference pair, with {chosen!r} and {_rejected(chosen)!r}. To learn the chosen answers: "
             f"data.columns={{{_columns_of_chosen(row, chosen)}}}."
         )
-    verdict = next((key for key in _VERDICTS if flag_of(row.get(key)) is not None and key not in mapped), None)
+    rejected = next((key for key in row if str(key)[:8] == "rejected" and row[key]), None)
+    if name not in (None, "text", "tokens") and rejected is not None and _chosen(rejected) not in row:
+        raise InputError(
+            f"the row is a preference pair: {rejected!r} has the answer that is not wanted. To learn the other one: "
+            f"data.format={name}."
+        )
+    verdict = next((key for key in _VERDICTS if _is_verdict(row.get(key)) and key not in mapped), None)
     if name not in (None, "text", "tokens") and verdict is not None:
         raise InputError(
             f"{verdict!r} is {row[verdict]}: the row says whether its answer is wanted, as KTO's do. To "
@@ -55,6 +64,14 @@ answers: data.columns={completion: chosen}.
         raise InputError(
             f"{flag!r} is {row[flag]}: the row says whether it is to be learned. To go by it: data.columns="
             f"{{weight: {flag}}} with data.invalid_rows=skip; to learn all rows: data.format={name}."
+        )
+    context = next((key for key in _CONTEXTS if row.get(key) and key not in mapped), None)
+    if context is not None and name in _WITHOUT_CONTEXT:
+        question, answer = (columns.get(key, key) for key in _WITHOUT_CONTEXT[name])
+        raise InputError(
+            f"the row has a {context!r}, for which {name} has no place: {shown(row[context])}. To show it to the "
+            f"model, read the row as alpaca: data.columns={{instruction: {question}, input: {context}, output: {answer}}}. "
+            f"To leave it out: data.format={name}."
         )
     if name is not None and (media := next((key for key in MEDIA_COLUMNS if row.get(key)), None)) is not None:
         raise InputError(
@@ -87,8 +104,17 @@ answers: data.columns={completion: chosen}.
             )
 
 
+def _is_verdict(value: Any) -> bool:
+    """Whether it says yes or no, also as a number, as tables have it."""
+    return flag_of(value) is not None or (isinstance(value, (int, float)) and value in (0, 1))
+
+
 def _rejected(chosen: str) -> str:
     return chosen.replace("chosen", "rejected", 1)
+
+
+def _chosen(rejected: str) -> str:
+    return rejected.replace("rejected", "chosen", 1)
 
 
 def _is_chosen(row: Mapping[str, Any], key: Any) -> bool:

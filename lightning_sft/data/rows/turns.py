@@ -171,7 +171,8 @@ class _Message:
     def _add_thought_and_calls(self, turn: Message, parts: _Parts, calls: list[Any]) -> None:
         thoughts = [("a part of the content", parts.reasoning)] if parts.reasoning is not None else []
         keys = [key for key in self.names["reasoning_content"] if key in self.left]
-        thoughts += [(repr(key), self.left.pop(key)) for key in keys]
+        thoughts += [(repr(key), _of_blocks(self.left.pop(key))) for key in keys]
+        thoughts = [(key, value) for key, value in thoughts if value not in _EMPTY] or thoughts[:1]
         if any(thought != thoughts[0][1] for _, thought in thoughts):
             raise InputError(f"the reasoning is there twice: {thoughts[0][0]} and {thoughts[1][0]}. Keep one.")
         for name, value in thoughts[:1]:
@@ -277,6 +278,16 @@ def _filled(part: Mapping[str, Any], ignored: set[str]) -> dict[str, Any]:
         ignored.add(f"messages[].content[].{key}")
         del filled[key]
     return filled
+
+
+def _of_blocks(value: Any) -> Any:
+    """The text of a thought that is a list of blocks, as OpenRouter and LiteLLM keep them; anything else as it is.
+
+    Blocks that are encrypted or summaries have no text of the thought.
+    """
+    if not isinstance(value, list) or not all(isinstance(block, Mapping) for block in value):
+        return value
+    return "".join(str(block.get("text") or block.get("thinking") or "") for block in value)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -165,6 +165,14 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
         ({"prompt": [USER], "completion": [USER, ANSWER]}, "the answer begins with the prompt's first message"),
         ({"prompt": "Hi", "completion": "Yo", "label": False}, "'label' is False: .* data.columns={weight: label}"),
         ({"messages": [USER, ANSWER], "label": True}, "'label' is True: .* data.format=chat"),
+        ({"prompt": "Hi", "completion": "Yo", "label": 0}, "'label' is 0: .* data.columns={weight: label}"),
+        ({"messages": [USER, ANSWER], "kto_tag": 1.0}, "'kto_tag' is 1.0: .* data.format=chat"),
+        ({"messages": [USER, ANSWER], "rejected_response": "No"}, "'rejected_response' has the answer .*format=chat"),
+        ({"prompt": "Hi", "completion": "Yo", "rejected": "No"}, "'rejected' has .* data.format=prompt-completion"),
+        ({"prompt": "Hi", "completion": "Yo", "context": "It"}, "'context', for which prompt-completion has no place"),
+        ({"query": "Hi", "response": "Yo", "documents": ["It"]}, "{instruction: query, input: documents, output: resp"),
+        ({"inputs": "Hi", "targets": "Yo"}, "data.columns={prompt: inputs, completion: targets}"),
+        ({"user": "Hi", "assistant": "Yo"}, "data.columns={prompt: user, completion: assistant}"),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, "the row has 'images', and only texts .* data.format=chat"),
         ({"chosen_messages": [USER, ANSWER], "rejected_messages": [USER]}, "{messages: chosen_messages}"),
         ({"prompt": "Hi", "chosen": "a", "rejected": "b"}, "a preference pair, .* data.columns={completion: chosen}"),
@@ -280,10 +288,22 @@ def test_the_remedies_of_preference_rows_and_verdicts_work() -> None:
     before = {"conversations": [USER], "chosen": ANSWER, "rejected": ANSWER}
     columns = {"prompt": "conversations", "completion": "chosen"}
     assert to_conversation(before, columns=columns).messages == [USER, ANSWER]
-    for label in (True, False, "true", "False"):
+    for label in (True, False, "true", "False", 1, 0.0):
         row = {"prompt": "Hi", "completion": "Yo", "label": label}
-        assert to_conversation(row, columns={"weight": "label"}).weights == [0, label in (True, "true")]
+        assert to_conversation(row, columns={"weight": "label"}).weights == [0, label in (True, "true", 1)]
         assert to_conversation(row, format="prompt-completion").weights == [0, 1]
+    assert to_conversation({"messages": [USER, ANSWER], "rejected_response": "No"}, format="chat").weights == [0, 1]
+
+
+def test_the_remedies_of_a_context_without_a_place_work() -> None:
+    row = {"question": "Who?", "answer": "Yo", "context": "It is Yo."}
+    asked = {"prompt": "question", "completion": "answer"}
+    with pytest.raises(InputError, match=r"{instruction: question, input: context, output: answer}\. To leave it out"):
+        to_conversation(row, columns=asked)
+    shown = to_conversation(row, columns={"instruction": "question", "input": "context", "output": "answer"})
+    assert "It is Yo." in shown.messages[0]["content"]
+    assert to_conversation(row, columns=asked, format="prompt-completion").messages[0]["content"] == "Who?"
+    assert to_conversation({**row, "context": ""}, columns=asked).messages[0]["content"] == "Who?"
 
 
 @pytest.mark.parametrize("more", [{"label": True}, {"parent_id": "1", "author": "x"}, {"role": "x"}, {"chosen": 1}])

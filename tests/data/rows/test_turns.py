@@ -279,12 +279,43 @@ def test_results_in_a_users_message_are_turns_of_the_tool_before_it() -> None:
         ({"content": [{**TEXT, "cache_control": {"type": "ephemeral"}}]}, {"content[].cache_control"}),
         ({"tool_calls": [call(index=0)]}, {"tool_calls[].index"}),
         ({"tool_calls": [], "reasoning": None}, set()),
+        ({"agent": "main", "message_type": "action", "thinking_blocks": []}, {"agent", "message_type"}),  # SWE-agent
+        ({"done": True, "eval_count": 3}, {"done", "eval_count"}),  # Ollama
+        ({"markdown": "*Yo*", "source": "web", "score": 1.0}, {"markdown", "source", "score"}),
     ],
 )
 def test_keys_that_say_nothing_are_ignored_and_named(more: dict[str, Any], names: set[str]) -> None:
     ignored: set[str] = set()
     read_turns({"role": "assistant", "content": "Yo", **more}, ignored=ignored)
     assert ignored == {f"messages[].{name}" for name in names}
+
+
+HM = [{"type": "thinking", "thinking": "Hm,", "signature": "x"}, {"type": "redacted_thinking", "data": "EqQ"}]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"thinking_blocks": [*HM, {"type": "thinking", "thinking": " yes."}]},  # LiteLLM
+        {"reasoning_content": "Hm, yes.", "thinking_blocks": [{"type": "thinking", "thinking": "Hm, yes."}]},
+        {"reasoning": "Hm, yes.", "reasoning_details": [{"type": "reasoning.text", "text": "Hm, yes."}]},  # OpenRouter
+        {"reasoning": "Hm, yes.", "reasoning_details": [{"type": "reasoning.encrypted", "data": "EqQ"}]},
+    ],
+)
+def test_a_thought_in_blocks_is_one_thought(more: dict[str, Any]) -> None:
+    [(turn, _)] = read_turns({"role": "assistant", "content": "Yo", **more})
+    assert turn == {"role": "assistant", "content": "Yo", "reasoning_content": "Hm, yes."}
+
+
+def test_two_thoughts_in_blocks_are_refused() -> None:
+    with pytest.raises(InputError, match="the reasoning is there twice: 'reasoning' and 'thinking_blocks'"):
+        read_turns({"role": "assistant", "content": "Yo", "reasoning": "No.", "thinking_blocks": HM})
+
+
+def test_names_of_ollama_and_of_axolotl() -> None:
+    [(turn, _)] = read_turns({"role": "tool", "tool_name": "f", "content": "3"})
+    assert turn == {"role": "tool", "name": "f", "content": "3"}
+    assert read_turns({"role": "assistant", "content": "Yo", "train_on_turn": False})[0][1] == 0.0
 
 
 @pytest.mark.parametrize("key", ["refusal", "images", "audio"])
