@@ -70,8 +70,8 @@ answers: data.columns={completion: chosen}.
         question, answer = (columns.get(key, key) for key in _WITHOUT_CONTEXT[name])
         raise InputError(
             f"the row has a {context!r}, for which {name} has no place: {shown(row[context])}. To show it to the "
-            f"model, read the row as alpaca: data.columns={{instruction: {question}, input: {context}, output: {answer}}}. "
-            f"To leave it out: data.format={name}."
+            f"model, read the row as alpaca: data.columns={{instruction: {question}, input: {context}, output: "
+            f"{answer}}}. To leave it out: data.format={name}."
         )
     if name is not None and (media := next((key for key in MEDIA_COLUMNS if row.get(key)), None)) is not None:
         raise InputError(
