@@ -19,10 +19,10 @@ _HELD_OUT = re.compile(
 
 @dataclass(frozen=True)
 class Folder:
-    """The data files of a folder.
+    """The data files of a folder, or those that a glob stands for, of which none is left out.
 
     Args:
-        name: Name of the folder.
+        name: Name of the folder, or the glob.
         read: Paths of the files that are read, below the folder.
         left_out: Paths of the data files that are not.
         held_out: Paths of the data files that are for validation or testing, as their names say.
@@ -46,6 +46,11 @@ class Folder:
             raise InputError(
                 f"data.train: all data files in the folder {self.name!r} are for validation or testing, as their names "
                 f"say ({_some(self.held_out)}). To train on them, name the files."
+            )
+        if split == "train" and (mixed := sorted(set(self.held_out) & set(self.read))):
+            raise InputError(
+                f"data.train: {self.name!r} stands for files for training and others, as their names say "
+                f"({_some(mixed)}). Name the files, or give the folder, of which those others are left out."
             )
         if split in ("val", "test") and set(self.held_out) - set(self.read):
             raise InputError(
@@ -77,6 +82,16 @@ def sort_out(name: str, paths: Sequence[str]) -> Folder:
     held_out = [path for path in found if _HELD_OUT.search(path)]
     read = sorted(set(found) - set(held_out)) or found
     return Folder(name, read, sorted(set(data) - set(read)), held_out)
+
+
+def of_glob(name: str, paths: Sequence[str]) -> Folder:
+    """The files that a glob stands for.
+
+    >>> of_glob("data/*", ["data/train.jsonl", "data/test.jsonl"]).held_out
+    ['data/test.jsonl']
+    """
+    begin = len(name[: re.search(r"[*?\[]|$", name).start()].rpartition("/")[0])  # type: ignore[union-attr]
+    return Folder(name, list(paths), [], [path for path in paths if _HELD_OUT.search(path[begin:])])
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_sft.data.rows.files import BrokenRow, Line, skim_file, without_nulls
-from lightning_sft.data.rows.folders import Folder, sort_out
+from lightning_sft.data.rows.folders import Folder, of_glob, sort_out
 from lightning_sft.data.rows.remote import File, RemoteFile, is_remote, matches, paths_below
 from lightning_sft.types import InputError
 
@@ -171,6 +171,13 @@ def folder_of(name: str) -> Folder | None:
 def folders_of(source: Source) -> list[Folder]:
     """The folders among the names that a source consists of."""
     return [folder for name in _names(source) or [] if (folder := folder_of(name)) is not None]
+
+
+def globs_of(source: Source) -> list[Folder]:
+    """The globs among the names that a source consists of, with their files."""
+    names = [name for name in _names(source) or [] if has_magic(name) and folder_of(name) is None]
+    found = {name: [str(file) for file in files_of(name)] for name in names}
+    return [of_glob(name, files) for name, files in found.items() if files != [name]]
 
 
 def files_behind(source: Source) -> Files | None:

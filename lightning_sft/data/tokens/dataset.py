@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Mixture, Part, as_mixture
-from lightning_sft.data.rows.sources import Source, files_behind, folders_of, leaves, parsed, size_of
+from lightning_sft.data.rows.sources import Source, files_behind, folders_of, globs_of, leaves, parsed, size_of
 from lightning_sft.data.tokens.cache import cached, key_of
 from lightning_sft.data.tokens.encode import encode_prompt
 from lightning_sft.data.tokens.encode_rows import Chunk, Chunks, EncodingConfig, Lane, in_chunks
@@ -195,6 +195,8 @@ def _say_folders(name: str, source: Source) -> None:
     Raises:
         InputError: When they are for another split, as their names say.
     """
+    for pattern in globs_of(source):
+        pattern.check(name)
     for folder in folders_of(source):
         folder.check(name)
         (rank_zero_warn if folder.left_out else rank_zero_info)(f"{name}: {folder}")

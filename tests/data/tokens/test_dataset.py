@@ -81,6 +81,25 @@ def test_what_is_read_of_a_folder_is_said_and_a_test_split_is_not_trained_on(tmp
     assert len(load_split("train", tmp_path / "both" / "test.jsonl", recipe).examples) == 1
 
 
+def test_a_glob_with_a_test_split_among_its_files_is_not_trained_on(tmp_path: Path) -> None:
+    recipe, folder = EncodingConfig(tiny_tokenizer()), tmp_path / "test-bench" / "data"
+    folder.mkdir(parents=True)
+    for name in ("train-1.jsonl", "train-2.jsonl"):
+        (folder / name).write_text(json.dumps({**GOOD, "completion": name}))
+    assert len(load_split("train", f"{folder}/*.jsonl", recipe).examples) == 2  # however the folder is called
+    for name in ("test.jsonl", "validation/part.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps({**GOOD, "completion": name}))
+        with pytest.raises(
+            InputError, match=rf"for training and others, .*{name}\)\. Name the files, or give the folder"
+        ):
+            load_split("train", f"{folder}/**/*.jsonl", recipe)
+        (folder / name).unlink()
+    (folder / "test.jsonl").write_text(json.dumps(GOOD))
+    assert len(load_split("test", f"{folder}/test*.jsonl", recipe).examples) == 1
+    assert len(load_split("train", f"{folder}/train*.jsonl", recipe).examples) == 2
+
+
 def test_long_sequences_are_left_out_counted_and_said() -> None:
     split = load([GOOD, {**GOOD, "completion": "x" * 500}], max_length=200)
     assert len(split.examples) == 1
