@@ -48,7 +48,7 @@ def test_every_page_is_in_the_contents_of_its_folder() -> None:
 @pytest.mark.slow
 def test_the_module_is_documented_with_its_arguments(built: Path) -> None:
     text = words(built / "reference" / "api" / "train.html")
-    assert "pretrained ( str | Path ) – A hub name, a folder, or a GGUF file." in text
+    assert "pretrained ( Name | Path ) – A hub name, a folder, or a GGUF file." in text
     assert "neftune_alpha" in text
     page = (built / "reference" / "api" / "train.html").read_text(encoding="utf-8")
     assert 'id="lightning_sft.SFTModule"' in page

@@ -56,7 +56,7 @@ def documented() -> Iterator[Any]:
 def public() -> list[Any]:
     own = {getattr(lightning_sft, name) for name in lightning_sft.__all__} - {Batch, log_likelihood, __version__}
     own |= {getattr(callbacks, name) for name in callbacks.__all__}
-    made_by_us = {Attention, Kernels, Range, Chained}
+    made_by_us = {Attention, Kernels, Range, Filled, Bytes, Chained}
     return sorted({*own, *documented(), *NOT_IN_API} - made_by_us, key=lambda one: str(one.__name__))
 
 
