@@ -240,6 +240,7 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
             raise not_finite(step.micro_batches, self)
         first, weight = step.micro_batches[0][0], step.totals[0, 1].item()
         if weight == 0:  # a step without targets: the gradient is 0, and there are no metrics
+            self._forget_metrics(())
             return
         if first.normalizer is None:
             _, num_ranks = divisors(self.trainer)
@@ -250,6 +251,7 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
         metrics |= self._step_metrics.close(self.trainer, step.counts, step.totals[0, 3])
         if self._routers is not None:
             metrics |= self._routers.metrics(step.of_routers, weight)
+        self._forget_metrics(metrics)
         self._log_metrics("train", metrics)
         self.log("lr", torch.tensor(float(optimizer.param_groups[0]["lr"]), device="cpu"), batch_size=1)
 

@@ -141,7 +141,7 @@ class RunRecord(Callback):
             return
         if trainer.is_global_zero:
             logged = logged_in_training(trainer)  # the user's own, too
-            self._note(trainer, lambda name: name == "lr" or name.startswith("train/") or name in logged)
+            self._note(trainer, lambda name: name in logged)
         if trainer.global_step // self.every_n_steps % self.flush_every == 0:
             first_rank_does(trainer, self._write)
 

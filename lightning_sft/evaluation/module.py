@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -62,6 +62,13 @@ class EvaluatedModule(LightningModule):
         for key, value in values.items():
             settings: dict[str, Any] = {"batch_size": 1, "sync_dist": sync_dist, "add_dataloader_idx": False}
             self.log(f"{name}/{key}", value.float(), prog_bar=key == "loss", **settings)
+
+    def _forget_metrics(self, renewed: Iterable[str]) -> None:
+        """Remove the training metrics of the last step that this one does not have: Lightning would log them again."""
+        results, kept = cast(Any, self.trainer)._results, {"gradient_norm", *renewed}  # the norm is logged later
+        names = {key: item.meta.name.partition("train/")[2] for key, item in results.items()}
+        for key in [key for key, name in names.items() if name and name not in kept]:
+            del results[key]
 
 
 class _Evaluation:

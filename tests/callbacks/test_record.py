@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.loggers import CSVLogger
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.callbacks import DriftMonitor, RunRecord, SafeCheckpoint
+from lightning_sft.callbacks import DriftMonitor, RunRecord, SafeCheckpoint, SampleLedger
 from lightning_sft.commands.report.run import Run
+from lightning_sft.data.rows.mixture import Mixture, Part
 from lightning_sft.types import InputError
 
 
@@ -47,6 +50,29 @@ def test_a_run_that_goes_on_has_the_record_of_one_that_was_not_ended(
     assert record["facts"]["versions"]["lightning"]
     assert record["data"]["splits"]["train"]["rows"] == "12"
     assert sum(count for _, _, count in record["data"]["histogram"]) == 12
+
+
+def test_a_step_has_the_losses_of_the_parts_that_are_in_it(
+    pretrained: str, quiet_trainer: Any, jsonl: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"Say {i}", "completion": f"{i} it is"} for i in range(9)]
+    parts = {name: Part(jsonl(rows, f"{name}.jsonl")) for name in ("a", "b")}
+    callbacks = [RunRecord(str(tmp_path)), SampleLedger(str(tmp_path))]
+    logger = CSVLogger(tmp_path / "csv", "", "")
+    trainer = quiet_trainer(callbacks=callbacks, logger=logger, log_every_n_steps=1, accumulate_grad_batches=2)
+    data = SFTDataModule(train=Mixture(parts), tokens_per_batch=40)
+    trainer.fit(SFTModule(pretrained), data)
+    lines, ledger = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("metrics.jsonl", "samples.jsonl")
+    )
+    names = [{f"train/loss/{Path(row).stem}" for micro in step["samples"][0] for row in micro} for step in ledger]
+    found = [{name for name in line if name.startswith("train/loss/")} for line in lines]
+    assert found == names
+    assert {len(own) for own in names} == {1, 2}  # else nothing is shown
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        logged = [{k for k, v in row.items() if v and k.startswith("train/loss/")} for row in csv.DictReader(file)]
+    assert logged == names
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -89,7 +89,7 @@ class Run:
         return trainer
 
 
-_MEASURED = re.compile(r"seconds|per_second|memory|mfu|flops|^train/loss/")  # names of metrics that may differ
+_MEASURED = re.compile(r"seconds|per_second|memory|mfu|flops")  # names of metrics that may differ
 MIXTURE = Mixture({"a": Part(TRAIN[:20], share=2), "b": Part(TRAIN[20:], share=1)})
 STREAM = {"streaming": True, "buffer_rows": 12}
 RUNS = {
@@ -186,11 +186,7 @@ def losses(folder: Path) -> dict[int, set[str]]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock or the machine.
-
-    Without the losses of parts, too: at a step without targets of a part, Lightning repeats that of an earlier step,
-    which a process that resumes has not seen.
-    """
+    """The lines of metrics.jsonl without what depends on the clock or the machine."""
     lines = [line for line, _ in lines_of(folder / METRICS_FILE)]
     return [{name: value for name, value in line.items() if not _MEASURED.search(name)} for line in lines]
 
