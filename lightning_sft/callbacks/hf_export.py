@@ -44,7 +44,7 @@ class HFExport(Callback):
     warns during training and raises an error at the end.
 
     Args:
-        folder: Parent of the exported folders; by default ``huggingface`` beside the run's logs.
+        dirpath: Parent of the exported folders; by default ``huggingface`` beside the run's logs.
         every_n_steps: Number of optimizer steps between two exports; ``None`` exports none during training.
         at_end: Whether to export at the end of training.
         best: Whether to export the best checkpoint after training.
@@ -58,7 +58,7 @@ class HFExport(Callback):
 
     def __init__(
         self,
-        folder: str | Path | None = None,
+        dirpath: str | Path | None = None,
         every_n_steps: Count | None = None,
         at_end: bool = True,
         best: bool = False,
@@ -70,7 +70,7 @@ class HFExport(Callback):
         gguf_type: GGUFType = "f16",
     ) -> None:
         check_arguments(HFExport, locals())
-        self.folder, self.every_n_steps, self.at_end, self.best, self.rows = folder, every_n_steps, at_end, best, rows
+        self.dirpath, self.every_n_steps, self.at_end, self.best, self.rows = dirpath, every_n_steps, at_end, best, rows
         self.settings = Settings(dtype, max_shard_size, max_kl, gguf_converter, gguf_type)
         self._first: FirstRank | None = None
         self._root = Path()
@@ -151,7 +151,7 @@ class HFExport(Callback):
         self._first_rank(write)
 
     def _begin(self, trainer: Trainer) -> None:
-        self._root = Path(self.folder) if self.folder else Path(trainer.log_dir or ".") / "huggingface"
+        self._root = Path(self.dirpath) if self.dirpath else Path(trainer.log_dir or ".") / "huggingface"
         self._first, self._error, self._last_step = FirstRank(), None, trainer.global_step
 
     @property
