@@ -228,15 +228,15 @@ def test_at_the_end_fit_says_why_where_the_checkpoints_are_and_what_to_do(
     assert any(message.startswith("Nothing was left to train after step") for message in caplog.messages)
 
 
-def test_the_last_checkpoint_is_one_to_resume_from_though_the_best_is_saved_after_it(
+def test_the_last_checkpoint_is_one_to_resume_from_though_the_best_is_asked_for_first(
     arguments: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     own = ["--trainer.callbacks+", "lightning_sft.callbacks.SafeCheckpoint"]
     with caplog.at_level("INFO"):
         trainer = main(["fit", *arguments, *own]).trainer
-    assert [type(saver) for saver in trainer.checkpoint_callbacks] == [SafeCheckpoint, BestCheckpoint]
+    assert [type(saver) for saver in trainer.checkpoint_callbacks] == [BestCheckpoint, SafeCheckpoint]
     [said] = [message for message in caplog.messages if message.startswith("The fit ended")]
-    assert f"Last checkpoint: {trainer.checkpoint_callbacks[0].best_model_path}" in said.splitlines()
+    assert f"Last checkpoint: {trainer.checkpoint_callbacks[1].best_model_path}" in said.splitlines()
 
 
 def test_without_checkpoints_nothing_is_added(arguments: list[str]) -> None:
