@@ -44,12 +44,12 @@ def check_monitor(trainer: Trainer, who: str, metric: str) -> None:
     """
     if metric in NAMES or _OF_PARTS.fullmatch(metric):
         return
-    closest = did_you_mean([metric], NAMES, cutoff=0.6)
     packages = {type(one).__module__.partition(".")[0] for one in (trainer.lightning_module, *callbacks_of(trainer))}
     if packages <= {"lightning", "lightning_sft"}:
+        closest = did_you_mean([metric], NAMES, cutoff=0.6)
         names = ", ".join(sorted(name for name in NAMES if name.startswith("val/")))
         raise InputError(f"{who} monitors {metric!r}, which nothing logs.{closest} A validation logs {names}.")
-    if closest:
+    if closest := did_you_mean([metric], NAMES, cutoff=0.85):  # misspelt, not a metric of the user's own
         rank_zero_warn(f"{who} monitors {metric!r}, which SFTModule does not log.{closest}")
 
 
