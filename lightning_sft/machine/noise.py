@@ -39,6 +39,7 @@ _LOGS = {  # by logger
     ),
     "DeepSpeed": "Setting ",  # on import, whether DeepSpeed is used or not
 }
+_with_place = warnings.formatwarning  # Python's own
 _LONG_SECONDS = 2  # bars of other packages, such as "Loading weights", are for what takes longer
 
 
@@ -54,7 +55,7 @@ def quiet_others(debug: bool = False) -> None:
     """
     logging.setLogRecordFactory(_Record)
     if debug:
-        warnings.formatwarning = partial(_as_text, written=warnings.formatwarning)
+        warnings.formatwarning = partial(_as_text, written=_with_place)
         return
     os.environ.setdefault("TQDM_DELAY", str(_LONG_SECONDS))
     warnings.formatwarning = partial(_as_text, written=_without_place)
