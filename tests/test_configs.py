@@ -24,7 +24,6 @@ PARALLEL = sorted(
     {name for name, path in ALL.items() if yaml.safe_load(path.read_text())["trainer"].get("devices", 1) != 1}
     - {TWO_NODES}
 )
-PROVED = {*PARALLEL} - {"context_parallel"}  # that their strategies train is seen by test_strategies too
 ON_CPU = {"trainer.precision": "32-true", "trainer.accelerator": "cpu", "trainer.enable_progress_bar": "false"}
 
 
@@ -70,7 +69,8 @@ def test_it_fits(name: str, pretrained: str, tmp_path: Path, monkeypatch: pytest
     }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in PROVED)) for n in PARALLEL])
+@pytest.mark.slow  # that their strategies train is seen by test_strategies too
+@pytest.mark.parametrize("name", PARALLEL)
 def test_it_fits_on_two_processes(name: str, tmp_path: Path) -> None:
     """Each as a user starts it: Lightning starts the second process."""
     write_data(ALL[name], tmp_path)

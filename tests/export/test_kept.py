@@ -107,6 +107,7 @@ def test_a_resumed_run_exports_what_an_uninterrupted_one_does(tmp_path: Path) ->
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_runs_of_two_processes_export_the_whole_checkpoint(tmp_path: Path) -> None:
     """DDP waits for no gradient of what text does not use, and shards of it are gathered."""
     pretrained, names = composite(tmp_path / "pretrained", "qwen2_5_vl"), ["ddp", "fsdp2", "fsdp2_lora"]

@@ -17,4 +17,5 @@ def slow_but(quick: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
     """
     chosen, cases = list(quick), list(cases)
     assert all(case in cases for case in chosen)
-    return [case if case in chosen else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    marked = (pytest.param(*case if isinstance(case, tuple) else [case], marks=pytest.mark.slow) for case in cases)
+    return [case if case in chosen else param for case, param in zip(cases, marked, strict=True)]

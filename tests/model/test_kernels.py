@@ -23,6 +23,7 @@ from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.model.kernels import COMPILES_FROM, KERNELS_KEY, Kernels
 from lightning_sft.model.recompute import checkpoint_layers
 from lightning_sft.types import InputError
+from tests.helpers.slow import slow_but
 
 POSITIONS = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
 Make = Callable[..., Trainer]
@@ -45,7 +46,7 @@ def losses(trainer: Trainer, pretrained: str, rows: Any, asked: Any, **settings:
 
 # dynamo looks at the .grad of whatever it traces
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", slow_but(["bf16-mixed"], ["32-true", "bf16-mixed"]))
 def test_compiled_layers_train_as_eager_ones_do(
     pretrained: str,
     quiet_trainer: Make,
@@ -134,7 +135,7 @@ def test_random_numbers_of_compiled_layers_follow_the_seed(monkeypatch: pytest.M
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-@pytest.mark.parametrize(("checkpointing", "times"), [(False, 2), (True, 4), (2, 3)])
+@pytest.mark.parametrize(("checkpointing", "times"), [(2, 3), *slow_but([], [(False, 2), (True, 4)])])
 def test_layers_are_compiled_and_computed_again_as_often_as_asked(
     checkpointing: Any, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

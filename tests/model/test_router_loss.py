@@ -21,6 +21,7 @@ from tests.helpers.composites import composite
 from tests.helpers.gradients import capacity_for, encoded
 from tests.helpers.processes import torchrun
 from tests.helpers.routing import COEFFICIENT, EXPERTS, STRATEGIES, Run, distance, fit, mixture, wanted
+from tests.helpers.slow import slow_but
 
 TOLERANCE = 2e-5  # of float32
 DEEPSEEK = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8} | {
@@ -232,7 +233,7 @@ def test_checkpointed_layers_count_once(moe: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # of transformers
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", slow_but([True], [False, True]))
 def test_layers_are_compiled_without_a_graph_break(moe: str, checkpointing: bool) -> None:
     batch = collate(encoded(moe)[:4])
     results = []

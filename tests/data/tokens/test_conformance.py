@@ -9,6 +9,7 @@ import pytest
 
 from tests.conformance import FURTHER, PAGE, matrix, others, outcomes, templates
 from tests.conformance import OTHERS as OTHER_TURNS
+from tests.helpers.pages import tables
 from tests.oracle.kinds import NAMES
 from tests.oracle.outcomes import Case
 from tests.oracle.templates import published
@@ -18,6 +19,25 @@ OTHERS = [vocabulary for vocabulary in VOCABULARIES if vocabulary != "bytes"]
 FEW = ("plain", "turns", "calls", "thoughts", "same thought", "forged by answer", "empty and more", "code")
 
 
+def test_a_third_of_the_pairs_is_what_the_page_says() -> None:
+    """Of each template and of each kind; all of them are a slow test."""
+    written = PAGE.read_text(encoding="utf-8").partition(OTHER_TURNS)[0]
+    cells = {
+        (row[0], kind): cell
+        for head, *rows in tables(written)
+        if head[0] == "template"
+        for row in rows
+        for kind, cell in zip(head[1:], row[1:], strict=True)
+    }
+    names = list(templates())
+    chosen = [(n, kind) for i, n in enumerate(names) for j, kind in enumerate(NAMES) if (i + j) % 3 == 0]
+    cases = {name: Case(template) for name, template in templates().items()}
+    found = {(name, kind): cases[name].outcome(kind) for name, kind in chosen}
+    assert {place: outcome.said for place, outcome in found.items() if outcome.of == "wrong"} == {}
+    assert {place: outcome.cell for place, outcome in found.items()} == {place: cells[place] for place in chosen}
+
+
+@pytest.mark.slow
 def test_nothing_is_wrong_little_is_refused_needlessly_and_the_page_says_so() -> None:
     found = outcomes(templates())
     everything = {(name, kind): outcome for name, own in found.items() for kind, outcome in own.items()}
