@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
 
@@ -18,9 +18,10 @@ _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 class FirstChecks(LightningModule):
     """A module of a pretrained model that refuses packages that are missing, and checkpoints that are not its own."""
 
-    pretrained: str
-    tuning: TuningConfig
-    kernels: Kernels
+    if TYPE_CHECKING:  # pages would show these types in place of those of the arguments
+        pretrained: str
+        tuning: TuningConfig
+        kernels: Kernels
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """No callbacks: this is the only hook of Lightning before data are prepared.
