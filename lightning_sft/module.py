@@ -54,7 +54,6 @@ from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.neftune import add_noise
 from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
 from lightning_sft.model.tuning.tuning import TuningConfig
-from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.training.losses import TargetLosses
@@ -65,12 +64,13 @@ from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
     announce,
     autocast_dtype,
+    check_step,
     divisors,
     is_between_steps,
     root_device,
     total_steps,
 )
-from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
+from lightning_sft.types import Batch, LogLikelihood, Normalize
 
 
 class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
@@ -210,6 +210,7 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
     def training_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> STEP_OUTPUT:
         """``− Σ_t w_t · log Pr(t) / Z``, with the routers' loss, times what will be divided by."""
         batch = Batch.of(batch)
+        check_step(self, self.normalize, batch.normalizer is not None)
         likelihood: LogLikelihood = self(batch)
         objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)
         self._window.add(batch, likelihood)
@@ -217,10 +218,6 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
             self._window.sum(self.trainer, self._step_metrics, self._routers)
         accumulate, num_ranks = divisors(self.trainer)
         if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
-            if NORMALIZATIONS[self.normalize].is_planned:
-                raise InputError(f"model.normalize={self.normalize} needs batches of SFTDataModule, which plans ahead.")
-            if self.trainer.strategy.handles_gradient_accumulation:
-                raise InputError("DeepSpeed needs batches of SFTDataModule: its gradients cannot be normalized late.")
             return objective * accumulate
         return objective * (accumulate * num_ranks / batch.normalizer)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
@@ -347,3 +347,43 @@ def test_greedy_answers_come_in_the_order_of_the_rows(pretrained: str, quiet_tra
         )
         alone = module.model.generate(**ids, max_new_tokens=3, do_sample=False, use_cache=True, pad_token_id=258)
         assert answer["prediction"] == tokenizer.decode(alone[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_module_within_another_one_is_refused(pretrained: str, quiet_trainer: Any) -> None:
+    class Outer(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = SFTModule(pretrained)
+
+        def configure_model(self) -> None:
+            self.inner.configure_model()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.inner.training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    batch = {"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])}
+    with pytest.raises(InputError, match=r"SFTModule is part of Outer, whose step Lightning completes: .* by itself"):
+        quiet_trainer(max_steps=1).fit(Outer(), DataLoader([batch], batch_size=None))
+
+
+def test_manual_optimization_is_refused_unless_the_step_is_the_users_own(pretrained: str, quiet_trainer: Any) -> None:
+    class Manual(SFTModule):
+        def __init__(self, pretrained: str) -> None:
+            super().__init__(pretrained)
+            self.automatic_optimization = False
+
+    class Own(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            self.manual_backward(-self(batch).total)
+            optimizer.step()
+
+    data = SFTDataModule(train=[{"prompt": "a", "completion": "b"}])
+    with pytest.raises(InputError, match=r"Manual.automatic_optimization is False, .* write a training_step of"):
+        quiet_trainer(max_steps=1).fit(Manual(pretrained), data)
+    trainer = quiet_trainer(max_steps=1)
+    trainer.fit(Own(pretrained), data)
+    assert trainer.global_step == 1

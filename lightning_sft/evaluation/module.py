@@ -32,6 +32,7 @@ class EvaluatedModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._evaluation = _Evaluation()
+        self._of_step: set[str] = set()  # names of the training metrics of the last step
 
     def on_validation_start(self) -> None:
         """Reset the validation metrics."""
@@ -65,9 +66,9 @@ class EvaluatedModule(LightningModule):
 
     def _forget_metrics(self, renewed: Iterable[str]) -> None:
         """Remove the training metrics of the last step that this one does not have: Lightning would log them again."""
-        results, kept = cast(Any, self.trainer)._results, {"gradient_norm", *renewed}  # the norm is logged later
-        names = {key: item.meta.name.partition("train/")[2] for key, item in results.items()}
-        for key in [key for key, name in names.items() if name and name not in kept]:
+        stale, self._of_step = self._of_step.difference(renewed), set(renewed)
+        results = cast(Any, self.trainer)._results
+        for key in [key for key, item in results.items() if item.meta.name.removeprefix("train/") in stale]:
             del results[key]
 
 

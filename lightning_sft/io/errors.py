@@ -14,9 +14,8 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
-from lightning_sft.io.closest import did_you_mean
 from lightning_sft.io.config_files import place_of
-from lightning_sft.io.parser_errors import refusal
+from lightning_sft.io.parser_errors import meant, refusal
 from lightning_sft.machine.terminal import printable
 from lightning_sft.types import InputError
 
@@ -55,7 +54,7 @@ class OneLine:
         args = getattr(self, "args", None) or []
         found = refusal(text, hints, args)
         if found is None:
-            text = f"{text.rstrip('.')}.{did_you_mean(_NAME.findall(text), options, '--')}"
+            text = f"{text.rstrip('.')}.{meant(_NAME.findall(text), options, '--')}"
         else:
             where = place_of(args, found.key, found.value)
             text = f"{where}: {found.key} {found.said}" if where else f"--{found.key} {found.said}"

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.data.batches.plan import Division
-from lightning_sft.types import InputError
+from lightning_sft.objective import NORMALIZATIONS
+from lightning_sft.types import InputError, Normalize
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -217,6 +218,37 @@ def gather(trainer: Trainer | None, value: Any) -> list[Any]:
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (rank, value))
     return [of_rank for _, of_rank in sorted(dict(found).items())]
+
+
+def check_step(module: LightningModule, normalize: Normalize, has_normalizer: bool) -> None:
+    """Refuse a training step that Lightning would not complete, or whose gradient could not be normalized.
+
+    Args:
+        module: The module whose step it is.
+        normalize: Its ``normalize``.
+        has_normalizer: Whether the batch has the Z of its step.
+
+    Raises:
+        InputError: Within another module or under manual optimization, whose steps have no hooks of this one; for a
+            batch without Z where it has to be planned, or under DeepSpeed.
+    """
+    name = type(module).__name__
+    if module.trainer.lightning_module is not module:
+        raise InputError(
+            f"{name} is part of {type(module.trainer.lightning_module).__name__}, whose step Lightning completes: its "
+            "own, which normalizes the gradient, is not called. Fit it by itself, or derive your module from SFTModule."
+        )
+    if not module.automatic_optimization:
+        raise InputError(
+            f"{name}.automatic_optimization is False, and the training step of SFTModule is one of automatic "
+            "optimization. Leave it True, or write a training_step of your own."
+        )
+    if has_normalizer:
+        return
+    if NORMALIZATIONS[normalize].is_planned:
+        raise InputError(f"model.normalize={normalize} needs batches of SFTDataModule, which plans ahead.")
+    if module.trainer.strategy.handles_gradient_accumulation:
+        raise InputError("DeepSpeed needs batches of SFTDataModule: its gradients cannot be normalized late.")
 
 
 def first_rank_does(trainer: Trainer, work: Callable[[], object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import takewhile
@@ -10,13 +11,21 @@ from typing import Any
 
 import yaml
 
-from lightning_sft.commands.report.charts import line_chart, short
+from lightning_sft.commands.report.charts import line_chart
 from lightning_sft.commands.report.parts import card, section, table
 from lightning_sft.commands.report.run import Run
 from lightning_sft.types import InputError
 
 _MOST = 8  # colors of the page
-_PLACES = ("default_root_dir", "dirpath", "save_dir", "version", "ckpt_path")  # where a run is, not what it does
+_PLACES = (
+    "default_root_dir",
+    "dirpath",
+    "save_dir",
+    "version",
+    "ckpt_path",
+    "folder",
+)  # where a run is, not what it does
+_OF_CLASS = re.compile(r"^(model|data)\.init_args\.")  # of a class of the user's own
 _CHARTS = {
     "val/loss": "Validation loss",
     "train/loss": "Training loss",
@@ -90,7 +99,8 @@ def _settings(run: Run) -> dict[str, Any]:
     config, facts = run.record["config"], run.record["facts"]
     known = yaml.safe_load(config) if config else {"pretrained": run.record["pretrained"], **facts}
     wanted = {key: known[key] for key in known if key not in ("step", "epoch", "metrics")}
-    return {key: value for key, value in _flat(wanted) if key.rpartition(".")[2] not in _PLACES}
+    flat = {_OF_CLASS.sub(r"\1.", key): value for key, value in _flat(wanted)}
+    return {key: value for key, value in flat.items() if key.rpartition(".")[2] not in _PLACES}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -104,14 +114,14 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _last(name: str) -> Callable[[Run], str]:
     def figure(run: Run) -> str:
         value = run.last(name)
-        return "–" if value is None else short(value)
+        return "–" if value is None else f"{value:.5g}"
 
     return figure
 
 
 def _best(run: Run) -> str:
     points = [(value, step) for step, value in run.metrics.get("val/loss", [])]
-    return "–" if not points else f"{short(min(points)[0])} at step {min(points)[1]:,.0f}"
+    return "–" if not points else f"{min(points)[0]:.5g} at step {min(points)[1]:,.0f}"
 
 
 _RESULTS: dict[str, Callable[[Run], str]] = {

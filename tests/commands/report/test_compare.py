@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import RunRecord
@@ -56,7 +57,7 @@ def test_results_and_settings_stand_side_by_side_and_curves_over_each_other(
     cells = {row[0]: row[1:] for row in (re.findall(r"<td>(.*?)</td>", line) for line in text.split("<tr>")) if row}
     first, second = map(Run.read, runs)
     assert cells["steps"] == [str(first.num_steps), str(second.num_steps)]
-    assert cells["last validation loss"] == [f"{run.last('val/loss'):.3g}" for run in (first, second)]
+    assert cells["last validation loss"] == [f"{run.last('val/loss'):.5g}" for run in (first, second)]
     assert cells["ended"] == ["trainer.max_epochs=1 reached", "trainer.max_epochs=2 reached"]
     assert cells["data_module.tokens_per_batch"] == ["50", "100"]
     assert cells["trainer.max_epochs"] == ["1", "2"]
@@ -64,6 +65,19 @@ def test_results_and_settings_stand_side_by_side_and_curves_over_each_other(
     [curves] = [json.loads(data) for data in _charts(text, "Validation loss")]
     assert [name for name, _ in curves["curves"]] == ["0", "1"]
     assert curves["curves"][1][1] == [list(point) for point in second.metrics["val/loss"]]
+
+
+def test_a_class_of_the_users_own_differs_in_what_it_is_and_has_alone(runs: list[Path], tmp_path: Path) -> None:
+    record = json.loads((runs[0] / "run.json").read_text())
+    model = {"pretrained": "tiny", "schedule": "cosine"}
+    own = {"class_path": "losses.Smooth", "init_args": {**model, "smoothing": 0.1}}
+    for name, section in (("plain", model), ("own", own)):
+        record["config"] = yaml.safe_dump({"model": section})
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+    text = write_comparison([tmp_path / "plain", tmp_path / "own"], tmp_path / "page.html").read_text(encoding="utf-8")
+    cells = {row[0] for row in (re.findall(r"<td>(.*?)</td>", line) for line in text.split("<tr>")) if row}
+    assert {cell for cell in cells if cell.startswith("model.")} == {"model.class_path", "model.smoothing"}
 
 
 def _charts(text: str, title: str) -> list[str]:
