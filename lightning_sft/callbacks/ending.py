@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
 
 from lightning_sft.io.address import place
 from lightning_sft.io.disk import short_path
-from lightning_sft.training.trainer import callbacks_of
+from lightning_sft.training.trainer import callbacks_of, datamodule_of
 
 
 def why_ended(trainer: Trainer) -> str:
@@ -38,6 +38,9 @@ def ending(trainer: Trainer, resumed_at: int = 0) -> str:
     lines = [f"The fit ended after step {step:,}: {why}."]
     if step == resumed_at and step:
         lines = [f"Nothing was left to train after step {step:,}: {why}. Raise trainer.max_epochs or max_steps."]
+    has_rows = "val" in getattr(datamodule_of(trainer), "splits", ()) and bool(trainer.limit_val_batches)
+    if has_rows and step > resumed_at and not any(name.startswith("val/") for name in trainer.callback_metrics):
+        lines.append("No validation was due before that: trainer.val_check_interval sets one within an epoch.")
     savers = [saver for saver in trainer.checkpoint_callbacks if isinstance(saver, ModelCheckpoint)]
     in_turn = sorted(savers, key=lambda saver: not saver.save_weights_only)  # those to resume from behind the others
     written = [path for saver in in_turn if (path := saver._last_checkpoint_saved) and place(path).exists()]

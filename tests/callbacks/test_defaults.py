@@ -228,6 +228,18 @@ def test_at_the_end_fit_says_why_where_the_checkpoints_are_and_what_to_do(
     assert any(message.startswith("Nothing was left to train after step") for message in caplog.messages)
 
 
+def test_a_fit_that_ends_before_its_first_validation_says_so(
+    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = ["--trainer.max_steps", "1", "--data.tokens_per_batch", "100"]
+    for more, is_said in (([], True), (["--trainer.val_check_interval", "1"], False)):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            main(["fit", *arguments, *short, *more, "--trainer.default_root_dir", str(tmp_path / str(is_said))])
+        [said] = [message for message in caplog.messages if message.startswith("The fit ended")]
+        assert ("No validation was due before that: trainer.val_check_interval" in said) is is_said
+
+
 def test_the_last_checkpoint_is_one_to_resume_from_though_the_best_is_asked_for_first(
     arguments: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
