@@ -55,6 +55,14 @@ DRY_RUN = "--dry_run"
 _INTERRUPTED = 128 + 2  # exit code of what SIGINT has ended, for shells
 
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
+_ELSEWHERE = {
+    "train": "fit",
+    "sft": "fit",
+    "finetune": "fit",
+    "evaluate": "test",
+    "eval": "test",
+    "generate": "predict",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -91,9 +99,8 @@ def main(args: ArgsType = None) -> Any:
         print(_help())
         sys.exit(0)
     if not verb.startswith("-") and verb not in VERBS:
-        sys.exit(
-            f"lightning-sft: There is no verb {verb!r}.{did_you_mean([verb], VERBS)} All verbs: lightning-sft --help"
-        )
+        own = f" Did you mean {_ELSEWHERE[verb]}?" if verb in _ELSEWHERE else did_you_mean([verb], VERBS)
+        sys.exit(f"lightning-sft: There is no verb {verb!r}.{own} All verbs: lightning-sft --help")
     _check_configs(given)
     if verb == "fit" and DRY_RUN in given:
         verb, given = "plan", ["plan", *(argument for argument in given[1:] if argument != DRY_RUN)]

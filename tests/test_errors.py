@@ -237,6 +237,7 @@ def test_several_validation_loaders_have_figures_of_their_own(
     ("arguments", "message"),
     [
         (["fti"], "There is no verb 'fti'. Did you mean fit?"),
+        (["train"], "There is no verb 'train'. Did you mean fit?"),
         (["shwo"], "There is no verb 'shwo'. Did you mean show\\?"),
         (["fit", "--model.pretraind", "x"], "lightning-sft fit: .* Did you mean --model.pretrained\\?"),
         (["fit", "--data.tokens_per_bach", 5], "lightning-sft fit: .* Did you mean --data.tokens_per_batch\\?"),

@@ -223,12 +223,10 @@ def values_in(value: Any) -> Iterator[Any]:
 
 def value_of(field: str, message: Message) -> str:
     """What a message has in a field that :func:`with_sentinels` names; arguments are named."""
-    found: dict[str, str | None] = {
-        "the reasoning": message.get("reasoning_content"),
-        "the text": message.get("content"),
-    }
     for number, call in enumerate(message.get("tool_calls") or (), 1):
-        found[f"the name of tool call {number}"] = call["function"]["name"]
+        if field == f"the name of tool call {number}":
+            return f"the tool call {short(call['function']['name'])}"
+    found = {"the reasoning": message.get("reasoning_content"), "the text": message.get("content")}
     value = found.get(field)
     return short(value.strip()) if value else field
 

@@ -269,9 +269,10 @@ class Rendering:
             ):
                 lost = lost or short(text.strip())
         for call in () if lost else message.get("tool_calls") or ():
-            for value in (call["function"]["name"], *values_in(call["function"].get("arguments"))):
-                if not is_written(value, rest):
-                    lost = lost or short(value)
+            name, values = call["function"]["name"], values_in(call["function"].get("arguments"))
+            if not is_written(name, rest):
+                lost = lost or f"the tool call {short(name)}"
+            lost = lost or next((short(value) for value in values if not is_written(value, rest)), "")
         if lost:
             return (
                 f"the chat template does not render {lost} of the answer as it is. Use a template that does "

@@ -605,7 +605,7 @@ def test_a_tool_call_is_trained_with_its_arguments() -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     [example] = encode(Conversation(messages, provenance="f:7"), tokenizer)
     assert '"arguments": {"é": "ü"}' in targets(example, tokenizer)
-    with pytest.raises(InputError, match=r"does not render 'f' of the answer"):
+    with pytest.raises(InputError, match=r"does not render the tool call 'f' of the answer"):
         encode(Conversation(messages, provenance="f:7"), tiny_tokenizer())
 
 
