@@ -225,7 +225,7 @@ def check_step(module: LightningModule, normalize: Normalize, has_normalizer: bo
 
     Args:
         module: The module whose step it is.
-        normalize: Its ``normalize``.
+        normalize: How the module normalizes a step.
         has_normalizer: Whether the batch has the Z of its step.
 
     Raises:
