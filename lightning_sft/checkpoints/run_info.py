@@ -71,6 +71,8 @@ def log_settings(trainer: Trainer) -> None:
 
     They get the hyperparameters of the module again with it, since some keep only what they are given last.
     """
+    if not trainer.loggers:
+        return
     facts = run_info(trainer)
     settings = {k: v for k, v in trainer.lightning_module.hparams_initial.items() if not k.startswith("_")}
     settings |= {name: facts[name] for name in ("optimizer", "data_module", "data")}

@@ -33,6 +33,8 @@ from lightning_sft.types import InputError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_NAMED = 5  # maximum number of folders in a message
+
 
 class AtomicIO(TorchCheckpointIO):
     """Writes checkpoints atomically, and reads quantized optimizer states.
@@ -167,9 +169,6 @@ def _below(root: Path) -> list[Path]:
         names = ", ".join(map(str, found[:_NAMED])) + (", …" if len(found) > _NAMED else "")
         raise InputError(f"{root} holds the checkpoints of several runs. Give the folder of one: {names}.")
     return found
-
-
-_NAMED = 5  # maximum number of folders in a message
 
 
 def folders_of(root: str | Path) -> list[Path]:

@@ -85,8 +85,8 @@ def init(
     path.write_text(text, encoding="utf-8")
     if count := len(size.too_long):
         console.print(
-            f"Of the first {size.num_encoded:,} rows, {count:,} sequence{'s are' if count > 1 else ' is'} longer than "
-            f"the model's context of {context:,} tokens and left out (data.overflow): {size.too_long[0]}.",
+            f"Of the first {size.num_encoded:,} rows, {counted(count, 'sequence', 'are')} longer than the model's "
+            f"context of {context:,} tokens and left out (data.overflow): {size.too_long[0]}.",
             highlight=False,
         )
     if remark := outlier_remark(size.lengths, size.places.__getitem__):

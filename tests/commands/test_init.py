@@ -84,7 +84,7 @@ def test_on_a_terminal_it_asks_for_what_is_missing(
 def test_few_rows_are_trained_in_tens_of_steps_as_it_says(pretrained: str, jsonl: Any, num_rows: int) -> None:
     data = jsonl([{"prompt": f"What is {i}?", "completion": f"It is {i}. " * (1 + i % 9)} for i in range(num_rows)])
     text = init(pretrained, data, method="full", devices=1, overwrite=True).read_text()
-    said = int(re.search(rf"{num_rows:,} rows make about ([\d,]+) steps", text)[1].replace(",", ""))  # type: ignore[index]
+    said = int(re.search(rf"{num_rows:,} rows make about ([\d,]+) steps", text)[1].replace(",", ""))  # type: ignore[index]  # else the test fails
     assert yaml.safe_load(text)["trainer"]["max_epochs"] in (3, 5)
     steps = main(["fit", "--config", "config.yaml", *QUICK]).trainer.global_step
     assert steps >= 40
@@ -119,8 +119,8 @@ def test_rows_that_fit_leaves_out_are_said_and_do_not_count(
     assert re.search(r"train\.jsonl:81 \([\d,]+ tokens\)", said)
     assert "far longer" not in said
     assert "left out and counted (2 of the first 82 rows)" in text
-    longest = int(re.search(r"of the first rows: (\d+)\)", text)[1])  # type: ignore[index]
-    told = int(re.search(r"82 rows make about (\d+) steps", text)[1])  # type: ignore[index]
+    longest = int(re.search(r"of the first rows: (\d+)\)", text)[1])  # type: ignore[index]  # else the test fails
+    told = int(re.search(r"82 rows make about (\d+) steps", text)[1])  # type: ignore[index]  # else the test fails
     cli = main(["fit", "--config", "config.yaml", *QUICK])
     lengths = [max(split.lengths) for split in cli.datamodule.splits.values()]
     assert (longest, len(cli.datamodule.splits["train"].account.too_long) > 0) == (max(lengths), True)

@@ -29,7 +29,7 @@ def trained(case: Case, given: Conversation, turn: int, change: Change) -> Case:
         ids, before = (list(case.tokenizer(text[:place])["input_ids"]) for place in (end, begin))
         return [Example(ids, [float(place >= len(before)) for place in range(len(ids))])]
 
-    case.encode = encode  # type: ignore[method-assign]
+    case.encode = encode  # type: ignore[method-assign]  # the mutation
     return case
 
 
@@ -83,7 +83,7 @@ def test_a_preamble_of_the_template_is_found() -> None:
         [example] = encode(other)
         return [replace(example, target_weights=[0.0, *[1.0] * (len(example.input_ids) - 1)])]
 
-    case.encode = with_all  # type: ignore[method-assign]
+    case.encode = with_all  # type: ignore[method-assign]  # the mutation
     assert "words besides its own" in outcome(case, given, 0).said
 
 
@@ -91,5 +91,5 @@ def test_another_context_is_found() -> None:
     case, given = Case(of_trl()["qwen3"]), Conversation(TURNS, provenance="f:1")
     [example] = case.encode(only(given, 3))
     ids = [*example.input_ids[:2], 7, *example.input_ids[3:]]
-    case.encode = lambda other: [replace(example, input_ids=ids)]  # type: ignore[method-assign]
+    case.encode = lambda other: [replace(example, input_ids=ids)]  # type: ignore[method-assign]  # the mutation
     assert "not those that the next answer is given" in outcome(case, given, 3).said

@@ -90,7 +90,7 @@ def of_glob(name: str, paths: Sequence[str]) -> Folder:
     >>> of_glob("data/*", ["data/train.jsonl", "data/test.jsonl"]).held_out
     ['data/test.jsonl']
     """
-    begin = len(name[: re.search(r"[*?\[]|$", name).start()].rpartition("/")[0])  # type: ignore[union-attr]
+    begin = len(re.split(r"[*?\[]", name)[0].rpartition("/")[0])
     return Folder(name, list(paths), [], [path for path in paths if _HELD_OUT.search(path[begin:])])
 
 

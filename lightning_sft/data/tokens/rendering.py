@@ -178,7 +178,7 @@ class Rendering:
             return empty is not None and own[empty.end() :].lstrip().startswith(message["content"])
 
         shown = json.dumps(self.variables, sort_keys=True, default=str)
-        return self.template.doubled(f"{form} {shown}", learnt)
+        return bool(self.template.learnt(("doubled", form, shown), learnt))
 
     def _whole(self, at: int, message: Message) -> tuple[str, list[Span]]:
         """The conversation up to and with an answer, and what of it is marked."""

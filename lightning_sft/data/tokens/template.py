@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import cached_property, lru_cache
 from typing import Any
@@ -47,7 +47,6 @@ class Template:
         self.wraps_results = "<tool_response>" in written
         self._special_tokens = tuple(tokenizer.special_tokens_map.items())
         self._learnt: dict[Any, Any] = {}
-        self._doubled: dict[str, bool] = {}
 
     @property
     def text(self) -> str:
@@ -58,14 +57,6 @@ class Template:
     def text_for(self, tools: Any, variables: Mapping[str, Any] | None = None) -> str:
         """The template for conversations with such tools, with its date, as ``apply_chat_template`` takes it."""
         return self.renderer_for(tools, variables or {}).text
-
-    def doubled(self, key: str, learn: Callable[[], bool]) -> bool:
-        """Whether an empty thought is written before a thought of some form, learnt once."""
-        if key not in self._doubled:
-            if len(self._doubled) > 4096:
-                self._doubled.clear()
-            self._doubled[key] = learn()
-        return self._doubled[key]
 
     def prepared(self, messages: Sequence[Message]) -> tuple[list[Message], set[str]]:
         """Messages as the template gets them, and what has to be said of them.
