@@ -70,7 +70,8 @@ def page(text: str, rows: dict[str, Row]) -> str:
 
 def versions() -> str:
     """The releases that a table is made with."""
-    return ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch", "lightning", "peft"))
+    packages = ("transformers", "torch", "lightning", "peft")
+    return ", ".join(f"{name} {version(name).partition('+')[0]}" for name in packages)  # no build, such as +cpu
 
 
 def _ran(launch: Callable[..., object], model_type: str, folder: Path, *strategies: str) -> str:
