@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
 from tests.architectures.configs import save
 from tests.helpers.processes import ROOT
+from tests.helpers.slow import slow_but
 from tests.test_configs import ALL, write_data
 from tests.test_families import FAMILIES
 
 DEVICES = 8
-QUICK = {"deepseek_r1_distill", "gemma4", "gpt_oss"}  # families that are planned in every run: dense, sliding, experts
+QUICK_CONFIGS = ["context_parallel", "fsdp2", "streaming", "tensor_parallel"]
+QUICK_FAMILIES = ["deepseek_r1_distill", "gemma4", "gpt_oss"]  # dense, sliding windows, experts
 COPIES = {"context_parallel": 4, "tensor_parallel": 2}  # devices that get the same batches
 
 
@@ -31,12 +32,7 @@ def planned(config: Path, pretrained: str, capsys: pytest.CaptureFixture[str], *
     return found
 
 
-def some(names: Iterable[str], quick: Container[str]) -> list[Any]:
-    """All names; those that are not quick are slow."""
-    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow]) for name in names]
-
-
-@pytest.mark.parametrize("name", some(ALL, {name for name, path in ALL.items() if path.parent.name != "recipes"}))
+@pytest.mark.parametrize("name", slow_but(QUICK_CONFIGS, ALL))
 def test_a_rank_takes_its_share(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,7 +54,7 @@ def test_a_rank_takes_its_share(
 
 
 @pytest.mark.filterwarnings("ignore:In this model, documents packed into one row see each other")
-@pytest.mark.parametrize("name", some(FAMILIES, QUICK))
+@pytest.mark.parametrize("name", slow_but(QUICK_FAMILIES, FAMILIES))
 def test_a_config_of_a_family_is_planned_for(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
