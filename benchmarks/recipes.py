@@ -288,7 +288,7 @@ def page(results: dict[str, Any]) -> str:
             measured_rows,
         ),
         planned=table(["recipe", "model", "for", "peak of a device [GiB]", "fits"], planned_rows),
-        described=table(["recipe", ""], described),
+        described=table(["recipe", "what it is"], described),
         num_val=NUM_VAL,
     )
 

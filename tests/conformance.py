@@ -77,7 +77,7 @@ def totals(found: Iterable[Outcome]) -> str:
 
 HEAD = "| in one sequence | in several | refused, though possible | wrong | impossible |"
 
-PREFACE = f"""# Chat templates
+PREFACE = f"""# Chat templates, tested
 
 Written by `python -m tests.conformance`; `tests/data/tokens/test_conformance.py` holds it to be true. Vendors'
 templates, as trl 1.16 carries them, by {len(kinds.NAMES)} kinds of conversations (`tests/oracle/kinds.py`).

@@ -119,7 +119,7 @@ def targets_in_words(split: Split) -> str:
     """How many tokens of a sequence are trained."""
     counts = split.examples.num_targets
     least, middle, most = counts.min(), np.median(counts), counts.max()
-    return f"Targets of a sequence: {least:,} at least, {middle:,g} in the middle, {most:,} at most."
+    return f"Targets per sequence: minimum {least:,}, median {middle:,g}, maximum {most:,}."
 
 
 def histogram(lengths: Sequence[int] | NDArray[np.int64], num_bins: int = 12) -> list[tuple[int, int, int]]:

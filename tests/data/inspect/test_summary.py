@@ -61,7 +61,7 @@ def test_refusals_are_together_by_reason_with_their_places_and_markup_is_text() 
     assert "2 refused: turn 2: [/bold] is 'x'\n  a:3, a:4" in text
     assert "1 left out, longer than data.max_length\n  a:5 (99 tokens)" in text
     assert "3 rows have the key '[id]', which is ignored" in text
-    assert "Targets of a sequence: 1 at least, 1 in the middle, 2 at most." in text
+    assert "Targets per sequence: minimum 1, median 1, maximum 2." in text
 
 
 def test_many_places_are_cut_and_counted() -> None:
