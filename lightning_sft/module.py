@@ -45,6 +45,7 @@ from lightning_sft.model.experts import RouterLoss, Routers
 from lightning_sft.model.first_checks import FirstChecks
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
+from lightning_sft.model.limits import LimitedModule
 from lightning_sft.model.parallel.buckets import settle_buckets
 from lightning_sft.model.parallel.sharding import Sharding, loading_config
 from lightning_sft.model.parallel.unused import check_all_reduced
@@ -73,7 +74,7 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, LogLikelihood, Normalize
 
 
-class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
+class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule):
     """Fine-tunes a pretrained causal language model on target tokens.
 
     Args:
@@ -209,7 +210,7 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
 
     def training_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> STEP_OUTPUT:
         """``− Σ_t w_t · log Pr(t) / Z``, with the routers' loss, times what will be divided by."""
-        batch = Batch.of(batch)
+        batch = self._received(batch)
         check_step(self, self.normalize, batch.normalizer is not None)
         likelihood: LogLikelihood = self(batch)
         objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)
@@ -373,16 +374,6 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
     def isolates_documents(self) -> bool:
         """Whether documents may share a row; asked by the data module before it packs."""
         return self.scorer is None or self.scorer.findings.isolates_documents
-
-    @property
-    def num_embeddings(self) -> int | None:
-        """Number of token ids of the model; ``None`` before it is loaded."""
-        return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings
-
-    @property
-    def num_positions(self) -> int | None:
-        """Size of the table of position embeddings; ``None`` if there is none, or before the model is loaded."""
-        return None if self.model is None else loading.num_positions(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the default optimizer: it is a lambda, for jsonargparse, and ``ddp_spawn`` pickles the module."""
