@@ -38,6 +38,7 @@ from lightning_sft.evaluation.metrics import metrics_by_part
 from lightning_sft.evaluation.module import EvaluatedModule
 from lightning_sft.evaluation.window import Window
 from lightning_sft.io.arguments import Count, Filled, Fraction, Name, NonNegative, check_arguments, plain
+from lightning_sft.io.named import OurNames
 from lightning_sft.model import pretrained as loading
 from lightning_sft.model.assembly import assemble
 from lightning_sft.model.attention.choice import Attention, check_asked
@@ -74,7 +75,7 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, LogLikelihood, Normalize
 
 
-class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule):
+class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNames):
     """Fine-tunes a pretrained causal language model on target tokens.
 
     Args:
@@ -268,8 +269,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule):
         named = ((name.removeprefix("scorer.model."), parameter) for name, parameter in self.named_parameters())
         optimizer = make_optimizer(self.optimizer, named, self.learning_rate)
         check_strategy(optimizer, self.trainer.strategy)
-        if type(optimizer) is not AdamW:
-            announce(self.trainer, f"Optimizer: {described(optimizer)}.")
+        announce(self.trainer, f"Optimizer: {described(optimizer)}.")
         # Lightning refuses to clip where a fused optimizer would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed frees them itself

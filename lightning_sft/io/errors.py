@@ -14,8 +14,9 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
+from lightning_sft.io.closest import meant
 from lightning_sft.io.config_files import place_of
-from lightning_sft.io.parser_errors import meant, refusal
+from lightning_sft.io.parser_errors import refusal
 from lightning_sft.machine.terminal import printable
 from lightning_sft.types import InputError
 
@@ -32,7 +33,7 @@ class OneLine:
     _option_string_actions: dict[str, Any]
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+        super().__init__(*args, **{"allow_abbrev": False} | settings)
         self._negative_number_matcher = _NEGATIVE
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

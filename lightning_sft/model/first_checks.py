@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_sft.model.kernels import Kernels
 from lightning_sft.model.pretrained import load_architecture
 from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning_sft.model.likelihood import LikelihoodModel
 
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
@@ -22,6 +27,21 @@ class FirstChecks(LightningModule):
         pretrained: str
         tuning: TuningConfig
         kernels: Kernels
+        scorer: LikelihoodModel | None
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The parameters; warns whoever asks for them before a fit has loaded the weights, as for an optimizer.
+
+        Args:
+            recurse: Whether those of all modules inside are meant.
+        """
+        if self.scorer is None and self._trainer is None:
+            rank_zero_warn(
+                f"{type(self).__name__} has no parameters yet: its weights are loaded when fit begins, where the "
+                "strategy wants them. Give it an optimizer as a class or functools.partial(torch.optim.AdamW, "
+                "lr=2e-5); to look at the weights, call configure_model() first."
+            )
+        return super().parameters(recurse)
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """No callbacks: this is the only hook of Lightning before data are prepared.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,6 +18,9 @@ from lightning_sft.types import InputError
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 """Function that makes an optimizer from parameter groups, named as in Lightning's CLI."""
+
+DEFAULT_RATE = 2e-5
+"""Learning rate of the default optimizer."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +235,7 @@ def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr
         raise InputError(
             f"The optimizer does not take its parameters or settings: {error}.{hint if '2D' in str(error) else ''}"
         ) from error
+    _warn_of_default_rate(make, optimizer, lr)
     if type(optimizer).__name__ == "CPUOffloadOptimizer":  # torchao's; its hooks run before the step's
         raise InputError(
             "CPUOffloadOptimizer copies each gradient to the host before it is clipped, so its steps would be others. "
@@ -237,6 +243,19 @@ def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr
             "on one device too."
         )
     return optimizer
+
+
+def _warn_of_default_rate(make: OptimizerCallable, optimizer: Optimizer, lr: float | None) -> None:
+    """Warn of a class of torch, or a partial of one, that is given no learning rate: its own suits no fine-tuning."""
+    kind, given = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
+    is_torchs = isinstance(kind, type) and kind.__module__.startswith("torch.optim")
+    rate = optimizer.defaults.get("lr")
+    if is_torchs and "lr" not in given and lr is None and rate is not None:
+        name = type(optimizer).__name__
+        rank_zero_warn(
+            f"model.optimizer is {name} without a learning rate, so it is torch's default, {float(rate):g}; without an "
+            f"optimizer it would be {DEFAULT_RATE:g}. Set it: functools.partial({name}, lr={DEFAULT_RATE:g})."
+        )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import repeated_tokens
+from lightning_sft.data.inspect.overlap import overlap
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.io.words import counted
@@ -35,6 +36,8 @@ def show_report(splits: Mapping[str, Split], train: SplitPlan) -> None:
             "So few optimizer steps change a model little. Lower trainer.accumulate_grad_batches or "
             "data.tokens_per_batch for more of them, or raise trainer.max_epochs."
         )
+    if found := overlap(splits):
+        remarks.append(found)
     if train.outliers:
         remarks.append(f"train: {train.outliers}")
     for remark in remarks:
