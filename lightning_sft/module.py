@@ -362,6 +362,11 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         return self._run.seed
 
     @property
+    def changed_settings(self) -> list[str]:
+        """Settings of the optimizer that are not those of the checkpoint that was resumed, as ``lr=0.001``."""
+        return self._run.changes()
+
+    @property
     def model(self) -> PreTrainedModel | None:
         """The model of transformers; ``None`` before it is loaded."""
         return None if self.scorer is None else self.scorer.model
