@@ -240,7 +240,7 @@ class SFTDataModule(LightningDataModule, OurNames):
             split = self.splits[name]
             self._planned[key] = SplitPlan.of(split, work, self.packing, self.tokens_per_batch, **settings)
             if name == "train" and self._is_shown and not self._tries_sizes:
-                show_report(self.splits, self._planned[key])
+                show_report(self.splits, self._planned[key], bool(getattr(self.trainer, "fast_dev_run", False)))
         return self._planned[key]
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:

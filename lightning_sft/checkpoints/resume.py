@@ -111,8 +111,8 @@ class RunPosition:
         if is_inside and self.plan != plan and None not in (self.plan, plan):
             raise InputError(
                 f"The checkpoint was saved within epoch {self.epoch}, and the data or their order have changed since: "
-                f"{differ or f'{self.plan}; now {plan}'}. Resume with the original data and settings, or start a new run "
-                "from its weights (lightning-sft export)."
+                f"{differ or f'{self.plan}; now {plan}'}. Resume with the original data and settings, or start a new "
+                "run from its weights (lightning-sft export)."
             )
         return replace(changed, micro_batches=self.micro_batches * self.num_ranks // num_ranks)
 

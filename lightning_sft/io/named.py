@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from inspect import Parameter, signature
 from types import FunctionType
@@ -23,15 +23,8 @@ class OurNames:
     """Base of classes that refuse arguments, and warn of overrides, that are called otherwise here."""
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
-        """Look at the names alone: not in ``__init__``, whose signature editors and jsonargparse read.
-
-        Raises:
-            InputError: With the first name that the constructor does not have.
-        """
-        known = signature(cls.__init__).parameters
-        unknown = [name for name in given if name not in known]
-        if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
-            raise InputError(f"{cls.__name__} has no argument {unknown[0]!r}.{_meant(cls, unknown[0])}")
+        """Look at the names alone: not in ``__init__``, whose signature editors and jsonargparse read."""
+        check_names(cls, given)
         base = next(kind for kind in cls.__mro__ if OurNames in kind.__bases__)
         for name, ours in _misspelt_overrides(cls, base):
             rank_zero_warn(
@@ -39,6 +32,22 @@ class OurNames:
                 f"Did you mean {ours}?"
             )
         return super().__new__(cls)
+
+
+def check_names(cls: type[Any], given: Iterable[str]) -> None:
+    """Refuse names that the constructor of a class does not have.
+
+    Args:
+        cls: The class.
+        given: Names of arguments.
+
+    Raises:
+        InputError: With the first of them, and what may be meant.
+    """
+    known = signature(cls.__init__).parameters
+    unknown = [name for name in given if name not in known]
+    if unknown and not any(parameter.kind is Parameter.VAR_KEYWORD for parameter in known.values()):
+        raise InputError(f"{cls.__name__} has no argument {unknown[0]!r}.{_meant(cls, unknown[0])}")
 
 
 def _meant(cls: type[Any], name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,6 +109,24 @@ def make_optimizer(
     for optimizer in parts:
         _load_states_as_saved(optimizer)
     return Chained(parts)
+
+
+def check_settings(make: OptimizerCallable | Sequence[OptimizerPart]) -> None:
+    """Refuse settings that an optimizer of torch does not take, on a parameter of one matrix, before data are read.
+
+    Other functions are not called: they may do more than that.
+
+    Args:
+        make: Function that makes the optimizer from parameter groups; or the parts of a chained one.
+
+    Raises:
+        InputError: With what torch says of them.
+    """
+    for one in [make] if callable(make) else [part.optimizer for part in make]:
+        if isinstance(one, partial) and any(_is_torchs(kind) for kind in (one.func, *one.args)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said again when it is made
+                _made(one, [("weight", nn.Parameter(torch.zeros(1, 1)))], None)
 
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:
@@ -248,14 +267,17 @@ def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr
 def _warn_of_default_rate(make: OptimizerCallable, optimizer: Optimizer, lr: float | None) -> None:
     """Warn of a class of torch, or a partial of one, that is given no learning rate: its own suits no fine-tuning."""
     kind, given = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
-    is_torchs = isinstance(kind, type) and kind.__module__.startswith("torch.optim")
     rate = optimizer.defaults.get("lr")
-    if is_torchs and "lr" not in given and lr is None and rate is not None:
+    if _is_torchs(kind) and "lr" not in given and lr is None and rate is not None:
         name = type(optimizer).__name__
         rank_zero_warn(
             f"model.optimizer is {name} without a learning rate, so it is torch's default, {float(rate):g}; without an "
             f"optimizer it would be {DEFAULT_RATE:g}. Set it: functools.partial({name}, lr={DEFAULT_RATE:g})."
         )
+
+
+def _is_torchs(kind: Any) -> bool:
+    return isinstance(kind, type) and kind.__module__.startswith("torch.optim")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -62,6 +62,14 @@ def test_an_abbreviated_option_is_refused_with_the_whole_one(
     assert re.search(f"{flag}. Did you mean {option}\\? All options: ", capsys.readouterr().err)
 
 
+def test_a_missing_argument_points_to_the_help_of_its_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("fit", "plan"):
+        with pytest.raises(SystemExit):
+            main([verb])
+        assert f"lightning-sft {verb}: " in (told := capsys.readouterr().err)
+        assert f"--model.pretrained. All options: lightning-sft {verb} --help" in told
+
+
 def test_a_negative_number_in_scientific_notation_is_a_value(tmp_path: Path) -> None:
     for value in ("-1e-4", "-2.5E+3", "-1", "-.5"):
         with pytest.raises(Exception, match=rf"model.warmup is {float(value)}; expected a number >= 0 and <= 1"):

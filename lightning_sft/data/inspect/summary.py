@@ -26,12 +26,18 @@ _FEW_STEPS = 10  # of an epoch
 _BAR = 40  # characters of the longest bar
 
 
-def show_report(splits: Mapping[str, Split], train: SplitPlan) -> None:
-    """Print the account of all splits and the plan of the training epochs."""
+def show_report(splits: Mapping[str, Split], train: SplitPlan, is_trial: bool = False) -> None:
+    """Print the account of all splits and the plan of the training epochs.
+
+    Args:
+        splits: Splits by name.
+        train: Plan of the training data.
+        is_trial: Whether a few steps are all that is wanted.
+    """
     console = Console(soft_wrap=True)
     show_counts(splits, train, console)
     remarks = [remark for name, split in splits.items() for remark in split.account.remarks(name)]
-    if train.plan.num_steps < _FEW_STEPS:
+    if train.plan.num_steps < _FEW_STEPS and not is_trial:
         remarks.append(
             "So few optimizer steps change a model little. Lower trainer.accumulate_grad_batches or "
             "data.tokens_per_batch for more of them, or raise trainer.max_epochs."
