@@ -77,7 +77,10 @@ def data_differences(trainer: Trainer, checkpoint: Mapping[str, Any]) -> str:
         trainer: Trainer whose data are set up.
         checkpoint: Loaded checkpoint.
     """
-    of_run, now = checkpoint.get(RUN_INFO_KEY, {}), _data_info(datamodule_of(trainer))
+    of_run = checkpoint.get(RUN_INFO_KEY)
+    if not of_run:  # of Lightning, or an early version
+        return ""
+    now = _data_info(datamodule_of(trainer))
     found: dict[str, str] = {}
     for section in ("data_module", "reading", "template"):
         before, after = of_run.get(section, {}), now[section]

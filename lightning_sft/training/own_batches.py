@@ -18,11 +18,11 @@ class OwnBatches:
     """Looks at the ids and positions of batches that are not of ``SFTDataModule``, which checks its data when it plans.
 
     On a CPU it looks at every batch. On other devices the host has to wait for the values, so it looks at the first
-    batch, and at each that has longer rows than all before it.
+    batch of the training and of the evaluation, and at each that has longer rows than all before it.
     """
 
     def __init__(self) -> None:
-        self._longest = 0  # row that has been looked at
+        self._longest = {True: 0, False: 0}  # row that has been looked at, in training and in evaluation
         self._has_warned = False
 
     def check(self, module: LightningModule, batch: Batch) -> None:
@@ -35,10 +35,10 @@ class OwnBatches:
         Raises:
             InputError: With the first id or position that the model does not have.
         """
-        length = batch.input_ids.shape[1]
-        if batch.provenance or (batch.input_ids.device.type != "cpu" and length <= self._longest):
+        length, longest_seen = batch.input_ids.shape[1], self._longest[module.training]
+        if batch.provenance or (batch.input_ids.device.type != "cpu" and length <= longest_seen):
             return
-        self._longest = max(self._longest, length)
+        self._longest[module.training] = max(longest_seen, length)
         if (size := getattr(module, "num_embeddings", None)) is not None:
             _check_ids("token id", batch.input_ids, (batch.input_ids < 0) | (batch.input_ids >= size), size)
             outside = (batch.labels < 0) | (batch.labels >= size)

@@ -20,6 +20,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.checkpoints.resume import POSITION_KEY, RunPosition, seed_micro_batch
+from lightning_sft.checkpoints.run_info import data_differences
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.schedules import learning_rate_factor
 from lightning_sft.types import InputError
@@ -238,6 +239,10 @@ def test_other_data_are_refused_inside_an_epoch_by_name_and_allowed_between_two(
         warnings.filterwarnings("ignore", "The run resumes with its original seed")
         trainer = other.fit(dropping, tmp_path)
     assert trainer.current_epoch == 3
+
+
+def test_of_a_checkpoint_without_facts_no_setting_is_said_to_differ() -> None:
+    assert data_differences(Trainer(accelerator="cpu", logger=False, enable_progress_bar=False), {}) == ""
 
 
 @pytest.mark.parametrize("accumulate", [1, 3, 4])

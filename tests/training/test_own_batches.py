@@ -80,16 +80,24 @@ def test_on_a_device_the_host_waits_for_the_first_batch_and_longer_ones_alone() 
     """Seen by what is compared: the meta device has no values, so looking at one is an error."""
 
     class Module:
-        num_embeddings = 20
+        num_embeddings, training = 20, True
 
     def batch(length: int) -> Batch:
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         return Batch(ids, ids, ids, ids.double())
 
-    checks = OwnBatches()
-    for length, is_looked_at in ((5, True), (5, False), (3, False), (6, True)):
+    checks, module = OwnBatches(), Module()
+    for length, training, is_looked_at in (
+        (5, False, True),  # of the sanity check
+        (4, True, True),
+        (4, True, False),
+        (3, True, False),
+        (6, True, True),
+        (5, False, False),
+    ):
+        module.training = training
         if is_looked_at:
             with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-                checks.check(Module(), batch(length))  # type: ignore[arg-type]  # what is asked of one
+                checks.check(module, batch(length))  # type: ignore[arg-type]  # what is asked of one
         else:
-            checks.check(Module(), batch(length))  # type: ignore[arg-type]  # as above
+            checks.check(module, batch(length))  # type: ignore[arg-type]  # as above
