@@ -33,6 +33,7 @@ from lightning_sft.data.tokens.overflow import Overflow
 from lightning_sft.data.tokens.template_config import TemplateConfig, Thoughts, configure_anew
 from lightning_sft.data.tokens.workers import num_cores
 from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments, plain
+from lightning_sft.io.named import OurNames
 from lightning_sft.model.parallel.rank_zero import FirstRank
 from lightning_sft.model.pretrained import context_length, load_tokenizer, stop_ids
 from lightning_sft.objective import NORMALIZATIONS
@@ -50,7 +51,7 @@ from lightning_sft.types import InputError, Normalize, Prompt
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
 
-class SFTDataModule(LightningDataModule):
+class SFTDataModule(LightningDataModule, OurNames):
     """Reads instruction data, encodes it with the model's chat template, and plans its micro-batches.
 
     Args:
@@ -138,10 +139,9 @@ class SFTDataModule(LightningDataModule):
         self.tokenizer_name: str | None = plain(tokenizer)
         self.chat_template: str | None = plain(chat_template)
         self.max_length, self.tokens_per_batch, self.packing = max_length, tokens_per_batch, packing
-        self.overflow: Overflow = overflow
+        self.seed, self.overflow = seed, overflow
         self.invalid_rows, self.predict_batch_size = invalid_rows, predict_batch_size
-        self.num_workers, self.cache, self.seed = num_workers, cache, seed
-        self.streaming, self.buffer_rows = streaming, buffer_rows
+        self.num_workers, self.cache, self.streaming, self.buffer_rows = num_workers, cache, streaming, buffer_rows
         self.sample_rows = 100  # of a stream: they are read before the training begins, since most mistakes show there
         self._asked: dict[str, Any] = {"tokenizer": plain(tokenizer), "packing": packing, "max_length": max_length}
         self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalization of what has been read
@@ -240,7 +240,7 @@ class SFTDataModule(LightningDataModule):
             split = self.splits[name]
             self._planned[key] = SplitPlan.of(split, work, self.packing, self.tokens_per_batch, **settings)
             if name == "train" and self._is_shown and not self._tries_sizes:
-                show_report(self.splits, self._planned[key])
+                show_report(self.splits, self._planned[key], bool(getattr(self.trainer, "fast_dev_run", False)))
         return self._planned[key]
 
     def train_dataloader(self) -> EpochLoader | StreamLoader:

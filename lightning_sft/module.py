@@ -38,6 +38,7 @@ from lightning_sft.evaluation.metrics import metrics_by_part
 from lightning_sft.evaluation.module import EvaluatedModule
 from lightning_sft.evaluation.window import Window
 from lightning_sft.io.arguments import Count, Filled, Fraction, Name, NonNegative, check_arguments, plain
+from lightning_sft.io.named import OurNames
 from lightning_sft.model import pretrained as loading
 from lightning_sft.model.assembly import assemble
 from lightning_sft.model.attention.choice import Attention, check_asked
@@ -45,6 +46,7 @@ from lightning_sft.model.experts import RouterLoss, Routers
 from lightning_sft.model.first_checks import FirstChecks
 from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
+from lightning_sft.model.limits import LimitedModule
 from lightning_sft.model.parallel.buckets import settle_buckets
 from lightning_sft.model.parallel.sharding import Sharding, loading_config
 from lightning_sft.model.parallel.unused import check_all_reduced
@@ -73,7 +75,7 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, LogLikelihood, Normalize
 
 
-class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
+class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNames):
     """Fine-tunes a pretrained causal language model on target tokens.
 
     Args:
@@ -209,7 +211,7 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
 
     def training_step(self, batch: Batch | Mapping[str, Any], batch_idx: int) -> STEP_OUTPUT:
         """``− Σ_t w_t · log Pr(t) / Z``, with the routers' loss, times what will be divided by."""
-        batch = Batch.of(batch)
+        batch = self._received(batch)
         check_step(self, self.normalize, batch.normalizer is not None)
         likelihood: LogLikelihood = self(batch)
         objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)
@@ -267,8 +269,7 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
         named = ((name.removeprefix("scorer.model."), parameter) for name, parameter in self.named_parameters())
         optimizer = make_optimizer(self.optimizer, named, self.learning_rate)
         check_strategy(optimizer, self.trainer.strategy)
-        if type(optimizer) is not AdamW:
-            announce(self.trainer, f"Optimizer: {described(optimizer)}.")
+        announce(self.trainer, f"Optimizer: {described(optimizer)}.")
         # Lightning refuses to clip where a fused optimizer would undo the loss scaling by itself; let the scaler do it
         cast(Any, optimizer)._step_supports_amp_scaling = False
         if not self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed frees them itself
@@ -361,6 +362,11 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
         return self._run.seed
 
     @property
+    def changed_settings(self) -> list[str]:
+        """Settings of the optimizer that are not those of the checkpoint that was resumed, as ``lr=0.001``."""
+        return self._run.changes()
+
+    @property
     def model(self) -> PreTrainedModel | None:
         """The model of transformers; ``None`` before it is loaded."""
         return None if self.scorer is None else self.scorer.model
@@ -373,16 +379,6 @@ class SFTModule(TargetLosses, FirstChecks, EvaluatedModule):
     def isolates_documents(self) -> bool:
         """Whether documents may share a row; asked by the data module before it packs."""
         return self.scorer is None or self.scorer.findings.isolates_documents
-
-    @property
-    def num_embeddings(self) -> int | None:
-        """Number of token ids of the model; ``None`` before it is loaded."""
-        return None if self.model is None else cast(Any, self.model.get_input_embeddings()).num_embeddings
-
-    @property
-    def num_positions(self) -> int | None:
-        """Size of the table of position embeddings; ``None`` if there is none, or before the model is loaded."""
-        return None if self.model is None else loading.num_positions(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the default optimizer: it is a lambda, for jsonargparse, and ``ddp_spawn`` pickles the module."""

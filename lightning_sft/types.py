@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -153,7 +153,7 @@ class Batch:
         Rows are taken to be padded on the right, unless ``position_ids`` says otherwise.
 
         Raises:
-            InputError: If a key is missing, or the mask is not one of right padding.
+            InputError: If a key is missing, a shape is not ``[B, N]``, or the mask is not one of right padding.
 
         >>> batch = Batch.of({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])})
         >>> batch.labels.tolist(), batch.target_weights.tolist()
@@ -164,21 +164,42 @@ class Batch:
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
             given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise InputError(f"A batch must be a Batch or have 'input_ids' and 'labels', got {given}.")
+        ids, own_labels = batch["input_ids"], batch["labels"]
+        shapes = [tuple(getattr(value, "shape", ())) for value in (ids, own_labels)]
+        if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
+            raise InputError(
+                f"input_ids and labels of a batch must be tensors of one shape [B, N], got {shapes[0]} and "
+                f"{shapes[1]}. labels[i] is input_ids[i], or -100 where it is no target."
+            )
         mask = batch.get("attention_mask")
         if mask is not None and (mask.ndim != 2 or (mask[:, 1:] > mask[:, :-1]).any()):
             raise InputError(
                 "An attention_mask [B, N] can only say that rows are padded on the right. Set "
                 "tokenizer.padding_side = 'right'; for packed documents, give position_ids and no mask."
             )
-        ids = batch["input_ids"]
         positions, lengths = batch.get("position_ids"), ()
         if positions is None:
             lengths = () if mask is None else mask.sum(1).tolist()
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         labels = torch.full_like(ids, IGNORE)
-        labels[:, :-1] = batch["labels"][:, 1:]
+        labels[:, :-1] = own_labels[:, 1:]
         labels[:, :-1][positions[:, 1:] == 0] = IGNORE  # a document's first token is never a target
         return cls(ids, labels, positions, (labels != IGNORE).to(widest(ids.device)), lengths=lengths)
+
+    def keys(self) -> NoReturn:
+        """Refuse ``model(**batch)``, whose loss would be a mean over labels that are shifted a second time.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            "A Batch is no dictionary for a model of transformers, which would shift its labels a second time and take "
+            "the mean of a micro-batch. Pass input_ids=batch.input_ids and position_ids=batch.position_ids, without "
+            "labels, and compute the loss from the logits, as docs/howto/drop_in.md does under Our data, your module."
+        )
+
+    def __getitem__(self, name: str) -> NoReturn:
+        raise InputError(f"The fields of a Batch are attributes: batch.{name} instead of batch[{name!r}].")
 
     @property
     def targets(self) -> Tensor:

@@ -70,3 +70,11 @@ def test_targets_follow_labels_that_are_changed() -> None:
     assert batch.targets.tolist() == batch.to("cpu").targets.tolist() == [0]
     with torch.inference_mode():
         assert Batch.of({"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 2)}).targets.tolist() == [0]
+
+
+def test_a_batch_is_no_dictionary_of_arguments_and_says_what_to_pass_instead() -> None:
+    batch = Batch.of(dict.fromkeys(("input_ids", "labels"), torch.ones(1, 2, dtype=torch.long)))
+    with pytest.raises(InputError, match=r"Pass input_ids=batch.input_ids and position_ids=.*, without"):
+        torch.nn.Identity()(**batch)
+    with pytest.raises(InputError, match=r"attributes: batch.input_ids instead of"):
+        batch["input_ids"]

@@ -38,6 +38,9 @@ def ending(trainer: Trainer, resumed_at: int = 0) -> str:
     lines = [f"The fit ended after step {step:,}: {why}."]
     if step == resumed_at and step:
         lines = [f"Nothing was left to train after step {step:,}: {why}. Raise trainer.max_epochs or max_steps."]
+        changed = getattr(trainer.lightning_module, "changed_settings", [])
+        if changed:
+            lines[0] += f" Changed settings of the optimizer have had no effect: {', '.join(changed)}."
     has_rows = "val" in getattr(datamodule_of(trainer), "splits", ()) and bool(trainer.limit_val_batches)
     if has_rows and step > resumed_at and not any(name.startswith("val/") for name in trainer.callback_metrics):
         lines.append("No validation was due before that: trainer.val_check_interval sets one within an epoch.")

@@ -25,6 +25,7 @@ from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.data.inspect.summary import counts, histogram, targets_in_words
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.io.disk import append, write
+from lightning_sft.module import SFTModule
 from lightning_sft.training.trainer import (
     callbacks_of,
     datamodule_of,
@@ -94,6 +95,7 @@ class RunRecord(Callback):
             "saved": bool(trainer.global_step),
             "pretrained": getattr(pl_module, "pretrained", None),
             "config": None,
+            "loss": _loss(pl_module),
             "parameters": sum(p.numel() for p in pl_module.parameters()),
             "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
             "facts": facts,
@@ -220,6 +222,14 @@ def folder_of(trainer: Trainer) -> Path:
     """The folder of a run, where its record is or its logger writes; every rank must call this."""
     records = [callback for callback in callbacks_of(trainer) if isinstance(callback, RunRecord)]
     return (records[0] if records else RunRecord()).folder(trainer)
+
+
+def _loss(module: LightningModule) -> dict[str, str]:
+    """What the training loss of a module is: whose, and what it is divided by."""
+    kind = type(module)
+    own = [name for name in ("target_loss", "forward") if getattr(kind, name, None) is not getattr(SFTModule, name)]
+    normalize = str(getattr(module, "normalize", "by the module itself"))
+    return {"of": f"{kind.__name__}.{own[0]}" if own else "−log Pr", "normalize": normalize}
 
 
 def _device(trainer: Trainer) -> str:

@@ -18,14 +18,13 @@ from torch.optim import Adam
 
 from lightning_sft.callbacks.keep_memory import KeepMemory
 from lightning_sft.io.disk import short_path
+from lightning_sft.io.words import memory
 from lightning_sft.machine.terminal import Console
 from lightning_sft.module import SFTModule
 from lightning_sft.training.flops import num_weights
 from lightning_sft.training.optimizers import described
 from lightning_sft.training.trainer import callbacks_of, datamodule_of, total_steps
 from lightning_sft.types import InputError
-
-_GIB = 1 << 30
 
 
 class RunSummary(ModelSummary):
@@ -136,7 +135,7 @@ def _memory(trainer: Trainer, parameters: Iterable[nn.Parameter]) -> str:
     }
     if trainer.optimizers and all(isinstance(optimizer, Adam) for optimizer in trainer.optimizers):
         parts["optimizer"] = 2 * parts["gradients"]
-    said = " + ".join(f"{size / _GIB:.2f} GiB {name}" for name, size in parts.items()) + " on each device"
+    said = " + ".join(f"{memory(size)} {name}" for name, size in parts.items()) + " on each device"
     if any(isinstance(callback, KeepMemory) and callback.keeps for callback in callbacks_of(trainer)):
         said += ", freed memory is kept for the next step (KeepMemory)"
     return f"{said}; lightning-sft plan predicts the peak"

@@ -20,6 +20,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_sft.checkpoints.run_info import data_differences
 from lightning_sft.training.optimizers import parts_of
 from lightning_sft.training.trainer import context_parallel, data_parallel, datamodule_of
 from lightning_sft.types import InputError
@@ -81,13 +82,14 @@ class RunPosition:
         is_validated = batches.ready > done or epochs.processed > epoch or _validation_has_ended(trainer)
         return cls(epoch, steps, done, is_last, is_validated, *_split(trainer), seed, plan_of(trainer))
 
-    def on(self, num_ranks: int, accumulate: int, plan: str | None) -> RunPosition:
+    def on(self, num_ranks: int, accumulate: int, plan: str | None, differ: str = "") -> RunPosition:
         """The same position under another division of the epoch into ranks and steps.
 
         Args:
             num_ranks: New number of data-parallel ranks.
             accumulate: New number of micro-batches per rank in one optimizer step.
             plan: Fingerprint of the new order of the data.
+            differ: Settings of the data that are not those of the checkpoint, in words.
 
         Raises:
             InputError: When the remaining steps of a started epoch would differ.
@@ -109,8 +111,8 @@ class RunPosition:
         if is_inside and self.plan != plan and None not in (self.plan, plan):
             raise InputError(
                 f"The checkpoint was saved within epoch {self.epoch}, and the data or their order have changed since: "
-                f"{self.plan}; now {plan}. Resume with the original data and settings, or start a new run from its "
-                "weights (lightning-sft export)."
+                f"{differ or f'{self.plan}; now {plan}'}. Resume with the original data and settings, or start a new "
+                "run from its weights (lightning-sft export)."
             )
         return replace(changed, micro_batches=self.micro_batches * self.num_ranks // num_ranks)
 
@@ -170,6 +172,13 @@ class RunState:
             retune(trainer, self._asked, self._saved, self._schedule)
         self._schedule = None  # else copies of the module would have an optimizer
 
+    def changes(self) -> list[str]:
+        """Settings of the optimizer that are not those of the checkpoint, as ``lr=0.001``."""
+        if self._asked is None or self._saved is None:
+            return []
+        pairs = zip(self._asked.groups, self._saved.groups, strict=True)
+        return list(dict.fromkeys(f"{n}={v}" for now, old in pairs for n, v in now.items() if not _same(v, old.get(n))))
+
     def seed_micro_batch(self, trainer: Trainer, number: int) -> None:
         """Seed the draws of a micro-batch, see :func:`seed_micro_batch`.
 
@@ -228,7 +237,7 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> int | None:
     if POSITION_KEY not in checkpoint:
         return None
     saved = RunPosition(**checkpoint[POSITION_KEY])
-    place = saved.on(*_split(trainer), plan_of(trainer))
+    place = saved.on(*_split(trainer), plan_of(trainer), data_differences(trainer, checkpoint))
     loops = checkpoint["loops"] = dict(checkpoint["loops"])
     loops["fit_loop"] = place.counters(loops["fit_loop"], saved.accumulate)
     if (now := seed_of(trainer)) != saved.seed:

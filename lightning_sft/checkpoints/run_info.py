@@ -36,6 +36,8 @@ _FILES = 8  # of a part; an export reads a few rows
 _OF_PARTS = ("system", "train_on", "chat_template_kwargs")
 _DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed", "held_out")
 
+_ARGUMENTS = {"variables": "chat_template_kwargs", "held_out": "val"}  # what facts are called that have another name
+
 
 def run_info(trainer: Trainer) -> dict[str, Any]:
     """Step, metrics, optimizer, settings, data and versions of a training run, as plain values.
@@ -53,12 +55,45 @@ def run_info(trainer: Trainer) -> dict[str, Any]:
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
         "optimizer": _optimizer(trainer),
         "trainer": {"strategy": type(trainer.strategy).__name__} | _plain(trainer, _TRAINER),
+        **_data_info(data),
+        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+
+
+def _data_info(data: Any) -> dict[str, Any]:
+    """Settings of a data module, and its splits."""
+    return {
         "data_module": {"class": type(data).__name__} | _plain(data, _DATA),
         "reading": _different(getattr(data, "reading", None), Reading()),
         "template": _template(data),
         "data": {name: _split(cast("SFTDataModule", data), name) for name in getattr(data, "splits", {})},
-        "versions": {name: found for name in _PACKAGES if (found := _version(name))},
     }
+
+
+def data_differences(trainer: Trainer, checkpoint: Mapping[str, Any]) -> str:
+    """The settings of the training data that are not those of a checkpoint, in words; empty if none is known to differ.
+
+    Args:
+        trainer: Trainer whose data are set up.
+        checkpoint: Loaded checkpoint.
+    """
+    of_run = checkpoint.get(RUN_INFO_KEY)
+    if not of_run:  # of Lightning, or an early version
+        return ""
+    now = _data_info(datamodule_of(trainer))
+    found: dict[str, str] = {}
+    for section in ("data_module", "reading", "template"):
+        before, after = of_run.get(section, {}), now[section]
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name) and name != "stop_ids":
+                was, is_now = before.get(name, "the default"), after.get(name, "the default")
+                found[f"data.{_ARGUMENTS.get(name, name)}"] = f"was {was}, now {is_now}"
+    parts, own = (facts.get("data", {}).get("train", {}).get("parts", []) for facts in (of_run, now))
+    for key in ("source", "rows", "share", "weight") if parts else ():
+        was, is_now = (", ".join(str(part.get(key)) for part in of) for of in (parts, own))
+        if was != is_now:
+            found["data.train" if key == "source" else f"{key} of data.train"] = f"was {was}, now {is_now}"
+    return "; ".join(f"{name} {said}" for name, said in found.items())
 
 
 def save_run_info(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace, _typehints
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_sft.commands.trainer_settings import check_names
 from lightning_sft.io.disk import whole
 from lightning_sft.io.errors import OneLine
 
@@ -120,6 +121,7 @@ class ConfigCLI(LightningCLI):
         """The module and the data module. The trainer's section stays as it is: its devices need not be here."""
         config = self.config.clone()
         self.trainer_config = config.pop("trainer")
+        check_names(self.trainer_config)
         self.config_init = self.parser.instantiate_classes(config)
         self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
 

@@ -28,10 +28,7 @@ def refused_by_name(settings: Mapping[str, Any]) -> Iterator[None]:
         InputError: With what is wrong, before anything is made where that can be known.
     """
     _check_devices(settings)
-    _check_name("strategy", settings.get("strategy"), StrategyRegistry.available_strategies(), "ddp, fsdp2")
-    _check_name(
-        "accelerator", settings.get("accelerator"), [*AcceleratorRegistry.available_accelerators(), "gpu"], "cpu, gpu"
-    )
+    check_names(settings)
     if settings.get("accelerator") in ("gpu", "cuda") and not (torch.cuda.is_available() or _is_apple(settings)):
         raise InputError(
             f"trainer.accelerator is {settings['accelerator']}, and torch finds no GPU here: lightning-sft doctor says "
@@ -43,6 +40,21 @@ def refused_by_name(settings: Mapping[str, Any]) -> Iterator[None]:
         raise
     except (TypeError, ValueError, ImportError, RuntimeError, MisconfigurationException) as error:
         raise InputError(f"Lightning makes no trainer with these settings (trainer.*): {error}") from error
+
+
+def check_names(settings: Mapping[str, Any]) -> None:
+    """Refuse a strategy or an accelerator that Lightning does not have, whether its devices are here or not.
+
+    Args:
+        settings: Arguments of the trainer.
+
+    Raises:
+        InputError: With the name that may be meant.
+    """
+    _check_name("strategy", settings.get("strategy"), StrategyRegistry.available_strategies(), "ddp, fsdp2")
+    _check_name(
+        "accelerator", settings.get("accelerator"), [*AcceleratorRegistry.available_accelerators(), "gpu"], "cpu, gpu"
+    )
 
 
 def _check_devices(settings: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from lightning_sft.data.batches.loader import PAD_ID, PromptBatch, PromptLoader
 from lightning_sft.io.arguments import AboveZero, Index, NonNegative, check_arguments, made
 from lightning_sft.machine.contexts import evaluating
 from lightning_sft.model.backbone import language_model
-from lightning_sft.model.pretrained import num_positions
+from lightning_sft.model.limits import num_positions
 from lightning_sft.training.checks import check_prompts
 from lightning_sft.training.trainer import data_parallel, gather
 from lightning_sft.types import InputError, Prompt, widest

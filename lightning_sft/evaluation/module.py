@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sft.evaluation.metrics import CorpusLikelihood
 from lightning_sft.evaluation.token_bytes import token_bytes
 from lightning_sft.training.checks import not_finite
+from lightning_sft.training.own_batches import OwnBatches
 from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import Batch, LogLikelihood, widest
 
@@ -31,8 +32,14 @@ class EvaluatedModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._evaluation = _Evaluation()
+        self._evaluation, self._own_batches = _Evaluation(), OwnBatches()
         self._of_step: set[str] = set()  # names of the training metrics of the last step
+
+    def _received(self, batch: Batch | Mapping[str, Any]) -> Batch:
+        """A batch, or what a collator of transformers makes, as a checked batch."""
+        batch = Batch.of(batch)
+        self._own_batches.check(self, batch)
+        return batch
 
     def on_validation_start(self) -> None:
         """Reset the validation metrics."""
@@ -40,7 +47,7 @@ class EvaluatedModule(LightningModule):
 
     def validation_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         """Add a batch to the validation metrics of its loader, and hand its likelihood to callbacks."""
-        return {"likelihood": self._evaluation.add(self, batch, dataloader_idx)}
+        return {"likelihood": self._evaluation.add(self, self._received(batch), dataloader_idx)}
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""
@@ -52,7 +59,7 @@ class EvaluatedModule(LightningModule):
 
     def test_step(self, batch: Batch | Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Outputs:
         """Add a batch to the test metrics of its loader, and hand its likelihood to callbacks."""
-        return {"likelihood": self._evaluation.add(self, batch, dataloader_idx)}
+        return {"likelihood": self._evaluation.add(self, self._received(batch), dataloader_idx)}
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics of the whole test set."""
@@ -94,9 +101,8 @@ class _Evaluation:
         self._metrics = [self._new_metric(module.device) for _ in range(num_loaders)]
         self._not_finite = []
 
-    def add(self, module: LightningModule, batch: Batch | Mapping[str, Any], loader: int = 0) -> LogLikelihood:
+    def add(self, module: LightningModule, batch: Batch, loader: int = 0) -> LogLikelihood:
         """Compute the likelihood of a batch, and add it to the metrics of its loader."""
-        batch = Batch.of(batch)
         if batch.part_names != self._metrics[loader].part_names:  # the first batch of a mixture
             self._metrics[loader] = self._new_metric(module.device, batch.part_names)
         likelihood: LogLikelihood = module(batch)

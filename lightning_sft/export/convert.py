@@ -182,8 +182,8 @@ def convert(
         model = restored(checkpoint)
         parts = pretrained_parts(model, own["pretrained"])
     dtype = widest_dtype(model)
-    report, target = begun(rows[0], dtype, settings, live)
     examples = parity.sequences(rows[1], tokenizer)
+    report, target = begun(parity.used(*rows, examples), dtype, settings, live)
     trained = _in_float32(model, examples)
     report.targets = len(trained)
     if live is not None:
@@ -234,8 +234,8 @@ def convert_parts(
         InputError: When the folder fails the comparison.
     """
     own, computed_in = facts["hyper_parameters"], (torch.float32, torch.device("cpu"))
-    report, _ = begun(rows[0], weights.widest, settings, None)
     examples = parity.sequences(rows[1], tokenizer)
+    report, _ = begun(parity.used(*rows, examples), weights.widest, settings, None)
     model = architecture(weights.hf_config, torch.float32)
     trained = log_probs(model, weights.trained, examples, *computed_in)
     report.targets = len(trained)

@@ -182,6 +182,17 @@ def sequences(conversations: Sequence[Conversation], tokenizer: PreTrainedTokeni
     return found
 
 
+def used(rows: str, conversations: Sequence[Conversation], examples: Sequence[Example]) -> str:
+    """The description of rows with the number of those that are compared on, where some have no target that is.
+
+    >>> rows = built_in()
+    >>> used("4 rows of a.jsonl", rows, [Example([5, 6], [0, 1], row.provenance) for row in rows[:3]])
+    '3 of 4 rows of a.jsonl'
+    """
+    number = len({example.provenance for example in examples})
+    return rows if number == len(conversations) else f"{number} of {rows}"
+
+
 @torch.no_grad()
 def log_probs(model: PreTrainedModel, examples: Iterable[Example], device: torch.device | None = None) -> Tensor:
     """Log-probabilities of all tokens at each target of the sequences, ``[T, V]`` on the CPU, in evaluation mode.

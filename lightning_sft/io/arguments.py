@@ -285,7 +285,16 @@ def _shown(value: Any) -> str:
 def _remedy(value: Any, hint: Any) -> str:
     if hasattr(value, "save_pretrained"):
         return " Write it to a folder with its save_pretrained, and give that folder."
+    if _makes(hint) == "Optimizer":  # it is made when the weights have been loaded
+        return " The weights are loaded later: give a class, or functools.partial(torch.optim.AdamW, lr=2e-5)."
     return did_you_mean([value], _choices(hint), cutoff=0.5) if isinstance(value, str) else ""
+
+
+def _makes(hint: Any) -> str | None:
+    """Name of what a function makes, where an annotation asks for one."""
+    if get_origin(hint) is Callable:
+        return getattr(get_args(hint)[-1], "__name__", None)
+    return next(filter(None, map(_makes, get_args(hint))), None)
 
 
 def _choices(hint: Any) -> Iterator[str]:

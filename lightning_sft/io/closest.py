@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+
+ELSEWHERE = {
+    **dict.fromkeys(("lr", "learning_rate"), "model.optimizer.lr"),
+    "weight_decay": "model.optimizer.weight_decay",
+    **dict.fromkeys(("batch_size", "micro_batch_size", "per_device_train_batch_size"), "data.tokens_per_batch"),
+    **dict.fromkeys(("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"), "data.max_length"),
+    **dict.fromkeys(("train_dataset", "train_file", "dataset"), "data.train"),
+    **dict.fromkeys(("eval_dataset", "val_dataset", "validation_file"), "data.val"),
+    **dict.fromkeys(("model_name", "model_name_or_path", "base_model"), "model.pretrained"),
+    "lr_scheduler_type": "model.schedule",
+    "warmup_ratio": "model.warmup",
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "trainer.max_epochs"),
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "output_dir": "trainer.default_root_dir",
+}
+"""What other trainers, and Lightning's tuner, call our settings."""
+
+_ABBREVIATION = 3  # letters with which a name may have been abbreviated
 
 
 def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", cutoff: float | None = None) -> str:
@@ -19,6 +38,8 @@ def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", c
     ' Did you mean fit?'
     >>> did_you_mean(["model.lr"], ["model.lora", "model.optimizer.lr"])
     ' Did you mean model.optimizer.lr?'
+    >>> did_you_mean(["trainer.max_ep"], ["trainer.max_steps", "trainer.max_epochs"])
+    ' Did you mean trainer.max_epochs?'
     >>> did_you_mean(["fit"], ["fit", "test"])
     ''
     """
@@ -30,7 +51,27 @@ def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", c
         deeper = [other for other in names.values() if dot and other.startswith(before) and other.endswith(dot + last)]
         if len(deeper) == 1:
             return f" Did you mean {prefix}{deeper[0]}?"
+        begun = [other for lower, other in names.items() if lower.startswith(name.lower())]
+        if len(begun) == 1 and len(name) >= _ABBREVIATION:
+            return f" Did you mean {prefix}{begun[0]}?"
         least = cutoff or (0.75 if dot else 0.6)
         if close := get_close_matches(name.lower(), names, n=1, cutoff=least):
             return f" Did you mean {prefix}{names[close[0]]}?"
     return ""
+
+
+def meant(names: Sequence[str], known: Iterable[str], prefix: str = "") -> str:
+    """A question after the setting that the first unknown name is elsewhere, or is close to; else nothing.
+
+    Args:
+        names: Words of a message, or what was typed.
+        known: Valid names.
+        prefix: Prefix of the suggested name in the question.
+
+    >>> meant(["model.learning_rate"], ["model.optimizer"]), meant(["model.optimzer"], ["model.optimizer"])
+    (' Did you mean model.optimizer.lr?', ' Did you mean model.optimizer?')
+    """
+    known = list(known)
+    other = (ELSEWHERE.get(name.rpartition(".")[2]) for name in names if name not in known)
+    found = next(filter(None, other), None)
+    return f" Did you mean {prefix}{found}?" if found else did_you_mean(names, known, prefix)

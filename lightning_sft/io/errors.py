@@ -14,12 +14,14 @@ from jsonargparse import ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
+from lightning_sft.io.closest import meant
 from lightning_sft.io.config_files import place_of
-from lightning_sft.io.parser_errors import meant, refusal
+from lightning_sft.io.parser_errors import refusal
 from lightning_sft.machine.terminal import printable
 from lightning_sft.types import InputError
 
 _NEGATIVE = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)  # argparse takes -1e-4 for an option
+_WITHOUT_DASHES = re.compile(r"( required: |, )(?=\w+\.)")
 _NAME = re.compile(r"""(?:--|(?:[Oo]ption|[Kk]ey) ['"])(\w[\w.-]*)""")  # of an option, in messages of jsonargparse
 
 
@@ -32,7 +34,7 @@ class OneLine:
     _option_string_actions: dict[str, Any]
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
+        super().__init__(*args, **{"allow_abbrev": False} | settings)
         self._negative_number_matcher = _NEGATIVE
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -46,10 +48,15 @@ class OneLine:
             super().error(message, ex)  # type: ignore[misc]  # of the parser that it is mixed into
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
+        verbs = getattr(getattr(parser, "_subcommands_action", None), "choices", ())
+        given = next(iter(getattr(self, "args", None) or [""]))
+        prog = f"{prog} {given}" if given in verbs else prog
         options = [name.lstrip("-") for name in parser._option_string_actions]
         text = " ".join(message.split())
-        for name in getattr(getattr(parser, "_subcommands_action", None), "choices", ()):
+        for name in verbs:
             text = text.replace(f"required: {name}.", "required: --")  # an argument is called as it is given
+        if " required: " in text:
+            text = _WITHOUT_DASHES.sub(r"\1--", text)
         hints = {action.dest: getattr(action, "_typehint", None) for action in parser._option_string_actions.values()}
         args = getattr(self, "args", None) or []
         found = refusal(text, hints, args)

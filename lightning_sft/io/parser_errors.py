@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from inspect import signature
 from typing import Any, NamedTuple, get_args, get_origin
 
-from lightning_sft.io.closest import did_you_mean
+from lightning_sft.io.closest import did_you_mean, meant
 
 _KEY = re.compile(r'Parser key "([^"]+)": ')
 _NO_FILE = re.compile(r"""Parser key "config": File does not exist: '(.*?)'.?""")
@@ -23,13 +23,6 @@ _GIVEN = re.compile(
 )
 _PATH = re.compile(r"(?:class_path=|a path but |string: )'?([\w.]+)")
 _CLASS = re.compile(r"class_path[=']*:? ?'([\w.]+)'")
-_ELSEWHERE = {  # what other trainers, and Lightning's tuner, call our settings
-    **dict.fromkeys(("lr", "learning_rate"), "model.optimizer.lr"),
-    **dict.fromkeys(("batch_size", "micro_batch_size", "per_device_train_batch_size"), "data.tokens_per_batch"),
-    **dict.fromkeys(("max_seq_length", "max_seq_len", "sequence_len", "cutoff_len"), "data.max_length"),
-    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "trainer.max_epochs"),
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
-}
 _WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string", "NoneType": "null"}
 _WORDS |= {"list": "a list", "dict": "a dictionary", "pathlib.Path": "a path"}
 
@@ -86,18 +79,6 @@ def refusal(message: str, hints: Any, args: Sequence[str]) -> Refusal | None:
     value = given[1].rstrip(".")
     said = f"is {value}; expected {_either(expected)}.{did_you_mean([value], expected, cutoff=0.5)}"
     return Refusal(".".join(keys[:2]), said, value)
-
-
-def meant(names: Sequence[str], known: Iterable[str], prefix: str = "") -> str:
-    """A question after the setting that the first unknown name is elsewhere, or is close to; else nothing.
-
-    >>> meant(["model.learning_rate"], ["model.optimizer"]), meant(["model.optimzer"], ["model.optimizer"])
-    (' Did you mean model.optimizer.lr?', ' Did you mean model.optimizer?')
-    """
-    known = list(known)
-    other = (_ELSEWHERE.get(name.rpartition(".")[2]) for name in names if name not in known)
-    found = next(filter(None, other), None)
-    return f" Did you mean {prefix}{found}?" if found else did_you_mean(names, known, prefix)
 
 
 def _without_value(key: str, args: Sequence[str]) -> Refusal | None:

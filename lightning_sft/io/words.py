@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+_MIB, _GIB = 1 << 20, 1 << 30
 _OF_ONE = {"are": "is", "were": "was", "have": "has", "make": "makes"}
 
 
@@ -21,3 +22,12 @@ def counted(number: int, noun: str, verb: str = "") -> str:
     plural = f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
     words = [f"{number:,}", noun if number == 1 else plural, _OF_ONE.get(verb, verb) if number == 1 else verb]
     return " ".join(filter(None, words))
+
+
+def memory(size: float) -> str:
+    """A number of bytes in the unit that it is written in with two decimals.
+
+    >>> memory(3 * 2**29), memory(2**20)
+    ('1.50 GiB', '1.00 MiB')
+    """
+    return f"{size / _GIB:,.2f} GiB" if size >= _GIB / 10 else f"{size / _MIB:,.2f} MiB"

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
+from lightning_sft.checkpoints.reading import DAMAGE, Checkpoint
+from lightning_sft.io.named import check_names
 from lightning_sft.model.kernels import Kernels
 from lightning_sft.model.pretrained import load_architecture
 from lightning_sft.model.tuning.tuning import TuningConfig
+from lightning_sft.training.optimizers import OptimizerCallable, OptimizerPart, check_settings
 from lightning_sft.types import InputError
 
+if TYPE_CHECKING:
+    from lightning_sft.model.likelihood import LikelihoodModel
+
+_OF_LOADING = ("map_location", "hparams_file", "strict", "weights_only")
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
@@ -22,17 +32,54 @@ class FirstChecks(LightningModule):
         pretrained: str
         tuning: TuningConfig
         kernels: Kernels
+        scorer: LikelihoodModel | None
+        optimizer: OptimizerCallable | Sequence[OptimizerPart]
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """The parameters; warns whoever asks for them before a fit has loaded the weights, as for an optimizer.
+
+        Args:
+            recurse: Whether those of all modules inside are meant.
+        """
+        if self.scorer is None and self._trainer is None:
+            rank_zero_warn(
+                f"{type(self).__name__} has no parameters yet: its weights are loaded when fit begins, where the "
+                "strategy wants them. Give it an optimizer as a class or functools.partial(torch.optim.AdamW, "
+                "lr=2e-5); to look at the weights, call configure_model() first."
+            )
+        return super().parameters(recurse)
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """No callbacks: this is the only hook of Lightning before data are prepared.
 
         Raises:
-            InputError: When a package is missing that settings need.
+            InputError: When a package is missing that settings need, or the optimizer does not take its settings.
         """
         self.tuning.check_packages(self.pretrained)
         if self.trainer.state.fn == "fit":
+            check_settings(self.optimizer)
             self.kernels.check_packages()
         return super().configure_callbacks()
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **settings: Any) -> Self:
+        """As Lightning's, which would leave out arguments of other names; with one error for a file that is damaged.
+
+        Args:
+            checkpoint_path: File of a checkpoint.
+            args: ``map_location``, ``hparams_file``, ``strict`` and ``weights_only`` of Lightning's.
+            settings: Arguments of Lightning's by name, and those of the module that differ from the checkpoint's.
+
+        Raises:
+            InputError: When the file is damaged, or the module has no such argument.
+        """
+        check_names(cls, (name for name in settings if name not in _OF_LOADING))
+        try:
+            return super().load_from_checkpoint(checkpoint_path, *args, **settings)
+        except DAMAGE:
+            if isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
+                Checkpoint(checkpoint_path).hyper_parameters  # noqa: B018  # reading them says what is wrong with the file
+            raise
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of a model of another shape, before its weights are loaded."""

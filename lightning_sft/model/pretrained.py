@@ -217,18 +217,13 @@ def load_generation_config(pretrained: str) -> GenerationConfig | None:
 
 def context_length(pretrained: str) -> int | None:
     """Maximum number of positions according to the model's config, or ``None`` if it does not say."""
-    config = _load(AutoConfig, pretrained, "model configuration")
+    return trained_positions(_load(AutoConfig, pretrained, "model configuration"))
+
+
+def trained_positions(config: PretrainedConfig) -> int | None:
+    """Maximum number of positions according to a config, or ``None`` if it does not say."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(length) if length else None
-
-
-def num_positions(model: PreTrainedModel) -> int | None:
-    """Size of the model's table of positions, learned or fixed; ``None`` if positions are computed without limit."""
-    size = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    decoder = model.get_decoder() if is_composite(model) else model  # a vision tower has a table of its own
-    tensors = (*decoder.named_parameters(), *decoder.named_buffers())
-    shapes = (getattr(tensor, "ds_shape", tensor.shape) for name, tensor in tensors if re.search("wpe|pos", name))
-    return size if size and any(len(shape) > 1 and shape[0] >= size for shape in shapes) else None
 
 
 def names_kept_in_float32(model: PreTrainedModel) -> re.Pattern[str] | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,6 +19,9 @@ from lightning_sft.types import InputError
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 """Function that makes an optimizer from parameter groups, named as in Lightning's CLI."""
+
+DEFAULT_RATE = 2e-5
+"""Learning rate of the default optimizer."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,24 @@ def make_optimizer(
     for optimizer in parts:
         _load_states_as_saved(optimizer)
     return Chained(parts)
+
+
+def check_settings(make: OptimizerCallable | Sequence[OptimizerPart]) -> None:
+    """Refuse settings that an optimizer of torch does not take, on a parameter of one matrix, before data are read.
+
+    Other functions are not called: they may do more than that.
+
+    Args:
+        make: Function that makes the optimizer from parameter groups; or the parts of a chained one.
+
+    Raises:
+        InputError: With what torch says of them.
+    """
+    for one in [make] if callable(make) else [part.optimizer for part in make]:
+        if isinstance(one, partial) and any(_is_torchs(kind) for kind in (one.func, *one.args)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said again when it is made
+                _made(one, [("weight", nn.Parameter(torch.zeros(1, 1)))], None)
 
 
 def parts_of(optimizer: Optimizer) -> list[Optimizer]:
@@ -230,6 +254,7 @@ def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr
         raise InputError(
             f"The optimizer does not take its parameters or settings: {error}.{hint if '2D' in str(error) else ''}"
         ) from error
+    _warn_of_default_rate(make, optimizer, lr)
     if type(optimizer).__name__ == "CPUOffloadOptimizer":  # torchao's; its hooks run before the step's
         raise InputError(
             "CPUOffloadOptimizer copies each gradient to the host before it is clipped, so its steps would be others. "
@@ -237,6 +262,22 @@ def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr
             "on one device too."
         )
     return optimizer
+
+
+def _warn_of_default_rate(make: OptimizerCallable, optimizer: Optimizer, lr: float | None) -> None:
+    """Warn of a class of torch, or a partial of one, that is given no learning rate: its own suits no fine-tuning."""
+    kind, given = (make.func, make.keywords) if isinstance(make, partial) else (make, {})
+    rate = optimizer.defaults.get("lr")
+    if _is_torchs(kind) and "lr" not in given and lr is None and rate is not None:
+        name = type(optimizer).__name__
+        rank_zero_warn(
+            f"model.optimizer is {name} without a learning rate, so it is torch's default, {float(rate):g}; without an "
+            f"optimizer it would be {DEFAULT_RATE:g}. Set it: functools.partial({name}, lr={DEFAULT_RATE:g})."
+        )
+
+
+def _is_torchs(kind: Any) -> bool:
+    return isinstance(kind, type) and kind.__module__.startswith("torch.optim")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -122,6 +122,13 @@ def check_length(trainer: Trainer) -> None:
                     f"{'optimizer steps' if by_step else 'epochs'} for it. Set total_steps to that, or limit the fit "
                     "(trainer.max_steps)."
                 )
+            half = getattr(scheduler, "T_max", None)  # of a CosineAnnealingLR, which rises again after it
+            if isinstance(half, int) and 0 < half < steps:
+                rank_zero_warn(
+                    f"{type(scheduler).__name__} is at its lowest learning rate after T_max={half}, and rises again: "
+                    f"the fit has {steps} {'optimizer steps' if by_step else 'epochs'} for it. Set T_max to that, or "
+                    "use model.schedule=cosine, which takes the length of the fit."
+                )
 
 
 def _with_parts(scheduler: Any, steps: int) -> Iterator[tuple[Any, int]]:

@@ -225,7 +225,10 @@ def test_at_the_end_fit_says_why_where_the_checkpoints_are_and_what_to_do(
     ]
     with caplog.at_level("INFO"):
         main(command)
-    assert any(message.startswith("Nothing was left to train after step") for message in caplog.messages)
+        main([*command, "--model.optimizer.lr", "1e-3", "--model.optimizer.weight_decay", "0"])
+    same, changed = [message for message in caplog.messages if message.startswith("Nothing was left to train after")]
+    assert "effect" not in same
+    assert "Changed settings of the optimizer have had no effect: lr=0.001, weight_decay=0.0." in changed
 
 
 def test_a_fit_that_ends_before_its_first_validation_says_so(

@@ -118,3 +118,9 @@ def test_a_module_of_the_users_own_is_summarized_too(quiet_trainer: Any, capsys:
 def test_the_command_line_adds_it_unless_asked_not_to(settings: dict[str, Any], shown: int) -> None:
     assert sum(isinstance(callback, RunSummary) for callback in default_callbacks(settings, False)) == shown
     assert not any(isinstance(callback, RunSummary) for callback in default_callbacks(settings, False, is_fit=False))
+
+
+def test_the_memory_of_a_tiny_model_is_not_none(pretrained: str, quiet_trainer: Any, rows: Any) -> None:
+    trainer = fitted(quiet_trainer, SFTModule(pretrained), rows)
+    said = dict(summary(trainer, trainer.lightning_module))["Memory"]
+    assert said.startswith("0.05 MiB weights + 0.05 MiB gradients + 0.10 MiB optimizer on each device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
@@ -19,6 +20,7 @@ from torch.optim import SGD, AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.checkpoints.resume import POSITION_KEY, RunPosition, seed_micro_batch
+from lightning_sft.checkpoints.run_info import data_differences
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.schedules import learning_rate_factor
 from lightning_sft.types import InputError
@@ -208,15 +210,28 @@ def test_seed_everything_decides_dropout_and_a_resumed_run_keeps_its_seed(
     assert json.loads((tmp_path / "samples.jsonl").read_text().splitlines()[-1])["seed"] == 5
 
 
-@pytest.mark.parametrize("data", [{"train": TRAIN[1:]}, {"seed": 1}, {"tokens_per_batch": 120}])
-def test_other_data_are_refused_inside_an_epoch_and_allowed_between_two(
-    dropping: str, tmp_path: Path, data: dict[str, Any]
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        ({"train": TRAIN[1:]}, "rows of data.train was 36, now 35. Resume"),
+        ({"train": [*TRAIN[1:], TRAIN[0]]}, "36 sequences"),  # no setting differs
+        ({"seed": 1}, "data.seed was 0, now 1. Resume"),
+        ({"tokens_per_batch": 120}, "data.tokens_per_batch was 150, now 120. Resume"),
+        (
+            {"packing": "padded", "system": "Be kind.", "chat_template_kwargs": {"a": 1}},
+            "data.packing was packed, now padded; data.system was the default, now Be kind.; data.chat_template_kwargs "
+            "was the default, now {'a': 1}. Resume",
+        ),
+    ],
+)
+def test_other_data_are_refused_inside_an_epoch_by_name_and_allowed_between_two(
+    dropping: str, tmp_path: Path, data: dict[str, Any], named: str
 ) -> None:
     other = Run(data)
     with pytest.raises(InterruptionError):
         RUNS["packed"].fit(dropping, tmp_path, StopAt(6))
     with pytest.raises(
-        InputError, match=r"within epoch 0, and the data or their order have changed since: 36 sequences"
+        InputError, match="within epoch 0, and the data or their order have changed since: " + re.escape(named)
     ):
         other.fit(dropping, tmp_path)
     RUNS["packed"].fit(dropping, tmp_path, max_epochs=1)
@@ -224,6 +239,10 @@ def test_other_data_are_refused_inside_an_epoch_and_allowed_between_two(
         warnings.filterwarnings("ignore", "The run resumes with its original seed")
         trainer = other.fit(dropping, tmp_path)
     assert trainer.current_epoch == 3
+
+
+def test_of_a_checkpoint_without_facts_no_setting_is_said_to_differ() -> None:
+    assert data_differences(Trainer(accelerator="cpu", logger=False, enable_progress_bar=False), {}) == ""
 
 
 @pytest.mark.parametrize("accumulate", [1, 3, 4])

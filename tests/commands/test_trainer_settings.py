@@ -49,6 +49,15 @@ def test_settings_that_make_no_trainer_are_refused_by_name(
         run("fit", pretrained, jsonl, rows, *flags.split())
 
 
+@pytest.mark.parametrize("verb", ["plan", "show", "verify"])
+@pytest.mark.parametrize("setting", ["strategy=ddpp", "accelerator=gpuu"])
+def test_verbs_without_a_trainer_refuse_names_too(
+    pretrained: str, jsonl: Any, rows: Any, verb: str, setting: str
+) -> None:
+    with pytest.raises(InputError, match=rf"trainer.{setting.replace('=', ' is ')}; .* Did you mean (ddp|gpu)\?"):
+        run(verb, pretrained, jsonl, rows, f"--trainer.{setting}")
+
+
 @pytest.mark.parametrize("setting", ["devices", "num_nodes"])
 def test_verbs_without_a_trainer_refuse_them_too(pretrained: str, jsonl: Any, rows: Any, setting: str) -> None:
     with pytest.raises(InputError, match=rf"trainer.{setting} is 0; expected"):

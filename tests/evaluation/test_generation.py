@@ -13,7 +13,7 @@ from lightning_sft.callbacks import SampleGenerations, ScoreAnswers
 from lightning_sft.data.batches.loader import PromptBatch
 from lightning_sft.demos import tiny_model, tiny_pretrained, tiny_tokenizer
 from lightning_sft.evaluation.generation import Sampling, answer_all, answers, draw
-from lightning_sft.model.pretrained import num_positions
+from lightning_sft.model.limits import num_positions
 from lightning_sft.types import InputError, Prompt
 
 PROMPTS = [Prompt(list(range(40 + i, 44 + 5 * i)), None, f"row {i}", i) for i in range(5)]

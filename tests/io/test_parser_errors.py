@@ -43,6 +43,33 @@ def test_a_wrong_argument_is_one_short_message(flags: str, message: str, capsys:
     assert not re.search("Union|Subtypes|typing|<class|Namespace", told)
 
 
+@pytest.mark.parametrize(
+    ("verb", "flag", "option"),
+    [
+        ("fit", "--trainer.max_ep=3", "--trainer.max_epochs"),
+        ("fit", "--data.tokens=100", "--data.tokens_per_batch"),
+        ("plan", "--model.warm=0.1", "--model.warmup"),
+        ("show", "--model.warm=0.1", "--model.warmup"),
+        ("export", "--ck=x", "--ckpt"),
+    ],
+)
+def test_an_abbreviated_option_is_refused_with_the_whole_one(
+    verb: str, flag: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, *(["--model.pretrained", "x"] if verb != "export" else []), flag])
+    assert end.value.code == 2
+    assert re.search(f"{flag}. Did you mean {option}\\? All options: ", capsys.readouterr().err)
+
+
+def test_a_missing_argument_points_to_the_help_of_its_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in ("fit", "plan"):
+        with pytest.raises(SystemExit):
+            main([verb])
+        assert f"lightning-sft {verb}: " in (told := capsys.readouterr().err)
+        assert f"--model.pretrained. All options: lightning-sft {verb} --help" in told
+
+
 def test_a_negative_number_in_scientific_notation_is_a_value(tmp_path: Path) -> None:
     for value in ("-1e-4", "-2.5E+3", "-1", "-.5"):
         with pytest.raises(Exception, match=rf"model.warmup is {float(value)}; expected a number >= 0 and <= 1"):

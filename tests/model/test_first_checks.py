@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.optim import SGD, AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.model.tuning import adapters, quantization
 from lightning_sft.model.tuning.adapters import Lora
+from lightning_sft.training.optimizers import OptimizerPart
 from lightning_sft.types import InputError
 
 Make = Callable[..., Trainer]
@@ -55,6 +58,48 @@ def test_liger_is_looked_for_before_data_are_encoded(
     monkeypatch.setattr("lightning_sft.model.kernels.importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"model.kernels=liger is not available: it needs liger-kernel and triton"):
         quiet_trainer().fit(SFTModule(pretrained, kernels="liger"), NoData(train=rows))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": partial(AdamW, lr=-1e-4)},
+        {"optimizer": partial(AdamW, betas=(2, 0.9))},
+        {"optimizers": [OptimizerPart(partial(SGD, lr=-1))]},
+    ],
+)
+def test_settings_that_an_optimizer_does_not_take_are_refused_before_data_are_encoded(
+    pretrained: str, rows: Any, quiet_trainer: Make, settings: Any
+) -> None:
+    with pytest.raises(InputError, match=r"does not take its parameters or settings: Invalid (learning rate: -|beta)"):
+        quiet_trainer().fit(SFTModule(pretrained, **settings), NoData(train=rows))
+
+
+def test_functions_of_users_are_called_for_the_model_alone(pretrained: str, rows: Any, quiet_trainer: Make) -> None:
+    made: list[int] = []
+
+    def make(groups: Any, lr: float) -> Any:
+        made.append(len(groups))
+        return AdamW(groups, lr=lr)
+
+    quiet_trainer().fit(SFTModule(pretrained, optimizer=partial(make, lr=1e-4)), SFTDataModule(train=rows, cache=None))
+    assert made == [2]
+
+
+def test_a_damaged_checkpoint_is_one_error_when_a_module_is_loaded_from_it(
+    pretrained: str, rows: Any, quiet_trainer: Make, tmp_path: Path
+) -> None:
+    trainer = quiet_trainer()
+    trainer.fit(SFTModule(pretrained), SFTDataModule(train=rows, cache=None))
+    trainer.save_checkpoint(path := tmp_path / "whole.ckpt")
+    assert SFTModule.load_from_checkpoint(path, warmup=0.5).warmup == 0.5
+    with pytest.raises(InputError, match=r"SFTModule has no argument 'warm'. Did you mean warmup\?"):
+        SFTModule.load_from_checkpoint(path, warm=1)
+    whole, other = path.read_bytes(), tmp_path / "other.ckpt"
+    for content, said in ((whole[: len(whole) // 2], "cut short"), (b"", "is empty"), (b"hello", "none that torch")):
+        other.write_bytes(content)
+        with pytest.raises(InputError, match=rf"other.ckpt .*{said}"):
+            SFTModule.load_from_checkpoint(other)
 
 
 @pytest.fixture

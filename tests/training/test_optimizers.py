@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import OptimizerInBackward
-from lightning_sft.training.optimizers import Chained, OptimizerPart, make_optimizer, parameter_groups
+from lightning_sft.training.optimizers import DEFAULT_RATE, Chained, OptimizerPart, make_optimizer, parameter_groups
 from lightning_sft.types import InputError
 from tests.helpers import optimizing
 from tests.helpers.gradients import ROWS
@@ -322,3 +324,41 @@ class CPUOffloadOptimizer(AdamW):
 def test_an_optimizer_that_copies_gradients_before_they_are_clipped_is_refused() -> None:
     with pytest.raises(InputError, match=r"CPUOffloadOptimizer copies each gradient .* cpu_offload=true"):
         make_optimizer(CPUOffloadOptimizer, nn.Linear(2, 2).named_parameters())
+
+
+@pytest.mark.parametrize("make", [AdamW, partial(AdamW, weight_decay=0.1), partial(SGD, momentum=0.9)])
+def test_a_learning_rate_that_nobody_has_set_is_said(
+    pretrained: str, jsonl: Any, quiet_trainer: Make, make: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.warns(UserWarning, match=r"without a learning rate, so it is torch's default, 0.001; .* lr=2e-05"):
+        quiet_trainer().fit(SFTModule(pretrained, optimizer=make), SFTDataModule(jsonl(ROWS), cache=None))
+    assert re.search("Optimizer: (AdamW|SGD) with a learning rate of 0.001", caplog.text)
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": partial(AdamW, lr=3e-4)}, {"optimizer": lambda p: AdamW(p)}])
+def test_the_learning_rate_in_use_is_said(
+    pretrained: str, jsonl: Any, quiet_trainer: Make, settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet_trainer().fit(module := SFTModule(pretrained, **settings), SFTDataModule(jsonl(ROWS), cache=None))
+    assert not [one for one in said if "learning rate" in str(one.message)]
+    rate = module.trainer.optimizers[0].param_groups[0]["initial_lr"]
+    assert rate == (DEFAULT_RATE if not settings else rate)
+    assert f"Optimizer: AdamW with a learning rate of {rate:g}" in caplog.text
+
+
+def test_an_optimizer_made_of_no_weights_says_to_give_a_class(pretrained: str) -> None:
+    module = SFTModule(pretrained)
+    with (
+        pytest.warns(UserWarning, match="no parameters yet: .* optimizer as a class or functools"),
+        pytest.raises(ValueError, match="empty"),
+    ):
+        AdamW(module.parameters())
+    module.configure_model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = AdamW(module.parameters())
+    for wrong in (made, {"lr": 1e-4}, "AdamW"):
+        with pytest.raises(InputError, match=r"expected a function. .*functools.partial\(torch.optim.AdamW, lr=2e-5\)"):
+            SFTModule(pretrained, optimizer=wrong)  # type: ignore[arg-type]  # what is tested

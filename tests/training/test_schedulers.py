@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau as Monitored
 from torch.optim import SGD
-from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CosineAnnealingLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import SafeCheckpoint
@@ -77,6 +85,20 @@ def test_a_scheduler_that_ends_before_the_fit_is_refused_before_the_first_step(
     with pytest.raises(InputError, match=r"OneCycleLR ends after total_steps=\d, but the fit has \d optimizer steps"):
         trainer.fit(module_of(pretrained, schedule), SFTDataModule(train=ROWS, tokens_per_batch=100))
     assert seen.rates == []
+
+
+@pytest.mark.parametrize(("half", "rises"), [(2, True), (4, False)])
+def test_a_cosine_that_rises_again_before_the_end_is_said(
+    pretrained: str, quiet_trainer: Make, half: int, rises: bool
+) -> None:
+    trainer = quiet_trainer(max_steps=4, max_epochs=-1)
+    module = module_of(pretrained, partial(CosineAnnealingLR, T_max=half))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        trainer.fit(module, SFTDataModule(train=ROWS, tokens_per_batch=100))
+    found = [str(one.message) for one in said if "rises again" in str(one.message)]
+    assert len(found) == rises
+    assert all("after T_max=2, and rises again: the fit has 4 optimizer steps" in text for text in found)
 
 
 def test_a_sequence_whose_last_part_has_as_many_steps_as_are_left_is_trained(

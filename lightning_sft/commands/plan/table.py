@@ -11,6 +11,7 @@ from rich.table import Table
 from lightning_sft.commands.plan.device import GIB
 from lightning_sft.commands.plan.prediction import LOADING, Prediction
 from lightning_sft.commands.plan.remedies import Remedy
+from lightning_sft.io.words import memory
 from lightning_sft.machine.terminal import Console
 
 
@@ -29,7 +30,7 @@ def show_prediction(prediction: Prediction, steps: Mapping[str, Any], console: C
     console.print(_moments(prediction))
     console.print(verdict(prediction), highlight=False, style="bold" if prediction.fits else "bold red")
     if prediction.host:
-        console.print(f"Host memory of each process for what is offloaded: {_gib(prediction.host)}.", highlight=False)
+        console.print(f"Host memory of each process for what is offloaded: {memory(prediction.host)}.", highlight=False)
 
 
 def show_remedies(remedies: Sequence[Remedy], console: Console) -> None:
@@ -41,17 +42,17 @@ def show_remedies(remedies: Sequence[Remedy], console: Console) -> None:
     width = max(len(remedy.settings[-1]) for remedy in remedies)
     for remedy in remedies:
         fits = ": fits" if remedy.prediction.fits else ""
-        console.print(f"  {remedy.settings[-1]:{width}}  {_gib(remedy.prediction.peak)}{fits}", highlight=False)
+        console.print(f"  {remedy.settings[-1]:{width}}  {memory(remedy.prediction.peak)}{fits}", highlight=False)
 
 
 def verdict(prediction: Prediction) -> str:
     """A sentence that states whether the fit fits."""
     device = prediction.device
-    of_all = f"{_gib(prediction.peak)} on each {device.name} at the peak"
+    of_all = f"{memory(prediction.peak)} on each {device.name} at the peak"
     if device.capacity is None:
         return f"{of_all}; the memory of a {device.name} is not known here: set --memory."
     fits = "fits into" if prediction.fits else "does not fit into"
-    return f"{of_all}; it {fits} {_gib(device.capacity)}."
+    return f"{of_all}; it {fits} {memory(device.capacity)}."
 
 
 def _moments(prediction: Prediction) -> Table:
@@ -65,10 +66,6 @@ def _moments(prediction: Prediction) -> Table:
     if prediction.holes:
         rows.append(["holes of the allocator", *[""] * len(names), _figure_of(prediction.holes)])
     return _table(["at the peak of", *names, "all"], *rows)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB"
 
 
 def _figure_of(size: float) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
+from html import escape
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 from lightning_sft.commands.report.charts import line_chart
 from lightning_sft.commands.report.parts import card, section, table
 from lightning_sft.commands.report.run import Run
+from lightning_sft.io.words import counted
 from lightning_sft.types import InputError
 
 _MOST = 8  # colors of the page
@@ -51,7 +53,8 @@ def comparison(runs: Sequence[Run]) -> Iterator[str]:
     found = dict(zip(names, runs, strict=True))
     different = differences({name: _settings(run) for name, run in found.items()})
     results = [[name, *map(figure, runs)] for name, figure in _RESULTS.items()]
-    cards = [_card("Results", names, [row for row in results if any(cell != "–" for cell in row[1:])])]
+    shown = [row for row in results if any(cell != "–" for cell in row[1:])]
+    cards = [_card("Results", names, shown, _not_comparable(found))]
     if different:
         rows = [[key, *(of[name] for name in names)] for key, of in different.items()]
         cards.append(_card("Settings that differ", names, rows))
@@ -137,5 +140,27 @@ _RESULTS: dict[str, Callable[[Run], str]] = {
 }
 
 
-def _card(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return card(title, f'<div class="scroll">{table([["", *names], *rows])}</div>', "wide")
+def _not_comparable(runs: Mapping[str, Run]) -> Iterator[str]:
+    """Notes on losses that are of different kinds; nothing is known of runs recorded by earlier versions."""
+    losses = {name: run.record["loss"] for name, run in runs.items() if run.record.get("loss")}
+    if len({loss["of"] for loss in losses.values()}) > 1:
+        of = ", ".join(f"{name} on {loss['of']}" for name, loss in losses.items())
+        yield f"The training losses are of different kinds: {of}. The validation losses are −log Pr."
+    if len({loss["normalize"] for loss in losses.values()}) > 1:
+        of = ", ".join(f"{name} by {loss['normalize']}" for name, loss in losses.items())
+        yield f"The losses are not comparable: they are normalized otherwise ({of}). Compare perplexities."
+    val = {name: run.record["facts"].get("data", {}).get("val", {}) for name, run in runs.items()}
+    if len({_rows_of(data) for data in val.values() if data}) > 1:
+        of = ", ".join(f"{name} on {_rows_of(data)}" for name, data in val.items() if data)
+        yield f"The validation losses are of different data: {of}."
+
+
+def _rows_of(data: Mapping[str, Any]) -> str:
+    """The rows of a split, as a checkpoint records them."""
+    parts = [(part.get("source"), part.get("rows", 0)) for part in data.get("parts", ())]
+    return " and ".join(f"{counted(rows, 'row')} of {source or 'memory'}" for source, rows in parts)
+
+
+def _card(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], notes: Iterable[str] = ()) -> str:
+    said = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return card(title, f'<div class="scroll">{table([["", *names], *rows])}</div>{said}', "wide")

@@ -26,6 +26,7 @@ from lightning_sft.data.inspect.token_text import PieceReader
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import Index, check_arguments
+from lightning_sft.io.words import counted
 from lightning_sft.machine.terminal import Console
 from lightning_sft.types import InputError
 
@@ -178,4 +179,5 @@ def _at(row: str, everything: Iterable[PlacedDocument], splits: Mapping[str, Spl
             if any(f"/{row}{after}" in f"/{text}" for after in (": ", " (")):
                 raise InputError(f"The row is not used. {text}")
     example = next(iter(splits.values())).examples[0].provenance
-    raise InputError(f"There is no row {row!r} in the data. Expected a place such as {example!r}.")
+    sizes = " and ".join(f"{counted(split.account.num_rows, 'row')} of data.{name}" for name, split in splits.items())
+    raise InputError(f"There is no row {row!r} among the {sizes}. Expected a place such as {example!r}.")

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from lightning_sft.data.inspect.audit import Finding
+from lightning_sft.data.inspect.audit import IN_DETAILS, Finding
 from lightning_sft.data.inspect.token_text import Piece
 from lightning_sft.machine.terminal import Console
 
@@ -45,7 +45,10 @@ def show_legend(console: Console) -> None:
 
 
 def show_audit(findings: Iterable[Finding], console: Console) -> None:
-    """Print the table of the audit, and the first rows of each check that fails."""
+    """Print the table of the audit, and the first rows of each check that fails, but for those that are listed before.
+
+    Rows that are refused, left out or cut are among the details of their split.
+    """
     findings = list(findings)
     table = Table("Check", box=SIMPLE_HEAD, header_style="bold")
     for column in ("count", "of", "share", "threshold", "verdict"):
@@ -54,7 +57,7 @@ def show_audit(findings: Iterable[Finding], console: Console) -> None:
         table.add_row(finding.check, *finding.cells, style=None if finding.passes else "bold red")
     console.print(table)
     for finding in findings:
-        if not finding.passes and finding.places:
+        if not finding.passes and finding.places and finding.check not in IN_DETAILS:
             more = f"\n  ... and {finding.count - _LISTED:,} more" if finding.count > _LISTED else ""
             listed = "\n".join(f"  {place}" for place in finding.places[:_LISTED])
             console.print(f"{finding.check}:\n{listed}{more}", style="yellow", highlight=False)

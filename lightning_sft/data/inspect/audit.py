@@ -15,6 +15,9 @@ from lightning_sft.data.tokens.examples import Examples
 from lightning_sft.data.tokens.rendering import SYSTEM_NOT_SHOWN, TOOLS_NOT_SHOWN
 from lightning_sft.io.arguments import Fraction, check_arguments
 
+IN_DETAILS = ("refused", "left out for length", "cut")
+"""Checks whose rows are listed by :func:`lightning_sft.data.inspect.summary.show_details`."""
+
 _NOT_SHOWN = {TOOLS_NOT_SHOWN: "tools", SYSTEM_NOT_SHOWN: "system turns"}
 
 

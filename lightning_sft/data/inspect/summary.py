@@ -14,6 +14,7 @@ from rich.text import Text
 
 from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import repeated_tokens
+from lightning_sft.data.inspect.overlap import overlap
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.io.words import counted
@@ -25,16 +26,24 @@ _FEW_STEPS = 10  # of an epoch
 _BAR = 40  # characters of the longest bar
 
 
-def show_report(splits: Mapping[str, Split], train: SplitPlan) -> None:
-    """Print the account of all splits and the plan of the training epochs."""
+def show_report(splits: Mapping[str, Split], train: SplitPlan, is_trial: bool = False) -> None:
+    """Print the account of all splits and the plan of the training epochs.
+
+    Args:
+        splits: Splits by name.
+        train: Plan of the training data.
+        is_trial: Whether a few steps are all that is wanted.
+    """
     console = Console(soft_wrap=True)
     show_counts(splits, train, console)
     remarks = [remark for name, split in splits.items() for remark in split.account.remarks(name)]
-    if train.plan.num_steps < _FEW_STEPS:
+    if train.plan.num_steps < _FEW_STEPS and not is_trial:
         remarks.append(
             "So few optimizer steps change a model little. Lower trainer.accumulate_grad_batches or "
             "data.tokens_per_batch for more of them, or raise trainer.max_epochs."
         )
+    if found := overlap(splits):
+        remarks.append(found)
     if train.outliers:
         remarks.append(f"train: {train.outliers}")
     for remark in remarks:

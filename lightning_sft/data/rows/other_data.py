@@ -75,8 +75,8 @@ answers: data.columns={completion: chosen}.
         )
     if name is not None and (media := next((key for key in MEDIA_COLUMNS if row.get(key)), None)) is not None:
         raise InputError(
-            f"the row has {media!r}, and only texts can be trained on. To learn the texts without them: "
-            f"data.format={name}. To leave such rows out: data.invalid_rows=skip."
+            f"the row has {media!r}, and only texts can be trained on. To leave such rows out: "
+            f"data.invalid_rows=skip. To learn their texts without them: data.format={name}."
         )
     if any(key in row for key in _TREE) and (name is None or (name == "text" and "role" in row)):
         raise InputError(

@@ -45,6 +45,29 @@ def _strictly(decode: Any, *args: Any) -> Any:
         return decode(*args)
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
+    except _NotFiniteError as error:
+        raise ValueError(f"{error}{_place(decode.__name__, *args)}") from error
+
+
+class _NotFiniteError(ValueError):
+    """A number is NaN, infinite, or too large."""
+
+
+def _place(method: str, *args: Any) -> str:
+    """The key that has the number: a row is read again for it, so that usual rows need not be searched."""
+    keys: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        keys.extend(key for key, value in pairs if not _is_finite(value))
+
+    getattr(json.JSONDecoder(object_pairs_hook=note), method)(*args)
+    return f", in the key {keys[0]!r}" if keys else ""
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _check_depth(value: Any, text: str) -> None:
@@ -74,12 +97,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _float(text: str) -> float:
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"the number {text} is too large")
+        raise _NotFiniteError(f"the number {text} is too large")
     return value
 
 
 def _constant(text: str) -> float:
-    raise ValueError(f"{text} is no JSON value")
+    raise _NotFiniteError(f"{text} is no JSON value")
 
 
 _TOO_DEEP = f"it is nested too deeply, more than {MAX_DEPTH} lists and objects inside each other"

@@ -223,8 +223,8 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
         if isinstance(kind, str) and kind in MEDIA:
             raise InputError(
                 f"{what} is of the type {kind!r}, and only texts can be trained on: the processor of a model of images "
-                "and text is not used in training yet. To learn the texts without such parts, name the format of the "
-                "rows: data.format=chat, or sharegpt, …. To leave such rows out: data.invalid_rows=skip."
+                "and text is not used in training yet. To leave such rows out: data.invalid_rows=skip. To learn their "
+                "texts without such parts, name the format of the rows: data.format=chat, or sharegpt, …."
             )
         if not isinstance(kind, str) or (kind not in _PARTS and kind != "tool_result"):
             raise InputError(f"{what} must be of the type {', '.join(_PARTS)} or tool_result, got {shown(part)}.")

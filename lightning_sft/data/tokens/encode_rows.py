@@ -30,6 +30,7 @@ from lightning_sft.data.tokens.overflow import Overflow, shorten
 from lightning_sft.data.tokens.row_report import RowReport
 from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.data.tokens.workers import iterate, leave_signals, take_turn
+from lightning_sft.io.arguments import check_arguments
 from lightning_sft.types import Conversation, Example, InputError, Normalize
 
 Rows = list[tuple[Any, str]]
@@ -64,6 +65,9 @@ class EncodingConfig:
     template: TemplateConfig | None = None
     first: int | None = None
     side: Side | None = None
+
+    def __post_init__(self) -> None:
+        check_arguments(EncodingConfig, vars(self))
 
     def of(self, part: Part) -> EncodingConfig:
         """The recipe for a part of a mixture, which may override how its rows are read, and has a weight."""

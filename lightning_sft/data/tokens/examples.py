@@ -67,13 +67,22 @@ class Examples(Sequence[Example]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        index %= len(self)
-        number = int(np.searchsorted(self._begins, index, side="right")) - 1
-        row = index - int(self._begins[number])
+        number, row = self._place(index % len(self))
         lists = self._lists[number]
         ids, run_lengths, run_weights = (values[bounds[row] : bounds[row + 1]] for bounds, values in lists)
         provenance, answers_before = (self.batches[number].column(i)[row].as_py() for i in (3, 4))
         return Example(ids, np.repeat(run_weights, run_lengths), provenance, answers_before)
+
+    def ids(self, index: int) -> bytes:
+        """The token ids of an example, to be compared with those of others."""
+        number, row = self._place(index)
+        bounds, values = self._lists[number][0]
+        return bytes(values[bounds[row] : bounds[row + 1]])
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Number of the record batch that an example is in, and its row there."""
+        number = int(np.searchsorted(self._begins, index, side="right")) - 1
+        return number, index - int(self._begins[number])
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

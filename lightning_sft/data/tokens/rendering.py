@@ -102,7 +102,7 @@ class Rendering:
                 own = self._raw(at, text[:begin], bare, problem)
             if reasoning:
                 own, trained = self._with_thought(at, text[:begin], {**bare, "reasoning_content": reasoning}, own)
-            self.notes.add(_BY_ITSELF)
+            self.notes.add(_THOUGHT_BY_ITSELF if reasoning else _BY_ITSELF)
         if thoughts.begin_of(own) is not None and thoughts.are_ended_by(text[:begin]):
             raise InputError(thoughts.ENDED)
         if not any(shape_of(message)):
@@ -385,6 +385,7 @@ class Rendering:
 _PLAIN: Message = {"role": "assistant", "content": "x"}
 _THOUGHTFUL: Message = {**_PLAIN, "reasoning_content": "x"}
 _BY_ITSELF = "the answer is put behind the prompt by itself, since the chat template writes the past in another way"
+_THOUGHT_BY_ITSELF = _BY_ITSELF.replace("the answer is put", "the answer with its reasoning is put")
 _NO_STOP = (
     "the chat template puts no stop token after the answer, so the model would never learn to stop. Add the "
     "end-of-turn token to the template: data.chat_template."

@@ -80,6 +80,42 @@ def test_a_class_of_the_users_own_differs_in_what_it_is_and_has_alone(runs: list
     assert {cell for cell in cells if cell.startswith("model.")} == {"model.class_path", "model.smoothing"}
 
 
+class Squared(SFTModule):
+    def target_loss(self, logits: Any, targets: Any, *inputs: Any) -> Any:
+        return super().target_loss(logits, targets) ** 2
+
+
+def test_losses_of_different_kinds_are_said(pretrained: str, runs: list[Path], tmp_path: Path) -> None:
+    from lightning.pytorch import Trainer
+
+    def run(name: str, module: SFTModule, num_val: int = 3) -> Path:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        record = RunRecord(tmp_path / name)
+        trainer = Trainer(max_epochs=1, callbacks=[record], enable_checkpointing=False, **quiet)
+        rows = [{"prompt": f"Say {i}", "completion": f"{i} it is"} for i in range(6)]
+        trainer.fit(module, SFTDataModule(train=rows, val=rows[:num_val]))
+        return tmp_path / name
+
+    def notes(*folders: Path) -> list[str]:
+        text = write_comparison(folders, tmp_path / "page.html").read_text(encoding="utf-8")
+        return re.findall(r"<p>(The .*?)</p>", text)
+
+    plain, other = run("plain", SFTModule(pretrained)), run("squared", Squared(pretrained))
+    assert notes(plain, run("same", SFTModule(pretrained))) == []
+    assert notes(plain, other) == [
+        "The training losses are of different kinds: plain on −log Pr, squared on Squared.target_loss. The validation "
+        "losses are −log Pr."
+    ]
+    [said] = notes(plain, run("sequences", SFTModule(pretrained, normalize="sequence")))
+    assert "not comparable: they are normalized otherwise (plain by token, sequences by sequence)" in said
+    [said] = notes(plain, run("data", SFTModule(pretrained), num_val=2))
+    assert said == "The validation losses are of different data: plain on 3 rows of memory, data on 2 rows of memory."
+    record = json.loads((plain / "run.json").read_text())
+    del record["loss"]  # of an earlier version
+    (plain / "run.json").write_text(json.dumps(record))
+    assert notes(plain, other) == []
+
+
 def _charts(text: str, title: str) -> list[str]:
     cards = [card for card in text.split('<section class="card chart">') if f"<h2>{title}</h2>" in card]
     return [re.search(r'data-chart="(.*?)"', card)[1].replace("&quot;", '"') for card in cards]  # type: ignore[index] # each has one

@@ -141,8 +141,22 @@ def test_a_row_that_is_not_used_says_why(show: Any, config: dict[str, Any], json
     config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": 7}])
     with pytest.raises(InputError, match=r"The row is not used. .*train.jsonl:2: 'completion' must be a string"):
         show("--row", "train.jsonl:2")
-    with pytest.raises(InputError, match=r"There is no row 'train.jsonl:3' in the data. Expected a place such as"):
+    with pytest.raises(
+        InputError, match=r"There is no row 'train.jsonl:3' among the 2 rows of data.train and \d+ rows? of data.val\."
+    ):
         show("--row", "train.jsonl:3")
+
+
+def test_rows_that_are_refused_are_listed_once(
+    show: Any, config: dict[str, Any], jsonl: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": 7}, GOOD])
+    with pytest.raises(SystemExit):
+        show("--check")
+    text = capsys.readouterr().out
+    assert text.count("'completion' must be a string") == 1
+    assert re.search(r"refused +1 +\d+ .*FAILS", text)
+    assert "duplicated:\n" in text
 
 
 @pytest.mark.parametrize("flags", [["--check", "true"], ["--check=true"], ["--rows", "1", "--check", "True"]])

@@ -31,6 +31,13 @@ SPLIT = Split(
 )
 
 
+def test_a_trial_of_a_few_steps_gets_no_advice_to_have_more(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = SplitPlan.of(SPLIT, Division(), "packed", 100)
+    for is_trial in (False, True):
+        show_report({"train": SPLIT}, plan, is_trial)
+        assert ("So few optimizer steps" in capsys.readouterr().out) is not is_trial
+
+
 def printed(split: Split) -> str:
     console = Console(file=(out := StringIO()), width=80)
     show_details(split, console)

@@ -219,7 +219,7 @@ VISION = [  # as trl-lib/llava-instruct-mix, liuhaotian/LLaVA-Instruct-150K, LLa
 @pytest.mark.parametrize("row", VISION)
 def test_what_a_refused_row_with_images_names_as_a_remedy_works(row: dict[str, Any]) -> None:
     with pytest.raises(
-        InputError, match=r"data\.format=\S+.* To leave such rows out: data.invalid_rows=skip"
+        InputError, match=r" To leave such rows out: data.invalid_rows=skip\. .*data\.format=\S+"
     ) as refusal:
         Converter()(row, "f:1")
     named = re.search(r"data\.format=([\w-]+)", str(refusal.value))

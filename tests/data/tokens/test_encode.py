@@ -19,7 +19,9 @@ from lightning_sft.data.tokens import render as templates
 from lightning_sft.data.tokens import tokenize as tokenizing
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.control_tokens import marked_ids
+from lightning_sft.data.tokens.dataset import load_split
 from lightning_sft.data.tokens.encode import encode, encode_all, encode_many, encode_prompt
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.data.tokens.generation_tags import has_marks
 from lightning_sft.data.tokens.template_config import TemplateConfig
 from lightning_sft.demos import CHATML, tiny_tokenizer
@@ -755,3 +757,15 @@ def test_arguments_are_found_as_templates_escape_them(written: str) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": {"é": '<b>"R&D\'s"</b> \\ é\n'}}}
     turn = {"role": "assistant", "content": "", "tool_calls": [call]}
     assert encode(Conversation([{"role": "user", "content": "a"}, turn], provenance="f:7"), tiny_tokenizer(template))
+
+
+@pytest.mark.parametrize(("thought", "what"), [("t", "the answer with its reasoning"), ("", "the answer")])
+def test_the_note_of_an_answer_behind_its_prompt_says_whether_it_has_its_reasoning(thought: str, what: str) -> None:
+    """The template drops reasoning, and with it the answer's text from a #."""
+    tokenizer = tiny_tokenizer(CHATML.replace("m['content'] ", "m['content'].split('#')[0] "))
+    answer = {"role": "assistant", "content": "a#b", **({"reasoning_content": thought} if thought else {})}
+    rows = [{"messages": [{"role": "user", "content": "q"}, answer]}]
+    notes = load_split("train", rows, EncodingConfig(tokenizer)).account.notes
+    assert list(notes) == [
+        f"{what} is put behind the prompt by itself, since the chat template writes the past in another way"
+    ]

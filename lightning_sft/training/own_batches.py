@@ -1,0 +1,72 @@
+"""Checks of batches that a user's own loader has made, before the model computes with them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_sft.types import IGNORE, Batch, InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+class OwnBatches:
+    """Looks at the ids and positions of batches that are not of ``SFTDataModule``, which checks its data when it plans.
+
+    On a CPU it looks at every batch. On other devices the host has to wait for the values, so it looks at the first
+    batch of the training and of the evaluation, and at each that has longer rows than all before it.
+    """
+
+    def __init__(self) -> None:
+        self._longest = {True: 0, False: 0}  # row that has been looked at, in training and in evaluation
+        self._has_warned = False
+
+    def check(self, module: LightningModule, batch: Batch) -> None:
+        """Refuse a batch that the model has no embeddings or positions for; warn of one beyond its context.
+
+        Args:
+            module: The Lightning module; it may say ``num_embeddings``, ``num_positions`` and ``context_length``.
+            batch: The batch, on the device.
+
+        Raises:
+            InputError: With the first id or position that the model does not have.
+        """
+        length, longest_seen = batch.input_ids.shape[1], self._longest[module.training]
+        if batch.provenance or (batch.input_ids.device.type != "cpu" and length <= longest_seen):
+            return
+        self._longest[module.training] = max(longest_seen, length)
+        if (size := getattr(module, "num_embeddings", None)) is not None:
+            _check_ids("token id", batch.input_ids, (batch.input_ids < 0) | (batch.input_ids >= size), size)
+            outside = (batch.labels < 0) | (batch.labels >= size)
+            _check_ids("label", batch.labels, outside & (batch.labels != IGNORE), size)
+        longest = int(batch.position_ids.max()) + 1 if batch.position_ids.numel() else 0
+        if (positions := getattr(module, "num_positions", None)) is not None and longest > positions:
+            raise InputError(
+                f"A batch of your loader has a sequence of {longest:,} tokens, but the model has {positions:,} "
+                f"positions. Cut or leave out longer ones: with max_length={positions}, truncation=True in a tokenizer "
+                "of transformers, or by SFTDataModule."
+            )
+        context = getattr(module, "context_length", None)
+        if context is not None and longest > context and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"A batch of your loader has a sequence of {longest:,} tokens, and the model has been made for "
+                f"{context:,} (max_position_embeddings in its config.json). It is trained whole; SFTDataModule would "
+                "leave it out. Cut or leave out such sequences, unless you extend the context on purpose."
+            )
+
+
+def _check_ids(kind: str, ids: Tensor, outside: Tensor, size: int) -> None:
+    if not bool(outside.any()):
+        return
+    row, column = (int(place) for place in torch.nonzero(outside)[0])
+    hint = " A label that is no target is -100." if kind == "label" else ""
+    raise InputError(
+        f"A batch of your loader has the {kind} {int(ids[row, column]):,} in row {row}, but the model has embeddings "
+        f"for the ids 0 to {size - 1:,}.{hint} Use the tokenizer of model.pretrained; tokens that were added to it "
+        "are model.new_tokens."
+    )

@@ -1,0 +1,84 @@
+"""Names of other trainers, and misspelt ones, are said where a class is made: of arguments and of overrides."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.types import InputError
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "said"),
+    [
+        (SFTModule, "lr", r"'lr'. It is .* SFTModule\(optimizer=functools.partial\(torch.optim.AdamW, lr=...\)\)"),
+        (SFTModule, "weight_decay", "AdamW, weight_decay="),
+        (SFTModule, "batch_size", r"Did you mean SFTDataModule\(tokens_per_batch=...\)\?"),
+        (SFTDataModule, "batch_size", r"SFTDataModule has no argument 'batch_size'. Did you mean tokens_per_batch\?"),
+        (SFTDataModule, "epochs", r"Did you mean Trainer\(max_epochs=...\)\?"),
+        (SFTDataModule, "precision", r"Did you mean Trainer\(precision=...\)\?"),
+        (SFTDataModule, "lora", r"Did you mean SFTModule\(lora=...\)\?"),
+        (SFTModule, "max_length", r"Did you mean SFTDataModule\(max_length=...\)\?"),
+        (SFTModule, "model_name_or_path", r"Did you mean pretrained\?"),
+        (SFTModule, "quantise", r"Did you mean quantize\?"),
+        (SFTModule, "xyzzy", "It has pretrained, normalize, optimizer"),
+    ],
+)
+def test_an_unknown_argument_is_one_error_with_the_right_one(make: Any, given: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make("m", **{given: 1})
+
+
+def test_signatures_and_pickles_are_as_they_were() -> None:
+    assert list(inspect.signature(SFTModule).parameters)[:2] == ["pretrained", "normalize"]
+    assert list(inspect.signature(SFTDataModule).parameters)[:2] == ["train", "val"]
+    assert pickle.loads(pickle.dumps(SFTModule("m"))).pretrained == "m"
+
+    class Own(SFTModule):
+        def __init__(self, pretrained: str, beta: float, **settings: Any) -> None:
+            super().__init__(pretrained, warmup=settings.pop("slowly"))
+
+    assert Own("m", beta=1, slowly=0.5).warmup == 0.5
+
+
+def overriding(base: Any, *names: str) -> list[str]:
+    """What making an object of a subclass with these methods warns of."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        type("Own", (base,), {name: lambda self, *args: None for name in names})("m")
+    return [str(one.message) for one in said]
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "ours"),
+    [
+        (SFTModule, "targets_loss", "target_loss"),
+        (SFTModule, "target_los", "target_loss"),
+        (SFTModule, "compute_loss", "target_loss"),
+        (SFTModule, "training_loss", "target_loss"),
+        (SFTModule, "loss_input", "loss_inputs"),
+        (SFTModule, "on_train_epoch_ends", "on_train_epoch_end"),
+        (SFTModule, "configure_optimizer", "configure_optimizers"),
+        (SFTDataModule, "train_dataloder", "train_dataloader"),
+    ],
+)
+def test_an_override_by_another_name_is_said_once(base: Any, name: str, ours: str) -> None:
+    [said] = overriding(base, name)
+    assert said.startswith(f"Own.{name} overrides nothing: ")
+    assert said.endswith(f" Did you mean {ours}?")
+
+
+def test_helpers_of_an_override_and_methods_of_other_names_are_not_said() -> None:
+    for names in (
+        ("target_losses", "target_loss"),
+        ("compute_loss", "forward"),
+        ("loss_fn", "training_step"),
+        ("keep_best", "is_train", "log_step", "_target_los", "weights"),
+        ("target_loss", "loss_inputs"),
+    ):
+        assert overriding(SFTModule, *names) == []
