@@ -44,7 +44,7 @@ CONFIG = {
         "default_root_dir": "runs",
         "callbacks": [
             {"class_path": "lightning_sft.callbacks.DriftMonitor", "init_args": {"sequences": 4}},
-            {"class_path": "lightning_sft.callbacks.SampleGenerations", "init_args": {"prompts": 2}},
+            {"class_path": "lightning_sft.callbacks.SampleGenerations", "init_args": {"prompts": 1, "max_new_tokens": 40}},
         ],
     },
     "model": {
@@ -59,7 +59,7 @@ COMMANDS = {  # and which lines of the screen are shown
     "show": (["show", "--config", "fit.yaml", "--rows", "2"], slice(60)),
     "plan": (["plan", "--config", "fit.yaml", "--memory", "2"], slice(60)),
     "verify": (["verify", "--config", "fit.yaml", "--samples", "4", "--tokens", "192"], slice(60)),
-    "fit": (["fit", "--config", "fit.yaml"], slice(-47, None)),
+    "fit": (["fit", "--config", "fit.yaml"], slice(-60, None)),
 }
 HEIGHTS = {"show": 900, "report": 1300}
 
