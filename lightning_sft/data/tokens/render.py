@@ -40,7 +40,7 @@ def in_time() -> Iterator[Callable[[], object]]:
     """Stop what renders a conversation after :data:`MAX_SECONDS`, where the system has timers for it.
 
     It needs the main thread and a system with ``SIGALRM``, and leaves a timer of somebody else's alone. It gives what
-    starts the time anew, for the next conversation.
+    starts the time again, for the next conversation.
 
     Raises:
         TimeoutError: When it has not ended by then. It is no refusal of a row: those must not depend on a clock.

@@ -76,7 +76,7 @@ class JsonOnce:
 
 
 def forget_json() -> None:
-    """Have ``tojson`` write all objects anew, see :class:`JsonOnce`."""
+    """Have ``tojson`` write all objects again, see :class:`JsonOnce`."""
     template_environment().filters["tojson"].forget()
 
 
