@@ -119,7 +119,7 @@ def is_empty(message: Message) -> bool:
 
 def _has(message: Message, key: str) -> bool:
     text = message.get(key)
-    return bool(text) and not text.isspace()
+    return bool(text and not text.isspace())
 
 
 def with_sentinels(message: Message) -> Sentinels:
