@@ -10,6 +10,8 @@ own. It writes data_growth.md and data_growth.png to build/bench, and with --pub
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib.util
 import json
 import multiprocessing
 import random
@@ -50,6 +52,14 @@ def trained_tokenizer() -> PreTrainedTokenizerFast:
     marks = ["<|im_start|>", "<|im_end|>"]
     bpe.add_special_tokens(marks)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token=marks[1], chat_template=CHATML)
+
+
+def rewriting(tokenizer: Any) -> Any:
+    """The tokenizer with Qwen3's template, which writes earlier answers in another way: each is a sequence."""
+    [package] = importlib.util.find_spec("trl").submodule_search_locations  # type: ignore[union-attr]  # it is installed
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = (Path(package) / "chat_templates" / "qwen3.jinja").read_text(encoding="utf-8")
+    return other
 
 
 def write(path: Path, rows: int, turns: int, words: int) -> None:
@@ -113,9 +123,11 @@ def curves(tokenizer: Any, folder: Path, quick: bool) -> Iterator[tuple[str, dic
     yield "length (4 answers)", curve("words of an answer", rate, [(n, both[0]) for n, both in found])
     found = [(n, apart(encoded, tokenizer, folder, n, 2, 60)) for n in ends([1000, 4000, 16_000, 64_000])]
     yield "rows (2 answers of 60 words)", curve("rows", rate, [(n, both[0]) for n, both in found])
-    found = [(n, apart(encoded, tokenizer, folder, n, 40, 250)) for n in ends([15, 60, 240, 960])]
-    memory = [(n, both[1]) for n, both in found]
-    yield "rows of 40 answers of 250 words", curve("rows", "MB of memory at most", memory)
+    memory = curve("rows", "MB of memory at most", [])
+    for name, own in (("ours", tokenizer), ("with Qwen3's template", rewriting(tokenizer))):
+        found = [(n, apart(encoded, own, folder, n, 40, 250)) for n in ends([15, 60, 240, 330, 960])]
+        memory["systems"][name] = [(n, both[1]) for n, both in found]
+    yield "rows of 40 answers of 250 words", memory
     rate = "sequences/s of packing"
     count = 20_000 if quick else 200_000
     found = [(n, apart(packed, count, n)) for n in ends([2048, 8192, 32_768, 131_072])]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -14,6 +16,7 @@ from lightning_sft.data.rows.formats import FORMATS, FormatName
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.types import Conversation, InputError
 from tests.helpers.pages import blocks, code, is_key, page, tables
+from tests.real_files import table
 
 PAGE = page("reference/rows.md")
 SECTIONS = {text.partition("\n")[0]: text for text in PAGE.split("\n## ")[1:]}
@@ -33,7 +36,8 @@ def sections() -> Iterator[tuple[str, list[Any], list[Any], dict[str, Any]]]:
             yield title, rows_of(found[0]), rows_of(found[1]) if len(found) > 1 else [], own[0] if own else {}
 
 
-_, ROLE_ROWS, _ = (body for _, *body in tables(PAGE))
+TABLES = list(tables(PAGE))[:3]  # the fourth is of published files
+_, ROLE_ROWS, _ = (body for _, *body in TABLES)
 EXAMPLES = {title: rest for title, *rest in sections()}
 
 
@@ -59,10 +63,16 @@ def test_settings_of_an_example_are_keys_of_fit_and_are_needed(title: str) -> No
 
 
 def test_every_format_and_every_name_is_on_the_page() -> None:
-    formats, roles, keys = ([[code(cell) for cell in row] for row in body] for _, *body in tables(PAGE))
+    formats, roles, keys = ([[code(cell) for cell in row] for row in body] for _, *body in TABLES)
     assert [name for [name], *_ in formats] == list(get_args(FormatName))
     for [name], found, _ in formats:
         assert {FORMATS[name].question, *FORMATS[name].answers} <= {*found, *code(SECTIONS["Token ids"])}
     assert {alias: role for (role, _), (_, names) in zip(ROLE_ROWS, roles, strict=True) for alias in names} == ROLES
     assert [tuple(row[1]) for row in keys] == [KEYS[key] for key in ("role", "content", "reasoning_content")]
     assert all(f"`{name}`" in PAGE for name in KEYS["loss_weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("REAL_FILES" not in os.environ, reason="REAL_FILES names no folder with the published files")
+def test_published_files_become_what_the_page_says() -> None:
+    assert PAGE.endswith(table(Path(os.environ["REAL_FILES"]))), "run: python -m tests.real_files FOLDER"

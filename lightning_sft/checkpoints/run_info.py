@@ -33,7 +33,7 @@ _TRAINER = (
     *("max_steps", "max_epochs", "num_nodes", "world_size"),
 )
 _FILES = 8  # of a part; an export reads a few rows
-_OF_PARTS = ("system", "train_on", "chat_template_kwargs")
+_OF_PARTS = ("system", "train_on", "chat_template_kwargs", "first")
 _DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed", "held_out")
 
 _ARGUMENTS = {"variables": "chat_template_kwargs", "held_out": "val"}  # what facts are called that have another name

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.rows.messages import Converter, Reading
-from lightning_sft.data.rows.mixture import Mixture
-from lightning_sft.data.rows.sources import Source, leaves, parsed
+from lightning_sft.data.rows.mixture import Mixture, Part
+from lightning_sft.data.rows.sources import leaves, parsed
 from lightning_sft.data.tokens.chat_template import ChatTemplate
 from lightning_sft.data.tokens.encode import encode_many
 from lightning_sft.data.tokens.held_out import Side
@@ -144,7 +144,7 @@ def held_out(
     each = -(-most // len(mixture.parts))
     for part in mixture.of_name.values():
         own_reading = (reading or Reading()).of(part)
-        own_side, rows = side and side.within(part, own_reading), _usable(part.source, Converter(own_reading))
+        own_side, rows = side and side.within(part, own_reading), _usable(part, Converter(own_reading))
         found += islice((row for row in rows if own_side is None or own_side.has(row)), each)
     if not found:
         raise InputError("No row of the data can be used to compare the trained and the exported model.")
@@ -276,7 +276,8 @@ def _ids(
     return found
 
 
-def _usable(source: Source, convert: Converter) -> Iterator[Conversation]:
-    for row, where in islice((row for leaf in leaves(source) for row in leaf()), _LOOKED_AT):
+def _usable(part: Part, convert: Converter) -> Iterator[Conversation]:
+    most = min(_LOOKED_AT, part.first or _LOOKED_AT)
+    for row, where in islice((row for leaf in leaves(part.source) for row in leaf()), most):
         with suppress(InputError):  # unusable rows are skipped here
             yield convert(parsed(row, where), where)

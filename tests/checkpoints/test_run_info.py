@@ -64,6 +64,21 @@ def test_a_share_of_the_training_data_is_read_again_as_that_share(pretrained: st
     assert all(side_of("val", 0.2).has(row) for row in found)
 
 
+def test_how_many_rows_of_a_part_are_used_is_known_and_an_export_reads_no_others(
+    pretrained: str, saved: Any, jsonl: Any
+) -> None:
+    path = jsonl([{"prompt": f"a{i}", "completion": "b"} for i in range(9)])
+    data = Mixture({"few": Part(path, first=2), "all": Part(path)})
+    facts = saved(trained(pretrained, data={"train": data, "val": data}))
+    for split in ("train", "val"):
+        few, whole = facts["data"][split]["parts"]
+        assert (few["first"], few["rows"], "first" in whole, whole["rows"]) == (2, 2, False, 9)
+    mixture, reading, side = validation_data(facts)
+    assert [part.first for part in mixture.of_name.values()] == [2, None]
+    found = held_out(mixture, reading, side, most=10)
+    assert [row.messages[0]["content"] for row in found] == ["a0", "a1", "a0", "a1", "a2", "a3", "a4"]
+
+
 def test_of_a_stream_no_rows_are_counted(pretrained: str, saved: Any, jsonl: Any) -> None:
     path = jsonl([{"prompt": f"{i}", "completion": "a"} for i in range(300)])
     found = saved(trained(pretrained, data={"train": path, "streaming": True, "num_workers": 0}))

@@ -107,9 +107,19 @@ class Sentinels:
 
 def shape_of(message: Message) -> Shape:
     """All of an answer but the texts and numbers in it."""
-    fields = tuple(bool((message.get(key) or "").strip()) for key in ("reasoning_content", "content"))
-    calls = tuple(_structure(call["function"].get("arguments")) for call in message.get("tool_calls") or ())
-    return *fields, calls
+    calls = message.get("tool_calls")
+    structures = tuple([_structure(call["function"].get("arguments")) for call in calls]) if calls else ()
+    return _has(message, "reasoning_content"), _has(message, "content"), structures
+
+
+def is_empty(message: Message) -> bool:
+    """Whether an answer says nothing and calls nothing."""
+    return not (_has(message, "content") or message.get("tool_calls") or _has(message, "reasoning_content"))
+
+
+def _has(message: Message, key: str) -> bool:
+    text = message.get(key)
+    return bool(text and not text.isspace())
 
 
 def with_sentinels(message: Message) -> Sentinels:

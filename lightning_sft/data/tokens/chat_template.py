@@ -11,13 +11,14 @@ have to say the same (:mod:`lightning_sft.data.tokens.generation_tags`).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_sft.data.tokens import thoughts
 from lightning_sft.data.tokens.rendering import Rendering
 from lightning_sft.data.tokens.template import Template
 from lightning_sft.data.tokens.template_config import TemplateConfig, configured
@@ -61,20 +62,31 @@ class ChatTemplate(Template):
         >>> ChatTemplate.of(tiny_tokenizer()).message_of(asked, "Yo<|im_end|>")
         {'role': 'assistant', 'content': 'Yo'}
         """
-        for tried in ({"reasoning_content": "x", "content": "y"}, {"content": "y"}):
+        for message, whole in sorted(self._readings(messages, written), key=lambda found: _has_space(found[0])):
             try:
-                ending = Rendering(self, Conversation([*messages, _assistant(tried)])).ending(len(messages))
-                whole = written if written.endswith(ending.stop) else written + ending.stop
-                own = whole.removeprefix(ending.before)[: len(whole) - len(ending.before) - len(ending.stop)]
-                parts = own.split(ending.between, 1) if "reasoning_content" in tried else [own]
-                if len(parts) < len(tried) or ending.lost or not whole.startswith(ending.before):
-                    continue
-                message = _assistant(dict(zip(tried, parts, strict=True)))
                 if Rendering(self, Conversation([*messages, message])).answer(len(messages)).own == whole:
                     return message
-            except (InputError, ValueError):
+            except InputError:
                 continue
         return _assistant({"content": self.special.sub("", written)})
+
+    def _readings(self, messages: Sequence[Message], written: str) -> Iterator[tuple[Message, str]]:
+        """Answers that some text may be, each with the text as the template would write such an answer."""
+        for shape in ({"reasoning_content": "x", "content": "y"}, {"content": "y"}):
+            try:
+                rendering = Rendering(self, Conversation([*messages, _assistant(shape)]))
+                ending, prompt = rendering.ending(len(messages)), rendering.prompt(len(messages))
+            except InputError:
+                continue
+            whole = written if written.endswith(ending.stop) else written + ending.stop
+            own = whole.removesuffix(ending.stop)
+            found = list(_continued(own, prompt))
+            if own.startswith(ending.before) and not ending.lost:
+                rest, between = own.removeprefix(ending.before), ending.between
+                found.append(rest.split(between, 1) if "reasoning_content" in shape and between else [rest])
+            yield from (
+                (_assistant(dict(zip(shape, parts, strict=True))), whole) for parts in found if len(parts) == len(shape)
+            )
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -93,6 +105,22 @@ class ChatTemplate(Template):
                 continue
             ids |= dict.fromkeys(cast(list[int], self.tokenizer.convert_tokens_to_ids(tokens[-1:])))
         return tuple(ids)
+
+
+def _continued(text: str, prompt: str) -> Iterator[list[str]]:
+    """The thought and the answer in a text, or the answer after an empty thought, where the prompt begins a thought."""
+    if opened := thoughts.OPENING.search(prompt):
+        closing = thoughts.closing(opened)
+        for border in (closing, closing.strip()):
+            thought, is_ended, answer = text.partition(border)
+            if is_ended:
+                yield [thought, answer] if thought.strip() else [answer]
+
+
+def _has_space(message: Message) -> bool:
+    """Whether an answer with a thought has space where a template writes its own: it may rather be all text."""
+    thought = message.get("reasoning_content")
+    return thought is not None and (thought != thought.strip() or message["content"] != message["content"].lstrip())
 
 
 def _assistant(fields: dict[str, str]) -> Message:

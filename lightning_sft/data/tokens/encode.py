@@ -173,29 +173,30 @@ class _Draft:
 
 def _some(conversations: Iterable[Conversation], template: ChatTemplate) -> Iterator[list[_Draft]]:
     """Drafts, so many at a time that their text is about :data:`_AT_ONCE`."""
-    drafts: list[_Draft] = []
-    size = 0
-    for conversation in conversations:
-        drafts.append(_drafted(conversation, template))
-        size += sum(len(run.text) for run in drafts[-1].runs)
-        if size > _AT_ONCE:
-            yield drafts
-            drafts, size = [], 0
-    if drafts:
+    left = iter(conversations)
+    while drafts := _drafted(left, template):
         yield drafts
 
 
-def _drafted(conversation: Conversation, template: ChatTemplate) -> _Draft:
-    """The same as :func:`_draft`; a template that takes too long stops everything.
+def _drafted(conversations: Iterator[Conversation], template: ChatTemplate) -> list[_Draft]:
+    """Drafts of the next conversations; a template that takes too long for one stops everything.
 
     Raises:
         InputError: Then.
     """
-    try:
-        with in_time():
-            return _draft(conversation, template)
-    except TimeoutError as error:
-        raise InputError(f"{conversation.provenance}: {error}.") from error
+    drafts: list[_Draft] = []
+    size = 0
+    with in_time() as start_time:
+        for conversation in conversations:
+            start_time()
+            try:
+                drafts.append(_draft(conversation, template))
+            except TimeoutError as error:
+                raise InputError(f"{conversation.provenance}: {error}.") from error
+            size += sum(len(run.text) for run in drafts[-1].runs)
+            if size > _AT_ONCE:
+                break
+    return drafts
 
 
 def _draft(conversation: Conversation, template: ChatTemplate) -> _Draft:
@@ -305,7 +306,7 @@ def _assemble(
                 masked = None if own is None else trained.after(context)
             if own is None:  # the boundary merges: the prompt stays what it is at inference, the answer is apart
                 own = apart = _apart(context, both, answer, f"{provenance}: turn {turn + 1}", template)
-            if masked is None or not np.array_equal(own[: len(masked)], masked):
+            if masked is None or (len(masked) and not np.array_equal(own[: len(masked)], masked)):
                 raise InputError(
                     f"{provenance}: turn {turn + 1}: a token reaches over the end of the thought, so it cannot be "
                     "masked exactly. Set data.thoughts=split to train it too."

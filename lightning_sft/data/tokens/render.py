@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, lru_cache
@@ -31,29 +31,38 @@ FROZEN_DATE = date(2024, 7, 26)
 MAX_SECONDS = 60.0
 """Of rendering one conversation; a template is a program that somebody else has written."""
 
+_HAS_TIMERS = hasattr(signal, "setitimer")
 _ONWARDS = frozenset({"index", "index0", "first", "previtem", "cycle", "changed", "depth", "depth0"})  # of a loop
 
 
 @contextmanager
-def in_time() -> Iterator[None]:
+def in_time() -> Iterator[Callable[[], object]]:
     """Stop what renders a conversation after :data:`MAX_SECONDS`, where the system has timers for it.
 
-    It needs the main thread and a system with ``SIGALRM``, and leaves a timer of somebody else's alone.
+    It needs the main thread and a system with ``SIGALRM``, and leaves a timer of somebody else's alone. It gives what
+    starts the time again, for the next conversation.
 
     Raises:
         TimeoutError: When it has not ended by then. It is no refusal of a row: those must not depend on a clock.
     """
-    has_timers = hasattr(signal, "setitimer") and current_thread() is main_thread()
-    if not has_timers or signal.getitimer(signal.ITIMER_REAL)[0]:
-        yield
+    if not _HAS_TIMERS or current_thread() is not main_thread() or _is_timed():
+        yield lambda: None
         return
     before = signal.signal(signal.SIGALRM, _too_late)
-    signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+
+    def start() -> object:
+        return signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS)
+
+    start()
     try:
-        yield
+        yield start
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _is_timed() -> bool:
+    return _HAS_TIMERS and signal.getitimer(signal.ITIMER_REAL)[0] > 0
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ class Renderer:
         given = self.special_tokens | dict(variables)
         messages = [_with_aliases(message) for message in messages]
         given |= {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generation}
-        with in_time():
+        with nullcontext() if _is_timed() else in_time():
             if self.has_marks and not generation:
                 return render_with_marks(self._compiled, given)
             return str(self._compiled.render(given)), []
@@ -252,6 +261,8 @@ def _looks_back(node: nodes.Node) -> bool:
 
 def _with_aliases(message: Message) -> Message:
     """As transformers hands a message on: without nulls, and its reasoning under the names that templates read."""
+    if None not in message.values() and "reasoning_content" not in message:
+        return message
     found = {key: value for key, value in message.items() if value is not None}
     reasoning = found.get("reasoning_content")
     return found if reasoning is None else {"thinking": reasoning, **found}

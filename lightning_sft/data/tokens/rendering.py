@@ -13,6 +13,7 @@ from lightning_sft.data.tokens.answer_shape import (
     Ending,
     Stops,
     but_for_space,
+    is_empty,
     is_written,
     learn,
     num_shared,
@@ -25,6 +26,7 @@ from lightning_sft.data.tokens.answer_shape import (
 from lightning_sft.data.tokens.generation_tags import Span, marked_end
 from lightning_sft.data.tokens.prompt_turns import PromptTurns
 from lightning_sft.data.tokens.render import Trace
+from lightning_sft.data.tokens.sandbox import forget_json
 from lightning_sft.data.tokens.template import Template
 from lightning_sft.types import Conversation, InputError, Message
 
@@ -46,6 +48,7 @@ class Rendering:
 
     def __init__(self, template: Template, conversation: Conversation) -> None:
         self.template, config = template, template.config
+        forget_json()
         self.variables = {**config.variables, **conversation.template_kwargs}
         messages, self.notes = template.prepared(conversation.messages)
         messages, self.tools, found = control_tokens.treated(
@@ -96,7 +99,7 @@ class Rendering:
             trained = own.find(reasoning) + len(reasoning) + len(self._ending(at, message).between)
         elif problem:
             bare = {key: value for key, value in message.items() if key != "reasoning_content"}
-            if reasoning and any(shape_of(bare)):  # most templates drop the reasoning and nothing else
+            if reasoning and not is_empty(bare):  # most templates drop the reasoning and nothing else
                 text, begin, own, problem = self._written(at, bare)
             if problem:
                 own = self._raw(at, text[:begin], bare, problem)
@@ -105,7 +108,7 @@ class Rendering:
             self.notes.add(_THOUGHT_BY_ITSELF if reasoning else _BY_ITSELF)
         if thoughts.begin_of(own) is not None and thoughts.are_ended_by(text[:begin]):
             raise InputError(thoughts.ENDED)
-        if not any(shape_of(message)):
+        if is_empty(message):
             self.notes.add("an answer is empty, and its stop token alone is trained")
         if not reasoning and (empty := thoughts.EMPTY_THOUGHT.match(own)):
             if own[empty.end() :].lstrip().startswith(message["content"].strip()):
@@ -129,7 +132,7 @@ class Rendering:
         def stop_of(at: int) -> str:
             message = self.messages[at]
             try:
-                stop = (any(shape_of(message)) and self._ending(at, message).stop) or self._ending(at, _PLAIN).stop
+                stop = (not is_empty(message) and self._ending(at, message).stop) or self._ending(at, _PLAIN).stop
             except InputError:  # of the answer, or of one like it
                 return ""
             return "".join(self.template.endings.findall(stop)[-1:])
@@ -222,7 +225,7 @@ class Rendering:
 
     def _written(self, at: int, message: Message) -> tuple[str, int, str, str]:
         """What the template writes of an answer: a text with all before it, where it begins, itself, and a problem."""
-        if not any(shape_of(message)):  # an empty one is a plain one without its text
+        if is_empty(message):  # an empty one is a plain one without its text
             self._whole(at, message)  # the template may refuse it
             text, begin, own, problem = self._written(at, _PLAIN)
             stop = own[own.rfind(self._ending(at, _PLAIN).stop.strip()) :]
@@ -329,7 +332,7 @@ class Rendering:
                 thought and the prompt has ended that.
         """
         plain = self._ending(at, _PLAIN)
-        stop = self._ending(at, message if any(shape_of(message)) else _PLAIN).stop or plain.stop
+        stop = self._ending(at, _PLAIN if is_empty(message) else message).stop or plain.stop
         has_header = True
         if at and self.messages[at - 1]["role"] == "assistant":  # two answers in a row
             has_header = prompt.rfind(self.template.opener) >= prompt.rfind(self.messages[at - 1]["content"].strip())

@@ -51,7 +51,7 @@ class Beginning:
         """
         tail = np.concatenate([*self.whole[other.num_whole : self.num_whole], self.rest])
         size = len(other.rest)
-        return tail[size:] if np.array_equal(tail[:size], other.rest) else None
+        return tail[size:] if not size or np.array_equal(tail[:size], other.rest) else None
 
 
 class Segments:

@@ -583,7 +583,7 @@ def test_a_row_that_the_tokenizer_refuses_costs_no_other(monkeypatch: pytest.Mon
 def test_rows_are_rendered_while_others_are_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoding, "_AT_ONCE", 1)
     tokenizer, second_is_rendered = tiny_tokenizer(), threading.Event()
-    drafted, tokenized = encoding._drafted, encoding._tokenize
+    drafted, tokenized = encoding._draft, encoding._tokenize
 
     def drafting(given: Conversation, template: ChatTemplate) -> Any:
         if given.messages[0]["content"] == "c":
@@ -594,7 +594,7 @@ def test_rows_are_rendered_while_others_are_tokenized(monkeypatch: pytest.Monkey
         assert second_is_rendered.wait(timeout=60)
         return tokenized(*given)
 
-    monkeypatch.setattr(encoding, "_drafted", drafting)
+    monkeypatch.setattr(encoding, "_draft", drafting)
     monkeypatch.setattr(encoding, "_tokenize", tokenizing)
     found = encode_many([conversation("a", "b"), conversation("c", "d")], tokenizer)
     assert [targets(example, tokenizer) for [example] in found] == ["b<|im_end|>", "d<|im_end|>"]
