@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,6 +24,7 @@ from transformers.utils import logging as progress
 from lightning_sft.machine.contexts import default_dtype
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.model.parallel.sharding import layers
+from lightning_sft.model.parallel.stored import stored_tensors
 from lightning_sft.model.pretrained import (
     check_whole,
     load_architecture,
@@ -197,8 +197,9 @@ def fill(model: PreTrainedModel, pretrained: str, device: torch.device, offloade
     """
     tied = dict(model.all_tied_weights_keys)
     settings = _settings(model, pretrained, torch.device("cpu") if offloaded else device)
+    stored: dict[str, Any] = dict(stored_tensors(weight_files(pretrained)))
     try:
-        info, _ = convert_and_load_state_dict_in_model(model, _slices(pretrained), settings)
+        info, _ = convert_and_load_state_dict_in_model(model, stored, settings)
         with buffers_alone(model):
             info = PreTrainedModel._finalize_model_loading(model, settings, info)
     except RuntimeError as error:
@@ -224,13 +225,13 @@ def reader(model: PreTrainedModel, folder: str) -> Callable[[Iterable[str]], dic
         model: Model on the meta device, which stays empty.
         folder: Folder with safetensors files.
     """
-    target, slices = deepcopy(model), _slices(folder)
+    target, stored = deepcopy(model), stored_tensors(weight_files(folder))
     settings = _settings(model, folder, torch.device("cpu"))
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         try:
             with _without_progress():
-                info, _ = convert_and_load_state_dict_in_model(target, {n: slices[n] for n in names}, settings)
+                info, _ = convert_and_load_state_dict_in_model(target, {n: stored[n] for n in names}, settings)
         except (KeyError, RuntimeError) as error:
             raise InputError(f"The weights of {folder} cannot be read: {error}") from error
         if info.mismatched_keys or info.conversion_errors:
@@ -253,15 +254,6 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
         module._parameters[own] = nn.Parameter(value.detach(), requires_grad=False)
     else:
         module._buffers[own] = value
-
-
-def _slices(pretrained: str) -> dict[str, Any]:
-    """The tensors of a model's files by name, to be read in whole or in part."""
-    found: dict[str, Any] = {}
-    for path in weight_files(pretrained):
-        file: Any = safe_open(path, framework="pt", backend="pread")  # pages of a mapped file would count as ours
-        found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-    return found
 
 
 def _settings(model: PreTrainedModel, pretrained: str, device: torch.device) -> LoadStateDictConfig:
