@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_sft.model.parallel.sharding import full, is_sharded
+from lightning_sft.model.tuning.packed import unpacked
 from lightning_sft.model.tuning.quantization import is_packed
 from lightning_sft.types import InputError
 
@@ -27,7 +28,8 @@ def samples(model: nn.Module, count: int = 8) -> Tensor:
         model: Pretrained model without adapters. If it is sharded, every rank calls this.
         count: Number of entries per parameter.
     """
-    floating = [p.detach() for p in model.parameters() if p.is_floating_point()]
+    packed = {id(forward.layer.weight) for forward in unpacked(model).values()}
+    floating = [p.detach() for p in model.parameters() if p.is_floating_point() and id(p) not in packed]
     plain = (full(p).flatten() for p in floating if is_sharded(p) or not is_traceable_wrapper_subclass(p))
     return torch.cat([p[:: max(1, len(p) // count)][:count].cpu() for p in plain])
 
