@@ -146,6 +146,30 @@ def full(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def entries(tensor: Tensor, places: range) -> Tensor:
+    """Entries of a tensor on the CPU, by their places when it is flat; every rank of a sharded one's mesh calls this.
+
+    Each rank gives those of its shard: the whole is not gathered.
+    """
+    if not is_sharded(tensor):
+        return tensor.detach().flatten()[list(places)].cpu()
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded: Any = tensor.detach()
+    mesh, placements = sharded.device_mesh, sharded.placements
+    shape, offsets = compute_local_shape_and_global_offset(sharded.shape, mesh, placements)
+    where = torch.unravel_index(torch.tensor(places), sharded.shape)
+    local = [at - offset for at, offset in zip(where, offsets, strict=True)]
+    is_here = torch.stack([(at >= 0) & (at < size) for at, size in zip(local, shape, strict=True)]).all(0)
+    own = sharded.to_local()
+    found = torch.zeros(len(places), dtype=own.dtype)
+    found[is_here] = own[tuple(at[is_here].to(own.device) for at in local)].cpu()
+    summed = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    whole: Tensor = DTensor.from_local(found.to(mesh.device_type), mesh, summed).full_tensor().cpu()
+    return whole
+
+
 def loading_config(strategy: Strategy | None) -> Any:
     """Config that makes transformers load partitioned weights while it is referenced; ``None`` without ZeRO-3."""
     if not getattr(strategy, "zero_stage_3", False):

@@ -77,7 +77,7 @@ def quantize_empty(model: PreTrainedModel, config: Any) -> None:
 
 
 def plain_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """For each layer of :func:`quantize_empty`, by its id, a plain one that stands for it in a copy: for ``deepcopy``."""
+    """For each layer of :func:`quantize_empty`, by its id, a plain one to stand for it in a copy: for ``deepcopy``."""
     found: dict[int, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, nn.Linear) and is_packed(module.weight):
