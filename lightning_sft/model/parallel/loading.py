@@ -237,7 +237,7 @@ class Packer:
             raise InputError(f"The weights of {self._pretrained!r} cannot be quantized: {wrong}")
 
     def _unread(self, part: nn.Module) -> list[str]:
-        within, quantizer = set(part.modules()), self._settings.hf_quantizer
+        within, quantizer = set(part.modules()), cast(Any, self._settings.hf_quantizer)
         empty = (
             f"{owner}.{name}".lstrip(".")
             for owner, module in self._model.named_modules()
@@ -249,7 +249,7 @@ class Packer:
 
 
 def fill(
-    model: PreTrainedModel, pretrained: str, device: torch.device, offloaded: bool, done: Container[str] = ()
+    model: PreTrainedModel, pretrained: str, device: torch.device, offloaded: bool, done: Container[str | None] = ()
 ) -> None:
     """Read this rank's slices of the weights of a sharded, empty model, in place, and compute its other buffers.
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class StoredTensor:
 
     def _rows(self, begin: int, end: int) -> Tensor:
         rows = torch.empty((end - begin, *self.shape[1:]) if self.shape else (), dtype=self.dtype)
-        left = memoryview(rows.view(-1).view(torch.uint8).numpy())
+        left = memoryview(cast(Any, rows.view(-1).view(torch.uint8).numpy()))
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.begin + begin * self.dtype.itemsize * math.prod(self.shape[1:]))
             while left:

@@ -209,8 +209,8 @@ class TuningConfig:
         sharding.apply(scorer, model, prepare)
         if is_empty:
             with without_adapters(model):
-                done = {} if packer is None else packer.sources
-                loading.fill(model, pretrained, device, sharding.cpu_offload, set(done.values()))
+                done = () if packer is None else packer.sources.values()
+                loading.fill(model, pretrained, device, sharding.cpu_offload, set(done))
                 self._base = None if self.lora is None else adapter_checkpoints.samples(model)
 
     def _empty(
