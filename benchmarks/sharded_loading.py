@@ -1,6 +1,7 @@
 """Host memory of each rank while a model is loaded under `fsdp2`, or exported.
 
     python -m benchmarks.sharded_loading [load|whole|export] [--parameters 1.5e9] [--processes 2 4] [--precision P]
+                                         [--quantize 4bit]
 
 A random model with the shape of Llama-3.2-1B and as many layers as it takes is saved in bfloat16 in a temporary folder
 and loaded on CPUs over gloo. Printed are a rank's shard, and the memory of its process (the kernel's count of resident
@@ -34,6 +35,7 @@ from benchmarks.environments import ROOT
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import HFExport
 from lightning_sft.demos import tiny_tokenizer
+from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.types import InputError
 
 GIB = 2**30
@@ -93,16 +95,14 @@ class Measured(SFTModule):
         if (error := work()) is not None:
             raise RuntimeError(str(error))
         if ends:
-            local: list[Any] = [
-                tensor.to_local() for tensor in self.state_dict().values() if hasattr(tensor, "to_local")
-            ]
+            local: list[Any] = [tensor.to_local() for tensor in self.parameters() if hasattr(tensor, "to_local")]
             distinct = {tensor.data_ptr(): tensor.nbytes for tensor in local}  # without tied ones
             print(json.dumps({"shard": sum(distinct.values()), "before": before} | memory()), flush=True)
             torch.distributed.barrier()
             os._exit(0)
 
 
-def rank(folder: str, precision: Any, mode: str) -> None:
+def rank(folder: str, precision: Any, mode: str, quantize: Any) -> None:
     """One process of a fit that ends when the model is loaded or exported."""
     trainer = Trainer(
         accelerator="cpu",
@@ -116,13 +116,15 @@ def rank(folder: str, precision: Any, mode: str) -> None:
     Measured.exports = mode == "export"
     empty = "lightning_sft.model.tuning.tuning.loading.empty_model"
     with patch(empty, side_effect=InputError("asked for")) if mode == "whole" else nullcontext():
-        trainer.fit(Measured(folder), SFTDataModule(train=ROWS))
+        lora = None if quantize is None else Lora(r=16)
+        trainer.fit(Measured(folder, lora=lora, quantize=quantize), SFTDataModule(train=ROWS))
 
 
-def measured(folder: str, processes: int, precision: str, mode: str) -> list[dict[str, int]]:
+def measured(folder: str, processes: int, precision: str, mode: str, quantize: str | None) -> list[dict[str, int]]:
     """What each rank has printed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [*launcher, "-m", "benchmarks.sharded_loading", mode, "--rank", folder, "--precision", precision]
+    command += [] if quantize is None else ["--quantize", quantize]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -135,23 +137,25 @@ def main() -> None:
     parser.add_argument("--parameters", type=float, default=1.5e9)
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--quantize", choices=["4bit", "8bit"], help="quantize the model, under adapters")
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank:
-        rank(given.rank, given.precision, given.mode)
+        rank(given.rank, given.precision, given.mode, given.quantize)
         return
     columns = ["processes", "shard", "before", "after", "at the peak", "at the peak, beyond the shard"]
     table = Table(*columns, title="GiB of the process that takes most")
     with TemporaryDirectory() as temporary:
         count = save(Path(temporary), given.parameters)
         for processes in given.processes:
-            largest = max(measured(temporary, processes, given.precision, given.mode), key=lambda one: one["peak"])
+            of_ranks = measured(temporary, processes, given.precision, given.mode, given.quantize)
+            largest = max(of_ranks, key=lambda one: one["peak"])
             shown = [largest[name] for name in ("shard", "before", "after", "peak")]
             shown.append(largest["peak"] - largest["shard"])
             table.add_row(str(processes), *(f"{value / GIB:.2f}" for value in shown))
     console = Console()
     console.print(table)
-    console.print(f"{count:,} parameters, {given.precision}, {given.mode}")
+    console.print(f"{count:,} parameters, {given.quantize or given.precision}, {given.mode}")
 
 
 if __name__ == "__main__":

@@ -258,8 +258,8 @@ def seed_micro_batch(*place: int) -> None:
     """Seed torch, numpy and Python for a micro-batch, so that its random numbers do not depend on earlier draws.
 
     Args:
-        place: Seed of the run, number of the epoch, number of the micro-batch in it, and data-parallel rank; ranks that
-            share a micro-batch draw the same numbers.
+        place: Seed of the run, number of the epoch, number of the micro-batch in it, and number of the rank; ranks that
+            share matrices draw the same numbers, those that share rows draw their own.
 
     >>> seed_micro_batch(0, 1, 7, 0)
     >>> first = torch.rand(3)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD, AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
+<<<<<<< HEAD
 from lightning_sft.checkpoints.resume import POSITION_KEY, RunPosition, seed_micro_batch
 from lightning_sft.checkpoints.run_info import data_differences
+=======
+from lightning_sft.checkpoints.resume import POSITION_KEY, RunPosition, RunState, seed_micro_batch
+>>>>>>> h-scale
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.schedules import learning_rate_factor
 from lightning_sft.types import InputError
@@ -385,3 +390,19 @@ def test_fifty_and_more_kills_at_random_change_nothing(dropping: str, tmp_path: 
     assert found.keys() == RUNS.keys()
     assert sum(result["kills"] for result in found.values()) >= 50
     assert not any(result["differ"] for result in found.values())
+
+
+def test_ranks_draw_numbers_of_their_own_also_those_that_share_rows() -> None:
+    """Else the dropout of the parts of a row would be the same."""
+    state, seeds = RunState(), []
+    state.seed = 5
+    for rank in range(2):
+        for part in range(2):
+            strategy = SimpleNamespace(context=SimpleNamespace(rank=part, size=2))
+            shares = {"rank": rank, "num_replicas": 2}
+            trainer: Any = SimpleNamespace(distributed_sampler_kwargs=shares, current_epoch=3, strategy=strategy)
+            state.seed_micro_batch(trainer, 7)
+            seeds.append(torch.initial_seed())
+            seed_micro_batch(5, 3, 7, len(seeds) - 1)
+            assert torch.initial_seed() == seeds[-1]
+    assert len(set(seeds)) == 4

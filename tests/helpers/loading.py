@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.model.parallel.rank_zero import whole_state
+from lightning_sft.model.parallel.sharding import full
+from lightning_sft.model.tuning.packed import unpacked
 from lightning_sft.strategies import FSDP2Strategy
 from lightning_sft.types import InputError
 from tests.helpers.composites import COMPOSITES, composite
@@ -41,6 +43,7 @@ class Case:
     stored: torch.dtype = torch.float32
 
 
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "tie_word_embeddings": True}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 CASES = {
     "tied": Case(config={"tie_word_embeddings": True}),
@@ -53,6 +56,10 @@ CASES = {
     "adapters": Case(config={"tie_word_embeddings": True}, model=LORA),
     "adapters of experts": Case("qwen3_moe", EXPERTS, model={"lora": {"targets": ["q_proj", "experts.down_proj"]}}),
     "a base in bfloat16": Case(model=LORA, precision="bf16-mixed", stored=torch.bfloat16),
+    "4 bits": Case(config=WIDE, model=LORA | {"quantize": "4bit"}),
+    "4 bits beside experts": Case("qwen3_moe", EXPERTS | WIDE, model=LORA | {"quantize": "4bit"}),
+    "4 bits, another prefix": Case("gpt2", model={"lora": {"targets": ["c_attn"]}, "quantize": "4bit"}),
+    "8 bits": Case(config=WIDE, model=LORA | {"quantize": "8bit"}),
     "true bfloat16": Case("qwen3_next", EXPERTS, precision="bf16-true"),
     "images and text": Case("gemma3"),
     "frozen": Case(model={"frozen": ["*.layers.0.*"]}),
@@ -83,12 +90,22 @@ def save(name: str, folder: Path) -> str:
     return path
 
 
-def shown(module: SFTModule, state: dict[str, Tensor], numel: int) -> dict[str, Any]:
+def packed_of(module: SFTModule) -> dict[str, Tensor]:
+    """The bytes of each weight that is quantized, and its values; every rank calls this."""
+    found = {}
+    for name, layer in unpacked(module).items():
+        weight = full(layer.layer.weight)
+        found |= {name: weight.view(torch.uint8)[: layer.num_bytes], f"{name}, values": layer.values(weight)}
+    return found
+
+
+def shown(module: SFTModule, state: dict[str, Tensor], packed: dict[str, Tensor], numel: int) -> dict[str, Any]:
     """All that may differ between a model that is loaded whole and one that is read in shards."""
     assert module.scorer is not None
     model, routers = module.scorer.model, module.scorer.routers
     names = {part: name.replace("FSDP", "") for name, part in model.named_modules()}
     return {
+        "packed": packed,
         "state": {name.removeprefix("scorer."): value for name, value in state.items()},
         "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
         "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
@@ -121,10 +138,11 @@ def run(name: str, pretrained: str, out: Path) -> None:
 
     def look(module: SFTModule) -> None:
         state = whole_state(module, keep=module.trainer.is_global_zero)
+        packed = packed_of(module)
         numel = sum(parameter.to_local().numel() for parameter in module.parameters())
         module.trainer.save_checkpoint(out / f"{name}.ckpt")
         if module.trainer.is_global_zero:
-            torch.save(shown(module, state, numel), out / f"{name}.pt")
+            torch.save(shown(module, state, packed, numel), out / f"{name}.pt")
 
     module = SFTModule(pretrained, **case.model)
     strategy = FSDP2Strategy(*case.sizes, **case.layout)

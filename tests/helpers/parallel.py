@@ -102,8 +102,21 @@ CASES = {
         reference="single_lora",
     ),
     "context_both": Case("`context_parallel_size: 2` on 2 × 2", processes=4, sizes=(4, 1), layout=CONTEXT),
+    "context_both_lora": Case(
+        "the same with `model.lora`, `model.gradient_checkpointing`, `model.mlp_tile_size`",
+        processes=4,
+        sizes=(4, 1),
+        layout=CONTEXT,
+        model={**LORA, **TILES},
+        reference="single_lora",
+    ),
     "context_tensor": Case(
-        "the same with `tensor_parallel_size: 2`", processes=4, accumulate=4, limit=30, sizes=(2, 2), layout=CONTEXT
+        "`context_parallel_size: 2`, `tensor_parallel_size: 2`",
+        processes=4,
+        accumulate=4,
+        limit=30,
+        sizes=(2, 2),
+        layout=CONTEXT,
     ),
     **{f"deepspeed{n}": Case(f"`deepspeed_stage_{n}`", limit=14, stage=n, reference="single_whole") for n in (1, 2, 3)},
 }
@@ -118,7 +131,7 @@ SLOW = [
     ["ddp_tiles", "fsdp2_8bit", "checkpointing", "tensor_tiles"],
     ["offload_alone"],
     ["context"],
-    ["both", "context_both", "context_tensor"],
+    ["both", "context_both", "context_both_lora", "context_tensor"],
     ["deepspeed1", "deepspeed2"],
 ]
 LAUNCHES = [*QUICK, *SLOW]  # cases that processes run one after the other

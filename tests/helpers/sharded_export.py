@@ -45,6 +45,7 @@ CASES = {
     "adapters of experts": Case("qwen3_moe", EXPERTS, model=ADAPTED),
     "4 bits": Case(config=WIDE | TIED, model=LORA | {"quantize": "4bit"}),
     "8 bits": Case(config=WIDE, model=LORA | {"quantize": "8bit", "new_tokens": ["<a>"]}),
+    "magnitudes of 4 bits": Case(config=WIDE, model={"lora": {"r": 4, "dora": True}, "quantize": "4bit"}),
     "tensor": Case(config=TIED, sizes=(2, 2), export={"max_shard_size": SMALL}),
 }
 

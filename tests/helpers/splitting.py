@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_sft.checkpoints.resume import seed_micro_batch
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.demos import tiny_model
 from lightning_sft.machine.contexts import blocks
@@ -22,6 +24,7 @@ from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.parallel.context import Context
 from lightning_sft.model.probes import check_split
 from lightning_sft.model.recompute import checkpoint_layers
+from lightning_sft.model.tuning.adapters import Lora, inject
 from lightning_sft.types import Example, InputError, LogLikelihood
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,6 +91,59 @@ def compare(name: str, context: Context, how: str = "") -> float:
     return max(errors)
 
 
+class Joined(nn.Module):
+    """Dropout of whole rows whose mask is that of the ranks' parts, side by side; a generator stands for each rank."""
+
+    def __init__(self, probability: float, states: list[Tensor]) -> None:
+        super().__init__()
+        self.probability, self.states = probability, states
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop entries of ``[B, N, H]`` as the ranks do, of which each draws for ``⌈N / C⌉`` tokens."""
+        width, masks = -(-x.shape[1] // len(self.states)), []
+        for rank, state in enumerate(self.states):
+            torch.set_rng_state(state)
+            masks.append(nn.functional.dropout(x.new_ones(x.shape[0], width, x.shape[2]), self.probability))
+            self.states[rank] = torch.get_rng_state()
+        return x * torch.cat(masks, 1)[:, : x.shape[1]]
+
+
+def with_dropout(context: Context, checkpointed: bool) -> float:
+    """The largest relative error of adapters with dropout, beside a rank that has whole rows and the same masks."""
+    model, errors = tiny_model("qwen3", num_attention_heads=4, num_key_value_heads=2), []
+    torch.manual_seed(0)
+    inject(model, Lora(r=4, dropout=0.5))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)  # the second matrix of an adapter begins at zero
+    model.double().train()
+    findings = probed(model, *backbone_and_head(model))[1]
+    dropouts = [part["default"] for name, part in model.named_modules() if name.endswith("lora_dropout")]
+    assert dropouts
+    assert all(type(part) is nn.Dropout for part in dropouts)
+    states = []
+    for rank in range(context.size):
+        seed_micro_batch(0, 0, 0, rank)
+        states.append(torch.get_rng_state())
+    wanted = []
+    for batch in batches():
+        with ExitStack() as replaced:
+            joined = Joined(0.5, list(states))
+            for part in dropouts:
+                replaced.enter_context(patch.object(part, "forward", joined.forward))
+            wanted.append(computed(LikelihoodModel(model, findings), batch))
+    if checkpointed:
+        checkpoint_layers(model, True, "cpu")
+    for batch, (whole, of_whole) in zip(batches(), wanted, strict=True):
+        torch.set_rng_state(states[context.rank])
+        own, gradients = computed(LikelihoodModel(model, findings, context=context), batch)
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        errors += [error(own.total, whole.total)]
+        errors += [error(a, b) for a, b in zip(gradients, of_whole, strict=True)]
+    return max(errors)
+
+
 def sent(context: Context) -> list[int]:
     """Bytes that this rank sends to others in a forward pass of the packed batch, beside what the page says."""
     model = made("two keys")
@@ -125,6 +181,7 @@ def main(out: Path) -> None:
     context = Context(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
     found: dict[str, Any] = {name: compare(name, context) for name in ARCHITECTURES}
     found |= {how: compare("two keys", context, how) for how in ("checkpointed", "compiled")}
+    found |= {f"dropout{', checkpointed' * again}": with_dropout(context, again) for again in (False, True)}
     found["sent"] = sent(context)
     mamba = {"num_attention_heads": 4, "num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1}
     found["recurrent"] = refused(context, "mamba2", **mamba)

@@ -7,24 +7,32 @@ copy with random weights. transformers reads: it converts names and layouts of c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, convert_and_load_state_dict_in_model
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging as progress
 
 from lightning_sft.machine.contexts import default_dtype
 from lightning_sft.model.backbone import backbone_and_head, hidden_states
 from lightning_sft.model.parallel.sharding import layers
+from lightning_sft.model.parallel.stored import stored_tensors
 from lightning_sft.model.pretrained import (
     check_whole,
     load_architecture,
@@ -33,18 +41,21 @@ from lightning_sft.model.pretrained import (
     stored_names,
 )
 from lightning_sft.model.tuning.base_dtype import weight_files
+from lightning_sft.model.tuning.quantization import plain_layers, quantize_empty
 from lightning_sft.types import InputError
 
+_NO_MORE: dict[str, list[str]] = {"unexpected_keys": []}
 _VOCABULARY = 512  # rows that embeddings and head of a small copy have at most
 
 
-def empty_model(pretrained: str, attention: str | None, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(pretrained: str, attention: str | None, dtype: torch.dtype, quantized: Any = None) -> PreTrainedModel:
     """A pretrained model on the meta device, in training mode; :func:`fill` reads its weights.
 
     Args:
         pretrained: A hub name or a folder.
         attention: Attention implementation of transformers; ``None`` lets transformers choose.
         dtype: Dtype of the parameters, but for those that transformers keeps in float32.
+        quantized: Quantization config, see :mod:`lightning_sft.model.tuning.quantization`.
 
     Raises:
         InputError: When it cannot be filled, or not be probed by a small copy.
@@ -54,6 +65,8 @@ def empty_model(pretrained: str, attention: str | None, dtype: torch.dtype) -> P
         raise InputError("it has no safetensors files")
     with torch.device("meta"), default_dtype(dtype):
         model = model_from_config(load_architecture(pretrained), attention)
+        if quantized is not None:
+            quantize_empty(model, quantized)
     if model.config.is_encoder_decoder:
         raise InputError("it is an encoder-decoder")
     if any(target in names and source in names for target, source in model.all_tied_weights_keys.items()):
@@ -99,7 +112,7 @@ def cut_down(model: PreTrainedModel) -> PreTrainedModel:
     Layers are of one kind if their classes, shapes and settings are the same. The first ones are kept up to the last
     that is of a new kind, so that each has the place among the others that it is made for.
     """
-    small = deepcopy(model)
+    small = deepcopy(model, cast(Any, plain_layers(model)))
     stacks = [part for part in small.modules() if isinstance(part, nn.ModuleList)]
     known = set(layers(small))
     for stack in stacks:
@@ -155,6 +168,7 @@ def on_host(model: nn.Module) -> Iterator[None]:
                 if parameter not in standing:
                     zeros = torch.zeros((), dtype=parameter.dtype, device="cpu").expand(parameter.shape)
                     standing[parameter] = nn.Parameter(zeros, parameter.requires_grad)
+                    vars(standing[parameter]).update(vars(parameter))  # settings of a quantization, if there is one
                 held.append((module, name, parameter))
                 module._parameters[name] = standing[parameter]
     try:
@@ -183,7 +197,60 @@ def _init_if_buffers(own: Callable[[nn.Module], None], module: nn.Module) -> Non
         own(module)
 
 
-def fill(model: PreTrainedModel, pretrained: str, device: torch.device, offloaded: bool) -> None:
+class Packer:
+    """Reads and quantizes weights of an empty model, one after the other.
+
+    Args:
+        model: Model whose weights are to be quantized, without adapters.
+        pretrained: A hub name or a folder with safetensors files.
+        device: Device to quantize on.
+    """
+
+    def __init__(self, model: PreTrainedModel, pretrained: str, device: torch.device) -> None:
+        self._model, self._pretrained = model, pretrained
+        self._settings = replace(_settings(model, pretrained, device), hf_quantizer=cast(Any, model).hf_quantizer)
+        self._stored, empty = stored_tensors(weight_files(pretrained)), model.state_dict()
+        mapping = self._settings.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        names = {
+            rename_source_key(name, renamings, converters, model.base_model_prefix, empty)[0]: name
+            for name in self._stored
+        }
+        self.sources = {name: names.get(name) for name in self._unread(model)}
+        """For each weight that is quantized, its name in the files."""
+
+    def read(self, part: nn.Module) -> None:
+        """Read and quantize the weights of a part of the model that are still empty.
+
+        Raises:
+            InputError: When the files lack one, or it cannot be read.
+        """
+        names = self._unread(part)
+        check_whole(
+            self._model, self._pretrained, {"missing_keys": [n for n in names if not self.sources[n]], **_NO_MORE}
+        )
+        given: dict[str, Any] = {source: self._stored[source] for name in names if (source := self.sources[name])}
+        with _without_progress():
+            info, _ = convert_and_load_state_dict_in_model(self._model, given, self._settings)
+        if wrong := info.mismatched_keys or info.conversion_errors:
+            raise InputError(f"The weights of {self._pretrained!r} cannot be quantized: {wrong}")
+
+    def _unread(self, part: nn.Module) -> list[str]:
+        within, quantizer = set(part.modules()), cast(Any, self._settings.hf_quantizer)
+        empty = (
+            f"{owner}.{name}".lstrip(".")
+            for owner, module in self._model.named_modules()
+            if module in within
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.is_meta
+        )
+        return [name for name in empty if quantizer.param_needs_quantization(self._model, name)]
+
+
+def fill(
+    model: PreTrainedModel, pretrained: str, device: torch.device, offloaded: bool, done: Container[str | None] = ()
+) -> None:
     """Read this rank's slices of the weights of a sharded, empty model, in place, and compute its other buffers.
 
     Args:
@@ -191,14 +258,17 @@ def fill(model: PreTrainedModel, pretrained: str, device: torch.device, offloade
         pretrained: A hub name or a folder with safetensors files.
         device: Device of the rank.
         offloaded: Whether shards stay in host memory.
+        done: Names in the files of weights that have been read.
 
     Raises:
         InputError: When the files lack weights of the model, or have parts that it does not load.
     """
     tied = dict(model.all_tied_weights_keys)
     settings = _settings(model, pretrained, torch.device("cpu") if offloaded else device)
+    tensors = stored_tensors(weight_files(pretrained))
+    stored: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if name not in done}
     try:
-        info, _ = convert_and_load_state_dict_in_model(model, _slices(pretrained), settings)
+        info, _ = convert_and_load_state_dict_in_model(model, stored, settings)
         with buffers_alone(model):
             info = PreTrainedModel._finalize_model_loading(model, settings, info)
     except RuntimeError as error:
@@ -224,13 +294,13 @@ def reader(model: PreTrainedModel, folder: str) -> Callable[[Iterable[str]], dic
         model: Model on the meta device, which stays empty.
         folder: Folder with safetensors files.
     """
-    target, slices = deepcopy(model), _slices(folder)
+    target, stored = deepcopy(model), stored_tensors(weight_files(folder))
     settings = _settings(model, folder, torch.device("cpu"))
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         try:
             with _without_progress():
-                info, _ = convert_and_load_state_dict_in_model(target, {n: slices[n] for n in names}, settings)
+                info, _ = convert_and_load_state_dict_in_model(target, {n: stored[n] for n in names}, settings)
         except (KeyError, RuntimeError) as error:
             raise InputError(f"The weights of {folder} cannot be read: {error}") from error
         if info.mismatched_keys or info.conversion_errors:
@@ -253,15 +323,6 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
         module._parameters[own] = nn.Parameter(value.detach(), requires_grad=False)
     else:
         module._buffers[own] = value
-
-
-def _slices(pretrained: str) -> dict[str, Any]:
-    """The tensors of a model's files by name, to be read in whole or in part."""
-    found: dict[str, Any] = {}
-    for path in weight_files(pretrained):
-        file: Any = safe_open(path, framework="pt", backend="pread")  # pages of a mapped file would count as ours
-        found |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-    return found
 
 
 def _settings(model: PreTrainedModel, pretrained: str, device: torch.device) -> LoadStateDictConfig:

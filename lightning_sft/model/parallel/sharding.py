@@ -6,7 +6,7 @@ And what DeepSpeed's ZeRO-3 asks of a model: there, a rank holds only a piece of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -49,12 +49,15 @@ class Sharding:
         )
         return dtype
 
-    def apply(self, root: nn.Module, model: PreTrainedModel) -> None:
+    def apply(
+        self, root: nn.Module, model: PreTrainedModel, prepare: Callable[[nn.Module], object] = lambda part: None
+    ) -> None:
         """Shard in place: first matrices over tensor-parallel ranks, then all parameters over data-parallel ranks.
 
         Args:
             root: Module that is called and contains the model; a call gathers its parameters outside of layers.
             model: Model of transformers, on any device.
+            prepare: Function that is called with each layer before it is sharded, and with ``root`` at last.
 
         Raises:
             InputError: When transformers has no tensor-parallel plan for the model, or a plan that is not supported
@@ -62,9 +65,9 @@ class Sharding:
         """
         if self.mesh["tensor_parallel"].size() > 1:
             _parallelize(model, self.mesh["tensor_parallel"])
-        self._fully_shard(root, model)
+        self._fully_shard(root, model, prepare)
 
-    def _fully_shard(self, root: nn.Module, model: PreTrainedModel) -> None:
+    def _fully_shard(self, root: nn.Module, model: PreTrainedModel, prepare: Callable[[nn.Module], object]) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
         settings: dict[str, Any] = {"mesh": self.mesh["data_parallel"]}
@@ -73,9 +76,9 @@ class Sharding:
             settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         if self.cpu_offload:
             settings["offload_policy"] = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-        for layer in _to_shard(model):
-            fully_shard(layer, **settings)
-        fully_shard(root, **settings)
+        for part in (*_to_shard(model), root):
+            prepare(part)
+            fully_shard(part, **settings)
 
 
 def layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -141,6 +144,30 @@ def full(tensor: Tensor) -> Tensor:
         whole = whole.to(whole.device_mesh.device_type).full_tensor()
     gathered: Tensor = whole
     return gathered
+
+
+def entries(tensor: Tensor, places: range) -> Tensor:
+    """Entries of a tensor on the CPU, by their places when it is flat; every rank of a sharded one's mesh calls this.
+
+    Each rank gives those of its shard: the whole is not gathered.
+    """
+    if not is_sharded(tensor):
+        return tensor.detach().flatten()[list(places)].cpu()
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded: Any = tensor.detach()
+    mesh, placements = sharded.device_mesh, sharded.placements
+    shape, offsets = compute_local_shape_and_global_offset(sharded.shape, mesh, placements)
+    where = torch.unravel_index(torch.tensor(places), sharded.shape)
+    local = [at - offset for at, offset in zip(where, offsets, strict=True)]
+    is_here = torch.stack([(at >= 0) & (at < size) for at, size in zip(local, shape, strict=True)]).all(0)
+    own = sharded.to_local()
+    found = torch.zeros(len(places), dtype=own.dtype)
+    found[is_here] = own[tuple(at[is_here].to(own.device) for at in local)].cpu()
+    summed = [Replicate() if placement.is_replicate() else Partial() for placement in placements]
+    whole: Tensor = DTensor.from_local(found.to(mesh.device_type), mesh, summed).full_tensor().cpu()
+    return whole
 
 
 def loading_config(strategy: Strategy | None) -> Any:

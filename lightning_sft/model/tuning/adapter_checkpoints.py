@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_sft.model.parallel.sharding import full, is_sharded
+from lightning_sft.model.parallel.sharding import entries, is_sharded
+from lightning_sft.model.tuning.packed import unpacked
 from lightning_sft.model.tuning.quantization import is_packed
 from lightning_sft.types import InputError
 
@@ -27,9 +28,10 @@ def samples(model: nn.Module, count: int = 8) -> Tensor:
         model: Pretrained model without adapters. If it is sharded, every rank calls this.
         count: Number of entries per parameter.
     """
-    floating = [p.detach() for p in model.parameters() if p.is_floating_point()]
-    plain = (full(p).flatten() for p in floating if is_sharded(p) or not is_traceable_wrapper_subclass(p))
-    return torch.cat([p[:: max(1, len(p) // count)][:count].cpu() for p in plain])
+    packed = {id(forward.layer.weight) for forward in unpacked(model).values()}
+    floating = [p.detach() for p in model.parameters() if p.is_floating_point() and id(p) not in packed]
+    plain = (p for p in floating if is_sharded(p) or not is_traceable_wrapper_subclass(p))
+    return torch.cat([entries(p, range(0, p.numel(), max(1, p.numel() // count))[:count]) for p in plain])
 
 
 def shrink(checkpoint: dict[str, Any], module: nn.Module, base: Tensor) -> None:

@@ -36,7 +36,10 @@ def unpack(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
                     f"The weights of {name} ({type(weight.data).__name__}) are quantized in a way that cannot be "
                     "sharded. Use trainer.strategy=ddp, or a model before quantization with model.quantize."
                 )
-            cast(Any, layer).forward = _Unpacked(layer, dtype, device)
+            unpacked_layer, forward = cast(Any, layer), _Unpacked(layer, dtype, device)
+            unpacked_layer.forward = forward
+            # DoRA of peft reads the weight by itself: by this function, if a layer has this name (as those of HQQ have)
+            unpacked_layer.dequantize, unpacked_layer.W_q = forward.dequantize, True
             layer.register_state_dict_post_hook(_leave_out)
 
 
@@ -102,14 +105,22 @@ class _Unpacked:
 
     def values(self, weight: Tensor) -> Tensor:
         """The dequantized matrix ``[out, in]`` on the CPU, from the whole parameter."""
+        values = self._dequantized(weight).cpu()
+        return values if self.state is None else values.to(torch.get_default_dtype())
+
+    def dequantize(self) -> Tensor:
+        """The dequantized matrix ``[out, in]``, while the layer's parameter is gathered."""
+        return self._dequantized(self.layer.weight.detach())
+
+    def _dequantized(self, weight: Tensor) -> Tensor:
         packed: Any = self._packed(weight)
         if self.state is None:
             whole: Tensor = packed.dequantize()
-            return whole.cpu()
+            return whole
         from bitsandbytes.functional import dequantize_4bit
 
         values: Tensor = dequantize_4bit(packed, self.state)
-        return values.to("cpu", torch.get_default_dtype())
+        return values
 
     def _packed(self, weight: Tensor) -> Tensor:
         """The weight as the package that has quantized it holds it."""

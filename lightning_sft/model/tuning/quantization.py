@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from lightning_sft.types import InputError
 
@@ -59,6 +60,30 @@ def quantization(bits: Bits, compute_dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+
+
+def quantize_empty(model: PreTrainedModel, config: Any) -> None:
+    """Put the layers of a quantization into an empty model, in place; their weights are quantized when they are read.
+
+    Args:
+        model: Model on the meta device.
+        config: Result of :func:`quantization`.
+    """
+    quantizer: Any = AutoHfQuantizer.from_config(config, pre_quantized=False)
+    quantizer.validate_environment(device_map=None)
+    quantizer.preprocess_model(model, device_map=None)
+    cast(Any, model).hf_quantizer = quantizer
+    quantizer.postprocess_model(model)
+
+
+def plain_layers(model: nn.Module) -> dict[int, nn.Module]:
+    """For each layer of :func:`quantize_empty`, by its id, a plain one to stand for it in a copy: for ``deepcopy``."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and is_packed(module.weight):
+            shape, dtype = (module.in_features, module.out_features), module.weight.dtype
+            found[id(module)] = nn.Linear(*shape, module.bias is not None, dtype=dtype, device="meta")
+    return found
 
 
 def prepare(model: nn.Module, compute_dtype: torch.dtype) -> None:
@@ -115,8 +140,9 @@ def remove_marks(model: PreTrainedModel) -> None:
 
 
 def is_packed(weight: Tensor) -> bool:
-    """Whether a weight is a quantized matrix."""
-    return any(hasattr(weight, mark) for mark in ("quant_state", "SCB")) or is_traceable_wrapper_subclass(weight.data)
+    """Whether a weight is a quantized matrix; the shards of FSDP2 are tensors of a class of their own too."""
+    is_wrapper = is_traceable_wrapper_subclass(weight.data) and not hasattr(weight, "full_tensor")
+    return is_wrapper or any(hasattr(weight, mark) for mark in ("quant_state", "SCB"))
 
 
 def _values(module: Any) -> Tensor:

@@ -156,9 +156,9 @@ class TuningConfig:
             autocast = torch.bfloat16 if in_bfloat16 else None
             own = self.base_dtype(autocast, lambda: fits and is_stored_in_bfloat16(pretrained))
             is_sharded = trainer is not None and _mesh(trainer.strategy) is not None
-            is_plain = prequantized is None and self.quantize is None
-            empty = self._empty(pretrained, attention, own, is_plain, autocast) if is_sharded else None
             quantized = self.quantize and quantization(self.quantize, dtype)
+            is_plain = prequantized is None
+            empty = self._empty(pretrained, attention, own, is_plain, autocast, quantized) if is_sharded else None
             model = empty or load_model(pretrained, attention, quantized, own)
             if is_quantized(model):
                 self._check_quantized("the quantized weights of model.pretrained", trainer)
@@ -194,20 +194,37 @@ class TuningConfig:
         Raises:
             InputError: When the model cannot be sharded, or the files do not fit it.
         """
-        is_empty = loading.is_empty(model)
-        unpack(model, sharding.gathered_dtype, device)
-        sharding.apply(scorer, model)
+        is_empty, packer = loading.is_empty(model), None
+        if is_empty and is_quantized(model):
+            with without_adapters(model):
+                packer = loading.Packer(model, pretrained, device)
+
+        def prepare(part: nn.Module) -> None:
+            """Only the packed weights of one layer are whole at a time."""
+            if packer is not None:
+                with without_adapters(model):
+                    packer.read(part)
+            unpack(part, sharding.gathered_dtype, device)
+
+        sharding.apply(scorer, model, prepare)
         if is_empty:
             with without_adapters(model):
-                loading.fill(model, pretrained, device, sharding.cpu_offload)
+                done = () if packer is None else packer.sources.values()
+                loading.fill(model, pretrained, device, sharding.cpu_offload, set(done))
                 self._base = None if self.lora is None else adapter_checkpoints.samples(model)
 
     def _empty(
-        self, pretrained: str, attention: str | None, dtype: torch.dtype, is_plain: bool, autocast: torch.dtype | None
+        self,
+        pretrained: str,
+        attention: str | None,
+        dtype: torch.dtype,
+        is_plain: bool,
+        autocast: torch.dtype | None,
+        quantized: Any = None,
     ) -> PreTrainedModel | None:
         """The model without memory, for each rank to read its shards later; ``None`` if it has to be loaded whole."""
         reasons = {
-            "its weights are quantized": not is_plain,
+            "its weights are stored quantized": not is_plain,
             "model.new_tokens changes its embeddings": bool(self.new_tokens),
             "model.lora.dora computes magnitudes of its matrices": self.lora is not None and self.lora.dora,
             "model.lora.base_dtype rounds its weights": autocast is None and dtype is torch.bfloat16,
@@ -215,7 +232,7 @@ class TuningConfig:
         why = next((reason for reason, holds in reasons.items() if holds), None)
         try:
             if why is None:
-                return loading.empty_model(pretrained, attention, dtype)
+                return loading.empty_model(pretrained, attention, dtype, quantized)
         except InputError as error:
             why = str(error)
         rank_zero_info(f"Each rank loads the whole of {pretrained!r} before it is sharded: {why}.")

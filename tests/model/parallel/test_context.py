@@ -30,6 +30,13 @@ def test_likelihood_and_gradient_are_those_of_whole_rows(found: dict[str, Any], 
     assert found[name] < (1e-5 if name in IN_FLOAT32 else 1e-10)
 
 
+@pytest.mark.parametrize("name", ["dropout", "dropout, checkpointed"])
+def test_each_rank_drops_entries_of_its_own_tokens_as_one_process_would_with_their_masks_joined(
+    found: dict[str, Any], name: str
+) -> None:
+    assert found[name] < 1e-10
+
+
 def test_ranks_send_each_other_the_bytes_that_the_page_says(found: dict[str, Any]) -> None:
     counted, said = found["sent"]
     assert counted == said > 0

@@ -21,11 +21,12 @@ from lightning_sft.model.backbone import backbone_and_head
 from lightning_sft.model.parallel.loading import cut_down, empty_model, fill
 from lightning_sft.model.pretrained import load_model
 from lightning_sft.model.tuning.adapters import Lora
+from lightning_sft.model.tuning.packed import unpack
 from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.types import InputError
 from tests.helpers import loading
 from tests.helpers.hybrids import HYBRIDS
-from tests.helpers.loading import CASES, launched, shown
+from tests.helpers.loading import CASES, launched, packed_of, shown
 from tests.helpers.splitting import ARCHITECTURES
 
 
@@ -41,13 +42,19 @@ def whole(name: str, folder: Path) -> dict[str, Any]:
     module = SFTModule(str(folder / name), **case.model)
     with default_dtype(torch.bfloat16 if case.precision == "bf16-true" else torch.float32):
         module.configure_model()
-    return shown(module, module.state_dict(), sum(parameter.numel() for parameter in module.parameters()))
+    unpack(module, torch.float32, torch.device("cpu"))  # which leaves a model alone that is not quantized
+    numel = sum(parameter.numel() for parameter in module.parameters())
+    return shown(module, module.state_dict(), packed_of(module), numel)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_that_read_their_shards_have_what_one_process_loads(name: str, folder: Path) -> None:
     found, wanted = torch.load(folder / f"{name}.pt", weights_only=False), whole(name, folder)
-    tensors, others = ("state", "buffers", "base"), ("trained", "tied", "findings", "attention", "routers", "config")
+    assert bool(wanted["packed"]) == ("quantize" in CASES[name].model)
+    tensors, others = (
+        ("state", "buffers", "base", "packed"),
+        ("trained", "tied", "findings", "attention", "routers", "config"),
+    )
     for kind in tensors:
         assert list(found[kind]) == list(wanted[kind])
         for key, value in wanted[kind].items():

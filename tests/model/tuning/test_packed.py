@@ -1,4 +1,4 @@
-"""Packed weights as parameters of their bytes: the same values, in one process; test_strategies shards them."""
+"""Packed weights as parameters of their bytes: the same values, and sharded the same gradients of adapters."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.model.tuning.packed import unpack, unpacked
 from lightning_sft.model.tuning.quantization import _values, is_packed
 from lightning_sft.types import InputError
+from tests.helpers.adapter_gradients import MODELS, PACKAGES, furthest, launch, run, save
+from tests.helpers.slow import slow_but
 
 CPU = torch.device("cpu")
 IDS = torch.arange(40).view(2, 20)
 
 
-def quantized(folder: Path, bits: Any) -> Any:
-    pytest.importorskip({"4bit": "bitsandbytes", "8bit": "torchao"}[bits])
-    module = SFTModule(tiny_pretrained(folder, attention_bias=True), lora=Lora(r=4), quantize=bits)
+def quantized(folder: Path, bits: Any, dora: bool = False) -> Any:
+    pytest.importorskip(PACKAGES[bits])
+    module = SFTModule(tiny_pretrained(folder, attention_bias=True), lora=Lora(r=4, dora=dora), quantize=bits)
     module.configure_model()
     return module.model
 
@@ -36,8 +38,11 @@ def passed(model: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layer_computes_the_same_from_the_bytes_of_its_weight(tmp_path: Path, bits: str, dtype: torch.dtype) -> None:
-    model = quantized(tmp_path, bits)
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_layer_computes_the_same_from_the_bytes_of_its_weight(
+    tmp_path: Path, bits: str, dtype: torch.dtype, dora: bool
+) -> None:
+    model = quantized(tmp_path, bits, dora)
     layers = {name: part for name, part in model.named_modules() if is_packed(part._parameters.get("weight", IDS))}
     wanted, values = passed(model), {name: _values(layer) for name, layer in layers.items()}
     unpack(model, dtype, CPU)
@@ -65,3 +70,40 @@ def test_a_kind_of_packed_weight_that_is_not_known_is_refused_by_name() -> None:
     layer.weight.quant_state = object()  # type: ignore[attr-defined]  # as bitsandbytes marks its own
     with pytest.raises(InputError, match=r"The weights of 0 \(Tensor\) are quantized in a way that cannot be sharded"):
         unpack(nn.Sequential(layer), torch.float32, CPU)
+
+
+PAIRS = slow_but([("4 bits", 2), ("magnitudes of 8 bits", 2)], [(name, n) for n in (2, 4) for name in MODELS])
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Gradients of a model in one process and in several, which are computed when they are asked for."""
+    folder = tmp_path_factory.mktemp("gradients")
+    pretrained = save(folder / "model")
+
+    def of(name: str, processes: int) -> Any:
+        path = folder / f"{name}, {processes}.pt"
+        if not path.exists():
+            if processes == 1:
+                run(pretrained, name, 1, folder)
+            else:
+                launch([name], processes, pretrained, folder)
+        return torch.load(path)
+
+    return of
+
+
+@pytest.mark.parametrize(("name", "processes"), PAIRS)
+def test_each_tensor_beside_a_sharded_base_has_the_gradient_of_one_process(
+    gradients: Any, name: str, processes: int
+) -> None:
+    """In each step of an epoch, also its short last one; four processes split rows by two and recompute layers."""
+    bits = MODELS[name].get("quantize")
+    pytest.importorskip(PACKAGES.get(bits, "peft"))
+    found, wanted = gradients(name, processes), gradients(name, 1)
+    assert len(found) == len(wanted) == 8
+    assert len(wanted[0]) >= 28
+    assert all(gradient.any() for gradient in wanted[0].values())
+    for own, other in zip(found, wanted, strict=True):
+        error, tensor = furthest(own, other)
+        assert error < 2e-6, tensor
