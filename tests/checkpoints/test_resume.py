@@ -20,12 +20,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import SGD, AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
-<<<<<<< HEAD
-from lightning_sft.checkpoints.resume import POSITION_KEY, RunPosition, seed_micro_batch
-from lightning_sft.checkpoints.run_info import data_differences
-=======
 from lightning_sft.checkpoints.resume import POSITION_KEY, RunPosition, RunState, seed_micro_batch
->>>>>>> h-scale
+from lightning_sft.checkpoints.run_info import data_differences
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.schedules import learning_rate_factor
 from lightning_sft.types import InputError
