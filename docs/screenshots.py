@@ -44,7 +44,10 @@ CONFIG = {
         "default_root_dir": "runs",
         "callbacks": [
             {"class_path": "lightning_sft.callbacks.DriftMonitor", "init_args": {"sequences": 4}},
-            {"class_path": "lightning_sft.callbacks.SampleGenerations", "init_args": {"prompts": 1, "max_new_tokens": 40}},
+            {
+                "class_path": "lightning_sft.callbacks.SampleGenerations",
+                "init_args": {"prompts": 1, "max_new_tokens": 40},
+            },
         ],
     },
     "model": {
