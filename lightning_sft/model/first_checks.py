@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning_sft.model.kernels import Kernels
 from lightning_sft.model.pretrained import load_architecture
 from lightning_sft.model.tuning.tuning import TuningConfig
+from lightning_sft.training.hooks import check_hooks
 from lightning_sft.types import InputError
 
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -22,6 +23,10 @@ class FirstChecks(LightningModule):
         pretrained: str
         tuning: TuningConfig
         kernels: Kernels
+
+    def __init__(self) -> None:
+        super().__init__()
+        check_hooks(type(self))
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """No callbacks: this is the only hook of Lightning before data are prepared.
