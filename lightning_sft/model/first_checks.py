@@ -11,6 +11,7 @@ from lightning_sft.model.kernels import Kernels
 from lightning_sft.model.pretrained import load_architecture
 from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.training.hooks import check_hooks
+from lightning_sft.training.lightning_callbacks import check_callbacks
 from lightning_sft.types import InputError
 
 _SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -32,10 +33,20 @@ class FirstChecks(LightningModule):
         """No callbacks: this is the only hook of Lightning before data are prepared.
 
         Raises:
-            InputError: When a package is missing that settings need.
+            InputError: When a package is missing that settings need, with callbacks that
+                :func:`~lightning_sft.training.lightning_callbacks.check_callbacks` refuses, or when the whole module
+                is compiled.
         """
+        if self._compiler_ctx is not None or self._compiled_call_impl is not None:
+            raise InputError(
+                "torch.compile cannot trace the training step of SFTModule, whose shapes depend on the data. Pass the "
+                "module itself, with model.kernels=compiled, which compiles its layers."
+            )
+        is_fit = self.trainer.state.fn == "fit"
+        if is_fit:
+            check_callbacks(self.trainer)
         self.tuning.check_packages(self.pretrained)
-        if self.trainer.state.fn == "fit":
+        if is_fit:
             self.kernels.check_packages()
         return super().configure_callbacks()
 

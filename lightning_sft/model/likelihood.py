@@ -89,6 +89,7 @@ class LikelihoodModel(nn.Module):
         """
         if compute is not None:
             return compute(self.model, batch)
+        batch = Batch.of(batch)
         head, context = backbone_and_head(self.model)[1], self.context
         routers = self.routers if self.training else None
         with nullcontext() if routers is None else routers.recording():

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_sft.types import InputError
 
-_OTHERS = ("setup", "configure_model")  # hooks beside those whose names begin with on_
+_OTHERS = ("setup", "configure_callbacks", "configure_model")  # hooks beside those whose names begin with on_
 
 
 def check_hooks(kind: type) -> None:
@@ -48,4 +48,6 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _arguments(hook: Any) -> str:
-    return ", ".join(list(inspect.signature(hook).parameters)[1:])
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    own = list(inspect.signature(hook).parameters.values())[1:]
+    return ", ".join(f"{stars.get(parameter.kind, '')}{parameter.name}" for parameter in own)
