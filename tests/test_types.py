@@ -69,7 +69,7 @@ def test_targets_follow_labels_that_are_changed() -> None:
     batch.labels = torch.tensor([[6, IGNORE, IGNORE]])
     assert batch.targets.tolist() == batch.to("cpu").targets.tolist() == [0]
     with torch.inference_mode():
-        assert Batch.of({"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 2)}).targets.tolist() == [0]
+        assert Batch.of(dict.fromkeys(("input_ids", "labels"), torch.ones(1, 2).long())).targets.tolist() == [0]
 
 
 IDS = torch.tensor([[5, 6, 7]])

@@ -75,6 +75,8 @@ class Weighted(Doubled):
     planned = False
 
 
+# Lightning says of each module with this hook that it is not that of the data module
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer`")
 def test_weights_that_change_after_they_are_planned_are_refused_or_normalized_late(
     pretrained: str, quiet_trainer: Make
 ) -> None:
@@ -91,10 +93,10 @@ def test_weights_that_change_after_they_are_planned_are_refused_or_normalized_la
             of_batch = torch.autograd.grad(-total / weight, parameters)
             wanted.append(torch.cat([gradient.flatten() for gradient in of_batch]))
 
-    trainer = quiet_trainer(callbacks=[Alone()], precision="64-true")
+    trainer = quiet_trainer(callbacks=[Alone()])
     trainer.fit(Weighted(pretrained, **SETTINGS), data())
     assert len(wanted) > 2
-    assert furthest(gradients(trainer), wanted) <= 1e-10
+    assert furthest(gradients(trainer), wanted) <= 1e-5
 
 
 class Ends(SFTModule):
