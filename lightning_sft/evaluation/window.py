@@ -74,7 +74,7 @@ class Window:
 
         Args:
             batch: The micro-batch.
-            likelihood: Its likelihood.
+            likelihood: Likelihood of the micro-batch.
             begins: Whether it is the first of a step; those of a step that an epoch ended within are forgotten.
         """
         if begins:

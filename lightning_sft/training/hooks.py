@@ -48,6 +48,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _arguments(hook: Any) -> str:
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    kinds = inspect.Parameter
+    stars: dict[Any, str] = {kinds.VAR_POSITIONAL: "*", kinds.VAR_KEYWORD: "**"}
     own = list(inspect.signature(hook).parameters.values())[1:]
     return ", ".join(f"{stars.get(parameter.kind, '')}{parameter.name}" for parameter in own)
