@@ -43,8 +43,8 @@ from lightning_sft.training.checks import (
     check_prompts,
     keeps_documents_apart,
     say_if_cached_apart,
-    tries_sizes,
 )
+from lightning_sft.training.lightning_callbacks import tries_sizes
 from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, position, trainer_on_paper
 from lightning_sft.types import InputError, Normalize, Prompt
 

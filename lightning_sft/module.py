@@ -48,7 +48,7 @@ from lightning_sft.model.kernels import KERNELS_KEY, KernelName, Kernels
 from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.limits import LimitedModule
 from lightning_sft.model.parallel.buckets import settle_buckets
-from lightning_sft.model.parallel.sharding import Sharding, loading_config
+from lightning_sft.model.parallel.sharding import Sharding, check_sharded, loading_config
 from lightning_sft.model.parallel.unused import check_all_reduced
 from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
@@ -60,7 +60,7 @@ from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.training.losses import TargetLosses
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
-from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer
+from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer, parameters_of
 from lightning_sft.training.schedules import WARMUP, Schedule, named_scheduler, step_plateau, with_scheduler
 from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
@@ -174,6 +174,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
     def configure_model(self) -> None:
         """Load the model once, and probe it for what differs between architectures."""
         if self.scorer is not None:
+            check_sharded(self.scorer, self.device_mesh)
             return
         trainer = self._trainer  # None where a checkpoint is loaded without one
         strategy = None if trainer is None else trainer.strategy
@@ -215,7 +216,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         check_step(self, self.normalize, batch.normalizer is not None)
         likelihood: LogLikelihood = self(batch)
         objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)
-        self._window.add(batch, likelihood)
+        self._window.add(batch, likelihood, begins=batch_idx % self.trainer.accumulate_grad_batches == 0)
         if is_between_steps(self.trainer):  # this is the last micro-batch of its step
             self._window.sum(self.trainer, self._step_metrics, self._routers)
         accumulate, num_ranks = divisors(self.trainer)
@@ -241,7 +242,9 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         if weight == 0:  # a step without targets: the gradient is 0, and there are no metrics
             self._forget_metrics(())
             return
-        if first.normalizer is None:
+        if first.normalizer is not None:
+            step.check_planned(self.normalize)
+        else:
             _, num_ranks = divisors(self.trainer)
             for parameter in self.parameters():
                 if parameter.grad is not None:
@@ -261,7 +264,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         if self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed keeps its gradients to itself
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
-            norm = clip_gradients(self.parameters(), gradient_clip_val, gradient_clip_algorithm)
+            norm = clip_gradients(parameters_of(optimizer), gradient_clip_val, gradient_clip_algorithm)
             self._log_metrics("train", {} if norm is None else {"gradient_norm": norm.to(self.device)})
 
     def make_optimizer(self) -> Optimizer:

@@ -5,6 +5,7 @@ Shape legend, used in every file: B rows, N tokens in a row, T target tokens, D 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NoReturn
@@ -153,7 +154,8 @@ class Batch:
         Rows are taken to be padded on the right, unless ``position_ids`` says otherwise.
 
         Raises:
-            InputError: If a key is missing, a shape is not ``[B, N]``, or the mask is not one of right padding.
+            InputError: If a key is missing, the mask is not one of right padding, a value is not a tensor of integers
+                ``[B, N]`` in its range, or another key asks for what only a Batch can say.
 
         >>> batch = Batch.of({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])})
         >>> batch.labels.tolist(), batch.target_weights.tolist()
@@ -165,12 +167,7 @@ class Batch:
             given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise InputError(f"A batch must be a Batch or have 'input_ids' and 'labels', got {given}.")
         ids, own_labels = batch["input_ids"], batch["labels"]
-        shapes = [tuple(getattr(value, "shape", ())) for value in (ids, own_labels)]
-        if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
-            raise InputError(
-                f"input_ids and labels of a batch must be tensors of one shape [B, N], got {shapes[0]} and "
-                f"{shapes[1]}. labels[i] is input_ids[i], or -100 where it is no target."
-            )
+        _check_values(batch)
         mask = batch.get("attention_mask")
         if mask is not None and (mask.ndim != 2 or (mask[:, 1:] > mask[:, :-1]).any()):
             raise InputError(
@@ -276,6 +273,41 @@ class Batch:
     def is_packed(self) -> bool:
         """Whether a row holds more than one document."""
         return bool((self.position_ids[:, 1:] == 0).any())
+
+
+_OF_BATCH = ("target_weights", "normalizer")  # fields of a Batch that plain batches have no keys for
+_MASKS = ("loss_mask", "loss_weights", "weights", "completion_mask", "assistant_masks")  # of other libraries
+
+
+def _check_values(batch: Mapping[str, Any]) -> None:
+    """Refuse values of a plain batch that would end in an error of an index, and keys that would be passed over.
+
+    Raises:
+        InputError: With what is expected.
+    """
+    values = {name: batch[name] for name in ("input_ids", "labels", "position_ids") if batch.get(name) is not None}
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in values.items()}
+    dtypes = {name: getattr(value, "dtype", type(value).__name__) for name, value in values.items()}
+    shape = shapes["input_ids"]
+    are_integers = all(dtype in (torch.int32, torch.int64) for dtype in dtypes.values())
+    if not are_integers or len(shape) != 2 or 0 in shape or set(shapes.values()) != {shape}:
+        given = ", ".join(f"{name} {list(shapes[name])} of {dtypes[name]}" for name in values)
+        raise InputError(
+            f"Expected tensors of integers of the same shape [B, N], as torch.long; got {given}. labels[i] is "
+            f"input_ids[i], or {IGNORE} where it is no target."
+        )
+    if name := next((name for name in (*_OF_BATCH, "inputs_embeds") if name in batch), None):
+        instead = "Leave it out" if name == "inputs_embeds" else "Give a lightning_sft.types.Batch, which has it"
+        raise InputError(f"A batch with 'input_ids' and 'labels' cannot have {name!r} as well. {instead}.")
+    if masks := [name for name in _MASKS if name in batch]:
+        warnings.warn(
+            f"{masks[0]!r} of the batches has no effect: a label of {IGNORE} is no target, and weights are the "
+            "target_weights of a lightning_sft.types.Batch.",
+            stacklevel=2,
+        )
+    positions = values.get("position_ids")
+    if positions is not None and positions[:, 0].any():
+        raise InputError("position_ids begin with 0 in each row, and again where another document begins.")
 
 
 def widest(device: torch.device | str) -> torch.dtype:

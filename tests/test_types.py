@@ -69,7 +69,7 @@ def test_targets_follow_labels_that_are_changed() -> None:
     batch.labels = torch.tensor([[6, IGNORE, IGNORE]])
     assert batch.targets.tolist() == batch.to("cpu").targets.tolist() == [0]
     with torch.inference_mode():
-        assert Batch.of({"input_ids": torch.ones(1, 2), "labels": torch.ones(1, 2)}).targets.tolist() == [0]
+        assert Batch.of(dict.fromkeys(("input_ids", "labels"), torch.ones(1, 2).long())).targets.tolist() == [0]
 
 
 def test_a_batch_is_no_dictionary_of_arguments_and_says_what_to_pass_instead() -> None:
@@ -78,3 +78,34 @@ def test_a_batch_is_no_dictionary_of_arguments_and_says_what_to_pass_instead() -
         torch.nn.Identity()(**batch)
     with pytest.raises(InputError, match=r"attributes: batch.input_ids instead of"):
         batch["input_ids"]
+
+
+IDS = torch.tensor([[5, 6, 7]])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"input_ids": IDS[0], "labels": IDS[0]},
+            r"shape \[B, N\], as torch.long; got input_ids \[3\] of torch.int64",
+        ),
+        ({"input_ids": IDS.tolist(), "labels": IDS.tolist()}, r"got input_ids \[\] of list"),
+        ({"input_ids": IDS, "labels": IDS[:, :2]}, r"labels \[1, 2\]"),
+        ({"input_ids": IDS.float(), "labels": IDS}, r"input_ids \[1, 3\] of torch.float32"),
+        ({"input_ids": IDS[:, :0], "labels": IDS[:, :0]}, r"got input_ids \[1, 0\]"),
+        ({"input_ids": IDS, "labels": IDS, "position_ids": torch.arange(3)}, r"position_ids \[3\]"),
+        ({"input_ids": IDS, "labels": IDS, "position_ids": IDS}, r"position_ids begin with 0"),
+        ({"input_ids": IDS, "labels": IDS, "target_weights": IDS}, r"'target_weights' as well. Give a .*Batch"),
+        ({"input_ids": IDS, "labels": IDS, "inputs_embeds": IDS}, r"'inputs_embeds' as well. Leave it out"),
+    ],
+    ids=range(9),
+)
+def test_values_of_a_plain_batch_that_cannot_be_meant_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Batch.of(given)
+
+
+def test_a_mask_of_another_library_is_said_to_have_no_effect() -> None:
+    with pytest.warns(UserWarning, match=r"'loss_mask' of the batches has no effect: a label of -100 is no target"):
+        Batch.of({"input_ids": IDS, "labels": IDS, "loss_mask": IDS})

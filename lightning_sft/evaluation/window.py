@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,16 @@ from torch import Tensor
 from lightning_sft.evaluation.metrics import NUM_SUMS, sums_by_part
 from lightning_sft.machine.host_copy import HostCopy, without_waiting
 from lightning_sft.model.experts import Routers
+from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.training.throughput import NUM_COUNTS, StepMetrics
 from lightning_sft.training.trainer import sum_over_ranks
-from lightning_sft.types import Batch, LogLikelihood
+from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+
+_ROUNDING = 1e-4  # of a sum of float32 weights; a micro-batch more or less is far above it
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,27 @@ class StepSums:
     totals: Tensor
     of_routers: Tensor
 
+    def check_planned(self, normalize: Normalize) -> None:
+        """Refuse a step that is not made of the micro-batches that its normalizer was planned for.
+
+        Args:
+            normalize: How the step is normalized; a constant Z is not that of its targets.
+
+        Raises:
+            InputError: When the micro-batches are of several steps, or their targets do not add up to Z.
+        """
+        planned = {batch.normalizer for batch, _ in self.micro_batches}
+        weight, first = self.totals[0, 1].item(), self.micro_batches[0][0].normalizer
+        is_sum = NORMALIZATIONS[normalize].is_constant or math.isclose(weight, first or 0.0, rel_tol=_ROUNDING)
+        if len(planned) > 1 or not is_sum:
+            raise InputError(
+                f"The targets of this optimizer step weigh {weight:.6g}, but its batches have been planned for steps "
+                f"that weigh {', '.join(f'{z:.6g}' for z in sorted(z or 0.0 for z in planned))}, so its gradient would "
+                "not be a mean. Pass the SFTDataModule itself to trainer.fit, not its loaders; do not change "
+                "trainer.accumulate_grad_batches during a fit, or leave out micro-batches of it; and set "
+                "batch.normalizer = None on batches whose target_weights you change."
+            )
+
 
 class Window:
     """The micro-batches of the current optimizer step."""
@@ -43,8 +69,16 @@ class Window:
         self.micro_batches: list[tuple[Batch, LogLikelihood]] = []
         self._sums: HostCopy | None = None  # over all ranks, after the last micro-batch
 
-    def add(self, batch: Batch, likelihood: LogLikelihood) -> None:
-        """Keep a micro-batch, without the graph of its likelihood."""
+    def add(self, batch: Batch, likelihood: LogLikelihood, begins: bool = False) -> None:
+        """Keep a micro-batch, without the graph of its likelihood.
+
+        Args:
+            batch: The micro-batch.
+            likelihood: Likelihood of the micro-batch.
+            begins: Whether it is the first of a step; those of a step that an epoch ended within are forgotten.
+        """
+        if begins:
+            self.micro_batches, self._sums = [], None
         self.micro_batches.append((batch, likelihood.detached()))
 
     def sum(self, trainer: Trainer, step_metrics: StepMetrics, routers: Routers | None) -> None:

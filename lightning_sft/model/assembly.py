@@ -16,6 +16,7 @@ from lightning_sft.model.parallel.loading import cut_down, is_empty
 from lightning_sft.model.parallel.sharding import gathered
 from lightning_sft.model.parallel.unused import expect_unused
 from lightning_sft.model.probes import check_split
+from lightning_sft.model.rope import follow_documents
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -45,6 +46,7 @@ def assemble(
     Raises:
         InputError: When the model cannot be trained exactly in this way.
     """
+    follow_documents(model)
     context = getattr(strategy, "context", None)
     small = cut_down(model) if is_empty(model) else None
     tried = small or model

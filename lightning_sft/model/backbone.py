@@ -46,6 +46,7 @@ def hidden_states(
     position_ids: Tensor | None = None,
     spans: tuple[int, ...] = (),
     context: Context | None = None,
+    lengths: tuple[int, ...] = (),
 ) -> Tensor:
     """Last hidden states ``[B, N, H]``, without attention mask and cache so that transformers finds packed documents.
 
@@ -55,8 +56,9 @@ def hidden_states(
         position_ids: Position of each token in its document, ``[B, N]``; ``None`` if each row is one document.
         spans: Lengths of all documents in row-major order, padding included; ``()`` waits for the device.
         context: Ranks that the tokens are split over; the result is this rank's part, ``[B, ⌈N / C⌉, H]``.
+        lengths: Tokens of each document without its padding; ``()`` where nobody has counted them.
     """
-    with rows_of_documents(position_ids, spans, context) as rows:
+    with rows_of_documents(position_ids, spans, context, lengths) as rows:
         arguments: dict[str, Any] = recurrence.arguments(backbone)
         if rows is not None and takes_positions(backbone):
             arguments["position_ids"] = rows.here

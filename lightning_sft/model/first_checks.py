@@ -15,6 +15,8 @@ from lightning_sft.io.named import check_names
 from lightning_sft.model.kernels import Kernels
 from lightning_sft.model.pretrained import load_architecture
 from lightning_sft.model.tuning.tuning import TuningConfig
+from lightning_sft.training.hooks import check_hooks
+from lightning_sft.training.lightning_callbacks import check_callbacks
 from lightning_sft.training.optimizers import OptimizerCallable, OptimizerPart, check_settings
 from lightning_sft.types import InputError
 
@@ -35,6 +37,10 @@ class FirstChecks(LightningModule):
         scorer: LikelihoodModel | None
         optimizer: OptimizerCallable | Sequence[OptimizerPart]
 
+    def __init__(self) -> None:
+        super().__init__()
+        check_hooks(type(self))
+
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The parameters; warns whoever asks for them before a fit has loaded the weights, as for an optimizer.
 
@@ -53,10 +59,20 @@ class FirstChecks(LightningModule):
         """No callbacks: this is the only hook of Lightning before data are prepared.
 
         Raises:
-            InputError: When a package is missing that settings need, or the optimizer does not take its settings.
+            InputError: When a package is missing that settings need, the optimizer does not take its settings, or the
+                whole module is compiled; with callbacks that
+                :func:`~lightning_sft.training.lightning_callbacks.check_callbacks` refuses.
         """
+        if self._compiler_ctx is not None or self._compiled_call_impl is not None:
+            raise InputError(
+                "torch.compile cannot trace the training step of SFTModule, whose shapes depend on the data. Pass the "
+                "module itself, with model.kernels=compiled, which compiles its layers."
+            )
+        is_fit = self.trainer.state.fn == "fit"
+        if is_fit:
+            check_callbacks(self.trainer)
         self.tuning.check_packages(self.pretrained)
-        if self.trainer.state.fn == "fit":
+        if is_fit:
             check_settings(self.optimizer)
             self.kernels.check_packages()
         return super().configure_callbacks()

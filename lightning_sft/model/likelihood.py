@@ -61,7 +61,7 @@ class LikelihoodModel(nn.Module):
                 f"other{where}. Use one document per row (data.packing=padded)."
             )
         given = batch.input_ids, batch.position_ids, batch.spans
-        return hidden_states(backbone_and_head(self.model)[0], *given, self.context)
+        return hidden_states(backbone_and_head(self.model)[0], *given, self.context, batch.lengths)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states, ``[..., H]`` to ``[..., V]``, for a few of them; all of a batch are large."""
@@ -89,6 +89,7 @@ class LikelihoodModel(nn.Module):
         """
         if compute is not None:
             return compute(self.model, batch)
+        batch = Batch.of(batch)
         head, context = backbone_and_head(self.model)[1], self.context
         routers = self.routers if self.training else None
         with nullcontext() if routers is None else routers.recording():

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_sft.training.losses import warn_of_unused_inputs
 from lightning_sft.training.monitors import check_monitors
 from lightning_sft.training.schedules import check_length
-from lightning_sft.training.trainer import callbacks_of, check_numbers, context_parallel, gather
+from lightning_sft.training.trainer import check_numbers, context_parallel, gather
 from lightning_sft.types import Batch, InputError, LogLikelihood, Prompt
 
 if TYPE_CHECKING:
@@ -75,11 +75,9 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
 
     Raises:
         InputError: With numbers that :func:`~lightning_sft.training.trainer.check_numbers` refuses, with FSDP1, with
-            float16 on a CPU, with a number of micro-batches that changes, with callbacks that
-            :func:`~lightning_sft.training.checks.check_tuner` refuses, or that wait for a metric that nothing logs; for
-            answers of a sharded model, whose ranks
-            would have to write equally many tokens; for validation with ZeRO-3 out of fit; for what needs whole rows
-            where they are split.
+            float16 on a CPU, with callbacks that wait for a metric that nothing logs; for answers of a sharded model,
+            whose ranks would have to write equally many tokens; for validation with ZeRO-3 out of fit; for what needs
+            whole rows where they are split.
     """
     shards = trainer.strategy.restore_checkpoint_after_setup  # as those do that shard the model
     is_zero3 = getattr(trainer.strategy, "zero_stage_3", False)  # with it, DeepSpeed cannot load weights to validate
@@ -95,13 +93,7 @@ def check_trainer(trainer: Trainer, stage: str) -> None:
         )
     if trainer.precision == "16-true" and trainer.strategy.root_device.type == "cpu":
         raise InputError("A CPU does not train in float16. Use trainer.precision=32-true, or bf16-mixed.")
-    if any(type(callback).__name__ == "GradientAccumulationScheduler" for callback in callbacks_of(trainer)):
-        raise InputError(
-            "GradientAccumulationScheduler changes how many micro-batches a step has after steps have been planned. "
-            "Use a constant trainer.accumulate_grad_batches."
-        )
     check_numbers(trainer)
-    check_tuner(callbacks_of(trainer))
     if stage == "fit":
         warn_of_unused_inputs(trainer.lightning_module)
         check_monitors(trainer)
@@ -242,9 +234,16 @@ def check_epoch(trainer: Trainer) -> None:
 
     Raises:
         InputError: When an epoch ends inside an optimizer step of DeepSpeed, which would carry it on into the next;
-            when there are more ranks than micro-batches; or when a scheduler of torch ends before the fit.
+            when there are more ranks than micro-batches; when a scheduler of torch ends before the fit; or when the
+            loader of a data module does not know the trainer.
     """
     check_length(trainer)
+    place = getattr(trainer.train_dataloader, "place", None)  # where the data module's loaders ask for the epoch
+    if trainer not in getattr(place, "args", (trainer,)):
+        raise InputError(
+            "The loader of SFTDataModule was made without this trainer, so each process would compute the first epoch "
+            "of a single one, again and again. Pass the data module itself: trainer.fit(module, datamodule=data)."
+        )
     accumulate, per_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
     if trainer.strategy.handles_gradient_accumulation and math.isfinite(per_epoch) and per_epoch % accumulate:
         raise InputError(
@@ -292,57 +291,6 @@ def warn_if_bfloat16_is_slow() -> None:
             "32-true. Use trainer.precision=32-true.",
             stacklevel=2,
         )
-
-
-def tries_sizes(trainer: Trainer | None, streaming: bool) -> bool:
-    """Whether ``Tuner.scale_batch_size`` is about to try values of ``tokens_per_batch`` in this fit.
-
-    Args:
-        trainer: Lightning trainer, or ``None``.
-        streaming: Whether the data are a stream.
-
-    Raises:
-        InputError: If they are: sequences too long for a size that is tried would be lost.
-    """
-    callbacks = getattr(trainer, "callbacks", ())
-    tries = any(getattr(callback, "_batch_arg_name", None) == _BATCH_SIZE for callback in callbacks)
-    if tries and streaming:
-        raise InputError(
-            "The tuner cannot try data.tokens_per_batch on a stream, whose longest sequence nobody knows. Try it with "
-            "data.streaming=false, on a part of the data."
-        )
-    return tries
-
-
-def check_tuner(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that change the steps or the learning rate of a schedule after the fit has begun.
-
-    Args:
-        callbacks: Callbacks of the trainer. A ``Tuner`` adds its own, which end their trial fit; those are allowed.
-
-    Raises:
-        InputError: With Lightning's finders as callbacks, and with ``StochasticWeightAveraging``, which copies the
-            module before its model is there, and would average nothing.
-    """
-    instead = {
-        "BatchSizeFinder": f"scale_batch_size(model, datamodule=data, batch_arg_name={_BATCH_SIZE!r})",
-        "LearningRateFinder": "lr_find(model, datamodule=data)",
-    }
-    for callback in callbacks:
-        name = type(callback).__name__
-        if name in instead and not getattr(callback, "_early_exit", False):
-            raise InputError(
-                f"{name} as a callback changes what the schedule has been made for. Call "
-                f"Tuner(trainer).{instead[name]} of lightning.pytorch.tuner, and then trainer.fit."
-            )
-        if name == "StochasticWeightAveraging":
-            raise InputError(
-                "StochasticWeightAveraging copies the module before its model is loaded, and would average nothing. "
-                "Use lightning.pytorch.callbacks.WeightAveraging, or EMAWeightAveraging."
-            )
-
-
-_BATCH_SIZE = "tokens_per_batch"
 
 
 def keeps_documents_apart(module: LightningModule | None) -> bool:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sft.io.closest import did_you_mean
-from lightning_sft.training.trainer import callbacks_of, datamodule_of
+from lightning_sft.training.trainer import callbacks_of
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+VALIDATE = "set data.val, and leave trainer.limit_val_batches above 0"
+"""What a fit needs to validate, for messages."""
 
 _OF_TARGETS = ("loss", "token_accuracy", "entropy")
 _OF_STEPS = (
@@ -67,6 +71,5 @@ def check_monitors(trainer: Trainer) -> None:
         if not isinstance(metric, str) or not getattr(callback, "strict", True):
             continue
         check_monitor(trainer, who, metric)
-        splits = getattr(datamodule_of(trainer), "splits", ("val",))
-        if who == "EarlyStopping" and metric.startswith("val/") and "val" not in splits:
-            raise InputError(f"{who} monitors {metric!r}, and there are no validation data: set data.val.")
+        if isinstance(callback, EarlyStopping) and metric.startswith("val/") and not trainer.enable_validation:
+            raise InputError(f"{who} monitors {metric!r}, and there are no validation data: {VALIDATE}.")

@@ -213,7 +213,12 @@ def clip_gradients(
 
     Returns:
         The joint L2 norm before clipping, a scalar; ``None`` if there is no gradient.
+
+    Raises:
+        InputError: With another algorithm.
     """
+    if algorithm not in (None, "norm", "value"):
+        raise InputError(f"gradient_clip_algorithm is {algorithm!r}; expected 'norm' or 'value'.")
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     groups = list(by_mesh(with_gradient).values())
     norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
@@ -294,7 +299,7 @@ def _load_states_as_saved(optimizer: Optimizer) -> None:
         order.extend(number for group in state_dict["param_groups"] for number in group["params"])
 
     def after(loaded: Optimizer) -> None:
-        for number, parameter in zip(order, _parameters(loaded), strict=True):
+        for number, parameter in zip(order, parameters_of(loaded), strict=True):
             own = loaded.state.get(parameter, {})
             for name, value in saved.get(number, {}).items():
                 if type(value) is Tensor and own[name].dtype != value.dtype:
@@ -306,7 +311,8 @@ def _load_states_as_saved(optimizer: Optimizer) -> None:
     optimizer.register_load_state_dict_post_hook(after)
 
 
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+def parameters_of(optimizer: Optimizer) -> Iterator[nn.Parameter]:
+    """The parameters that an optimizer updates, group by group."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 

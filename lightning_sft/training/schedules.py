@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from lightning_sft.training.monitors import check_monitor
-from lightning_sft.training.trainer import datamodule_of, total_steps
+from lightning_sft.training.monitors import VALIDATE, check_monitor
+from lightning_sft.training.trainer import total_steps
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def with_scheduler(
         raise InputError(f"model.schedule: the scheduler does not take its optimizer or settings: {error}.") from error
     config: Any = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
-        if "val" not in getattr(datamodule_of(trainer), "splits", ["val"]):
-            raise InputError("model.schedule=ReduceLROnPlateau is stepped after each validation: set data.val.")
+        if not trainer.enable_validation:
+            raise InputError(f"model.schedule=ReduceLROnPlateau is stepped after each validation: {VALIDATE}.")
         monitor = getattr(scheduler, "monitor", "val/loss")
         check_monitor(trainer, "model.schedule=ReduceLROnPlateau", monitor)
         config |= {"monitor": monitor, "frequency": _NEVER}

@@ -16,13 +16,11 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     LearningRateMonitor,
     ModelCheckpoint,
-    StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import Tensor
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.types import InputError
 from tests.helpers.gradients import ROWS, Recorder, Run, encoded, furthest, row_gradients, step_gradients
 
 Make = Callable[..., Trainer]
@@ -134,11 +132,3 @@ def test_every_logger_gets_every_figure_beside_callbacks_of_lightning(
         "tensorboard": set(events.Tags()["scalars"]),
     }.items():
         assert found >= FIGURES, (name, FIGURES - found)
-
-
-def test_stochastic_weight_averaging_which_would_average_nothing_is_refused(
-    pretrained: str, quiet_trainer: Make
-) -> None:
-    trainer = quiet_trainer(callbacks=[StochasticWeightAveraging(1e-3)])
-    with pytest.raises(InputError, match=r"would average nothing. Use lightning.pytorch.callbacks.WeightAveraging"):
-        trainer.fit(SFTModule(pretrained), SFTDataModule(**DATA))

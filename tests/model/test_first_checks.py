@@ -52,6 +52,18 @@ def test_a_missing_package_is_said_before_data_are_encoded(
         quiet_trainer().fit(SFTModule(pretrained, lora=Lora(r=2), **settings), NoData(train=rows))
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["torch.compile", "module.compile"])
+def test_a_compiled_module_is_refused_before_data_are_encoded(
+    pretrained: str, rows: Any, quiet_trainer: Make, in_place: bool
+) -> None:
+    module = SFTModule(pretrained)
+    if in_place:
+        module.compile(backend="eager")
+    compiled: Any = module if in_place else torch.compile(module, backend="eager")
+    with pytest.raises(InputError, match=r"torch.compile cannot trace .* with model.kernels=compiled"):
+        quiet_trainer().fit(compiled, NoData(train=rows))
+
+
 def test_liger_is_looked_for_before_data_are_encoded(
     pretrained: str, rows: Any, quiet_trainer: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

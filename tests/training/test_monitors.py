@@ -75,6 +75,11 @@ def test_early_stopping_without_validation_data_is_refused(pretrained: str, quie
     with pytest.raises(InputError, match=r"EarlyStopping monitors 'val/loss', and there are no validation data"):
         quiet_trainer(callbacks=[EarlyStopping("val/loss"), seen]).fit(SFTModule(pretrained), data(None))
     assert seen.batches == 0
+    with pytest.raises(InputError, match=r"leave trainer.limit_val_batches above 0"):
+        quiet_trainer(callbacks=[EarlyStopping("val/loss")], limit_val_batches=0).fit(SFTModule(pretrained), data())
+    module = SFTModule(pretrained, schedule=partial(ReduceLROnPlateau, monitor="val/loss"))
+    with pytest.raises(InputError, match=r"stepped after each validation: set data.val, and leave trainer.limit_val"):
+        quiet_trainer(limit_val_batches=0).fit(module, data())
 
 
 def test_all_that_a_fit_logs_is_known(pretrained: str, quiet_trainer: Make) -> None:

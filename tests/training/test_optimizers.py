@@ -21,10 +21,17 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import OptimizerInBackward
-from lightning_sft.training.optimizers import DEFAULT_RATE, Chained, OptimizerPart, make_optimizer, parameter_groups
+from lightning_sft.training.optimizers import (
+    DEFAULT_RATE,
+    Chained,
+    OptimizerPart,
+    clip_gradients,
+    make_optimizer,
+    parameter_groups,
+)
 from lightning_sft.types import InputError
 from tests.helpers import optimizing
-from tests.helpers.gradients import ROWS
+from tests.helpers.gradients import ROWS, Recorder
 from tests.helpers.processes import torchrun
 from tests.training.test_optimizer_states import Rates
 
@@ -362,3 +369,36 @@ def test_an_optimizer_made_of_no_weights_says_to_give_a_class(pretrained: str) -
     for wrong in (made, {"lr": 1e-4}, "AdamW"):
         with pytest.raises(InputError, match=r"expected a function. .*functools.partial\(torch.optim.AdamW, lr=2e-5\)"):
             SFTModule(pretrained, optimizer=wrong)  # type: ignore[arg-type]  # what is tested
+
+
+class First(SFTModule):
+    """Trains its first layer alone, by what it hands to the optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        return Recorder([{"params": [p for name, p in self.named_parameters() if "layers.0" in name]}])
+
+
+def test_gradients_of_parameters_that_no_optimizer_has_are_neither_clipped_with_nor_logged(
+    pretrained: str, quiet_trainer: Make
+) -> None:
+    """Nobody sets these to zero, so they would grow from step to step."""
+    norms: list[float] = []
+
+    class Norms(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            norms.append(trainer.callback_metrics["train/gradient_norm"].item())
+
+    found = []
+    for clip in (None, 1e-3):
+        trainer = quiet_trainer(callbacks=[Norms()], gradient_clip_val=clip)
+        trainer.fit(First(pretrained), SFTDataModule(train=ROWS, tokens_per_batch=150))
+        found.append([gradient.norm().item() for gradient in trainer.optimizers[0].gradients])
+    whole, clipped = found
+    assert len(whole) > 2
+    assert clipped == pytest.approx([1e-3] * len(whole), rel=1e-3)
+    assert norms == pytest.approx(whole + whole, rel=1e-5)
+
+
+def test_an_unknown_way_of_clipping_is_refused() -> None:
+    with pytest.raises(InputError, match=r"gradient_clip_algorithm is 'norrm'; expected 'norm' or 'value'"):
+        clip_gradients([], 1.0, "norrm")

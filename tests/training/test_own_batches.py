@@ -41,8 +41,11 @@ def with_value(value: int) -> torch.Tensor:
         ({"input_ids": with_value(-1)}, "the token id -1 in row 1"),
         ({"labels": with_value(4000)}, "the label 4,000 in row 1, .* -100. Use the tokenizer of model.pretrained"),
         ({"labels": with_value(-1)}, "the label -1 in row 1"),
-        ({"input_ids": torch.arange(12)}, r"tensors of one shape \[B, N\], got \(12,\) and \(2, 40\)"),
-        ({"labels": [[1, 2]]}, r"got \(2, 40\) and \(\)"),
+        (
+            {"input_ids": torch.arange(12)},
+            r"shape \[B, N\], as torch.long; got input_ids \[12\] of torch.int64, labels \[2, 40\]",
+        ),
+        ({"labels": [[1, 2]]}, r"labels \[\] of list"),
     ],
 )
 @pytest.mark.parametrize("loop", ["fit", "validate"])

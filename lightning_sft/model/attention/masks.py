@@ -32,6 +32,7 @@ class Rows:
         positions: Position of each token in its document, ``[B, N]``.
         spans: Lengths of all documents in row-major order; empty if the host does not know them.
         context: Ranks that share the rows; the backbone then runs on this rank's part of them.
+        lengths: Tokens of each document without its padding; by default all of its span.
 
     Attributes:
         here: Positions of the tokens that the backbone runs on, ``[B, N]``, or of this rank's ``[B, N / C]``.
@@ -40,8 +41,15 @@ class Rows:
         InputError: When the lengths do not fill whole rows.
     """
 
-    def __init__(self, positions: Tensor, spans: tuple[int, ...] = (), context: Context | None = None) -> None:
-        self.context = context
+    def __init__(
+        self,
+        positions: Tensor,
+        spans: tuple[int, ...] = (),
+        context: Context | None = None,
+        lengths: tuple[int, ...] = (),
+    ) -> None:
+        self.context, self._lengths = context, lengths
+        self._of_lengths = spans  # before padding for the context
         if context is not None:
             positions, spans = context.padded(positions, spans)
         self.positions, self._given = positions, spans
@@ -60,6 +68,14 @@ class Rows:
         return list(self._given) or lengths_from(
             (self.positions.diff(dim=1, prepend=self._before) != 1).flatten().cpu()
         )
+
+    def lengths(self) -> Tensor:
+        """Length of the document of each token that the backbone runs on, ``[B, N]``, on the CPU."""
+        spans = list(self._of_lengths) or self.spans
+        own = self._lengths if len(self._lengths) == len(spans) else spans
+        pair = (torch.tensor(values, device="cpu") for values in (own, spans))
+        of_tokens = torch.repeat_interleave(*pair).view(len(self.positions), -1)
+        return of_tokens if self.context is None else self.context.part(of_tokens)
 
     @property
     def are_documents(self) -> bool:
@@ -140,7 +156,10 @@ def current() -> Rows | None:
 
 @contextmanager
 def rows_of_documents(
-    position_ids: Tensor | None, spans: tuple[int, ...] = (), context: Context | None = None
+    position_ids: Tensor | None,
+    spans: tuple[int, ...] = (),
+    context: Context | None = None,
+    lengths: tuple[int, ...] = (),
 ) -> Iterator[Rows | None]:
     """Inside this context, rows hold documents whose positions restart at 0; outside, attention is stock attention.
 
@@ -151,8 +170,9 @@ def rows_of_documents(
         position_ids: Position of each token in its document, ``[B, N]``.
         spans: Lengths of all documents in row-major order, padding included; empty if the host does not know them.
         context: Ranks that share the rows; the backbone is to run on the positions that the context's result has here.
+        lengths: Tokens of each document without its padding; empty if the host does not know them.
     """
-    rows = None if position_ids is None else Rows(position_ids, spans, context)
+    rows = None if position_ids is None else Rows(position_ids, spans, context, lengths)
     find: Any = getattr(masking_utils, "find_packed_sequence_indices", None)
 
     def told(position_ids: Tensor) -> Tensor | None:

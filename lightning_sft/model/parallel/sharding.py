@@ -137,6 +137,24 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def check_sharded(module: nn.Module, mesh: DeviceMesh | None) -> None:
+    """Refuse a module that was loaded whole, without the strategy: each rank would train a model of its own.
+
+    Args:
+        module: The module of a model that is loaded.
+        mesh: Device mesh of the strategy of the trainer; ``None`` if it does not shard.
+
+    Raises:
+        InputError: When it is not sharded, and should be.
+    """
+    if mesh is not None and not any(map(is_sharded, module.parameters())):
+        raise InputError(
+            "The model was loaded before its trainer was known (configure_model, load_from_checkpoint, or another "
+            "trainer), and this strategy shards it while it is loaded. Pass a new SFTModule; to begin from a "
+            "checkpoint, export it (lightning-sft export) and set model.pretrained to that folder."
+        )
+
+
 def full(tensor: Tensor) -> Tensor:
     """A parameter as a whole, without gradient, gathered if it is sharded; every rank of its mesh calls this."""
     whole: Any = tensor.detach()
