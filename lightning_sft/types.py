@@ -167,13 +167,13 @@ class Batch:
             given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise InputError(f"A batch must be a Batch or have 'input_ids' and 'labels', got {given}.")
         ids, own_labels = batch["input_ids"], batch["labels"]
-        _check_values(batch)
         mask = batch.get("attention_mask")
         if mask is not None and (mask.ndim != 2 or (mask[:, 1:] > mask[:, :-1]).any()):
             raise InputError(
                 "An attention_mask [B, N] can only say that rows are padded on the right. Set "
                 "tokenizer.padding_side = 'right'; for packed documents, give position_ids and no mask."
             )
+        _check_values(batch)
         positions, lengths = batch.get("position_ids"), ()
         if positions is None:
             lengths = () if mask is None else mask.sum(1).tolist()
