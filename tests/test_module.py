@@ -267,6 +267,8 @@ def test_a_chunk_size_that_is_none_is_refused_before_a_model_is_looked_for(chunk
 def test_a_schedule_without_an_end_is_refused(pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]]) -> None:
     with pytest.raises(InputError, match=r"needs an end"):
         quiet_trainer(max_epochs=-1).fit(SFTModule(pretrained), SFTDataModule(train=rows))
+    with pytest.raises(InputError, match=r"trainer.limit_train_batches=0.01 leaves no micro-batch of an epoch"):
+        quiet_trainer(limit_train_batches=0.01).fit(SFTModule(pretrained), SFTDataModule(train=rows))
 
 
 def test_where_documents_would_see_each_other_they_are_padded_with_a_warning(

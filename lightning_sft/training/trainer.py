@@ -285,6 +285,9 @@ def total_steps(trainer: Trainer, *, may_be_endless: bool = False) -> int:
         return int(min(ends))
     if may_be_endless:
         return 1
+    if per_epoch == 0:
+        limit = trainer.limit_train_batches
+        raise InputError(f"trainer.limit_train_batches={limit} leaves no micro-batch of an epoch. Raise it.")
     raise InputError(
         "A learning-rate schedule needs an end: set trainer.max_steps or max_epochs, or schedule=constant."
     )
