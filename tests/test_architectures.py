@@ -12,6 +12,7 @@ from tests.architectures import table
 from tests.architectures.configs import ARCHITECTURES, save
 from tests.architectures.measured import error, fit, in_float64, plain, rated, reference
 from tests.architectures.table import COLUMNS, PAGE, measured, outcome, page, written
+from tests.helpers.pinned import with_pinned
 from tests.helpers.slow import slow_but
 
 DOZEN = (
@@ -35,6 +36,10 @@ def test_the_page_has_all_architectures_and_no_cell_is_wrong() -> None:
     assert len(ROWS) >= 60
     cells = [(name, column, cell) for name, row in ROWS.items() for column, cell in row.items()]
     assert not [cell for cell in cells if cell[2].startswith(("wrong", "fails"))]
+
+
+@with_pinned("transformers", "torch", "lightning", "peft")
+def test_the_page_is_written_by_its_command() -> None:
     assert page(TEXT, ROWS) == TEXT, "run: python -m tests.architectures"
 
 

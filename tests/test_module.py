@@ -10,9 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.optim import SGD, AdamW
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.batches.collate import collate
@@ -69,8 +71,6 @@ def test_twenty_steps_of_adamw_follow_transformers_own_loss(
 def test_dropout_and_checkpointing_are_on_in_training_and_off_in_validation(
     tmp_path: Path, quiet_trainer: Make, rows: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch.utils import checkpoint
-
     pretrained = tiny_pretrained(tmp_path / "dropping", attention_dropout=0.5)
     seen: dict[str, list[Any]] = {"train": [], "val": []}
 
@@ -81,21 +81,28 @@ def test_dropout_and_checkpointing_are_on_in_training_and_off_in_validation(
             seen[stage].append((self.training, bool(torch.equal(first.log_probs, second.log_probs))))
             return second
 
-    recomputed = []
-    original = checkpoint._checkpoint_without_reentrant_generator
+    computed, begun, again = [0], [0], []
+    original = LlamaMLP.forward
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        recomputed.append(torch.is_grad_enabled())
-        return original(*args, **kwargs)
+    def spy(self: LlamaMLP, x: Tensor) -> Tensor:
+        computed[0] += 1
+        return original(self, x)
 
-    monkeypatch.setattr(checkpoint, "_checkpoint_without_reentrant_generator", spy)
+    class Backward(Callback):
+        def on_before_backward(self, *_: Any) -> None:
+            begun[0] = computed[0]
+
+        def on_after_backward(self, *_: Any) -> None:
+            again.append(computed[0] - begun[0])
+
+    monkeypatch.setattr(LlamaMLP, "forward", spy)
     module = Spy(pretrained, gradient_checkpointing=True)
-    quiet_trainer().fit(module, SFTDataModule(train=rows, val=rows))
+    quiet_trainer(callbacks=[Backward()]).fit(module, SFTDataModule(train=rows, val=rows))
     assert seen["train"]
     assert set(seen["train"]) == {(True, False)}  # in training mode, and two passes differ
     assert set(seen["val"]) == {(False, True)}
-    assert recomputed
-    assert all(recomputed)
+    assert module.scorer is not None
+    assert set(again) == {module.scorer.model.config.num_hidden_layers}  # each layer once
 
 
 def test_gradient_checkpointing_changes_no_gradient(pretrained: str, rows: list[dict[str, str]]) -> None:

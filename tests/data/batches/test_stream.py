@@ -63,26 +63,36 @@ def names(batches: Any) -> list[tuple[str, ...]]:
 
 
 def over_ranks(num_ranks: int, make: Callable[[], Any] = lambda: ROWS, **settings: Any) -> list[list[Batch]]:
-    """What each rank gets, where ranks are threads that meet at every block."""
-    barrier, said = threading.Barrier(num_ranks), [None] * num_ranks
+    """What each rank gets, where ranks are threads that meet at every block.
+
+    One runs at a time, since a worker that is forked while another thread holds a lock may wait for it forever.
+    """
+    turn, barrier, said = threading.Lock(), threading.Barrier(num_ranks), [None] * num_ranks
     found: list[list[Batch]] = [[] for _ in range(num_ranks)]
     sources = [make() for _ in range(num_ranks)]  # an iterable data set keeps the state of its iteration
 
     def run(rank: int) -> None:
+        def meet() -> None:
+            turn.release()
+            barrier.wait(60)
+            turn.acquire()
+
         def gather(share: RankSummary) -> list[Any]:
             said[rank] = share
-            barrier.wait(20)
+            meet()
             heard = list(said)
-            barrier.wait(20)
+            meet()
             return heard
 
-        found[rank] = list(loader(sources[rank], rank, num_ranks=num_ranks, gather=gather, **settings))
+        with turn:
+            found[rank] = list(loader(sources[rank], rank, num_ranks=num_ranks, gather=gather, **settings))
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(num_ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
+        assert not thread.is_alive()
     return found
 
 
