@@ -70,6 +70,7 @@ def test_a_run_that_fails_has_all_steps_that_it_has_taken(
 ) -> None:
     class Fails(SFTModule):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            super().on_train_batch_start(batch, batch_idx)
             if batch_idx == 3:
                 raise RuntimeError("as it may be")
 

@@ -68,8 +68,11 @@ def test_warnings_and_log_records_of_others_cannot_control_the_terminal(
 def test_a_whole_fit_prints_our_lines_alone(pretrained: str, jsonl: object, tmp_path: Path) -> None:
     """In a process of its own, as from a shell, with every extra that is installed here."""
     assert callable(jsonl)
-    data = jsonl([{"prompt": f"Say {i}", "completion": f"{i} it is"} for i in range(12)])
-    flags = ["--model.pretrained", pretrained, "--data.train", data, "--data.val", data, "--trainer.accelerator", "cpu"]
+    data, val = (
+        jsonl([{"prompt": f"{say} {i}", "completion": f"{i} it is"} for i in range(12)], f"{say}.jsonl")
+        for say in ("Say", "Tell")
+    )
+    flags = ["--model.pretrained", pretrained, "--data.train", data, "--data.val", val, "--trainer.accelerator", "cpu"]
     environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
     done = subprocess.run(
         [sys.executable, "-m", "lightning_sft", "fit", *flags, "--trainer.max_epochs", "3"],
