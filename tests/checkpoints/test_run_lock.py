@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 
-from lightning_sft.checkpoints.run_lock import LOCK_FILE, FolderLock
+from lightning_sft.checkpoints.run_lock import LOCK_FILE, FolderLock, _owner
 from lightning_sft.types import InputError
 
 Make = Callable[..., Trainer]
@@ -83,10 +84,43 @@ def test_callbacks_of_a_run_share_its_folder_until_the_last_lets_go(quiet_traine
 
     kill(other_process(refused))
     locks[1].release()
+    assert not FolderLock._held
+    assert not list(tmp_path.iterdir())
     kill(other_process(lambda: FolderLock().take(trainer, tmp_path)))
+
+
+def test_folders_that_were_made_for_locks_go_with_the_last_of_them(quiet_trainer: Make, tmp_path: Path) -> None:
+    locks, trainer = [FolderLock(), FolderLock()], quiet_trainer()
+    for lock, name in zip(locks, ("one", "other"), strict=True):
+        lock.take(trainer, tmp_path / "runs" / name / "checkpoints")
+    (tmp_path / "runs" / "other" / "config.yaml").touch()
+    locks[0].release()
+    assert (tmp_path / "runs" / "one" / "checkpoints").is_dir()  # the fit has not ended
+    locks[1].release()
+    assert [path.name for path in sorted((tmp_path / "runs").rglob("*"))] == ["other", "config.yaml"]
+
+
+def test_a_file_system_without_locks_is_said_to_have_none(
+    quiet_trainer: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="a system without locks warns of none")
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    lock = FolderLock()
+    with pytest.warns(UserWarning, match="is not locked, as its file system has no locks: .*No locks available"):
+        lock.take(quiet_trainer(), tmp_path)
+    lock.release()
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(quiet_trainer: Make, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"cannot write to its folder .*file/run: Not a directory. Set trainer"):
         FolderLock().take(quiet_trainer(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("text", ["", '{"process":', '{"process": 1}', "[]"])
+def test_an_owner_that_has_not_yet_written_its_name_is_another_process(text: str) -> None:
+    assert _owner(text) == "another process"
