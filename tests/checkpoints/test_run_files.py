@@ -3,12 +3,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from lightning_sft.checkpoints.run_files import cut_off, line_of, record_of, refuse_finished
+from lightning_sft.checkpoints.run_files import cut_off, line_of, record_of, refuse_anew, refuse_finished
 from lightning_sft.types import InputError
 
 
@@ -64,6 +65,19 @@ def test_a_run_that_has_saved_nothing_or_has_no_lines_may_begin_again(run: Calla
     (folder / "samples.jsonl").unlink()
     (folder / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "has finished step 1," in refused(folder)
+
+
+@pytest.mark.parametrize("kept_in", ["checkpoints", "elsewhere"])
+def test_a_run_that_starts_at_step_0_is_refused_and_one_that_resumes_is_not(
+    run: Callable[..., Path], kept_in: str
+) -> None:
+    folder = run("a.ckpt", callbacks={})
+    (folder / "checkpoints").rename(folder / kept_in)
+    trainer: Any = SimpleNamespace(global_step=0, checkpoint_callbacks=[SimpleNamespace(dirpath=folder / "elsewhere")])
+    with pytest.raises(InputError, match=rf"Resume it from .*{kept_in}/a.ckpt"):
+        refuse_anew(trainer, folder)
+    trainer.global_step = 5
+    refuse_anew(trainer, folder)
 
 
 def test_a_ledger_is_cut_after_the_step_and_one_without_earlier_steps_takes_the_next_free_name(tmp_path: Path) -> None:
