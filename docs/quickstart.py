@@ -6,6 +6,10 @@ the example data, evaluate, fit, export, evaluate what was exported, compare its
 
 from __future__ import annotations
 
+from lightning_sft.machine.noise import quiet_others
+
+quiet_others()  # before others are imported, as on the command line
+
 import argparse
 import json
 import shutil
