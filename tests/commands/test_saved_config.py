@@ -29,6 +29,7 @@ class RefusingModule(SFTModule):
     """Refuses a fit in the last hook that comes before the first batch."""
 
     def on_train_start(self) -> None:
+        super().on_train_start()
         raise InputError("refused")
 
 
