@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -82,14 +83,14 @@ class RunPosition:
         is_validated = batches.ready > done or epochs.processed > epoch or _validation_has_ended(trainer)
         return cls(epoch, steps, done, is_last, is_validated, *_split(trainer), seed, plan_of(trainer))
 
-    def on(self, num_ranks: int, accumulate: int, plan: str | None, differ: str = "") -> RunPosition:
+    def on(self, num_ranks: int, accumulate: int, plan: str | None, differ: Callable[[], str] = str) -> RunPosition:
         """The same position under another division of the epoch into ranks and steps.
 
         Args:
             num_ranks: New number of data-parallel ranks.
             accumulate: New number of micro-batches per rank in one optimizer step.
             plan: Fingerprint of the new order of the data.
-            differ: Settings of the data that are not those of the checkpoint, in words.
+            differ: Function that gives the settings of the data that are not those of the checkpoint, in words.
 
         Raises:
             InputError: When the remaining steps of a started epoch would differ.
@@ -111,7 +112,7 @@ class RunPosition:
         if is_inside and self.plan != plan and None not in (self.plan, plan):
             raise InputError(
                 f"The checkpoint was saved within epoch {self.epoch}, and the data or their order have changed since: "
-                f"{differ or f'{self.plan}; now {plan}'}. Resume with the original data and settings, or start a new "
+                f"{differ() or f'{self.plan}; now {plan}'}. Resume with the original data and settings, or start a new "
                 "run from its weights (lightning-sft export)."
             )
         return replace(changed, micro_batches=self.micro_batches * self.num_ranks // num_ranks)
@@ -237,7 +238,7 @@ def restore(trainer: Trainer, checkpoint: dict[str, Any]) -> int | None:
     if POSITION_KEY not in checkpoint:
         return None
     saved = RunPosition(**checkpoint[POSITION_KEY])
-    place = saved.on(*_split(trainer), plan_of(trainer), data_differences(trainer, checkpoint))
+    place = saved.on(*_split(trainer), plan_of(trainer), partial(data_differences, trainer, checkpoint))
     loops = checkpoint["loops"] = dict(checkpoint["loops"])
     loops["fit_loop"] = place.counters(loops["fit_loop"], saved.accumulate)
     if (now := seed_of(trainer)) != saved.seed:

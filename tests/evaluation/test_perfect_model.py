@@ -1,6 +1,6 @@
 """A model that writes what it was trained to write scores 100 %, and chat puts its answers back as training had them.
 
-No real model: a stand-in writes the trained tokens of the last answer, and goes on until something stops it.
+No real model: a stand-in generates the trained tokens of the last answer, and then others up to a stop token.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def trained(name: str, kinds: tuple[str, ...]) -> Iterator[tuple[str, Case, Conv
 
 
 class Perfect:
-    """Stands in for ``generate``: it writes the answer, and then goes on as long as nothing stops it."""
+    """Stands in for ``generate``: it generates the answer, and then other tokens up to a stop token."""
 
     def __init__(self, answer: list[int]) -> None:
         self.answer = answer

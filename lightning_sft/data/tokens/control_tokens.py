@@ -49,9 +49,7 @@ def treated(
     Raises:
         InputError: When there are some, and ``treatment`` is ``refuse``; or in the name of an argument.
     """
-    texts: list[str] = []
-    _collect([messages, tools], texts)
-    if not special.search("\0".join(texts)):  # most have none, which this finds quickly
+    if not special.search("\0".join(text for text, _ in _texts([messages, tools]))):  # most have none: found quickly
         return messages, tools, ""
     places: dict[str, Any] = {
         f"turn {number} ({message['role']})": message for number, message in enumerate(messages, 1)
@@ -116,19 +114,6 @@ def _texts(value: Any) -> Iterator[tuple[str, bool]]:
     elif isinstance(value, Sequence):
         for inner in value:
             yield from _texts(inner)
-
-
-def _collect(value: Any, texts: list[str]) -> None:
-    """Every text and key in messages or tools."""
-    if isinstance(value, str):
-        texts.append(value)
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            texts.append(str(key))
-            _collect(inner, texts)
-    elif isinstance(value, Sequence):
-        for inner in value:
-            _collect(inner, texts)
 
 
 def any_of(texts: Collection[str]) -> re.Pattern[str]:

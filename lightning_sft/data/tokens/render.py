@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property, lru_cache
@@ -31,7 +31,6 @@ FROZEN_DATE = date(2024, 7, 26)
 MAX_SECONDS = 60.0
 """Of rendering one conversation; a template is a program that somebody else has written."""
 
-_HAS_TIMERS = hasattr(signal, "setitimer")
 _ONWARDS = frozenset({"index", "index0", "first", "previtem", "cycle", "changed", "depth", "depth0"})  # of a loop
 
 
@@ -45,7 +44,8 @@ def in_time() -> Iterator[Callable[[], object]]:
     Raises:
         TimeoutError: When it has not ended by then. It is no refusal of a row: those must not depend on a clock.
     """
-    if not _HAS_TIMERS or current_thread() is not main_thread() or _is_timed():
+    has_timers = hasattr(signal, "setitimer") and current_thread() is main_thread()
+    if not has_timers or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield lambda: None
         return
     before = signal.signal(signal.SIGALRM, _too_late)
@@ -59,10 +59,6 @@ def in_time() -> Iterator[Callable[[], object]]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-
-
-def _is_timed() -> bool:
-    return _HAS_TIMERS and signal.getitimer(signal.ITIMER_REAL)[0] > 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +115,7 @@ class Renderer:
         given = self.special_tokens | dict(variables)
         messages = [_with_aliases(message) for message in messages]
         given |= {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generation}
-        with nullcontext() if _is_timed() else in_time():
+        with in_time():
             if self.has_marks and not generation:
                 return render_with_marks(self._compiled, given)
             return str(self._compiled.render(given)), []
