@@ -34,6 +34,7 @@ _TRAINER = (
 )
 _FILES = 8  # of a part; an export reads a few rows
 _OF_PARTS = ("system", "train_on", "chat_template_kwargs", "first")
+_OF_MIXTURES = {"by": "rows", "temperature": None}  # with their defaults
 _DATA = ("packing", "tokens_per_batch", "max_length", "overflow", "invalid_rows", "streaming", "seed", "held_out")
 
 _ARGUMENTS = {"variables": "chat_template_kwargs", "held_out": "val"}  # what facts are called that have another name
@@ -88,11 +89,15 @@ def data_differences(trainer: Trainer, checkpoint: Mapping[str, Any]) -> str:
             if before.get(name) != after.get(name) and name != "stop_ids":
                 was, is_now = before.get(name, "the default"), after.get(name, "the default")
                 found[f"data.{_ARGUMENTS.get(name, name)}"] = f"was {was}, now {is_now}"
-    parts, own = (facts.get("data", {}).get("train", {}).get("parts", []) for facts in (of_run, now))
+    before, after = (facts.get("data", {}).get("train", {}) for facts in (of_run, now))
+    parts, own = before.get("parts", []), after.get("parts", [])
     for key in ("source", "rows", "share", "weight") if parts else ():
         was, is_now = (", ".join(str(part.get(key)) for part in of) for of in (parts, own))
         if was != is_now:
             found["data.train" if key == "source" else f"{key} of data.train"] = f"was {was}, now {is_now}"
+    for key, default in _OF_MIXTURES.items() if parts else ():
+        if (was := before.get(key, default)) != (is_now := after.get(key, default)):
+            found[f"{key} of data.train"] = f"was {was}, now {is_now}"
     return "; ".join(f"{name} {said}" for name, said in found.items())
 
 
@@ -174,6 +179,7 @@ def _first_files(name: str) -> list[str]:
 def _split(data: SFTDataModule, name: str) -> dict[str, Any]:
     """A split of a data module: its parts with sources and sizes, and the number of rows left out."""
     split, mixture = data.splits[name], as_mixture(cast(Mixture | Source, data.sources[name]))
+    chosen = {key: found for key, default in _OF_MIXTURES.items() if (found := getattr(mixture, key)) != default}
     of_part = [
         {
             "name": part_name,
@@ -188,12 +194,12 @@ def _split(data: SFTDataModule, name: str) -> dict[str, Any]:
         for part_name, part in mixture.of_name.items()
     ]
     if name == "train" and data.streaming:  # only its first rows were read in advance
-        return {"parts": of_part}
+        return {"parts": of_part, **chosen}
     sizes = zip(_rows_of_parts(split), split.part_sizes, strict=True)
     counted = [{"rows": rows, "sequences": sequences} for rows, sequences in sizes]
     left_out = {"refused": _refused(split), "too_long": len(split.account.too_long), "cut": len(split.account.cut)}
     parts = [part | count for part, count in zip(of_part, counted, strict=True)]
-    return {"parts": parts, "targets": split.num_targets, **left_out}
+    return {"parts": parts, **chosen, "targets": split.num_targets, **left_out}
 
 
 def _rows_of_parts(split: Split) -> list[int]:

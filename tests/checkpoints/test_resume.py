@@ -22,6 +22,7 @@ from torch.optim import SGD, AdamW
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.checkpoints.resume import POSITION_KEY, RunPosition, RunState, seed_micro_batch
 from lightning_sft.checkpoints.run_info import data_differences
+from lightning_sft.data.rows.mixture import Mixture
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.schedules import learning_rate_factor
 from lightning_sft.types import InputError
@@ -240,6 +241,14 @@ def test_other_data_are_refused_inside_an_epoch_by_name_and_allowed_between_two(
         warnings.filterwarnings("ignore", "The run resumes with its original seed")
         trainer = other.fit(dropping, tmp_path)
     assert trainer.current_epoch == 3
+
+
+def test_another_temperature_of_a_mixture_is_named(dropping: str, tmp_path: Path) -> None:
+    parts: Any = {"one": TRAIN[:12], "two": TRAIN[12:]}
+    with pytest.raises(InterruptionError):
+        Run({"train": Mixture(parts, temperature=2)}).fit(dropping, tmp_path, StopAt(6))
+    with pytest.raises(InputError, match=r": temperature of data\.train was 2(\.0)?, now 3(\.0)?\. Resume"):
+        Run({"train": Mixture(parts, temperature=3)}).fit(dropping, tmp_path)
 
 
 def test_of_a_checkpoint_without_facts_no_setting_is_said_to_differ() -> None:

@@ -45,6 +45,14 @@ def test_a_checkpoint_knows_its_data_figures_and_settings(pretrained: str, saved
     assert found["versions"]["torch"] == version("torch")  # torch.__version__ may name a build too, as +cu130
 
 
+def test_how_the_parts_of_a_mixture_are_shared_out_is_recorded(pretrained: str, saved: Any, jsonl: Any) -> None:
+    path = jsonl([{"prompt": f"{i}", "completion": "a"} for i in range(5)], "a.jsonl")
+    for settings in ({}, {"by": "targets", "temperature": 2.0}):
+        mixture = Mixture({"one": path, "two": path}, **settings)
+        facts = saved(trained(pretrained, data={"train": mixture, "val": path}))["data"]["train"]
+        assert {key: facts[key] for key in ("by", "temperature") if key in facts} == settings
+
+
 def test_validation_data_can_be_read_again_where_they_are_files(pretrained: str, saved: Any, jsonl: Any) -> None:
     path = jsonl([{"question": "a", "answer": "b"}])
     data = {"val": path, "train": path, "columns": {"prompt": "question", "completion": "answer"}}
