@@ -23,7 +23,7 @@ _WARNINGS = (
     r"Found .* module\(s\) in eval mode at the start of training",  # frozen parts, which the summary counts
 )
 _LOGS = {  # by logger
-    "torchao": "Failed to load",  # kernels for other devices than this one
+    "torchao": "Failed to load|Skipping import of cpp extensions",  # kernels for other devices, or a newer torch
     "torch.utils._pytree": "KernelPreference|ScaleCalculationMode",  # torchao's use of a deprecated function
     "lightning.fabric.utilities.seed": "Seed set to",  # in the config that is saved with the run
     "lightning.pytorch.utilities.rank_zero": "|".join(

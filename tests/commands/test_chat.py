@@ -119,8 +119,8 @@ def test_in_a_terminal_two_models_stand_side_by_side(monkeypatch: pytest.MonkeyP
     console = Console(width=80, record=True, file=io.StringIO())
     chat_module._talk(Session([Talk(Echo()), Talk(Echo())]), console)
     text = console.export_text()
-    [line] = [line for line in text.splitlines() if line.count("1: hello") == 2]
-    assert len(line) <= 80
+    beside = [len(line) for line in text.splitlines() if line.count("1: hello") == 2]  # older rich writes each update
+    assert beside and max(beside) <= 80
     assert "Unknown command /bogus" in text
     assert "it cannot be asked" in text
 

@@ -30,8 +30,9 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("debug", [True, False])
 def test_messages_of_the_tables_are_heard_with_debug_alone_and_others_always(
-    debug: bool, caplog: pytest.LogCaptureFixture
+    debug: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("torch"), "propagate", True)  # torch 2.10 prints its records by itself
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always")
         noise.quiet_others(debug)

@@ -91,7 +91,7 @@ def test_data_sets_give_rows_without_the_nulls_that_the_schema_adds(tmp_path: Pa
     several = DatasetDict({"train": data, "test": data})
     with pytest.raises(InputError, match=r"has the splits \['test', 'train'\]: give one of them"):
         list(read(several))
-    several.save_to_disk(tmp_path / "several")
+    several.save_to_disk(str(tmp_path / "several"))
     with pytest.raises(InputError, match=r"several' has the splits \['test', 'train'\]: name one, .*several/train"):
         list(read(tmp_path / "several"))
     assert [row for row, _ in read(tmp_path / "several" / "test")] == rows
