@@ -120,7 +120,8 @@ def test_in_a_terminal_two_models_stand_side_by_side(monkeypatch: pytest.MonkeyP
     chat_module._talk(Session([Talk(Echo()), Talk(Echo())]), console)
     text = console.export_text()
     beside = [len(line) for line in text.splitlines() if line.count("1: hello") == 2]  # older rich writes each update
-    assert beside and max(beside) <= 80
+    assert beside
+    assert max(beside) <= 80
     assert "Unknown command /bogus" in text
     assert "it cannot be asked" in text
 

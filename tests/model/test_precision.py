@@ -33,6 +33,9 @@ MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 4},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 4},
 }
+EXPERTS_COMPILE = pytest.mark.skipif(
+    torch.__version__ < "2.11", reason="on CPUs with torch 2.10, transformers' experts ask for addresses, untraceably"
+)
 
 
 class Matmuls(TorchDispatchMode):
@@ -142,7 +145,7 @@ def test_checkpointed_layers_are_recomputed_in_the_same_dtypes() -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")  # of transformers
-@pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen3_moe", marks=EXPERTS_COMPILE)])
 def test_hooks_and_experts_are_compiled_without_a_graph_break(architecture: str) -> None:
     model = tiny_model(architecture, **MOE.get(architecture, {})).train()
     follow_autocast(model)
