@@ -29,6 +29,7 @@ from lightning_sft.checkpoints.writing import (
 )
 from lightning_sft.io.address import Address, Place, place
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments, plain
+from lightning_sft.io.named import OurNames
 from lightning_sft.training.trainer import Agreement, averages_weights, callbacks_of, first_rank_does, is_between_steps
 from lightning_sft.types import InputError
 
@@ -36,7 +37,7 @@ _NAME = "resume-{epoch}-{step}"
 _PATTERN = "resume-*.ckpt"
 
 
-class SafeCheckpoint(ModelCheckpoint):
+class SafeCheckpoint(ModelCheckpoint, OurNames):
     """Saves checkpoints to resume from: at the end of each epoch, and within an epoch by steps or by time.
 
     A crash or a full disk never leaves a partial checkpoint under a final name. ``ckpt_path="last"`` is the newest
@@ -253,7 +254,7 @@ class SafeCheckpoint(ModelCheckpoint):
         return set() if found is None else {str(found)}
 
 
-class BestCheckpoint(ModelCheckpoint):
+class BestCheckpoint(ModelCheckpoint, OurNames):
     """Keeps the weights of the best validation in ``best.ckpt``, beside the checkpoints to resume from.
 
     They serve ``test``, ``chat`` and ``export``; no run can resume from them. A fit that does not log the metric, since

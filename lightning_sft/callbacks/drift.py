@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.evaluation.divergence import divergence, likeliest
 from lightning_sft.io.arguments import Count, Index, check_arguments
+from lightning_sft.io.named import OurNames
 from lightning_sft.machine.contexts import evaluating
 from lightning_sft.model.tuning.adapters import ADAPTER_NAME
 from lightning_sft.model.weights import PretrainedWeights
@@ -34,7 +35,7 @@ _LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 _ELEMENTS = 1 << 24  # of a parameter, compared at a time
 
 
-class DriftMonitor(Callback):
+class DriftMonitor(Callback, OurNames):
     """Logs the distance of θ from the pretrained θ̂ at each validation, or after each epoch if there is no validation.
 
     ``drift/layer_07`` is ‖θ − θ̂‖ / ‖θ̂‖ over the trained parameters of the layer, with L2 norms in float64; likewise

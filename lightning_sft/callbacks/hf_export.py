@@ -23,6 +23,7 @@ from lightning_sft.export.gguf_file import GGUFType, check_converter
 from lightning_sft.export.shards import ShardedWeights, convert_shards
 from lightning_sft.io.arguments import Count, FileSize, NonNegative, check_arguments
 from lightning_sft.io.disk import check_is_free
+from lightning_sft.io.named import OurNames
 from lightning_sft.io.words import counted
 from lightning_sft.machine.contexts import eval_mode
 from lightning_sft.model.parallel.rank_zero import FirstRank, whole_state
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from lightning_sft.module import SFTModule
 
 
-class HFExport(Callback):
+class HFExport(Callback, OurNames):
     """Exports the model as Hugging Face folders and compares them with the model in training; all ranks take part.
 
     The folder written at the end is called ``final``, others ``step-N`` and ``best``. If the comparison fails, the run

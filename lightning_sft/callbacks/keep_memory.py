@@ -5,11 +5,12 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_sft.io.arguments import check_arguments
+from lightning_sft.io.named import OurNames
 from lightning_sft.machine.allocators import keep_freed_memory
 from lightning_sft.training.trainer import announce
 
 
-class KeepMemory(Callback):
+class KeepMemory(Callback, OurNames):
     """On CPUs, makes glibc retain freed memory for the next step; docs/howto/performance.md has measurements.
 
     It configures the allocator of this process with ``mallopt``, so no restart is needed. The command line adds it to

@@ -14,11 +14,12 @@ from lightning_sft.checkpoints.run_files import LEDGER_FILE, cut_off, refuse_ane
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.io.disk import append
+from lightning_sft.io.named import OurNames
 from lightning_sft.training.trainer import first_rank_does, gather, is_between_steps
 from lightning_sft.types import Batch, InputError
 
 
-class SampleLedger(Callback):
+class SampleLedger(Callback, OurNames):
     """Writes one line per optimizer step to ``samples.jsonl``: its loss, and the samples of all ranks.
 
     A run that resumes from a checkpoint removes the lines of later steps, which it repeats, so the ledger equals that

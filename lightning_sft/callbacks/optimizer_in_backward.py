@@ -13,11 +13,12 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_sft.io.named import OurNames
 from lightning_sft.training.optimizers import parts_of
 from lightning_sft.types import Batch, InputError
 
 
-class OptimizerInBackward(Callback):
+class OptimizerInBackward(Callback, OurNames):
     """Updates each parameter as soon as its gradient is ready and frees the gradient, which saves memory.
 
     The weights equal those of the ordinary step bit for bit: the optimizer treats each parameter separately, and the

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.io.arguments import check_arguments
 from lightning_sft.io.disk import rows_of, write
+from lightning_sft.io.named import OurNames
 from lightning_sft.io.words import counted
 from lightning_sft.training.trainer import data_parallel, datamodule_of, gather
 from lightning_sft.types import Prompt
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_sft.datamodule import SFTDataModule
 
 
-class PredictionWriter(Callback):
+class PredictionWriter(Callback, OurNames):
     """Writes what ``predict`` generates as JSONL, one row an input row, in the order of the input.
 
     Until all are there, each rank appends its own to a hidden file beside it. A ``predict`` that begins where another

@@ -19,6 +19,7 @@ from lightning_sft.callbacks.saving import save_whole
 from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.io.arguments import check_arguments
+from lightning_sft.io.named import OurNames
 from lightning_sft.training.trainer import Agreement, callbacks_of, is_between_steps
 from lightning_sft.types import InputError
 
@@ -41,7 +42,7 @@ class Preempted(SystemExit):
         return self.reason
 
 
-class Preempt(Callback):
+class Preempt(Callback, OurNames):
     """On a signal or Ctrl-C, saves a checkpoint after the current optimizer step and exits with code 75.
 
     The signal may reach one process or all. The handler only records it; at the end of each step the processes agree

@@ -18,6 +18,7 @@ from rich.live import Live
 from rich.text import Text
 
 from lightning_sft.io.arguments import NonNegative, check_arguments
+from lightning_sft.io.named import OurNames
 from lightning_sft.machine.terminal import Console
 from lightning_sft.training.trainer import total_steps
 from lightning_sft.types import InputError
@@ -33,7 +34,7 @@ _SHOWN = {  # the most important first: a line ends where the terminal does
 _BAR = 16  # characters
 
 
-class TrainingProgress(ProgressBar):
+class TrainingProgress(ProgressBar, OurNames):
     """One line of progress with loss, tokens per second, learning rate, gradient norm, targets seen and the time left.
 
     It never wraps: a narrow terminal shows fewer metrics. Each validation leaves a line with its loss. In a file, which

@@ -25,6 +25,7 @@ from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.data.inspect.summary import counts, histogram, targets_in_words
 from lightning_sft.io.arguments import Count, check_arguments, plain
 from lightning_sft.io.disk import append, write
+from lightning_sft.io.named import OurNames
 from lightning_sft.module import SFTModule
 from lightning_sft.training.trainer import (
     callbacks_of,
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from lightning_sft.datamodule import SFTDataModule
 
 
-class RunRecord(Callback):
+class RunRecord(Callback, OurNames):
     """Writes ``run.json``, which describes the run, and ``metrics.jsonl``, the metrics of each step and validation.
 
     A run that resumes from a checkpoint removes the lines of later steps, which it repeats.

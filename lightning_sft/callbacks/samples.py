@@ -18,6 +18,7 @@ from lightning_sft.data.tokens.dataset import load_prompts
 from lightning_sft.evaluation.generation import Sampling, answer_all
 from lightning_sft.io.arguments import Count, check_arguments, made, plain
 from lightning_sft.io.disk import rows_of, write
+from lightning_sft.io.named import OurNames
 from lightning_sft.machine.terminal import Console
 from lightning_sft.training.checks import check_data, check_module, check_prompts
 from lightning_sft.training.trainer import datamodule_of
@@ -33,7 +34,7 @@ SAMPLES_FOLDER = "samples"
 _SHOWN = 400  # characters of a text in the table
 
 
-class SampleGenerations(Callback):
+class SampleGenerations(Callback, OurNames):
     """Generates answers to the same prompts before training and after each validation.
 
     Answers are written to ``samples/step=….jsonl`` in the folder of the run, to loggers that support text (TensorBoard,

@@ -13,6 +13,7 @@ from lightning_sft.evaluation.answer_scores import extracted, extracted_from_all
 from lightning_sft.evaluation.generation import answer_all
 from lightning_sft.io.arguments import Count, check_arguments
 from lightning_sft.io.disk import write
+from lightning_sft.io.named import OurNames
 from lightning_sft.io.words import counted
 from lightning_sft.training.checks import check_data, check_module
 from lightning_sft.training.trainer import datamodule_of
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from lightning_sft.module import SFTModule
 
 
-class ScoreAnswers(Callback):
+class ScoreAnswers(Callback, OurNames):
     r"""Generates answers to the prompts of ``data.test``, logs their scores, and writes them to a file.
 
     The model generates the last answer of each conversation, with ``model.sampling`` and ``model.max_new_tokens``. See

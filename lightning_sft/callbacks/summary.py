@@ -18,6 +18,7 @@ from torch.optim import Adam
 
 from lightning_sft.callbacks.keep_memory import KeepMemory
 from lightning_sft.io.disk import short_path
+from lightning_sft.io.named import OurNames
 from lightning_sft.io.words import memory
 from lightning_sft.machine.terminal import Console
 from lightning_sft.module import SFTModule
@@ -27,7 +28,7 @@ from lightning_sft.training.trainer import callbacks_of, datamodule_of, total_st
 from lightning_sft.types import InputError
 
 
-class RunSummary(ModelSummary):
+class RunSummary(ModelSummary, OurNames):
     """Prints what is trained, how and where: model, dtypes, attention, kernels, optimizer, steps, memory and folders.
 
     The command line adds it to ``fit`` in place of Lightning's table of layers; ``trainer.enable_model_summary=false``

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lightning_sft.data.batches.loader import PAD_ID, PromptBatch, PromptLoader
 from lightning_sft.io.arguments import AboveZero, Index, NonNegative, check_arguments, made
+from lightning_sft.io.named import our_names
 from lightning_sft.machine.contexts import evaluating
 from lightning_sft.model.backbone import language_model
 from lightning_sft.model.limits import num_positions
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_sft.module import SFTModule
 
 
+@our_names
 @dataclass(frozen=True)
 class Sampling:
     """How the tokens of an answer are chosen.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from functools import wraps
 from inspect import Parameter, signature
 from types import FunctionType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,9 +15,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_sft.io.closest import ELSEWHERE, did_you_mean
 from lightning_sft.types import InputError
 
+_OWNERS = {"model": "SFTModule", "data": "SFTDataModule", "trainer": "Trainer"}  # of the sections of a config
 _LIKE = 0.88  # similarity above which the name of a method is taken for a misspelt one of ours
+_LIKE_ARGUMENT = 0.8
 _LOSSES = ("compute_loss", "compute_loss_func", "training_loss", "loss", "loss_fn", "loss_func", "loss_function")
 _LOSS: tuple[str, ...] = ("target_loss", "forward", "training_step")  # what a subclass overrides for another loss
+_DATACLASSES: list[type[Any]] = []
+T = TypeVar("T")
 
 
 class OurNames:
@@ -32,6 +37,20 @@ class OurNames:
                 f"Did you mean {ours}?"
             )
         return super().__new__(cls)
+
+
+def our_names(cls: type[T]) -> type[T]:
+    """Make a dataclass refuse arguments called otherwise here: with a plain base, jsonargparse sees no dataclass."""
+    init = vars(cls)["__init__"]
+
+    @wraps(init)
+    def named(self: T, *args: Any, **given: Any) -> None:
+        check_names(cls, given)
+        init(self, *args, **given)
+
+    _DATACLASSES.append(cls)
+    setattr(cls, "__init__", named)  # noqa: B010  # mypy lets no method be assigned
+    return cls
 
 
 def check_names(cls: type[Any], given: Iterable[str]) -> None:
@@ -51,16 +70,23 @@ def check_names(cls: type[Any], given: Iterable[str]) -> None:
 
 
 def _meant(cls: type[Any], name: str) -> str:
-    """A sentence about the argument that stands for a name."""
-    classes = {kind.__name__: _arguments(kind) for kind in (cls, *OurNames.__subclasses__(), Trainer)}
+    """A sentence about the argument that stands for a name: of the module, the data module or the trainer, else a like
+    one of the class itself, else one of any class of ours.
+    """
     section, _, key = ELSEWHERE.get(name, "").partition(".")
     if key.startswith("optimizer."):
         return f" It is one of the optimizer's: SFTModule(optimizer=functools.partial(torch.optim.AdamW, {name}=...))."
-    owner = {"model": "SFTModule", "data": "SFTDataModule", "trainer": "Trainer"}.get(section)
+    owner, own = _OWNERS.get(section), _arguments(cls)
     if owner is None:
-        key, owner = name, next((kind for kind, arguments in classes.items() if name in arguments), None)
+        ours = {kind.__name__: _arguments(kind) for kind in (*OurNames.__subclasses__(), *_DATACLASSES, Trainer)}
+        candidates = [
+            *((name, kind) for kind in _OWNERS.values() if name in ours[kind]),
+            *((near, cls.__name__) for near in get_close_matches(name, own, n=1, cutoff=_LIKE_ARGUMENT)),
+            *((name, kind) for kind in ours if name in ours[kind]),
+        ]
+        key, owner = candidates[0] if candidates else (name, None)
     if owner is None:
-        return did_you_mean([name], classes[cls.__name__]) or f" It has {', '.join(classes[cls.__name__])}."
+        return did_you_mean([name], own) or f" It has {', '.join(own) or 'none'}."
     return f" Did you mean {key}?" if owner == cls.__name__ else f" Did you mean {owner}({key}=...)?"
 
 

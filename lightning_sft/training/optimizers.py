@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sft.io.arguments import check_arguments
+from lightning_sft.io.named import our_names
 from lightning_sft.types import InputError
 
 OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
@@ -24,6 +25,7 @@ DEFAULT_RATE = 2e-5
 """Learning rate of the default optimizer."""
 
 
+@our_names
 @dataclass(frozen=True)
 class OptimizerPart:
     """One of several optimizers, with the parameters that it updates.

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
-from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft import Mixture, Part, SFTDataModule, SFTModule, callbacks
+from lightning_sft.evaluation.generation import Sampling
+from lightning_sft.model.tuning.adapters import Lora
+from lightning_sft.training.optimizers import OptimizerPart
 from lightning_sft.types import InputError
 
 
@@ -32,6 +35,29 @@ from lightning_sft.types import InputError
 def test_an_unknown_argument_is_one_error_with_the_right_one(make: Any, given: str, said: str) -> None:
     with pytest.raises(InputError, match=said):
         make("m", **{given: 1})
+
+
+@pytest.mark.parametrize(
+    "kind", [*(getattr(callbacks, name) for name in callbacks.__all__), Lora, Mixture, OptimizerPart, Part, Sampling]
+)
+def test_no_class_of_ours_ends_in_a_type_error(kind: Any) -> None:
+    with pytest.raises(InputError, match=rf"{kind.__name__} has no argument 'xyzzy'\. It has \w+"):
+        kind(xyzzy=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "said"),
+    [
+        (Part, "weigth", r"Did you mean weight\?"),
+        (callbacks.SafeCheckpoint, "every_n_steps", r"Did you mean every_n_train_steps\?"),  # not HFExport's
+        (SFTModule, "keep_last", r"Did you mean SafeCheckpoint\(keep_last=...\)\?"),
+        (SFTModule, "r", r"Did you mean Lora\(r=...\)\?"),
+        (callbacks.RunSummary, "depth", r"'depth'. It has none\."),
+    ],
+)
+def test_an_argument_may_be_anothers_or_nearly_ones_own(kind: Any, given: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        kind(**{given: 1})
 
 
 def test_signatures_and_pickles_are_as_they_were() -> None:

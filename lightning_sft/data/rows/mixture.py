@@ -11,9 +11,11 @@ from typing import Any, Literal
 from lightning_sft.data.rows.formats import FormatName, check_columns
 from lightning_sft.data.rows.sources import Source
 from lightning_sft.io.arguments import Count, Positive, check_arguments, made, plain
+from lightning_sft.io.named import our_names
 from lightning_sft.types import InputError
 
 
+@our_names
 @dataclass
 class Part:
     """One data set of a mixture.
@@ -48,6 +50,7 @@ class Part:
         check_columns(self.columns or {})
 
 
+@our_names
 @dataclass
 class Mixture:
     """Several data sets.

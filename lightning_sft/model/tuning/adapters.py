@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_sft.io.arguments import BelowOne, Count, check_arguments, made
+from lightning_sft.io.named import our_names
 from lightning_sft.machine.contexts import narrow
 from lightning_sft.model.pretrained import outside_language_model
 from lightning_sft.model.tuning import new_tokens
@@ -29,6 +30,7 @@ from lightning_sft.types import InputError
 ADAPTER_NAME = "default"
 
 
+@our_names
 @dataclass(frozen=True)
 class Lora:
     """Low-rank adapters: ``W x + (alpha / r) · B A x``, where only A and B are trained (Hu et al. 2021, LoRA).
