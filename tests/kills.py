@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from torch.optim import SGD
 
-from lightning_sft.callbacks.record import RunRecord
 from lightning_sft.checkpoints.reading import Checkpoint
 from lightning_sft.checkpoints.run_files import LEDGER_FILE, METRICS_FILE, lines_of, record_of
 from lightning_sft.demos import tiny_pretrained
@@ -106,7 +105,7 @@ def attempt(layout: Layout, changes: bool, pretrained: str, folder: Path, of: ra
     run = layout.run(changes, in_background)
 
     def work(rank: int) -> None:
-        run.fit(pretrained, folder, RunRecord(str(folder)))
+        run.fit(pretrained, folder)
 
     processes = forked(work, layout.ranks)
     if of is not None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_sft.io.named import OurNames
 from lightning_sft.training.trainer import callbacks_of
 from lightning_sft.types import InputError
 
@@ -36,16 +39,27 @@ _OTHERS = {
 
 
 def check_callbacks(trainer: Trainer) -> None:
-    """Refuse callbacks that change steps or learning rates after they are planned, or look into the module too early.
+    """Refuse callbacks that change steps or learning rates after they are planned, look into the module too early, or
+    write over each other.
 
     Args:
         trainer: Lightning trainer of a fit. A ``Tuner`` adds callbacks, which end their trial fit; those are allowed.
 
     Raises:
         InputError: With Lightning's finders as callbacks, or those that change the accumulation, average weights by
-            copying the module, freeze or prune it; also with classes derived from theirs.
+            copying the module, freeze or prune it; also with classes derived from theirs. And with two of ours that
+            write the same files.
     """
+    written: set[tuple[str, str]] = set()
     for callback in callbacks_of(trainer):
+        if isinstance(callback, OurNames) and hasattr(callback, "dirpath") and not isinstance(callback, Checkpoint):
+            place = type(callback).__name__, str(callback.dirpath)
+            if place in written:
+                raise InputError(
+                    f"Two callbacks {place[0]} write to the same folder, and over each other's lines. Remove one, or "
+                    "give it a dirpath of its own."
+                )
+            written.add(place)
         kinds = [base.__name__ for base in type(callback).__mro__]
         for kind in kinds:
             if kind in _FINDERS and not getattr(callback, "_early_exit", False):

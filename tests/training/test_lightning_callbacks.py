@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from lightning.pytorch.callbacks import (
 )
 
 from lightning_sft import SFTModule
+from lightning_sft.callbacks import HFExport, RunRecord, SampleLedger
+from lightning_sft.training.lightning_callbacks import check_callbacks
 from lightning_sft.types import InputError
 
 
@@ -49,3 +52,15 @@ def test_callbacks_that_would_have_no_effect_or_another_one_are_refused_before_a
 ) -> None:
     with pytest.raises(InputError, match=remedy):
         quiet_trainer(callbacks=[callback]).fit(SFTModule("nowhere"), [])
+
+
+@pytest.mark.parametrize("kind", [RunRecord, SampleLedger, HFExport])
+def test_two_that_write_the_same_files_are_refused(
+    quiet_trainer: Callable[..., Trainer], tmp_path: Path, kind: Any
+) -> None:
+    def checked(*folders: Any) -> None:
+        check_callbacks(quiet_trainer(callbacks=[kind(folder) for folder in folders]))
+
+    checked(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(InputError, match=rf"^Two callbacks {kind.__name__} write to the same folder.* Remove one"):
+        checked(tmp_path / "a", str(tmp_path / "a"))
