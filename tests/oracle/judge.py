@@ -17,7 +17,9 @@ from tests.oracle.inference import Inference, control_tokens
 TAG = re.compile(r"</?think(?:ing)?>|\[/?THINK\]|</?seed:think>|</?mm:think>|</?think:\w+>")
 """Begins or ends a thought."""
 
-_TWO = re.compile(r"<think>\s*</think>\s*<think>")
+_TWO = re.compile(r"</(?:\w+:)?think[\w:]*>\s*<think>")
+"""A thought that has ended, or of which the template writes the end alone, and another right after it."""
+
 _INLINE = re.compile(r"(?s)<think>\s*(.*?)\s*</think>\s*(.*)")
 
 Encode = Callable[[Conversation], Sequence[Example]]

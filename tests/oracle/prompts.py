@@ -18,7 +18,7 @@ from lightning_sft.types import Conversation, Example, InputError
 from tests.oracle.endings import ending_of
 from tests.oracle.fields import Message, missing
 from tests.oracle.inference import Inference, control_tokens
-from tests.oracle.judge import WrongError, inference_of, with_sentinels
+from tests.oracle.judge import WrongError, as_meant, inference_of, with_sentinels
 from tests.oracle.kinds import NAMES, PARIS, TEXTS, WEATHER, answer, result, system, user
 from tests.oracle.kinds import conversation as conversation_of
 from tests.oracle.outcomes import Case, Outcome
@@ -77,7 +77,7 @@ def outcome(case: Case, given: Conversation, turn: int) -> Outcome:
         why = _impossible(inference_of(case.tokenizer, given), given, turn)
         return Outcome("refused" if why else "needless", why.upper() or "?", str(error))
     try:
-        _judge(case, alone, turn, found)
+        _judge(case, only(as_meant(case.tokenizer, given), turn), turn, found)
     except (WrongError, InputError) as error:
         return Outcome("wrong", "WRONG", str(error))
     return Outcome("exact", "=")
