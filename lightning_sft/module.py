@@ -49,7 +49,7 @@ from lightning_sft.model.likelihood import LikelihoodModel
 from lightning_sft.model.limits import LimitedModule
 from lightning_sft.model.parallel.buckets import settle_buckets
 from lightning_sft.model.parallel.sharding import Sharding, check_sharded, loading_config
-from lightning_sft.model.parallel.unused import check_all_reduced
+from lightning_sft.model.parallel.unused import check_gradients
 from lightning_sft.model.precision import follow_autocast
 from lightning_sft.model.recompute import Checkpointing, checkpoint_layers
 from lightning_sft.model.tuning.adapters import Lora
@@ -220,19 +220,28 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         if is_between_steps(self.trainer):  # this is the last micro-batch of its step
             self._window.sum(self.trainer, self._step_metrics, self._routers)
         accumulate, num_ranks = divisors(self.trainer)
-        if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
+        if batch.normalizer is None:  # known only when the step is complete: backward divides
             return objective * accumulate
         return objective * (accumulate * num_ranks / batch.normalizer)
 
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        """Make random draws from here on, such as noise on gradients, the same on all ranks."""
+        self._run.seed_after_loss()
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradient, and normalize it late if need be, before any callback looks at it."""
+        super().backward(loss, *args, **kwargs)
+        self._window.normalize_late(self.trainer, self.parameters())
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Close the step: stop on a non-finite loss, normalize late if need be, log the metrics.
+        """Close the step: stop on a non-finite loss, log the metrics.
 
         The host waits for the sums of the forward pass only, while the device works on the backward pass.
         """
         accumulates_by_itself = self.trainer.strategy.handles_gradient_accumulation  # then called every micro-batch
         if accumulates_by_itself and len(self._window.micro_batches) < self.trainer.accumulate_grad_batches:
             return
-        check_all_reduced(self.trainer.strategy, self)
+        check_gradients(self.trainer, self)
         step = self._window.close()
         if step is None:  # the training_step of a subclass, which normalizes and logs by itself
             return
@@ -243,12 +252,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
             self._forget_metrics(())
             return
         if first.normalizer is not None:
-            step.check_planned(self.normalize)
-        else:
-            _, num_ranks = divisors(self.trainer)
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(num_ranks / weight)
+            step.check_planned()
         metrics = metrics_by_part(step.totals, first.part_names)
         metrics |= self._step_metrics.close(self.trainer, step.counts, step.totals[0, 3])
         if self._routers is not None:

@@ -117,6 +117,8 @@ class Batch:
             counted them. It is known on the host, so that attention need not ask the device where documents begin.
         targets: Flat index ``[T]`` of each position that has a label. By default, it is looked up when first asked for,
             and that waits for the device.
+        step_weight: Planned sum of the target weights of the step, which is held against what it is made of. By default
+            it is the normalizer.
     """
 
     tensors = ("input_ids", "labels", "position_ids", "target_weights")
@@ -135,12 +137,14 @@ class Batch:
         answers_before: Sequence[int] = (),
         spans: Sequence[int] = (),
         targets: Tensor | None = None,
+        step_weight: float | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.labels = labels
         self.position_ids = position_ids
         self.target_weights = target_weights
         self.normalizer = normalizer
+        self.step_weight = normalizer if step_weight is None else step_weight
         self.provenance = tuple(provenance)
         self.parts, self.part_names = tuple(parts), tuple(part_names)
         self.lengths, self.answers_before, self.spans = tuple(lengths), tuple(answers_before), tuple(spans)

@@ -228,7 +228,8 @@ def folder_of(trainer: Trainer) -> Path:
 def _loss(module: LightningModule) -> dict[str, str]:
     """What the training loss of a module is: whose, and what it is divided by."""
     kind = type(module)
-    own = [name for name in ("target_loss", "forward") if getattr(kind, name, None) is not getattr(SFTModule, name)]
+    names = ("target_loss", "forward", "training_step")
+    own = [name for name in names if getattr(kind, name, None) is not getattr(SFTModule, name)]
     normalize = str(getattr(module, "normalize", "by the module itself"))
     return {"of": f"{kind.__name__}.{own[0]}" if own else "−log Pr", "normalize": normalize}
 

@@ -153,6 +153,7 @@ class RunState:
         self._asked: AskedSettings | None = None
         self._saved: AskedSettings | None = None
         self._schedule: LambdaLR | None = None
+        self._micro_batch = (0, 0, 0)  # seed of the run, number of the epoch, and of the micro-batch in it
 
     def made(self, optimizer: Optimizer) -> None:
         """Note the settings of an optimizer that has just been made.
@@ -190,7 +191,14 @@ class RunState:
         if self.seed is None:
             self.seed = seed_of(trainer)
         part, num_parts = context_parallel(trainer)
-        seed_micro_batch(self.seed, trainer.current_epoch, number, data_parallel(trainer)[0] * num_parts + part)
+        self._micro_batch = self.seed, trainer.current_epoch, number
+        seed_micro_batch(*self._micro_batch, data_parallel(trainer)[0] * num_parts + part)
+
+    def seed_after_loss(self) -> None:
+        """Seed the draws that follow the loss of a micro-batch: those of the optimizer and of callbacks, which change
+        the weights of all ranks, so all ranks draw the same.
+        """
+        seed_micro_batch(*self._micro_batch, 0, 1)
 
     def save(self, trainer: Trainer, checkpoint: dict[str, Any]) -> None:
         """Add the run's position and its optimizer's settings to a checkpoint."""

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from lightning_sft.evaluation.metrics import NUM_SUMS, sums_by_part
 from lightning_sft.machine.host_copy import HostCopy, without_waiting
 from lightning_sft.model.experts import Routers
-from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.training.throughput import NUM_COUNTS, StepMetrics
-from lightning_sft.training.trainer import sum_over_ranks
-from lightning_sft.types import Batch, InputError, LogLikelihood, Normalize
+from lightning_sft.training.trainer import divisors, sum_over_ranks
+from lightning_sft.types import Batch, InputError, LogLikelihood
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -40,22 +41,18 @@ class StepSums:
     totals: Tensor
     of_routers: Tensor
 
-    def check_planned(self, normalize: Normalize) -> None:
-        """Refuse a step that is not made of the micro-batches that its normalizer was planned for.
-
-        Args:
-            normalize: How the step is normalized; a constant Z is not that of its targets.
+    def check_planned(self) -> None:
+        """Refuse a step that is not made of the micro-batches that it was planned of.
 
         Raises:
-            InputError: When the micro-batches are of several steps, or their targets do not add up to Z.
+            InputError: When the micro-batches are of several steps, or their targets do not add up.
         """
-        planned = {batch.normalizer for batch, _ in self.micro_batches}
-        weight, first = self.totals[0, 1].item(), self.micro_batches[0][0].normalizer
-        is_sum = NORMALIZATIONS[normalize].is_constant or math.isclose(weight, first or 0.0, rel_tol=_ROUNDING)
-        if len(planned) > 1 or not is_sum:
+        planned = {(batch.normalizer, batch.step_weight) for batch, _ in self.micro_batches}
+        weight, [(_, wanted), *others] = self.totals[0, 1].item(), planned
+        if others or not math.isclose(weight, wanted or 0.0, rel_tol=_ROUNDING):
             raise InputError(
                 f"The targets of this optimizer step weigh {weight:.6g}, but its batches have been planned for steps "
-                f"that weigh {', '.join(f'{z:.6g}' for z in sorted(z or 0.0 for z in planned))}, so its gradient would "
+                f"that weigh {', '.join(sorted({f'{own or 0:.6g}' for _, own in planned}))}, so its gradient would "
                 "not be a mean. Pass the SFTDataModule itself to trainer.fit, not its loaders; do not change "
                 "trainer.accumulate_grad_batches during a fit, or leave out micro-batches of it; and set "
                 "batch.normalizer = None on batches whose target_weights you change."
@@ -88,6 +85,20 @@ class Window:
         counts = without_waiting(step_metrics.counts(list(batches)).to(local.dtype), local.device)
         of_routers = [] if routers is None else [routers.sums(likelihoods)]
         self._sums = HostCopy(sum_over_ranks(trainer, torch.cat([counts, local.flatten(), *of_routers])))
+
+    def normalize_late(self, trainer: Trainer, parameters: Iterable[Parameter]) -> None:
+        """Divide the gradient by the targets of a step that is complete, if nobody has planned how many they are.
+
+        Args:
+            trainer: Lightning trainer.
+            parameters: Parameters with the gradient of the sum over the step, averaged over the ranks.
+        """
+        if self._sums is None or self.micro_batches[0][0].normalizer is not None:
+            return
+        weight = self._sums.wait()[NUM_COUNTS + 1].item()  # totals[0, 1]
+        for parameter in parameters if weight else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(divisors(trainer)[1] / weight)
 
     def close(self) -> StepSums | None:
         """The sums of the step, for which the host waits; ``None`` if it had no micro-batch."""

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.batches.collate import collate
-from lightning_sft.types import Batch, InputError
+from lightning_sft.types import IGNORE, Batch, InputError, Normalize
 from tests.helpers.gradients import ROWS, Recorder, Run, encoded, furthest, row_gradients, step_gradients
 
 Make = Callable[..., Trainer]
 SETTINGS: dict[str, Any] = {"optimizer": Recorder, "schedule": "constant"}
-NOT_PLANNED = r"targets of this optimizer step weigh \d+, but its batches have been planned for steps that weigh"
+NOT_PLANNED = r"targets of this optimizer step weigh [\d.]+, but its batches have been planned for steps that weigh"
 
 
 def data() -> SFTDataModule:
@@ -37,10 +37,31 @@ class Accumulates(Callback):
         trainer.accumulate_grad_batches = 4
 
 
-def test_another_accumulation_than_planned_is_refused(pretrained: str, quiet_trainer: Make) -> None:
-    trainer = quiet_trainer(accumulate_grad_batches=2, callbacks=[Accumulates()])
+class Hides(Callback):
+    """Takes targets from batches."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        batch.labels[..., ::2] = IGNORE
+
+
+class Repeats(SFTDataModule):
+    """Takes its second micro-batch twice, and its first never."""
+
+    def train_dataloader(self) -> Any:
+        batches = list(super().train_dataloader())
+        return DataLoader(batches[1:2] + batches[1:], batch_size=None)  # type: ignore[arg-type]  # a list is a data set
+
+
+@pytest.mark.parametrize("normalize", ["token", "sequence", "dataset"])
+@pytest.mark.parametrize("change", [Accumulates, Hides, Repeats])
+def test_another_step_than_planned_is_refused(
+    pretrained: str, quiet_trainer: Make, normalize: Normalize, change: Any
+) -> None:
+    callbacks = [change()] if issubclass(change, Callback) else []
+    given = data() if callbacks else Repeats(train=ROWS, tokens_per_batch=100)
+    trainer = quiet_trainer(accumulate_grad_batches=2, callbacks=callbacks)
     with pytest.raises(InputError, match=NOT_PLANNED):
-        trainer.fit(SFTModule(pretrained, **SETTINGS), data())
+        trainer.fit(SFTModule(pretrained, normalize=normalize, **SETTINGS), given)
 
 
 @pytest.mark.parametrize("is_own", [False, True], ids=["alone", "in another data module"])

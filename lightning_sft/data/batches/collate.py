@@ -21,6 +21,7 @@ def collate(
     pad_id: int = 0,
     parts: Sequence[int] = (),
     part_names: Sequence[str] = (),
+    step_weight: float | None = None,
 ) -> Batch:
     """One micro-batch of examples.
 
@@ -33,6 +34,7 @@ def collate(
         pad_id: Token id of padding; it is never a target, whatever it is.
         parts: Number of the data set that each example comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.
+        step_weight: Planned sum of the target weights of the optimizer step, if that is not Z.
 
     >>> batch = collate([Example([5, 6, 7], [0, 0, 2.0]), Example([8, 9], [0, 1.0])])
     >>> batch.input_ids.tolist(), batch.position_ids.tolist()
@@ -72,6 +74,7 @@ def collate(
         answers_before=[document.answers_before for document in documents],
         spans=lengths if packed else [shape[1]] * shape[0],
         targets=torch.from_numpy(np.flatnonzero(labels != IGNORE)),
+        step_weight=step_weight,
     )
 
 

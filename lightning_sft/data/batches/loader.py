@@ -94,7 +94,8 @@ def _batch(
     """What a micro-batch of the plan consists of; workers under spawn and forkserver are sent what it needs alone."""
     own = micro_batch.examples
     of_parts = [int(parts[i]) for i in own] if len(parts) else []
-    return collate([examples[i] for i in own], micro_batch.normalizer, parts=of_parts)
+    planned = micro_batch.step_weight
+    return collate([examples[i] for i in own], micro_batch.normalizer, parts=of_parts, step_weight=planned)
 
 
 class PromptLoader:

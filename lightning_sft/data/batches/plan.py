@@ -28,10 +28,12 @@ class MicroBatch:
     Args:
         examples: Indices of the examples; empty if the rank only participates to keep collectives in step.
         normalizer: Z of the optimizer step it belongs to.
+        step_weight: Sum of the target weights of that step; Z itself, but for a constant Z.
     """
 
     examples: tuple[int, ...]
     normalizer: float
+    step_weight: float
 
 
 class MicroBatches(Sequence[MicroBatch]):
@@ -39,13 +41,22 @@ class MicroBatches(Sequence[MicroBatch]):
 
     Args:
         packs: Examples of each micro-batch.
-        normalizers: Z of each optimizer step.
+        step_weights: Sum of the target weights of each optimizer step.
         accumulate: Micro-batches in one optimizer step.
+        constant: Z of all steps; by default, Z of a step is its weight.
         first: Number of micro-batches of the epoch before these.
     """
 
-    def __init__(self, packs: Packs, normalizers: Sequence[float], accumulate: int, first: int = 0) -> None:
-        self.packs, self._normalizers, self._accumulate, self._first = packs, normalizers, accumulate, first
+    def __init__(
+        self,
+        packs: Packs,
+        step_weights: Sequence[float],
+        accumulate: int,
+        constant: float | None = None,
+        first: int = 0,
+    ) -> None:
+        self.packs, self._step_weights, self._accumulate = packs, step_weights, accumulate
+        self._constant, self._first = constant, first
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -59,10 +70,11 @@ class MicroBatches(Sequence[MicroBatch]):
             begin, _, step = number.indices(len(self))
             if step != 1:
                 return list(self)[number]
-            return MicroBatches(self.packs[number], self._normalizers, self._accumulate, self._first + begin)
+            first = self._first + begin
+            return MicroBatches(self.packs[number], self._step_weights, self._accumulate, self._constant, first)
         number = range(len(self))[number]
-        normalizer = self._normalizers[(self._first + number) // self._accumulate]
-        return MicroBatch(tuple(self.packs[number].tolist()), normalizer)
+        weight = self._step_weights[(self._first + number) // self._accumulate]
+        return MicroBatch(tuple(self.packs[number].tolist()), self._constant or weight, weight)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -163,12 +175,10 @@ class EpochPlan:
         begins, ends = begins[: self.num_steps], begins[1 : self.num_steps + 1]
         mine = begins[:, None] + np.arange(self.accumulate) * self.num_ranks + rank  # [steps, accumulate]
         mine = np.where(mine < ends[:, None], mine, -1).ravel()[: self._used]
-        return MicroBatches(packs.take(mine), self._normalizers(packs, begins, ends), self.accumulate)
+        return MicroBatches(packs.take(mine), self._step_weights(packs, begins, ends), self.accumulate, self._constant)
 
-    def _normalizers(self, packs: Packs, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[float]:
-        """Z of each step that an epoch uses, from all packs in order and those of each step."""
-        if self._constant:
-            return [self._constant] * self.num_steps
+    def _step_weights(self, packs: Packs, begins: NDArray[np.int64], ends: NDArray[np.int64]) -> list[float]:
+        """Sum of the target weights of each step that an epoch uses, from all packs in order and those of each step."""
         left = self._used - np.arange(self.num_steps) * self.accumulate  # turns of the ranks; a limit may cut the last
         counted = np.minimum(ends, begins + left * self.num_ranks)
         weights, bounds = self._weights[packs.indices], packs.bounds

@@ -6,17 +6,21 @@ routers are balanced outside of the gradient, or layers that select which tokens
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_sft.io.words import counted
 from lightning_sft.machine.contexts import eval_mode
 from lightning_sft.model.backbone import hidden_states
+from lightning_sft.training.optimizers import parameters_of
 from lightning_sft.types import InputError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def expect_unused(strategy: Strategy | None, backbone: nn.Module, head: nn.Module) -> None:
@@ -35,6 +39,23 @@ def expect_unused(strategy: Strategy | None, backbone: nn.Module, head: nn.Modul
         rank_zero_info(f"Text gives {parameters} no gradient, such as {names[0]}; DDP looks for them.")
 
 
+def check_gradients(trainer: Trainer, module: nn.Module) -> None:
+    """Refuse a step for which DDP has averaged no gradients; warn of gradients that have no optimizer.
+
+    The latter are looked for in the first step of an epoch: what was frozen may have been unfrozen in between.
+
+    Args:
+        trainer: Lightning trainer, before the step.
+        module: The module.
+
+    Raises:
+        InputError: When a trained parameter has no gradient under DDP.
+    """
+    check_all_reduced(trainer.strategy, module)
+    if trainer.fit_loop.epoch_loop.batch_idx < trainer.accumulate_grad_batches:
+        _warn_of_untrained(trainer, module)
+
+
 def check_all_reduced(strategy: Strategy, module: nn.Module) -> None:
     """Refuse a step in which DDP has waited in vain for the gradient of a parameter, and averaged none.
 
@@ -49,6 +70,17 @@ def check_all_reduced(strategy: Strategy, module: nn.Module) -> None:
             f"{len(names)} trained parameters have got no gradient, such as {names[0]}, so DDP has not averaged "
             "gradients over the ranks. Set trainer.strategy=ddp_find_unused_parameters_true, or name them in "
             "model.frozen."
+        )
+
+
+def _warn_of_untrained(trainer: Trainer, module: nn.Module) -> None:
+    known = {id(parameter) for optimizer in trainer.optimizers for parameter in parameters_of(optimizer)}
+    names = [name for name, p in module.named_parameters() if p.grad is not None and id(p) not in known]
+    if names and not trainer.strategy.handles_gradient_accumulation:  # DeepSpeed has parameters of its own
+        rank_zero_warn(
+            f"{len(names):,} parameters have a gradient but no optimizer, such as {names[0]}: they do not change. They "
+            "were frozen when the optimizer was made. Train them from the start (model.frozen, model.trained), or start "
+            "another fit from a checkpoint."
         )
 
 
