@@ -113,7 +113,7 @@ def test_parameters_that_no_optimizer_has_are_named(pretrained: str, quiet_train
     module = SFTModule(pretrained, frozen=["*.layers.0.*"])
     data = SFTDataModule(train=ROWS[:6], val=ROWS[6:8], tokens_per_batch=100)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", ".* a gradient but no optimizer")
         quiet_trainer(max_epochs=2).fit(module, data)
 
     with pytest.warns(UserWarning, match=r"have a gradient but no optimizer, such as scorer.model.*layers\.0\."):

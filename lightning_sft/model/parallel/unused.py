@@ -79,7 +79,7 @@ def _warn_of_untrained(trainer: Trainer, module: nn.Module) -> None:
     if names and not trainer.strategy.handles_gradient_accumulation:  # DeepSpeed has parameters of its own
         rank_zero_warn(
             f"{len(names):,} parameters have a gradient but no optimizer, such as {names[0]}: they do not change. They "
-            "were frozen when the optimizer was made. Train them from the start (model.frozen, model.trained), or start "
+            "were frozen when the optimizer was made. Train them from the start (model.frozen, model.trained), or in "
             "another fit from a checkpoint."
         )
 
