@@ -31,14 +31,24 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_sft"
 
+
+def without(file: str, *tests: str) -> list[str]:
+    """A file of tests without those whose names begin so."""
+    return [file, *(f"--deselect={file}::{test}" for test in tests)]
+
+
 TESTS = {
     "objective": ["tests/test_objective.py", "tests/test_likelihood_precision.py"],
     "training/schedules": ["tests/training/test_schedules.py"],
     "evaluation/metrics": ["tests/evaluation/test_metrics.py"],
     "checkpoints/resume": [
-        "tests/checkpoints/test_resume.py",
-        "--deselect=tests/checkpoints/test_resume.py::test_runs_that_are_killed_and_told_to_end_go_on_to_the_bit_and_with_other_ranks",
-        "--deselect=tests/checkpoints/test_resume.py::test_runs_of_drawn_settings_are_the_same_when_they_are_interrupted",
+        *without("tests/checkpoints/test_resume.py", "test_runs_", "test_other_data"),
+        "tests/training/test_optimizers.py::test_a_resumed_run_has_the_state_and_settings_of_a_whole_one",
+        "tests/training/test_optimizers.py::test_state_among_the_settings_is_kept_when_one_of_them_is_changed",
+        "tests/training/test_optimizers.py::test_a_checkpoint_of_another_optimizer_is_refused_by_name",
+        "tests/training/test_optimizers.py::test_another_schedule_begins_at_the_learning_rate_that_was_asked_for",
+        "tests/callbacks/test_defaults.py::test_at_the_end_fit_says_why_where_the_checkpoints_are_and_what_to_do",
+        "tests/callbacks/test_defaults.py::test_resuming_from_weights_alone_is_one_message",
     ],
     "checkpoints/run_files": ["tests/checkpoints/test_run_files.py"],
     "checkpoints/run_lock": ["tests/checkpoints/test_run_lock.py"],
