@@ -42,6 +42,7 @@ TESTS = {
     "training/schedules": ["tests/training/test_schedules.py"],
     "evaluation/metrics": ["tests/evaluation/test_metrics.py"],
     "checkpoints/resume": [
+        "tests/checkpoints/test_run_state.py",
         *without("tests/checkpoints/test_resume.py", "test_runs_", "test_other_data"),
         "tests/training/test_optimizers.py::test_a_resumed_run_has_the_state_and_settings_of_a_whole_one",
         "tests/training/test_optimizers.py::test_state_among_the_settings_is_kept_when_one_of_them_is_changed",

@@ -56,7 +56,7 @@ def trainer_at(
     settings: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(accelerator="cpu", accumulate_grad_batches=2, **settings)
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-    current = fit.epoch_progress.current
+    current: Any = fit.epoch_progress.current
     current.ready, current.started, current.processed = epochs
     fit.max_batches = of
     loop.batch_progress.current.ready = fetched
@@ -150,7 +150,8 @@ def test_changed_settings_are_named_once_each() -> None:
 
 
 def test_the_state_of_another_optimizer_is_refused_whether_it_is_loaded_before_or_after_that_is_made() -> None:
-    saved, others = asked(SGD(parameters(), lr=0.5)), {"SGD, but": AdamW(parameters(), lr=0.5)}
+    saved = asked(SGD(parameters(), lr=0.5))
+    others: dict[str, Optimizer] = {"SGD, but": AdamW(parameters(), lr=0.5)}
     others[r"states of \[2\] parameters by group, now they are \[1\]"] = SGD(parameters()[:1], lr=0.5)
     for message, optimizer in others.items():
         before, after = RunState(), RunState()
@@ -173,7 +174,7 @@ def test_a_checkpoint_of_weights_or_shards_is_refused_and_one_without_a_position
         restore(trainer_at(), full | {SHARDED_KEY: True})
 
 
-def with_data(data: Any) -> Trainer:
+def with_data(data: Any) -> Any:
     trainer: Any = trainer_at()
     trainer.datamodule = data
     return trainer
