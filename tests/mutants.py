@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.machinery import SourceFileLoader
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import CodeType
 
@@ -215,8 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for name in ("hypothesis", "lightning.pytorch.cli", "torch", "transformers.models.llama.modeling_llama"):
+    for name in ("lightning.pytorch.cli", "torch", "transformers.models.llama.modeling_llama"):
         import_module(name)  # once, before the forks
+    for plugin in entry_points(group="pytest11"):
+        plugin.load()
     gc.freeze()  # nor do they look at these objects, as pytest has them do at its end
 
     sys.exit(main())
