@@ -221,5 +221,6 @@ if __name__ == "__main__":
     for plugin in entry_points(group="pytest11"):
         plugin.load()
     gc.freeze()  # nor do they look at these objects, as pytest has them do at its end
-
-    sys.exit(main())
+    status = main()
+    gc.unfreeze()
+    sys.exit(status)
