@@ -71,6 +71,7 @@ AT_NEXT = Ending(tail="\n", stop="\n<user>")
         ("<turn><end>\n<answer>", "<turn><end>\n<answer>", {"opener": "<answer>"}, "<turn><end>"),
         ("\n<answer><end>", "\n<user>", {"opener": "<answer>", "known": {"<end>"}}, "\n<user>"),
         ("<end><turn>", "\n<user>", {}, "<end><turn>"),
+        ("<end>\n", "\n<user>", {}, "<end>"),
         ("\n", "\n<user>", {}, "\n<user>"),  # nothing stands behind an answer but the next turn
         ("\n", "\n\n<user>", {"plain": AT_NEXT}, "\n\n<user>"),
         ("\n", "\n<user>", {"plain": Ending(tail="<end>", stop="<end>")}, ""),
