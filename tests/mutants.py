@@ -58,7 +58,10 @@ TESTS = {
     "data/batches/plan": ["tests/data/batches/test_plan.py"],
     "data/batches/packing": ["tests/data/batches/test_packing.py"],
     "data/tokens/encode": ["tests/data/tokens/test_encode.py"],
-    "data/tokens/rendering": ["tests/data/tokens/test_encode.py", "tests/test_templates_page.py"],
+    "data/tokens/rendering": [
+        *(f"tests/data/tokens/test_{name}.py" for name in ("encode", "generation_tags", "trained_prompts")),
+        "tests/test_templates_page.py",
+    ],
     "data/tokens/answer_shape": ["tests/data/tokens/test_answer_shape.py", "tests/data/tokens/test_encode.py"],
     "data/tokens/render": ["tests/data/tokens/test_render.py", "tests/data/tokens/test_encode.py"],
     "data/tokens/tokenize": ["tests/data/tokens/test_tokenize.py", "tests/data/tokens/test_encode.py"],
