@@ -19,8 +19,8 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks.checkpoint import SafeCheckpoint
 from lightning_sft.callbacks.defaults import default_callbacks, find_last
 from lightning_sft.checkpoints.background import refuse_own_writer
-from lightning_sft.checkpoints.reading import META, Checkpoint
-from lightning_sft.checkpoints.writing import AtomicIO, newest, sweep
+from lightning_sft.checkpoints.reading import INDEX, META, Checkpoint
+from lightning_sft.checkpoints.writing import AtomicIO, finish, newest, partial_of, remove_checkpoint, sweep
 from lightning_sft.io.address import Address
 from lightning_sft.types import InputError
 from tests.helpers.gradients import ROWS
@@ -99,8 +99,19 @@ def test_a_folder_at_an_address_counts_from_its_index_on_and_without_it_is_remov
         torch.save({"callbacks": {}, "global_step": 4}, file)
     with pytest.warns(UserWarning, match=r"not a complete checkpoint: it has no .metadata"):
         assert newest([WHERE]) is None
+    whole, file = Address(WHERE) / "resume-step=5.ckpt", Address(WHERE) / "resume-step=6.ckpt"
+    assert partial_of(whole) == whole
+    whole.mkdir()
+    for address in (whole / INDEX, file):
+        with address.open("wb") as opened:
+            opened.write(b"1")
     sweep(Address(WHERE), "*.ckpt")
     assert not folder.exists()
+    assert (whole / INDEX).exists()
+    assert file.exists()
+    finish(whole)  # it is where it is
+    remove_checkpoint(whole)
+    assert not whole.exists()
 
 
 def test_what_an_address_cannot_be_used_for_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,48 @@ def test_a_checkpoint_of_lightning_inside_a_step_replays_the_step(
         fit(StopAt(7))  # the third of a step
     assert torch.load(tmp_path / "step=1.ckpt", weights_only=True)[POSITION_KEY]["micro_batches"] == 4
     assert all(torch.equal(a, b) for a, b in zip(fit(ckpt_path=tmp_path / "step=1.ckpt"), uninterrupted, strict=True))
+
+
+class SaveIn(Callback):
+    """Saves a checkpoint the n-th time that a hook is called."""
+
+    def __init__(self, hook: str, number: int, path: Path) -> None:
+        self.number, self.path = number, path
+        setattr(self, hook, self.hook)
+
+    def hook(self, trainer: Trainer, *args: Any) -> None:
+        self.number -= not trainer.sanity_checking
+        if self.number == 0:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(
+    ("hook", "number", "at"),
+    [
+        ("on_train_start", 1, (0, 0, 0, False, False)),
+        ("on_train_epoch_start", 2, (1, 0, 0, False, True)),
+        ("on_before_optimizer_step", 2, (0, 1, 2, False, True)),
+        ("on_validation_start", 2, (0, 2, 4, False, False)),
+        ("on_validation_end", 2, (0, 2, 4, False, True)),
+        ("on_train_epoch_end", 1, (1, 0, 0, False, True)),
+    ],
+)
+def test_a_checkpoint_that_a_callback_saves_in_any_hook_is_resumed_from_to_the_bit(
+    dropping: str, quiet_trainer: Make, tmp_path: Path, hook: str, number: int, at: tuple[int, int, int, bool, bool]
+) -> None:
+    def fit(*callbacks: Callback, ckpt_path: Any = None) -> list[torch.Tensor]:
+        settings = {"accumulate_grad_batches": 2, "max_epochs": 2, "val_check_interval": 2}
+        trainer = quiet_trainer(**settings, enable_checkpointing=True, callbacks=list(callbacks))
+        module = SFTModule(dropping, optimizer=partial(AdamW, lr=1e-2))
+        data = SFTDataModule(train=TRAIN, val=TRAIN[:2], tokens_per_batch=150)
+        trainer.fit(module, data, ckpt_path=ckpt_path)
+        return list(module.parameters())
+
+    path = tmp_path / "saved.ckpt"
+    uninterrupted = fit(SaveIn(hook, number, path))
+    saved = torch.load(path, weights_only=True)[POSITION_KEY]
+    assert tuple(saved.values())[:5] == at
+    assert all(torch.equal(a, b) for a, b in zip(fit(ckpt_path=path), uninterrupted, strict=True))
 
 
 @pytest.mark.parametrize("saved_after_fit", [False, True])
@@ -295,8 +338,19 @@ def test_other_steps_are_refused_inside_an_epoch_with_the_setting_that_keeps_the
         place().on(4, 4, "b")  # an epoch is filled up to whole steps, so its plan is another
     with pytest.raises(InputError, match=r"devices whose number divides 8"):
         place().on(3, 4, "a")
-    assert place(is_last=True).on(3, 4, "a").epoch == 3
-    assert place(steps=0, micro_batches=0).on(3, 4, "b").epoch == 2
+    begins = place(epoch=3, steps=0, micro_batches=0, num_ranks=3, plan="b")
+    assert place(is_last=True).on(3, 4, "b") == begins
+    assert place(steps=0, micro_batches=0).on(3, 4, "b") == replace(begins, epoch=2)
+
+
+def test_another_order_of_the_data_is_refused_inside_an_epoch_alone_and_where_both_are_known() -> None:
+    with pytest.raises(InputError, match=r"changed since: a; now b\. Resume"):
+        place().on(2, 4, "b")
+    with pytest.raises(InputError, match=r"changed since: data\.seed was 0\. Resume"):
+        place().on(2, 4, "b", lambda: "data.seed was 0")
+    assert place().on(2, 4, None) == place(plan=None)  # a stream
+    assert place(plan=None).on(2, 4, "b") == place(plan="b")
+    assert place(is_last=True).on(2, 4, "b") == place(is_last=True, plan="b")
 
 
 def counters(position: RunPosition, accumulated: int, ready: int, now: int, steps: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lightning_sft.checkpoints import writing
 from lightning_sft.checkpoints.writing import (
@@ -18,10 +19,12 @@ from lightning_sft.checkpoints.writing import (
     bytes_of_checkpoint,
     check_disk,
     checkpoint_of,
+    finish,
     folders_of,
     newest,
     step_of,
     sweep,
+    write_whole,
 )
 from lightning_sft.io.disk import hidden, publish
 from lightning_sft.types import InputError
@@ -48,11 +51,11 @@ def test_the_newest_good_checkpoint_is_found_and_those_cut_short_are_said(
     good = write("b.ckpt", 10)
     cut = write("c.ckpt", 11)
     cut.write_bytes(cut.read_bytes()[:-100])
-    (tmp_path / "d.ckpt").touch()
+    (tmp_path / "0.ckpt").touch()
     (tmp_path / "shards.ckpt").mkdir()  # of a distributed one whose index has not been written
     with pytest.warns(UserWarning, match=r"Skipping") as warned:
         assert newest([tmp_path, tmp_path / "missing"]) == good
-    assert {Path(str(w.message).split()[1].rstrip(":")).name for w in warned} == {"c.ckpt", "d.ckpt", "shards.ckpt"}
+    assert {Path(str(w.message).split()[1].rstrip(":")).name for w in warned} == {"0.ckpt", "c.ckpt", "shards.ckpt"}
 
 
 def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -79,6 +82,17 @@ def test_what_is_beside_numbered_runs_comes_before_them(write: Callable[..., Pat
     assert newest(folders_of(tmp_path)) == own
     own.unlink()
     assert newest(folders_of(tmp_path)) == tmp_path / "lightning_logs/version_1/checkpoints/long.ckpt"
+
+
+def test_a_checkpoint_that_says_where_its_run_is_comes_before_one_that_does_not(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    torch.save({"callbacks": {}, "state_dict": {}}, tmp_path / "a.ckpt")  # of no step
+    write("b.ckpt", 0)
+    said = write("c.ckpt", 0, lightning_sft_place={"epoch": 0, "is_validated": False})
+    assert newest([tmp_path]) == said
+    said.unlink()
+    assert newest([tmp_path]) == tmp_path / "b.ckpt"
 
 
 def test_of_two_at_a_step_the_one_after_its_validation_is_taken(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -118,6 +132,77 @@ def test_a_folder_of_several_runs_is_refused_with_their_names(write: Callable[..
     write("runs/two/checkpoints/a.ckpt", 1)
     with pytest.raises(InputError, match=r"runs holds the checkpoints of several runs. .*one/checkpoints, .*two"):
         checkpoint_of(tmp_path / "runs")
+
+
+def test_of_many_runs_the_first_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
+    for name in "abcdef":
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        write(f"runs/{name}/a.ckpt", 1)
+    with pytest.raises(InputError, match=r"one: [^,]*/a, [^,]*/b, [^,]*/c, [^,]*/d, [^,]*/e, …\.$"):
+        checkpoint_of(tmp_path / "runs")
+    (tmp_path / "runs/f/a.ckpt").unlink()
+    with pytest.raises(InputError, match=r"/d, [^,]*/e\.$"):
+        checkpoint_of(tmp_path / "runs")
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "best"])
+def test_weights_alone_stand_for_a_run_that_has_no_more(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir()
+    path = tmp_path / folder / "weights.ckpt"
+    torch.save({"state_dict": {}, "global_step": 4}, path)
+    assert checkpoint_of(tmp_path) == str(path)
+
+
+def test_folders_of_a_checkpoint_are_made(write: Callable[..., Path], tmp_path: Path) -> None:
+    assert newest([write("a/b/c.ckpt", 1).parent]) == tmp_path / "a/b/c.ckpt"
+    assert newest([write("a/b/d.ckpt", 2).parent]) == tmp_path / "a/b/d.ckpt"
+
+
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_whatever_torch_raises_where_it_cannot_write_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise kind("no room")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(InputError, match=r"a.ckpt cannot be written: no room. Those before it are intact"):
+        AtomicIO().save_checkpoint({}, tmp_path / "a.ckpt")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"b.ckpt cannot be written: .*No such file"):
+        finish(tmp_path / "b.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ([1], r"is not a checkpoint of Lightning, but not a dictionary\. Expected a file saved by fit"),
+        ({"a": 1, "b": 2}, r"is not a checkpoint of Lightning, but a dictionary of a, b\."),
+        ({"pytorch-lightning_version": "2"}, r"is not a checkpoint of a module: it has no 'state_dict'"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, saved: Any, message: str) -> None:
+    torch.save(saved, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match=message):
+        AtomicIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+
+
+def test_a_checkpoint_that_was_written_is_read(tmp_path: Path) -> None:
+    saved = {"pytorch-lightning_version": "2", "state_dict": {}, "global_step": 3}
+    AtomicIO().save_checkpoint(saved, tmp_path / "a.ckpt")
+    assert AtomicIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=True) == saved
+    with pytest.raises(TypeError, match="storage_options"):
+        AtomicIO().save_checkpoint(saved, tmp_path / "b.ckpt", {"a": 1})
+
+
+def test_lightnings_writer_is_replaced_and_one_of_the_users_own_kept() -> None:
+    class Own(TorchCheckpointIO):
+        pass
+
+    found = [SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io)) for io in (TorchCheckpointIO(), Own())]
+    for trainer in found:
+        write_whole(trainer)  # type: ignore[arg-type]  # all that it looks at
+    assert [type(trainer.strategy.checkpoint_io) for trainer in found] == [AtomicIO, Own]
 
 
 def test_a_full_disk_leaves_what_was_there(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -181,6 +266,9 @@ def test_a_disk_with_exactly_the_room_of_a_checkpoint_has_room(tmp_path: Path, m
     check_disk(tmp_path, size)
     with pytest.raises(InputError, match="Make room"):
         check_disk(tmp_path, size + 1)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: SimpleNamespace(free=2.5e9))
+    with pytest.raises(InputError, match=r"needs about 5\.0 GB, but .* has 2\.5 GB left"):
+        check_disk(tmp_path, 5 * 10**9)
 
 
 def test_only_names_of_ours_have_a_step() -> None:
@@ -197,6 +285,28 @@ def test_a_run_with_a_folder_of_its_own_is_another_run(tmp_path: Path, root: str
     names = [folder.relative_to(tmp_path).as_posix() for folder in folders_of(tmp_path)]
     assert names == ["checkpoints", "lightning_logs/version_0/checkpoints"]
     assert folders_of(tmp_path / "runs" / "b")[0].is_dir()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        b"\xff",
+        b"trainer: [",
+        b"5",
+        b"a: 1",
+        b"trainer: {default_root_dir: elsewhere}",
+        b"trainer: {default_root_dir: .}",
+    ],
+)
+def test_a_folder_that_does_not_say_that_a_run_is_its_own_belongs_to_the_one_above(
+    tmp_path: Path, config: bytes | None
+) -> None:
+    folder = tmp_path / "logs" / "mine"
+    (folder / "checkpoints").mkdir(parents=True)
+    if config is not None:
+        (folder / "config.yaml").write_bytes(config)
+    assert folders_of(tmp_path) == [tmp_path / "checkpoints", folder / "checkpoints"]
 
 
 def test_checkpoints_of_loggers_are_looked_for_too(tmp_path: Path) -> None:

@@ -210,6 +210,20 @@ def test_what_a_template_writes_otherwise_in_the_past_is_continued_from_the_prom
     assert targets(example, tokenizer) == trained
 
 
+def test_a_template_may_write_the_tags_of_a_thought_in_another_way_but_not_cut_it() -> None:
+    spaced = CHATML.replace("m['content'] ", "m['content'].replace('<think>', '<think>\n') ")
+    [encoded] = encode_all([conversation("a", "<think>t</think>b")], tiny_tokenizer(spaced))
+    assert targets(encoded.examples[0], tiny_tokenizer()) == "<think>\nt</think>b<|im_end|>"
+    assert not encoded.notes
+    written = (
+        "('<think>' + m.reasoning_content.split('#')[0] + '</think>' if m.reasoning_content else '') + m['content'] "
+    )
+    tokenizer = tiny_tokenizer(CHATML.replace("m['content'] ", written))
+    answer = {"role": "assistant", "content": "b", "reasoning_content": "t#u"}
+    [example] = encode(Conversation([{"role": "user", "content": "a"}, answer], weights=[0, 1]), tokenizer)
+    assert targets(example, tokenizer) == "<think>t#u</think>b<|im_end|>"
+
+
 PARIS = {"type": "function", "function": {"name": "f", "arguments": {"city": "Paris"}}}
 CALLING = CHATML.replace(
     "m['content'] +", "m['content'] + (m.tool_calls | map('string') | join if m.tool_calls else '') +"

@@ -80,6 +80,17 @@ LOOP = "{% for m in messages %}{{ m.content }}BODY{% endfor %}{% if add_generati
         "{% for m in messages[:-1] %}{{ m.content }}{% endfor %}",
         "{% set n = messages | length %}" + LOOP.replace("BODY", "{{ n }}"),
         "{% set rest = messages[1:] %}{% if rest %}!{% endif %}" + LOOP,
+        "{% set ns = namespace(last='') %}{% macro end() %}{{ ns.last }}{% endmacro %}"
+        + LOOP.replace("BODY", "{% set ns.last = m.content %}")
+        + "{{ end() }}",
+        "{% set ns = namespace(last='') %}{% if tools %}{% elif true %}"
+        + LOOP.replace("BODY", "{% set ns.last = m.content %}")
+        + "{% endif %}{{ ns.last }}",
+        "{% if true %}" + LOOP + "{{ messages[0].content }}{% endif %}",
+        "No: {% for m in messages[1:] %}{{ m.content }}{% else %}one{% endfor %}",
+        LOOP.replace("BODY", "{% for w in m.content %}{{ w if not loop.last }}{% endfor %}{{ loop.revindex }}"),
+        LOOP.replace("BODY", "{% for w in messages[loop.index:] %}{{ w.content }}{% endfor %}"),
+        LOOP.replace("BODY", "{% for w in range(loop.length) %}.{% endfor %}"),
     ],
 )
 def test_a_template_that_looks_ahead_is_not_traced_where_that_shows(template: str) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers.utils.chat_template_utils import mark_control_tokens
 
 from lightning_sft.data.tokens.tokenize import Segments
+from lightning_sft.demos import tiny_tokenizer
 
 TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "[INST]", "[/INST]"]
 WORDS = ["a", "b", "ab", " ", "  ", "\n", "\n\n", "user", "<", "<|", ">", "é", "ﬁ", "▁", "\t", "1 2", "."]
@@ -99,6 +103,66 @@ def test_text_that_names_a_control_token_stays_text_where_the_tokenizer_says_so(
     tokenizer.encode_special_tokens = True
     texts = random_texts(3, TOKENS)
     assert Segments(tokenizer).token_ids(texts) == whole(tokenizer, texts)
+
+
+def plain_tokens() -> Tokenizer:
+    return tokenizer_of("none", "bytes", [AddedToken(t, special=True, normalized=False) for t in TOKENS])
+
+
+def test_beginnings_have_the_ids_that_they_have_by_themselves_and_say_what_follows_on_each_other() -> None:
+    tokenizer = plain_tokens()
+    merged = 0
+    for text in random_texts(4, TOKENS)[:40]:
+        places = range(len(text) + 1)
+        [found] = Segments(tokenizer).beginnings([(text, places)])
+        ids = [beginning.ids.tolist() for beginning in found]
+        assert ids == whole(tokenizer, [text[:place] for place in places])
+        assert [beginning.length for beginning in found] == [len(own) for own in ids]
+        for one, other in combinations(places, 2):
+            left = found[other].after(found[one])
+            begins = ids[other][: len(ids[one])] == ids[one]
+            assert (None if left is None else left.tolist()) == (ids[other][len(ids[one]) :] if begins else None)
+            merged += not begins
+    assert merged > 100  # a token reaches over the end of the first
+
+
+def test_the_segment_around_a_place_is_empty_between_two_and_is_tokenized_as_in_the_whole() -> None:
+    tokenizer = plain_tokens()
+    segments = Segments(tokenizer)
+    for text in random_texts(5, TOKENS):
+        pieces = segments.of(text)
+        assert "".join(pieces) == text
+        assert "" not in pieces
+        borders = list(accumulate(map(len, pieces), initial=0))
+        tokens = re.finditer("|".join(map(re.escape, TOKENS)), text)
+        within = {at for token in tokens for at in range(token.start() + 1, token.end())}
+        for place in sorted(set(range(len(text) + 1)) - within):
+            begin, end = segments.around(text, place)
+            if place in borders and (place or not text or text.startswith(tuple(TOKENS))):
+                assert (begin, end) == (place, place)
+            else:
+                assert (begin, end) in pairwise(borders)
+                assert begin <= place < end
+            before, own, after, together = whole(tokenizer, [text[:begin], text[begin:end], text[end:], text])
+            assert together == before + own + after
+
+
+def test_a_text_with_marks_or_of_a_tokenizer_without_a_backend_is_one_segment() -> None:
+    tokenizer = tiny_tokenizer()
+    slow, fast = Segments(None, tokenizer), Segments(tokenizer.backend_tokenizer, tokenizer)
+    texts = ["", "a<|im_end|>b", "<|im_end|>"]
+    assert slow.token_ids(texts) == fast.token_ids(texts) == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    text = mark_control_tokens("a<|im_end|>", re.compile(re.escape("<|im_end|>"))) + "b<|im_end|>c"
+    for segments in (slow, fast):
+        assert segments.around(text, 3) == (0, len(text))
+        [[before, both]] = segments.beginnings([(text, [len(text) - 1, len(text)])])
+        assert tokenizer.decode(both.ids) == "a<|im_end|>b<|im_end|>c"
+        assert list(both.ids).count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 1
+        following = both.after(before)
+        assert following is not None
+        assert tokenizer.decode(following) == "c"
+    assert slow.around("a<|im_end|>b", 11) == (0, 12)
+    assert fast.around("a<|im_end|>b", 11) == (1, 12)
 
 
 def test_what_texts_share_is_tokenized_once() -> None:
