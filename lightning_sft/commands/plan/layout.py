@@ -120,6 +120,11 @@ class Layout:
         return self.compute or self.dtype
 
     @property
+    def wider(self) -> float:
+        """How many times as wide parameters are as during computation."""
+        return self.dtype.itemsize / self.computes_in.itemsize
+
+    @property
     def mallopt(self) -> Mapping[int, int]:
         """Arguments of ``mallopt`` that the fit sets."""
         return KEEPS if self.keeps_memory and not is_set() else {}
@@ -142,7 +147,7 @@ class Layout:
 
     @property
     def _of_ranks(self) -> dict[str, float]:
-        wider = self.dtype.itemsize / self.computes_in.itemsize
+        wider = self.wider
         shared = [1, 1 / self.data_parallel]
         return {
             "weights": wider * shared[self.stage >= 3],

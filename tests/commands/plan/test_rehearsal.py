@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +200,24 @@ def test_experts_are_chosen_evenly(tmp_path: Path, batch: Batch) -> None:
     done = rehearse(SFTModule(folder), batch, Layout("one device"))
     expected = counted_by_torch(SFTModule(folder), batch, Layout("one device"))
     assert counted_here(done) == pytest.approx(expected, rel=0.15)  # a random router is not quite even
+
+
+@pytest.mark.parametrize("quantize", [None, "4bit"])
+def test_a_rank_has_a_shard_of_the_base_in_the_dtype_that_it_is_held_in(
+    quantize: Any, tmp_path: Path, batch: Batch
+) -> None:
+    """Adapters are float32; the base is what is stored, or packed, however wide matrices are while they are gathered."""
+    stored = tiny_pretrained(tmp_path / "model", **SIZE, dtype="bfloat16")
+    module = SFTModule(stored, lora=Lora(r=4), quantize=quantize)
+    layout = Layout("FSDP2", autocast=torch.bfloat16, data_parallel=8, stage=3, compute=torch.bfloat16)
+    found = predict(module, batch, layout, Device("GPU", 80.0 * 2**30, 0.0))
+    done = found.rehearsal
+    plain = done.num_parameters - done.num_adapters - done.num_quantized
+    bits = {None: 2 * plain, "4bit": 4 * plain + 0.516 * done.num_quantized}  # embeddings and norms are not packed
+    expected = (4 * done.num_adapters + bits[quantize]) / 8
+    assert done.num_quantized == (2 * (3 * 128 * 512 + 4 * 128 * 128) if quantize else 0)
+    for parts in found.moments.values():
+        assert parts["weights"] == pytest.approx(expected, rel=0.01)
+    on_host = predict(module, batch, replace(layout, offloads="all"), found.device)
+    assert on_host.moments["loss"]["weights"] == 0
+    assert on_host.host >= expected
