@@ -236,22 +236,26 @@ def _facts(
 ) -> Rehearsal:
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     of_layers = [(_count(layer), _count(layer, only_trained=True)) for layer in layers(model)]
+    bits = module.tuning.quantize
+    matrices = [m.weight for m in model.modules() if bits and isinstance(m, nn.Linear) and m is not head]
+    matrices = [weight for weight in matrices if not weight.requires_grad]
+    width = torch.get_default_dtype().itemsize if not matrices else matrices[0].itemsize
+    quantized, packed = sum(weight.numel() for weight in matrices), 0.0
+    if bits:
+        saved = quantized * (width - _BYTES[bits] / layout.wider)
+        largest = {id(weight) for weight in max(layers(model), key=_count).parameters()}
+        in_largest = sum(weight.numel() for weight in matrices if id(weight) in largest)
+        packed = in_largest * (layout.computes_in.itemsize - _BYTES[bits])
+    else:
+        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        saved = frozen * (1 - 1 / layout.wider) if _keeps_base(module, layout) else 0.0
     sizes = Model(
         layer=max(of_layers)[0],
         others=_count(model) - sum(count for count, _ in of_layers),
         trained=_count(model, only_trained=True),
         trained_layer=max(of_layers)[1],
+        packed=packed,
     )
-    bits = module.tuning.quantize
-    matrices = [m.weight for m in model.modules() if bits and isinstance(m, nn.Linear) and m is not head]
-    matrices = [weight for weight in matrices if not weight.requires_grad]
-    width = torch.get_default_dtype().itemsize if not matrices else matrices[0].itemsize
-    quantized = sum(weight.numel() for weight in matrices)
-    if bits:
-        saved = quantized * (width - _BYTES[bits] / layout.wider)
-    else:
-        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-        saved = frozen * (1 - 1 / layout.wider) if _keeps_base(module, layout) else 0.0
     return Rehearsal(
         meter=meter,
         sizes=sizes,

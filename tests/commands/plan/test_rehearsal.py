@@ -206,7 +206,7 @@ def test_experts_are_chosen_evenly(tmp_path: Path, batch: Batch) -> None:
 def test_a_rank_has_a_shard_of_the_base_in_the_dtype_that_it_is_held_in(
     quantize: Any, tmp_path: Path, batch: Batch
 ) -> None:
-    """Adapters are float32; the base is what is stored, or packed, however wide matrices are while they are gathered."""
+    """Adapters are float32; the base is as stored, or packed, however wide matrices are while they are gathered."""
     stored = tiny_pretrained(tmp_path / "model", **SIZE, dtype="bfloat16")
     module = SFTModule(stored, lora=Lora(r=4), quantize=quantize)
     layout = Layout("FSDP2", autocast=torch.bfloat16, data_parallel=8, stage=3, compute=torch.bfloat16)
@@ -221,3 +221,31 @@ def test_a_rank_has_a_shard_of_the_base_in_the_dtype_that_it_is_held_in(
     on_host = predict(module, batch, replace(layout, offloads="all"), found.device)
     assert on_host.moments["loss"]["weights"] == 0
     assert on_host.host >= expected
+
+
+def test_what_one_gpu_does_not_hold_is_sharded_over_several(tmp_path: Path) -> None:
+    """The number of devices is the least power of two that suffices; layers are gathered as they are packed."""
+    deep = tiny_pretrained(tmp_path, **SIZE | {"num_hidden_layers": 16, "vocab_size": 300})
+    module = SFTModule(deep, chunk_size=64, gradient_checkpointing="offload", lora=Lora(r=4), quantize="4bit")
+    few = collate([Example([5] * 8, [0.0] * 4 + [1.0] * 4)], 1.0)
+    layout = Layout("one device", autocast=torch.bfloat16)
+    sharded = replace(layout, stage=3, compute=torch.bfloat16)
+
+    def peak(layout: Layout, capacity: float = 1e12) -> Prediction:
+        return predict(module, few, layout, Device("GPU", capacity, 0.0))
+
+    of_two, of_four = (peak(replace(sharded, data_parallel=number)) for number in (2, 4))
+    assert of_four.peak < of_two.peak < peak(layout).peak
+    enough = (of_two.peak + of_four.peak) / 2
+    found = remedies(
+        module,
+        few,
+        peak(layout, enough),
+        lambda n: few,
+        few.input_ids.numel(),
+        lambda module, batch, layout: predict(module, batch, layout, Device("GPU", enough, 0.0)),
+    )
+    *_, last = found
+    assert last.prediction.fits
+    assert last.prediction.layout.name == "FSDP2 over 4"
+    assert any("trainer.strategy=fsdp2, trainer.devices=" in setting for setting in last.settings)
