@@ -34,6 +34,7 @@ CONFIGS = ROOT / "configs"
 PAGE = ROOT / "docs" / "reference" / "memory.md"
 GIB = 2.0**30
 GPU: dict[str, Any] = {"trainer.accelerator": "gpu", "memory": 80}
+ROOM = 0.95  # of a device; the rest is for what is not modeled
 WIDER = (2, 4, 8, 16, 32, 64)  # numbers of devices to shard over what does not fit one
 WITHOUT_SUGGESTIONS = """
 import sys
@@ -64,8 +65,9 @@ LONG_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def configs() -> dict[str, Path]:
-    """All shipped configs by name, but for recipes for GPUs, which docs/reference/recipes.md has."""
-    elsewhere = {recipe.path for recipe in recipes.recipes() if recipe.gpu_memory is not None}
+    """All shipped configs by name, but for recipes of which docs/reference/recipes.md says what they take."""
+    figures = json.loads(PAGE.with_name("recipes.json").read_text(encoding="utf-8"))
+    elsewhere = {recipe.path for recipe in recipes.recipes() if "gib" in figures.get(recipe.name, {})}
     paths = sorted(CONFIGS.rglob("*.yaml"), key=lambda path: (path.parent != CONFIGS, path))
     return {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in paths if path not in elsewhere}
 
@@ -206,7 +208,7 @@ def layout(found: Mapping[str, Any]) -> str:
 def fit(found: Mapping[str, Any]) -> str:
     """Whether it fits, and what does instead."""
     if found["fits"]:
-        return "fits"
+        return "fits" if found["gib"] <= ROOM * GPU["memory"] else "fits, tightly"
     other = found["instead"]
     does = "takes" if other["fits"] else "does not fit either:"
     return f"does not fit; {other['layout']} {does} {other['gib']:.1f}"
