@@ -59,7 +59,7 @@ def test_the_page_is_what_the_command_writes_from_its_results() -> None:
 def test_a_config_is_planned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a small model; the rows fill the micro-batch."""
     monkeypatch.setattr(plans, "BUILD", tmp_path)
-    shape = Path(tiny_pretrained(tmp_path / "model", num_key_value_heads=2))
+    shape = Path(tiny_pretrained(tmp_path / "model", num_key_value_heads=2, max_position_embeddings=4096))
     found = plans.planned(plans.configs()[name], shape, num_rows=64)
     assert found["fits"]
     assert 0.6 < found["gib"] < 1.5  # CUDA's context, and little else
@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_planned_for_more_devices(tmp_path: Path, monkeypat
     monkeypatch.setattr(plans, "BUILD", tmp_path)
     monkeypatch.setattr(plans, "GPU", plans.GPU | {"memory": 0.8})
     monkeypatch.setattr(plans, "WIDER", (2, 8))
-    shape = Path(tiny_pretrained(tmp_path / "model", hidden_size=512, vocab_size=100_000, num_key_value_heads=2))
+    shape = Path(tiny_pretrained(tmp_path / "model", hidden_size=512, vocab_size=100_000, max_position_embeddings=4096))
     found = plans.planned(plans.configs()["models/llama3"], shape, num_rows=64)
     assert not found["fits"]
     assert found["instead"]["layout"].startswith("FSDP2 over ")
