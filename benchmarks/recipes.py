@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from benchmarks.environments import ROOT
+from benchmarks.published import PUBLISHED
 from lightning_sft.demos.data import command_rows
 from lightning_sft.demos.pretrained import fetch_demo_model
 
@@ -64,38 +65,6 @@ published, and rows of about 1,000 tokens that fill the micro-batches. Learning 
 
 {planned}
 """
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # model type and what differs from its defaults, as published
-    "HuggingFaceTB/SmolLM2-360M": (
-        "llama",
-        {"hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15}
-        | {"num_key_value_heads": 5, "vocab_size": 49_152, "tie_word_embeddings": True},
-    ),
-    "meta-llama/Llama-3.1-8B-Instruct": (
-        "llama",
-        {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32}
-        | {"num_key_value_heads": 8, "vocab_size": 128_256},
-    ),
-    "meta-llama/Llama-3.3-70B-Instruct": (
-        "llama",
-        {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64}
-        | {"num_key_value_heads": 8, "vocab_size": 128_256},
-    ),
-    "Qwen/Qwen3-8B": (
-        "qwen3",
-        {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32}
-        | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936},
-    ),
-    "Qwen/Qwen2.5-7B-Instruct": (
-        "qwen2",
-        {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28}
-        | {"num_key_value_heads": 4, "vocab_size": 152_064},
-    ),
-    "mistralai/Mistral-Small-24B-Instruct-2501": (
-        "mistral",
-        {"hidden_size": 5120, "intermediate_size": 32_768, "num_hidden_layers": 40, "num_attention_heads": 32}
-        | {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131_072, "sliding_window": None},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -232,22 +201,10 @@ def measured(recipe: Recipe, model: Path) -> dict[str, Any]:
     }
 
 
-def stand_in(model: str, tokenizer: Path) -> Path:
-    """A folder with the shape of a published model and another's tokenizer, without weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    model_type, settings = SHAPES[model]
-    folder = BUILD / "shapes" / model.replace("/", "--")
-    if not (folder / "config.json").is_file():
-        config = AutoConfig.for_model(model_type, **settings, max_position_embeddings=131_072, dtype="bfloat16")
-        config.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-    return folder
-
-
 def planned(recipe: Recipe, tokenizer: Path) -> dict[str, Any]:
     """Plan a recipe for its GPUs, with rows that fill its micro-batches."""
-    folder = stand_in(recipe.config["model"]["pretrained"], tokenizer)
+    model = recipe.config["model"]["pretrained"]
+    folder = PUBLISHED[model].write(BUILD / "shapes" / model.replace("/", "--"), tokenizer)
     flags = {
         "model.pretrained": folder,
         "memory": recipe.gpu_memory,
@@ -257,7 +214,7 @@ def planned(recipe: Recipe, tokenizer: Path) -> dict[str, Any]:
     words = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     printed, _ = run([*command("plan", recipe, *words), "--json"], BUILD / f"{recipe.name}.txt")
     found = json.loads(printed[printed.index("{\n") :])
-    return {"model": recipe.config["model"]["pretrained"], "gib": found["bytes"]["peak"] / 2**30, "fits": found["fits"]}
+    return {"model": model, "gib": found["bytes"]["peak"] / 2**30, "fits": found["fits"]}
 
 
 def write_long_rows() -> None:

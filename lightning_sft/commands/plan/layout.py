@@ -24,12 +24,14 @@ class Model:
         others: Parameters outside of layers: embeddings, head, last norm.
         trained: Trained parameters.
         trained_layer: Trained parameters of the largest layer.
+        packed: Bytes that the largest layer takes less where its matrices are quantized.
     """
 
     layer: int
     others: int
     trained: int
     trained_layer: int
+    packed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,11 @@ class Layout:
         return self.compute or self.dtype
 
     @property
+    def wider(self) -> float:
+        """How many times as wide parameters are as during computation."""
+        return self.dtype.itemsize / self.computes_in.itemsize
+
+    @property
     def mallopt(self) -> Mapping[int, int]:
         """Arguments of ``mallopt`` that the fit sets."""
         return KEEPS if self.keeps_memory and not is_set() else {}
@@ -142,7 +149,7 @@ class Layout:
 
     @property
     def _of_ranks(self) -> dict[str, float]:
-        wider = self.dtype.itemsize / self.computes_in.itemsize
+        wider = self.wider
         shared = [1, 1 / self.data_parallel]
         return {
             "weights": wider * shared[self.stage >= 3],
@@ -166,7 +173,8 @@ class Layout:
 
     def _gathered(self, model: Model) -> dict[str, float]:
         """Gathered parameters: the current layer, the next one, and those outside of layers."""
-        return {"gathered parameters": float((2 * model.layer + model.others) * self.computes_in.itemsize)}
+        counted = (2 * model.layer + model.others) * self.computes_in.itemsize
+        return {"gathered parameters": counted - 2 * model.packed}
 
 
 def _precision(given: Any) -> tuple[torch.dtype, torch.dtype | None]:

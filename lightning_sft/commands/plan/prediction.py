@@ -50,7 +50,8 @@ class Prediction:
             return 0.0
         shares = self.layout.offloaded | {"host": 1.0}
         peaks = self.rehearsal.meter.peaks.values()
-        return max(sum(shares.get(kind, 0.0) * size for kind, size in live.items()) for live in peaks)
+        held = map(self.rehearsal.held, peaks)
+        return max(sum(shares.get(kind, 0.0) * size for kind, size in live.items()) for live in held)
 
     @property
     def fits(self) -> bool:
@@ -98,8 +99,7 @@ def predict(
     meter, extra = done.meter, layout.extra(done.sizes)
     moments = {LOADING: _loading(module, done, layout, device)}
     for name, live in meter.peaks.items():
-        parts = {kind: meter.shares[kind] * live[kind] for kind in KINDS}
-        parts["weights"] -= done.saved
+        parts = {kind: meter.shares[kind] * size for kind, size in done.held(live).items() if kind in KINDS}
         moments[name] = parts | extra | ({"an unpacked matrix": float(done.unpacked)} if done.unpacked else {})
     holes = 0.0
     if device.name == "CPU":
@@ -113,10 +113,10 @@ def _loading(module: SFTModule, done: Rehearsal, layout: Layout, device: Device)
 
     With GPUs, weights that will be sharded are whole only in host memory.
     """
-    counted = done.meter.peaks[FORWARD]["weights"]  # a frozen base may differ in dtype from trained parameters
+    counted = done.held(done.meter.peaks[FORWARD])["weights"]
     if device.name == "GPU":
-        return {"weights": layout.shares["weights"] * counted - done.saved}
-    whole = counted * layout.dtype.itemsize / layout.computes_in.itemsize - done.saved
+        return {"weights": layout.shares["weights"] * counted}
+    whole = counted * layout.wider
     stored = getattr(torch, str((module.hf_config or load_architecture(module.pretrained)).get("dtype")), None)
     if module.hf_config is not None or stored in (None, layout.dtype):
         return {"weights": whole}

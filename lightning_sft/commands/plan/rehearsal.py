@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -14,7 +15,7 @@ from lightning_sft.commands.plan import gpu_kernels
 from lightning_sft.commands.plan.compiled import compile_on_paper
 from lightning_sft.commands.plan.exchanges import PaperContext
 from lightning_sft.commands.plan.layout import Layout, Model
-from lightning_sft.commands.plan.meter import Meter
+from lightning_sft.commands.plan.meter import KINDS, Kind, Meter
 from lightning_sft.head.chunks import ON_CPU, fitting_chunk_size
 from lightning_sft.machine.contexts import default_dtype
 from lightning_sft.model import recurrence
@@ -51,7 +52,8 @@ class Rehearsal:
         num_quantized: Number of quantized parameters.
         chunk_size: Number of targets whose logits are in memory at a time.
         logits: Bytes of the float32 logits of one chunk of targets.
-        saved: Bytes saved by quantization.
+        saved: Bytes that weights take less than counted: quantized ones, and a base that is narrower than what is
+            trained. Like the count they are those of all ranks together, in the dtype of computation.
         unpacked: Bytes of the largest quantized matrix when dequantized.
     """
 
@@ -64,6 +66,10 @@ class Rehearsal:
     logits: int
     saved: float
     unpacked: float
+
+    def held(self, live: Mapping[Kind, int]) -> dict[Kind, float]:
+        """Bytes by kind that were counted, less what weights take less than counted."""
+        return {kind: float(live.get(kind, 0)) for kind in (*KINDS, "host")} | {"weights": live["weights"] - self.saved}
 
 
 def rehearse(
@@ -114,15 +120,14 @@ def rehearse(
             optimizer.step()
             optimizer.zero_grad()
     meter.moment("")
-    return _facts(meter, module, model, head, chunk_size)
+    return _facts(meter, module, model, head, chunk_size, layout)
 
 
 def _blank(module: SFTModule, layout: Layout) -> PreTrainedModel:
     """The model that ``configure_model`` would make, with arbitrary values."""
     tuning = module.tuning
     config = module.hf_config or load_architecture(module.pretrained)
-    says_bfloat16 = config.get("dtype") == "bfloat16"  # neither weights nor their headers are read
-    with default_dtype(tuning.base_dtype(layout.autocast, lambda: says_bfloat16)):
+    with default_dtype(_base_dtype(module, layout, config)):
         model = model_from_config(config, module.attn_implementation)
     if tuning.new_tokens:
         ids, _ = new_token_ids(module.pretrained, tuning.new_tokens)
@@ -137,6 +142,11 @@ def _blank(module: SFTModule, layout: Layout) -> PreTrainedModel:
     if tuning.lora is not None:
         widen(parameter for parameter in model.parameters() if parameter.requires_grad)
     return model
+
+
+def _base_dtype(module: SFTModule, layout: Layout, config: dict[str, Any]) -> torch.dtype:
+    """Dtype that weights are loaded in; neither they nor their headers are read, but what the config says of them."""
+    return module.tuning.base_dtype(layout.autocast, lambda: config.get("dtype") == "bfloat16")
 
 
 def _materialize(model: nn.Module) -> None:
@@ -221,20 +231,31 @@ def _autocast(layout: Layout) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=layout.autocast, cache_enabled=False)
 
 
-def _facts(meter: Meter, module: SFTModule, model: PreTrainedModel, head: nn.Module, chunk_size: int) -> Rehearsal:
+def _facts(
+    meter: Meter, module: SFTModule, model: PreTrainedModel, head: nn.Module, chunk_size: int, layout: Layout
+) -> Rehearsal:
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     of_layers = [(_count(layer), _count(layer, only_trained=True)) for layer in layers(model)]
+    bits = module.tuning.quantize
+    matrices = [m.weight for m in model.modules() if bits and isinstance(m, nn.Linear) and m is not head]
+    matrices = [weight for weight in matrices if not weight.requires_grad]
+    width = torch.get_default_dtype().itemsize if not matrices else matrices[0].itemsize
+    quantized, packed = sum(weight.numel() for weight in matrices), 0.0
+    if bits:
+        saved = quantized * (width - _BYTES[bits] / layout.wider)
+        largest = {id(weight) for weight in max(layers(model), key=_count).parameters()}
+        in_largest = sum(weight.numel() for weight in matrices if id(weight) in largest)
+        packed = in_largest * (layout.computes_in.itemsize - _BYTES[bits])
+    else:
+        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        saved = frozen * (1 - 1 / layout.wider) if _keeps_base(module, layout) else 0.0
     sizes = Model(
         layer=max(of_layers)[0],
         others=_count(model) - sum(count for count, _ in of_layers),
         trained=_count(model, only_trained=True),
         trained_layer=max(of_layers)[1],
+        packed=packed,
     )
-    bits = module.tuning.quantize
-    matrices = [m.weight for m in model.modules() if bits and isinstance(m, nn.Linear) and m is not head]
-    matrices = [weight for weight in matrices if not weight.requires_grad]
-    width = torch.get_default_dtype().itemsize if not matrices else matrices[0].itemsize
-    quantized = sum(weight.numel() for weight in matrices)
     return Rehearsal(
         meter=meter,
         sizes=sizes,
@@ -243,9 +264,18 @@ def _facts(meter: Meter, module: SFTModule, model: PreTrainedModel, head: nn.Mod
         num_quantized=quantized,
         chunk_size=chunk_size,
         logits=4 * chunk_size * next(head.parameters()).shape[0],
-        saved=quantized * (width - _BYTES[bits]) if bits else 0.0,
+        saved=saved,
         unpacked=max((weight.numel() * width for weight in matrices), default=0),
     )
+
+
+def _keeps_base(module: SFTModule, layout: Layout) -> bool:
+    """Whether shards of a frozen base stay in the dtype of computation, while those of what is trained are wider."""
+    if module.tuning.lora is None or layout.autocast is None:
+        return False
+    with default_dtype(layout.dtype):
+        dtype = _base_dtype(module, layout, module.hf_config or load_architecture(module.pretrained))
+    return dtype.itemsize < layout.dtype.itemsize
 
 
 def _count(module: nn.Module, only_trained: bool = False) -> int:

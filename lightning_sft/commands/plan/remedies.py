@@ -7,6 +7,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from lightning_sft.commands.plan.layout import Layout
 from lightning_sft.commands.plan.prediction import LOADING, Prediction
 from lightning_sft.commands.plan.rehearsal import LOSS
@@ -97,16 +99,37 @@ def _changes(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Bat
             draft.changed(f"data.tokens_per_batch={capacity}, trainer.accumulate_grad_batches times 2"),
             batch=smaller(capacity),
         )
-    if layout.stage < 3 and layout.data_parallel > 1 and module.tuning.quantize is None:
-        sharded = replace(layout, name=f"FSDP2 over {layout.data_parallel}", stage=3, is_deepspeed=False, offloads="")
-        yield replace(draft.changed("trainer.strategy=fsdp2"), layout=sharded)
-    if module.gradient_checkpointing is True and prediction.device.name == "GPU":
+    if layout.stage < 3 and layout.data_parallel > 1:
+        yield replace(draft.changed("trainer.strategy=fsdp2"), layout=_sharded(layout, layout.data_parallel))
+    is_on_gpu = prediction.device.name == "GPU"
+    if module.gradient_checkpointing is True and is_on_gpu and activations > _LARGE * prediction.peak:
         yield draft.changed("model.gradient_checkpointing=offload", gradient_checkpointing="offload")
     if module.tuning.lora is None:
         yield draft.changed("model.lora.r=16", tuning=replace(module.tuning, lora=Lora()))
     if module.tuning.quantize is None and layout.stage == 0:
         yield draft.changed("model.quantize=4bit", tuning=replace(module.tuning, quantize="4bit"))
+    if layout.data_parallel == 1 and layout.stage == 0 and is_on_gpu:
+        number = _enough(prediction, activations)
+        yield replace(
+            draft.changed(f"trainer.strategy=fsdp2, trainer.devices={number}"), layout=_sharded(layout, number)
+        )
     if layout.stage == 3 and prediction.moments[LOADING] and layout.data_parallel * 2 <= _MOST_DEVICES:
         number = layout.data_parallel * 2
         wider = replace(layout, name=f"FSDP2 over {number}", data_parallel=number)
         yield replace(draft.changed(f"{number} devices"), layout=wider)
+
+
+def _sharded(layout: Layout, number: int) -> Layout:
+    """The same over a number of devices with FSDP2, which computes in the dtype of autocast."""
+    mixed = layout.autocast if layout.autocast == torch.bfloat16 else layout.compute
+    name = f"FSDP2 over {number}"
+    return replace(layout, name=name, data_parallel=number, stage=3, compute=mixed, is_deepspeed=False, offloads="")
+
+
+def _enough(prediction: Prediction, activations: float) -> int:
+    """The least power of two of devices that may suffice: each has all activations, and shards of the rest."""
+    shared, number = prediction.peak - prediction.device.base - activations, 2
+    left = (prediction.device.capacity or 0.0) - prediction.device.base - activations
+    while number < _MOST_DEVICES and shared / number > left:
+        number *= 2
+    return number

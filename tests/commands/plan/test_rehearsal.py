@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from lightning_sft.module import SFTModule
 from lightning_sft.training.optimizers import parameter_groups
 from lightning_sft.types import Batch, Example
 
-SIZE = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 4000, "num_hidden_layers": 2, "head_dim": 64}
+SIZE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 4000, "num_hidden_layers": 2, "head_dim": 64}
 SIZE |= {"num_key_value_heads": 2}
 
 
@@ -199,3 +200,52 @@ def test_experts_are_chosen_evenly(tmp_path: Path, batch: Batch) -> None:
     done = rehearse(SFTModule(folder), batch, Layout("one device"))
     expected = counted_by_torch(SFTModule(folder), batch, Layout("one device"))
     assert counted_here(done) == pytest.approx(expected, rel=0.15)  # a random router is not quite even
+
+
+@pytest.mark.parametrize("quantize", [None, "4bit"])
+def test_a_rank_has_a_shard_of_the_base_in_the_dtype_that_it_is_held_in(
+    quantize: Any, tmp_path: Path, batch: Batch
+) -> None:
+    """Adapters are float32; the base is as stored, or packed, however wide matrices are while they are gathered."""
+    stored = tiny_pretrained(tmp_path / "model", **SIZE, dtype="bfloat16")
+    module = SFTModule(stored, lora=Lora(r=4), quantize=quantize)
+    layout = Layout("FSDP2", autocast=torch.bfloat16, data_parallel=8, stage=3, compute=torch.bfloat16)
+    found = predict(module, batch, layout, Device("GPU", 80.0 * 2**30, 0.0))
+    done = found.rehearsal
+    plain = done.num_parameters - done.num_adapters - done.num_quantized
+    bits = {None: 2 * plain, "4bit": 4 * plain + 0.516 * done.num_quantized}  # embeddings and norms are not packed
+    expected = (4 * done.num_adapters + bits[quantize]) / 8
+    assert done.num_quantized == (2 * (3 * 128 * 512 + 4 * 128 * 128) if quantize else 0)
+    for parts in found.moments.values():
+        assert parts["weights"] == pytest.approx(expected, rel=0.01)
+    on_host = predict(module, batch, replace(layout, offloads="all"), found.device)
+    assert on_host.moments["loss"]["weights"] == 0
+    assert on_host.host >= expected
+
+
+def test_what_one_gpu_does_not_hold_is_sharded_over_several(tmp_path: Path) -> None:
+    """The number of devices is the least power of two that suffices; layers are gathered as they are packed."""
+    deep = tiny_pretrained(tmp_path, **SIZE | {"num_hidden_layers": 16, "vocab_size": 300})
+    module = SFTModule(deep, chunk_size=64, gradient_checkpointing="offload", lora=Lora(r=4), quantize="4bit")
+    few = collate([Example([5] * 8, [0.0] * 4 + [1.0] * 4)], 1.0)
+    layout = Layout("one device", autocast=torch.bfloat16)
+    sharded = replace(layout, stage=3, compute=torch.bfloat16)
+
+    def peak(layout: Layout, capacity: float = 1e12) -> Prediction:
+        return predict(module, few, layout, Device("GPU", capacity, 0.0))
+
+    of_two, of_four = (peak(replace(sharded, data_parallel=number)) for number in (2, 4))
+    assert of_four.peak < of_two.peak < peak(layout).peak
+    enough = (of_two.peak + of_four.peak) / 2
+    found = remedies(
+        module,
+        few,
+        peak(layout, enough),
+        lambda n: few,
+        few.input_ids.numel(),
+        lambda module, batch, layout: predict(module, batch, layout, Device("GPU", enough, 0.0)),
+    )
+    *_, last = found
+    assert last.prediction.fits
+    assert last.prediction.layout.name == "FSDP2 over 4"
+    assert any("trainer.strategy=fsdp2, trainer.devices=" in setting for setting in last.settings)
