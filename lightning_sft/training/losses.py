@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_sft.types import Batch
+from lightning_sft.types import Batch, InputError
+
+_ROUNDING = 1e-3  # of losses in float32 whose logits are in a matmul of another size
 
 
 class TargetLosses:
@@ -19,11 +22,13 @@ class TargetLosses:
     is, so the gradient does not depend on how they are split. Validation and test measure −log Pr, which is comparable.
     """
 
+    _has_checked_loss = False
+
     def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
         """Loss of each target in training; override it to train on another.
 
-        It is called on a few targets at a time, so the logits of a whole batch are never in memory. Only these logits
-        get a gradient.
+        It is called on a few targets at a time, so the logits of a whole batch are never in memory: the loss of a
+        target must not depend on the others. Only these logits get a gradient; do not change them in place.
 
         Args:
             logits: Logits of some targets, ``[T, V]``, scaled and soft-capped as in the model, in float32 or float64.
@@ -53,7 +58,63 @@ class TargetLosses:
 
         There are none without one: value and gradient of −log Pr are known in closed form.
         """
-        return {"loss": self.target_loss, "loss_inputs": self.loss_inputs(batch)} if self.has_own_loss else {}
+        if not self.has_own_loss:
+            return {}
+        loss, inputs = self.target_loss, self.loss_inputs(batch)
+        if any(values.requires_grad for values in inputs):
+            raise InputError(
+                f"{type(self).__name__}.loss_inputs gives a tensor that needs a gradient, but target_loss passes it to "
+                "the logits alone. Detach the tensor, or override forward, as docs/howto/losses.md says."
+            )
+        return {"loss": loss if self._has_checked_loss else self._checked_loss, "loss_inputs": inputs}
+
+    def _checked_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        """The loss of some targets, which is looked at until there are two at once."""
+        before = _random_states(logits)
+        losses = self.target_loss(logits, targets, *inputs)
+        if isinstance(losses, Tensor) and losses.shape == targets.shape and len(targets) > 1:
+            self._has_checked_loss = True
+            trained = set(map(id, cast(nn.Module, self).parameters()))  # those of a teacher are its own
+            if any(id(leaf) in trained for leaf in _other_leaves(losses, logits)):
+                raise InputError(
+                    f"{type(self).__name__}.target_loss uses a parameter, which would not be trained: only the logits "
+                    "get a gradient. Detach it, or override forward, as docs/howto/losses.md says."
+                )
+            if all(map(torch.equal, before, _random_states(logits))):  # else it may differ from call to call
+                self._check_alone(losses.detach(), logits.detach(), targets, *inputs)
+        return losses
+
+    def _check_alone(self, losses: Tensor, *given: Tensor) -> None:
+        half = len(losses) // 2
+        alone = self.target_loss(*(values[:half] for values in given)).detach()
+        if not torch.allclose(alone, losses[:half], rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True):
+            most = int((alone - losses[:half]).abs().argmax())
+            raise InputError(
+                f"{type(self).__name__}.target_loss of a target depends on those it is given with: {losses[most]:.6g} "
+                f"among {len(losses)}, {alone[most]:.6g} among {half}. They come in chunks (model.chunk_size), and "
+                "the gradient would depend on these. Give each target a loss of its own; compute what they have in "
+                "common in loss_inputs, or override forward."
+            )
+
+
+def _random_states(logits: Tensor) -> list[Tensor]:
+    """States of the random generators that a loss may draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(logits.device)] if logits.is_cuda else states
+
+
+def _other_leaves(losses: Tensor, logits: Tensor) -> Iterator[Tensor]:
+    """Tensors other than the logits that losses would have a gradient for."""
+    left, seen = [losses.grad_fn], {logits.grad_fn, None}
+    while left:
+        node = left.pop()
+        if node in seen or node is None:
+            continue
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+        variable = getattr(node, "variable", None)
+        if variable is not None and variable is not logits:
+            yield variable
 
 
 def warn_of_unused_inputs(module: object) -> None:

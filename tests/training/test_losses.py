@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_sft import SFTModule, log_likelihood
+from lightning_sft.data.batches.collate import collate
 from lightning_sft.training.losses import TargetLosses
 from lightning_sft.types import InputError
 from tests.helpers.gradients import ROWS, capacity_for, encoded, fit, furthest
@@ -141,3 +142,68 @@ def test_inputs_of_a_loss_that_is_not_given_are_said(given: tuple[str, str]) -> 
     with pytest.warns(UserWarning, match=r"Half.loss_inputs has no effect without a target_loss"):
         fit(given[0], kind=Half)
     fit(given[0], kind=Whole)  # a warning would be an error
+
+
+class Hardest(SFTModule):
+    """The half of the targets with the highest loss counts twice, the others not."""
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        losses = super().target_loss(logits, targets)
+        return 2 * losses * (losses.detach() >= losses.detach().quantile(0.5))
+
+
+class Tempered(SFTModule):
+    """A temperature that would be trained, but for its gradient."""
+
+    def __init__(self, pretrained: str, **settings: Any) -> None:
+        super().__init__(pretrained, **settings)
+        self.log_temperature = torch.nn.Parameter(torch.zeros(()))
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        return super().target_loss(logits / self.log_temperature.exp(), targets)
+
+
+class OnStates(SFTModule):
+    """A loss on hidden states, which would get no gradient."""
+
+    def loss_inputs(self, batch: Any) -> list[Tensor]:
+        assert self.scorer is not None
+        return [self.scorer.hidden(batch)]
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        return super().target_loss(logits, targets) + 0.1 * inputs[0].pow(2).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Hardest, r"Hardest.target_loss of a target depends on those it is given with: \S+ among \d+, \S+ among \d+\."),
+        (Tempered, r"Tempered.target_loss uses a parameter, which would not be trained"),
+        (OnStates, r"OnStates.loss_inputs gives a tensor that needs a gradient"),
+    ],
+)
+def test_a_loss_whose_gradient_would_be_another_is_refused(given: tuple[str, str], kind: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        fit(given[0], kind=kind)
+
+
+class Noisy(SFTModule):
+    """A loss that draws at random, and is not asked twice."""
+
+    asked = 0
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        self.asked += 1
+        losses = super().target_loss(logits, targets)
+        return losses * torch.rand_like(losses)
+
+
+def test_a_random_loss_is_not_held_against_another_draw(given: tuple[str, str]) -> None:
+    module = Noisy(given[0])
+    module.configure_model()
+    module.train()
+    batch = collate(encoded(given[0]))
+    module(batch)
+    once = module.asked
+    module(batch)
+    assert module.asked == 2 * once

@@ -23,7 +23,13 @@ from lightning_sft.module import SFTModule
 from lightning_sft.training.optimizers import parameter_groups
 from lightning_sft.types import Batch, Example
 
-SIZE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 4000, "num_hidden_layers": 2, "head_dim": 64}
+SIZE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "vocab_size": 4000,
+    "num_hidden_layers": 2,
+    "head_dim": 64,
+}
 SIZE |= {"num_key_value_heads": 2}
 
 
