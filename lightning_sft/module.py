@@ -8,9 +8,10 @@ A, and the strategy averages gradients over the ranks, so micro-batch a of rank 
 
     (1 / R) · Σ_r Σ_a ∇ loss(a, r) / A  =  − Σ_t w_t · ∇ log Pr(t) / Z      for any A, R and split of the targets
 
-Batches of a user's own loader have no Z: their loss is without R / Z, and the gradient is multiplied by it at the end
-of the step, when Z = Σ_t w_t is known. The auxiliary loss of routers (:mod:`lightning_sft.model.experts`) is a weighted
-sum over documents, and is added to the sum over targets.
+Batches of a user's own loader have no Z. Where a step is one of them, the device divides by its Σ_t w_t at once; where
+it is several, their loss is without R / Z, and the gradient is multiplied by it at the end of the step. The auxiliary
+loss of routers (:mod:`lightning_sft.model.experts`) is a weighted sum over documents, and is added to the sum over
+targets.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from lightning_sft.training.checks import check_epoch, check_trainer, not_finite
 from lightning_sft.training.losses import TargetLosses
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer, parameters_of
+from lightning_sft.training.own_steps import OwnSteps
 from lightning_sft.training.schedules import WARMUP, Schedule, named_scheduler, step_plateau, with_scheduler
 from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
@@ -75,7 +77,7 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, LogLikelihood, Normalize
 
 
-class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNames):
+class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedModule, OurNames):
     """Fine-tunes a pretrained causal language model on target tokens.
 
     Args:
@@ -217,11 +219,12 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         likelihood: LogLikelihood = self(batch)
         objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)
         self._window.add(batch, likelihood, begins=batch_idx % self.trainer.accumulate_grad_batches == 0)
+        weight = None
         if is_between_steps(self.trainer):  # this is the last micro-batch of its step
-            self._window.sum(self.trainer, self._step_metrics, self._routers)
+            weight = self._window.sum(self.trainer, self._step_metrics, self._routers)
         accumulate, num_ranks = divisors(self.trainer)
-        if batch.normalizer is None:  # known only when the step is complete: on_before_optimizer_step divides
-            return objective * accumulate
+        if batch.normalizer is None:
+            return self._divided(objective, weight, num_ranks)
         return objective * (accumulate * num_ranks / batch.normalizer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -245,10 +248,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         if first.normalizer is not None:
             step.check_planned(self.normalize)
         else:
-            _, num_ranks = divisors(self.trainer)
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(num_ranks / weight)
+            self._divide_gradient(weight, divisors(self.trainer)[1])
         metrics = metrics_by_part(step.totals, first.part_names)
         metrics |= self._step_metrics.close(self.trainer, step.counts, step.totals[0, 3])
         if self._routers is not None:

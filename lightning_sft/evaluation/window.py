@@ -81,13 +81,19 @@ class Window:
             self.micro_batches, self._sums = [], None
         self.micro_batches.append((batch, likelihood.detached()))
 
-    def sum(self, trainer: Trainer, step_metrics: StepMetrics, routers: Routers | None) -> None:
-        """Sum over all ranks, in one reduction that goes to the host behind what the device has been given to do."""
+    def sum(self, trainer: Trainer, step_metrics: StepMetrics, routers: Routers | None) -> Tensor:
+        """Sum over all ranks, in one reduction that goes to the host behind what the device has been given to do.
+
+        Returns:
+            The weight of the step, on the device.
+        """
         batches, likelihoods = zip(*self.micro_batches, strict=True)
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self.micro_batches]).sum(0)
         counts = without_waiting(step_metrics.counts(list(batches)).to(local.dtype), local.device)
         of_routers = [] if routers is None else [routers.sums(likelihoods)]
-        self._sums = HostCopy(sum_over_ranks(trainer, torch.cat([counts, local.flatten(), *of_routers])))
+        summed = sum_over_ranks(trainer, torch.cat([counts, local.flatten(), *of_routers]))
+        self._sums = HostCopy(summed)
+        return summed[NUM_COUNTS + 1]  # as totals[0, 1] in close
 
     def close(self) -> StepSums | None:
         """The sums of the step, for which the host waits; ``None`` if it had no micro-batch."""
