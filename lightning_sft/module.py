@@ -242,6 +242,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         if not torch.isfinite(step.totals[0, 0]):
             raise not_finite(step.micro_batches, self)
         first, weight = step.micro_batches[0][0], step.totals[0, 1].item()
+        self._count_step(weight)
         if weight == 0:  # a step without targets: the gradient is 0, and there are no metrics
             self._forget_metrics(())
             return
@@ -292,6 +293,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
 
     def on_train_start(self) -> None:
         """Refuse epochs that the strategy cannot end; apply settings that differ from the checkpoint's."""
+        super().on_train_start()
         check_epoch(self.trainer)
         self._window = Window()  # an earlier fit may have been interrupted within a step
         self.kernels.begin(self)
@@ -324,6 +326,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a resumed run and a model card need; of a model with adapters, keep the adapters only."""
+        super().on_save_checkpoint(checkpoint)
         self.tuning.shrink(checkpoint, self)
         self._modes.save(checkpoint)
         self._run.save(self.trainer, checkpoint)

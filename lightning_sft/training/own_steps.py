@@ -8,7 +8,9 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_sft.types import InputError
+from lightning_sft.io.words import counted
+from lightning_sft.training.trainer import is_last_step
+from lightning_sft.types import IGNORE, InputError
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
@@ -22,6 +24,7 @@ class OwnSteps(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self._undivided: Tensor | None = None  # the loss of the micro-batch under way, if its step has to be complete
+        self._empty_steps: int | None = 0  # steps of this fit, none of which has had a target; None once one has
 
     def _divided(self, objective: Tensor, weight: Tensor | None, num_ranks: int) -> Tensor:
         """The loss of a micro-batch without a normalizer.
@@ -36,6 +39,41 @@ class OwnSteps(LightningModule):
             return objective * (num_ranks / torch.where(weight == 0, torch.ones_like(weight), weight)).to(objective)
         self._undivided = objective * accumulate
         return self._undivided
+
+    def on_train_start(self) -> None:
+        """Count the steps without targets of this fit."""
+        self._empty_steps = 0
+
+    def _count_step(self, weight: float) -> None:
+        """Count a step, of all ranks, whose targets weigh so much.
+
+        Raises:
+            InputError: At the end of an epoch or of the fit, when no step has had a target.
+        """
+        self._empty_steps = None if weight or self._empty_steps is None else self._empty_steps + 1
+        if is_last_step(self.trainer):
+            self._check_targets()
+
+    def _check_targets(self) -> None:
+        if self._empty_steps:
+            raise InputError(
+                f"No token is a target in the first {counted(self._empty_steps, 'step')} of this fit, on any device: "
+                f"all labels of your batches are {IGNORE}, or weigh 0, so nothing has been learned. Look at the labels "
+                "of a batch: a collator that masks prompts leaves none where it does not find where answers begin, or "
+                "where rows were cut before them."
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save a model in which nothing was trained as trained, except while another error ends the fit.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Raises:
+            InputError: When no step has had a target.
+        """
+        if self._trainer is not None and not self.trainer.interrupted:
+            self._check_targets()
 
     def _divide_gradient(self, weight: float, num_ranks: int) -> None:
         """Divide the gradient of a complete step, unless the loss has been divided."""

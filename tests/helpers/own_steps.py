@@ -12,11 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_sft import SFTModule
+from lightning_sft.types import InputError
 from tests.helpers.gradients import QUIET, Recorder
 from tests.helpers.pages import blocks, page, section
 
 CASES = {("Added", "ddp"): 1, ("Penalized", "ddp"): 1, ("Penalized", "ddp_find_unused_parameters_true"): 2}
 """Class, strategy and accumulation of the fits in two processes; the last passes its outputs through a function."""
+
+LACKING = {"one": [3, 0, 5, 0], "both": [0, 0, 0, 0]}
+"""Targets of the batches that two ranks take in turn."""
 
 
 def classes() -> dict[str, type[SFTModule]]:
@@ -39,7 +43,8 @@ def batches(counts: list[int]) -> list[dict[str, Tensor]]:
 def applied(kind: type[SFTModule], pretrained: str, data: Any, **settings: Any) -> tuple[list[Tensor], Trainer]:
     """The gradient of each step of an epoch, in float64."""
     module = kind(pretrained, optimizer=Recorder, schedule="constant", warmup=0.0)
-    trainer = Trainer(accelerator="cpu", max_epochs=1, precision="64-true", **QUIET, **{"devices": 1, **settings})
+    given = {**QUIET, "devices": 1, **settings}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, precision="64-true", **given)
     trainer.fit(module, DataLoader(data, batch_size=None) if isinstance(data, list) else data)
     return trainer.optimizers[0].gradients, trainer
 
@@ -50,3 +55,9 @@ if __name__ == "__main__":  # under torchrun: two ranks, whose batches have uneq
         settings: dict[str, Any] = {"devices": 2, "strategy": strategy, "accumulate_grad_batches": accumulate}
         gradients, _ = applied(classes()[name], pretrained, batches([3, 9, 5, 1]), **settings)
         torch.save(gradients, Path(out) / f"{name}.{strategy}.rank{torch.distributed.get_rank()}")
+    for name, counts in LACKING.items():
+        try:
+            found: Any = applied(SFTModule, pretrained, batches(counts), devices=2, strategy="ddp")[0]
+        except InputError as error:
+            found = str(error)
+        torch.save(found, Path(out) / f"{name}.rank{torch.distributed.get_rank()}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -14,10 +16,11 @@ from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.own_steps import _is_multiple
 from lightning_sft.types import InputError
 from tests.helpers.gradients import ROWS, furthest
-from tests.helpers.own_steps import CASES, applied, batches, classes
+from tests.helpers.own_steps import CASES, LACKING, applied, batches, classes
 from tests.helpers.processes import torchrun
 
 COUNTS = [3, 9, 5, 1]
+UNTRAINED = r"No token is a target in the first {} of this fit, .*all labels of your batches are -100"
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +97,67 @@ def test_of_the_outputs_of_ddp_the_loss_is_followed_and_functions_that_are_not_l
         assert not _is_multiple(wrong, loss)
 
 
-def test_two_ranks_apply_it_once_as_well(gpt2: str, tmp_path: Path) -> None:
-    torchrun("tests.helpers.own_steps", gpt2, str(tmp_path))
-    rows = batches(COUNTS)
+@pytest.fixture(scope="module")
+def of_two_ranks(gpt2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun("tests.helpers.own_steps", gpt2, str(folder))
+    return folder
+
+
+def joined(counts: list[int], size: int) -> list[dict[str, Tensor]]:
+    """Batches of one process that are the steps of several."""
+    rows = batches(counts)
+    windows = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+    return [{key: torch.cat([row[key] for row in window]) for key in rows[0]} for window in windows]
+
+
+def test_two_ranks_apply_it_once_as_well(gpt2: str, of_two_ranks: Path) -> None:
     for (name, strategy), accumulate in CASES.items():
-        size = 2 * accumulate
-        windows = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
-        steps = [{key: torch.cat([row[key] for row in window]) for key in rows[0]} for window in windows]
-        wanted = with_auxiliary(gpt2, applied(SFTModule, gpt2, steps)[0])
+        wanted = with_auxiliary(gpt2, applied(SFTModule, gpt2, joined(COUNTS, 2 * accumulate))[0])
         for rank in (0, 1):
-            assert furthest(torch.load(tmp_path / f"{name}.{strategy}.rank{rank}"), wanted) <= 1e-10
+            assert furthest(torch.load(of_two_ranks / f"{name}.{strategy}.rank{rank}"), wanted) <= 1e-10
+
+
+def test_a_rank_without_targets_is_fine_and_two_without_are_refused(gpt2: str, of_two_ranks: Path) -> None:
+    wanted, _ = applied(SFTModule, gpt2, joined(LACKING["one"], 2))
+    for rank in (0, 1):
+        assert furthest(torch.load(of_two_ranks / f"one.rank{rank}"), wanted) <= 1e-10
+        assert re.match(UNTRAINED.format("2 steps"), torch.load(of_two_ranks / f"both.rank{rank}"))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, {1: "4 steps", 3: "2 steps"}),
+        ({"limit_train_batches": 3}, {1: "3 steps", 3: "1 step"}),
+        ({"max_steps": 2}, {1: "2 steps", 3: "2 steps"}),
+        ({"every": 1}, {1: "1 step", 3: "1 step"}),
+    ],
+    ids=["at the end of the epoch", "at its limit", "at the last step", "at the first checkpoint"],
+)
+def test_a_fit_without_a_target_is_refused_before_anything_is_saved(
+    gpt2: str, tmp_path: Path, accumulate: int, settings: dict[str, Any], steps: dict[int, str]
+) -> None:
+    saver = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=settings.get("every"))
+    own = {"callbacks": [saver], "enable_checkpointing": True, "accumulate_grad_batches": accumulate, **settings}
+    own.pop("every", None)
+    with pytest.raises(InputError, match=UNTRAINED.format(steps[accumulate])):
+        applied(SFTModule, gpt2, batches([0] * 4), **own)
+    assert not list(tmp_path.iterdir())
+
+
+def test_steps_without_targets_before_one_with_some_are_fine(gpt2: str, tmp_path: Path) -> None:
+    """A kill in the first of them saves what there is: an error hides no other."""
+
+    class Killed(SFTModule):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            raise RuntimeError("killed")
+
+    gradients, trainer = applied(SFTModule, gpt2, batches([0, 0, 3]))
+    assert [bool(gradient.any()) for gradient in gradients] == [False, False, True]
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    saver = ModelCheckpoint(tmp_path, save_on_exception=True)
+    with pytest.raises(RuntimeError, match="killed"):
+        applied(Killed, gpt2, batches([0, 0, 3]), callbacks=[saver], enable_checkpointing=True)
+    assert len(list(tmp_path.iterdir())) == 2
