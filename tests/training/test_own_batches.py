@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_sft import Batch, SFTModule
@@ -173,3 +174,47 @@ def test_labels_of_padding_are_refused(pretrained: str, quiet_trainer: Make, pos
 def test_a_mask_of_another_shape_is_refused() -> None:
     with pytest.raises(InputError, match=r"the same shape \[B, N\], .* attention_mask \[1, 3\]"):
         Batch.of({"input_ids": ROW, "labels": ROW, "attention_mask": torch.ones(1, 3)})
+
+
+def left_padded(pad: int, **more: Any) -> dict[str, Any]:
+    """Two rows, the second one padded on the left."""
+    ids = torch.tensor([[1, 2, 3, 4, 5], [pad, pad, 1, 2, 3]])
+    return {"input_ids": ids, "labels": torch.where(ids == pad, -100, ids), **more}
+
+
+class Data(LightningDataModule):
+    """A batch, and the tokenizer that made it."""
+
+    def __init__(self, batch: Any, pad: int) -> None:
+        super().__init__()
+        self.batch, self.tokenizer = batch, SimpleNamespace(pad_token_id=pad)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([self.batch], batch_size=None)
+
+
+@pytest.mark.parametrize("pad", [258, 257, 0], ids=["padding", "end", "of the tokenizer"])
+def test_rows_that_are_padded_on_the_left_are_refused(pretrained: str, quiet_trainer: Make, pad: int) -> None:
+    said = rf"^Row 1 .* the token {pad} at least twice, .*padding_side = 'right'.*give position_ids"
+    with pytest.raises(InputError, match=said):
+        quiet_trainer().fit(SFTModule(pretrained), Data(left_padded(pad), pad if pad == 0 else 258))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        left_padded(90),
+        left_padded(258, position_ids=torch.tensor([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])),
+        left_padded(258, position_ids=torch.arange(5).repeat(2, 1)),
+        Batch.of(left_padded(258)),
+        {key: value.flip(1) for key, value in left_padded(258).items()},
+        {"input_ids": torch.tensor([[257, 2, 257]]), "labels": torch.tensor([[-100, -100, 257]])},
+        {"input_ids": torch.tensor([[257, 257, 2]]), "labels": torch.tensor([[257, 257, 2]])},
+        {"input_ids": torch.tensor([[1, 2], [258, 258]]), "labels": torch.tensor([[1, 2], [-100, -100]])},
+    ],
+    ids=["another token", "apart", "meant so", "Batch", "right", "one token", "trained tokens", "padding alone"],
+)
+def test_other_rows_that_begin_with_a_token_twice_are_taken(pretrained: str, quiet_trainer: Make, batch: Any) -> None:
+    trainer = quiet_trainer()
+    trainer.fit(SFTModule(pretrained), DataLoader([batch], batch_size=None))
+    assert trainer.global_step == 1
