@@ -80,9 +80,9 @@ def _check_left(module: LightningModule, batch: Batch) -> None:
     if bool(rows.any()):
         row = int(rows.nonzero()[0])
         raise InputError(
-            f"Row {row} of a batch of your loader begins with the token {int(ids[row, 0]):,} at least twice, which pads "
-            "or ends rows of this model: it seems to be padded on the left, where its tokens would get wrong positions "
-            "and attend to padding. Set tokenizer.padding_side = 'right'. If it is meant so, give position_ids."
+            f"Row {row} of a batch of your loader begins with the token {int(ids[row, 0]):,} at least twice, which "
+            "pads or ends rows of this model: it seems to be padded on the left, where its tokens would get wrong "
+            "positions and attend to padding. Set tokenizer.padding_side = 'right'; if it is meant, give position_ids."
         )
 
 
