@@ -8,9 +8,10 @@ A, and the strategy averages gradients over the ranks, so micro-batch a of rank 
 
     (1 / R) · Σ_r Σ_a ∇ loss(a, r) / A  =  − Σ_t w_t · ∇ log Pr(t) / Z      for any A, R and split of the targets
 
-Batches of a user's own loader have no Z: their loss is without R / Z, and the gradient is multiplied by it at the end
-of the step, when Z = Σ_t w_t is known. The auxiliary loss of routers (:mod:`lightning_sft.model.experts`) is a weighted
-sum over documents, and is added to the sum over targets.
+Batches of a user's own loader have no Z. Where a step is one of them, the device divides by its Σ_t w_t at once; where
+it is several, their loss is without R / Z, and the gradient is multiplied by it at the end of the step. The auxiliary
+loss of routers (:mod:`lightning_sft.model.experts`) is a weighted sum over documents, and is added to the sum over
+targets.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from lightning_sft.training.checks import check_epoch, check_trainer, not_finite
 from lightning_sft.training.losses import TargetLosses
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer, parameters_of
+from lightning_sft.training.own_steps import OwnSteps
 from lightning_sft.training.schedules import WARMUP, Schedule, named_scheduler, step_plateau, with_scheduler
 from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
 from lightning_sft.training.trainer import (
@@ -75,7 +77,7 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, LogLikelihood, Normalize
 
 
-class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNames):
+class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedModule, OurNames):
     """Fine-tunes a pretrained causal language model on target tokens.
 
     Args:
@@ -217,21 +219,18 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         likelihood: LogLikelihood = self(batch)
         objective = -likelihood.total if self._routers is None else self._routers.objective(likelihood)
         self._window.add(batch, likelihood, begins=batch_idx % self.trainer.accumulate_grad_batches == 0)
+        weight = None
         if is_between_steps(self.trainer):  # this is the last micro-batch of its step
-            self._window.sum(self.trainer, self._step_metrics, self._routers)
+            weight = self._window.sum(self.trainer, self._step_metrics, self._routers)
         accumulate, num_ranks = divisors(self.trainer)
-        if batch.normalizer is None:  # known only when the step is complete: backward divides
-            return objective * accumulate
+        if batch.normalizer is None:
+            return self._divided(objective, weight, self._window.weight, num_ranks)
         return objective * (accumulate * num_ranks / batch.normalizer)
 
     def on_before_backward(self, loss: torch.Tensor) -> None:
         """Make random draws from here on, such as noise on gradients, the same on all ranks."""
+        super().on_before_backward(loss)
         self._run.seed_after_loss()
-
-    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute the gradient, and normalize it late if need be, before any callback looks at it."""
-        super().backward(loss, *args, **kwargs)
-        self._window.normalize_late(self.trainer, self.parameters())
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Close the step: stop on a non-finite loss, log the metrics.
@@ -248,6 +247,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         if not torch.isfinite(step.totals[0, 0]):
             raise not_finite(step.micro_batches, self)
         first, weight = step.micro_batches[0][0], step.totals[0, 1].item()
+        self._count_step(weight)
         if weight == 0:  # a step without targets: the gradient is 0, and there are no metrics
             self._forget_metrics(())
             return
@@ -296,6 +296,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
 
     def on_train_start(self) -> None:
         """Refuse epochs that the strategy cannot end; apply settings that differ from the checkpoint's."""
+        super().on_train_start()
         check_epoch(self.trainer)
         self._window = Window()  # an earlier fit may have been interrupted within a step
         self.kernels.begin(self)
@@ -328,6 +329,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a resumed run and a model card need; of a model with adapters, keep the adapters only."""
+        super().on_save_checkpoint(checkpoint)
         self.tuning.shrink(checkpoint, self)
         self._modes.save(checkpoint)
         self._run.save(self.trainer, checkpoint)

@@ -158,8 +158,9 @@ class Batch:
         Rows are taken to be padded on the right, unless ``position_ids`` says otherwise.
 
         Raises:
-            InputError: If a key is missing, the mask is not one of right padding, a value is not a tensor of integers
-                ``[B, N]`` in its range, or another key asks for what only a Batch can say.
+            InputError: If a key is missing, the mask is not one of right padding or leaves out tokens with a label, a
+                value is not a tensor of integers ``[B, N]`` in its range, or another key asks for what only a Batch can
+                say.
 
         >>> batch = Batch.of({"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([[-100, 6, 7]])})
         >>> batch.labels.tolist(), batch.target_weights.tolist()
@@ -171,16 +172,11 @@ class Batch:
             given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
             raise InputError(f"A batch must be a Batch or have 'input_ids' and 'labels', got {given}.")
         ids, own_labels = batch["input_ids"], batch["labels"]
-        mask = batch.get("attention_mask")
-        if mask is not None and (mask.ndim != 2 or (mask[:, 1:] > mask[:, :-1]).any()):
-            raise InputError(
-                "An attention_mask [B, N] can only say that rows are padded on the right. Set "
-                "tokenizer.padding_side = 'right'; for packed documents, give position_ids and no mask."
-            )
+        mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+        of_rows: Sequence[int] = () if mask is None else _check_mask(mask, own_labels)
         _check_values(batch)
-        positions, lengths = batch.get("position_ids"), ()
+        lengths = of_rows if positions is None else ()
         if positions is None:
-            lengths = () if mask is None else mask.sum(1).tolist()
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         labels = torch.full_like(ids, IGNORE)
         labels[:, :-1] = own_labels[:, 1:]
@@ -289,11 +285,12 @@ def _check_values(batch: Mapping[str, Any]) -> None:
     Raises:
         InputError: With what is expected.
     """
-    values = {name: batch[name] for name in ("input_ids", "labels", "position_ids") if batch.get(name) is not None}
+    names = ("input_ids", "labels", "position_ids", "attention_mask")
+    values = {name: batch[name] for name in names if batch.get(name) is not None}
     shapes = {name: tuple(getattr(value, "shape", ())) for name, value in values.items()}
     dtypes = {name: getattr(value, "dtype", type(value).__name__) for name, value in values.items()}
     shape = shapes["input_ids"]
-    are_integers = all(dtype in (torch.int32, torch.int64) for dtype in dtypes.values())
+    are_integers = all(dtypes[name] in (torch.int32, torch.int64) for name in values if name != "attention_mask")
     if not are_integers or len(shape) != 2 or 0 in shape or set(shapes.values()) != {shape}:
         given = ", ".join(f"{name} {list(shapes[name])} of {dtypes[name]}" for name in values)
         raise InputError(
@@ -312,6 +309,31 @@ def _check_values(batch: Mapping[str, Any]) -> None:
     positions = values.get("position_ids")
     if positions is not None and positions[:, 0].any():
         raise InputError("position_ids begin with 0 in each row, and again where another document begins.")
+
+
+def _check_mask(mask: Tensor, labels: Any) -> Sequence[int]:
+    """The tokens of each row of a plain batch that its mask keeps; the host waits once, whatever there is to see.
+
+    Raises:
+        InputError: When rows are not padded on the right, or padding has labels.
+    """
+    lengths: list[int] = []
+    gaps = labelled = 0
+    if mask.ndim == 2:
+        padding = (mask == 0) & (labels != IGNORE) if getattr(labels, "shape", None) == mask.shape else mask[:0]
+        counts = (mask[:, 1:] > mask[:, :-1]).sum(), padding.sum()
+        gaps, labelled, *lengths = torch.cat([torch.stack(counts), mask.sum(1)]).long().tolist()
+    if mask.ndim != 2 or gaps:
+        raise InputError(
+            "An attention_mask [B, N] can only say that rows are padded on the right. Set "
+            "tokenizer.padding_side = 'right'; for packed documents, give position_ids and no mask."
+        )
+    if labelled:
+        raise InputError(
+            f"{labelled:,} labels of a batch stand where attention_mask is 0, so padding would be trained. Set them to "
+            f"{IGNORE}: labels[attention_mask == 0] = {IGNORE}."
+        )
+    return lengths
 
 
 def widest(device: torch.device | str) -> torch.dtype:

@@ -27,6 +27,7 @@ NAMES = (
     "reasoning",
     "schedules",
     "serving",
+    "subclass",
     "sweeps",
     "tool_calls",
 )

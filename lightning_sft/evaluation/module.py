@@ -37,9 +37,10 @@ class EvaluatedModule(LightningModule):
 
     def _received(self, batch: Batch | Mapping[str, Any]) -> Batch:
         """A batch, or what a collator of transformers makes, as a checked batch."""
-        batch = Batch.of(batch)
-        self._own_batches.check(self, batch)
-        return batch
+        received = Batch.of(batch)
+        counted = not isinstance(batch, Batch) and batch.get("position_ids") is None
+        self._own_batches.check(self, received, counted)
+        return received
 
     def on_validation_start(self) -> None:
         """Reset the validation metrics."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from lightning_sft.evaluation.metrics import NUM_SUMS, sums_by_part
 from lightning_sft.machine.host_copy import HostCopy, without_waiting
 from lightning_sft.model.experts import Routers
 from lightning_sft.training.throughput import NUM_COUNTS, StepMetrics
-from lightning_sft.training.trainer import divisors, sum_over_ranks
+from lightning_sft.training.trainer import sum_over_ranks
 from lightning_sft.types import Batch, InputError, LogLikelihood
 
 if TYPE_CHECKING:
@@ -78,27 +76,24 @@ class Window:
             self.micro_batches, self._sums = [], None
         self.micro_batches.append((batch, likelihood.detached()))
 
-    def sum(self, trainer: Trainer, step_metrics: StepMetrics, routers: Routers | None) -> None:
-        """Sum over all ranks, in one reduction that goes to the host behind what the device has been given to do."""
+    def sum(self, trainer: Trainer, step_metrics: StepMetrics, routers: Routers | None) -> Tensor:
+        """Sum over all ranks, in one reduction that goes to the host behind what the device has been given to do.
+
+        Returns:
+            The weight of the step, on the device.
+        """
         batches, likelihoods = zip(*self.micro_batches, strict=True)
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self.micro_batches]).sum(0)
         counts = without_waiting(step_metrics.counts(list(batches)).to(local.dtype), local.device)
         of_routers = [] if routers is None else [routers.sums(likelihoods)]
-        self._sums = HostCopy(sum_over_ranks(trainer, torch.cat([counts, local.flatten(), *of_routers])))
+        summed = sum_over_ranks(trainer, torch.cat([counts, local.flatten(), *of_routers]))
+        self._sums = HostCopy(summed)
+        return summed[NUM_COUNTS + 1]  # as totals[0, 1] in close
 
-    def normalize_late(self, trainer: Trainer, parameters: Iterable[Parameter]) -> None:
-        """Divide the gradient by the targets of a step that is complete, if nobody has planned how many they are.
-
-        Args:
-            trainer: Lightning trainer.
-            parameters: Parameters with the gradient of the sum over the step, averaged over the ranks.
-        """
-        if self._sums is None or self.micro_batches[0][0].normalizer is not None:
-            return
-        weight = self._sums.wait()[NUM_COUNTS + 1].item()  # totals[0, 1]
-        for parameter in parameters if weight else ():
-            if parameter.grad is not None:
-                parameter.grad.mul_(divisors(trainer)[1] / weight)
+    def weight(self) -> float:
+        """The weight of a complete step, for which the host waits."""
+        assert self._sums is not None, "the step's last micro-batch has not been seen"
+        return self._sums.wait()[NUM_COUNTS + 1].item()  # as totals[0, 1] in close
 
     def close(self) -> StepSums | None:
         """The sums of the step, for which the host waits; ``None`` if it had no micro-batch."""

@@ -176,6 +176,12 @@ def is_between_steps(trainer: Trainer) -> bool:
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
+def is_last_step(trainer: Trainer) -> bool:
+    """Whether the optimizer step under way is the last of its epoch, or of ``max_steps``."""
+    is_last_of_fit = 0 < trainer.max_steps <= trainer.global_step + 1
+    return trainer.fit_loop.epoch_loop._num_ready_batches_reached() or is_last_of_fit
+
+
 class Agreement:
     """A yes or no of several processes, asked between optimizer steps about once a second.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader
 
-from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft import Batch, SFTDataModule, SFTModule
 from tests.helpers.gradients import ROWS
 from tests.helpers.resuming import Run, forked, wait
 
@@ -95,7 +95,7 @@ def test_callbacks_see_the_mean_gradient_also_of_unplanned_batches(pretrained: s
     trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]  # a list is a data set
     module = SFTModule(pretrained)
     module.configure_model()
-    likelihoods = [module.forward(module._received(own)) for own in batches]
+    likelihoods = [module.forward(Batch.of(own)) for own in batches]
     sum(-found.total for found in likelihoods).div(sum(found.weight for found in likelihoods)).backward()
     wanted = nn.utils.get_total_norm(parameter.grad for parameter in module.parameters())
     torch.testing.assert_close(seen.norms, [wanted])

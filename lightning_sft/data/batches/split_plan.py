@@ -132,7 +132,7 @@ class SplitPlan:
 
     @property
     def fill(self) -> float:
-        """The share of the positions of all micro-batches that a token takes."""
+        """The share of positions that a token takes, in micro-batches that hold a sequence."""
         return int(self.plan.draw.bounds.sum()) / (len(self.plan.packs) * self.capacity)
 
     @property
@@ -145,8 +145,12 @@ class SplitPlan:
 
     def __str__(self) -> str:
         steps = counted(self.plan.num_steps, "optimizer step")
-        batches = counted(self.plan.num_ranks * self.plan.accumulate, f"{self.packing} micro-batch")
-        return f"An epoch: {steps} of {batches} of at most {self.capacity:,} tokens ({self.fill:.0%} full)."
+        size = self.plan.num_ranks * self.plan.accumulate
+        least, more = divmod(len(self.plan.packs), self.plan.num_full_steps)
+        batches = counted(least + (more > 0), f"{self.packing} micro-batch")
+        batches = f"{least:,} or {batches}" if more else batches
+        empty = f", filled up to {size:,} with empty ones" if least < size else ""
+        return f"An epoch: {steps} of {batches} of at most {self.capacity:,} tokens ({self.fill:.0%} full){empty}."
 
     @property
     def mixture(self) -> list[list[str]]:

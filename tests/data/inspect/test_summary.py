@@ -97,6 +97,34 @@ def test_the_fill_is_the_share_of_positions_that_a_token_takes() -> None:
     assert "2 optimizer steps" in str(SplitPlan(SPLIT, plan, 4, "packed"))
 
 
+@pytest.mark.parametrize(
+    ("num_packs", "ranks", "accumulate", "said"),
+    [
+        (
+            28,
+            1,
+            1000,
+            "1 optimizer step of 28 packed micro-batches of at most 4 tokens (100% full), filled up to 1,000 ",
+        ),
+        (28, 2, 7, "2 optimizer steps of 14 packed micro-batches of at most 4 tokens (100% full)."),
+        (10, 2, 2, "3 optimizer steps of 3 or 4 packed micro-batches of at most 4 tokens (100% full), filled up to 4 "),
+        (1, 1, 1, "1 optimizer step of 1 packed micro-batch of at most 4 tokens (100% full)."),
+    ],
+)
+def test_a_plan_says_how_many_micro_batches_of_a_step_hold_a_sequence(
+    num_packs: int, ranks: int, accumulate: int, said: str
+) -> None:
+    examples = [Example([1, 2, 3, 4], [0, 1, 1, 1], f"a:{number}") for number in range(num_packs)]
+    split = Split("train", Examples([to_record_batch(examples)]), RowReport(num_rows=num_packs))
+    plan = SplitPlan.of(split, Division(num_ranks=ranks, accumulate=accumulate), tokens_per_batch=4, seed=0)
+    held = [
+        sum(bool(plan.plan.micro_batches(0, rank)[number].examples) for rank in range(ranks) for number in numbers)
+        for numbers in (range(step * accumulate, (step + 1) * accumulate) for step in range(plan.plan.num_steps))
+    ]
+    assert f"An epoch: {said}" in f"{plan}"
+    assert f" of {' or '.join(map(str, sorted(set(held))))} packed" in f"{plan}"
+
+
 def test_an_epoch_of_few_steps_is_remarked(capsys: pytest.CaptureFixture[str]) -> None:
     for count, is_remarked in ((9, True), (10, False)):
         split = Split(
