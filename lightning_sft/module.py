@@ -31,7 +31,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from lightning_sft.checkpoints.resume import RunState
-from lightning_sft.checkpoints.run_info import log_settings, save_run_info
+from lightning_sft.checkpoints.run_info import LoggedSettings, save_run_info
 from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.evaluation.generation import Sampling, answers
 from lightning_sft.evaluation.metrics import metrics_by_part
@@ -163,12 +163,13 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         self.scorer: LikelihoodModel | None = None  # keys of checkpoints begin with this name
         self.attention: Attention | None = None  # the one in use and why, once the model is loaded
         self._step_metrics = StepMetrics()
-        self._run, self._modes, self._window = RunState(), Modes(self), Window()
+        self._run, self._modes, self._window, self._logged = RunState(), Modes(self), Window(), LoggedSettings()
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
         check_trainer(self.trainer, stage)
         write_whole(self.trainer)
+        self._logged.defer(self.trainer)
         self._run, self._modes = RunState(), Modes(self)
 
     def configure_model(self) -> None:
@@ -298,7 +299,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         self._step_metrics.begin(self.trainer, self.model)
         self._run.begin(self.trainer)
         self._modes.begin()
-        log_settings(self.trainer)
+        self._logged.log(self.trainer)
         settle_buckets(self.trainer.strategy.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
