@@ -272,6 +272,8 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         """The optimizer without a schedule, norms and biases undecayed: for ``configure_optimizers`` of a subclass."""
         named = ((name.removeprefix("scorer.model."), parameter) for name, parameter in self.named_parameters())
         optimizer = make_optimizer(self.optimizer, named, self.learning_rate)
+        if self.optimizer is _default_optimizer() and self.learning_rate is None:
+            self._trained_with.warn_of_default_optimizer(optimizer)
         check_strategy(optimizer, self.trainer.strategy)
         announce(self.trainer, f"Optimizer: {described(optimizer)}.")
         # Lightning refuses to clip where a fused optimizer would undo the loss scaling by itself; let the scaler do it
@@ -286,6 +288,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, EvaluatedModule, OurNa
         optimizer = self.make_optimizer()
         if callable(self.schedule):
             return with_scheduler(optimizer, self.schedule, self.trainer, self.warmup)
+        self._trained_with.warn_of_default_schedule(self.schedule, self.warmup)
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
         scheduler = named_scheduler(optimizer, self.schedule, self.warmup, total)
         self._run.scheduled(scheduler)

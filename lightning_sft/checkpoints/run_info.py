@@ -26,6 +26,7 @@ from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch.optim import Optimizer
 
     from lightning_sft.data.tokens.dataset import Split
     from lightning_sft.datamodule import SFTDataModule
@@ -57,7 +58,7 @@ def run_info(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "optimizer": _optimizer(trainer),
+        "optimizer": optimizer_facts(trainer.optimizers[0]) if trainer.optimizers else {},
         "trainer": {"strategy": type(trainer.strategy).__name__} | _plain(trainer, _TRAINER),
         **_data_info(data),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
@@ -269,10 +270,8 @@ def _files_of(source: Any) -> list[str] | None:
     return found[:_FILES]
 
 
-def _optimizer(trainer: Trainer) -> dict[str, Any]:
-    if not trainer.optimizers:
-        return {}
-    optimizer = trainer.optimizers[0]
+def optimizer_facts(optimizer: Optimizer) -> dict[str, Any]:
+    """Classes and settings of an optimizer as plain values; the learning rate is the one that its schedule scales."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps it
     first: dict[str, Any] = optimizer.param_groups[0]
     settings = {name: first.get(name, value) for name, value in getattr(optimizer, "defaults", {}).items()}
