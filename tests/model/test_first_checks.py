@@ -89,6 +89,43 @@ def test_settings_that_an_optimizer_does_not_take_are_refused_before_data_are_en
         quiet_trainer().fit(SFTModule(pretrained, **settings), NoData(train=rows))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": partial(AdamW, lr="1e-4")}, "lr is the string '1e-4': give the number, lr=0.0001"),
+        ({"optimizers": [OptimizerPart(partial(AdamW, lr="1e-4"))]}, "lr is the string '1e-4'"),
+        ({"optimizer": partial(AdamW, learning_rate=1e-4)}, r"keyword argument 'learning_rate'. Did you mean lr\?"),
+        ({"optimizer": partial(AdamW, wieght_decay=1)}, r"'wieght_decay'. Did you mean weight_decay\?"),
+        (
+            {"optimizer": lambda: 1},
+            r"does not take parameter groups: too many .* as functools.partial",
+        ),
+        ({"optimizer": lambda groups, lr: 1}, r"missing a required argument: 'lr'"),
+    ],
+)
+def test_what_makes_no_optimizer_is_refused_before_data_are_encoded(
+    pretrained: str, quiet_trainer: Make, settings: Any, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        quiet_trainer().fit(SFTModule(pretrained, **settings), NoData(train="nowhere.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": lambda groups: None}, r"model.optimizer has made an object of type NoneType; expected an opt"),
+        ({"optimizer": lambda groups: 1}, r"made an object of type int; .* as functools.partial\(torch.optim.AdamW"),
+        ({"optimizer": lambda groups: 1 + None}, r"does not take its parameters or settings: unsupported operand"),
+        ({"schedule": lambda optimizer: None}, r"model.schedule has made an object of type NoneType; expected a sch"),
+    ],
+)
+def test_a_function_that_makes_something_else_is_one_error(
+    pretrained: str, rows: Any, quiet_trainer: Make, settings: Any, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        quiet_trainer().fit(SFTModule(pretrained, **settings), SFTDataModule(train=rows, cache=None))
+
+
 def test_functions_of_users_are_called_for_the_model_alone(pretrained: str, rows: Any, quiet_trainer: Make) -> None:
     made: list[int] = []
 
