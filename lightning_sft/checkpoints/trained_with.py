@@ -59,7 +59,7 @@ class TrainedWith:
 
         Args:
             schedule: Name of the schedule.
-            warmup: Its warm-up, as a share of the steps.
+            warmup: Warm-up, as a share of the steps.
         """
         if self.has_own_scheduler:
             rank_zero_warn(
