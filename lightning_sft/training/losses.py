@@ -23,7 +23,7 @@ class TargetLosses:
         """Loss of each target in training; override it to train on another.
 
         It is called on a few targets at a time, so the logits of a whole batch are never in memory. Only these logits
-        get a gradient.
+        get a gradient, and they may be changed in place.
 
         Args:
             logits: Logits of some targets, ``[T, V]``, scaled and soft-capped as in the model, in float32 or float64.
