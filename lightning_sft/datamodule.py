@@ -126,10 +126,10 @@ class SFTDataModule(LightningDataModule, OurNames):
         thoughts: Thoughts | None = None,
     ) -> None:
         super().__init__()
+        self.held_out = share_of(val, train)
         check_arguments(SFTDataModule, locals(), "data")
         given = {"train": train, "val": val, "test": test, "predict": predict}
         self.sources: dict[str, Mixture | Source | None] = {name: plain(source) for name, source in given.items()}
-        self.held_out = share_of(val, train)
         if self.held_out is not None:
             self.sources["val"] = self.sources["train"]
         self.reading = Reading(format, plain(columns), system, train_on, plain(roles), plain(message_keys))

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from inspect import signature
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from lightning_sft.checkpoints.resume import RunState
-from lightning_sft.checkpoints.run_info import log_settings, save_run_info
+from lightning_sft.checkpoints.run_info import LoggedSettings, save_run_info
 from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.evaluation.generation import Sampling, answers
 from lightning_sft.evaluation.metrics import metrics_by_part
@@ -165,12 +164,13 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         self.scorer: LikelihoodModel | None = None  # keys of checkpoints begin with this name
         self.attention: Attention | None = None  # the one in use and why, once the model is loaded
         self._step_metrics = StepMetrics()
-        self._run, self._modes, self._window = RunState(), Modes(self), Window()
+        self._run, self._window, self._logged = RunState(), Window(), LoggedSettings()
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""
         check_trainer(self.trainer, stage)
         write_whole(self.trainer)
+        self._logged.defer(self.trainer)
         self._run, self._modes = RunState(), Modes(self)
 
     def configure_model(self) -> None:
@@ -275,6 +275,8 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         """The optimizer without a schedule, norms and biases undecayed: for ``configure_optimizers`` of a subclass."""
         named = ((name.removeprefix("scorer.model."), parameter) for name, parameter in self.named_parameters())
         optimizer = make_optimizer(self.optimizer, named, self.learning_rate)
+        if self.optimizer is _default_optimizer() and self.learning_rate is None:
+            self._trained_with.warn_of_default_optimizer(optimizer)
         check_strategy(optimizer, self.trainer.strategy)
         announce(self.trainer, f"Optimizer: {described(optimizer)}.")
         # Lightning refuses to clip where a fused optimizer would undo the loss scaling by itself; let the scaler do it
@@ -289,6 +291,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         optimizer = self.make_optimizer()
         if callable(self.schedule):
             return with_scheduler(optimizer, self.schedule, self.trainer, self.warmup)
+        self._trained_with.warn_of_default_schedule(self.schedule, self.warmup)
         total = total_steps(self.trainer, may_be_endless=self.schedule == "constant")
         scheduler = named_scheduler(optimizer, self.schedule, self.warmup, total)
         self._run.scheduled(scheduler)
@@ -303,7 +306,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         self._step_metrics.begin(self.trainer, self.model)
         self._run.begin(self.trainer)
         self._modes.begin()
-        log_settings(self.trainer)
+        self._logged.log(self.trainer)
         settle_buckets(self.trainer.strategy.model)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -344,26 +347,6 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
             self._run.load(self.trainer, checkpoint)
             self._modes.load(checkpoint)
             self._step_metrics.restored, self.kernels.restored = checkpoint.get(SEEN_KEY), checkpoint.get(KERNELS_KEY)
-
-    def on_validation_model_eval(self) -> None:
-        """Switch to the weights that the optimizer evaluates, if it has such a mode."""
-        super().on_validation_model_eval()
-        if self.trainer.state.fn == "fit":
-            self._modes.evaluate()
-
-    def on_validation_model_train(self) -> None:
-        """Switch back to the weights that are trained."""
-        super().on_validation_model_train()
-        if self.trainer.state.fn == "fit":
-            self._modes.train()
-
-    def on_train_end(self) -> None:
-        """Leave the weights to evaluate in the model."""
-        self._modes.evaluate()
-
-    def evaluated(self) -> AbstractContextManager[None]:
-        """A context with the weights to evaluate, which differ from those in training with schedule-free optimizers."""
-        return self._modes.evaluated()
 
     @property
     def run_seed(self) -> int | None:

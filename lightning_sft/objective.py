@@ -247,7 +247,8 @@ def _differentiate(
         target, weight, *others = (x[rows] for x in (targets, weights, *inputs))
         z = raw[rows].detach().to(weight.dtype).requires_grad_(gradient is not None)
         with torch.set_grad_enabled(gradient is not None):
-            losses = loss(transformed(z, *transformation), target, *others)
+            logits = transformed(z, *transformation)
+            losses = loss(logits.clone() if logits is z else logits, target, *others)  # which may change them in place
         if losses.shape != target.shape or losses.requires_grad != z.requires_grad:
             given = f"{tuple(losses.shape)}{'' if losses.requires_grad else ' without a gradient'}"
             raise InputError(

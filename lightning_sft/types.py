@@ -95,6 +95,12 @@ class Prompt:
     number: int = 0
 
 
+_LIST = (
+    "If train_dataloader or val_dataloader returns a list: Lightning takes it for several loaders, whose batches come "
+    "together. Return one loader, as torch.utils.data.DataLoader(batches, batch_size=None)."
+)
+
+
 class Batch:
     """One micro-batch, ready for the model: labels are shifted once, here, and nowhere else.
 
@@ -170,7 +176,8 @@ class Batch:
             return batch
         if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
             given = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-            raise InputError(f"A batch must be a Batch or have 'input_ids' and 'labels', got {given}.")
+            hint = f" {_LIST}" if isinstance(batch, (list, tuple)) else ""
+            raise InputError(f"A batch must be a Batch or have 'input_ids' and 'labels', got {given}.{hint}")
         ids, own_labels = batch["input_ids"], batch["labels"]
         mask, positions = batch.get("attention_mask"), batch.get("position_ids")
         of_rows: Sequence[int] = () if mask is None else _check_mask(mask, own_labels)
@@ -195,7 +202,9 @@ class Batch:
             "labels, and compute the loss from the logits, as docs/howto/drop_in.md does under Our data, your module."
         )
 
-    def __getitem__(self, name: str) -> NoReturn:
+    def __getitem__(self, name: Any) -> NoReturn:
+        if isinstance(name, int):  # of whoever iterates over it
+            raise InputError(f"A Batch is no list; its tensors have a row for each, as batch.input_ids. {_LIST}")
         raise InputError(f"The fields of a Batch are attributes: batch.{name} instead of batch[{name!r}].")
 
     @property

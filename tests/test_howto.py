@@ -17,6 +17,7 @@ from tests.helpers.processes import ROOT
 from tests.helpers.reading import Reader
 
 NAMES = (
+    "adapters",
     "base_to_chat",
     "early_stopping",
     "loggers",

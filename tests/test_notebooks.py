@@ -89,6 +89,13 @@ def test_outputs_are_kept_for_other_text_and_not_for_other_code(made: Any) -> No
         made.with_outputs_of(code, before)
 
 
+def test_a_module_that_divides_by_the_normalizer_undoes_all_that_lightning_divides_by() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".py")]
+    lines = re.findall(r"^ *return .*/ batch.normalizer.*", "\n".join(pages), re.MULTILINE)
+    assert len(lines) > 1
+    assert all(re.search(r"accumulate.* \* (num_ranks|self.trainer.world_size) ", line) for line in lines)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs_with_a_tiny_model_in_place_of_the_demo_model(name: str, made: Any, tmp_path: Path) -> None:

@@ -78,6 +78,10 @@ def test_a_batch_is_no_dictionary_of_arguments_and_says_what_to_pass_instead() -
         torch.nn.Identity()(**batch)
     with pytest.raises(InputError, match=r"attributes: batch.input_ids instead of"):
         batch["input_ids"]
+    with pytest.raises(InputError, match=r"A Batch is no list; .* Lightning takes it for several loaders"):
+        next(iter(batch))  # type: ignore[call-overload]  # what Lightning does with a list of batches
+    with pytest.raises(InputError, match=r"got list. .* Lightning takes it for several loaders.*Return one loader"):
+        Batch.of([batch])  # type: ignore[arg-type]  # what a step gets of a list of loaders
 
 
 IDS = torch.tensor([[5, 6, 7]])

@@ -142,7 +142,8 @@ assert difference(whole, accumulated) > 0.05
 # ## Our data, your module
 #
 # `SFTDataModule` renders rows with the chat template, packs them, and plans each step: a batch has the `normalizer` Z,
-# the number of targets of the whole step. What Lightning divides by is multiplied back; that is all your module needs.
+# the number of targets of the whole step. What Lightning divides by is multiplied back, the accumulation and the number
+# of processes (here one); that is all your module needs.
 
 
 # %%
@@ -151,7 +152,7 @@ class YourModuleWithZ(YourModule):
         logits = self.model(batch.input_ids, position_ids=batch.position_ids).logits
         losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
         total = losses @ batch.target_weights.flatten().to(losses)
-        return total * self.trainer.accumulate_grad_batches / batch.normalizer
+        return total * self.trainer.accumulate_grad_batches * self.trainer.world_size / batch.normalizer
 
 
 def our_data(tokens_per_batch: int) -> SFTDataModule:

@@ -30,7 +30,14 @@ from lightning_sft.checkpoints.writing import (
 from lightning_sft.io.address import Address, Place, place
 from lightning_sft.io.arguments import Count, NonNegative, check_arguments, plain
 from lightning_sft.io.named import OurNames
-from lightning_sft.training.trainer import Agreement, averages_weights, callbacks_of, first_rank_does, is_between_steps
+from lightning_sft.training.trainer import (
+    Agreement,
+    averages_weights,
+    callbacks_of,
+    first_rank_does,
+    how_to_resume,
+    is_between_steps,
+)
 from lightning_sft.types import InputError
 
 _NAME = "resume-{epoch}-{step}"
@@ -102,7 +109,7 @@ class SafeCheckpoint(ModelCheckpoint, OurNames):
         if others and resumed_from is None:
             raise InputError(
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}. Resume that run "
-                "(--ckpt_path last), or give this one a separate folder (trainer.default_root_dir)."
+                f"({how_to_resume(trainer)}), or give this one a separate folder (trainer.default_root_dir)."
             )
         if others and place(str(resumed_from)).resolve().parent not in own:
             raise InputError(

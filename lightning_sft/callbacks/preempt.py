@@ -20,7 +20,7 @@ from lightning_sft.checkpoints.writing import write_whole
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.io.arguments import check_arguments
 from lightning_sft.io.named import OurNames
-from lightning_sft.training.trainer import Agreement, callbacks_of, is_between_steps
+from lightning_sft.training.trainer import Agreement, callbacks_of, how_to_resume, is_between_steps
 from lightning_sft.types import InputError
 
 EX_TEMPFAIL = 75
@@ -117,7 +117,9 @@ class Preempt(Callback, OurNames):
 
     def _end(self, trainer: Trainer) -> None:
         path, told = self._save(trainer), self.told or "a signal on another rank"
-        saved = f"saved step {trainer.global_step} to {path}. Resume with --ckpt_path last."
+        finds = any(isinstance(saver, SafeCheckpoint) for saver in trainer.checkpoint_callbacks)
+        how = how_to_resume(trainer, "last" if finds else path)
+        saved = f"saved step {trainer.global_step} to {path}. Resume with {how}."
         nothing = "nothing was saved, since no step was finished. Run the same command to start again."
         rank_zero_info(f"Received {told}; {nothing if path is None else saved}")
         raise Preempted(f"received {told}")

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_sft.checkpoints.writing import newest
 from lightning_sft.io.address import Place, place
 from lightning_sft.io.disk import rows_of
+from lightning_sft.training.trainer import how_to_resume
 from lightning_sft.types import InputError
 
 LEDGER_FILE, METRICS_FILE, RECORD_FILE = "samples.jsonl", "metrics.jsonl", "run.json"
@@ -63,15 +64,16 @@ def refuse_anew(trainer: Trainer, folder: Path) -> None:
     """
     if trainer.global_step == 0:
         own = [str(found) for saver in trainer.checkpoint_callbacks if (found := getattr(saver, "dirpath", None))]
-        refuse_finished(folder, [*own, folder / "checkpoints"])
+        refuse_finished(folder, [*own, folder / "checkpoints"], how_to_resume(trainer))
 
 
-def refuse_finished(folder: Path, places: Iterable[str | Place]) -> None:
+def refuse_finished(folder: Path, places: Iterable[str | Place], how: str = "--ckpt_path last") -> None:
     """Refuse the folder of a run that has finished steps, see :func:`refuse_anew`.
 
     Args:
         folder: Folder of the ledger and the record.
         places: Folders of the run's checkpoints.
+        how: What the user writes to resume a run.
 
     Raises:
         InputError: When the folder holds such a run; the message says how to proceed.
@@ -82,7 +84,7 @@ def refuse_finished(folder: Path, places: Iterable[str | Place]) -> None:
     if not steps or not (any(any(own.glob("*.ckpt")) for own in folders) or record_of(folder).get("saved")):
         return
     if found := newest(folders):
-        remedy = f"Resume it from {found} (--ckpt_path last)"
+        remedy = f"Resume it from {found} ({how})"
     elif found := newest(folders, resumable=False):
         remedy = (
             f"{found} has only the weights, from which no run can resume. To start from these weights, export them "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from lightning.pytorch.core.saving import save_hparams_to_yaml
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_sft.checkpoints.reading import RUN_INFO_KEY, found_from
 from lightning_sft.data.rows.messages import Reading
@@ -23,6 +26,7 @@ from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch.optim import Optimizer
 
     from lightning_sft.data.tokens.dataset import Split
     from lightning_sft.datamodule import SFTDataModule
@@ -54,7 +58,7 @@ def run_info(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.global_step,
         "epoch": trainer.current_epoch,
         "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
-        "optimizer": _optimizer(trainer),
+        "optimizer": optimizer_facts(trainer.optimizers[0]) if trainer.optimizers else {},
         "trainer": {"strategy": type(trainer.strategy).__name__} | _plain(trainer, _TRAINER),
         **_data_info(data),
         "versions": {name: found for name in _PACKAGES if (found := _version(name))},
@@ -106,18 +110,52 @@ def save_run_info(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     checkpoint[RUN_INFO_KEY] = run_info(trainer)
 
 
-def log_settings(trainer: Trainer) -> None:
-    """Give the loggers what Lightning does not: the optimizer, its learning rate, and the data.
+class LoggedSettings:
+    """What the loggers get of a fit's settings: hyperparameters, optimizer, learning rate and data, all at once.
 
-    They get the hyperparameters of the module again with it, since some keep only what they are given last.
+    Lightning would log the hyperparameters by themselves, before there is an optimizer, and TensorBoard shows and keeps
+    only what it is given first.
     """
-    if not trainer.loggers:
-        return
-    facts = run_info(trainer)
-    settings = {k: v for k, v in trainer.lightning_module.hparams_initial.items() if not k.startswith("_")}
-    settings |= {name: facts[name] for name in ("optimizer", "data_module", "data")}
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)
+
+    def __init__(self) -> None:
+        self._logging: list[Any] = []  # what Lightning would log the hyperparameters of
+
+    def defer(self, trainer: Trainer) -> None:
+        """Let Lightning log none in a fit; to be called in ``setup``, before it does.
+
+        Args:
+            trainer: The Lightning trainer.
+        """
+        self._restore()
+        if trainer.state.fn == "fit":
+            holders = (trainer.lightning_module, datamodule_of(trainer))
+            self._logging = [holder for holder in holders if getattr(holder, "_log_hyperparams", False)]
+            for holder in self._logging:
+                holder._log_hyperparams = False
+
+    def log(self, trainer: Trainer) -> None:
+        """Log everything, when the optimizer has been made and the data set up; every process must call this."""
+        logging = self._logging
+        self._restore()
+        if not trainer.loggers:
+            return
+        module, facts = trainer.lightning_module, run_info(trainer)
+        settings = {name: value for name, value in module.hparams_initial.items() if not name.startswith("_")}
+        settings |= {name: facts[name] for name in ("optimizer", "data_module", "data")}
+        for holder in logging:
+            for name, value in holder.hparams_initial.items() if holder is not module else ():  # the user's data module
+                if not name.startswith("_"):
+                    settings[name if name not in settings else f"data_module/{name}"] = value
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings)
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                file = os.path.join(logger.log_dir, logger.NAME_HPARAMS_FILE)  # Lightning writes it once
+                save_hparams_to_yaml(file, logger.hparams)
+
+    def _restore(self) -> None:
+        for holder in self._logging:
+            holder._log_hyperparams = True
+        self._logging = []
 
 
 def _template(data: Any) -> dict[str, Any]:
@@ -232,10 +270,8 @@ def _files_of(source: Any) -> list[str] | None:
     return found[:_FILES]
 
 
-def _optimizer(trainer: Trainer) -> dict[str, Any]:
-    if not trainer.optimizers:
-        return {}
-    optimizer = trainer.optimizers[0]
+def optimizer_facts(optimizer: Optimizer) -> dict[str, Any]:
+    """Classes and settings of an optimizer as plain values; the learning rate is the one that its schedule scales."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps it
     first: dict[str, Any] = optimizer.param_groups[0]
     settings = {name: first.get(name, value) for name, value in getattr(optimizer, "defaults", {}).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from lightning_sft.evaluation.metrics import CorpusLikelihood
 from lightning_sft.evaluation.token_bytes import token_bytes
 from lightning_sft.training.checks import not_finite
+from lightning_sft.training.optimizer_modes import Modes
 from lightning_sft.training.own_batches import OwnBatches
 from lightning_sft.training.trainer import datamodule_of
 from lightning_sft.types import Batch, LogLikelihood, widest
@@ -32,7 +34,7 @@ class EvaluatedModule(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._evaluation, self._own_batches = _Evaluation(), OwnBatches()
+        self._evaluation, self._own_batches, self._modes = _Evaluation(), OwnBatches(), Modes(self)
         self._of_step: set[str] = set()  # names of the training metrics of the last step
 
     def _received(self, batch: Batch | Mapping[str, Any]) -> Batch:
@@ -53,6 +55,26 @@ class EvaluatedModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the whole validation set."""
         self._log_metrics("val", self._evaluation.close(self), sync_dist=True)
+
+    def on_validation_model_eval(self) -> None:
+        """Switch to the weights that the optimizer evaluates, if it has such a mode."""
+        super().on_validation_model_eval()
+        if self.trainer.state.fn == "fit":
+            self._modes.evaluate()
+
+    def on_validation_model_train(self) -> None:
+        """Switch back to the weights that are trained."""
+        super().on_validation_model_train()
+        if self.trainer.state.fn == "fit":
+            self._modes.train()
+
+    def on_train_end(self) -> None:
+        """Leave the weights to evaluate in the model."""
+        self._modes.evaluate()
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """A context with the weights to evaluate, which differ from those in training with schedule-free optimizers."""
+        return self._modes.evaluated()
 
     def on_test_start(self) -> None:
         """Reset the test metrics."""

@@ -11,14 +11,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lightning_sft.io.closest import did_you_mean
+from lightning_sft.io.closest import did_you_mean, own_name
 from lightning_sft.types import InputError
 
 
@@ -176,7 +176,7 @@ def made(of: Callable[..., _T], given: Any) -> Any:
     known = list(_hints(of))
     for name in given:
         if name not in known:
-            closest = did_you_mean([str(name)], known, cutoff=0.5)
+            closest = own_name(str(name), known)
             raise InputError(f"{of.__name__} has no {name!r}; it has {', '.join(known)}.{closest}")
     return of(**given)
 
@@ -285,6 +285,12 @@ def _shown(value: Any) -> str:
 def _remedy(value: Any, hint: Any) -> str:
     if hasattr(value, "save_pretrained"):
         return " Write it to a folder with its save_pretrained, and give that folder."
+    for kind in _dataclasses(hint):
+        name = fields(kind)[0].name
+        first = value if _fits(value, _hints(kind)[name]) else fields(kind)[0].default
+        if first is not MISSING:  # of all settings that are optional
+            made_of = f"from {kind.__module__} import {kind.__name__}"
+            return f" Give {kind.__name__}({name}={first!r}) ({made_of}), or {{{name!r}: {first!r}}}."
     if _makes(hint) == "Optimizer":  # it is made when the weights have been loaded
         return " The weights are loaded later: give a class, or functools.partial(torch.optim.AdamW, lr=2e-5)."
     return did_you_mean([value], _choices(hint), cutoff=0.5) if isinstance(value, str) else ""
@@ -295,6 +301,14 @@ def _makes(hint: Any) -> str | None:
     if get_origin(hint) is Callable:
         return getattr(get_args(hint)[-1], "__name__", None)
     return next(filter(None, map(_makes, get_args(hint))), None)
+
+
+def _dataclasses(hint: Any) -> Iterator[Any]:
+    """Classes of settings among those that an annotation allows, not in a list."""
+    if is_dataclass(hint):
+        yield hint
+    for one in get_args(hint) if get_origin(hint) in (Union, UnionType) else ():
+        yield from _dataclasses(one)
 
 
 def _choices(hint: Any) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 
 ELSEWHERE = {
@@ -19,8 +19,20 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
     "max_grad_norm": "trainer.gradient_clip_val",
     "output_dir": "trainer.default_root_dir",
+    **dict.fromkeys(("neftune_noise_alpha", "neftune"), "model.neftune_alpha"),
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_config"), "model.quantize"),
+    **dict.fromkeys(("peft_config", "lora_config"), "model.lora"),
+    **dict.fromkeys(("rank", "lora_r", "lora_rank"), "model.lora.r"),
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    **dict.fromkeys(("target_modules", "target_parameters", "lora_target_modules"), "model.lora.targets"),
+    "exclude_modules": "model.lora.exclude",
+    "use_dora": "model.lora.dora",
+    "use_rslora": "model.lora.rslora",
+    "init_lora_weights": "model.lora.init",
+    "modules_to_save": "model.trained",
 }
-"""What other trainers, and Lightning's tuner, call our settings."""
+"""What other trainers, peft, and Lightning's tuner call our settings."""
 
 _ABBREVIATION = 3  # letters with which a name may have been abbreviated
 
@@ -58,6 +70,23 @@ def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", c
         if close := get_close_matches(name.lower(), names, n=1, cutoff=least):
             return f" Did you mean {prefix}{names[close[0]]}?"
     return ""
+
+
+def own_name(name: str, known: Collection[str]) -> str:
+    """A question after the setting of one class that has another name elsewhere, or is close; else nothing.
+
+    Args:
+        name: Unknown name of a setting.
+        known: Names of the settings of the class.
+
+    >>> own_name("rank", ["r", "dora"]), own_name("xyzzy", ["r", "dora"])
+    (' Did you mean r?', '')
+    """
+    elsewhere = ELSEWHERE.get(name, "")
+    own = elsewhere.rpartition(".")[2]
+    if own in known:
+        return f" Did you mean {own}?"
+    return f" Did you mean {elsewhere}?" if elsewhere else did_you_mean([name], known, cutoff=0.5)
 
 
 def meant(names: Sequence[str], known: Iterable[str], prefix: str = "") -> str:

@@ -74,19 +74,24 @@ def _meant(cls: type[Any], name: str) -> str:
     one of the class itself, else one of any class of ours.
     """
     section, _, key = ELSEWHERE.get(name, "").partition(".")
-    if key.startswith("optimizer."):
-        return f" It is one of the optimizer's: SFTModule(optimizer=functools.partial(torch.optim.AdamW, {name}=...))."
-    owner, own = _OWNERS.get(section), _arguments(cls)
+    part, _, setting = key.partition(".")
+    if part == "optimizer" and setting:
+        make = f"functools.partial(torch.optim.AdamW, {setting}=...)"
+        return f" It is one of the optimizer's: SFTModule(optimizer={make})."
+    if part == "lora" and setting:
+        own = setting if cls.__name__ == "Lora" else f"SFTModule(lora=Lora({setting}=...))"
+        return f" Did you mean {own}?"
+    owner, known = _OWNERS.get(section), _arguments(cls)
     if owner is None:
         ours = {kind.__name__: _arguments(kind) for kind in (*OurNames.__subclasses__(), *_DATACLASSES, Trainer)}
         candidates = [
             *((name, kind) for kind in _OWNERS.values() if name in ours[kind]),
-            *((near, cls.__name__) for near in get_close_matches(name, own, n=1, cutoff=_LIKE_ARGUMENT)),
+            *((near, cls.__name__) for near in get_close_matches(name, known, n=1, cutoff=_LIKE_ARGUMENT)),
             *((name, kind) for kind in ours if name in ours[kind]),
         ]
         key, owner = candidates[0] if candidates else (name, None)
     if owner is None:
-        return did_you_mean([name], own) or f" It has {', '.join(own) or 'none'}."
+        return did_you_mean([name], known) or f" It has {', '.join(known) or 'none'}."
     return f" Did you mean {key}?" if owner == cls.__name__ else f" Did you mean {owner}({key}=...)?"
 
 

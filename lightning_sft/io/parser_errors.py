@@ -10,7 +10,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any, NamedTuple, get_args, get_origin
 
-from lightning_sft.io.closest import did_you_mean, meant
+from lightning_sft.io.closest import did_you_mean, meant, own_name
 
 _KEY = re.compile(r'Parser key "([^"]+)": ')
 _NO_FILE = re.compile(r"""Parser key "config": File does not exist: '(.*?)'.?""")
@@ -103,7 +103,7 @@ def _unknown(key: str, name: str, classes: Sequence[str]) -> Refusal:
         known = [own for own in signature(getattr(import_module(module), kind)).parameters if own != "params"]
     except (ImportError, AttributeError, ValueError, TypeError):
         return Refusal(f"{key}.{name}", "is not known.")
-    return Refusal(f"{key}.{name}", f"is not known: {kind} has {', '.join(known)}.{did_you_mean([name], known)}")
+    return Refusal(f"{key}.{name}", f"is not known: {kind} has {', '.join(known)}.{own_name(name, known)}")
 
 
 def _misspelt(key: str, name: str, choices: list[str], hint: Any) -> Refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -11,11 +12,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_sft.checkpoints.reading import DAMAGE, Checkpoint
+from lightning_sft.checkpoints.trained_with import TrainedWith
+from lightning_sft.checkpoints.writing import newest
 from lightning_sft.io.named import check_names
 from lightning_sft.model.kernels import Kernels
 from lightning_sft.model.pretrained import load_architecture
 from lightning_sft.model.tuning.tuning import TuningConfig
-from lightning_sft.training.hooks import check_hooks
+from lightning_sft.training.hooks import check_hooks, warn_of_unused_settings
 from lightning_sft.training.lightning_callbacks import check_callbacks
 from lightning_sft.training.optimizers import OptimizerCallable, OptimizerPart, check_settings
 from lightning_sft.types import InputError
@@ -40,14 +43,24 @@ class FirstChecks(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         check_hooks(type(self))
+        self._trained_with = TrainedWith({})  # of the checkpoint that it was loaded from in Python
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The parameters; warns whoever asks for them before a fit has loaded the weights, as for an optimizer.
 
         Args:
             recurse: Whether those of all modules inside are meant.
+
+        Raises:
+            InputError: When ``LightningCLI`` asks, for its option ``--optimizer``.
         """
         if self.scorer is None and self._trainer is None:
+            if sys._getframe(1).f_code.co_name == "_add_configure_optimizers_method_to_model":  # of LightningCLI
+                raise InputError(
+                    "--optimizer and --lr_scheduler of LightningCLI make an optimizer before the weights are loaded. "
+                    "Use --model.optimizer and --model.schedule instead, as --model.optimizer SGD "
+                    "--model.optimizer.lr 1e-3; LightningCLI(..., auto_configure_optimizers=False) removes the others."
+                )
             rank_zero_warn(
                 f"{type(self).__name__} has no parameters yet: its weights are loaded when fit begins, where the "
                 "strategy wants them. Give it an optimizer as a class or functools.partial(torch.optim.AdamW, "
@@ -73,6 +86,7 @@ class FirstChecks(LightningModule):
             check_callbacks(self.trainer)
         self.tuning.check_packages(self.pretrained)
         if is_fit:
+            warn_of_unused_settings(self)
             check_settings(self.optimizer)
             self.kernels.check_packages()
         return super().configure_callbacks()
@@ -87,14 +101,17 @@ class FirstChecks(LightningModule):
             settings: Arguments of Lightning's by name, and those of the module that differ from the checkpoint's.
 
         Raises:
-            InputError: When the file is damaged, or the module has no such argument.
+            InputError: When there is no such file, it is damaged, or the module has no such argument.
         """
         check_names(cls, (name for name in settings if name not in _OF_LOADING))
         try:
             return super().load_from_checkpoint(checkpoint_path, *args, **settings)
-        except DAMAGE:
-            if isinstance(checkpoint_path, (str, Path)) and Path(checkpoint_path).is_file():
-                Checkpoint(checkpoint_path).hyper_parameters  # noqa: B018  # reading them says what is wrong with the file
+        except DAMAGE as error:
+            if isinstance(checkpoint_path, (str, Path)):
+                if Path(checkpoint_path).is_file():
+                    Checkpoint(checkpoint_path).hyper_parameters  # noqa: B018  # reading them says what is wrong with it
+                elif isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)):
+                    raise _no_file(Path(checkpoint_path)) from error
             raise
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -102,7 +119,23 @@ class FirstChecks(LightningModule):
         if self._trainer is not None:
             saved = checkpoint.get("hyper_parameters", {}).get("hf_config")
             refuse_other_model(str(self.trainer.ckpt_path), saved, self.pretrained)
+        else:
+            self._trained_with = TrainedWith(checkpoint)
         super().on_load_checkpoint(checkpoint)
+
+
+def _no_file(path: Path) -> InputError:
+    """The refusal of a path that is no checkpoint file: it does not exist, or is a folder."""
+    if not path.is_dir():
+        return InputError(f"There is no checkpoint {str(path)!r}. Give the path of a .ckpt file.")
+    if Checkpoint.is_at(path):
+        return InputError(
+            f"{path} is the folder of a checkpoint that a sharding strategy has written, and load_from_checkpoint "
+            "takes a file. Export it (lightning-sft export), and give that folder as pretrained."
+        )
+    found = newest([path, path / "checkpoints"], resumable=False)
+    hint = f"such as {found}" if found else "and there is none in it"
+    return InputError(f"{path} is a folder, and load_from_checkpoint takes a .ckpt file, {hint}.")
 
 
 def refuse_other_model(path: str, saved: Mapping[str, Any] | None, pretrained: str | None) -> None:

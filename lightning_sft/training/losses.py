@@ -28,7 +28,7 @@ class TargetLosses:
         """Loss of each target in training; override it to train on another.
 
         It is called on a few targets at a time, so the logits of a whole batch are never in memory: the loss of a
-        target must not depend on the others. Only these logits get a gradient; do not change them in place.
+        target must not depend on the others. Only these logits get a gradient, and they may be changed in place.
 
         Args:
             logits: Logits of some targets, ``[T, V]``, scaled and soft-capped as in the model, in float32 or float64.
@@ -70,18 +70,18 @@ class TargetLosses:
 
     def _checked_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
         """The loss of some targets, which is looked at until there are two at once."""
-        before = _random_states(logits)
+        states, node, given = _random_states(logits), logits.grad_fn, logits.detach().clone()  # as they are before
         losses = self.target_loss(logits, targets, *inputs)
         if isinstance(losses, Tensor) and losses.shape == targets.shape and len(targets) > 1:
             self._has_checked_loss = True
             trained = set(map(id, cast(nn.Module, self).parameters()))  # those of a teacher are its own
-            if any(id(leaf) in trained for leaf in _other_leaves(losses, logits)):
+            if any(id(leaf) in trained for leaf in _leaves(losses, node)):
                 raise InputError(
                     f"{type(self).__name__}.target_loss uses a parameter, which would not be trained: only the logits "
                     "get a gradient. Detach it, or override forward, as docs/howto/losses.md says."
                 )
-            if all(map(torch.equal, before, _random_states(logits))):  # else it may differ from call to call
-                self._check_alone(losses.detach(), logits.detach(), targets, *inputs)
+            if all(map(torch.equal, states, _random_states(logits))):  # else it may differ from call to call
+                self._check_alone(losses.detach(), given, targets, *inputs)
         return losses
 
     def _check_alone(self, losses: Tensor, *given: Tensor) -> None:
@@ -103,17 +103,16 @@ def _random_states(logits: Tensor) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(logits.device)] if logits.is_cuda else states
 
 
-def _other_leaves(losses: Tensor, logits: Tensor) -> Iterator[Tensor]:
-    """Tensors other than the logits that losses would have a gradient for."""
-    left, seen = [losses.grad_fn], {logits.grad_fn, None}
+def _leaves(losses: Tensor, of_logits: Any) -> Iterator[Tensor]:
+    """Tensors that losses have a gradient for other than through this node of the graph, that of the logits."""
+    left, seen = [losses.grad_fn], {of_logits, None}
     while left:
         node = left.pop()
         if node in seen or node is None:
             continue
         seen.add(node)
         left += [following for following, _ in node.next_functions]
-        variable = getattr(node, "variable", None)
-        if variable is not None and variable is not logits:
+        if isinstance(variable := getattr(node, "variable", None), Tensor):
             yield variable
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_sft.io.closest import did_you_mean
+from lightning_sft.io.named import OurNames
 from lightning_sft.training.trainer import callbacks_of
 from lightning_sft.types import InputError
 
@@ -64,12 +65,14 @@ def check_monitors(trainer: Trainer) -> None:
         trainer: The Lightning trainer, with its data set up.
 
     Raises:
-        InputError: When there is one, or early stopping without the validation that it waits for.
+        InputError: When there is one; for early stopping, or Lightning's saver of the best checkpoint, without the
+            validation that it waits for. Our ``BestCheckpoint``, which is there by default, keeps none then.
     """
     for callback in callbacks_of(trainer):
         metric, who = getattr(callback, "monitor", None), type(callback).__name__
         if not isinstance(metric, str) or not getattr(callback, "strict", True):
             continue
         check_monitor(trainer, who, metric)
-        if isinstance(callback, EarlyStopping) and metric.startswith("val/") and not trainer.enable_validation:
+        waits = isinstance(callback, (EarlyStopping, ModelCheckpoint)) and not isinstance(callback, OurNames)
+        if waits and metric.startswith("val/") and not trainer.enable_validation:
             raise InputError(f"{who} monitors {metric!r}, and there are no validation data: {VALIDATE}.")

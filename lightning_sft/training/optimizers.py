@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_sft.io.arguments import check_arguments
+from lightning_sft.io.closest import ELSEWHERE, did_you_mean
 from lightning_sft.io.named import our_names
 from lightning_sft.types import InputError
 
@@ -23,6 +26,8 @@ OptimizerCallable = Callable[[Iterable[Any]], Optimizer]
 
 DEFAULT_RATE = 2e-5
 """Learning rate of the default optimizer."""
+
+_GIVE = f"Give a class or a function of parameter groups, as functools.partial(torch.optim.AdamW, lr={DEFAULT_RATE:g})."
 
 
 @our_names
@@ -125,6 +130,14 @@ def check_settings(make: OptimizerCallable | Sequence[OptimizerPart]) -> None:
         InputError: With what torch says of them.
     """
     for one in [make] if callable(make) else [part.optimizer for part in make]:
+        try:
+            signature(one).bind([])
+        except ValueError:  # it has none
+            pass
+        except TypeError as error:
+            raise InputError(
+                f"model.optimizer is a function that does not take parameter groups: {error}. {_GIVE}"
+            ) from error
         if isinstance(one, partial) and any(_is_torchs(kind) for kind in (one.func, *one.args)):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said again when it is made
@@ -254,13 +267,19 @@ def whole(tensor: Tensor) -> Tensor:
 def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr: float | None) -> Optimizer:
     try:
         optimizer = make(parameter_groups((parameter for _, parameter in named), lr))
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         odd = [name for name, parameter in named if _num_dimensions(parameter) != 2]
         names = f" Not matrices are {', '.join(odd[:3])}{', …' if len(odd) > 3 else ''}." if odd else ""
         hint = f"{names} An optimizer of matrices alone is one of model.optimizers, with patterns of what it takes."
         raise InputError(
             f"The optimizer does not take its parameters or settings: {error}.{hint if '2D' in str(error) else ''}"
+            f"{_hint(make, error)}"
         ) from error
+    if not isinstance(optimizer, Optimizer):
+        raise InputError(
+            f"model.optimizer has made an object of type {type(optimizer).__name__}; expected an optimizer of torch. "
+            f"{_GIVE}"
+        )
     _warn_of_default_rate(make, optimizer, lr)
     if type(optimizer).__name__ == "CPUOffloadOptimizer":  # torchao's; its hooks run before the step's
         raise InputError(
@@ -269,6 +288,22 @@ def _made(make: OptimizerCallable, named: Sequence[tuple[str, nn.Parameter]], lr
             "on one device too."
         )
     return optimizer
+
+
+def _hint(make: OptimizerCallable, error: Exception) -> str:
+    """What to do where a setting is a number in quotes or has another name, or the function takes no parameters."""
+    settings: dict[str, Any] = make.keywords if isinstance(make, partial) else {}
+    for name, value in settings.items():
+        if isinstance(value, str):
+            with suppress(ValueError):
+                return f" {name} is the string {value!r}: give the number, {name}={float(value)!r}."
+    for name in settings if "unexpected keyword" in str(error) else ():
+        own = ELSEWHERE.get(name, "").removeprefix("model.optimizer.")
+        if repr(name) in str(error):
+            kinds = [kind for kind in (make.func, *make.args) if _is_torchs(kind)] if isinstance(make, partial) else []
+            known = [key for key in signature(kinds[0]).parameters if key != "params"] if kinds else []
+            return f" Did you mean {own}?" if own in known else did_you_mean([name], known)
+    return f" {_GIVE}" if isinstance(error, TypeError) else ""
 
 
 def _warn_of_default_rate(make: OptimizerCallable, optimizer: Optimizer, lr: float | None) -> None:

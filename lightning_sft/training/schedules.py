@@ -92,6 +92,12 @@ def with_scheduler(
         scheduler = make(optimizer)
     except (ValueError, TypeError, KeyError) as error:  # KeyError of an optimizer without momentum
         raise InputError(f"model.schedule: the scheduler does not take its optimizer or settings: {error}.") from error
+    if not hasattr(scheduler, "step"):
+        raise InputError(
+            f"model.schedule has made an object of type {type(scheduler).__name__}; expected a scheduler of torch. "
+            "Give a name, or a function of the optimizer, as functools.partial(torch.optim.lr_scheduler.StepLR, "
+            "step_size=9)."
+        )
     config: Any = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
         if not trainer.enable_validation:

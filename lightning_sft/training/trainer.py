@@ -44,6 +44,19 @@ def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
     return datamodule
 
 
+def how_to_resume(trainer: Trainer, path: object = "last") -> str:
+    """What the user writes to resume a run: an option of a command line, or an argument in a script.
+
+    Args:
+        trainer: The Lightning trainer; one of a ``LightningCLI`` has its callback for the configuration.
+        path: The checkpoint.
+    """
+    from lightning.pytorch.cli import SaveConfigCallback
+
+    is_cli = any(isinstance(callback, SaveConfigCallback) for callback in callbacks_of(trainer))
+    return f"--ckpt_path {path}" if is_cli else f'trainer.fit(..., ckpt_path="{path}")'
+
+
 def logged_in_training(trainer: Trainer) -> set[str]:
     """Names of the metrics that the training step and its hooks log; the others are those of an earlier validation."""
     results = cast(Any, trainer)._results

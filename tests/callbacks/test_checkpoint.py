@@ -64,7 +64,10 @@ def test_a_folder_that_holds_another_run_is_refused(fit: Callable[..., Trainer],
     fit(SafeCheckpoint(str(tmp_path / "a")), max_epochs=1)
     fit(SafeCheckpoint(str(tmp_path / "b")), max_epochs=1)
     [of_b] = (tmp_path / "b").glob("*.ckpt")
-    for ckpt_path, remedy in ((None, "--ckpt_path last"), (of_b, "resumes from .*b/.*move the others away")):
+    for ckpt_path, remedy in (
+        (None, r'Resume .*trainer.fit\(\.\.\., ckpt_path="last"'),
+        (of_b, "resumes from .*b/.*move the others away"),
+    ):
         with pytest.raises(InputError, match=rf"a holds the checkpoints of another run.*{remedy}"):
             fit(SafeCheckpoint(str(tmp_path / "a")), ckpt_path=ckpt_path)
 

@@ -48,15 +48,17 @@ def fit(pretrained: str, trainer: Trainer, rows: list[dict[str, str]]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_the_fit_after_the_step_with_a_checkpoint_and_code_75(
-    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], tmp_path: Path, number: int
+    pretrained: str, quiet_trainer: Make, rows: list[dict[str, str]], tmp_path: Path, number: int, caplog: Any
 ) -> None:
     before, tell = signal.getsignal(number), Tell(number)
     trainer = quiet_trainer(accumulate_grad_batches=4, callbacks=[tell, Preempt()])
-    with pytest.raises(Preempted) as stop:
+    with pytest.raises(Preempted) as stop, caplog.at_level("INFO"):
         fit(pretrained, trainer, rows)
+    path = tmp_path / "checkpoints" / "resume-step=1.ckpt"  # no callback of the trainer would find it as the last
+    assert f'saved step 1 to {path}. Resume with trainer.fit(..., ckpt_path="{path}").' in caplog.text
     assert stop.value.code == 75
     assert tell.stepped_on == 3
-    saved = torch.load(tmp_path / "checkpoints" / "resume-step=1.ckpt", weights_only=True)
+    saved = torch.load(path, weights_only=True)
     assert saved[POSITION_KEY]["micro_batches"] == 4
     assert signal.getsignal(number) == before
 
@@ -131,7 +133,7 @@ def test_a_signal_to_all_processes_leaves_data_workers_alone_so_that_the_step_ca
     assert torch.load(path, weights_only=True)["global_step"] == 1
     told = "Interrupted: saving a checkpoint after this step. Press Ctrl-C again to end at once"
     assert ended.errors.count(told) == (name == "SIGINT")
-    assert f"Received {name}; saved step 1 to {path}. Resume with --ckpt_path last." in ended.errors
+    assert f'Received {name}; saved step 1 to {path}. Resume with trainer.fit(..., ckpt_path="last").' in ended.errors
 
 
 def test_a_second_ctrl_c_ends_the_process_at_once(pretrained: str, tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ def test_a_run_that_starts_at_step_0_is_refused_and_one_that_resumes_is_not(
 ) -> None:
     folder = run("a.ckpt", callbacks={})
     (folder / "checkpoints").rename(folder / kept_in)
-    trainer: Any = SimpleNamespace(global_step=0, checkpoint_callbacks=[SimpleNamespace(dirpath=folder / "elsewhere")])
+    trainer: Any = SimpleNamespace(
+        callbacks=[], global_step=0, checkpoint_callbacks=[SimpleNamespace(dirpath=folder / "elsewhere")]
+    )
     with pytest.raises(InputError, match=rf"Resume it from .*{kept_in}/a.ckpt"):
         refuse_anew(trainer, folder)
     trainer.global_step = 5

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.checkpoints.reading import RUN_INFO_KEY, Checkpoint
 from lightning_sft.checkpoints.run_info import validation_data
 from lightning_sft.data.rows.mixture import Mixture, Part
@@ -101,3 +105,54 @@ def test_loggers_get_the_optimizer_and_the_data(pretrained: str, jsonl: Any, tmp
     assert (found["optimizer"]["class"], found["optimizer"]["lr"]) == ("AdamW", 0.01)
     assert (found["data"]["train"]["parts"][0]["source"], found["data"]["train"]["parts"][0]["rows"]) == (path, 5)
     assert (found["data_module"]["tokens_per_batch"], found["pretrained"]) == (100, pretrained)
+
+
+class Own(SFTModule):
+    """As a user derives a module with an argument of its own."""
+
+    def __init__(self, pretrained: str, beta: float = 0.1, **settings: Any) -> None:
+        super().__init__(pretrained, **settings)
+        self.save_hyperparameters("pretrained", "beta")
+
+
+class OwnData(SFTDataModule):
+    def __init__(self, train: Any, kind: str = "chat", seed: int = 3, **settings: Any) -> None:
+        super().__init__(train, seed=seed, **settings)
+        self.save_hyperparameters("kind", "train")
+
+
+def shown_by_tensorboard(folder: Path) -> dict[str, Any]:
+    """The hyperparameters that the HPARAMS tab shows: those of the first event of a session."""
+    from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    events = EventAccumulator(str(folder)).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    started = HParamsPluginData.FromString(content).session_start_info.hparams
+    return {name: getattr(value, value.WhichOneof("kind")) for name, value in started.items()}
+
+
+@pytest.mark.parametrize("kinds", [(SFTModule, SFTDataModule), (Own, OwnData)])
+def test_tensorboard_shows_everything_also_of_subclasses_that_save_hyperparameters(
+    kinds: Any, pretrained: str, jsonl: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    path, log = jsonl([{"prompt": f"{i}", "completion": "a"} for i in range(5)]), tmp_path / "log"
+    log.mkdir()  # as the command line does, which saves config.yaml there
+    module = kinds[0](pretrained, optimizer=partial(torch.optim.AdamW, lr=0.01))
+    data = kinds[1](path, max_length=50, tokenizer=pretrained)
+    settings: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    for _ in range(2):  # a second fit of the same objects logs the same
+        logger = TensorBoardLogger(str(log), "", "")
+        Trainer(accelerator="cpu", logger=logger, enable_checkpointing=False, **settings).fit(module, data)
+        found, shown = yaml.safe_load((log / "hparams.yaml").read_text()), shown_by_tensorboard(log)
+        assert (found["optimizer"]["class"], found["optimizer"]["lr"], found["pretrained"]) == (
+            "AdamW",
+            0.01,
+            pretrained,
+        )
+        assert (shown["optimizer/class"], shown["optimizer/lr"], shown["pretrained"]) == ("AdamW", 0.01, pretrained)
+        assert (found["data_module"]["max_length"], shown["data_module/max_length"]) == (50, 50)
+        assert path in shown.values(), shown
+        if kinds[0] is Own:
+            assert (found["beta"], shown["beta"], found["kind"], shown["kind"]) == (0.1, 0.1, "chat", "chat")

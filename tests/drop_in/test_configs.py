@@ -64,6 +64,17 @@ def test_a_mixture_of_dictionaries_is_one_of_parts() -> None:
         Mixture({"a": {"source": "a.jsonl", "shares": 3}})
 
 
+def test_a_command_line_of_a_user_says_what_a_wrong_argument_may_mean(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = blocks("Your LightningCLI", "bash")[0].replace("\\\n", " ").split()
+    for wrong, own in (("--model.lr", "model.optimizer.lr"), ("--data.batch_size", "tokens_per_batch")):
+        monkeypatch.setattr(sys, "argv", [*words[1:], wrong, "1"])
+        with pytest.raises(SystemExit):
+            exec(blocks("Your LightningCLI")[0], {"__name__": "__main__"})
+        assert f"Did you mean {own}?" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_command_line_of_a_user_takes_our_classes(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [command] = blocks("Your LightningCLI", "bash")
     words = command.replace("\\\n", " ").split()

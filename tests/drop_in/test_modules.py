@@ -49,6 +49,14 @@ def test_gradients_of_a_users_batches_are_the_mean_over_all_targets_of_a_step(pr
     assert furthest(run.gradients, wanted) <= 1e-5
 
 
+def test_its_checkpoint_is_loaded_and_generates(pretrained: str, capsys: Any) -> None:
+    scope = run_code(YOUR_DATA, 1, **run_code(YOUR_DATA))
+    assert capsys.readouterr().out.endswith(f"{scope['data'].tokenizer.decode(scope['answer'][0])}\n")
+    assert scope["answer"].shape[1] > len(scope["data"].tokenizer("Say 3").input_ids)
+    before = AutoModelForCausalLM.from_pretrained(pretrained).get_input_embeddings().weight
+    assert not torch.equal(scope["model"].get_input_embeddings().weight, before)
+
+
 def test_figures_of_a_users_batches_are_those_of_the_corpus(pretrained: str, quiet_trainer: Make) -> None:
     data = run_code(YOUR_DATA)["YourData"]()
     [found] = quiet_trainer().validate(SFTModule(pretrained), data, verbose=False)

@@ -8,9 +8,12 @@ import warnings
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
+from torch.optim import AdamW
 
 from lightning_sft import Mixture, Part, SFTDataModule, SFTModule, callbacks
 from lightning_sft.evaluation.generation import Sampling
+from lightning_sft.io.closest import ELSEWHERE
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.training.optimizers import OptimizerPart
 from lightning_sft.types import InputError
@@ -21,6 +24,9 @@ from lightning_sft.types import InputError
     [
         (SFTModule, "lr", r"'lr'. It is .* SFTModule\(optimizer=functools.partial\(torch.optim.AdamW, lr=...\)\)"),
         (SFTModule, "weight_decay", "AdamW, weight_decay="),
+        (SFTModule, "learning_rate", r"AdamW, lr=...\)"),
+        (SFTModule, "lora_alpha", r"Did you mean SFTModule\(lora=Lora\(alpha=...\)\)\?"),
+        (SFTModule, "peft_config", r"Did you mean lora\?"),
         (SFTModule, "batch_size", r"Did you mean SFTDataModule\(tokens_per_batch=...\)\?"),
         (SFTDataModule, "batch_size", r"SFTDataModule has no argument 'batch_size'. Did you mean tokens_per_batch\?"),
         (SFTDataModule, "epochs", r"Did you mean Trainer\(max_epochs=...\)\?"),
@@ -48,6 +54,13 @@ def test_no_class_of_ours_ends_in_a_type_error(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "given", "said"),
     [
+        (Lora, "rank", r"Did you mean r\?"),
+        (Lora, "lora_alpha", r"Did you mean alpha\?"),
+        (Lora, "lora_dropout", r"Did you mean dropout\?"),
+        (Lora, "target_modules", r"Did you mean targets\?"),
+        (Lora, "use_dora", r"Did you mean dora\?"),
+        (Lora, "use_rslora", r"Did you mean rslora\?"),
+        (Lora, "modules_to_save", r"Did you mean SFTModule\(trained=...\)\?"),
         (Part, "weigth", r"Did you mean weight\?"),
         (callbacks.SafeCheckpoint, "every_n_steps", r"Did you mean every_n_train_steps\?"),  # not HFExport's
         (SFTModule, "keep_last", r"Did you mean SafeCheckpoint\(keep_last=...\)\?"),
@@ -108,3 +121,30 @@ def test_helpers_of_an_override_and_methods_of_other_names_are_not_said() -> Non
         ("target_loss", "loss_inputs"),
     ):
         assert overriding(SFTModule, *names) == []
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_suggested_for_a_name_of_another_trainer_exists(name: str) -> None:
+    section, _, setting = ELSEWHERE[name].partition(".")
+    kind: Any = {"model": SFTModule, "data": SFTDataModule, "trainer": Trainer}[section]
+    for part in setting.split("."):
+        assert part in inspect.signature(kind).parameters
+        kind = {"optimizer": AdamW, "lora": Lora}.get(part)
+    with pytest.raises(InputError) as said:
+        SFTModule("m", **{name: 1})
+    assert f"{setting.rpartition('.')[2]}=..." in str(said.value) or f"Did you mean {setting}?" in str(said.value)
+
+
+def test_settings_of_another_class_in_a_dictionary_are_said_too() -> None:
+    for name, own in (("rank", "r"), ("lora_alpha", "alpha"), ("target_modules", "targets"), ("use_dora", "dora")):
+        with pytest.raises(InputError, match=rf"Lora has no '{name}'; .* Did you mean {own}\?"):
+            SFTModule("m", lora={name: 1})
+
+
+@pytest.mark.parametrize("value", [16, True, "yes"])
+def test_what_stands_for_settings_is_said_with_its_import(value: Any) -> None:
+    with pytest.raises(InputError) as said:
+        SFTModule("m", lora=value)
+    assert "Give Lora(r=16) (from lightning_sft.model.tuning.adapters import Lora), or {'r': 16}." in str(said.value)
+    with pytest.raises(InputError, match=r"Give Sampling\(temperature="):
+        SFTModule("m", sampling=value)

@@ -21,6 +21,8 @@ from lightning_sft.main import main
         ("--model.lora.r x", "--model.lora.r is x; expected an integer"),
         ("--model.lora true", "--model.lora is True; expected its settings, as model.lora.r, or null"),
         ("--model.lora.rr 4", "--model.lora.rr is not known: Lora has r, alpha, .* Did you mean r\\?"),
+        ("--model.lora.rank 4", "--model.lora.rank is not known: .* Did you mean r\\?"),
+        ("--model.lora.lora_alpha 4", "--model.lora.lora_alpha is not known: .* Did you mean alpha\\?"),
         ("--trainer.max_epochs abc", "--trainer.max_epochs is abc; expected an integer or null"),
         ("--model.optimizer AdamWW", "--model.optimizer is AdamWW; .* a class of Optimizer, .* Did you mean AdamW\\?"),
         ("--model.optimizer nowhere.Adam", "--model.optimizer is nowhere.Adam; .* No package nowhere is installed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
 from torch.optim import SGD, AdamW
 
 from lightning_sft import SFTDataModule, SFTModule
@@ -87,6 +89,43 @@ def test_settings_that_an_optimizer_does_not_take_are_refused_before_data_are_en
         quiet_trainer().fit(SFTModule(pretrained, **settings), NoData(train=rows))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": partial(AdamW, lr="1e-4")}, "lr is the string '1e-4': give the number, lr=0.0001"),
+        ({"optimizers": [OptimizerPart(partial(AdamW, lr="1e-4"))]}, "lr is the string '1e-4'"),
+        ({"optimizer": partial(AdamW, learning_rate=1e-4)}, r"keyword argument 'learning_rate'. Did you mean lr\?"),
+        ({"optimizer": partial(AdamW, wieght_decay=1)}, r"'wieght_decay'. Did you mean weight_decay\?"),
+        (
+            {"optimizer": lambda: 1},
+            r"does not take parameter groups: too many .* as functools.partial",
+        ),
+        ({"optimizer": lambda groups, lr: 1}, r"missing a required argument: 'lr'"),
+    ],
+)
+def test_what_makes_no_optimizer_is_refused_before_data_are_encoded(
+    pretrained: str, quiet_trainer: Make, settings: Any, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        quiet_trainer().fit(SFTModule(pretrained, **settings), NoData(train="nowhere.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"optimizer": lambda groups: None}, r"model.optimizer has made an object of type NoneType; expected an opt"),
+        ({"optimizer": lambda groups: 1}, r"made an object of type int; .* as functools.partial\(torch.optim.AdamW"),
+        ({"optimizer": lambda groups: 1 + None}, r"does not take its parameters or settings: unsupported operand"),
+        ({"schedule": lambda optimizer: None}, r"model.schedule has made an object of type NoneType; expected a sch"),
+    ],
+)
+def test_a_function_that_makes_something_else_is_one_error(
+    pretrained: str, rows: Any, quiet_trainer: Make, settings: Any, said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        quiet_trainer().fit(SFTModule(pretrained, **settings), SFTDataModule(train=rows, cache=None))
+
+
 def test_functions_of_users_are_called_for_the_model_alone(pretrained: str, rows: Any, quiet_trainer: Make) -> None:
     made: list[int] = []
 
@@ -112,6 +151,108 @@ def test_a_damaged_checkpoint_is_one_error_when_a_module_is_loaded_from_it(
         other.write_bytes(content)
         with pytest.raises(InputError, match=rf"other.ckpt .*{said}"):
             SFTModule.load_from_checkpoint(other)
+
+
+def test_a_path_that_is_no_checkpoint_file_is_one_error(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"There is no checkpoint 'nope.ckpt'. Give the path of a .ckpt file"):
+        SFTModule.load_from_checkpoint("nope.ckpt")
+    with pytest.raises(InputError, match=rf"{tmp_path} is a folder, and .* takes a .ckpt file, such as {saved}"):
+        SFTModule.load_from_checkpoint(tmp_path)
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty is a folder, .* and there is none in it"):
+        SFTModule.load_from_checkpoint(str(empty))
+    (empty / ".metadata").touch()
+    with pytest.raises(InputError, match=r"a sharding strategy has written.*lightning-sft export"):
+        SFTModule.load_from_checkpoint(empty)
+
+
+def said_in_a_fit(module: SFTModule, rows: Any, quiet_trainer: Make) -> list[str]:
+    """What a fit of one step warns of optimizers and schedules."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quiet_trainer(max_steps=1).fit(module, SFTDataModule(train=rows, cache=None))
+    return [text for one in said if "optimizer" in (text := str(one.message)) or "schedule" in text]
+
+
+def test_a_fit_from_a_checkpoint_says_where_its_optimizer_or_schedule_is_another(
+    pretrained: str, rows: Any, quiet_trainer: Make, tmp_path: Path
+) -> None:
+    def saved(**settings: Any) -> Path:
+        trainer = quiet_trainer(max_steps=1)
+        trainer.fit(SFTModule(pretrained, **settings), SFTDataModule(train=rows, cache=None))
+        trainer.save_checkpoint(path := tmp_path / "one.ckpt")
+        return path
+
+    path, load = saved(optimizer=partial(SGD, lr=0.125)), SFTModule.load_from_checkpoint
+    [said] = said_in_a_fit(load(path), rows, quiet_trainer)
+    assert "trained with SGD(lr=0.125, weight_decay=0), and this fit uses the default optimizer, AdamW(lr=2e-05" in said
+    assert "load it with optimizer=functools.partial(torch.optim.SGD, lr=0.125" in said
+    assert said_in_a_fit(load(path, optimizer=partial(AdamW, lr=0.5)), rows, quiet_trainer) == []
+    path = saved(optimizer=partial(AdamW, lr=0.25, weight_decay=0.01, fused=True), warmup=0.5)
+    [said] = said_in_a_fit(load(path), rows, quiet_trainer)
+    assert "trained with AdamW(lr=0.25), and this fit uses the default optimizer, AdamW(lr=2e-05)" in said
+    path = saved(schedule=partial(torch.optim.lr_scheduler.StepLR, step_size=2))
+    [said] = said_in_a_fit(load(path), rows, quiet_trainer)
+    assert "a scheduler of torch, which no checkpoint holds, and this fit uses schedule='cosine'" in said
+    assert said_in_a_fit(load(path, schedule="cosine"), rows, quiet_trainer) == []
+    assert said_in_a_fit(load(saved(warmup=0.5, schedule="linear")), rows, quiet_trainer) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*will be overridden by")
+def test_lightnings_option_for_an_optimizer_is_refused_with_ours(
+    pretrained: str, jsonl: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["--model.pretrained", pretrained, "--data.train", jsonl(rows), "--optimizer", "SGD", "--optimizer.lr", "1"]
+    monkeypatch.setattr("sys.argv", ["train.py", *args])
+    with pytest.raises(InputError, match=r"Use --model.optimizer and --model.schedule instead"):
+        LightningCLI(SFTModule, SFTDataModule, run=False, seed_everything_default=0, save_config_callback=None)
+
+
+class OwnOptimizer(SFTModule):
+    def configure_optimizers(self) -> Any:
+        return AdamW(self.parameters(), lr=1e-4)
+
+
+class OurOptimizer(SFTModule):
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer()
+
+
+class OurSchedule(SFTModule):
+    def configure_optimizers(self) -> Any:
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "unused"),
+    [
+        (OwnOptimizer, {}, ""),
+        (OwnOptimizer, {"optimizer": partial(SGD, lr=1.0)}, "model.optimizer has no effect: "),
+        (OwnOptimizer, {"optimizers": [OptimizerPart(partial(SGD, lr=1.0))]}, "model.optimizers has no effect: "),
+        (OwnOptimizer, {"schedule": "linear", "warmup": 0.5}, "model.schedule and model.warmup have no effect: "),
+        (OurOptimizer, {"optimizer": partial(SGD, lr=1.0), "warmup": 0.5}, "model.warmup has no effect: OurOptimizer"),
+        (OurSchedule, {"optimizer": partial(SGD, lr=1.0), "warmup": 0.5, "schedule": "linear"}, ""),
+        (SFTModule, {"optimizer": partial(SGD, lr=1.0), "warmup": 0.5, "schedule": "linear"}, ""),
+    ],
+)
+def test_settings_that_an_override_does_not_use_are_said(
+    pretrained: str, rows: Any, quiet_trainer: Make, kind: Any, settings: Any, unused: str
+) -> None:
+    said = [text for text in said_in_a_fit(kind(pretrained, **settings), rows, quiet_trainer) if "no effect" in text]
+    assert [text[: len(unused)] for text in said] == ([unused] if unused else [])
+
+
+def test_the_default_optimizer_of_a_command_line_is_none_that_is_given(
+    pretrained: str, jsonl: Any, rows: Any, quiet_trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for more, unused in (([], []), (["--model.optimizer.lr", "1e-3"], ["model.optimizer has no effect"])):
+        args = ["train.py", "--model.pretrained", pretrained, "--data.train", jsonl(rows), *more]
+        monkeypatch.setattr("sys.argv", args)
+        module = LightningCLI(
+            OwnOptimizer, SFTDataModule, run=False, seed_everything_default=0, save_config_callback=None
+        ).model
+        said = [text.partition(":")[0] for text in said_in_a_fit(module, rows, quiet_trainer) if "no effect" in text]
+        assert said == unused
 
 
 @pytest.fixture

@@ -57,6 +57,25 @@ def test_two_ranks_apply_the_gradient_of_the_whole(folder: Path, given: tuple[st
         assert torch.equal(first[0], second[0])
 
 
+class InPlace(SFTModule):
+    """A temperature, written into the logits."""
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        logits /= 2
+        return F.cross_entropy(logits, targets, reduction="none")
+
+
+class OutOfPlace(SFTModule):
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        return F.cross_entropy(logits / 2, targets, reduction="none")
+
+
+def test_a_loss_may_change_its_logits_in_place(given: tuple[str, str]) -> None:
+    data = {"tokens_per_batch": 4096}
+    one, other = (fit(given[0], data, kind=kind) for kind in (InPlace, OutOfPlace))
+    assert torch.equal(one.gradients[0], other.gradients[0])
+
+
 class Spelled(SFTModule):
     """The default loss, as a loss of a subclass."""
 

@@ -70,13 +70,20 @@ def test_what_a_user_s_own_code_may_log_is_not_refused(pretrained: str, quiet_tr
     quiet_trainer(callbacks=[EarlyStopping("reward", strict=False), Seen()]).fit(SFTModule(pretrained), data())
 
 
-def test_early_stopping_without_validation_data_is_refused(pretrained: str, quiet_trainer: Make) -> None:
+def test_waiting_for_a_validation_without_its_data_is_refused(
+    pretrained: str, quiet_trainer: Make, tmp_path: Any
+) -> None:
     seen = Seen()
     with pytest.raises(InputError, match=r"EarlyStopping monitors 'val/loss', and there are no validation data"):
         quiet_trainer(callbacks=[EarlyStopping("val/loss"), seen]).fit(SFTModule(pretrained), data(None))
     assert seen.batches == 0
     with pytest.raises(InputError, match=r"leave trainer.limit_val_batches above 0"):
         quiet_trainer(callbacks=[EarlyStopping("val/loss")], limit_val_batches=0).fit(SFTModule(pretrained), data())
+    best = ModelCheckpoint(tmp_path, monitor="val/loss")
+    with pytest.raises(InputError, match=r"ModelCheckpoint monitors 'val/loss', and there are no validation data: set"):
+        quiet_trainer(callbacks=[best], enable_checkpointing=True).fit(SFTModule(pretrained), data(None))
+    ours = [BestCheckpoint(tmp_path), ModelCheckpoint(tmp_path, monitor="train/loss")]  # there by default; logged
+    quiet_trainer(callbacks=ours, enable_checkpointing=True).fit(SFTModule(pretrained), data(None))
     module = SFTModule(pretrained, schedule=partial(ReduceLROnPlateau, monitor="val/loss"))
     with pytest.raises(InputError, match=r"stepped after each validation: set data.val, and leave trainer.limit_val"):
         quiet_trainer(limit_val_batches=0).fit(module, data())

@@ -5,11 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_sft.data.batches.split_plan import default_tokens_per_batch
 from lightning_sft.training import trainer as trainer_facts
-from lightning_sft.training.trainer import Agreement, data_parallel, on_cuda, sum_over_ranks, trainer_on_paper
+from lightning_sft.training.trainer import (
+    Agreement,
+    data_parallel,
+    how_to_resume,
+    on_cuda,
+    sum_over_ranks,
+    trainer_on_paper,
+)
 
 
 def trainer(monkeypatch: pytest.MonkeyPatch, said: list[float], world_size: int = 2) -> Any:
@@ -85,3 +94,9 @@ def test_on_paper_devices_that_share_a_batch_are_one_rank() -> None:
             **{"strategy": SimpleNamespace(class_path="fsdp2", init_args=own), **dict.fromkeys(names, 0)},
         )
         assert data_parallel(trainer_on_paper(None, settings)) == (0, num_ranks)
+
+
+def test_how_a_run_resumes_is_said_as_it_was_started(quiet_trainer: Any) -> None:
+    assert how_to_resume(quiet_trainer()) == 'trainer.fit(..., ckpt_path="last")'
+    of_cli = SaveConfigCallback(LightningArgumentParser(), Namespace())
+    assert how_to_resume(quiet_trainer(callbacks=[of_cli]), "a.ckpt") == "--ckpt_path a.ckpt"

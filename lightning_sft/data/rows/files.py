@@ -68,7 +68,7 @@ class Line:
                     f"{self.path}:1: not valid JSON: the line is {self.content.strip().decode()!r} alone, and each "
                     "line of JSONL is a row. Name a file of JSON over several lines .json."
                 ) from error
-            raise _not_json(self.path, self.number, error) from error
+            raise _not_json(self.path, self.number + getattr(error, "lineno", 1) - 1, error) from error
 
 
 class BrokenRow:
@@ -340,6 +340,13 @@ def _skip(text: str, at: int) -> int:
 
 def _not_json(path: File, line: int, error: ValueError) -> InputError:
     if isinstance(error, json.JSONDecodeError):
+        whole = error.doc.rstrip()
+        if error.pos >= len(whole):
+            line, column = line - error.doc.count("\n", len(whole), error.pos), len(whole) - whole.rfind("\n")
+            return InputError(
+                f"{path}:{line}: not valid JSON: {error.msg} (column {column}, where the text ends: it may "
+                "have been cut short)."
+            )
         return InputError(f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}).")
     return InputError(f"{path}:{line}: not valid JSON: {error}.")
 

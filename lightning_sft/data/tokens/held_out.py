@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from lightning_sft.data.rows.messages import Converter, Reading
@@ -28,13 +29,15 @@ def share_of(val: Any, train: Any) -> float | None:
         train: Training data.
 
     Raises:
-        InputError: When it is not above 0 % and below 100 %, or there are no training data.
+        InputError: When it is not above 0 % and below 100 %, is a number without the sign, or there are no training
+            data.
 
     >>> share_of("5%", "train.jsonl"), share_of("val.jsonl", "train.jsonl")
     (0.05, None)
     """
     found = _SHARE.fullmatch(val) if isinstance(val, str) else None
     if found is None:
+        _check_is_no_number(val)
         return None
     share = float(found[1]) / 100
     if not 0 < share < 1:
@@ -42,6 +45,21 @@ def share_of(val: Any, train: Any) -> float | None:
     if train is None:
         raise InputError(f"data.val={val} is a share of data.train, which is missing. Set it, or give validation data.")
     return share
+
+
+def _check_is_no_number(val: Any) -> None:
+    """Refuse a share, or a number of rows, that is no percentage, and that no file is called."""
+    try:
+        number = float(val) if isinstance(val, (int, float, str)) and not isinstance(val, bool) else None
+    except ValueError:
+        return
+    if number is not None and not (isinstance(val, str) and Path(val).exists()):
+        share = 100 * number if 0 < number < 1 else number
+        example = f"{share:g}%" if 0 < share < 100 else "10%"
+        raise InputError(
+            f"data.val is {val!r}; expected a percentage, as {example!r}, for a share of the training data, or "
+            "validation data."
+        )
 
 
 def side_of(split: str, share: float | None) -> Side | None:

@@ -67,7 +67,9 @@ def test_files_that_were_put_together_have_several_byte_order_marks(tmp_path: Pa
 
 
 BAD: list[tuple[str, Any, str]] = [
-    ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON"),
+    ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON: .* \(column 6, where the text ends"),
+    ("a.jsonl", '{"a": 1}\n{"a": 2\n{"a": 3}\n', r"a\.jsonl:2: not valid JSON: .* \(column 8, where the text ends"),
+    ("a.json", '[{"a": 1},\n {"a": 2\n\n', r"a\.json:2: not valid JSON: .* \(column 9, where the text ends"),
     ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: not valid JSON"),
     ("a.json", '[{"a": 1},\n {"a": 2', r"a\.json:2: not valid JSON"),
     ("a.jsonl", "", "has no rows"),

@@ -194,3 +194,18 @@ def test_the_first_rows_of_a_part_are_used(first: int, tmp_path: Path) -> None:
     assert [example.provenance for example in split.examples][:first] == expected
     assert [prompt.provenance for prompt in load_prompts(mixture, TOKENIZER)][:first] == expected
     assert load_split("train", mixture, EncodingConfig(TOKENIZER), first=2).part_sizes == [min(first, 2), 2]
+
+
+@pytest.mark.parametrize(
+    ("val", "example"),
+    [(0.1, "10%"), (5, "5%"), ("0.1", "10%"), ("5", "5%"), (0.005, "0.5%"), (500, "10%"), (-1, "10%")],
+)
+def test_a_share_that_is_no_percentage_is_refused_with_one(val: Any, example: str) -> None:
+    with pytest.raises(InputError, match=rf"^data.val is {val!r}; expected a percentage, as '{example}', for a share"):
+        SFTDataModule("train.jsonl", val=val)
+
+
+def test_a_file_may_be_called_as_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2024").mkdir()
+    assert SFTDataModule("train.jsonl", val="2024").held_out is None
