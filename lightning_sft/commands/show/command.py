@@ -19,10 +19,12 @@ from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.plan import Division
 from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
-from lightning_sft.data.inspect.clean import left_out, write_clean
+from lightning_sft.data.inspect.clean import clean_files, left_out, write_clean
 from lightning_sft.data.inspect.documents import EpochDocuments, PlacedDocument
 from lightning_sft.data.inspect.summary import show_counts, show_details
 from lightning_sft.data.inspect.token_text import PieceReader
+from lightning_sft.data.rows.files import kind_of
+from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import Index, check_arguments
@@ -41,6 +43,7 @@ def show(
     html_rows: Index = 1000,
     check: Thresholds | None = None,
     clean: str | Path | None = None,
+    overwrite: bool = False,
 ) -> list[Finding]:
     """Show the training data token by token, with a report.
 
@@ -58,13 +61,14 @@ def show(
         check: Thresholds of an audit of the whole data set, which exits with 1 if a share exceeds one. ``--check`` uses
             the default thresholds; ``--check.max_refused 0.01``, or a section ``check`` in a YAML, changes one.
         clean: Path of a JSONL file to write with the usable rows of the training data in the normal form.
+        overwrite: Whether ``clean`` may replace an existing file; never one of the files that are read.
 
     Returns:
         Findings of the audit; empty without ``check``.
 
     Raises:
-        InputError: When the data module is not an SFTDataModule, the row does not exist, or ``clean`` is set for a
-            stream, of which only the first rows are read.
+        InputError: When the data module is not an SFTDataModule, the row does not exist, a file would be written
+            over, or ``clean`` is set for a stream, of which only the first rows are read.
     """
     if not isinstance(data, SFTDataModule):
         raise InputError(f"show needs an SFTDataModule or a subclass, got {type(data).__name__}.")
@@ -72,6 +76,16 @@ def show(
     is_stream = data.streaming
     if clean is not None and is_stream:
         raise InputError("clean needs all rows, and a stream is read only in part: set data.streaming=false.")
+    sources = [
+        part.source
+        for given in data.sources.values()
+        if given is not None
+        for part in as_mixture(given).of_name.values()
+    ]
+    if clean is not None and data.sources["train"] is not None:
+        clean_files(clean, as_mixture(data.sources["train"]), sources, overwrite)
+    if html is not None and kind_of(Path(html)) is not None:
+        raise InputError(f"html={html} would be a page with the name of a data file. Give one that ends in .html.")
     data, fit_stops = _previewed(data, module, trainer)
     assert data.tokenizer is not None
     console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), data.pad_id

@@ -229,6 +229,7 @@ def test_the_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         "--html_rows ",
         "--check ",
         "--clean ",
+        "--overwrite ",
         "--data.train ",
         "--model.normalize ",
     ):
@@ -296,6 +297,25 @@ def test_clean_writes_the_usable_rows_and_says_what_is_left_out(
     assert second["messages"][1] == {"role": "assistant", "content": "Yo", "weight": 2.0}
     with pytest.raises(InputError, match=r"clean needs all rows, .* set data\.streaming=false"):
         show("--clean", str(out), "--data.streaming", "true")
+
+
+def test_clean_and_html_write_over_no_data(show: Any, config: dict[str, Any], jsonl: Any, tmp_path: Path) -> None:
+    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": 3}])
+    train, other = Path(config["data"]["train"]), tmp_path / "other.jsonl"
+    before = train.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(train)
+    other.write_text("mine")
+    for name in (config["data"]["train"], config["data"]["val"], str(tmp_path / "link.jsonl")):
+        with pytest.raises(InputError, match="is one of the files that are read"):
+            show("--clean", name, "--overwrite", "true")
+        with pytest.raises(InputError, match="would be a page with the name of a data file"):
+            show("--html", name)
+    with pytest.raises(InputError, match=r"other.jsonl already exists. Give another file .*--overwrite true"):
+        show("--clean", str(other))
+    with pytest.raises(InputError, match=r"give a name that ends in .jsonl"):
+        show("--clean", str(tmp_path / "out.jsonl.gz"))
+    assert (train.read_bytes(), other.read_text()) == (before, "mine")
+    assert f"Usable rows: 1 in {other}" in show("--clean", str(other), "--overwrite", "true")
 
 
 def test_of_a_stream_the_first_rows_are_shown(show: Any, config: dict[str, Any]) -> None:
