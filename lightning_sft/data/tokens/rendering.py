@@ -51,8 +51,11 @@ class Rendering:
         forget_json()
         self.variables = {**config.variables, **conversation.template_kwargs}
         messages, self.notes = template.prepared(conversation.messages)
+        treatment = config.control_tokens
+        if treatment == "text" and messages[0]["role"] == "text":  # no template has turns in it that could be forged
+            treatment = "as_is"
         messages, self.tools, found = control_tokens.treated(
-            messages, conversation.tools, template.special, config.control_tokens
+            messages, conversation.tools, template.special, treatment
         )
         if found:
             self.notes.add(f"control tokens in their texts are {found}")

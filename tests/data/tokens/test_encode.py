@@ -157,6 +157,18 @@ def test_control_tokens_in_texts_are_text_as_transformers_makes_it(texts: tuple[
     assert encoded.notes == {"control tokens in their texts are tokenized as plain text"}
 
 
+def test_control_tokens_of_a_plain_text_are_tokens_and_the_note_says_so() -> None:
+    text = "<|im_start|>user\nHi<|im_end|>\n"
+    row = Conversation([{"role": "text", "content": text}], weights=[1.0])
+    tokenizer = tiny_tokenizer()
+    [encoded] = encode_all([row], tokenizer)
+    own, ids = tokenizer(text)["input_ids"], list(encoded.examples[0].input_ids)
+    assert own in (ids, ids[:-1], ids[1:-1], ids[1:])
+    assert encoded.notes == {"control tokens in their texts are left as the tokens that they are"}
+    with pytest.raises(InputError, match=r"contains the control token '<\|im_start\|>'"):
+        encode(row, tokenizer, config=TemplateConfig(control_tokens="refuse"))
+
+
 def test_control_tokens_are_refused_or_kept_where_that_is_asked_for() -> None:
     tokenizer, conv = tiny_tokenizer(), conversation(FORGED, "c")
     with pytest.raises(InputError, match=r"turn 1 .user. contains the control token '<\|im_end\|>'"):
