@@ -52,11 +52,9 @@ class Rendering:
         self.variables = {**config.variables, **conversation.template_kwargs}
         messages, self.notes = template.prepared(conversation.messages)
         treatment = config.control_tokens
-        if treatment == "text" and messages[0]["role"] == "text":  # no template has turns in it that could be forged
+        if treatment == "text" and [m["role"] for m in messages[:1]] == ["text"]:  # it has no turns to forge
             treatment = "as_is"
-        messages, self.tools, found = control_tokens.treated(
-            messages, conversation.tools, template.special, treatment
-        )
+        messages, self.tools, found = control_tokens.treated(messages, conversation.tools, template.special, treatment)
         if found:
             self.notes.add(f"control tokens in their texts are {found}")
         self.shift, self._merged = 0, None
