@@ -422,6 +422,14 @@ def test_an_empty_turn_of_the_user_is_said(text: str) -> None:
     assert encoded.notes == {"a turn of the user is empty"}
 
 
+def test_that_the_blanks_of_an_answer_are_left_out_is_said() -> None:
+    tokenizer = tiny_tokenizer()
+    blank, empty = encode_all([conversation("q", " \n "), conversation("q", "")], tokenizer)
+    assert list(blank.examples[0].input_ids) == list(empty.examples[0].input_ids)
+    assert blank.notes == {"an answer is of blanks, which are left out, and its stop token alone is trained"}
+    assert empty.notes == {"an answer is empty, and its stop token alone is trained"}
+
+
 def test_a_call_in_the_text_of_an_answer_is_said() -> None:
     [encoded] = encode_all([conversation("q", "<tool_call>\n{}\n</tool_call>")], tiny_tokenizer())
     assert encoded.notes == {"answers have tool calls in their texts (<tool_call>), which are trained as they are"}
