@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -376,6 +378,21 @@ def test_two_thoughts_are_refused_and_the_remedy_works() -> None:
         read_turns(message)
     [(turn, _)] = read_turns(message, Dialect({}, {"thinking": "ignored"}))
     assert turn == {"role": "assistant", "content": message["content"]}
+
+
+@pytest.mark.parametrize("kind", ["reasoning", "thinking"])
+def test_the_remedy_for_two_thoughts_names_the_part_of_the_content_and_works(kind: str) -> None:
+    text = "<think>Why?</think>So."
+    parts = [{"type": kind, kind: "How?"}, {"type": "text", "text": text}]
+    message = {"role": "assistant", "content": parts, "reasoning_content": "How?"}
+    with pytest.raises(InputError) as refused:
+        read_turns(message)
+    [remedy] = re.findall(r"data\.message_keys=({.*?}) keeps", str(refused.value))
+    assert remedy == f"{{{kind}: ignored, reasoning_content: ignored}}"
+    ignored: set[str] = set()
+    [(turn, _)] = read_turns(message, Dialect({}, yaml.safe_load(remedy)), ignored)
+    assert turn == {"role": "assistant", "content": text}
+    assert ignored == {f"messages[].content[].{kind}", "messages[].reasoning_content"}
 
 
 def test_calls_in_tags_are_read_as_calls() -> None:
