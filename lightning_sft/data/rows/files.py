@@ -1,7 +1,8 @@
 """One data file to rows: JSONL, JSON, CSV, TSV and text (plain, gz, bz2, xz or zst), Parquet and Arrow.
 
 JSON is read by the json module and never through Arrow, which gives all rows one schema: there, a key that one row has
-becomes a null in every other. In Parquet and Arrow that has already happened, so keys without a value are left out.
+becomes a null in every other. In Parquet and Arrow that has already happened, so keys without a value are left out
+within a column.
 Whatever a file holds, it is read in bounded memory: a row has at most :data:`MAX_ROW` bytes, and a packed file unpacks
 to at most :data:`MAX_EXPANSION` times its size.
 """
@@ -141,6 +142,15 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
+def row_of_table(row: Any) -> Any:
+    """A row of a table: its columns keep a null, which is a cell without a value, and nothing inside of them does.
+
+    >>> row_of_table({"prompt": None, "tools": [{"name": "f", "strict": None}]})
+    {'prompt': None, 'tools': [{'name': 'f'}]}
+    """
+    return {key: without_nulls(value) for key, value in row.items()}
+
+
 def _read_jsonl(path: File) -> Iterator[tuple[Line, int]]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
@@ -241,7 +251,7 @@ def _rows_of(path: File, schema: Any, batches: Any) -> Iterator[tuple[Any, str]]
         if unpacked > most:
             raise _expands(path)
         for number, row in enumerate(batch.to_pylist(), before + 1):
-            yield without_nulls(row), f"row {number}"
+            yield row_of_table(row), f"row {number}"
         before += len(batch)
 
 

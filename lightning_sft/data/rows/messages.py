@@ -188,11 +188,11 @@ def _read(found: Found, reading: Reading, provenance: str, ignored: set[str]) ->
     """A row whose format is known; ``ignored`` takes in what says nothing."""
     weight = found.optional.get("weight", 1.0)
     flag = None if isinstance(weight, float) else flag_of(weight)
-    scale = weight_of(weight, "'weight'") if flag is None else float(flag)
+    scale = weight_of(weight, found.named("weight")) if flag is None else float(flag)
     if found.name == "tokens":
         return read_tokens(found.question, found.answers, found.optional, scale, provenance)
     if found.name == "text":
-        text = text_of(found.question, "'text'")
+        text = text_of(found.question, found.question_column)
         if not text.strip():
             raise InputError("the text is empty. Remove the row.")
         return Conversation([{"role": "text", "content": text}], weights=[scale], provenance=provenance)

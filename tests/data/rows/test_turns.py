@@ -90,12 +90,12 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        (None, "expected {'role', 'content'} or {'from', 'value'}, got NoneType"),
+        (None, "expected {'role', 'content'} or {'from', 'value'}, got null"),
         ({"content": "x"}, "expected .* got dict {'content': 'x'}"),
         ({"role": "fool", "content": "x"}, "the role must be one of system, .* got str 'fool'. .* data.roles"),
         ({"role": ["user"], "content": "x"}, r"the role must be one of .* got list \['user'\]"),
-        ({"from": None, "value": "x"}, "the role must be one of .* got NoneType"),
-        ({"role": "user"}, r"'content' \(user\) must be a string, got NoneType"),
+        ({"from": None, "value": "x"}, "the role must be one of .* got null"),
+        ({"role": "user"}, r"'content' \(user\) must be a string, got null"),
         ({"from": "gpt", "value": None}, r"'value' \(assistant\) must be a string"),
         ({"role": "user", "content": 3}, r"'content' \(user\) must be a string, got int 3"),
         ({"role": "user", "content": "x\udc80"}, r"'content' \(user\) has half a character at 1: str '\\udc80'"),
@@ -192,7 +192,7 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
             "nested more than 64 deep",
         ),
         ({"from": "function_call", "value": "weather()"}, "the function call: not valid JSON"),
-        ({"from": "function_call", "value": None}, "tool call 1 must be an object with 'function', got NoneType"),
+        ({"from": "function_call", "value": None}, "tool call 1 must be an object with 'function', got null"),
     ],
 )
 def test_what_is_no_message_is_one_error_that_says_what_was_expected(turn: Any, message: str) -> None:
