@@ -10,7 +10,6 @@ to at most :data:`MAX_EXPANSION` times its size.
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
 import io
 import json
@@ -26,6 +25,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from lightning_sft.data.rows import strict_json
+from lightning_sft.data.rows.csv_files import BrokenRow, rows_of_csv
 from lightning_sft.data.rows.remote import File
 from lightning_sft.types import InputError
 
@@ -72,25 +72,6 @@ class Line:
             raise _not_json(self.path, self.number, error) from error
 
 
-class BrokenRow:
-    """A row that cannot be read, among others that can.
-
-    Args:
-        error: What is wrong with it, with its place.
-    """
-
-    def __init__(self, error: InputError) -> None:
-        self.error = error
-
-    def parse(self) -> Any:
-        """Nothing.
-
-        Raises:
-            InputError: The error.
-        """
-        raise self.error
-
-
 def read_file(path: File) -> Iterator[tuple[Any, str]]:
     """The rows of a file, each with its place: ``file:line``, or ``file:row number`` in Parquet and Arrow, and where
     several rows of JSON stand on one line.
@@ -103,7 +84,7 @@ def read_file(path: File) -> Iterator[tuple[Any, str]]:
 
 
 def skim_file(path: File) -> Iterator[tuple[Any, str]]:
-    """The same, but a row of JSONL is a :class:`Line`, and one of the wrong number of cells a :class:`BrokenRow`."""
+    """The same, but a row of JSONL is a :class:`Line`, and a broken one of CSV a :class:`BrokenRow`."""
     kind = kind_of(path)
     if kind is None:
         raise InputError(
@@ -161,7 +142,10 @@ def _read_text(path: File) -> Iterator[tuple[Any, int]]:
     """Each line as a text of its own, as the loader ``text`` of datasets has it."""
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            yield {"text": _decoded(line, path, number).rstrip("\r\n")}, number
+            try:
+                yield {"text": _decoded(line, path, number).rstrip("\r\n")}, number
+            except InputError as error:
+                yield BrokenRow(error), number
 
 
 def _read_json(path: File) -> Iterator[tuple[Any, int | str]]:
@@ -194,24 +178,7 @@ def _read_json(path: File) -> Iterator[tuple[Any, int | str]]:
 
 
 def _read_csv(path: File, delimiter: str = ",") -> Iterator[tuple[Any, int]]:
-    csv.field_size_limit(MAX_ROW)  # characters of a cell; 128 KiB are the default
-    texts = (_decoded(line, path, number) for number, line in enumerate(_lines(path), 1))
-    lines = csv.reader(texts, strict=True, delimiter=delimiter)
-    header: list[str] = []
-    place = 1
-    try:
-        for cells in lines:
-            if not header:
-                header = cells
-                if len(set(header)) < len(header):
-                    raise InputError(f"{path}:{place}: two columns have the same name: {header}.")
-            elif cells:
-                count = f"{path}:{place}: the row has {len(cells)} cells, the header {len(header)}."
-                as_header = len(cells) == len(header)
-                yield dict(zip(header, cells, strict=True)) if as_header else BrokenRow(InputError(count)), place
-            place = lines.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{path}:{place}: not valid CSV: {error}.") from error
+    return rows_of_csv(path, _lines(path), lambda line, number: _decoded(line, path, number), delimiter, MAX_ROW)
 
 
 def _read_parquet(path: File) -> Iterator[tuple[Any, str]]:

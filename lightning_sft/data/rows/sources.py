@@ -9,7 +9,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.data.rows.files import BrokenRow, Line, row_of_table, skim_file
+from lightning_sft.data.rows.csv_files import BrokenRow
+from lightning_sft.data.rows.files import Line, row_of_table, skim_file
 from lightning_sft.data.rows.folders import Folder, of_glob, sort_out
 from lightning_sft.data.rows.remote import File, RemoteFile, is_remote, matches, paths_below
 from lightning_sft.types import InputError

@@ -220,6 +220,61 @@ def test_without_zst_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.Monk
         list(read_file(tmp_path / "a.jsonl.zst"))
 
 
+def skimmed(path: Path) -> list[Any]:
+    """The rows of a file; of a broken one, its error."""
+    found: list[Any] = []
+    for row, _ in skim_file(path):
+        try:
+            found.append(row.parse() if hasattr(row, "parse") else row)
+        except InputError as error:
+            found.append(str(error).removeprefix(str(path)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("broken", "lines", "said"),
+    [
+        ('he said "hi",x', 1, None),  # a quotation mark within a bare cell is a character
+        ('"he said "hi"",x', 1, "not valid CSV: ',' expected after '\"'"),
+        ('"never closed,x', 1, "not valid CSV: "),
+        ("\udcff,x", 1, "not UTF-8"),
+        ("one", 1, "the row has 1 cells, the header 2"),
+    ],
+)
+def test_a_broken_row_of_csv_costs_that_row_alone(tmp_path: Path, broken: str, lines: int, said: str | None) -> None:
+    path = tmp_path / "a.csv"
+    text = f'a,b\n1,2\n"two\nlines",3\n{broken}\n4,5\n\n"6",7\n8,9\n'
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    before, after = [{"a": "1", "b": "2"}, {"a": "two\nlines", "b": "3"}], [("4", "5"), ("6", "7"), ("8", "9")]
+    rows = skimmed(path)
+    assert rows[:2] == before
+    assert rows[3:] == [{"a": a, "b": b} for a, b in after]
+    assert rows[2] == {"a": 'he said "hi"', "b": "x"} if said is None else rows[2].startswith(f":5: {said}")
+
+
+def test_a_line_of_text_that_is_not_utf_8_costs_that_row_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n\xff\nthree\n")
+    one, broken, three = skimmed(tmp_path / "a.txt")
+    assert (one, three) == ({"text": "one"}, {"text": "three"})
+    assert broken.startswith(":2: not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt;completion\nHi, you;Yo\n"),
+        ("a.csv", 'sep=;\nprompt;completion\n"Hi, you";Yo\n'),
+        ("a.csv", '"prompt"\t"completion"\n"Hi, you"\tYo\n'),
+        ("a.csv", "prompt|completion\nHi, you|Yo\n"),
+        ("a.tsv", 'prompt,completion\n"Hi, you",Yo\n'),
+        ("a.tsv", "prompt\tcompletion\nHi, you\tYo\n"),
+    ],
+)
+def test_what_separates_cells_is_seen_in_the_header(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert skimmed(tmp_path / name) == [{"prompt": "Hi, you", "completion": "Yo"}]
+
+
 def test_the_line_of_a_csv_row_is_where_it_begins(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b'a,b\r\n"1\r\n1",2\r\n\r\n3,4\r\n')
