@@ -38,6 +38,7 @@ MAX_EXPANSION = 200
 _FREE = 1 << 30  # bytes that any file may unpack to
 _BLOCK = 1 << 20  # bytes that are read at once
 _AT_A_TIME = 64  # rows of a table: a dictionary may hold each of them once
+_BEFORE_PLACE = re.compile(r"( starting)? at$")  # of what json's messages end in
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
 
@@ -151,10 +152,11 @@ def _read_text(path: File) -> Iterator[tuple[Any, int]]:
 def _read_json(path: File) -> Iterator[tuple[Any, int | str]]:
     """The elements of a list one by one, with the line on which each begins; or objects that follow each other.
 
-    A row on the line of the one before, as in a file without line ends, has its number for a place.
+    Where two rows stand on the first line that has any, as in a file without line ends, each has its number for a
+    place; elsewhere a row on the line of the one before does.
     """
     text = _text(path)
-    at, line, counted, before, number = _skip(text, 0), 1, 0, 0, 0
+    at, line, counted, before, number, by_number = _skip(text, 0), 1, 0, 0, 0, False
     is_list = text[at : at + 1] == "["
     at = _skip(text, at + is_list)
     if is_list and text[at : at + 1] == "]":
@@ -171,9 +173,12 @@ def _read_json(path: File) -> Iterator[tuple[Any, int | str]]:
                 if closed not in (",", "]") or (closed == "]") != (at == len(text)):
                     raise json.JSONDecodeError("expected a comma or the end of the list", text, at - 1)
         except ValueError as error:
-            raise _not_json(path, getattr(error, "lineno", line), error) from error
+            pos = min(getattr(error, "pos", 0), len(text.rstrip()))
+            raise _not_json(path, text.count("\n", 0, pos) + 1 if pos else line, error) from error
         number += 1
-        yield row, line if line > before else f"row {number}"
+        if number == 1:
+            by_number = at < len(text) and "\n" not in text[counted:at]
+        yield row, line if line > before and not by_number else f"row {number}"
         before = line
 
 
@@ -316,9 +321,20 @@ def _skip(text: str, at: int) -> int:
 
 
 def _not_json(path: File, line: int, error: ValueError) -> InputError:
-    if isinstance(error, json.JSONDecodeError):
-        return InputError(f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}).")
-    return InputError(f"{path}:{line}: not valid JSON: {error}.")
+    if not isinstance(error, json.JSONDecodeError):
+        return InputError(f"{path}:{line}: not valid JSON: {error}.")
+    text, what = error.doc.rstrip(), _BEFORE_PLACE.sub("", error.msg)
+    at = min(error.pos, len(text))  # a value that is missing is looked for behind the end of the line
+    column = at - text.rfind("\n", 0, at)
+    if at == len(text) or what.startswith("Unterminated"):
+        what = f"it is cut off, or a bracket or quotation mark is left open: {what}"
+    elif "control character" in what:
+        what = f"a string has a line break or another control character, which JSON writes as {_escaped(text[at])}"
+    return InputError(f"{path}:{line}: not valid JSON: {what} (column {column}).")
+
+
+def _escaped(character: str) -> str:
+    return json.dumps(character)[1:-1]
 
 
 _Reader = Callable[[File], Iterator[tuple[Any, Any]]]

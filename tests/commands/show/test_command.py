@@ -130,7 +130,7 @@ def test_rows_without_a_line_of_their_own_are_listed_and_the_clean_file_has_the_
         len(re.findall(r"9 refused: 'completion' must be a string.*\n  \S*one.json:row 2, \S*one.json:row 5", text))
         == 1
     )
-    assert re.search(r"two.json:row 2, \S*two.json:2, \S*two.json:row 8, \S*three.json:row 2", text)
+    assert re.search(r"two.json:row 2, \S*two.json:row 5, \S*two.json:row 8, \S*three.json:row 2", text)
     assert re.search(r"3 refused: the row has no answer.*\n  \S*four.parquet:row 2, \S*four.parquet:row 5", text)
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     kept = [json.loads(line)["messages"][0]["content"] for line in lines]

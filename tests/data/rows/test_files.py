@@ -36,7 +36,7 @@ def test_each_element_of_a_json_list_is_a_row_with_the_line_it_begins_on(tmp_pat
     path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
     got = list(read_file(path))
     assert [row for row, _ in got] == rows
-    lines = [2, 10, 13] if indent else [1, "row 2", "row 3"]
+    lines = [2, 10, 13] if indent else ["row 1", "row 2", "row 3"]
     assert [where for _, where in got] == [f"{path}:{line}" for line in lines]
 
 
@@ -112,6 +112,11 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     ("a.jsonl", '{\n"a": 1\n}', r"a\.jsonl:1: .* the line is '{' alone"),
     ("a.jsonl", "9" * 5_000, r"a\.jsonl:1: not valid JSON: Exceeds the limit"),
+    ("a.jsonl", '{"a": "b", "c"\n', r"a\.jsonl:1: .* it is cut off, or .* \(column 15\)"),
+    ("a.jsonl", '{"a": "b\n', r"a\.jsonl:1: .* it is cut off, .* \(column 9\)"),
+    ("a.jsonl", '{"a": "b\tc"}\n', r"a string has a line break or .*, which JSON writes as \\t \(column 9\)"),
+    ("a.json", '[{"a": 1},\n{"a": \n\n', r"a\.json:2: .* it is cut off, .* Expecting value \(column 6\)"),
+    ("a.json", '[{"a": "x\ny"}]', r"a\.json:1: .*, which JSON writes as \\n \(column 10\)"),
     ("a.csv", "", "has no rows"),
     ("a.csv", "a,b\n", "has no rows"),
     ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: the row has 1 cells, the header 2"),
@@ -218,6 +223,22 @@ def test_without_zst_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pyarrow, "Codec", SimpleNamespace(is_available=lambda name: False))
     with pytest.raises(InputError, match="pip install -U pyarrow"):
         list(read_file(tmp_path / "a.jsonl.zst"))
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ('[{"a": 1}, {"a": 2},\n{"a": 3}, {"a": 4}]', ["row 1", "row 2", "row 3", "row 4"]),
+        ('[{"a": 1}]', ["1"]),
+        ('[{"a": 1},\n {"a": 2}, {"a": 3}]', ["1", "2", "row 3"]),
+        ('{"a": 1}\n{"a": 2}', ["1", "2"]),
+        ('{"a": 1} {"a": 2}', ["row 1", "row 2"]),
+    ],
+)
+def test_rows_of_json_on_one_line_are_all_named_by_their_number(tmp_path: Path, text: str, places: list[str]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert [place for _, place in read_file(path)] == [f"{path}:{place}" for place in places]
 
 
 def skimmed(path: Path) -> list[Any]:

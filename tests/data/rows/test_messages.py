@@ -48,6 +48,15 @@ def test_a_value_that_is_no_text_is_named_by_its_column(row: Any, columns: dict[
         to_conversation(row, columns=columns)
 
 
+@pytest.mark.parametrize("row", [{"prompt": "Hi", "completion": "Yo"}, {"q": "Hi", "a": "Yo"}])
+def test_an_array_on_a_line_is_said_to_be_one(row: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=r"a:1: the row is a list of 2 objects, .* name the file \.json"):
+        Converter()([row, row], "a:1")
+    assert Converter()([{"input": "Hi", "output": "Yo"}], "a:1").messages == [USER, ANSWER]
+    with pytest.raises(InputError, match="turn 2: expected"):
+        Converter()([USER, row], "a:1")
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_a_cell_without_a_value_is_said_to_be_null(name: str, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
