@@ -145,6 +145,16 @@ def histogram(lengths: Sequence[int] | NDArray[np.int64], num_bins: int = 12) ->
     return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range((high - low) // width + 1)]
 
 
+def place_of(text: str) -> str:
+    """The place that begins a refusal, or stands before the length of a sequence; empty where there is none.
+
+    >>> place_of("a.jsonl:3: turn 2: no text"), place_of("row 3: no text"), place_of("a.jsonl:3 (99 tokens)")
+    ('a.jsonl:3', 'row 3', 'a.jsonl:3')
+    """
+    found = _PLACE.match(text)
+    return found[1] if found else text.rpartition(" (")[0]
+
+
 def by_reason(refused: Sequence[str]) -> list[tuple[str, list[str]]]:
     """Refusals in groups, most frequent first: a text, and every place.
 

@@ -147,6 +147,26 @@ def test_a_row_that_is_not_used_says_why(show: Any, config: dict[str, Any], json
         show("--row", "train.jsonl:3")
 
 
+def test_a_row_may_be_named_by_its_number(show: Any, config: dict[str, Any], jsonl: Any) -> None:
+    rows = [GOOD, {"prompt": "a", "completion": 7}, {"prompt": "Who?", "completion": "I"}]
+    config["data"] |= {"train": jsonl(json.dumps(rows), "one.json"), "val": None}
+    for asked in ("3", "row 3", "one.json:3", "one.json:row 3"):
+        text = show("--row", asked)
+        assert text.count("one.json:row 3  step") == 1
+        assert "«I<|im_end|>»" in text
+        assert "refused:" not in text
+    with pytest.raises(InputError, match=r"The row is not used. \S*one.json:row 2: 'completion' must be a string"):
+        show("--row", "2")
+    with pytest.raises(InputError, match=r"There is no row '4' .*or the number of the row"):
+        show("--row", "4")
+    config["data"]["train"] = [config["data"]["train"], jsonl(rows, "two.jsonl")]
+    with pytest.raises(InputError, match=r"The row 3 is there in several files. Name one: \S+ or \S+:"):
+        show("--row", "3")
+    with pytest.raises(InputError, match="in several files"):
+        show("--row", "2")
+    assert "two.jsonl:3  step" in show("--row", "two.jsonl:3")
+
+
 def test_rows_that_are_refused_are_listed_once(
     show: Any, config: dict[str, Any], jsonl: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
