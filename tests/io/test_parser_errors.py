@@ -44,6 +44,24 @@ def test_a_wrong_argument_is_one_short_message(flags: str, message: str, capsys:
 
 
 @pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("{source: a.jsonl, share: 70%}", r"maths.share is 70%; expected a number or null\. Write 0\.7\."),
+        ("{path: a.jsonl, share: 1}", "maths.path is not known: Part has source, share"),
+        ("3", "maths is 3; expected a string or a path"),
+    ],
+)
+def test_what_is_wrong_with_a_part_of_a_mixture_names_the_part_and_its_key(
+    part: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text(f"data:\n  train:\n    parts:\n      chat: b.jsonl\n      maths: {part}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.pretrained", "x", "--config", str(config)])
+    assert re.search(rf"a.yaml:5: data.train.parts.{message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
     ("verb", "flag", "option"),
     [
         ("fit", "--trainer.max_ep=3", "--trainer.max_epochs"),

@@ -20,6 +20,7 @@ from pyarrow import feather, ipc, parquet
 
 from lightning_sft.data.rows import files
 from lightning_sft.data.rows.files import read_file, skim_file
+from lightning_sft.data.rows.sources import parsed
 from lightning_sft.types import InputError
 
 
@@ -246,7 +247,7 @@ def skimmed(path: Path) -> list[Any]:
     found: list[Any] = []
     for row, _ in skim_file(path):
         try:
-            found.append(row.parse() if hasattr(row, "parse") else row)
+            found.append(parsed(row, ""))
         except InputError as error:
             found.append(str(error).removeprefix(str(path)))
     return found
