@@ -28,6 +28,7 @@ from lightning_sft.main import main
         ("--trainer.callbacks+=EarlyStopping --trainer.callbacks.patiens=3", "EarlyStopping has monitor, .*patience"),
         ("--model.optimizer.lr -x", "--model.optimizer.lr has no value. If -x .*, write --model.optimizer.lr=-x"),
         ("--model.optimizer.lr --model.warmup 0", "--model.optimizer.lr has no value"),
+        ("--dry-run", "--dry-run.* Did you mean --dry_run\\?"),
         ("--config nowhere.yaml", "--config is .*nowhere.yaml; there is no such file"),
         ("--model.optimizers '[{optimizer: {class_path: AdamWW}}]'", "AdamWW; expected the path of a class"),
     ],
@@ -41,6 +42,14 @@ def test_a_wrong_argument_is_one_short_message(flags: str, message: str, capsys:
     assert len(told.splitlines()) == 1
     assert len(told) < 450
     assert not re.search("Union|Subtypes|typing|<class|Namespace", told)
+
+
+@pytest.mark.parametrize("verb", ["fit", "show", "predict"])
+def test_a_config_without_its_option_is_told_it(verb: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text("data: {seed: 1}")
+    with pytest.raises(SystemExit):
+        main([verb, str(tmp_path / "d.yaml")])
+    assert f"Did you mean --config {tmp_path / 'd.yaml'}?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,12 @@ def _name(
             f"the row has no {' and no '.join(map(repr, missing))}, which data.columns={dict(columns)} names; its keys "
             f"are {_sorted(row)}.{did_you_mean(missing, map(str, row))}"
         )
+    nested = next((key for key, value in row.items() if _is_rows(value)), None)
+    if nested is not None:
+        raise InputError(
+            f"the row has its rows in {nested!r}: {len(row[nested]):,} objects, of which each seems to be a row. Write "
+            "them alone: a file of JSON has a list of rows, or a row on each line."
+        )
     expected = "; ".join(f"{name}: {form}" for name, form in FORMATS.items())
     likely = likely_columns(map(str, row)) or {"prompt": "question", "completion": "answer"}
     mapped = ", ".join(f"{key}: {column}" for key, column in likely.items())
@@ -254,6 +260,14 @@ def _name(
         f"the keys {_sorted(row)} are of no known format{with_columns}. Map the columns, as in "
         f"data.columns={{{mapped}}}, or give the keys of a format: {expected}."
     )
+
+
+def _is_rows(value: Any) -> bool:
+    """Whether a column is a list of rows, as of a file of JSON that has a list below a key."""
+    if not isinstance(value, list) or not value or not all(isinstance(one, Mapping) for one in value):
+        return False
+    keys = {str(key) for key in value[0]}
+    return likely_columns(keys) is not None or any(form.question in keys for form in FORMATS.values())
 
 
 def _has(form: Format, keys: Iterable[str], answered: bool) -> bool:

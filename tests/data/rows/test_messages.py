@@ -245,6 +245,9 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
         ({"input_ids": [1, 2], "attention_mask": [1, 1]}, "nothing says which of them to learn. Add 'labels'"),
         ({"data": ["Hi", "Yo"]}, "'data' looks like messages: str 'Hi'. .* data.columns={messages: data}"),
         ({"turns": [USER, ANSWER]}, "data.columns={messages: turns}"),
+        ({"version": 1, "data": [{"prompt": "a"}]}, "the row has its rows in 'data': 1 objects, .* Write them alone"),
+        ({"data": [{"question": "a", "answer": "b"}] * 2}, "the row has its rows in 'data': 2 objects"),
+        ({"data": [{"colour": "red"}]}, "are of no known format"),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": 3}, "'chat_template_kwargs' must be an object"),
         (
             {"messages": [USER, ANSWER], "chat_template_kwargs": {"tools": []}},

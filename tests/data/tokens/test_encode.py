@@ -297,6 +297,13 @@ def test_a_system_turn_begins_the_users_where_a_template_refuses_it() -> None:
     assert encoded.notes == {"the chat template refuses system turns, so theirs begins the user's turn"}
 
 
+def test_an_answer_after_a_system_turn_alone_is_trained() -> None:
+    messages = [{"role": "system", "content": "Say hello."}, {"role": "assistant", "content": "Hello"}]
+    tokenizer = tiny_tokenizer()
+    [example] = encode(Conversation(messages, weights=[0.0, 1.0]), tokenizer)
+    assert targets(example, tokenizer) == "Hello<|im_end|>"
+
+
 def test_a_turn_of_the_assistant_that_opens_a_conversation_is_context() -> None:
     tokenizer = tiny_tokenizer()
     opened = [{"role": "assistant", "content": "Hello"}, *turns("a", "b")]
