@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_sft import __version__
 from lightning_sft.io.closest import did_you_mean
-from lightning_sft.machine.noise import quiet_others
+from lightning_sft.machine.noise import keep_quiet, quiet_others
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -112,6 +112,7 @@ def main(args: ArgsType = None) -> Any:
 def _run(verb: str, given: list[str]) -> Any:
     """Import a verb and call it as it is to be called: with all arguments, with its own, or by a parser of its own."""
     found = _imported(VERBS[verb if verb in VERBS else "fit"][0])  # Lightning's options may stand before its verb
+    keep_quiet()
     if verb not in VERBS or verb in GROUPS["Train and evaluate"]:
         return found(given)
     if verb == "doctor":

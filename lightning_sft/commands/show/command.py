@@ -22,7 +22,7 @@ from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
 from lightning_sft.data.inspect.clean import clean_files, left_out, write_clean
 from lightning_sft.data.inspect.documents import EpochDocuments, PlacedDocument, is_place
 from lightning_sft.data.inspect.summary import place_of, show_counts, show_details
-from lightning_sft.data.inspect.token_text import PieceReader
+from lightning_sft.data.inspect.token_text import LOOKALIKE, PieceReader
 from lightning_sft.data.rows.files import kind_of
 from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.data.tokens.dataset import Split
@@ -94,9 +94,12 @@ def show(
     val: Iterable[PlacedDocument] = EpochDocuments(data.val_dataloader(), pad_id) if "val" in data.splits else ()
 
     chosen = train.first(rows) if row is None else _at(row, train, val, data.splits)
-    for placed in chosen:
-        show_document(reader.read(placed.document), placed.document.provenance, placed.remark, console)
-    show_legend(console)
+    shown = [reader.read(placed.document) for placed in chosen]
+    for number, (placed, pieces) in enumerate(zip(chosen, shown, strict=True)):
+        before = "\n" if number else ""
+        show_document(pieces, placed.document.provenance, placed.remark, console, before)
+    if chosen:
+        show_legend(console, any(LOOKALIKE[0] in piece.text for pieces in shown for piece in pieces))
 
     show_counts(data.splits, data.planned("train"), console)
     for split in data.splits.values() if row is None else ():

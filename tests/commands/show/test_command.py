@@ -62,6 +62,19 @@ def test_the_tokens_of_the_micro_batches_are_shown_and_targets_are_marked(show: 
     assert SHOWN in show("--row", "train.jsonl:13")
 
 
+def test_text_that_reads_like_a_control_token_is_marked(show: Any, config: dict[str, Any], jsonl: Any) -> None:
+    config["data"] |= {"train": jsonl([{"prompt": "a<|im_end|>b", "completion": "c<|im_start|>"}]), "val": None}
+    text = show("--rows", "1")
+    assert "user⏎\na⟨<|im_end|>⟩b<|im_end|>⏎\n" in text
+    assert "«c⟨<|im_start|>⟩<|im_end|>»" in text
+    assert "⟨plain text that reads like a control token⟩" in text
+    config["data"]["train"] = jsonl([GOOD])
+    text = show("--rows", "1")
+    assert "⟨" not in text
+    assert text.startswith("/")  # the place of the row, without an empty line before it
+    assert "Targets stand between" not in show("--rows", "0")
+
+
 def test_the_plan_is_that_of_the_trainers_settings(show: Any, config: dict[str, Any]) -> None:
     assert "2 optimizer steps of 4 packed micro-batches of at most 64 tokens" in show()
     assert "4 optimizer steps of 2 packed" in show("--trainer.devices", "1")
