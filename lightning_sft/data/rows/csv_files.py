@@ -41,7 +41,7 @@ def rows_of_csv(
 
     Args:
         path: File, for messages.
-        lines: Its lines.
+        lines: Lines of the file.
         decode: The text of a line, by its number.
         usual: What stands between cells, unless the header has something else there.
         longest: Most characters of a cell.
