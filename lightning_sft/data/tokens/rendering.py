@@ -110,7 +110,7 @@ class Rendering:
         if thoughts.begin_of(own) is not None and thoughts.are_ended_by(text[:begin]):
             raise InputError(thoughts.ENDED)
         if is_empty(message):
-            what = "of blanks, which are left out," if message.get("content") else "empty,"
+            what = "empty but for blanks, which are left out," if message.get("content") else "empty,"
             self.notes.add(f"an answer is {what} and its stop token alone is trained")
         if not reasoning and (empty := thoughts.EMPTY_THOUGHT.match(own)):
             if own[empty.end() :].lstrip().startswith(message["content"].strip()):

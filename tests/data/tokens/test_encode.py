@@ -433,7 +433,7 @@ def test_that_the_blanks_of_an_answer_are_left_out_is_said() -> None:
     tokenizer = tiny_tokenizer()
     blank, empty = encode_all([conversation("q", " \n "), conversation("q", "")], tokenizer)
     assert list(blank.examples[0].input_ids) == list(empty.examples[0].input_ids)
-    assert blank.notes == {"an answer is of blanks, which are left out, and its stop token alone is trained"}
+    assert blank.notes == {"an answer is empty but for blanks, which are left out, and its stop token alone is trained"}
     assert empty.notes == {"an answer is empty, and its stop token alone is trained"}
 
 
