@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_sft import __version__
 from lightning_sft.io.closest import did_you_mean
-from lightning_sft.machine.noise import quiet_others
+from lightning_sft.machine.noise import keep_quiet, quiet_others
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import ArgsType
@@ -52,6 +52,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
 DRY_RUN = "--dry_run"
 """Option of ``fit``, which runs ``plan`` on its arguments."""
 
+_MISUSED = 2  # exit code of a command line that is wrong, as argparse has it
 _INTERRUPTED = 128 + 2  # exit code of what SIGINT has ended, for shells
 
 VERBS = {verb: entry for group in GROUPS.values() for verb, entry in group.items()}
@@ -82,8 +83,8 @@ def main(args: ArgsType = None) -> Any:
         The :class:`SFTCLI`, with its ``trainer``, ``model`` and ``datamodule``; or what the verb returns.
 
     Raises:
-        SystemExit: With 1 when ``show --check``, ``plan`` or ``verify`` finds what does not pass, and with a message
-            when there is no such verb.
+        SystemExit: With 1 when ``show --check``, ``plan`` or ``verify`` finds what does not pass, and with 2 and a
+            message when there is no such verb.
 
     >>> main(["--version"])
     '0.1.0'
@@ -100,7 +101,8 @@ def main(args: ArgsType = None) -> Any:
         sys.exit(0)
     if not verb.startswith("-") and verb not in VERBS:
         own = f" Did you mean {_ELSEWHERE[verb]}?" if verb in _ELSEWHERE else did_you_mean([verb], VERBS)
-        sys.exit(f"lightning-sft: There is no verb {verb!r}.{own} All verbs: lightning-sft --help")
+        print(f"lightning-sft: There is no verb {verb!r}.{own} All verbs: lightning-sft --help", file=sys.stderr)
+        sys.exit(_MISUSED)
     _check_configs(given)
     if verb == "fit" and DRY_RUN in given:
         verb, given = "plan", ["plan", *(argument for argument in given[1:] if argument != DRY_RUN)]
@@ -110,6 +112,7 @@ def main(args: ArgsType = None) -> Any:
 def _run(verb: str, given: list[str]) -> Any:
     """Import a verb and call it as it is to be called: with all arguments, with its own, or by a parser of its own."""
     found = _imported(VERBS[verb if verb in VERBS else "fit"][0])  # Lightning's options may stand before its verb
+    keep_quiet()
     if verb not in VERBS or verb in GROUPS["Train and evaluate"]:
         return found(given)
     if verb == "doctor":

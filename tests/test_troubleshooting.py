@@ -19,7 +19,7 @@ REFUSED = page("reference/refused_rows.md")
 PAGE = page("howto/troubleshooting.md") + REFUSED
 ROWS = (
     *("rows/turns", "rows/calls", "rows/values", "rows/given_turns", "rows/messages", "rows/formats"),
-    *("rows/dialects", "rows/other_data", "rows/token_rows", "rows/files", "batches/split_plan"),
+    *("rows/dialects", "rows/other_data", "rows/token_rows", "rows/files", "rows/csv_files", "batches/split_plan"),
     *("tokens/encode", "tokens/chat_template", "tokens/generation_tags", "tokens/overflow"),
 )
 

@@ -96,7 +96,7 @@ class PredictionWriter(Callback, OurNames):
             write(self.path, text)
             for part in self._parts():
                 part.unlink()
-            print(f"{len(rows)} predictions: {self.path}")
+            print(f"{counted(len(rows), 'prediction')}: {self.path}")
 
     def _part(self, rank: int | str) -> Path:
         return self.path.with_name(f".{self.path.name}.rank{rank}.partial")

@@ -28,7 +28,7 @@ EX_TEMPFAIL = 75
 
 SIGNALS = tuple(name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))  # Windows has no SIGUSR1
 
-_INTERRUPTED = b"\nInterrupted: saving a checkpoint after this step. Press Ctrl-C again to end at once, without one.\n"
+_INTERRUPTED = b"\nInterrupted: saving a checkpoint after this step.\nPress Ctrl-C again to end at once, without one.\n"
 
 
 class Preempted(SystemExit):

@@ -18,7 +18,7 @@ from rich.text import Text
 from lightning_sft.commands.chat_model import Speaker
 from lightning_sft.evaluation.generation import Sampling
 from lightning_sft.io.arguments import Count, Name, check_arguments
-from lightning_sft.machine.terminal import Console
+from lightning_sft.machine.terminal import Console, printable
 from lightning_sft.types import InputError, Message
 
 _GREEDY = Sampling()
@@ -27,6 +27,8 @@ _HELP = """/reset          forget the conversation
 /set KEY VALUE  temperature, top_p, top_k, seed or max_new_tokens
 /save FILE      append the conversation to a JSONL file that fit can train on
 /quit           exit, as does Ctrl-D; Ctrl-C interrupts an answer"""
+
+_COMMANDS = ("/help", "/reset", "/system", "/set", "/save", "/quit", "/exit")
 
 
 def chat(
@@ -187,7 +189,8 @@ class Session:
 def answer_lines(session: Session, lines: Any, write: Callable[[str], None]) -> None:
     r"""Answer each line with one line, escaped as in a JSON string, so newlines are ``\n``.
 
-    Answers of several models are separated by tabs.
+    Answers of several models are separated by tabs. What commands reply is written to stderr. A line that begins with a
+    slash and no command, as a path does, is a question.
 
     Args:
         session: Session that continues from line to line; a line may be a command.
@@ -198,10 +201,14 @@ def answer_lines(session: Session, lines: Any, write: Callable[[str], None]) -> 
         InputError: When a line cannot be answered, or a command fails.
     """
     for line in (line.strip() for line in lines):
-        if line.startswith("/"):
-            if session.obey(line) is None:
+        name = line.partition(" ")[0]
+        if name in _COMMANDS:
+            if (said := session.obey(line)) is None:
                 return
+            print(said, file=sys.stderr)
         elif line:
+            if name.startswith("/"):
+                print(printable(f"{name} is no command, so the line is a question."), file=sys.stderr)
             found = session.ask(line, lambda number, text: None)
             write("\t".join(json.dumps(text, ensure_ascii=False)[1:-1] for text in found))
             sys.stdout.flush()

@@ -15,7 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors import SafetensorError
 
 from lightning_sft.io.closest import meant
-from lightning_sft.io.config_files import place_of
+from lightning_sft.io.config_files import is_config, place_of
 from lightning_sft.io.parser_errors import refusal
 from lightning_sft.machine.terminal import printable
 from lightning_sft.types import InputError
@@ -53,6 +53,7 @@ class OneLine:
         prog = f"{prog} {given}" if given in verbs else prog
         options = [name.lstrip("-") for name in parser._option_string_actions]
         text = " ".join(message.split())
+        options += ["dry_run"] if prog.endswith(" fit") else []  # which main takes out
         for name in verbs:
             text = text.replace(f"required: {name}.", "required: --")  # an argument is called as it is given
         if " required: " in text:
@@ -61,7 +62,9 @@ class OneLine:
         args = getattr(self, "args", None) or []
         found = refusal(text, hints, args)
         if found is None:
-            text = f"{text.rstrip('.')}.{meant(_NAME.findall(text), options, '--')}"
+            files = [word for word in text.split() if is_config(word)]  # that no option stands before
+            closest = f" Did you mean --config {files[0]}?" if files else meant(_NAME.findall(text), options, "--")
+            text = f"{text.rstrip('.')}.{closest}"
         else:
             where = place_of(args, found.key, found.value)
             text = f"{where}: {found.key} {found.said}" if where else f"--{found.key} {found.said}"

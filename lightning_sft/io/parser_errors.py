@@ -21,6 +21,8 @@ _NO_CLASS = re.compile(r"Expected a dot import path string: (\S+)|has no attribu
 _GIVEN = re.compile(
     r"(?:Got value|Given value): (.*?)(?= - Expected a |\. Got value: | Given value type: | - (?:Not|Problem) |$)"
 )
+_WHOLE = "Given value: "  # the last one is that of the outermost argument
+_PERCENT = re.compile(r"([\d.]+) *%")
 _PATH = re.compile(r"(?:class_path=|a path but |string: )'?([\w.]+)")
 _CLASS = re.compile(r"class_path[=']*:? ?'([\w.]+)'")
 _WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "a string", "NoneType": "null"}
@@ -60,6 +62,8 @@ def refusal(message: str, hints: Any, args: Sequence[str]) -> Refusal | None:
     if not keys:
         return None
     key, inner = keys[0], _KEY.split(message)[-1]
+    if len(keys) > 1 and (nested := _nested(message, keys, inner)) is not None:
+        return nested
     if (unknown := _UNKNOWN.search(message)) and len(keys) == 1:
         return _unknown(key, unknown[1], _CLASS.findall(message[: unknown.start()]) or _CLASS.findall(message))
     given = _GIVEN.search(inner)
@@ -79,6 +83,36 @@ def refusal(message: str, hints: Any, args: Sequence[str]) -> Refusal | None:
     value = given[1].rstrip(".")
     said = f"is {value}; expected {_either(expected)}.{did_you_mean([value], expected, cutoff=0.5)}"
     return Refusal(".".join(keys[:2]), said, value)
+
+
+def _nested(message: str, keys: Sequence[str], inner: str) -> Refusal | None:
+    """What is wrong within a mapping of names to settings, as the parts of a mixture are, with the name."""
+    given = _GIVEN.search(inner)
+    try:
+        value = ast.literal_eval(message.rpartition(_WHOLE)[2])
+    except (ValueError, SyntaxError):
+        return None
+    unknown = _UNKNOWN.search(inner)
+    text = given[1].rstrip(".") if given else None
+    leaf = unknown[1] if unknown else keys[-1] if len(keys) > 2 else None
+    path = next(_paths(value, leaf, None if unknown else text), "")
+    if path.count(".") < 1 or not path.startswith(f"{keys[1]}."):
+        return None
+    key = f"{keys[0]}.{path}"
+    if unknown:
+        return _unknown(key.rpartition(".")[0], unknown[1], _CLASS.findall(message[: message.rfind(unknown[0])]))
+    expected = list(dict.fromkeys(_expected(inner[: given.start()] if given else inner)))
+    percent = _PERCENT.fullmatch(text or "") if "a number" in expected else None
+    hint = f" Write {float(percent[1]) / 100:g}." if percent else ""
+    return Refusal(key, f"is {text}; expected {_either(expected)}.{hint}", text) if expected else None
+
+
+def _paths(value: Any, leaf: str | None, text: str | None, before: str = "") -> Iterator[str]:
+    """Dotted names in a mapping whose last one, or whose value as a text, is known."""
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        if leaf in (None, name) and text in (None, str(inner)):
+            yield f"{before}{name}"
+        yield from _paths(inner, leaf, text, f"{before}{name}.")
 
 
 def _without_value(key: str, args: Sequence[str]) -> Refusal | None:

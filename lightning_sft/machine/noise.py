@@ -40,6 +40,7 @@ _LOGS = {  # by logger
     "DeepSpeed": "Setting ",  # on import, whether DeepSpeed is used or not
 }
 _with_place = warnings.formatwarning  # Python's own
+_format: list[Callable[..., str]] = []  # of warnings, where they are printed without their places
 _LONG_SECONDS = 2  # bars of other packages, such as "Loading weights", are for what takes longer
 
 
@@ -54,15 +55,23 @@ def quiet_others(debug: bool = False) -> None:
         debug: Whether nothing is left out.
     """
     logging.setLogRecordFactory(_Record)
+    _format.clear()
     if debug:
         warnings.formatwarning = partial(_as_text, written=_with_place)
         return
     os.environ.setdefault("TQDM_DELAY", str(_LONG_SECONDS))
-    warnings.formatwarning = partial(_as_text, written=_without_place)
+    _format[:] = [partial(_as_text, written=_without_place)]
+    keep_quiet()
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message)
     for name, pattern in _LOGS.items():
         logging.getLogger(name).addFilter(partial(_is_heard, re.compile(pattern)))
+
+
+def keep_quiet() -> None:
+    """Print warnings as :func:`quiet_others` has said, if it has: Lightning, once imported, prints places again."""
+    if _format:
+        warnings.formatwarning = _format[0]
 
 
 def _is_heard(noise: re.Pattern[str], record: logging.LogRecord) -> bool:

@@ -131,7 +131,7 @@ def test_a_signal_to_all_processes_leaves_data_workers_alone_so_that_the_step_ca
     assert ended.code == 75, ended.errors
     [path] = (tmp_path / "checkpoints").glob("*.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] == 1
-    told = "Interrupted: saving a checkpoint after this step. Press Ctrl-C again to end at once"
+    told = "Interrupted: saving a checkpoint after this step.\nPress Ctrl-C again to end at once"
     assert ended.errors.count(told) == (name == "SIGINT")
     assert f'Received {name}; saved step 1 to {path}. Resume with trainer.fit(..., ckpt_path="last").' in ended.errors
 

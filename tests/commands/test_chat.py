@@ -106,6 +106,18 @@ def test_a_pipe_gets_one_line_for_each_and_several_models_are_beside_each_other(
     assert written == ["1: a\\n0, 512\t1: a\\n0, 512", "1: b\\n0, 512\t1: b\\n0, 512"]
 
 
+def test_of_lines_from_a_pipe_commands_reply_on_stderr_and_a_path_is_a_question(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    written: list[str] = []
+    answer_lines(Session([Talk(Echo())]), ["/help\n", "/etc/hosts: what?\n", "b\n"], written.append)
+    assert written == ["1: /etc/hosts: what?\\n0, 512", "3: b\\n0, 512"]
+    out, err = capsys.readouterr()
+    assert not out
+    assert "/save FILE" in err
+    assert "/etc/hosts: is no command, so the line is a question." in err
+
+
 def test_in_a_terminal_two_models_stand_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["hello", "/bogus", "bad"])
 

@@ -30,6 +30,7 @@ from lightning_sft.main import main
         ("--trainer.callbacks+=EarlyStopping --trainer.callbacks.patiens=3", "EarlyStopping has monitor, .*patience"),
         ("--model.optimizer.lr -x", "--model.optimizer.lr has no value. If -x .*, write --model.optimizer.lr=-x"),
         ("--model.optimizer.lr --model.warmup 0", "--model.optimizer.lr has no value"),
+        ("--dry-run", "--dry-run.* Did you mean --dry_run\\?"),
         ("--config nowhere.yaml", "--config is .*nowhere.yaml; there is no such file"),
         ("--model.optimizers '[{optimizer: {class_path: AdamWW}}]'", "AdamWW; expected the path of a class"),
     ],
@@ -43,6 +44,32 @@ def test_a_wrong_argument_is_one_short_message(flags: str, message: str, capsys:
     assert len(told.splitlines()) == 1
     assert len(told) < 450
     assert not re.search("Union|Subtypes|typing|<class|Namespace", told)
+
+
+@pytest.mark.parametrize("verb", ["fit", "show", "predict"])
+def test_a_config_without_its_option_is_told_it(verb: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "d.yaml").write_text("data: {seed: 1}")
+    with pytest.raises(SystemExit):
+        main([verb, str(tmp_path / "d.yaml")])
+    assert f"Did you mean --config {tmp_path / 'd.yaml'}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("{source: a.jsonl, share: 70%}", r"maths.share is 70%; expected a number or null\. Write 0\.7\."),
+        ("{path: a.jsonl, share: 1}", "maths.path is not known: Part has source, share"),
+        ("3", "maths is 3; expected a string or a path"),
+    ],
+)
+def test_what_is_wrong_with_a_part_of_a_mixture_names_the_part_and_its_key(
+    part: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "a.yaml"
+    config.write_text(f"data:\n  train:\n    parts:\n      chat: b.jsonl\n      maths: {part}\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.pretrained", "x", "--config", str(config)])
+    assert re.search(rf"a.yaml:5: data.train.parts.{message}", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

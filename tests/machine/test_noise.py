@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lightning.fabric.utilities import warnings as lightning_warnings
 
 from lightning_sft.machine import noise
 from tests.helpers.processes import ROOT
@@ -24,6 +25,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TQDM_DELAY", raising=False)
     for name in noise._LOGS:
         monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    monkeypatch.setattr(noise, "_format", [])
     yield
     logging.setLogRecordFactory(factory)
 
@@ -51,6 +53,19 @@ def test_messages_of_the_tables_are_heard_with_debug_alone_and_others_always(
 def test_a_warning_is_printed_as_text_without_its_place_in_the_code() -> None:
     noise.quiet_others()
     assert warnings.formatwarning("It is\x1b[2J 0.", UserWarning, "a.py", 1) == "Warning: It is<U+001B>[2J 0.\n"
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_a_warning_of_lightning_has_no_place_either_once_it_is_imported(
+    debug: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(lightning_warnings.__file__)
+    noise.quiet_others(debug)
+    monkeypatch.setattr(warnings, "formatwarning", lightning_warnings._custom_format_warning)  # as its import does
+    monkeypatch.setattr(lightning_warnings, "_is_path_in_lightning", lambda path: True)
+    assert str(own) in warnings.formatwarning("predict: 1 row", UserWarning, str(own), 1)
+    noise.keep_quiet()
+    assert (str(own) in warnings.formatwarning("predict: 1 row", UserWarning, str(own), 1)) is debug
 
 
 @pytest.mark.parametrize("debug", [True, False])

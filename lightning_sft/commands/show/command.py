@@ -19,10 +19,12 @@ from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.plan import Division
 from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.inspect.audit import Finding, Thresholds, audit
-from lightning_sft.data.inspect.clean import left_out, write_clean
-from lightning_sft.data.inspect.documents import EpochDocuments, PlacedDocument
-from lightning_sft.data.inspect.summary import show_counts, show_details
-from lightning_sft.data.inspect.token_text import PieceReader
+from lightning_sft.data.inspect.clean import clean_files, left_out, write_clean
+from lightning_sft.data.inspect.documents import EpochDocuments, PlacedDocument, is_place
+from lightning_sft.data.inspect.summary import place_of, show_counts, show_details
+from lightning_sft.data.inspect.token_text import LOOKALIKE, PieceReader
+from lightning_sft.data.rows.files import kind_of
+from lightning_sft.data.rows.mixture import as_mixture
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import Index, check_arguments
@@ -41,6 +43,7 @@ def show(
     html_rows: Index = 1000,
     check: Thresholds | None = None,
     clean: str | Path | None = None,
+    overwrite: bool = False,
 ) -> list[Finding]:
     """Show the training data token by token, with a report.
 
@@ -52,19 +55,21 @@ def show(
         module: Module that determines the tokenizer and the normalization of weights.
         trainer: Settings of the trainer, which determine the distribution of micro-batches.
         rows: Number of sequences to print, each from a different micro-batch if there are enough.
-        row: Row whose sequences are printed instead, as ``file:line``.
+        row: Row whose sequences are printed instead, as ``file:line``, or its number alone where there is one file. The
+            report is then its first table alone.
         html: Path of a self-contained, searchable HTML page to write as well.
         html_rows: Maximum number of sequences on the page: the first ones of the epoch, which is in random order.
         check: Thresholds of an audit of the whole data set, which exits with 1 if a share exceeds one. ``--check`` uses
             the default thresholds; ``--check.max_refused 0.01``, or a section ``check`` in a YAML, changes one.
         clean: Path of a JSONL file to write with the usable rows of the training data in the normal form.
+        overwrite: Whether ``clean`` may replace an existing file; never one of the files that are read.
 
     Returns:
         Findings of the audit; empty without ``check``.
 
     Raises:
-        InputError: When the data module is not an SFTDataModule, the row does not exist, or ``clean`` is set for a
-            stream, of which only the first rows are read.
+        InputError: When the data module is not an SFTDataModule, the row does not exist, a file would be written
+            over, or ``clean`` is set for a stream, of which only the first rows are read.
     """
     if not isinstance(data, SFTDataModule):
         raise InputError(f"show needs an SFTDataModule or a subclass, got {type(data).__name__}.")
@@ -72,19 +77,32 @@ def show(
     is_stream = data.streaming
     if clean is not None and is_stream:
         raise InputError("clean needs all rows, and a stream is read only in part: set data.streaming=false.")
+    sources = [
+        part.source
+        for given in data.sources.values()
+        if given is not None
+        for part in as_mixture(given).of_name.values()
+    ]
+    if clean is not None and data.sources["train"] is not None:
+        clean_files(clean, as_mixture(data.sources["train"]), sources, overwrite)
+    if html is not None and kind_of(Path(html)) is not None:
+        raise InputError(f"html={html} would be a page with the name of a data file. Give one that ends in .html.")
     data, fit_stops = _previewed(data, module, trainer)
     assert data.tokenizer is not None
     console, reader, pad_id = Console(soft_wrap=True), PieceReader(data.tokenizer), data.pad_id
     train = EpochDocuments(cast(EpochLoader, data.train_dataloader()), pad_id)
     val: Iterable[PlacedDocument] = EpochDocuments(data.val_dataloader(), pad_id) if "val" in data.splits else ()
 
-    chosen = train.first(rows) if row is None else _at(row, chain(train, val), data.splits)
-    for placed in chosen:
-        show_document(reader.read(placed.document), placed.document.provenance, placed.remark, console)
-    show_legend(console)
+    chosen = train.first(rows) if row is None else _at(row, train, val, data.splits)
+    shown = [reader.read(placed.document) for placed in chosen]
+    for number, (placed, pieces) in enumerate(zip(chosen, shown, strict=True)):
+        before = "\n" if number else ""
+        show_document(pieces, placed.document.provenance, placed.remark, console, before)
+    if chosen:
+        show_legend(console, any(LOOKALIKE[0] in piece.text for pieces in shown for piece in pieces))
 
     show_counts(data.splits, data.planned("train"), console)
-    for split in data.splits.values():
+    for split in data.splits.values() if row is None else ():
         show_details(split, console)
     if is_stream:
         console.print(
@@ -103,7 +121,8 @@ def show(
         findings = audit(trained, held_out, data.splits, reader.special_ids, check, _unknown_id(data.tokenizer))
         show_audit(findings, console)
     if html is not None:
-        others = (placed for placed in train if row is None or not placed.is_at(row))
+        first = {placed.document.provenance for placed in chosen} if row else set()
+        others = (placed for placed in train if placed.document.provenance not in first)
         page = islice(chain(chosen if row else [], others), html_rows)
         read = ((placed.document.provenance, placed.remark, reader.read(placed.document)) for placed in page)
         write_page(html, read, data.splits, data.planned("train"), str(data.tokenizer.name_or_path), findings)
@@ -166,18 +185,34 @@ def _unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return None if unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id) else unknown
 
 
-def _at(row: str, everything: Iterable[PlacedDocument], splits: Mapping[str, Split]) -> list[PlacedDocument]:
+def _at(
+    row: str, train: Iterable[PlacedDocument], val: Iterable[PlacedDocument], splits: Mapping[str, Split]
+) -> list[PlacedDocument]:
     """The sequences of a row.
 
     Raises:
-        InputError: When the row was refused or does not exist.
+        InputError: When the row was refused, does not exist, or is that of several files.
     """
-    if found := [placed for placed in everything if placed.is_at(row)]:
-        return found
-    for account in (split.account for split in splits.values()):
-        for text in [*account.refused, *(f"{where}: longer than data.max_length" for where in account.too_long)]:
-            if any(f"/{row}{after}" in f"/{text}" for after in (": ", " (")):
-                raise InputError(f"The row is not used. {text}")
+    found: list[PlacedDocument] = []
+    for documents, name in ((train, "train"), (val, "val")):
+        if name not in splits:
+            continue
+        account = splits[name].account
+        unused = {place_of(text): text for text in account.refused}
+        unused |= {place_of(text): f"{text}: longer than data.max_length" for text in account.too_long}
+        read = [placed for placed in documents if is_place(row, placed.document.provenance)]
+        places = dict.fromkeys([placed.document.provenance for placed in read])
+        places |= dict.fromkeys(place for place in unused if is_place(row, place))
+        exact = [place for place in places if f"/{place}".endswith(f"/{row}")]
+        if len({place.rpartition(":")[0] for place in exact or places}) > 1 and ":" not in row:
+            raise InputError(f"The row {row} is there in several files. Name one: {' or '.join(list(places)[:5])}.")
+        if found := [placed for placed in read if placed.document.provenance in (exact or places)]:
+            return found
+        for place in exact or places:
+            raise InputError(f"The row is not used. {unused[place]}")
     example = next(iter(splits.values())).examples[0].provenance
     sizes = " and ".join(f"{counted(split.account.num_rows, 'row')} of data.{name}" for name, split in splits.items())
-    raise InputError(f"There is no row {row!r} among the {sizes}. Expected a place such as {example!r}.")
+    raise InputError(
+        f"There is no row {row!r} among the {sizes}. Expected a place such as {example!r}, as the report has it, or "
+        "the number of the row."
+    )

@@ -19,28 +19,37 @@ _SPECIAL = "bold magenta"
 _LISTED = 100  # rows named below the table of the audit, for each check
 
 
-def show_document(pieces: Sequence[Piece], title: str, remark: str, console: Console) -> None:
+def show_document(pieces: Sequence[Piece], title: str, remark: str, console: Console, before: str = "\n") -> None:
     """Print a document token by token: targets highlighted, context dim, control tokens in another color.
 
-    Without colors (a file, a pipe, ``NO_COLOR``), targets are enclosed in « and ».
+    Without colors (a file, a pipe, ``NO_COLOR``), targets are enclosed in « and ». With colors or without, plain text
+    that reads like a control token is enclosed in ⟨ and ⟩.
 
     Args:
         pieces: Pieces of the document.
         title: Title, the provenance of the document.
         remark: Place of the document in the epoch.
         console: Console to print to.
+        before: What stands before it: an empty line, but not at the beginning of the output.
     """
-    console.print(Text.assemble("\n", (title, "bold"), (f"  {remark}", "dim")))
+    console.print(Text.assemble(before, (title, "bold"), (f"  {remark}", "dim")))
     console.print(_colored(pieces, marks=console.color_system is None))
 
 
-def show_legend(console: Console) -> None:
-    """Print the meaning of the colors."""
+def show_legend(console: Console, has_lookalikes: bool = False) -> None:
+    """Print the meaning of the colors.
+
+    Args:
+        console: Console to print to.
+        has_lookalikes: Whether plain text that reads like a control token has been shown.
+    """
     legend = Text.assemble(
         "\n", (" context ", "dim"), "  ", (" target ", _TARGETS[0]), "  ", ("control token", _SPECIAL)
     )
     if console.color_system is None:
         legend = Text("\nTargets stand between « and ».")
+    if has_lookalikes:
+        legend.append("  ⟨plain text that reads like a control token⟩")
     console.print(legend.append("  ×2 after targets: their weight, where it is not 1", style="dim"))
 
 

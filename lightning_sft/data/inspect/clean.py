@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,50 @@ from typing import Any
 import numpy as np
 
 from lightning_sft.data.rows.messages import Converter, Reading
-from lightning_sft.data.rows.mixture import Part
-from lightning_sft.data.rows.sources import leaves, parsed
+from lightning_sft.data.rows.mixture import Mixture, Part
+from lightning_sft.data.rows.sources import Source, files_behind, leaves, parsed
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.io.disk import whole
-from lightning_sft.types import IGNORE, Conversation, Example
+from lightning_sft.types import IGNORE, Conversation, Example, InputError
+
+_JSONL = (".jsonl", ".ndjson")
+_UNSAFE = r"[^\w.-]"  # in the name of a file
+
+
+def clean_files(
+    path: str | Path, mixture: Mixture, sources: Iterable[Source] = (), overwrite: bool = False
+) -> list[Path]:
+    """The files that :func:`write_clean` writes, one for each data set, and that are free.
+
+    Args:
+        path: Path of the JSONL file; with several data sets, each has a file, with its name before the suffix.
+        mixture: The data sets.
+        sources: Data that are read, none of which may be written over.
+        overwrite: Whether other files may be.
+
+    Raises:
+        InputError: When the name is none of a JSONL file, or there is a file already.
+
+    >>> [str(file) for file in clean_files("new/out.jsonl", Mixture({"maths": "a.jsonl", "chat": "b.jsonl"}))]
+    ['new/out.maths.jsonl', 'new/out.chat.jsonl']
+    """
+    path, found = Path(path), list[Path]()
+    if path.suffix.lower() not in _JSONL:
+        raise InputError(f"clean={path} gets lines of JSON: give a name that ends in {' or '.join(_JSONL)}.")
+    for name in mixture.names or [""]:
+        own = path.with_name(f"{path.stem}.{re.sub(_UNSAFE, '_', name)}{path.suffix}") if name else path
+        taken = own in found  # by a part whose name differs in characters that no file should have
+        found.append(own.with_stem(f"{own.stem}.{len(found) + 1}") if taken else own)
+    given = [file for source in sources for _, files in files_behind(source) or () for file in files]
+    for own in filter(Path.exists, found):
+        if any(isinstance(file, Path) and file.samefile(own) for file in given):
+            raise InputError(
+                f"clean={own} is one of the files that are read, and the rows that are refused would be lost. Give "
+                "another file."
+            )
+        if not overwrite:
+            raise InputError(f"{own} already exists. Give another file (--clean), or --overwrite true.")
+    return found
 
 
 def write_clean(path: str | Path, splits: Sequence[Split], reading: Reading) -> dict[Path, int]:
@@ -26,14 +65,14 @@ def write_clean(path: str | Path, splits: Sequence[Split], reading: Reading) -> 
     ``data.format`` and ``data.columns``, the file gives the same sequences as the data it was made from.
 
     Args:
-        path: Path of the JSONL file; with several data sets, each has a file, with its name before the suffix.
+        path: Path of the JSONL file, see :func:`clean_files`; a file of that name is replaced.
         splits: Splits of the same data, whose rows are written: that for training, and one that is held out of it.
         reading: How its rows are read.
     """
-    path, written = Path(path), dict[Path, int]()
-    for number, (name, part) in enumerate(splits[0].mixture.of_name.items()):
-        safe = re.sub(r"[^\w.-]", "_", name)
-        own = path.with_name(f"{path.stem}.{safe}{path.suffix}") if splits[0].mixture.names else path
+    written = dict[Path, int]()
+    mixture = splits[0].mixture
+    files = clean_files(path, mixture, overwrite=True)
+    for number, (part, own) in enumerate(zip(mixture.of_name.values(), files, strict=True)):
         used = {place for split in splits for place in _places(split, number)}
         own.parent.mkdir(parents=True, exist_ok=True)
         with whole(own) as [hidden], hidden.open("w", encoding="utf-8") as file:

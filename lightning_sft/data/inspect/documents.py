@@ -86,16 +86,28 @@ class PlacedDocument:
     micro_batch: int
     rank: int | None
 
-    def is_at(self, place: str) -> bool:
-        """Whether it comes from this ``file:line``; the folder may be left out."""
-        return f"/{self.document.provenance}".endswith(f"/{place}")
-
     @property
     def remark(self) -> str:
         """Where it is used and how long it is, in words."""
         rank = "" if self.rank is None else f" of rank {self.rank}"
         size = f"{counted(len(self.document), 'token')}, {counted(self.document.num_targets, 'target')}"
         return f"step {self.step}, micro-batch {self.micro_batch}{rank}, {size}"
+
+
+def is_place(asked: str, place: str) -> bool:
+    """Whether a row is at a place: the folder may be left out, or all but the number; so may the word before it.
+
+    Args:
+        asked: What a user has given.
+        place: Provenance of the row.
+
+    >>> [is_place(asked, "a/b.json:row 2") for asked in ("b.json:row 2", "b.json:2", "2", "row 2", "12", "c.json:2")]
+    [True, True, True, True, False, False]
+    """
+    file, colon, number = asked.rpartition(":")
+    known, _, last = place.rpartition(":")
+    is_number = number.removeprefix("row ") == last.removeprefix("row ")
+    return is_number and (not colon or f"/{known}".endswith(f"/{file}"))
 
 
 class EpochDocuments:

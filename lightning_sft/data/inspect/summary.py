@@ -21,6 +21,8 @@ from lightning_sft.io.words import counted
 from lightning_sft.machine.terminal import Console
 
 _PLACE = re.compile(r"((?:shard \d+, )?row \d+|.+?:(?:\d+|(?:shard \d+, )?row \d+)): (.*)", re.DOTALL)
+_TURN = re.compile(r"^turn (\d+): ")
+_ALIKE = 5  # reasons that differ in names and numbers alone, each by itself
 _LISTED = 20  # rows named for a reason
 _FEW_STEPS = 10  # of an epoch
 _BAR = 40  # characters of the longest bar
@@ -143,19 +145,46 @@ def histogram(lengths: Sequence[int] | NDArray[np.int64], num_bins: int = 12) ->
     return [(low + i * width, low + (i + 1) * width - 1, counts[i]) for i in range((high - low) // width + 1)]
 
 
-def by_reason(refused: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Refusals that differ only in names and numbers together, most frequent first: one text, and every place.
+def place_of(text: str) -> str:
+    """The place that begins a refusal, or stands before the length of a sequence; empty where there is none.
 
-    >>> by_reason(["a.jsonl:3: turn 2: no text", "a.jsonl:7: turn 4: no text", "row 1: no 'x'"])
-    [('turn 2: no text', ['a.jsonl:3', 'a.jsonl:7']), ("no 'x'", ['row 1'])]
+    >>> place_of("a.jsonl:3: turn 2: no text"), place_of("row 3: no text"), place_of("a.jsonl:3 (99 tokens)")
+    ('a.jsonl:3', 'row 3', 'a.jsonl:3')
     """
-    groups: dict[str, tuple[str, list[str]]] = {}
+    found = _PLACE.match(text)
+    return found[1] if found else text.rpartition(" (")[0]
+
+
+def by_reason(refused: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Refusals in groups, most frequent first: a text, and every place.
+
+    Those that differ in the number of the turn alone are one group. Of those that differ in names and numbers, the few
+    most frequent are groups of their own, and all others together: else rows with texts in them would be thousands.
+
+    >>> by_reason(["a.jsonl:3: turn 2: no text", "a.jsonl:7: turn 4: no text", "row 1: no 'x'", "row 2: no 'y'"])
+    [('turn 2 or another: no text', ['a.jsonl:3', 'a.jsonl:7']), ("no 'x'", ['row 1']), ("no 'y'", ['row 2'])]
+    """
+    kinds: dict[str, dict[str, list[tuple[str, str]]]] = {}
     for text in refused:
         found = _PLACE.match(text)
         place, reason = found.groups() if found else ("?", text)
-        kind = re.sub(r"'[^']*'|\d+", "", reason)
-        groups.setdefault(kind, (reason, []))[1].append(place)
-    return sorted(groups.values(), key=lambda group: -len(group[1]))
+        own = _TURN.sub("", reason)
+        kinds.setdefault(re.sub(r"'[^']*'|\d+", "", own), {}).setdefault(own, []).append((place, reason))
+    groups = []
+    for kind in kinds.values():
+        own_first = sorted(kind.values(), key=lambda rows: -len(rows))
+        few, others = own_first[:_ALIKE], own_first[_ALIKE:]
+        groups += [(_in_common(rows), [place for place, _ in rows]) for rows in few]
+        if others:
+            more = f" (one of {len(others):,} such reasons)" if len(others) > 1 else ""
+            groups.append((f"{_in_common(others[0])}{more}", [place for rows in others for place, _ in rows]))
+    return sorted(groups, key=lambda group: -len(group[1]))
+
+
+def _in_common(rows: Sequence[tuple[str, str]]) -> str:
+    """The reason of rows, which may differ in the number of the turn."""
+    reason = rows[0][1]
+    return reason if all(own == reason for _, own in rows) else _TURN.sub(r"turn \1 or another: ", reason)
 
 
 def _table(head: Sequence[str], *rows: Sequence[str]) -> Table:

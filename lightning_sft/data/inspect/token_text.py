@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.inspect.documents import Document
+from lightning_sft.data.tokens.control_tokens import any_of
 from lightning_sft.machine.terminal import printable
+
+LOOKALIKE = "⟨⟩"
+"""Between them stands plain text that reads like a control token."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class PieceReader:
         added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.special_ids = frozenset(added.union(tokenizer.all_special_ids))
         self._tokenizer = tokenizer
+        self._lookalikes = any_of({text for i in self.special_ids if (text := self._plain((i,))).strip()})
         self._text = lru_cache(1 << 20)(self._decode)
 
     def read(self, document: Document) -> list[Piece]:
@@ -60,6 +66,17 @@ class PieceReader:
             own = tuple(ids[begin:end])
             pieces.append(Piece(visible(text), own, weights[begin], own[0] in self.special_ids))
             begin = end
+        return self._with_marks(pieces)
+
+    def _with_marks(self, pieces: list[Piece]) -> list[Piece]:
+        """Pieces of plain text that together read like a control token, between ⟨ and ⟩."""
+        plain = "".join("\0" * len(piece.text) if piece.is_special else piece.text for piece in pieces)
+        begins = np.cumsum([0, *(len(piece.text) for piece in pieces)])
+        for found in reversed(list(self._lookalikes.finditer(plain))):
+            for place, number in ((found.end() - 1, 1), (found.start(), 0)):
+                which = int(np.searchsorted(begins, place, "right")) - 1
+                text, at = pieces[which].text, place - int(begins[which]) + number
+                pieces[which] = replace(pieces[which], text=f"{text[:at]}{LOOKALIKE[number]}{text[at:]}")
         return pieces
 
     def _joins(self, ids: list[int], weights: list[float], begin: int, end: int) -> bool:

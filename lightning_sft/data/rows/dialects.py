@@ -63,7 +63,8 @@ IGNORED = frozenset(
 )
 """Keys of messages that say nothing to a model: they are ignored and counted."""
 
-IGNORE = "ignored"  # what a key is mapped to that says nothing
+IGNORE = "ignored"
+"""What a key is mapped to that says nothing; so is a part of the content with a thought, by its type."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """One data file to rows: JSONL, JSON, CSV, TSV and text (plain, gz, bz2, xz or zst), Parquet and Arrow.
 
 JSON is read by the json module and never through Arrow, which gives all rows one schema: there, a key that one row has
-becomes a null in every other. In Parquet and Arrow that has already happened, so keys without a value are left out.
+becomes a null in every other. In Parquet and Arrow that has already happened, so keys without a value are left out
+within a column.
 Whatever a file holds, it is read in bounded memory: a row has at most :data:`MAX_ROW` bytes, and a packed file unpacks
 to at most :data:`MAX_EXPANSION` times its size.
 """
@@ -9,7 +10,6 @@ to at most :data:`MAX_EXPANSION` times its size.
 from __future__ import annotations
 
 import bz2
-import csv
 import gzip
 import io
 import json
@@ -25,6 +25,7 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from lightning_sft.data.rows import strict_json
+from lightning_sft.data.rows.csv_files import BrokenRow, rows_of_csv
 from lightning_sft.data.rows.remote import File
 from lightning_sft.types import InputError
 
@@ -37,6 +38,7 @@ MAX_EXPANSION = 200
 _FREE = 1 << 30  # bytes that any file may unpack to
 _BLOCK = 1 << 20  # bytes that are read at once
 _AT_A_TIME = 64  # rows of a table: a dictionary may hold each of them once
+_BEFORE_PLACE = re.compile(r"( starting)? at$")  # of what json's messages end in
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
 
@@ -68,26 +70,7 @@ class Line:
                     f"{self.path}:1: not valid JSON: the line is {self.content.strip().decode()!r} alone, and each "
                     "line of JSONL is a row. Name a file of JSON over several lines .json."
                 ) from error
-            raise _not_json(self.path, self.number + getattr(error, "lineno", 1) - 1, error) from error
-
-
-class BrokenRow:
-    """A row that cannot be read, among others that can.
-
-    Args:
-        error: What is wrong with it, with its place.
-    """
-
-    def __init__(self, error: InputError) -> None:
-        self.error = error
-
-    def parse(self) -> Any:
-        """Nothing.
-
-        Raises:
-            InputError: The error.
-        """
-        raise self.error
+            raise _not_json(self.path, self.number, error) from error
 
 
 def read_file(path: File) -> Iterator[tuple[Any, str]]:
@@ -102,7 +85,7 @@ def read_file(path: File) -> Iterator[tuple[Any, str]]:
 
 
 def skim_file(path: File) -> Iterator[tuple[Any, str]]:
-    """The same, but a row of JSONL is a :class:`Line`, and one of the wrong number of cells a :class:`BrokenRow`."""
+    """The same, but a row of JSONL is a :class:`Line`, and a broken one of CSV a :class:`BrokenRow`."""
     kind = kind_of(path)
     if kind is None:
         raise InputError(
@@ -141,6 +124,15 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
+def row_of_table(row: Any) -> Any:
+    """A row of a table: its columns keep a null, which is a cell without a value, and nothing inside of them does.
+
+    >>> row_of_table({"prompt": None, "tools": [{"name": "f", "strict": None}]})
+    {'prompt': None, 'tools': [{'name': 'f'}]}
+    """
+    return {key: without_nulls(value) for key, value in row.items()}
+
+
 def _read_jsonl(path: File) -> Iterator[tuple[Line, int]]:
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
@@ -151,16 +143,20 @@ def _read_text(path: File) -> Iterator[tuple[Any, int]]:
     """Each line as a text of its own, as the loader ``text`` of datasets has it."""
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            yield {"text": _decoded(line, path, number).rstrip("\r\n")}, number
+            try:
+                yield {"text": _decoded(line, path, number).rstrip("\r\n")}, number
+            except InputError as error:
+                yield BrokenRow(error), number
 
 
 def _read_json(path: File) -> Iterator[tuple[Any, int | str]]:
     """The elements of a list one by one, with the line on which each begins; or objects that follow each other.
 
-    A row on the line of the one before, as in a file without line ends, has its number for a place.
+    Where two rows stand on the first line that has any, as in a file without line ends, each has its number for a
+    place; elsewhere a row on the line of the one before does.
     """
     text = _text(path)
-    at, line, counted, before, number = _skip(text, 0), 1, 0, 0, 0
+    at, line, counted, before, number, by_number = _skip(text, 0), 1, 0, 0, 0, False
     is_list = text[at : at + 1] == "["
     at = _skip(text, at + is_list)
     if is_list and text[at : at + 1] == "]":
@@ -177,31 +173,17 @@ def _read_json(path: File) -> Iterator[tuple[Any, int | str]]:
                 if closed not in (",", "]") or (closed == "]") != (at == len(text)):
                     raise json.JSONDecodeError("expected a comma or the end of the list", text, at - 1)
         except ValueError as error:
-            raise _not_json(path, getattr(error, "lineno", line), error) from error
+            pos = min(getattr(error, "pos", 0), len(text.rstrip()))
+            raise _not_json(path, text.count("\n", 0, pos) + 1 if pos else line, error) from error
         number += 1
-        yield row, line if line > before else f"row {number}"
+        if number == 1:
+            by_number = at < len(text) and "\n" not in text[counted:at]
+        yield row, line if line > before and not by_number else f"row {number}"
         before = line
 
 
 def _read_csv(path: File, delimiter: str = ",") -> Iterator[tuple[Any, int]]:
-    csv.field_size_limit(MAX_ROW)  # characters of a cell; 128 KiB are the default
-    texts = (_decoded(line, path, number) for number, line in enumerate(_lines(path), 1))
-    lines = csv.reader(texts, strict=True, delimiter=delimiter)
-    header: list[str] = []
-    place = 1
-    try:
-        for cells in lines:
-            if not header:
-                header = cells
-                if len(set(header)) < len(header):
-                    raise InputError(f"{path}:{place}: two columns have the same name: {header}.")
-            elif cells:
-                count = f"{path}:{place}: the row has {len(cells)} cells, the header {len(header)}."
-                as_header = len(cells) == len(header)
-                yield dict(zip(header, cells, strict=True)) if as_header else BrokenRow(InputError(count)), place
-            place = lines.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{path}:{place}: not valid CSV: {error}.") from error
+    return rows_of_csv(path, _lines(path), lambda line, number: _decoded(line, path, number), delimiter, MAX_ROW)
 
 
 def _read_parquet(path: File) -> Iterator[tuple[Any, str]]:
@@ -241,7 +223,7 @@ def _rows_of(path: File, schema: Any, batches: Any) -> Iterator[tuple[Any, str]]
         if unpacked > most:
             raise _expands(path)
         for number, row in enumerate(batch.to_pylist(), before + 1):
-            yield without_nulls(row), f"row {number}"
+            yield row_of_table(row), f"row {number}"
         before += len(batch)
 
 
@@ -339,16 +321,20 @@ def _skip(text: str, at: int) -> int:
 
 
 def _not_json(path: File, line: int, error: ValueError) -> InputError:
-    if isinstance(error, json.JSONDecodeError):
-        whole = error.doc.rstrip()
-        if error.pos >= len(whole):
-            line, column = line - error.doc.count("\n", len(whole), error.pos), len(whole) - whole.rfind("\n")
-            return InputError(
-                f"{path}:{line}: not valid JSON: {error.msg} (column {column}, where the text ends: it may "
-                "have been cut short)."
-            )
-        return InputError(f"{path}:{line}: not valid JSON: {error.msg} (column {error.colno}).")
-    return InputError(f"{path}:{line}: not valid JSON: {error}.")
+    if not isinstance(error, json.JSONDecodeError):
+        return InputError(f"{path}:{line}: not valid JSON: {error}.")
+    text, what = error.doc.rstrip(), _BEFORE_PLACE.sub("", error.msg)
+    at = min(error.pos, len(text))  # a value that is missing is looked for behind the end of the line
+    column = at - text.rfind("\n", 0, at)
+    if at == len(text) or what.startswith("Unterminated"):
+        what = f"it is cut off, or a bracket or quotation mark is left open: {what}"
+    elif "control character" in what:
+        what = f"a string has a line break or another control character, which JSON writes as {_escaped(text[at])}"
+    return InputError(f"{path}:{line}: not valid JSON: {what} (column {column}).")
+
+
+def _escaped(character: str) -> str:
+    return json.dumps(character)[1:-1]
 
 
 _Reader = Callable[[File], Iterator[tuple[Any, Any]]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from lightning_sft.data.rows.other_data import refuse_other_data
@@ -76,6 +76,7 @@ class Found:
         answers: The values of its answers' keys: one, or none where there is no answer, or several of token ids.
         optional: The values of its optional keys that are there and not null.
         ignored: The keys of the row that mean nothing in its format.
+        columns: The row's column for each key of the format.
     """
 
     name: str
@@ -83,6 +84,25 @@ class Found:
     answers: Mapping[str, Any]
     optional: Mapping[str, Any]
     ignored: frozenset[str]
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, key: str) -> str:
+        """What a key of the format is called in the row, in quotes.
+
+        >>> find_format({"instruction": "Hi", "context": "x", "output": "Yo"}).named("input")
+        "'context'"
+        """
+        return repr(self.columns.get(key, key))
+
+    @property
+    def question_column(self) -> str:
+        """What the question's key is called in the row, in quotes."""
+        return self.named(FORMATS[self.name].question)
+
+    @property
+    def answer_column(self) -> str:
+        """What the answer's key is called in the row, in quotes."""
+        return self.named(next(iter(self.answers), "completion"))
 
     @property
     def has_answer(self) -> bool:
@@ -133,10 +153,12 @@ def find_format(
                 f"the row has both {answers[0]!r} and {answers[1]!r}. Say which is the answer: "
                 f"data.columns={{{answers[0]}: {answers[0]}}} or {{{answers[0]}: {answers[1]}}}."
             )
+    if not answered:
+        answers = [key for key in answers if here[key] is not None]
     optional = {key: here[key] for key in (*form.optional, "weight") if here.get(key) is not None}
     used = {where.get(key) for key in (form.question, *answers, *form.optional, "weight")}
-    ignored = frozenset(str(key) for key in row if key not in used)
-    return Found(name, here[form.question], {key: here[key] for key in answers}, optional, ignored)
+    ignored = frozenset(str(key) for key, value in row.items() if key not in used and value is not None)
+    return Found(name, here[form.question], {key: here[key] for key in answers}, optional, ignored, where)
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
@@ -197,13 +219,17 @@ def _name(
     with_columns = f" with data.columns={dict(columns)}" if columns else ""
     if named is not None:
         form = FORMATS[named]
-        if not _has(form, here, answered):
+        if form.question not in here or not _has(form, here, answered):
             raise InputError(f"the keys {_sorted(row)} are not those of {named}: {form}{with_columns}.")
         return named
     filled = {key for key, value in here.items() if value is not None}
     found: list[str] = []
-    for keys, complete in ((filled, True), (here.keys(), True), (here.keys(), answered)):
-        if found := [n for n, form in FORMATS.items() if form.question in keys and _has(form, keys, complete)]:
+    everything = set(here)
+    for asked, keys, complete in (  # a null is a value only where nothing else is
+        *((filled, filled, True), (filled, everything, True), (filled, filled, answered)),
+        *((everything, filled, True), (everything, everything, True), (everything, everything, answered)),
+    ):
+        if found := [n for n, form in FORMATS.items() if form.question in asked and _has(form, keys, complete)]:
             break
     if len(found) > 1 and "text" in found:  # beside messages or columns, it is what a template made of them
         found.remove("text")
@@ -221,6 +247,12 @@ def _name(
             f"the row has no {' and no '.join(map(repr, missing))}, which data.columns={dict(columns)} names; its keys "
             f"are {_sorted(row)}.{did_you_mean(missing, map(str, row))}"
         )
+    nested = next((key for key, value in row.items() if _is_rows(value)), None)
+    if nested is not None:
+        raise InputError(
+            f"the row has its rows in {nested!r}: {len(row[nested]):,} objects, of which each seems to be a row. Write "
+            "them alone: a file of JSON has a list of rows, or a row on each line."
+        )
     expected = "; ".join(f"{name}: {form}" for name, form in FORMATS.items())
     likely = likely_columns(map(str, row)) or {"prompt": "question", "completion": "answer"}
     mapped = ", ".join(f"{key}: {column}" for key, column in likely.items())
@@ -230,8 +262,19 @@ def _name(
     )
 
 
+def _is_rows(value: Any) -> bool:
+    """Whether a column is a list of rows, as of a file of JSON that has a list below a key."""
+    if not isinstance(value, list) or not value or not all(isinstance(one, Mapping) for one in value):
+        return False
+    keys = {str(key) for key in value[0]}
+    return likely_columns(keys) is not None or any(form.question in keys for form in FORMATS.values())
+
+
 def _has(form: Format, keys: Iterable[str], answered: bool) -> bool:
-    return form.question in keys and (not answered or not form.answers or any(key in keys for key in form.answers))
+    """Whether there is an answer among some keys, or else the question of a format without answers."""
+    if not form.answers:
+        return form.question in keys
+    return not answered or any(key in keys for key in form.answers)
 
 
 def _sorted(keys: Iterable[Any]) -> list[str]:

@@ -28,6 +28,11 @@ TrainOn = Literal["all", "last", "prompts"]
 _OF_PARTS = ("format", "columns", "system", "train_on")
 _NO_VARIABLES = frozenset({"messages", "conversation", "tools", "add_generation_prompt", "tokenize", "chat_template"})
 
+_AN_ARRAY = (
+    "the row is a list of {:,} objects, none of them a message. If each of them is a row, the line is a JSON array: "
+    "name the file .json, or give each of them a line."
+)
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -158,7 +163,8 @@ class Converter:
             ignored = set(found.ignored)
             read = _read(found, self.reading, provenance, ignored)
         except InputError as error:
-            raise InputError(f"{provenance}: {error}") from error
+            why = _AN_ARRAY.format(len(row)) if self._is_array(row) else error
+            raise InputError(f"{provenance}: {why}") from error
         self.ignored.update(ignored)
         return read
 
@@ -170,6 +176,11 @@ class Converter:
         """Take in the format of a row's file, if the row has one, and nothing else."""
         with suppress(InputError):
             self._first.setdefault(_file(provenance), (self._found(row).name, provenance))
+
+    def _is_array(self, row: Any) -> bool:
+        """Whether a row is a list of objects of which none may be a message: a file of one line of JSON."""
+        names = self.reading.dialect.names["role"]
+        return isinstance(row, list) and bool(row) and all(isinstance(e, Mapping) and not e.keys() & names for e in row)
 
     def _found(self, row: Any) -> Found:
         if isinstance(row, list):
@@ -188,11 +199,11 @@ def _read(found: Found, reading: Reading, provenance: str, ignored: set[str]) ->
     """A row whose format is known; ``ignored`` takes in what says nothing."""
     weight = found.optional.get("weight", 1.0)
     flag = None if isinstance(weight, float) else flag_of(weight)
-    scale = weight_of(weight, "'weight'") if flag is None else float(flag)
+    scale = weight_of(weight, found.named("weight")) if flag is None else float(flag)
     if found.name == "tokens":
         return read_tokens(found.question, found.answers, found.optional, scale, provenance)
     if found.name == "text":
-        text = text_of(found.question, "'text'")
+        text = text_of(found.question, found.question_column)
         if not text.strip():
             raise InputError("the text is empty. Remove the row.")
         return Conversation([{"role": "text", "content": text}], weights=[scale], provenance=provenance)

@@ -47,7 +47,10 @@ class Part:
         self.source, self.columns = plain(self.source), plain(self.columns)
         self.chat_template_kwargs = plain(self.chat_template_kwargs)
         check_arguments(Part, vars(self))
-        check_columns(self.columns or {})
+        try:
+            check_columns(self.columns or {})
+        except InputError as error:
+            raise InputError(f"The part of {str(self.source)[:60]}: {error}") from error
 
 
 @our_names
@@ -103,7 +106,7 @@ class Mixture:
     @property
     def of_name(self) -> dict[str, Part]:
         """The parts, all as a :class:`Part`."""
-        return {name: _as_part(part) for name, part in self.parts.items()}
+        return {name: _as_part(part, name) for name, part in self.parts.items()}
 
     def repeats(self, sizes: Sequence[float]) -> list[float]:
         """How often an epoch uses each row of each part.
@@ -123,8 +126,11 @@ class Mixture:
         return [sum(sizes) * share / sum(known) / size for share, size in zip(known, sizes, strict=True)]
 
 
-def _as_part(given: Any) -> Any:
-    return made(Part, given if isinstance(given, (Part, Mapping)) else {"source": given})
+def _as_part(given: Any, name: str) -> Any:
+    try:
+        return made(Part, given if isinstance(given, (Part, Mapping)) else {"source": given})
+    except InputError as error:
+        raise InputError(f"The part {name!r} of a mixture: {error}") from error
 
 
 def as_mixture(source: Source | Mixture) -> Mixture:

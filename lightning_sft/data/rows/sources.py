@@ -9,7 +9,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-from lightning_sft.data.rows.files import BrokenRow, Line, skim_file, without_nulls
+from lightning_sft.data.rows.csv_files import BrokenRow
+from lightning_sft.data.rows.files import Line, row_of_table, skim_file
 from lightning_sft.data.rows.folders import Folder, of_glob, sort_out
 from lightning_sft.data.rows.remote import File, RemoteFile, is_remote, matches, paths_below
 from lightning_sft.types import InputError
@@ -270,17 +271,17 @@ def _from_disk(name: str) -> Any:
 def _rows_of_data_set(name: str, data: Any) -> Iterator[tuple[Any, str]]:
     number = 0
     for number, row in enumerate(data, 1):
-        yield without_nulls(row), f"{name}:row {number}"
+        yield row_of_table(row), f"{name}:row {number}"
     if not number:
         raise InputError(f"The data set {name!r} has no rows.")
 
 
 def _rows_of_shard(data: Any, before: str) -> Iterator[tuple[Any, str]]:
     for number, row in enumerate(data, 1):
-        yield without_nulls(row), f"{before}row {number}"
+        yield row_of_table(row), f"{before}row {number}"
 
 
 def _rows_of_list(rows: Iterable[Any]) -> Iterator[tuple[Any, str]]:
     from_table = hasattr(rows, "features")  # a datasets.Dataset
     for number, row in enumerate(rows, 1):
-        yield without_nulls(row) if from_table else row, f"row {number}"
+        yield row_of_table(row) if from_table else row, f"row {number}"

@@ -46,7 +46,7 @@ def read_tokens(
             if (wrong := np.flatnonzero(is_target & (own != ids))).size:
                 raise InputError(
                     f"'labels' must have {IGNORE} or the id of 'input_ids' at the same place (they are shifted later); "
-                    f"at {wrong[0]} they have {own[wrong[0]]:g} where the id is {ids[wrong[0]]:g}."
+                    f"at {wrong[0]} they have {own[wrong[0]]:.15g} where the id is {ids[wrong[0]]:.15g}."
                 )
             own = is_target.astype(float)
         elif own.min() < 0:

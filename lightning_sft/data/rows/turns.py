@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_sft.data.rows.calls import MEDIA, read_call, read_result
-from lightning_sft.data.rows.dialects import CALLERS, COMMON, Dialect
+from lightning_sft.data.rows.dialects import CALLERS, COMMON, IGNORE, Dialect
 from lightning_sft.data.rows.markup import inline_calls, inline_thought
 from lightning_sft.data.rows.values import decoded, decoded_call, shown, text_of, weight_of
 from lightning_sft.types import InputError, Message
@@ -22,6 +22,7 @@ Turn = tuple[Message, float | None]
 """A message in its normal form, and the weight that its flags give it, or ``None`` where it has no flags."""
 
 _PARTS = {"reasoning": 0, "thinking": 0, "text": 1, "tool_call": 2, "tool_use": 2}  # as templates order them
+_THOUGHTS = ("reasoning", "thinking")
 _TEXTS = ("input_text", "output_text")  # of OpenAI's responses
 _NOTHING = frozenset({"annotations", "cache_control", "citations", "id", "index", "is_error", "logprobs", "signature"})
 _ROLES = ("user", "assistant", "system")
@@ -62,6 +63,7 @@ class _Parts:
 
     text: Any = None
     reasoning: str | None = None
+    thought: str = ""  # type of the parts that have the reasoning
     calls: list[Any] = field(default_factory=list)
     results: list[Message] = field(default_factory=list)
 
@@ -141,7 +143,7 @@ class _Message:
             given = inline_calls(content) if isinstance(content, str) else [content]
             own = [call for each in given for call in _as_list(decoded_call(each, "the function call"))]
             content, calls = "", [*calls, *own]
-        parts = _parts(content, self.ignored) if isinstance(content, list) else _Parts(content)
+        parts = _parts(content, self.dialect, self.ignored) if isinstance(content, list) else _Parts(content)
         if parts.text is None and calls:
             parts.text = ""
         turn: Message = {"role": self.role, "content": text_of(parts.text, what)}
@@ -179,9 +181,10 @@ class _Message:
             turn["reasoning_content"] = text_of(value, name)
             if value.strip() and (found := inline_thought(turn["content"])):
                 if found[0].strip() not in ("", value.strip()):
+                    unused = ", ".join(f"{key}: ignored" for key in filter(None, (parts.thought, *keys)))
                     raise InputError(
                         f"the reasoning is there twice: {name} and in tags in the content, and they differ. Keep one; "
-                        f"data.message_keys={{{keys[0] if keys else 'thinking'}: ignored}} keeps that of the content."
+                        f"data.message_keys={{{unused}}} keeps that of the content."
                     )
                 turn["content"] = found[1]
         if calls and parts.calls:
@@ -208,7 +211,7 @@ class _Message:
             )
 
 
-def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
+def _parts(parts: list[Any], dialect: Dialect, ignored: set[str]) -> _Parts:
     """Content that is a list of parts."""
     texts: dict[int, list[str]] = {0: [], 1: []}
     found, last = _Parts(), 0
@@ -217,6 +220,9 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "tool_result" and not last:
             found.results.append(_result(part, what, ignored))
+            continue
+        if kind in _THOUGHTS and dialect.keys.get(kind) == IGNORE:
+            ignored.add(f"messages[].content[].{kind}")
             continue
         if kind in _TEXTS:
             part, kind = {**part, "type": "text"}, "text"
@@ -242,6 +248,7 @@ def _parts(parts: list[Any], ignored: set[str]) -> _Parts:
             found.calls.extend(_as_list(decoded(value, what)))
         else:
             texts[last].append(text_of(value, what))
+            found.thought = found.thought or (kind if kind in _THOUGHTS else "")
     found.text = "".join(texts[1])
     found.reasoning = "".join(texts[0]) if texts[0] else None
     return found

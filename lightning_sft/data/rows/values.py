@@ -20,6 +20,8 @@ _repr.maxstring = _repr.maxother = 60
 
 def shown(value: Any) -> str:
     """A value with its type, cut short."""
+    if value is None:
+        return "null"
     try:
         return f"{type(value).__name__} {_repr.repr(value)}"
     except ValueError:  # an integer of thousands of digits

@@ -230,7 +230,9 @@ def _shown(chunks: Chunks, num_workers: int, title: str | None) -> Iterator[Chun
         TextColumn("Encoding {task.description}: {task.completed:,} rows", markup=False),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(), transient=True, disable=title is None) as progress:
+    console = Console()
+    is_seen = title is not None and (console.is_terminal or console.is_jupyter)  # elsewhere it is an empty line
+    with Progress(*columns, console=console, transient=True, disable=not is_seen) as progress:
         task = progress.add_task(title or "", total=None)
         for chunk in chunks.run(num_workers):
             yield chunk

@@ -51,9 +51,10 @@ class Rendering:
         forget_json()
         self.variables = {**config.variables, **conversation.template_kwargs}
         messages, self.notes = template.prepared(conversation.messages)
-        messages, self.tools, found = control_tokens.treated(
-            messages, conversation.tools, template.special, config.control_tokens
-        )
+        treatment = config.control_tokens
+        if treatment == "text" and [m["role"] for m in messages[:1]] == ["text"]:  # it has no turns to forge
+            treatment = "as_is"
+        messages, self.tools, found = control_tokens.treated(messages, conversation.tools, template.special, treatment)
         if found:
             self.notes.add(f"control tokens in their texts are {found}")
         self.shift, self._merged = 0, None
@@ -109,7 +110,8 @@ class Rendering:
         if thoughts.begin_of(own) is not None and thoughts.are_ended_by(text[:begin]):
             raise InputError(thoughts.ENDED)
         if is_empty(message):
-            self.notes.add("an answer is empty, and its stop token alone is trained")
+            what = "empty but for blanks, which are left out," if message.get("content") else "empty,"
+            self.notes.add(f"an answer is {what} and its stop token alone is trained")
         if not reasoning and (empty := thoughts.EMPTY_THOUGHT.match(own)):
             if own[empty.end() :].lstrip().startswith(message["content"].strip()):
                 thoughts.check_after_empty_one(message["content"])

@@ -62,6 +62,19 @@ def test_the_tokens_of_the_micro_batches_are_shown_and_targets_are_marked(show: 
     assert SHOWN in show("--row", "train.jsonl:13")
 
 
+def test_text_that_reads_like_a_control_token_is_marked(show: Any, config: dict[str, Any], jsonl: Any) -> None:
+    config["data"] |= {"train": jsonl([{"prompt": "a<|im_end|>b", "completion": "c<|im_start|>"}]), "val": None}
+    text = show("--rows", "1")
+    assert "user⏎\na⟨<|im_end|>⟩b<|im_end|>⏎\n" in text
+    assert "«c⟨<|im_start|>⟩<|im_end|>»" in text
+    assert "⟨plain text that reads like a control token⟩" in text
+    config["data"]["train"] = jsonl([GOOD])
+    text = show("--rows", "1")
+    assert "⟨" not in text
+    assert text.startswith("/")  # the place of the row, without an empty line before it
+    assert "Targets stand between" not in show("--rows", "0")
+
+
 def test_the_plan_is_that_of_the_trainers_settings(show: Any, config: dict[str, Any]) -> None:
     said = show()
     assert "2 optimizer steps of 3 or 4 packed micro-batches of at most 64 tokens" in said
@@ -132,7 +145,7 @@ def test_rows_without_a_line_of_their_own_are_listed_and_the_clean_file_has_the_
         len(re.findall(r"9 refused: 'completion' must be a string.*\n  \S*one.json:row 2, \S*one.json:row 5", text))
         == 1
     )
-    assert re.search(r"two.json:row 2, \S*two.json:2, \S*two.json:row 8, \S*three.json:row 2", text)
+    assert re.search(r"two.json:row 2, \S*two.json:row 5, \S*two.json:row 8, \S*three.json:row 2", text)
     assert re.search(r"3 refused: the row has no answer.*\n  \S*four.parquet:row 2, \S*four.parquet:row 5", text)
     lines = (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()
     kept = [json.loads(line)["messages"][0]["content"] for line in lines]
@@ -147,6 +160,26 @@ def test_a_row_that_is_not_used_says_why(show: Any, config: dict[str, Any], json
         InputError, match=r"There is no row 'train.jsonl:3' among the 2 rows of data.train and \d+ rows? of data.val\."
     ):
         show("--row", "train.jsonl:3")
+
+
+def test_a_row_may_be_named_by_its_number(show: Any, config: dict[str, Any], jsonl: Any) -> None:
+    rows = [GOOD, {"prompt": "a", "completion": 7}, {"prompt": "Who?", "completion": "I"}]
+    config["data"] |= {"train": jsonl(json.dumps(rows), "one.json"), "val": None}
+    for asked in ("3", "row 3", "one.json:3", "one.json:row 3"):
+        text = show("--row", asked)
+        assert text.count("one.json:row 3  step") == 1
+        assert "«I<|im_end|>»" in text
+        assert "refused:" not in text
+    with pytest.raises(InputError, match=r"The row is not used. \S*one.json:row 2: 'completion' must be a string"):
+        show("--row", "2")
+    with pytest.raises(InputError, match=r"There is no row '4' .*or the number of the row"):
+        show("--row", "4")
+    config["data"]["train"] = [config["data"]["train"], jsonl(rows, "two.jsonl")]
+    with pytest.raises(InputError, match=r"The row 3 is there in several files. Name one: \S+ or \S+:"):
+        show("--row", "3")
+    with pytest.raises(InputError, match="in several files"):
+        show("--row", "2")
+    assert "two.jsonl:3  step" in show("--row", "two.jsonl:3")
 
 
 def test_rows_that_are_refused_are_listed_once(
@@ -231,6 +264,7 @@ def test_the_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
         "--html_rows ",
         "--check ",
         "--clean ",
+        "--overwrite ",
         "--data.train ",
         "--model.normalize ",
     ):
@@ -298,6 +332,25 @@ def test_clean_writes_the_usable_rows_and_says_what_is_left_out(
     assert second["messages"][1] == {"role": "assistant", "content": "Yo", "weight": 2.0}
     with pytest.raises(InputError, match=r"clean needs all rows, .* set data\.streaming=false"):
         show("--clean", str(out), "--data.streaming", "true")
+
+
+def test_clean_and_html_write_over_no_data(show: Any, config: dict[str, Any], jsonl: Any, tmp_path: Path) -> None:
+    config["data"]["train"] = jsonl([GOOD, {"prompt": "a", "completion": 3}])
+    train, other = Path(config["data"]["train"]), tmp_path / "other.jsonl"
+    before = train.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(train)
+    other.write_text("mine")
+    for name in (config["data"]["train"], config["data"]["val"], str(tmp_path / "link.jsonl")):
+        with pytest.raises(InputError, match="is one of the files that are read"):
+            show("--clean", name, "--overwrite", "true")
+        with pytest.raises(InputError, match="would be a page with the name of a data file"):
+            show("--html", name)
+    with pytest.raises(InputError, match=r"other.jsonl already exists. Give another file .*--overwrite true"):
+        show("--clean", str(other))
+    with pytest.raises(InputError, match=r"give a name that ends in .jsonl"):
+        show("--clean", str(tmp_path / "out.jsonl.gz"))
+    assert (train.read_bytes(), other.read_text()) == (before, "mine")
+    assert f"Usable rows: 1 in {other}" in show("--clean", str(other), "--overwrite", "true")
 
 
 def test_of_a_stream_the_first_rows_are_shown(show: Any, config: dict[str, Any]) -> None:

@@ -72,6 +72,14 @@ def test_broken_lines_are_left_out_and_each_part_has_a_file(jsonl: Callable[...,
     assert "Be kind." in (tmp_path / "out.x_y.jsonl").read_text(encoding="utf-8")
 
 
+def test_parts_whose_names_differ_in_unsafe_characters_alone_have_files_of_their_own(
+    jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = ROWS["prompts"][2:]
+    split = load(Mixture({"x/y": jsonl(rows, "a.jsonl"), "x y": jsonl(rows * 2, "b.jsonl")}), Reading())
+    assert list(write_clean(tmp_path / "out.jsonl", [split], Reading()).values()) == [1, 2]
+
+
 def test_variables_of_the_row_are_kept_and_those_of_the_run_are_not(jsonl: Callable[..., str], tmp_path: Path) -> None:
     row = {"prompt": "Hi", "completion": "Yo", "chat_template_kwargs": {"mood": "x"}}
     reading = Reading(chat_template_kwargs={"pace": "slow"})

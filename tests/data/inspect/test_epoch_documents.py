@@ -9,7 +9,7 @@ import pytest
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.packing import pack
 from lightning_sft.data.batches.plan import EpochPlan
-from lightning_sft.data.inspect.documents import EpochDocuments
+from lightning_sft.data.inspect.documents import EpochDocuments, is_place
 from lightning_sft.types import Example
 
 EXAMPLES = [Example([i] * (2 + i % 3), [0] + [1.0] * (1 + i % 3), f"data/a.jsonl:{i}") for i in range(1, 18)]
@@ -41,8 +41,8 @@ def test_a_document_knows_its_place() -> None:
     assert last.rank == 1
     assert last.step == -(-last.micro_batch // 2)
     assert f"micro-batch {last.micro_batch} of rank 1" in last.remark
-    assert last.is_at(last.document.provenance)
+    assert is_place(last.document.provenance, last.document.provenance)
     number = last.document.provenance.rpartition(":")[2]
-    assert last.is_at(f"a.jsonl:{number}")
-    assert not last.is_at(f"onl:{number}")
+    assert is_place(f"a.jsonl:{number}", last.document.provenance)
+    assert not is_place(f"onl:{number}", last.document.provenance)
     assert "rank" not in walk().first(1)[0].remark

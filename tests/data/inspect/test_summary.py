@@ -24,7 +24,7 @@ SPLIT = Split(
     Examples([to_record_batch(EXAMPLES)]),
     RowReport(
         num_rows=5,
-        refused=["a:3: turn 2: [/bold] is 'x'", "a:4: turn 4: [/bold] is 'y'"],
+        refused=["a:3: turn 2: [/bold] is 'x'", "a:4: turn 4: [/bold] is 'x'"],
         too_long=["a:5 (99 tokens)"],
         ignored=Counter({"[id]": 3}),
     ),
@@ -65,7 +65,7 @@ def test_how_many_times_as_many_tokens_expansion_makes_is_said() -> None:
 
 def test_refusals_are_together_by_reason_with_their_places_and_markup_is_text() -> None:
     text = printed(SPLIT)
-    assert "2 refused: turn 2: [/bold] is 'x'\n  a:3, a:4" in text
+    assert "2 refused: turn 2 or another: [/bold] is 'x'\n  a:3, a:4" in text
     assert "1 left out, longer than data.max_length\n  a:5 (99 tokens)" in text
     assert "3 rows have the key '[id]', which is ignored" in text
     assert "Targets per sequence: minimum 1, median 1, maximum 2." in text
@@ -132,3 +132,17 @@ def test_an_epoch_of_few_steps_is_remarked(capsys: pytest.CaptureFixture[str]) -
         )
         show_report({"train": split}, SplitPlan.of(split, Division(), tokens_per_batch=3, seed=0))
         assert ("So few optimizer steps" in capsys.readouterr().out) == is_remarked
+
+
+def test_different_causes_are_different_groups_and_thousands_of_them_are_few() -> None:
+    keys = ["k:1: turn 1: the keys ['mood'] have no meaning", "k:2: turn 4: the keys ['verdict'] have no meaning"]
+    assert [places for _, places in by_reason(keys)] == [["k:1"], ["k:2"]]
+    cells = [f"k:{i}: the row has {i % 2} cells, the header 2." for i in range(5)]
+    assert by_reason(cells) == [
+        ("the row has 0 cells, the header 2.", ["k:0", "k:2", "k:4"]),
+        ("the row has 1 cells, the header 2.", ["k:1", "k:3"]),
+    ]
+    groups = by_reason([f"k:{i}: 'prompt' must be a string, got int {i}." for i in range(3000)])
+    assert len(groups) == 6
+    assert sum(len(places) for _, places in groups) == 3000
+    assert groups[0][0] == "'prompt' must be a string, got int 5. (one of 2,995 such reasons)"

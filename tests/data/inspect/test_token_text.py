@@ -54,3 +54,13 @@ def test_what_moves_a_cursor_or_turns_the_writing_is_written_out(character: str)
 
 def test_emoji_are_left_as_they_are() -> None:
     assert visible("👩\u200d🚀 naïve\n\t") == "👩\u200d🚀 naïve⏎\n⇥\t"
+
+
+def test_text_that_reads_like_control_tokens_is_between_marks_however_often_it_is_there() -> None:
+    tokenizer = tiny_tokenizer()
+    fake, real = "x<|im_end|><|im_end|>y", "<|im_end|>"
+    apart = [i for character in fake for i in tokenizer(character)["input_ids"]]
+    ids = torch.tensor([*tokenizer(real)["input_ids"], *apart, *tokenizer(real)["input_ids"]])
+    pieces = PieceReader(tokenizer).read(Document(ids, ids * 0.0))
+    assert "".join(piece.text for piece in pieces) == f"{real}x⟨{real}⟩⟨{real}⟩y{real}"
+    assert [i for piece in pieces for i in piece.ids] == ids.tolist()

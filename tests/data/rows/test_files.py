@@ -20,6 +20,7 @@ from pyarrow import feather, ipc, parquet
 
 from lightning_sft.data.rows import files
 from lightning_sft.data.rows.files import read_file, skim_file
+from lightning_sft.data.rows.sources import parsed
 from lightning_sft.types import InputError
 
 
@@ -36,7 +37,7 @@ def test_each_element_of_a_json_list_is_a_row_with_the_line_it_begins_on(tmp_pat
     path.write_text(json.dumps(rows, indent=indent), encoding="utf-8")
     got = list(read_file(path))
     assert [row for row, _ in got] == rows
-    lines = [2, 10, 13] if indent else [1, "row 2", "row 3"]
+    lines = [2, 10, 13] if indent else ["row 1", "row 2", "row 3"]
     assert [where for _, where in got] == [f"{path}:{line}" for line in lines]
 
 
@@ -67,9 +68,9 @@ def test_files_that_were_put_together_have_several_byte_order_marks(tmp_path: Pa
 
 
 BAD: list[tuple[str, Any, str]] = [
-    ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON: .* \(column 6, where the text ends"),
-    ("a.jsonl", '{"a": 1}\n{"a": 2\n{"a": 3}\n', r"a\.jsonl:2: not valid JSON: .* \(column 8, where the text ends"),
-    ("a.json", '[{"a": 1},\n {"a": 2\n\n', r"a\.json:2: not valid JSON: .* \(column 9, where the text ends"),
+    ("a.jsonl", '{"a": 1}\n{"a": \n', r"a\.jsonl:2: not valid JSON: .* \(column 6"),
+    ("a.jsonl", '{"a": 1}\n{"a": 2\n{"a": 3}\n', r"a\.jsonl:2: not valid JSON: .* \(column 8"),
+    ("a.json", '[{"a": 1},\n {"a": 2\n\n', r"a\.json:2: not valid JSON: .* \(column 9"),
     ("a.json", '[{"a": 1},\n {"a" 2}]', r"a\.json:2: not valid JSON"),
     ("a.json", '[{"a": 1},\n {"a": 2', r"a\.json:2: not valid JSON"),
     ("a.jsonl", "", "has no rows"),
@@ -114,6 +115,11 @@ BAD: list[tuple[str, Any, str]] = [
     ),
     ("a.jsonl", '{\n"a": 1\n}', r"a\.jsonl:1: .* the line is '{' alone"),
     ("a.jsonl", "9" * 5_000, r"a\.jsonl:1: not valid JSON: Exceeds the limit"),
+    ("a.jsonl", '{"a": "b", "c"\n', r"a\.jsonl:1: .* it is cut off, or .* \(column 15\)"),
+    ("a.jsonl", '{"a": "b\n', r"a\.jsonl:1: .* it is cut off, .* \(column 9\)"),
+    ("a.jsonl", '{"a": "b\tc"}\n', r"a string has a line break or .*, which JSON writes as \\t \(column 9\)"),
+    ("a.json", '[{"a": 1},\n{"a": \n\n', r"a\.json:2: .* it is cut off, .* Expecting value \(column 6\)"),
+    ("a.json", '[{"a": "x\ny"}]', r"a\.json:1: .*, which JSON writes as \\n \(column 10\)"),
     ("a.csv", "", "has no rows"),
     ("a.csv", "a,b\n", "has no rows"),
     ("a.csv", "a,b\n1,2\n3\n", r"a\.csv:3: the row has 1 cells, the header 2"),
@@ -220,6 +226,77 @@ def test_without_zst_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pyarrow, "Codec", SimpleNamespace(is_available=lambda name: False))
     with pytest.raises(InputError, match="pip install -U pyarrow"):
         list(read_file(tmp_path / "a.jsonl.zst"))
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ('[{"a": 1}, {"a": 2},\n{"a": 3}, {"a": 4}]', ["row 1", "row 2", "row 3", "row 4"]),
+        ('[{"a": 1}]', ["1"]),
+        ('[{"a": 1},\n {"a": 2}, {"a": 3}]', ["1", "2", "row 3"]),
+        ('{"a": 1}\n{"a": 2}', ["1", "2"]),
+        ('{"a": 1} {"a": 2}', ["row 1", "row 2"]),
+    ],
+)
+def test_rows_of_json_on_one_line_are_all_named_by_their_number(tmp_path: Path, text: str, places: list[str]) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert [place for _, place in read_file(path)] == [f"{path}:{place}" for place in places]
+
+
+def skimmed(path: Path) -> list[Any]:
+    """The rows of a file; of a broken one, its error."""
+    found: list[Any] = []
+    for row, _ in skim_file(path):
+        try:
+            found.append(parsed(row, ""))
+        except InputError as error:
+            found.append(str(error).removeprefix(str(path)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("broken", "lines", "said"),
+    [
+        ('he said "hi",x', 1, None),  # a quotation mark within a bare cell is a character
+        ('"he said "hi"",x', 1, "not valid CSV: ',' expected after '\"'"),
+        ('"never closed,x', 1, "not valid CSV: "),
+        ("\udcff,x", 1, "not UTF-8"),
+        ("one", 1, "the row has 1 cells, the header 2"),
+    ],
+)
+def test_a_broken_row_of_csv_costs_that_row_alone(tmp_path: Path, broken: str, lines: int, said: str | None) -> None:
+    path = tmp_path / "a.csv"
+    text = f'a,b\n1,2\n"two\nlines",3\n{broken}\n4,5\n\n"6",7\n8,9\n'
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    before, after = [{"a": "1", "b": "2"}, {"a": "two\nlines", "b": "3"}], [("4", "5"), ("6", "7"), ("8", "9")]
+    rows = skimmed(path)
+    assert rows[:2] == before
+    assert rows[3:] == [{"a": a, "b": b} for a, b in after]
+    assert rows[2] == {"a": 'he said "hi"', "b": "x"} if said is None else rows[2].startswith(f":5: {said}")
+
+
+def test_a_line_of_text_that_is_not_utf_8_costs_that_row_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\n\xff\nthree\n")
+    one, broken, three = skimmed(tmp_path / "a.txt")
+    assert (one, three) == ({"text": "one"}, {"text": "three"})
+    assert broken.startswith(":2: not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "prompt;completion\nHi, you;Yo\n"),
+        ("a.csv", 'sep=;\nprompt;completion\n"Hi, you";Yo\n'),
+        ("a.csv", '"prompt"\t"completion"\n"Hi, you"\tYo\n'),
+        ("a.csv", "prompt|completion\nHi, you|Yo\n"),
+        ("a.tsv", 'prompt,completion\n"Hi, you",Yo\n'),
+        ("a.tsv", "prompt\tcompletion\nHi, you\tYo\n"),
+    ],
+)
+def test_what_separates_cells_is_seen_in_the_header(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert skimmed(tmp_path / name) == [{"prompt": "Hi, you", "completion": "Yo"}]
 
 
 def test_the_line_of_a_csv_row_is_where_it_begins(tmp_path: Path) -> None:

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, get_args
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from lightning_sft.data.rows.files import read_file
 from lightning_sft.data.rows.messages import Converter, Reading, TrainOn, to_conversation
 from lightning_sft.types import InputError
 
@@ -23,6 +27,58 @@ def test_a_row_without_a_column_that_is_mapped_is_said_to_lack_it() -> None:
     convert = Converter(Reading(columns={"prompt": "question", "completion": "answer"}))
     with pytest.raises(InputError, match=r"f:1: the row has no 'answer', which data.columns=.* keys are \['question'"):
         convert({"question": "Hi"}, "f:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "said"),
+    [
+        ({"instruction": "Hi", "output": ["a", "b"]}, {}, "'output' must be a string, or a list of messages, got list"),
+        ({"instruction": "Hi", "output": 3.5}, {}, "'output' must be a string, got float 3.5"),
+        ({"instruction": "Hi", "context": 3, "output": "a"}, {}, "'context' must be a string, got int 3"),
+        ({"query": 3, "response": "Yo"}, {}, "'query' must be a string, got int 3"),
+        ({"prompt": ["Hi"], "completion": "Yo"}, {}, "'prompt' must be a string, or a list of messages, got list"),
+        ({"q": None, "a": "Yo"}, {"prompt": "q", "completion": "a"}, "'q' must be a string, got null"),
+        ({"talk": 3}, {"messages": "talk"}, "'talk' must be a list of .* got int 3"),
+        ({"body": 3}, {"text": "body"}, "'body' must be a string, got int 3"),
+        ({"text": "a", "loss_weight": "x"}, {}, "'loss_weight' must be a finite number .* got str 'x'"),
+    ],
+)
+def test_a_value_that_is_no_text_is_named_by_its_column(row: Any, columns: dict[str, str], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        to_conversation(row, columns=columns)
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Hi", "completion": "Yo"}, {"q": "Hi", "a": "Yo"}])
+def test_an_array_on_a_line_is_said_to_be_one(row: dict[str, str]) -> None:
+    with pytest.raises(InputError, match=r"a:1: the row is a list of 2 objects, .* name the file \.json"):
+        Converter()([row, row], "a:1")
+    assert Converter()([{"input": "Hi", "output": "Yo"}], "a:1").messages == [USER, ANSWER]
+    with pytest.raises(InputError, match="turn 2: expected"):
+        Converter()([USER, row], "a:1")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_cell_without_a_value_is_said_to_be_null(name: str, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": None, "completion": "Yo", "messages": None},
+        {"prompt": "Hi", "completion": None, "messages": None},
+        {"prompt": "Hi", "completion": "Yo", "messages": None},
+        {"prompt": None, "completion": None, "messages": [USER, ANSWER]},
+    ]
+    path = tmp_path / name
+    if name == "a.parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    no_prompt, no_answer, plain, chat = [row for row, _ in read_file(path)]
+    for row, column in ((no_prompt, "prompt"), (no_answer, "completion")):
+        with pytest.raises(InputError, match=f"'{column}' must be a string, got null"):
+            to_conversation(row)
+    assert to_conversation(plain).messages == to_conversation(chat).messages == [USER, ANSWER]
+    assert to_conversation(no_answer, answered=False).messages == [USER]
+    convert = Converter()
+    convert(plain, "a:3")
+    assert not convert.ignored
 
 
 @pytest.mark.parametrize(
@@ -189,6 +245,9 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
         ({"input_ids": [1, 2], "attention_mask": [1, 1]}, "nothing says which of them to learn. Add 'labels'"),
         ({"data": ["Hi", "Yo"]}, "'data' looks like messages: str 'Hi'. .* data.columns={messages: data}"),
         ({"turns": [USER, ANSWER]}, "data.columns={messages: turns}"),
+        ({"version": 1, "data": [{"prompt": "a"}]}, "the row has its rows in 'data': 1 objects, .* Write them alone"),
+        ({"data": [{"question": "a", "answer": "b"}] * 2}, "the row has its rows in 'data': 2 objects"),
+        ({"data": [{"colour": "red"}]}, "are of no known format"),
         ({"messages": [USER, ANSWER], "chat_template_kwargs": 3}, "'chat_template_kwargs' must be an object"),
         (
             {"messages": [USER, ANSWER], "chat_template_kwargs": {"tools": []}},
@@ -196,7 +255,7 @@ def test_flags_and_weights_multiply(row: dict[str, Any], weights: list[float]) -
         ),
         ({"prompt": "Hi", "completion": [USER, ANSWER], "reasoning_content": "Hm"}, "needs an answer of one message"),
         ({"prompt": 3, "completion": "Yo"}, "f:1: 'prompt' must be a string, got int 3"),
-        ({"prompt": "Hi", "completion": None}, "'completion' must be a string, got NoneType"),
+        ({"prompt": "Hi", "completion": None}, "'completion' must be a string, got null"),
         ({"prompt": "Hi", "completion": []}, "'completion' must be a list of .* got list"),
         ({"instruction": "Hi", "input": ["x"], "output": "Yo"}, "'input' must be a string, got list"),
         ({"instruction": [USER], "output": "Yo"}, "'instruction' must be a string, got list"),

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from lightning.pytorch import Trainer
@@ -108,3 +108,10 @@ def test_settings_without_an_effect_warn(
     val = Mixture({"a": Part(jsonl(SHORT), share=1)})
     with pytest.warns(UserWarning, match=r"no effect in data.val: there, every row is used once"):
         quiet_trainer().validate(SFTModule(pretrained), SFTDataModule(val=val), verbose=False)
+
+
+def test_a_part_that_is_wrong_is_named() -> None:
+    with pytest.raises(InputError, match="The part 'maths' of a mixture: Part has no 'path'; it has source"):
+        Mixture({"chat": "a.jsonl", "maths": cast(Any, {"path": "b.jsonl"})})
+    with pytest.raises(InputError, match=r"The part of b\.jsonl: data\.columns=.* 'promt' is no key of a format"):
+        Part("b.jsonl", columns={"promt": "x"})

@@ -134,7 +134,10 @@ def test_a_data_set_of_the_hub_is_read_while_it_is_downloaded_for_a_stream(monke
 
     monkeypatch.setattr("datasets.load_dataset", load)
     [leaf] = leaves("hf:owner/name:train", streaming=True)
-    assert list(leaf()) == [({"a": 1}, "hf:owner/name:train:row 1"), ({"a": 2, "b": 3}, "hf:owner/name:train:row 2")]
+    assert list(leaf()) == [
+        ({"a": 1, "b": None}, "hf:owner/name:train:row 1"),
+        ({"a": 2, "b": 3}, "hf:owner/name:train:row 2"),
+    ]
     assert calls == [{"split": "train", "streaming": True}]
 
 

@@ -47,6 +47,7 @@ def test_token_ids_are_an_example_as_they_are(row: dict[str, Any], ids: list[int
         ({"input_ids": []}, "must be a list of token ids"),
         ({"labels": [6, 7, 8, -100]}, "they are shifted later.; at 0 they have 6 where the id is 5"),
         ({"labels": [-100, 7, 8]}, "'labels' has 3 values for 4 ids"),
+        ({"labels": [123456789, 6, 7, 8]}, "at 0 they have 123456789 where the id is 5"),
         ({"labels": [-100, None, 7, 8]}, "'labels' must be a list of numbers"),
         ({"labels": [-100] * 4}, "no token of the row is to be trained"),
         ({"labels": [5, -100, -100, -100]}, "no token of the row is to be trained"),

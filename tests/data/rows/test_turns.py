@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,12 +90,12 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
 @pytest.mark.parametrize(
     ("turn", "message"),
     [
-        (None, "expected {'role', 'content'} or {'from', 'value'}, got NoneType"),
+        (None, "expected {'role', 'content'} or {'from', 'value'}, got null"),
         ({"content": "x"}, "expected .* got dict {'content': 'x'}"),
         ({"role": "fool", "content": "x"}, "the role must be one of system, .* got str 'fool'. .* data.roles"),
         ({"role": ["user"], "content": "x"}, r"the role must be one of .* got list \['user'\]"),
-        ({"from": None, "value": "x"}, "the role must be one of .* got NoneType"),
-        ({"role": "user"}, r"'content' \(user\) must be a string, got NoneType"),
+        ({"from": None, "value": "x"}, "the role must be one of .* got null"),
+        ({"role": "user"}, r"'content' \(user\) must be a string, got null"),
         ({"from": "gpt", "value": None}, r"'value' \(assistant\) must be a string"),
         ({"role": "user", "content": 3}, r"'content' \(user\) must be a string, got int 3"),
         ({"role": "user", "content": "x\udc80"}, r"'content' \(user\) has half a character at 1: str '\\udc80'"),
@@ -190,7 +192,7 @@ def test_a_turn_of_function_calls_may_have_several(value: Any) -> None:
             "nested more than 64 deep",
         ),
         ({"from": "function_call", "value": "weather()"}, "the function call: not valid JSON"),
-        ({"from": "function_call", "value": None}, "tool call 1 must be an object with 'function', got NoneType"),
+        ({"from": "function_call", "value": None}, "tool call 1 must be an object with 'function', got null"),
     ],
 )
 def test_what_is_no_message_is_one_error_that_says_what_was_expected(turn: Any, message: str) -> None:
@@ -376,6 +378,21 @@ def test_two_thoughts_are_refused_and_the_remedy_works() -> None:
         read_turns(message)
     [(turn, _)] = read_turns(message, Dialect({}, {"thinking": "ignored"}))
     assert turn == {"role": "assistant", "content": message["content"]}
+
+
+@pytest.mark.parametrize("kind", ["reasoning", "thinking"])
+def test_the_remedy_for_two_thoughts_names_the_part_of_the_content_and_works(kind: str) -> None:
+    text = "<think>Why?</think>So."
+    parts = [{"type": kind, kind: "How?"}, {"type": "text", "text": text}]
+    message = {"role": "assistant", "content": parts, "reasoning_content": "How?"}
+    with pytest.raises(InputError) as refused:
+        read_turns(message)
+    [remedy] = re.findall(r"data\.message_keys=({.*?}) keeps", str(refused.value))
+    assert remedy == f"{{{kind}: ignored, reasoning_content: ignored}}"
+    ignored: set[str] = set()
+    [(turn, _)] = read_turns(message, Dialect({}, yaml.safe_load(remedy)), ignored)
+    assert turn == {"role": "assistant", "content": text}
+    assert ignored == {f"messages[].content[].{kind}", "messages[].reasoning_content"}
 
 
 def test_calls_in_tags_are_read_as_calls() -> None:

@@ -157,6 +157,18 @@ def test_control_tokens_in_texts_are_text_as_transformers_makes_it(texts: tuple[
     assert encoded.notes == {"control tokens in their texts are tokenized as plain text"}
 
 
+def test_control_tokens_of_a_plain_text_are_tokens_and_the_note_says_so() -> None:
+    text = "<|im_start|>user\nHi<|im_end|>\n"
+    row = Conversation([{"role": "text", "content": text}], weights=[1.0])
+    tokenizer = tiny_tokenizer()
+    [encoded] = encode_all([row], tokenizer)
+    own, ids = tokenizer(text)["input_ids"], list(encoded.examples[0].input_ids)
+    assert own in (ids, ids[:-1], ids[1:-1], ids[1:])
+    assert encoded.notes == {"control tokens in their texts are left as the tokens that they are"}
+    with pytest.raises(InputError, match=r"contains the control token '<\|im_start\|>'"):
+        encode(row, tokenizer, config=TemplateConfig(control_tokens="refuse"))
+
+
 def test_control_tokens_are_refused_or_kept_where_that_is_asked_for() -> None:
     tokenizer, conv = tiny_tokenizer(), conversation(FORGED, "c")
     with pytest.raises(InputError, match=r"turn 1 .user. contains the control token '<\|im_end\|>'"):
@@ -299,6 +311,13 @@ def test_a_system_turn_begins_the_users_where_a_template_refuses_it() -> None:
     assert encoded.notes == {"the chat template refuses system turns, so theirs begins the user's turn"}
 
 
+def test_an_answer_after_a_system_turn_alone_is_trained() -> None:
+    messages = [{"role": "system", "content": "Say hello."}, {"role": "assistant", "content": "Hello"}]
+    tokenizer = tiny_tokenizer()
+    [example] = encode(Conversation(messages, weights=[0.0, 1.0]), tokenizer)
+    assert targets(example, tokenizer) == "Hello<|im_end|>"
+
+
 def test_a_turn_of_the_assistant_that_opens_a_conversation_is_context() -> None:
     tokenizer = tiny_tokenizer()
     opened = [{"role": "assistant", "content": "Hello"}, *turns("a", "b")]
@@ -422,6 +441,14 @@ def test_tags_of_results_are_there_once_where_the_template_writes_them(result: s
 def test_an_empty_turn_of_the_user_is_said(text: str) -> None:
     [encoded] = encode_all([conversation(text, "x")], tiny_tokenizer())
     assert encoded.notes == {"a turn of the user is empty"}
+
+
+def test_that_the_blanks_of_an_answer_are_left_out_is_said() -> None:
+    tokenizer = tiny_tokenizer()
+    blank, empty = encode_all([conversation("q", " \n "), conversation("q", "")], tokenizer)
+    assert list(blank.examples[0].input_ids) == list(empty.examples[0].input_ids)
+    assert blank.notes == {"an answer is empty but for blanks, which are left out, and its stop token alone is trained"}
+    assert empty.notes == {"an answer is empty, and its stop token alone is trained"}
 
 
 def test_a_call_in_the_text_of_an_answer_is_said() -> None:
