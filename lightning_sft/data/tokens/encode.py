@@ -96,7 +96,8 @@ def encode_all(
     while the next are rendered: the tokenizer works outside of Python's lock, on all cores.
     """
     template = ChatTemplate.of(tokenizer, config)
-    with ThreadPoolExecutor(1) as thread:
+    thread = ThreadPoolExecutor(1)
+    try:
         before: tuple[list[_Draft], Future[_Tokenized]] | None = None
         known: dict[str, Ids] = {}  # rows often begin as the rows before them
         for drafts in _some(conversations, template):
@@ -106,6 +107,8 @@ def encode_all(
             before = drafts, tokenized
         if before is not None:
             yield from _finished(*before, template, normalize)
+    finally:  # perhaps by the garbage collector while a thread starts, which holds a lock that waiting would need
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def encode_prompt(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -810,3 +811,24 @@ def test_the_note_of_an_answer_behind_its_prompt_says_whether_it_has_its_reasoni
     assert list(notes) == [
         f"{what} is put behind the prompt by itself, since the chat template writes the past in another way"
     ]
+
+
+def test_an_encoding_that_is_given_up_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may be the one who gives it up, in a thread that is starting: to wait was to hang."""
+    is_over, tokenize, calls = threading.Event(), encoding._tokenize, []
+
+    def slow(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) > 1:
+            is_over.wait(20)
+        return tokenize(*arguments)
+
+    monkeypatch.setattr(encoding, "_AT_ONCE", 1)
+    monkeypatch.setattr(encoding, "_tokenize", slow)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    found = encode_all([Conversation(turns, provenance=f"f:{i}") for i in range(4)], tiny_tokenizer(CHATML))
+    next(found)
+    begun = time.monotonic()
+    found.close()  # type: ignore[attr-defined]  # it is a generator
+    is_over.set()
+    assert time.monotonic() - begun < 5
