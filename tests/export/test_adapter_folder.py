@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -69,11 +70,13 @@ def test_the_python_of_the_page_runs(tmp_path: Path, pretrained: str, quiet_trai
     assert torch.allclose(loaded(IDS).logits, module.eval().model(IDS).logits, atol=1e-6)
 
 
-@pytest.mark.parametrize("line", re.findall(r"^lightning-sft fit (.*)$", "".join(PAGES), re.MULTILINE))
-def test_the_commands_of_the_page_are_real(line: str, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.chdir(ROOT)
+@pytest.mark.parametrize("line", re.findall(r"^lightning-sft fit ((?:.*\\\n)*.*)$", "".join(PAGES), re.MULTILINE))
+def test_the_commands_of_the_page_are_real(line: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {"model": {"pretrained": "HuggingFaceTB/SmolLM2-135M-Instruct"}, "data": {"train": "train.jsonl"}}
+    Path("fit.yaml").write_text(json.dumps(given), encoding="utf-8")
     with pytest.raises(SystemExit) as ended:
-        main(["fit", *shlex.split(line), "--print_config"])
+        main(["fit", *shlex.split(line.replace("\\\n", " ")), "--print_config"])
     assert ended.value.code == 0
     assert "pretrained: HuggingFaceTB/SmolLM2-135M-Instruct" in capsys.readouterr().out
 

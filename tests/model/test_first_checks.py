@@ -202,7 +202,7 @@ def test_a_fit_from_a_checkpoint_says_where_its_optimizer_or_schedule_is_another
 def test_lightnings_option_for_an_optimizer_is_refused_with_ours(
     pretrained: str, jsonl: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = ["--model.pretrained", pretrained, "--data.train", jsonl(rows), "--optimizer", "SGD", "--optimizer.lr", "1"]
+    args = ["--model.pretrained", pretrained, "--data.train", jsonl(rows), "--optimizer", "torch.optim.SGD"]
     monkeypatch.setattr("sys.argv", ["train.py", *args])
     with pytest.raises(InputError, match=r"Use --model.optimizer and --model.schedule instead"):
         LightningCLI(SFTModule, SFTDataModule, run=False, seed_everything_default=0, save_config_callback=None)

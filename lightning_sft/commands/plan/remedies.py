@@ -110,9 +110,10 @@ def _changes(draft: _Draft, prediction: Prediction, smaller: Callable[[int], Bat
         yield draft.changed("model.quantize=4bit", tuning=replace(module.tuning, quantize="4bit"))
     if layout.data_parallel == 1 and layout.stage == 0 and is_on_gpu:
         number = _enough(prediction, activations)
-        yield replace(
-            draft.changed(f"trainer.strategy=fsdp2, trainer.devices={number}"), layout=_sharded(layout, number)
-        )
+        while number <= _MOST_DEVICES:  # over too few, what is gathered outweighs what is spared
+            settings = f"trainer.strategy=fsdp2, trainer.devices={number}"
+            yield replace(draft.changed(settings), layout=_sharded(layout, number))
+            number *= 2
     if layout.stage == 3 and prediction.moments[LOADING] and layout.data_parallel * 2 <= _MOST_DEVICES:
         number = layout.data_parallel * 2
         wider = replace(layout, name=f"FSDP2 over {number}", data_parallel=number)
