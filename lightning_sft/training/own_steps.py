@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sft.io.words import counted
 from lightning_sft.training.trainer import is_last_step
-from lightning_sft.types import IGNORE, InputError
+from lightning_sft.types import IGNORE, InputError, widest
 
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
@@ -20,11 +20,12 @@ _LINEAR = ("Div", "Mul", "Neg", "Add", "Sub", "Rsub", "ToCopy", "Clone", "View",
 
 
 class OwnSteps(LightningModule):
-    """A module whose gradient is divided by the weight of the step: at once where it is known, or at the end."""
+    """A module whose gradient is divided by the weight of the step as soon as that is known."""
 
     def __init__(self) -> None:
         super().__init__()
         self._late: tuple[Callable[[], float], int] | None = None  # weight of a complete step, and its ranks
+        self._weight: Tensor | None = None  # the same weight on the device
         self._undivided: Tensor | None = None  # the loss of the micro-batch under way, if its step has to be complete
         self._empty_steps: int | None = 0  # steps of this fit, none of which has had a target; None once one has
 
@@ -39,11 +40,8 @@ class OwnSteps(LightningModule):
             on_host: Waits for this weight.
             num_ranks: Ranks that the strategy averages over.
         """
-        accumulate = self.trainer.accumulate_grad_batches
-        if accumulate == 1 and weight is not None:  # nothing waits: the device divides
-            return objective * (num_ranks / torch.where(weight == 0, torch.ones_like(weight), weight)).to(objective)
-        self._late = None if weight is None else (on_host, num_ranks)
-        self._undivided = objective * accumulate
+        self._late, self._weight = None if weight is None else (on_host, num_ranks), weight
+        self._undivided = objective * self.trainer.accumulate_grad_batches
         return self._undivided
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -100,7 +98,9 @@ class OwnSteps(LightningModule):
             InputError: With the ways to add one.
         """
         undivided, self._undivided = self._undivided, None
-        if undivided is not None and not _is_multiple(loss, undivided):
+        if undivided is None or _is_multiple(loss, undivided):
+            return
+        if self.trainer.accumulate_grad_batches > 1 or self._weight is None or self._late is None:
             raise InputError(
                 f"{type(self).__name__}.training_step changes the loss of SFTModule, and not by a factor. With batches "
                 f"of your own loader and trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}, the "
@@ -109,6 +109,9 @@ class OwnSteps(LightningModule):
                 "likelihood.weight * auxiliary), as docs/howto/subclass.md does under An auxiliary loss. Or use "
                 "SFTDataModule, which counts targets ahead, or trainer.accumulate_grad_batches=1."
             )
+        divisor = torch.where(self._weight == 0, 1, self._weight).to(widest(self._weight.device))
+        factor, self._late = (self._late[1] / divisor).to(undivided), None
+        undivided.register_hook(lambda gradient: gradient * factor)  # of the loss of the targets alone
 
 
 def _is_multiple(loss: Tensor, of: Tensor) -> bool:

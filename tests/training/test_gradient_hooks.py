@@ -17,59 +17,16 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from lightning_sft import Batch, SFTDataModule, SFTModule
+from tests.helpers.draws import WAYS
 from tests.helpers.gradients import ROWS
-from tests.helpers.resuming import Run, forked, wait
+from tests.helpers.processes import torchrun
 
 Make = Callable[..., Trainer]
 
 
-class NoisyGradient(Callback):
-    """Noise on the gradient of each step."""
-
-    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
-        for parameter in module.parameters():
-            parameter.grad += 0.1 * torch.randn_like(parameter.grad)
-
-
-class NoisyWeights(Callback):
-    """Noise on the weights after each step."""
-
-    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.mul_(1 + 0.01 * torch.randn_like(parameter))
-
-
-class Langevin(SGD):
-    """An optimizer that draws at random."""
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        with torch.no_grad():
-            for parameter in self.param_groups[0]["params"]:
-                parameter.add_(torch.randn_like(parameter), alpha=1e-3)
-        return loss
-
-
-class Kept(Callback):
-    """Keeps the weights of each rank as they are at the end."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer: Any, module: Any) -> None:
-        torch.save(list(module.parameters()), self.folder / f"{trainer.global_rank}.pt")
-
-
-@pytest.mark.parametrize("way", ["gradient", "weights", "optimizer"])
+@pytest.mark.parametrize("way", WAYS)
 def test_ranks_whose_steps_draw_at_random_keep_the_same_weights(pretrained: str, tmp_path: Path, way: str) -> None:
-    noise: dict[str, list[Callback]] = {"gradient": [NoisyGradient()], "weights": [NoisyWeights()]}
-    model = {"optimizer": lambda groups: Langevin(groups, lr=0.1)} if way == "optimizer" else {}
-
-    def work(rank: int) -> None:
-        Run(ranks=2, model=model).fit(pretrained, tmp_path, *noise.get(way, []), Kept(tmp_path), max_epochs=1)
-
-    assert wait(forked(work, 2)) == [0, 0]
+    torchrun("tests.helpers.draws", pretrained, str(tmp_path), way)
     of_ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*of_ranks, strict=True))
 
