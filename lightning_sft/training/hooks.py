@@ -30,7 +30,7 @@ def check_hooks(kind: type) -> None:
         if not (name.startswith("on_") or name in _OTHERS):
             continue
         defined = [base for base in kind.__mro__ if name in vars(base)]
-        number = next((n for n, base in enumerate(defined) if _is_ours(base)), 0)
+        number = next((n for n, base in enumerate(defined) if is_ours(base)), 0)
         for base in defined[:number]:
             code = getattr(inspect.unwrap(vars(base)[name]), "__code__", None)
             if code is not None and not {"super", name} & set(_names(code)):
@@ -49,7 +49,7 @@ def warn_of_unused_settings(module: Any) -> None:
     name = "configure_optimizers"
     kind = type(module)
     defined = [base for base in kind.__mro__ if name in vars(base)]
-    number = next(n for n, base in enumerate(defined) if _is_ours(base))
+    number = next(n for n, base in enumerate(defined) if is_ours(base))
     used = {used for base in defined[:number] for used in _names(vars(base)[name].__code__)}
     if not number or {"super", name} <= used:
         return
@@ -84,8 +84,9 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
-def _is_ours(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] == "lightning_sft"
+def is_ours(kind: Any) -> bool:
+    """Whether a class or a function is of this package, as opposed to a user's."""
+    return str(kind.__module__).partition(".")[0] == "lightning_sft"
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -24,15 +24,15 @@ class OwnSteps(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._late: tuple[Callable[[], float], int] | None = None  # weight of a complete step, and its ranks
-        self._weight: Tensor | None = None  # the same weight on the device
+        # weight of a complete step on the device, what waits for it on the host, and the ranks averaged over
+        self._complete: tuple[Tensor, Callable[[], float], int] | None = None
         self._undivided: Tensor | None = None  # the loss of the micro-batch under way, if its step has to be complete
         self._empty_steps: int | None = 0  # steps of this fit, none of which has had a target; None once one has
 
-    def _divided(
+    def _to_divide(
         self, objective: Tensor, weight: Tensor | None, on_host: Callable[[], float], num_ranks: int
     ) -> Tensor:
-        """The loss of a micro-batch without a normalizer.
+        """The loss of a micro-batch without a normalizer, whose gradient is divided after the backward pass.
 
         Args:
             objective: Its ``− Σ_t w_t · log Pr(t)``.
@@ -40,18 +40,21 @@ class OwnSteps(LightningModule):
             on_host: Waits for this weight.
             num_ranks: Ranks that the strategy averages over.
         """
-        self._late, self._weight = None if weight is None else (on_host, num_ranks), weight
+        self._complete = None if weight is None else (weight, on_host, num_ranks)
         self._undivided = objective * self.trainer.accumulate_grad_batches
         return self._undivided
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradient, and divide that of a complete step before any callback looks at it."""
         super().backward(loss, *args, **kwargs)
-        late, self._late = self._late, None
-        if late is not None and (weight := late[0]()):
-            for parameter in self.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(late[1] / weight)
+        complete, self._complete = self._complete, None
+        if complete is None:
+            return
+        _, on_host, num_ranks = complete
+        weight = on_host()
+        for parameter in self.parameters() if weight else ():
+            if parameter.grad is not None:
+                parameter.grad.mul_(num_ranks / weight)
 
     def on_train_start(self) -> None:
         """Count the steps without targets of this fit."""
@@ -89,7 +92,7 @@ class OwnSteps(LightningModule):
             self._check_targets()
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Refuse a loss that a subclass has added to one that is divided at the end: it would be divided with it.
+        """Divide the loss of the targets alone where a subclass has added to it; refuse that where it cannot be done.
 
         Args:
             loss: The loss that Lightning differentiates.
@@ -100,7 +103,7 @@ class OwnSteps(LightningModule):
         undivided, self._undivided = self._undivided, None
         if undivided is None or _is_multiple(loss, undivided):
             return
-        if self.trainer.accumulate_grad_batches > 1 or self._weight is None or self._late is None:
+        if self.trainer.accumulate_grad_batches > 1 or self._complete is None:
             raise InputError(
                 f"{type(self).__name__}.training_step changes the loss of SFTModule, and not by a factor. With batches "
                 f"of your own loader and trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}, the "
@@ -109,8 +112,8 @@ class OwnSteps(LightningModule):
                 "likelihood.weight * auxiliary), as docs/howto/subclass.md does under An auxiliary loss. Or use "
                 "SFTDataModule, which counts targets ahead, or trainer.accumulate_grad_batches=1."
             )
-        divisor = torch.where(self._weight == 0, 1, self._weight).to(widest(self._weight.device))
-        factor, self._late = (self._late[1] / divisor).to(undivided), None
+        (weight, _, num_ranks), self._complete = self._complete, None
+        factor = (num_ranks / torch.where(weight == 0, 1, weight).to(widest(weight.device))).to(undivided)
         undivided.register_hook(lambda gradient: gradient * factor)  # of the loss of the targets alone
 
 

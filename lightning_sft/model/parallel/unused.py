@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_sft.io.words import counted
 from lightning_sft.machine.contexts import eval_mode
 from lightning_sft.model.backbone import hidden_states
+from lightning_sft.training.hooks import is_ours
 from lightning_sft.training.optimizers import parameters_of
 from lightning_sft.types import InputError
 
@@ -52,8 +53,8 @@ def check_gradients(trainer: Trainer, module: LightningModule) -> None:
         InputError: When a trained parameter has no gradient under DDP.
     """
     check_all_reduced(trainer.strategy, module)
-    makes_own = not type(module).configure_optimizers.__module__.startswith("lightning_sft.")  # of some, on purpose
-    if not makes_own and trainer.fit_loop.epoch_loop.batch_idx < trainer.accumulate_grad_batches:
+    is_first = trainer.fit_loop.epoch_loop.batch_idx < trainer.accumulate_grad_batches
+    if is_first and is_ours(type(module).configure_optimizers):  # a user's own may leave some out on purpose
         _warn_of_untrained(trainer, module)
 
 
