@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.correctness.__main__ import main
+from benchmarks.correctness.__main__ import PAGE, main
 from benchmarks.correctness.masks import verdicts
-from benchmarks.correctness.page import draw, markdown
+from benchmarks.correctness.page import draw, markdown, rewritten
 from benchmarks.correctness.rows import DIALECTS, conversations, lines
 from benchmarks.record import each_or_error
 from lightning_sft.data.rows.messages import Converter, Reading
@@ -114,6 +114,12 @@ def test_the_page_has_every_system_with_its_figures(tmp_path: Path) -> None:
     assert "LitGPT could not be installed: no wheel" in text
     draw(results, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_the_published_page_is_written_from_its_results() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert rewritten(text, json.loads(PAGE.with_suffix(".json").read_text(encoding="utf-8"))) == text
+    assert "|\n\n![" in text  # a picture right below a table would be one of its rows
 
 
 @pytest.mark.slow

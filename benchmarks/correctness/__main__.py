@@ -20,11 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from benchmarks import environments
 from benchmarks.correctness.masks import verdicts
-from benchmarks.correctness.page import draw, markdown
+from benchmarks.correctness.page import draw, markdown, rewritten
 from benchmarks.correctness.rows import DIALECTS, conversations, lines
 from benchmarks.environments import BUILD, ROOT
 from benchmarks.measure import Scripts
-from benchmarks.table import write_page
 from tests.oracle.templates import of_trl
 from tests.oracle.vocabularies import tokenizer_for
 
@@ -246,8 +245,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     (given.out / "correctness.md").write_text(text + "\n", encoding="utf-8")
     draw(board.results, given.out / "correctness.png")
     if given.publish:
-        picture = f"\n![Rows with the right targets, by dialect and system]({PAGE.stem}.png)"
-        PAGE.write_text(write_page(PAGE.read_text(encoding="utf-8"), "results", text + picture), encoding="utf-8")
+        PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), board.results), encoding="utf-8")
         shutil.copy(given.out / "correctness.png", PAGE.with_suffix(".png"))
         shutil.copy(given.out / "correctness.json", PAGE.with_suffix(".json"))
     print(text)

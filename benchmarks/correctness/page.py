@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.correctness.rows import DIALECTS
+from benchmarks.table import write_page
 
 NAMES = {"ours": "lightning_sft", "trl": "TRL", "litgpt": "LitGPT", "llamafactory": "LLaMA-Factory"}
 _KINDS = {"right": "#2a9d5c", "wrong": "#c8403a", "refused": "#b0b4ba"}
@@ -43,6 +44,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rewritten(page: str, results: Mapping[str, Any]) -> str:
+    """The page of the documentation with these results, and the picture that is drawn of them beside it.
+
+    Args:
+        page: Its text so far.
+        results: As the scoreboard keeps them.
+    """
+    picture = "![Rows with the right targets, by dialect and system](correctness.png)"
+    return write_page(page, "results", f"{markdown(results)}\n\n{picture}")
+
+
 def _cell(counts: list[int]) -> str:
     right, *others = counts
     return str(right) if not any(others) else f"{right} ({', '.join(map(str, others))})"
@@ -55,15 +67,17 @@ def _share(found: Mapping[str, Any] | None) -> str:
 
 
 def _reasons(found: Mapping[str, Any]) -> list[str]:
-    """What was wrong most often, by system and dialect."""
-    lines = []
+    """What was wrong most often: the dialects of a system that it is said of, together."""
+    said: dict[tuple[str, int, str], list[str]] = {}
     for system, own in found.items():
         for dialect, counts in own.items():
             for reason, count in counts["reasons"][:1]:
-                said = " ".join(reason.replace("|", "\\|").split())
-                lines.append(
-                    f"- {NAMES[system]}, {dialect.replace('_', '-')}: {count} × `{said[:220].replace('`', '')}`"
-                )
+                short = " ".join(reason.split())[:220].replace("`", "")
+                said.setdefault((NAMES[system], count, short), []).append(dialect.replace("_", "-"))
+    lines = [
+        f"- {system}, {', '.join(dialects)}: {count} times{' each' * (len(dialects) > 1)}: `{reason}`"
+        for (system, count, reason), dialects in said.items()
+    ]
     return ["What was found most often:", "", *lines] if lines else []
 
 
