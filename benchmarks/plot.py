@@ -30,7 +30,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     on_device = any(case["device_bytes"] for case in bars)
     key, unit = ("device_bytes", "GB on the device") if on_device else ("peak_bytes", "GB")
     for axes, title, form, values in (
-        (speed, "real tokens a second", "{:,.1f}", [case["tokens_per_second"] for case in bars]),
+        (speed, "tokens per second, without padding", "{:,.1f}", [case["tokens_per_second"] for case in bars]),
         (memory, f"peak memory, {unit}", "{:.2f}", [case[key] / 1e9 for case in bars]),
     ):
         drawn = axes.barh(range(len(bars)), values, color=colors)
