@@ -57,6 +57,7 @@ from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
 from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
+from lightning_sft.training.finite import FiniteGradient
 from lightning_sft.training.losses import TargetLosses
 from lightning_sft.training.optimizer_modes import Modes, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer, parameters_of
@@ -162,7 +163,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         self.learning_rate: float | None = None  # found by Lightning's tuner; overrides the optimizer's own
         self.scorer: LikelihoodModel | None = None  # keys of checkpoints begin with this name
         self.attention: Attention | None = None  # the one in use and why, once the model is loaded
-        self._step_metrics = StepMetrics()
+        self._step_metrics, self._gradient = StepMetrics(), FiniteGradient()
         self._run, self._window, self._logged = RunState(), Window(), LoggedSettings()
 
     def setup(self, stage: str) -> None:
@@ -229,6 +230,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
     def on_before_backward(self, loss: torch.Tensor) -> None:
         """Make random draws from here on, such as noise on gradients, the same on all ranks."""
         super().on_before_backward(loss)
+        self._window.differentiated()
         self._run.seed_after_loss()
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -240,8 +242,8 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         if accumulates_by_itself and len(self._window.micro_batches) < self.trainer.accumulate_grad_batches:
             return
         check_gradients(self.trainer, self)
-        step = self._window.close()
-        if step is None:  # the training_step of a subclass, which normalizes and logs by itself
+        step = self._window.close(self.trainer)
+        if step is None:  # of a subclass, which normalizes and logs by itself; or the same step, evaluated again
             return
         if not torch.isfinite(step.totals[0, 0]):
             raise not_finite(step.micro_batches, self)
@@ -268,7 +270,9 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = clip_gradients(parameters_of(optimizer), gradient_clip_val, gradient_clip_algorithm)
-            self._log_metrics("train", {} if norm is None else {"gradient_norm": norm.to(self.device)})
+            self._gradient.see(self.trainer, norm)
+            is_logged = norm is not None and not self._window.is_repeated
+            self._log_metrics("train", {"gradient_norm": norm.to(self.device)} if is_logged else {})
 
     def make_optimizer(self) -> Optimizer:
         """The optimizer without a schedule, norms and biases undecayed: for ``configure_optimizers`` of a subclass."""
@@ -300,7 +304,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         """Refuse epochs that the strategy cannot end; apply settings that differ from the checkpoint's."""
         super().on_train_start()
         check_epoch(self.trainer)
-        self._window = Window()  # an earlier fit may have been interrupted within a step
+        self._window, self._gradient = Window(), FiniteGradient()  # an earlier fit may have been interrupted in a step
         self.kernels.begin(self)
         self._step_metrics.begin(self.trainer, self.model)
         self._run.begin(self.trainer)
@@ -332,6 +336,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a resumed run and a model card need; of a model with adapters, keep the adapters only."""
         super().on_save_checkpoint(checkpoint)
+        self._gradient.check(self._trainer)
         self.tuning.shrink(checkpoint, self)
         self._modes.save(checkpoint)
         self._run.save(self.trainer, checkpoint)

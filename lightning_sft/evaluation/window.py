@@ -63,6 +63,9 @@ class Window:
     def __init__(self) -> None:
         self.micro_batches: list[tuple[Batch, LogLikelihood]] = []
         self._sums: HostCopy | None = None  # over all ranks, after the last micro-batch
+        self._is_pending = False  # the loss of the newest micro-batch has not been differentiated
+        self._closed: int | None = None  # the step that has been closed last
+        self.is_repeated = False  # whether it has been closed before, by an optimizer that evaluates a step twice
 
     def add(self, batch: Batch, likelihood: LogLikelihood, begins: bool = False) -> None:
         """Keep a micro-batch, without the graph of its likelihood.
@@ -71,10 +74,27 @@ class Window:
             batch: The micro-batch.
             likelihood: Likelihood of the micro-batch.
             begins: Whether it is the first of a step; those of a step that an epoch ended within are forgotten.
+
+        Raises:
+            InputError: When the loss of the one before has not been differentiated.
         """
+        self._check_differentiated()
+        self._is_pending = True
         if begins:
             self.micro_batches, self._sums = [], None
         self.micro_batches.append((batch, likelihood.detached()))
+
+    def differentiated(self) -> None:
+        """The newest micro-batch has its part in the gradient."""
+        self._is_pending = False
+
+    def _check_differentiated(self) -> None:
+        if self._is_pending:
+            raise InputError(
+                "training_step has returned None for a micro-batch, but its targets count in the step that it is part "
+                "of. To leave rows out, set their target_weights to 0 and batch.normalizer to None, in "
+                "on_after_batch_transfer."
+            )
 
     def sum(self, trainer: Trainer, step_metrics: StepMetrics, routers: Routers | None) -> Tensor:
         """Sum over all ranks, in one reduction that goes to the host behind what the device has been given to do.
@@ -95,10 +115,27 @@ class Window:
         assert self._sums is not None, "the step's last micro-batch has not been seen"
         return self._sums.wait()[NUM_COUNTS + 1].item()  # as totals[0, 1] in close
 
-    def close(self) -> StepSums | None:
-        """The sums of the step, for which the host waits; ``None`` if it had no micro-batch."""
+    def close(self, trainer: Trainer) -> StepSums | None:
+        """The sums of the step, for which the host waits; ``None`` if it had no micro-batch, or has been closed before.
+
+        Args:
+            trainer: The Lightning trainer.
+
+        Raises:
+            InputError: When an optimizer evaluates a step of several micro-batches again.
+        """
         micro_batches, self.micro_batches = self.micro_batches, []
         if not micro_batches:
+            return None
+        self._check_differentiated()
+        self.is_repeated, self._closed = self._closed == trainer.global_step, trainer.global_step
+        if self.is_repeated:  # at other weights; metrics are those of the first evaluation
+            if trainer.accumulate_grad_batches > 1:
+                raise InputError(
+                    "The optimizer evaluates its closure more than once in a step, as SAM and L-BFGS do. With "
+                    f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} the closure is the last "
+                    "micro-batch alone. Set it to 1, with as many tokens per micro-batch as the step shall have."
+                )
             return None
         assert self._sums is not None, "the step's last micro-batch has not been seen"
         summed, self._sums = self._sums.wait(), None

@@ -1,4 +1,4 @@
-"""Steps of batches that a user's own loader has made: their weight is known when they are complete."""
+"""Steps of batches that a user's own loader has made: their weight is known when the last micro-batch has been seen."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ _LINEAR = ("Div", "Mul", "Neg", "Add", "Sub", "Rsub", "ToCopy", "Clone", "View",
 
 
 class OwnSteps(LightningModule):
-    """A module whose gradient is divided by the weight of the step as soon as that is known."""
+    """A module that divides a step by its weight: the loss where one micro-batch is the step, else the gradient."""
 
     def __init__(self) -> None:
         super().__init__()
-        # weight of a complete step on the device, what waits for it on the host, and the ranks averaged over
-        self._complete: tuple[Tensor, Callable[[], float], int] | None = None
+        self._complete: tuple[Callable[[], float], int] | None = None  # what waits for its weight; ranks averaged over
         self._undivided: Tensor | None = None  # the loss of the micro-batch under way, if its step has to be complete
         self._empty_steps: int | None = 0  # steps of this fit, none of which has had a target; None once one has
 
     def _to_divide(
         self, objective: Tensor, weight: Tensor | None, on_host: Callable[[], float], num_ranks: int
     ) -> Tensor:
-        """The loss of a micro-batch without a normalizer, whose gradient is divided after the backward pass.
+        """The loss of a micro-batch without a normalizer; of several, the gradient is divided after the last one.
 
         Args:
             objective: Its ``− Σ_t w_t · log Pr(t)``.
@@ -40,8 +39,11 @@ class OwnSteps(LightningModule):
             on_host: Waits for this weight.
             num_ranks: Ranks that the strategy averages over.
         """
-        self._complete = None if weight is None else (weight, on_host, num_ranks)
-        self._undivided = objective * self.trainer.accumulate_grad_batches
+        accumulate = self.trainer.accumulate_grad_batches
+        if accumulate == 1 and weight is not None:  # nothing waits: the device divides
+            return objective * (num_ranks / torch.where(weight == 0, 1, weight).to(widest(weight.device))).to(objective)
+        self._complete = None if weight is None else (on_host, num_ranks)
+        self._undivided = objective * accumulate
         return self._undivided
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +52,7 @@ class OwnSteps(LightningModule):
         complete, self._complete = self._complete, None
         if complete is None:
             return
-        _, on_host, num_ranks = complete
+        on_host, num_ranks = complete
         weight = on_host()
         for parameter in self.parameters() if weight else ():
             if parameter.grad is not None:
@@ -92,7 +94,7 @@ class OwnSteps(LightningModule):
             self._check_targets()
 
     def on_before_backward(self, loss: Tensor) -> None:
-        """Divide the loss of the targets alone where a subclass has added to it; refuse that where it cannot be done.
+        """Refuse a loss that a subclass has added to, where the whole gradient will be divided.
 
         Args:
             loss: The loss that Lightning differentiates.
@@ -101,9 +103,7 @@ class OwnSteps(LightningModule):
             InputError: With the ways to add one.
         """
         undivided, self._undivided = self._undivided, None
-        if undivided is None or _is_multiple(loss, undivided):
-            return
-        if self.trainer.accumulate_grad_batches > 1 or self._complete is None:
+        if undivided is not None and not _is_multiple(loss, undivided):
             raise InputError(
                 f"{type(self).__name__}.training_step changes the loss of SFTModule, and not by a factor. With batches "
                 f"of your own loader and trainer.accumulate_grad_batches={self.trainer.accumulate_grad_batches}, the "
@@ -112,9 +112,6 @@ class OwnSteps(LightningModule):
                 "likelihood.weight * auxiliary), as docs/howto/subclass.md does under An auxiliary loss. Or use "
                 "SFTDataModule, which counts targets ahead, or trainer.accumulate_grad_batches=1."
             )
-        (weight, _, num_ranks), self._complete = self._complete, None
-        factor = (num_ranks / torch.where(weight == 0, 1, weight).to(widest(weight.device))).to(undivided)
-        undivided.register_hook(lambda gradient: gradient * factor)  # of the loss of the targets alone
 
 
 def _is_multiple(loss: Tensor, of: Tensor) -> bool:

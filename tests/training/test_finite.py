@@ -1,0 +1,91 @@
+"""A gradient that is not finite stops the fit before its weights are saved, and on a CPU before they are changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.nn import functional
+
+from lightning_sft import SFTDataModule, SFTModule
+from lightning_sft.callbacks import SafeCheckpoint
+from lightning_sft.training import finite
+from lightning_sft.training.finite import FiniteGradient
+from tests.helpers.gradients import ROWS
+
+Make = Callable[..., Trainer]
+
+
+class ToATeacher(SFTModule):
+    """The distance to a teacher that is equal at first: finite, but not its derivative."""
+
+    def target_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        probabilities = logits.softmax(-1)
+        apart = (probabilities - probabilities.detach()).square().sum(-1).sqrt()
+        return functional.cross_entropy(logits, targets, reduction="none") + apart
+
+
+def test_a_finite_loss_without_a_finite_gradient_changes_and_saves_nothing(
+    pretrained: str, tmp_path: Path, quiet_trainer: Make
+) -> None:
+    module = ToATeacher(pretrained)
+    module.configure_model()
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    saves = SafeCheckpoint(tmp_path / "saved", every_n_train_steps=1)
+    trainer = quiet_trainer(callbacks=[saves], enable_checkpointing=True)
+    with pytest.raises(
+        FloatingPointError, match=r"The gradient of step 1 is NaN or infinite, but its loss is not\. No"
+    ):
+        trainer.fit(module, SFTDataModule(train=ROWS[:6], tokens_per_batch=100))
+    assert all(map(torch.equal, before, module.parameters()))
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def stub(**settings: Any) -> Any:
+    return SimpleNamespace(**{"precision_plugin": None, "global_step": 6, "interrupted": False} | settings)
+
+
+class OnADevice:
+    """A norm that a device computes."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def wait(self) -> Tensor:
+        return torch.tensor(self.value)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finite, "HostCopy", lambda norm: norm)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.usefixtures("device")
+def test_on_a_device_the_next_step_or_checkpoint_is_stopped(value: float) -> None:
+    for look in (lambda own: own.see(stub(global_step=7), OnADevice(1.0)), lambda own: own.check(stub())):
+        own, sound, bad = FiniteGradient(), OnADevice(1.0), OnADevice(value)
+        own.see(stub(global_step=5), sound)  # type: ignore[arg-type]  # stands for a tensor
+        own.see(stub(), bad)  # type: ignore[arg-type]  # the host does not wait for it
+        with pytest.raises(FloatingPointError, match=r"gradient of step 7 .* The weights are lost, and have not been"):
+            look(own)
+        own.check(stub())  # said once
+
+
+@pytest.mark.usefixtures("device")
+def test_another_error_is_not_hidden_and_a_scaler_leaves_out_steps_by_itself() -> None:
+    own, bad = FiniteGradient(), OnADevice(float("nan"))
+    own.see(stub(), bad)  # type: ignore[arg-type]  # stands for a tensor
+    own.check(stub(interrupted=True))
+    own = FiniteGradient()
+    own.see(stub(precision_plugin=SimpleNamespace(scaler=object())), torch.tensor(float("inf")))
+    own.see(stub(), None)
+    own.check(stub())
