@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
@@ -18,7 +20,7 @@ from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.batches import loader
 from lightning_sft.data.tokens import encode_rows as chunks
 from lightning_sft.io import disk
-from tests.helpers.processes import run
+from tests.helpers.processes import fork, run
 
 AS_ON_WINDOWS = """
 import ctypes, os, pkgutil, signal, sys
@@ -107,3 +109,17 @@ def test_a_module_and_its_trainer_go_to_a_spawned_process(
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_batches_of_started_workers_are_those_of_this_process(method: str, tmp_path: Path) -> None:
     run([sys.executable, "-m", "tests.helpers.starting", method, str(tmp_path)])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="ranks are forks")
+def test_after_ranks_that_are_forks_the_module_has_the_weights_that_they_trained(
+    pretrained: str, tmp_path: Path
+) -> None:
+    fork("tests.helpers.forked", pretrained, str(tmp_path))
+    kept = torch.load(tmp_path / "module.pt", weights_only=True)
+    [path] = tmp_path.glob("*.ckpt")
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert kept
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in kept.items())
+    said = (tmp_path / "said.txt").read_text(encoding="utf-8")
+    assert said == "The fit ended."  # the processes that trained have told nobody where they saved

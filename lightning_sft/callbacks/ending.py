@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from lightning_sft.checkpoints.writing import newest
 from lightning_sft.io.address import place
 from lightning_sft.io.disk import short_path
 from lightning_sft.training.trainer import callbacks_of, datamodule_of
@@ -35,7 +37,8 @@ def ending(trainer: Trainer, resumed_at: int = 0) -> str:
     """
     step = trainer.global_step
     why = why_ended(trainer)
-    lines = [f"The fit ended after step {step:,}: {why}."]
+    in_others = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)  # processes, which counted the steps
+    lines = ["The fit ended." if in_others else f"The fit ended after step {step:,}: {why}."]
     if step == resumed_at and step:
         lines = [f"Nothing was left to train after step {step:,}: {why}. Raise trainer.max_epochs or max_steps."]
         changed = getattr(trainer.lightning_module, "changed_settings", [])
@@ -54,6 +57,8 @@ def ending(trainer: Trainer, resumed_at: int = 0) -> str:
             best = best or short_path(saver.best_model_path)
             score = "" if saver.best_model_score is None else f" ({float(saver.best_model_score):.6g})"
             lines.append(f"Best by {saver.monitor}{score}: {short_path(saver.best_model_path)}")
+    if in_others and best:
+        last = str(newest([place(best).parent]) or "")
     if last:
         last = short_path(last)
         lines.append(f"Last checkpoint: {last}")

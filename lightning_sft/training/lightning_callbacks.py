@@ -47,8 +47,8 @@ def check_callbacks(trainer: Trainer) -> None:
 
     Raises:
         InputError: With Lightning's finders as callbacks, or those that change the accumulation, average weights by
-            copying the module, freeze or prune it; also with classes derived from theirs. And with two of ours that
-            write the same files.
+            copying the module, freeze or prune it; also with classes derived from theirs. With a search for the learning
+            rate that would see a part of each step; and with two of ours that write the same files.
     """
     written: set[tuple[str, str]] = set()
     for callback in callbacks_of(trainer):
@@ -66,6 +66,13 @@ def check_callbacks(trainer: Trainer) -> None:
                 raise InputError(
                     f"{kind} as a callback changes what the schedule has been made for. Call "
                     f"Tuner(trainer).{_FINDERS[kind]} of lightning.pytorch.tuner, and then trainer.fit."
+                )
+            if kind == "LearningRateFinder" and (accumulate := trainer.accumulate_grad_batches) > 1:
+                raise InputError(
+                    "Tuner.lr_find reads the loss of the last micro-batch of a step, which with trainer."
+                    f"accumulate_grad_batches={accumulate} is a part of the step's. Give it a Trainer with 1, and data "
+                    f"with {accumulate} times the tokens_per_batch, or the batches of your loader {accumulate} times "
+                    "as large."
                 )
             if kind in _OTHERS:
                 raise InputError(f"{kinds[0]} {_OTHERS[kind]}.")

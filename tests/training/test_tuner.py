@@ -10,12 +10,14 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.types import InputError
 from tests.helpers.dropping import blocks
 from tests.helpers.gradients import ROWS
+from tests.helpers.own_steps import batches
 
 Make = Callable[..., Trainer]
 
@@ -135,3 +137,14 @@ def test_the_code_of_the_page_runs(
     exec(blocks("Lightning's tuner")[0], scope := {"__name__": "page"})
     assert scope["trainer"].global_step == 1
     assert scope["data"].tokens_per_batch == 8192
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_search_for_the_learning_rate_that_would_see_a_part_of_each_step_is_refused(
+    pretrained: str, quiet_trainer: Make, own: bool
+) -> None:
+    data: Any = {"datamodule": SFTDataModule(train=ROWS, tokens_per_batch=128)}
+    if own:
+        data = {"train_dataloaders": DataLoader(batches([9, 3]), batch_size=None)}
+    with pytest.raises(InputError, match=r"accumulate_grad_batches=2 is a part .* 2 times the tokens_per_batch"):
+        Tuner(quiet_trainer(accumulate_grad_batches=2)).lr_find(SFTModule(pretrained), **data, num_training=5)
