@@ -105,7 +105,7 @@ class SFTCLI(LightningCLI):
             self.config_init[self.subcommand]["ckpt_path"] = self._found
         check_precision(self._own_config.get("trainer.precision"), self.trainer)
         if self._checkpoint_config and isinstance(self.model, SFTModule):
-            self.model.hf_config = self._checkpoint_config
+            self.model._settle(hf_config=self._checkpoint_config)
 
 
 def run(args: ArgsType) -> SFTCLI:
