@@ -171,6 +171,8 @@ class SFTDataModule(TrainedData, SettledArguments, OurNames):
         """Read and encode what the stage needs, once."""
         if stage == "fit" and self.sources["train"] is None:
             raise InputError("There is no training data: set data.train to a JSONL or JSON file.")
+        if stage == "validate" and self.sources["val"] is None:
+            raise InputError("There is no validation data: set data.val to a JSONL or JSON file, or to a share as 5%.")
         self._begin_anew()
         self._to_predict = None
         self._tries_sizes = tries_sizes(self.trainer, self.streaming)
@@ -237,8 +239,7 @@ class SFTDataModule(TrainedData, SettledArguments, OurNames):
     @property
     def pad_id(self) -> int:
         """Token id of padding."""
-        assert self.tokenizer is not None, "setup has not been called"
-        return pad_token_id(self.tokenizer, getattr(self._module, "num_embeddings", None))
+        return pad_token_id(self._read(), getattr(self._module, "num_embeddings", None))
 
     def planned(self, name: str) -> SplitPlan:
         """A split with its plan, made when first asked for: by then the model has been probed."""
@@ -274,17 +275,16 @@ class SFTDataModule(TrainedData, SettledArguments, OurNames):
 
     def test_dataloader(self) -> EpochLoader:
         """Test micro-batches: every example once over all ranks."""
-        if "test" not in self.splits:
+        if self.sources["test"] is None:
             raise InputError("There is no test data: set data.test to a JSONL or JSON file.")
         return self._loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
         """Prompts for generation, each rank's own; those of :meth:`predict_only`, where it was called."""
-        assert self.tokenizer is not None
-        rank, num_ranks = data_parallel(self.trainer)
+        tokenizer, (rank, num_ranks) = self._read(), data_parallel(self.trainer)
         prompts = self.prompts_of("predict") if self._to_predict is None else self._to_predict
         self._check_prompts("predict", prompts)  # the model is known by now
-        return PromptLoader(prompts[rank::num_ranks], self.tokenizer, self.predict_batch_size)
+        return PromptLoader(prompts[rank::num_ranks], tokenizer, self.predict_batch_size)
 
     def predict_only(self, prompts: Sequence[Prompt]) -> None:
         """Predict these prompts in this order, and not all of ``data.predict``, until the next :meth:`setup`."""
@@ -299,7 +299,7 @@ class SFTDataModule(TrainedData, SettledArguments, OurNames):
         source = self.sources.get(name)
         if source is None:
             raise InputError(f"There are no prompts: set data.{name} to a JSONL or JSON file.")
-        tokenizer, title = cast(PreTrainedTokenizerBase, self.tokenizer), "predict" if name == "predict" else None
+        tokenizer, title = self._read(), "predict" if name == "predict" else None
         settings: dict[str, Any] = {"invalid_rows": self.invalid_rows, "first": first, "title": title}
         prompts = load_prompts(source, tokenizer, self.reading, **settings, side=side_of(name, self.held_out))
         self._check_prompts(name, prompts)
@@ -317,11 +317,10 @@ class SFTDataModule(TrainedData, SettledArguments, OurNames):
 
     @property
     def _recipe(self) -> EncodingConfig:
-        assert self.tokenizer is not None
         max_length = self.max_length
         if self.streaming and self.tokens_per_batch:  # of a stream, nobody knows the longest sequence beforehand
             max_length = min(self.tokens_per_batch, max_length or self.tokens_per_batch)
-        return EncodingConfig(self.tokenizer, self.reading, self._normalize, max_length, self.overflow)
+        return EncodingConfig(self._read(), self.reading, self._normalize, max_length, self.overflow)
 
     def _mixture(self, name: str) -> Mixture:
         return as_mixture(cast(Mixture | Source, self.sources[name]))
@@ -365,13 +364,13 @@ class SFTDataModule(TrainedData, SettledArguments, OurNames):
             self._settle(tokenizer=tokenizer, max_length=length)
 
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:
-        assert self.tokenizer is not None, "setup has not been called"
+        self._read(name)
         rank, _ = data_parallel(self.trainer)
         full = on_cuda(self.trainer)  # kernels are compiled for one shape, and memory is used again as it was
         return self.planned(name).loader(rank, self.pad_id, self.num_workers or 0, place, full=full)
 
     def _stream(self) -> StreamLoader:
-        assert self.tokenizer is not None, "setup has not been called"
+        self._read("train")
         self._ask_model("train")
         work, capacity = division_of(self.trainer), self.positions_per_batch
         return StreamLoader(
