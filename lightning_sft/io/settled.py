@@ -47,7 +47,8 @@ class SettledArguments:
             )
         elif type(self) is owner and not (hasattr(owner, name) or name in vars(self)):  # a subclass may read its own
             section, _, key = ELSEWHERE.get(name, "").partition(".")
-            meant = [key] if section == self._section else get_close_matches(name, known, n=1, cutoff=_LIKE)
+            is_ours = section == self._section and not key.startswith("lora.")  # others have a rank
+            meant = [key] if is_ours else get_close_matches(name, known, n=1, cutoff=_LIKE)
             if meant:
                 rank_zero_warn(f"{owner.__name__} reads no {name!r}. Did you mean {self._section}.{meant[0]}?")
 
