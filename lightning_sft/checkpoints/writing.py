@@ -73,7 +73,8 @@ class AtomicIO(TorchCheckpointIO):
         Raises:
             InputError: When it is not a checkpoint of Lightning, or not even a path.
         """
-        if not isinstance(path, (str, PathLike, Address)):
+        is_path = isinstance(path, (str, PathLike, Address))
+        if not is_path:
             raise InputError(f"ckpt_path is {path!r}; expected the path of a checkpoint, last or best.")
         if place(path).is_dir():
             return Checkpoint(path).whole() | {SHARDED_KEY: True}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -89,7 +89,8 @@ class FirstChecks(LightningModule):
                 f"{type(self).__name__} has no parameters yet, so a dtype has no effect on its weights. Set "
                 "trainer.precision, as bf16-true."
             )
-        return super()._apply(fn, recurse)
+        applied: Self = cast(Any, super())._apply(fn, recurse)
+        return applied
 
     @property
     def _is_unloaded(self) -> bool:
