@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_sft.data.batches.loader import EpochLoader, PromptLoader, pad_token_id
 from lightning_sft.data.batches.packing import Packing
 from lightning_sft.data.batches.plan import Division
-from lightning_sft.data.batches.split_plan import SplitPlan, default_tokens_per_batch
+from lightning_sft.data.batches.split_plan import SplitPlan
 from lightning_sft.data.batches.stream import StreamLoader, check_stream
 from lightning_sft.data.batches.stream_blocks import StreamLayout
 from lightning_sft.data.inspect.summary import show_report, show_stream_report
@@ -34,6 +34,7 @@ from lightning_sft.data.tokens.template_config import TemplateConfig, Thoughts, 
 from lightning_sft.data.tokens.workers import num_cores
 from lightning_sft.io.arguments import Count, Index, Tokens, check_arguments, plain
 from lightning_sft.io.named import OurNames
+from lightning_sft.io.settled import SettledArguments
 from lightning_sft.model.parallel.rank_zero import FirstRank
 from lightning_sft.model.pretrained import context_length, load_tokenizer, stop_ids
 from lightning_sft.objective import NORMALIZATIONS
@@ -45,14 +46,18 @@ from lightning_sft.training.checks import (
     say_if_cached_apart,
 )
 from lightning_sft.training.lightning_callbacks import tries_sizes
+from lightning_sft.training.trained_data import TrainedData
 from lightning_sft.training.trainer import data_parallel, division_of, gather, on_cuda, position, trainer_on_paper
-from lightning_sft.types import InputError, Normalize, Prompt
+from lightning_sft.types import InputError, Prompt
 
 _STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ()}
 
 
-class SFTDataModule(LightningDataModule, OurNames):
+class SFTDataModule(TrainedData, SettledArguments, OurNames):
     """Reads instruction data, encodes it with the model's chat template, and plans its micro-batches.
+
+    Arguments are attributes. ``tokens_per_batch``, ``seed``, ``buffer_rows``, ``num_workers`` and
+    ``predict_batch_size`` can be set again, for the next fit; others are refused.
 
     Args:
         train: Training data: files, a folder, a glob, ``hf:owner/name:split`` or rows, see
@@ -96,6 +101,9 @@ class SFTDataModule(LightningDataModule, OurNames):
         seed: Seed of the order of the training data.
     """
 
+    _section = "data"
+    _may_change = frozenset(("tokens_per_batch", "seed", "buffer_rows", "num_workers", "predict_batch_size"))
+
     def __init__(
         self,
         train: Mixture | Source | None = None,
@@ -128,12 +136,16 @@ class SFTDataModule(LightningDataModule, OurNames):
         super().__init__()
         self.held_out = share_of(val, train)
         check_arguments(SFTDataModule, locals(), "data")
-        given = {"train": train, "val": val, "test": test, "predict": predict}
-        self.sources: dict[str, Mixture | Source | None] = {name: plain(source) for name, source in given.items()}
+        self.train, self.val, self.test, self.predict = map(plain, (train, val, test, predict))
+        splits = ("train", "val", "test", "predict")
+        self.sources: dict[str, Mixture | Source | None] = {name: getattr(self, name) for name in splits}
         if self.held_out is not None:
-            self.sources["val"] = self.sources["train"]
-        self.reading = Reading(format, plain(columns), system, train_on, plain(roles), plain(message_keys))
-        self._rendering: dict[str, Any] = {"variables": plain(chat_template_kwargs) or {}, "system": system}
+            self.sources["val"] = self.train
+        self.format, self.columns, self.system, self.train_on = format, plain(columns), system, train_on
+        self.roles, self.message_keys, variables = map(plain, (roles, message_keys, chat_template_kwargs))
+        self.reading = Reading(format, self.columns, system, train_on, self.roles, self.message_keys)
+        self.chat_template_kwargs, self.control_tokens, self.thoughts = variables, control_tokens, thoughts
+        self._rendering: dict[str, Any] = {"variables": variables or {}, "system": system}
         self._rendering |= {"control_tokens": control_tokens, "thoughts": thoughts}
         self.template = TemplateConfig().overridden(**self._rendering)
         self.tokenizer_name: str | None = plain(tokenizer)
@@ -147,17 +159,20 @@ class SFTDataModule(LightningDataModule, OurNames):
         self._encoded_for: tuple[Any, ...] | None = None  # tokenizer, model and normalization of what has been read
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self.splits: dict[str, Split] = {}
-        self._planned: dict[tuple[str, int | None], SplitPlan] = {}
+        self._planned: dict[tuple[str, int | None, int], SplitPlan] = {}
         self._tries_sizes = False  # of micro-batches, as Lightning's tuner does
         self._streamed: StreamLoader | None = None
         self._to_predict: list[Prompt] | None = None  # where not all of data.predict is
         if val is None:  # so Lightning sees that there is no validation, and does not warn of an empty loader
             self.val_dataloader = None  # type: ignore[assignment,method-assign]
+        self._is_made = True
 
     def setup(self, stage: str) -> None:
         """Read and encode what the stage needs, once."""
         if stage == "fit" and self.sources["train"] is None:
             raise InputError("There is no training data: set data.train to a JSONL or JSON file.")
+        if stage == "validate" and self.sources["val"] is None:
+            raise InputError("There is no validation data: set data.val to a JSONL or JSON file, or to a share as 5%.")
         self._begin_anew()
         self._to_predict = None
         self._tries_sizes = tries_sizes(self.trainer, self.streaming)
@@ -205,7 +220,7 @@ class SFTDataModule(LightningDataModule, OurNames):
         if not reads_stream:
             made.sample_rows = made.buffer_rows
         made.setup("fit")
-        made.streaming = made.streaming and reads_stream
+        made._settle(streaming=made.streaming and reads_stream)
         paper.is_global_zero = False
         return made
 
@@ -224,12 +239,11 @@ class SFTDataModule(LightningDataModule, OurNames):
     @property
     def pad_id(self) -> int:
         """Token id of padding."""
-        assert self.tokenizer is not None, "setup has not been called"
-        return pad_token_id(self.tokenizer, getattr(self._module, "num_embeddings", None))
+        return pad_token_id(self._read(), getattr(self._module, "num_embeddings", None))
 
     def planned(self, name: str) -> SplitPlan:
         """A split with its plan, made when first asked for: by then the model has been probed."""
-        key = name, self.tokens_per_batch
+        key = name, self.tokens_per_batch, self.seed
         if key not in self._planned:
             self._ask_model(name)
             work, seed = division_of(self.trainer), self.seed if name == "train" else None
@@ -261,17 +275,16 @@ class SFTDataModule(LightningDataModule, OurNames):
 
     def test_dataloader(self) -> EpochLoader:
         """Test micro-batches: every example once over all ranks."""
-        if "test" not in self.splits:
+        if self.sources["test"] is None:
             raise InputError("There is no test data: set data.test to a JSONL or JSON file.")
         return self._loader("test")
 
     def predict_dataloader(self) -> PromptLoader:
         """Prompts for generation, each rank's own; those of :meth:`predict_only`, where it was called."""
-        assert self.tokenizer is not None
-        rank, num_ranks = data_parallel(self.trainer)
+        tokenizer, (rank, num_ranks) = self._read(), data_parallel(self.trainer)
         prompts = self.prompts_of("predict") if self._to_predict is None else self._to_predict
         self._check_prompts("predict", prompts)  # the model is known by now
-        return PromptLoader(prompts[rank::num_ranks], self.tokenizer, self.predict_batch_size)
+        return PromptLoader(prompts[rank::num_ranks], tokenizer, self.predict_batch_size)
 
     def predict_only(self, prompts: Sequence[Prompt]) -> None:
         """Predict these prompts in this order, and not all of ``data.predict``, until the next :meth:`setup`."""
@@ -286,7 +299,7 @@ class SFTDataModule(LightningDataModule, OurNames):
         source = self.sources.get(name)
         if source is None:
             raise InputError(f"There are no prompts: set data.{name} to a JSONL or JSON file.")
-        tokenizer, title = cast(PreTrainedTokenizerBase, self.tokenizer), "predict" if name == "predict" else None
+        tokenizer, title = self._read(), "predict" if name == "predict" else None
         settings: dict[str, Any] = {"invalid_rows": self.invalid_rows, "first": first, "title": title}
         prompts = load_prompts(source, tokenizer, self.reading, **settings, side=side_of(name, self.held_out))
         self._check_prompts(name, prompts)
@@ -303,29 +316,11 @@ class SFTDataModule(LightningDataModule, OurNames):
         return {"tokenizer": self.tokenizer_name, "chat_template": template, "template": asdict(self.template)}
 
     @property
-    def _module(self) -> Any:
-        return None if self.trainer is None else self.trainer.lightning_module
-
-    @property
-    def _normalize(self) -> Normalize:
-        normalize: Normalize = getattr(self._module, "normalize", "token")
-        return normalize
-
-    @property
-    def _default_tokens(self) -> int:
-        return default_tokens_per_batch(on_cuda(self.trainer))
-
-    @property
-    def _is_shown(self) -> bool:
-        return self.trainer is None or bool(self.trainer.is_global_zero)
-
-    @property
     def _recipe(self) -> EncodingConfig:
-        assert self.tokenizer is not None
         max_length = self.max_length
         if self.streaming and self.tokens_per_batch:  # of a stream, nobody knows the longest sequence beforehand
             max_length = min(self.tokens_per_batch, max_length or self.tokens_per_batch)
-        return EncodingConfig(self.tokenizer, self.reading, self._normalize, max_length, self.overflow)
+        return EncodingConfig(self._read(), self.reading, self._normalize, max_length, self.overflow)
 
     def _mixture(self, name: str) -> Mixture:
         return as_mixture(cast(Mixture | Source, self.sources[name]))
@@ -358,22 +353,24 @@ class SFTDataModule(LightningDataModule, OurNames):
                 f"model.new_tokens are added to the tokenizer of the model, but data.tokenizer={name!r} is another. "
                 "Leave data.tokenizer out; data.chat_template may give the template."
             )
-        self._planned, self.packing = {}, self._asked["packing"]
+        self._planned = {}
+        self._settle(packing=self._asked["packing"])
         if self._encoded_for != (name, pretrained, self._normalize, new_tokens):
             self._encoded_for, self.splits = (name, pretrained, self._normalize, new_tokens), {}
-            self.tokenizer_name, self.tokenizer = name, load_tokenizer(name, self.chat_template, new_tokens)
-            self.template = configure_anew(self.tokenizer, stop_ids(pretrained or name), **self._rendering)
+            self.tokenizer_name, tokenizer = name, load_tokenizer(name, self.chat_template, new_tokens)
+            self.template = configure_anew(tokenizer, stop_ids(pretrained or name), **self._rendering)
             self.reading = replace(self.reading, system=self.template.system or None)
-            self.max_length = self._asked["max_length"] or context_length(pretrained or name)
+            length = self._asked["max_length"] or context_length(pretrained or name)
+            self._settle(tokenizer=tokenizer, max_length=length)
 
     def _loader(self, name: str, place: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> EpochLoader:
-        assert self.tokenizer is not None, "setup has not been called"
+        self._read(name)
         rank, _ = data_parallel(self.trainer)
         full = on_cuda(self.trainer)  # kernels are compiled for one shape, and memory is used again as it was
         return self.planned(name).loader(rank, self.pad_id, self.num_workers or 0, place, full=full)
 
     def _stream(self) -> StreamLoader:
-        assert self.tokenizer is not None, "setup has not been called"
+        self._read("train")
         self._ask_model("train")
         work, capacity = division_of(self.trainer), self.positions_per_batch
         return StreamLoader(
@@ -397,4 +394,4 @@ class SFTDataModule(LightningDataModule, OurNames):
         longest = self._recipe.max_length if self.streaming and name == "train" else self.splits[name].lengths.max()
         check_lengths(self._module, name, int(longest or 0))
         if self.packing == "packed" and not keeps_documents_apart(self._module):
-            self.packing = "padded"
+            self._settle(packing="padded")

@@ -38,6 +38,7 @@ from lightning_sft.evaluation.module import EvaluatedModule
 from lightning_sft.evaluation.window import Window
 from lightning_sft.io.arguments import Count, Filled, Fraction, Name, NonNegative, check_arguments, plain
 from lightning_sft.io.named import OurNames
+from lightning_sft.io.settled import SettledArguments
 from lightning_sft.model import pretrained as loading
 from lightning_sft.model.assembly import assemble
 from lightning_sft.model.attention.choice import Attention, check_asked
@@ -76,8 +77,11 @@ from lightning_sft.training.trainer import (
 from lightning_sft.types import Batch, LogLikelihood, Normalize
 
 
-class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedModule, OurNames):
+class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedModule, SettledArguments, OurNames):
     """Fine-tunes a pretrained causal language model on target tokens.
+
+    Arguments are attributes. ``optimizer`` and ``max_new_tokens`` can be set again, for the next fit or prediction;
+    others are refused.
 
     Args:
         pretrained: A hub name, a folder, or a GGUF file.
@@ -117,6 +121,9 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
     (True, 2.0)
     """
 
+    _section = "model"
+    _may_change = frozenset(("optimizer", "max_new_tokens"))
+
     def __init__(
         self,
         pretrained: Name | Path,
@@ -155,7 +162,8 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.kernels, self.hf_config, self.mlp_tile_size = Kernels(kernels), hf_config, mlp_tile_size
         self.new_tokens, self.neftune_alpha, self.router_loss = new_tokens or [], neftune_alpha, router_loss
-        self.tuning = TuningConfig(Lora.of(lora), quantize, self.new_tokens, frozen or [], trained or [])
+        self.lora, self.quantize, self.frozen, self.trained = Lora.of(lora), quantize, frozen or [], trained or []
+        self.tuning = TuningConfig(self.lora, quantize, self.new_tokens, self.frozen, self.trained)
         self.sampling = Sampling.of(sampling)
         given = {name: plain(value) for name, value in self.hparams.items()}
         self.hparams.update(given | self.tuning.hyper_parameters() | {"sampling": asdict(self.sampling)})
@@ -165,6 +173,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         self.attention: Attention | None = None  # the one in use and why, once the model is loaded
         self._step_metrics, self._gradient = StepMetrics(), FiniteGradient()
         self._run, self._window, self._logged = RunState(), Window(), LoggedSettings()
+        self._is_made = True
 
     def setup(self, stage: str) -> None:
         """Refuse trainers under which the objective would not be exact."""

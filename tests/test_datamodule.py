@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from lightning_sft import SFTDataModule, SFTModule, datamodule
 from lightning_sft.demos import CHATML, tiny_pretrained, tiny_tokenizer
 from lightning_sft.training.checks import check_ids, keeps_documents_apart
 from lightning_sft.types import InputError
+
+ROWS = [{"prompt": f"Say {i}", "completion": f"{i} it is"} for i in range(12)]
 
 Make = Callable[..., Trainer]
 
@@ -120,3 +123,32 @@ def test_documents_are_packed_where_nothing_speaks_against_it() -> None:
         assert keeps_documents_apart(SimpleNamespace())
     with pytest.warns(UserWarning, match="see each other"):
         assert not keeps_documents_apart(SimpleNamespace(isolates_documents=False))
+
+
+@pytest.mark.parametrize("name", ["train", "val", "test", "predict"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_loaders_of_data_that_have_not_been_read_say_what_to_pass(pretrained: str, name: str, streaming: bool) -> None:
+    data = SFTDataModule(ROWS, ROWS, ROWS, ROWS, tokenizer=pretrained, cache=None, streaming=streaming)
+    loader = getattr(data, f"{name}_dataloader")
+    with pytest.raises(InputError, match=r"not been read\. .*fit\(module, datamodule=data\), not its loaders"):
+        loader()
+    data.setup("validate" if name in ("train", "test") else "test")
+    if name != "predict":
+        with pytest.raises(InputError, match="have not been read"):
+            loader()
+    data.setup({"train": "fit", "val": "validate"}.get(name, name))
+    assert len(list(loader())) > 0
+
+
+@pytest.mark.parametrize(("verb", "word"), [("validate", "validation"), ("test", "test"), ("fit", "training")])
+def test_a_verb_without_its_data_says_which(pretrained: str, quiet_trainer: Any, verb: str, word: str) -> None:
+    data = SFTDataModule(val=None if verb == "validate" else ROWS, cache=None)
+    name = {"validate": "val", "fit": "train"}.get(verb, verb)
+    with pytest.raises(InputError, match=rf"There is no {word} data: set data\.{name} to"):
+        getattr(quiet_trainer(), verb)(SFTModule(pretrained), data)
+
+
+def test_a_share_of_the_training_data_can_be_validated(pretrained: str, quiet_trainer: Any) -> None:
+    data = SFTDataModule([{**row, "prompt": f"{row['prompt']} {i}"} for row in ROWS for i in range(9)], val="30%")
+    [metrics] = quiet_trainer().validate(SFTModule(pretrained), data, verbose=False)
+    assert metrics["val/loss"] > 0

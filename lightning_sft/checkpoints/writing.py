@@ -7,6 +7,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,11 @@ class AtomicIO(TorchCheckpointIO):
         Of a sharded checkpoint, only weights and facts are loaded.
 
         Raises:
-            InputError: When it is not a checkpoint of Lightning.
+            InputError: When it is not a checkpoint of Lightning, or not even a path.
         """
+        is_path = isinstance(path, (str, PathLike, Address))
+        if not is_path:
+            raise InputError(f"ckpt_path is {path!r}; expected the path of a checkpoint, last or best.")
         if place(path).is_dir():
             return Checkpoint(path).whole() | {SHARDED_KEY: True}
         Checkpoint(path).check_is_whole()

@@ -38,7 +38,7 @@ class Speaker:
     """
 
     def __init__(self, name: str | Path, chat_template: str | Path | None = None, device: str | None = None) -> None:
-        check_arguments(Speaker, locals())
+        check_arguments(Speaker, locals(), "chat")
         self.name = str(name)
         where = torch.device(device or _best_device())
         self.model, self.tokenizer = _load(checkpoint_of(name), chat_template)

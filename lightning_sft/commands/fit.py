@@ -24,10 +24,13 @@ from lightning_sft.commands.trainer_settings import refused_by_name
 from lightning_sft.datamodule import SFTDataModule
 from lightning_sft.io.arguments import unwrapped
 from lightning_sft.io.config_files import flags, placed
+from lightning_sft.io.words import counted
 from lightning_sft.model.first_checks import refuse_other_model
 from lightning_sft.module import SFTModule
 from lightning_sft.training.checks import check_precision
 from lightning_sft.types import InputError
+
+_TRAINER_DEFAULTS = {"max_epochs": 1, "log_every_n_steps": 1}
 
 
 class SFTCLI(LightningCLI):
@@ -68,6 +71,8 @@ class SFTCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Add checkpoints, graceful preemption and a sample log, unless the user has configured their own."""
+        if config.get("barebones") and config["log_every_n_steps"] == _TRAINER_DEFAULTS["log_every_n_steps"]:
+            config = config | {"log_every_n_steps": None}  # Lightning refuses any number, and nobody has asked for this
         with refused_by_name(config):
             trainer = super()._instantiate_trainer(config, [*callbacks, *self._defaults(config)])
         own: list[Callback] = cast(Any, trainer).callbacks
@@ -89,7 +94,10 @@ class SFTCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say why the fit ended, where its checkpoints are, and what to do next."""
         trainer = cast(Any, self.trainer)
-        if trainer.checkpoint_callbacks and not trainer.fast_dev_run:
+        if trainer.fast_dev_run:
+            tried = counted(int(trainer.num_training_batches), "micro-batch")
+            rank_zero_info(f"This was a trial of {tried} (trainer.fast_dev_run): nothing has been saved.")
+        elif trainer.checkpoint_callbacks:
             resumed_at = Checkpoint(trainer.ckpt_path).step if trainer.ckpt_path else 0
             rank_zero_info(ending(trainer, resumed_at))
 
@@ -105,7 +113,7 @@ class SFTCLI(LightningCLI):
             self.config_init[self.subcommand]["ckpt_path"] = self._found
         check_precision(self._own_config.get("trainer.precision"), self.trainer)
         if self._checkpoint_config and isinstance(self.model, SFTModule):
-            self.model.hf_config = self._checkpoint_config
+            self.model._settle(hf_config=self._checkpoint_config)
 
 
 def run(args: ArgsType) -> SFTCLI:
@@ -156,7 +164,7 @@ def _for_classes(own: Mapping[str, str]) -> dict[str, Any]:
         "subclass_mode_model": "model" in own,
         "subclass_mode_data": "data" in own,
         "seed_everything_default": 0,
-        "trainer_defaults": {"max_epochs": 1, "log_every_n_steps": 1},
+        "trainer_defaults": _TRAINER_DEFAULTS,
         "auto_configure_optimizers": False,
         "parser_class": ConfigParser,
     }

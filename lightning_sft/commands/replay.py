@@ -143,7 +143,7 @@ def _load(module: SFTModule, found: Checkpoint | None) -> None:
     if found is None:
         module.configure_model()
         return
-    module.hf_config = found.hyper_parameters["hf_config"]
+    module._settle(hf_config=found.hyper_parameters["hf_config"])
     module.configure_model()
     checkpoint = found.whole()
     module.on_load_checkpoint(checkpoint)

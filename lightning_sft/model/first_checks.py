@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
+import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_sft.checkpoints.reading import DAMAGE, Checkpoint
 from lightning_sft.checkpoints.trained_with import TrainedWith
@@ -46,7 +47,7 @@ class FirstChecks(LightningModule):
         self._trained_with = TrainedWith({})  # of the checkpoint that it was loaded from in Python
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """The parameters; warns whoever asks for them before a fit has loaded the weights, as for an optimizer.
+        """The parameters; warns whoever asks for them before a fit has loaded the weights, to freeze or update them.
 
         Args:
             recurse: Whether those of all modules inside are meant.
@@ -54,19 +55,47 @@ class FirstChecks(LightningModule):
         Raises:
             InputError: When ``LightningCLI`` asks, for its option ``--optimizer``.
         """
-        if self.scorer is None and self._trainer is None:
-            if sys._getframe(1).f_code.co_name == "_add_configure_optimizers_method_to_model":  # of LightningCLI
-                raise InputError(
-                    "--optimizer and --lr_scheduler of LightningCLI make an optimizer before the weights are loaded. "
-                    "Use --model.optimizer and --model.schedule instead, as --model.optimizer SGD "
-                    "--model.optimizer.lr 1e-3; LightningCLI(..., auto_configure_optimizers=False) removes the others."
-                )
+        if self._is_unloaded and sys._getframe(1).f_code.co_name == "_add_configure_optimizers_method_to_model":
+            raise InputError(  # of LightningCLI
+                "--optimizer and --lr_scheduler of LightningCLI make an optimizer before the weights are loaded. "
+                "Use --model.optimizer and --model.schedule instead, as --model.optimizer SGD "
+                "--model.optimizer.lr 1e-3; LightningCLI(..., auto_configure_optimizers=False) removes the others."
+            )
+        return (parameter for _, parameter in self.named_parameters(recurse=recurse))
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters with their names, with the same warning.
+
+        Args:
+            prefix: What names begin with.
+            recurse: Whether those of all modules inside are meant.
+            remove_duplicate: Whether parameters that are shared are given once.
+        """
+        if self._is_unloaded:
             rank_zero_warn(
                 f"{type(self).__name__} has no parameters yet: its weights are loaded when fit begins, where the "
-                "strategy wants them. Give it an optimizer as a class or functools.partial(torch.optim.AdamW, "
-                "lr=2e-5); to look at the weights, call configure_model() first."
+                "strategy wants them. Freeze some with model.frozen, or all others with model.trained; give it an "
+                "optimizer as a class or functools.partial(torch.optim.AdamW, lr=2e-5); to look at the weights, call "
+                "configure_model() first."
             )
-        return super().parameters(recurse)
+        return super().named_parameters(prefix, recurse, remove_duplicate)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What ``half``, ``to`` and others call; warns of a dtype, which the weights will not have."""
+        if self._is_unloaded and fn(torch.empty(0)).dtype != torch.get_default_dtype():
+            rank_zero_warn(
+                f"{type(self).__name__} has no parameters yet, so a dtype has no effect on its weights. Set "
+                "trainer.precision, as bf16-true."
+            )
+        applied: Self = cast(Any, super())._apply(fn, recurse)
+        return applied
+
+    @property
+    def _is_unloaded(self) -> bool:
+        """Whether the weights have not been loaded, and no trainer is at it."""
+        return self.scorer is None and self._trainer is None
 
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """No callbacks: this is the only hook of Lightning before data are prepared.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.parsing import lightning_hasattr
 
 from lightning_sft.io.named import OurNames
-from lightning_sft.training.trainer import callbacks_of
+from lightning_sft.training.trainer import callbacks_of, datamodule_of
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ _FINDERS = {
     "BatchSizeFinder": f"scale_batch_size(model, datamodule=data, batch_arg_name={_BATCH_SIZE!r})",
     "LearningRateFinder": "lr_find(model, datamodule=data)",
 }
+_SCALE = f"Call Tuner(trainer).{_FINDERS['BatchSizeFinder']}"
 _OTHERS = {
     "GradientAccumulationScheduler": (
         "changes how many micro-batches a step has after steps have been planned. Use a constant "
@@ -46,9 +48,9 @@ def check_callbacks(trainer: Trainer) -> None:
         trainer: Lightning trainer of a fit. A ``Tuner`` adds callbacks, which end their trial fit; those are allowed.
 
     Raises:
-        InputError: With Lightning's finders as callbacks, or those that change the accumulation, average weights by
-            copying the module, freeze or prune it; also with classes derived from theirs. With a search for the learning
-            rate that would see a part of each step; and with two of ours that write the same files.
+        InputError: With a tuner that scales what is not there, or would see a part of each step; with Lightning's finders
+            as callbacks, or those that change the accumulation, average weights by copying the module, freeze or prune
+            it; also with classes derived from theirs. And with two of ours that write the same files.
     """
     written: set[tuple[str, str]] = set()
     for callback in callbacks_of(trainer):
@@ -60,6 +62,9 @@ def check_callbacks(trainer: Trainer) -> None:
                     "give it a dirpath of its own."
                 )
             written.add(place)
+        scaled = getattr(callback, "_batch_arg_name", _BATCH_SIZE)
+        if not lightning_hasattr(trainer.lightning_module, scaled) and hasattr(datamodule_of(trainer), _BATCH_SIZE):
+            raise InputError(f"The tuner would scale {scaled!r}, which neither the module nor the data have. {_SCALE}.")
         kinds = [base.__name__ for base in type(callback).__mro__]
         for kind in kinds:
             if kind in _FINDERS and not getattr(callback, "_early_exit", False):

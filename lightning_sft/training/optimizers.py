@@ -88,9 +88,14 @@ def make_optimizer(
         lr: Learning rate of all groups; by default the optimizer's own.
 
     Raises:
-        InputError: When a parameter belongs to no part, a part has none, or its optimizer does not take them.
+        InputError: When none is trained, one belongs to no part, a part has none, or its optimizer does not take them.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    if not trained:
+        raise InputError(
+            "No parameter is trained: requires_grad is False for all of them, as after freeze(). Leave that call out, "
+            "and choose with model.frozen and model.trained."
+        )
     if callable(make):
         optimizer = _made(make, trained, lr)
         _load_states_as_saved(optimizer)

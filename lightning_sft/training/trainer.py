@@ -9,9 +9,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from lightning import pytorch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_sft.data.batches.plan import Division
+from lightning_sft.io.arguments import check_arguments
 from lightning_sft.objective import NORMALIZATIONS
 from lightning_sft.types import InputError, Normalize
 
@@ -102,14 +104,19 @@ def check_numbers(trainer: Trainer) -> None:
         trainer: The Lightning trainer, or one on paper.
 
     Raises:
-        InputError: When ``accumulate_grad_batches`` is less than 1, or ``gradient_clip_val``, which would turn every
-            gradient around, less than 0.
+        InputError: When a number of epochs, steps or micro-batches is not an integer, ``accumulate_grad_batches`` is
+            less than 1, or ``gradient_clip_val``, which would turn every gradient around, less than 0.
     """
+    numbers = {name: getattr(trainer, name) for name in _INTEGERS if hasattr(trainer, name)}
+    check_arguments(pytorch.Trainer, numbers, "trainer")
     if trainer.accumulate_grad_batches < 1:
         raise InputError(f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; expected at least 1.")
     clip = getattr(trainer, "gradient_clip_val", None)
     if clip is not None and clip < 0:
         raise InputError(f"trainer.gradient_clip_val is {clip}; expected a positive number or null.")
+
+
+_INTEGERS = ("accumulate_grad_batches", "max_epochs", "max_steps")
 
 
 def division_of(trainer: Trainer | None) -> Division:

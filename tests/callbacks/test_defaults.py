@@ -231,6 +231,31 @@ def test_at_the_end_fit_says_why_where_the_checkpoints_are_and_what_to_do(
     assert "Changed settings of the optimizer have had no effect: lr=0.001, weight_decay=0.0." in changed
 
 
+@pytest.mark.parametrize(("given", "tried"), [("true", "1 micro-batch"), ("2", "2 micro-batches")])
+def test_a_trial_says_that_it_was_one_and_saves_nothing(
+    arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, given: str, tried: str
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    with caplog.at_level("INFO"):
+        main(["fit", *arguments, "--data.tokens_per_batch", "40", "--trainer.fast_dev_run", given])
+    assert f"This was a trial of {tried} (trainer.fast_dev_run): nothing has been saved." in caplog.messages
+    assert set(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # of Lightning, in this mode
+def test_barebones_takes_the_place_of_our_own_defaults_but_of_nothing_that_was_asked_for(arguments: list[str]) -> None:
+    command = ["fit", *arguments, "--trainer.barebones", "true"]
+    kept = [
+        text
+        for flag, value in zip(command[1::2], command[2::2], strict=True)
+        if not flag.startswith(("--trainer.logger", "--trainer.enable"))
+        for text in (flag, value)
+    ]
+    assert main(["fit", *kept]).trainer.global_step == 1
+    with pytest.raises(InputError, match="log_every_n_steps=5"):
+        main(["fit", *kept, "--trainer.log_every_n_steps", "5"])
+
+
 def test_a_fit_that_ends_before_its_first_validation_says_so(
     arguments: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -313,3 +313,9 @@ def test_checkpoints_of_loggers_are_looked_for_too(tmp_path: Path) -> None:
     (tmp_path / "lightning_logs" / "version_3" / "checkpoints").mkdir(parents=True)
     names = [folder.relative_to(tmp_path).as_posix() for folder in folders_of(tmp_path)]
     assert names == ["checkpoints", "lightning_logs/version_3/checkpoints"]
+
+
+@pytest.mark.parametrize("path", [True, 5, ["last"]])
+def test_what_is_no_path_of_a_checkpoint_is_refused_by_its_argument(path: Any) -> None:
+    with pytest.raises(InputError, match=r"ckpt_path is .*; expected the path of a checkpoint, last or best"):
+        AtomicIO().load_checkpoint(path)

@@ -99,6 +99,13 @@ def test_a_users_module_gets_the_gradients_of_ours(pretrained: str, quiet_traine
     assert furthest(trainer.optimizers[0].gradients, ours.gradients) <= 1e-5
 
 
+def test_a_normalization_that_we_do_not_have_is_said_of_the_module(quiet_trainer: Make, project: Path) -> None:
+    module = run_code(YOUR_MODULE)["YourModule"]()
+    module.normalize = "sample"
+    with pytest.raises(InputError, match=r"model\.normalize is 'sample'; expected token"):
+        quiet_trainer().fit(module, SFTDataModule(train=ROWS))
+
+
 def test_our_figures_in_a_users_module_are_those_of_ours(pretrained: str, quiet_trainer: Make) -> None:
     scope = run_code(YOUR_MODULE)
     module = run_code("Metrics and callbacks in your own script", YourModule=scope["YourModule"])["Evaluated"]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -312,3 +313,55 @@ def test_the_checkpoint_of_another_model_is_refused_from_python_too(
         quiet_trainer().validate(SFTModule(other), SFTDataModule(val=rows), ckpt_path=saved)
     moved = SFTModule(tiny_pretrained(tmp_path / "moved"))
     quiet_trainer().validate(moved, SFTDataModule(val=rows), ckpt_path=saved)
+
+
+FREEZING: dict[str, Callable[[SFTModule], object]] = {
+    "freeze": lambda module: module.freeze(),
+    "requires_grad_": lambda module: module.requires_grad_(False),
+    "named_parameters": lambda module: [p.requires_grad_(False) for _, p in module.named_parameters()],
+}
+CASTING: dict[str, Callable[[SFTModule], object]] = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "double": lambda module: module.double(),
+    "to": lambda module: module.to(torch.bfloat16),
+    "type": lambda module: module.type(torch.float64),
+}
+SAID = {
+    **dict.fromkeys(FREEZING, r"no parameters yet.*Freeze some with model\.frozen, or all others with model\.trained"),
+    **dict.fromkeys(CASTING, r"no parameters yet, so a dtype has no effect on its weights\. Set trainer\.precision"),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_would_be_done_to_weights_that_are_not_loaded_is_warned_of_once(pretrained: str, name: str) -> None:
+    done = (FREEZING | CASTING)[name]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        done(SFTModule(pretrained))
+    assert [bool(re.search(SAID[name], str(one.message))) for one in said] == [True]
+    module = SFTModule(pretrained)
+    module.configure_model()
+    with warnings.catch_warnings(action="error"):
+        done(module)
+
+
+def test_what_lightning_does_to_a_module_before_it_is_loaded_is_not_warned_of(
+    pretrained: str, rows: list[dict[str, str]], quiet_trainer: Callable[..., Trainer]
+) -> None:
+    settings: dict[str, Any] = {"max_steps": 1, "enable_model_summary": True, "precision": "bf16-true"}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        SFTModule(pretrained).to("cpu").float().eval()
+        quiet_trainer(**settings).fit(SFTModule(pretrained), SFTDataModule(rows, cache=None))
+    assert not [str(one.message) for one in said if "no parameters yet" in str(one.message)]
+
+
+def test_a_module_that_was_frozen_whole_is_told_so(
+    pretrained: str, rows: list[dict[str, str]], quiet_trainer: Callable[..., Trainer]
+) -> None:
+    module = SFTModule(pretrained)
+    module.configure_model()
+    module.freeze()
+    with pytest.raises(InputError, match=r"No parameter is trained: .*as after freeze\(\).*model\.frozen"):
+        quiet_trainer(max_steps=1).fit(module, SFTDataModule(rows, cache=None))

@@ -62,6 +62,11 @@ def test_where_no_sample_is_to_blame_it_says_so() -> None:
         ({"precision": "16-true"}, "Use trainer.precision=32-true"),
         ({"gradient_clip_val": -1.0}, "expected a positive number or null"),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0; expected at least 1"),
+        ({"accumulate_grad_batches": {0: 2}}, r"accumulate_grad_batches is \{0: 2\}; expected an integer"),
+        ({"accumulate_grad_batches": 1.5}, "accumulate_grad_batches is 1.5; expected an integer"),
+        ({"accumulate_grad_batches": None}, "accumulate_grad_batches is None; expected an integer"),
+        ({"max_epochs": 1.5}, "max_epochs is 1.5; expected an integer or null"),
+        ({"max_steps": 1.5}, "max_steps is 1.5; expected an integer"),
     ],
 )
 def test_what_would_make_the_gradient_wrong_is_refused_before_anything_is_read(

@@ -120,6 +120,18 @@ def test_the_finders_as_callbacks_are_refused(pretrained: str, quiet_trainer: Ma
         quiet_trainer(callbacks=[kind(**settings)]).fit(SFTModule(pretrained), SFTDataModule(train=ROWS))
 
 
+def test_a_size_that_we_do_not_have_is_refused_with_ours(pretrained: str, quiet_trainer: Make) -> None:
+    with pytest.raises(InputError, match=r"scale 'batch_size', which neither .*batch_arg_name='tokens_per_batch'"):
+        Tuner(quiet_trainer()).scale_batch_size(SFTModule(pretrained), datamodule=SFTDataModule(train=ROWS))
+
+    class Own(SFTDataModule):
+        batch_size = 2
+
+    data = Own(train=ROWS, val=ROWS, tokens_per_batch=256)
+    Tuner(quiet_trainer()).scale_batch_size(SFTModule(pretrained), datamodule=data, steps_per_trial=1, max_trials=1)
+    assert data.tokens_per_batch == 256
+
+
 def test_sizes_of_a_stream_are_refused(pretrained: str, quiet_trainer: Make) -> None:
     data = SFTDataModule(train=ROWS, streaming=True)
     with pytest.raises(InputError, match=r"cannot try data.tokens_per_batch on a stream"):

@@ -12,6 +12,7 @@ Series = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 520, 230, 52, 8, 8, 24
 _MOST = 400  # maximum number of points per curve; longer ones are averaged in groups
+_IN_TABLES = 6  # significant digits: runs that are compared may differ in the third decimal
 _NOISY = 40  # curves of more points are drawn lightly, with their running mean
 
 
@@ -108,19 +109,25 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
-def short(value: float) -> str:
+def short(value: float, digits: int = 3) -> str:
     """A number in short, readable form.
+
+    Args:
+        value: The number.
+        digits: Number of significant digits; at least all before the point are shown.
 
     >>> [short(x) for x in (0.0, 1234567.0, 12345, 0.00002, 0.1234, 5.5)]
     ['0', '1.23M', '12,345', '2e-05', '0.123', '5.5']
+    >>> [short(x, digits=6) for x in (10.30264, 12345.678, 1234567.0)]
+    ['10.3026', '12,345.7', '1.23457M']
     """
     size = abs(value)
     if size >= 1e6:
         power, unit = next((p, u) for p, u in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if size >= p)
-        return f"{value / power:.3g}{unit}"
-    if size >= 1000:
+        return f"{value / power:.{digits}g}{unit}"
+    if size >= 10**digits:
         return f"{value:,.0f}"
-    return f"{value:.2g}" if size < 0.001 else f"{value:.3g}"
+    return f"{value:.{digits - 1}g}" if size < 0.001 else f"{value:,.{digits}g}"
 
 
 class _Scale:
@@ -181,8 +188,8 @@ def _table(curves: dict[str, list[tuple[float, float]]], x_name: str) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in curves)
     rows = ""
     for x in chosen:
-        cells = "".join(f"<td>{short(of[x]) if x in of else '–'}</td>" for of in by_x.values())
-        rows += f"<tr><td>{short(x)}</td>{cells}</tr>"
+        cells = "".join(f"<td>{short(of[x], _IN_TABLES) if x in of else '–'}</td>" for of in by_x.values())
+        rows += f"<tr><td>{short(x, _IN_TABLES)}</td>{cells}</tr>"
     return f"<details><summary>Values</summary><table><tr><th>{escape(x_name)}</th>{head}</tr>{rows}</table></details>"
 
 

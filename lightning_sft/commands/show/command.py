@@ -168,7 +168,7 @@ def _previewed(data: SFTDataModule, module: LightningModule | None, trainer: Any
     """All usable rows, and why ``fit`` would stop at others, if it would."""
     by_row, by_length = data.invalid_rows == "error", data.overflow == "error"
     data = copy(data)
-    data.invalid_rows, data.overflow = "skip", "drop" if by_length else data.overflow
+    data._settle(invalid_rows="skip", overflow="drop" if by_length else data.overflow)
     data = data.preview(module, trainer, progress=True)
     accounts = [split.account for split in data.splits.values()]
     refused, too_long = any(account.refused for account in accounts), any(account.too_long for account in accounts)

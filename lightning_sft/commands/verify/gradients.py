@@ -52,7 +52,7 @@ def check_gradients(subject: Subject) -> Outcome:
     module = own_loss or subject.loaded()
     assert module.model is not None
     names = {id(p): name for name, p in module.model.named_parameters()}
-    module.schedule, module.warmup = "constant", 0.0
+    module._settle(schedule="constant", warmup=0.0)
     module.optimizer = lambda groups: Recorder(groups, names)
     packings: list[Packing] = ["packed", "padded"] if module.isolates_documents else ["padded"]
     if len(packings) == 1:

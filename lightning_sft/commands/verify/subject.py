@@ -147,7 +147,7 @@ class Subject:
     def _copy(self, exact: bool = False) -> SFTModule:
         module = deepcopy(self.module)
         if exact:
-            module.neftune_alpha = module.router_loss = None  # the objective is compared without either
+            module._settle(neftune_alpha=None, router_loss=None)  # the objective is compared without either
         return module
 
     def _trainer(self, **settings: Any) -> Trainer:

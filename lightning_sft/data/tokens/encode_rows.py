@@ -67,7 +67,9 @@ class EncodingConfig:
     side: Side | None = None
 
     def __post_init__(self) -> None:
-        check_arguments(EncodingConfig, vars(self))
+        others = {name: value for name, value in vars(self).items() if name != "normalize"}
+        check_arguments(EncodingConfig, {"normalize": self.normalize}, "model")
+        check_arguments(EncodingConfig, others, "data")
 
     def of(self, part: Part) -> EncodingConfig:
         """The recipe for a part of a mixture, which may override how its rows are read, and has a weight."""

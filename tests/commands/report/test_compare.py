@@ -174,3 +174,11 @@ def _copy(run: Path, to: Path) -> Path:
 )
 def test_names_are_what_differs(folders: list[str], names: list[str]) -> None:
     assert names_of([Run(Path(folder), {}, {}, 0.0, []) for folder in folders]) == [name or "." for name in names]
+
+
+def test_values_below_the_curves_tell_runs_apart_that_differ_in_the_third_decimal(
+    runs: list[Path], tmp_path: Path
+) -> None:
+    text = write_comparison(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    for run in map(Run.read, runs):
+        assert f"<td>{run.last('val/loss'):.6g}</td>" in text
