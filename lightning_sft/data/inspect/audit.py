@@ -12,13 +12,13 @@ import torch
 from lightning_sft.data.inspect.documents import Document
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.examples import Examples
-from lightning_sft.data.tokens.rendering import SYSTEM_NOT_SHOWN, TOOLS_NOT_SHOWN
+from lightning_sft.data.tokens.not_shown import CALLS_NOT_SHOWN, SYSTEM_NOT_SHOWN, TOOLS_NOT_SHOWN
 from lightning_sft.io.arguments import Fraction, check_arguments
 
 IN_DETAILS = ("refused", "left out for length", "cut")
 """Checks whose rows are listed by :func:`lightning_sft.data.inspect.summary.show_details`."""
 
-_NOT_SHOWN = {TOOLS_NOT_SHOWN: "tools", SYSTEM_NOT_SHOWN: "system turns"}
+_NOT_SHOWN = {TOOLS_NOT_SHOWN: "tools", SYSTEM_NOT_SHOWN: "system turns", CALLS_NOT_SHOWN: "tool calls"}
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Thresholds:
         max_no_stop: Sequences with an answer that does not end in a trained stop token.
         max_masked: Sequences without any target.
         max_unknown: Sequences that train the tokenizer's unknown token, where a text has what its vocabulary has not.
-        max_not_shown: Rows with tools, or with a system turn, that the chat template does not show.
+        max_not_shown: Rows with tools, a system turn or an earlier tool call that the chat template does not show.
         max_duplicated: Training sequences with the ids of an earlier one.
         max_overlap: Validation sequences with the ids of a training sequence, of all validation sequences.
         max_repeated: Tokens that stand in several sequences of their row, of all training tokens. A chat template that

@@ -223,7 +223,7 @@ def _draft(conversation: Conversation, template: ChatTemplate) -> _Draft:
                     rendering.notes.add("the assistant opens the conversation: without a prompt, that turn is context")
         if draft.runs and messages[-1]["role"] != "text":
             end = draft.runs[-1].turns[-1][0] + 1
-            rendering.unseen(draft.runs[-1].text, end)
+            rendering.unseen(draft.runs[-1].text, [turn for turn, _, _ in draft.runs[-1].turns])
             if left := ", ".join(dict.fromkeys(message["role"] for message in messages[end:])):
                 rendering.notes.add(f"turns after the last that is trained are left out, they are of the role {left}")
     except InputError as error:
