@@ -141,7 +141,7 @@ class Rendering:
 
     def unseen(self, text: str, turns: Sequence[int]) -> None:
         """Note what of the conversation up to the last of some turns a text that has them does not show."""
-        own = [turn - self.shift for turn in turns]
+        own = [max(0, turn - self.shift) for turn in turns]  # a merged system turn is a part of the first
         self.notes |= not_shown(self.template, self.messages[: own[-1] + 1], self.tools, self.variables, text, own)
 
     @cached_property

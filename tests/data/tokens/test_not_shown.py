@@ -94,3 +94,14 @@ def test_a_template_that_refuses_other_texts_is_asked_for_these() -> None:
     for system, found in (("S", set()), ("Be kind.", {SYSTEM_NOT_SHOWN})):
         turns = said("system", system), said("user", "You? S"), said("assistant", "Yes.")
         assert notes(picky + WITHOUT_SYSTEM, *turns) == found
+
+
+def test_a_system_turn_that_begins_the_turn_of_the_user_is_shown() -> None:
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TOOLS + PLAIN
+    turns = said("system", "S"), said("user", "You? S"), said("assistant", "Yes.")
+    merged = "the chat template refuses system turns, so theirs begins the user's turn"
+    for weights in ([1.0, 0.0, 0.0], [0.0, 0.0, 1.0]):
+        assert notes(refuses, *turns, tools=[tool("f")], weights=weights) - {LEFT} == {merged}
+
+
+LEFT = "turns after the last that is trained are left out, they are of the role user, assistant"
