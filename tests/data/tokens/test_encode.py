@@ -25,6 +25,7 @@ from lightning_sft.data.tokens.encode import encode, encode_all, encode_many, en
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.data.tokens.generation_tags import has_marks
 from lightning_sft.data.tokens.template_config import TemplateConfig
+from lightning_sft.data.tokens.thoughts import UNREAD
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Conversation, Example, InputError
 from tests.oracle.vocabularies import KINDS, tokenizer_for
@@ -392,6 +393,23 @@ def test_a_thought_is_masked_though_by_itself_it_is_divided_into_other_tokens(ki
     assert masked.input_ids == split.input_ids
     assert targets(masked, tokenizer).strip() == "Yo<|im_end|>"
     assert targets(split, tokenizer).strip().startswith("<think>")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_said"),
+    [
+        ("Well. <think>secret</think>x", True),
+        ("<THINK>secret</THINK>x", True),
+        ("<reasoning>secret</reasoning>x", True),
+        ("<think>a</think>x <think>b</think>y", True),
+        ("<think>secret</think>x", False),
+        ("I think x > y.", False),
+    ],
+)
+def test_a_thought_that_is_not_read_is_said_where_thoughts_are_to_be_split_or_masked(text: str, is_said: bool) -> None:
+    for how in ("keep", "split", "mask"):
+        [encoded] = encode_all([conversation("q", text)], tiny_tokenizer(), config=TemplateConfig(thoughts=how))
+        assert (UNREAD in encoded.notes) == (is_said and how != "keep")
 
 
 # an empty thought before each answer without a reasoning; ahead of it, the prompt may open that thought or end it
