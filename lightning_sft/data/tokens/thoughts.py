@@ -22,8 +22,8 @@ UNTHINKING = (
 )
 TAKEN_APART = "thoughts in the texts of answers take the place of the empty ones that would be trained before them"
 UNREAD = (
-    "an answer has a thought that data.thoughts does not read, since it is not at the beginning or not in <think> tags: "
-    "it stays in the text"
+    "an answer has a thought that data.thoughts does not read, since it is not at the beginning or not in <think> tags"
+    ": it stays in the text"
 )
 """Notes on answers."""
 
