@@ -53,6 +53,7 @@ _BY_SETTING = {
 ELSEWHERE = {name: setting for setting, names in _BY_SETTING.items() for name in names.split()}
 """What other trainers, peft, and Lightning's tuner call our settings."""
 
+_SAME = {"final": "last", "everything": "all", "every": "all"}  # words that are like others, and mean these
 _ABBREVIATION = 3  # letters with which a name may have been abbreviated
 
 
@@ -71,13 +72,15 @@ def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", c
     ' Did you mean model.optimizer.lr?'
     >>> did_you_mean(["trainer.max_ep"], ["trainer.max_steps", "trainer.max_epochs"])
     ' Did you mean trainer.max_epochs?'
-    >>> did_you_mean(["fit"], ["fit", "test"])
-    ''
+    >>> did_you_mean(["fit"], ["fit", "test"]), did_you_mean(["final"], ["all", "last", "prompts"])
+    ('', ' Did you mean last?')
     """
     names = {name.lower(): name for name in known}
     for name in given:
         if name in names.values():
             continue
+        if (same := _SAME.get(name.lower())) in names:
+            return f" Did you mean {prefix}{same}?"
         before, dot, last = name.rpartition(".")
         deeper = [other for other in names.values() if dot and other.startswith(before) and other.endswith(dot + last)]
         if len(deeper) == 1:

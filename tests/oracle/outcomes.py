@@ -33,7 +33,7 @@ MECHANISMS = {
     "a": ("opens the conversation", "an answer that opens the conversation is context"),
     "g": ("marks begin in the prompt", "`{% generation %}` marks of the prompt are left out"),
     "t": ("thoughts in the texts", "a thought in the text takes the place of an empty one"),
-    "u": ("does not show", "tools or a system turn are not shown by the template, which is said"),
+    "u": ("does not show", "tools, a system turn or an earlier call are not shown by the template, which is said"),
 }
 """Letter -> what a note says, and what it means."""
 

@@ -86,4 +86,4 @@ def _remarks(name: str, split: Split) -> Iterator[tuple[str, int, Sequence[str]]
     for key, count in account.ignored.most_common():
         yield f"{name}: the key {key!r}, which is ignored", count, []
     for what, count in account.notes.most_common():
-        yield f"{name}: {what}", count, [account.noted[what]]
+        yield f"{name}: {what}", count, account.noted[what]

@@ -67,8 +67,9 @@ def show_audit(findings: Iterable[Finding], console: Console) -> None:
     console.print(table)
     for finding in findings:
         if not finding.passes and finding.places and finding.check not in IN_DETAILS:
-            more = f"\n  ... and {finding.count - _LISTED:,} more" if finding.count > _LISTED else ""
-            listed = "\n".join(f"  {place}" for place in finding.places[:_LISTED])
+            places = finding.places[:_LISTED]
+            more = f"\n  ... and {finding.count - len(places):,} more" if finding.count > len(places) else ""
+            listed = "\n".join(f"  {place}" for place in places)
             console.print(f"{finding.check}:\n{listed}{more}", style="yellow", highlight=False)
 
 

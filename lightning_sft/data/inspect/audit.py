@@ -12,13 +12,14 @@ import torch
 from lightning_sft.data.inspect.documents import Document
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.examples import Examples
-from lightning_sft.data.tokens.rendering import SYSTEM_NOT_SHOWN, TOOLS_NOT_SHOWN
+from lightning_sft.data.tokens.not_shown import CALLS_NOT_SHOWN, SYSTEM_NOT_SHOWN, TOOLS_NOT_SHOWN
+from lightning_sft.data.tokens.thoughts import UNREAD
 from lightning_sft.io.arguments import Fraction, check_arguments
 
 IN_DETAILS = ("refused", "left out for length", "cut")
 """Checks whose rows are listed by :func:`lightning_sft.data.inspect.summary.show_details`."""
 
-_NOT_SHOWN = {TOOLS_NOT_SHOWN: "tools", SYSTEM_NOT_SHOWN: "system turns"}
+_NOT_SHOWN = {TOOLS_NOT_SHOWN: "tools", SYSTEM_NOT_SHOWN: "system turns", CALLS_NOT_SHOWN: "tool calls"}
 
 
 @dataclass
@@ -32,7 +33,8 @@ class Thresholds:
         max_no_stop: Sequences with an answer that does not end in a trained stop token.
         max_masked: Sequences without any target.
         max_unknown: Sequences that train the tokenizer's unknown token, where a text has what its vocabulary has not.
-        max_not_shown: Rows with tools, or with a system turn, that the chat template does not show.
+        max_not_shown: Rows with tools, a system turn or an earlier tool call that the chat template does not show.
+        max_unread: Rows with a thought in an answer that ``data.thoughts`` is to split off or mask, and does not read.
         max_duplicated: Training sequences with the ids of an earlier one.
         max_overlap: Validation sequences with the ids of a training sequence, of all validation sequences.
         max_repeated: Tokens that stand in several sequences of their row, of all training tokens. A chat template that
@@ -47,6 +49,7 @@ class Thresholds:
     max_masked: Fraction = 0.0
     max_unknown: Fraction = 0.0
     max_not_shown: Fraction = 0.0
+    max_unread: Fraction = 0.0
     max_duplicated: Fraction = 0.01
     max_overlap: Fraction = 0.0
     max_repeated: Fraction = 0.5
@@ -124,16 +127,17 @@ def audit(
     """
     refused = Finding("refused", thresholds.max_refused)
     left_out, cut = Finding("left out for length", thresholds.max_left_out), Finding("cut", thresholds.max_cut)
-    not_shown = {note: Finding(f"{what} not shown", thresholds.max_not_shown) for note, what in _NOT_SHOWN.items()}
+    noted = {note: Finding(f"{what} not shown", thresholds.max_not_shown) for note, what in _NOT_SHOWN.items()}
+    noted[UNREAD] = Finding("thoughts not read", thresholds.max_unread)
     repeated = Finding("repeated tokens", thresholds.max_repeated)
     for split in splits.values():
         account = split.account
         repeated.count += repeated_tokens(split.examples)
         repeated.total += int(split.lengths.sum())
-        for note, finding in not_shown.items():
+        for note, finding in noted.items():
             finding.count += account.notes[note]
             finding.total += account.num_rows
-            finding.places += [account.noted[note]] if account.notes[note] else []
+            finding.places += account.noted.get(note, [])
         refused.places += account.refused
         refused.total += account.num_rows
         for finding, places in ((left_out, account.too_long), (cut, account.cut)):
@@ -161,7 +165,7 @@ def audit(
                 seen.setdefault(digest, document.provenance)
                 targets.count += document.num_targets
                 targets.total += len(document)
-    of_rows, of_sequences = [refused, *not_shown.values(), left_out, cut], [no_stop, masked, unknown, duplicated]
+    of_rows, of_sequences = [refused, *noted.values(), left_out, cut], [no_stop, masked, unknown, duplicated]
     return [*of_rows, *of_sequences, overlap, repeated, targets]
 
 

@@ -94,7 +94,7 @@ def show_details(split: Split, console: Console) -> None:
         console.print(f"\n{rows} the key {key!r}, which is ignored", style="yellow", highlight=False)
     for what, count in account.notes.most_common():
         console.print(f"\n{counted(count, 'row')}: {what}", style="yellow", highlight=False)
-        console.print(f"  the first is {account.noted[what]}", highlight=False)
+        console.print(f"  the first is {account.noted[what][0]}", highlight=False)
 
 
 def table_of(splits: Mapping[str, Split]) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -14,6 +16,14 @@ from lightning_sft.machine.terminal import printable
 
 LOOKALIKE = "⟨⟩"
 """Between them stands plain text that reads like a control token."""
+
+# what Unicode lets be ignored where it is not supported, but for joiners and the variants of emoji, and other spaces
+_IGNORABLE = (
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2060-\u206f\u3164\ufe00-\ufe0d\uffa0\ufff0-\ufff8"
+    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+_SPACES = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c) == "Zs" and c != " ")
+_BLANK = re.compile(f"[{_SPACES}{_IGNORABLE}]")
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,12 @@ class PieceReader:
 def visible(text: str) -> str:
     r"""The text with invisible characters written out: newlines as ``⏎`` and a line break, tabs as ``⇥`` and a tab.
 
+    A space is a space, and any other, such as one that does not break a line, is written out as well.
+
     It is safe to print: no character of the data moves a terminal's cursor or turns the direction of writing.
 
-    >>> visible("a\nb\x1b[0m\u202e")
-    'a⏎\nb<U+001B>[0m<U+202E>'
+    >>> visible("a\nb\x1b[0m\u202e \xa0")
+    'a⏎\nb<U+001B>[0m<U+202E> <U+00A0>'
     """
+    text = _BLANK.sub(lambda found: f"<U+{ord(found.group()):04X}>", text)
     return printable(text).replace("\n", "⏎\n").replace("\t", "⇥\t")

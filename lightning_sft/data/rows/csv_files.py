@@ -61,7 +61,7 @@ def rows_of_csv(
             except InputError as error:
                 raise _LineError(error) from error
 
-    delimiter, header = usual, list[str]()
+    delimiter, header, named = usual, list[str](), 0  # number of the last column with a name
     if first := next(left, None):
         text = decode(first[1], 1)
         said = _SAID.fullmatch(text)
@@ -86,10 +86,18 @@ def rows_of_csv(
         place = taken[0][0]
         if not header:
             header = cells
-            if len(set(header)) < len(header):
+            named = max((number for number, name in enumerate(header, 1) if name.strip()), default=0)
+            if len(set(header[:named])) < named:
                 raise InputError(f"{path}:{place}: two columns have the same name: {header}.")
         elif len(cells) == len(header):
-            yield dict(zip(header, cells, strict=True)), place
+            spilt = next((number for number, cell in enumerate(cells[named:], named + 1) if cell.strip()), None)
+            if spilt is None:  # spreadsheets write empty columns behind the last
+                yield dict(zip(header, cells, strict=True)), place
+                continue
+            what = (
+                f"{path}:{place}: column {spilt} has a text and no name. Quote texts with commas, or name the column."
+            )
+            yield BrokenRow(InputError(what)), place
         elif cells:
             count = f"{path}:{place}: the row has {len(cells)} cells, the header {len(header)}."
             yield BrokenRow(InputError(count)), place

@@ -16,7 +16,7 @@ import json
 import lzma
 import re
 import zlib
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -38,6 +38,7 @@ MAX_EXPANSION = 200
 _FREE = 1 << 30  # bytes that any file may unpack to
 _BLOCK = 1 << 20  # bytes that are read at once
 _AT_A_TIME = 64  # rows of a table: a dictionary may hold each of them once
+_UTF16 = (BOM_UTF16_LE, BOM_UTF16_BE, b"{\0", b"\0{", b"[\0", b"\0[")  # how a text file of it begins
 _BEFORE_PLACE = re.compile(r"( starting)? at$")  # of what json's messages end in
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
@@ -245,6 +246,8 @@ def _lines(path: File) -> Iterator[bytes]:
             unpacked += len(line)
             if unpacked > most:
                 raise _expands(path)
+            if number == 1:
+                _check_utf16(path, line)
             yield line.removeprefix(BOM_UTF8)
 
 
@@ -265,6 +268,7 @@ def _text(path: File) -> str:
             if most < 0:
                 raise _expands(path)
     content = b"".join(blocks)
+    _check_utf16(path, content)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -304,6 +308,19 @@ def _expands(path: File) -> InputError:
     )
 
 
+def _check_utf16(path: File, content: bytes) -> None:
+    """Check the beginning of a text file.
+
+    Raises:
+        InputError: When it is that of UTF-16, as Windows writes it.
+    """
+    if content.startswith(_UTF16):
+        raise InputError(
+            f"{path}: UTF-16 text, and only UTF-8 is read. Save the file as UTF-8, or convert it: "
+            "iconv -f UTF-16 -t UTF-8 OLD > NEW."
+        )
+
+
 def _not_utf8(path: File, line: int, error: UnicodeDecodeError, at: int) -> InputError:
     return InputError(
         f"{path}:{line}: not UTF-8 text ({error.reason} at byte {at} of the line). Save the file as UTF-8."
@@ -330,6 +347,12 @@ def _not_json(path: File, line: int, error: ValueError) -> InputError:
         what = f"it is cut off, or a bracket or quotation mark is left open: {what}"
     elif "control character" in what:
         what = f"a string has a line break or another control character, which JSON writes as {_escaped(text[at])}"
+    elif what == "Extra data" and text[at:] == ",":
+        what = "a comma follows the row. Remove it: each line of JSONL is a row alone, without commas between rows"
+    elif what == "Extra data" and "\r" in text[:at]:
+        what = "lines end in \\r alone, as on old Macs. Convert the file: tr '\\r' '\\n' < OLD > NEW"
+    elif what == "Extra data":
+        what = "something follows the row, and each line of JSONL is a row alone"
     return InputError(f"{path}:{line}: not valid JSON: {what} (column {column}).")
 
 

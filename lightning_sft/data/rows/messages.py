@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from lightning_sft.data.rows.markup import without_media
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.token_rows import read_tokens
 from lightning_sft.data.rows.turns import Turn, read_turns
-from lightning_sft.data.rows.values import check_json, decoded, flag_of, shown, text_of, weight_of
+from lightning_sft.data.rows.values import check_json, check_weight, decoded, flag_of, shown, text_of, weight_of
 from lightning_sft.io.arguments import check_arguments
 from lightning_sft.types import Conversation, Example, InputError
 
@@ -203,6 +202,7 @@ def _read(found: Found, reading: Reading, provenance: str, ignored: set[str]) ->
     if found.name == "tokens":
         return read_tokens(found.question, found.answers, found.optional, scale, provenance)
     if found.name == "text":
+        check_weight(scale, "the weight of the row")
         text = text_of(found.question, found.question_column)
         if not text.strip():
             raise InputError("the text is empty. Remove the row.")
@@ -213,9 +213,8 @@ def _read(found: Found, reading: Reading, provenance: str, ignored: set[str]) ->
     turns = _turns(given, reading.dialect, ignored)
     messages = [message for (message, _), _ in turns]
     weights = [weight * scale for weight in _weights(turns, reading.train_on)]
-    if not all(map(math.isfinite, weights)):
-        turn = next(n for n, weight in enumerate(weights, 1) if not math.isfinite(weight))
-        raise InputError(f"turn {turn}: its weight times that of the row is too large a number.")
+    for turn, weight in enumerate(weights, 1):
+        check_weight(weight, f"turn {turn}: its weight times that of the row")
     if "system" in found.optional and [m["role"] for m in messages[:2]] == ["system", "system"]:
         raise InputError("the system text is there twice: in 'system' and as a turn. Keep one.")
     if reading.system is not None and not any(message["role"] == "system" for message in messages):

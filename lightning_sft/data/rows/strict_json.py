@@ -45,8 +45,14 @@ def _strictly(decode: Any, *args: Any) -> Any:
         return decode(*args)
     except RecursionError as error:
         raise ValueError(_TOO_DEEP) from error
+    except json.JSONDecodeError:
+        raise
     except _NotFiniteError as error:
         raise ValueError(f"{error}{_place(decode.__name__, *args)}") from error
+    except ValueError as error:
+        if "int_max_str_digits" not in str(error):  # Python's advice is for who writes a program
+            raise
+        raise ValueError("an integer has thousands of digits. Write it as a string, in quotation marks") from error
 
 
 class _NotFiniteError(ValueError):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_sft.data.rows.values import shown
+from lightning_sft.data.rows.values import check_weight, shown
 from lightning_sft.types import IGNORE, Example, InputError
 
 _LARGEST = 2**31 - 1  # ids are int32
@@ -62,8 +62,8 @@ def read_tokens(
         raise InputError("'attention_mask' is 0 at a token that is to be trained. Correct one of them.")
     weights = weights[begin:end]
     weights[0] = 0.0
-    if not np.isfinite(weights).all():
-        raise InputError("the weight of a token times that of the row is too large a number.")
+    for own in np.unique(weights):
+        check_weight(own, "the weight of a token times that of the row")
     if not weights.any():
         raise InputError("no token of the row is to be trained: all labels are -100, or the mask is 0. Remove the row.")
     return Example(ids[begin:end].astype(np.int32), weights, provenance)

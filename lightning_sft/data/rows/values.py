@@ -28,6 +28,9 @@ def shown(value: Any) -> str:
         return type(value).__name__
 
 
+_SMALLEST, _LARGEST = 1e-30, 1e9  # of a weight
+
+
 def text_of(value: Any, what: str) -> str:
     """The value, if it is a text.
 
@@ -57,6 +60,16 @@ def weight_of(value: Any, what: str) -> float:
     if not 0 <= weight < math.inf:
         raise InputError(f"{what} must be a finite number that is not negative, got {shown(value)}.")
     return weight
+
+
+def check_weight(weight: float, what: str) -> None:
+    """Check a product of weights: sums of it, and squares of its gradients, have to be numbers of float32.
+
+    Raises:
+        InputError: When it is too large or too small for that.
+    """
+    if weight and not _SMALLEST <= weight <= _LARGEST:
+        raise InputError(f"{what} is {weight:g}: a weight must be 0, or a number from {_SMALLEST:g} to {_LARGEST:g}.")
 
 
 def flag_of(value: Any) -> bool | None:

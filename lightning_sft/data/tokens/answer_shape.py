@@ -99,10 +99,12 @@ class Sentinels:
     Args:
         message: The answer.
         fields: Name of each field, by the text that it has now, in order.
+        first: Number of the first sentinel.
     """
 
     message: Message
     fields: dict[str, str] = field(default_factory=dict)
+    first: int = 0
 
 
 def shape_of(message: Message) -> Shape:
@@ -122,13 +124,13 @@ def _has(message: Message, key: str) -> bool:
     return bool(text and not text.isspace())
 
 
-def with_sentinels(message: Message) -> Sentinels:
-    """An answer of the same shape with a sentinel in each field.
+def with_sentinels(message: Message, first: int = 0) -> Sentinels:
+    """An answer of the same shape with a sentinel in each field, of which the first has a number.
 
     >>> with_sentinels({"role": "assistant", "content": "Hi"})
-    Sentinels(message={'role': 'assistant', 'content': 'Xq0000qX'}, fields={'Xq0000qX': 'the text'})
+    Sentinels(message={'role': 'assistant', 'content': 'Xq0000qX'}, fields={'Xq0000qX': 'the text'}, first=0)
     """
-    made = Sentinels(dict(message))
+    made = Sentinels(dict(message), first=first)
     for key, name in (("reasoning_content", "the reasoning"), ("content", "the text")):
         if (message.get(key) or "").strip():
             made.message[key] = _sentinel(made, name)
@@ -264,7 +266,7 @@ def is_written(value: Any, text: str) -> bool:
 
 
 def _sentinel(made: Sentinels, name: str, kind: type = str) -> Any:
-    number = len(made.fields)
+    number = made.first + len(made.fields)
     value: Any = f"Xq{number:04d}qX" if kind is str else kind(70_413_000 + number) + (0.5 if kind is float else 0)
     made.fields[str(value)] = name
     return value

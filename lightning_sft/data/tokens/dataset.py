@@ -128,7 +128,7 @@ def load_split(
             raise own.refusal(title)
         if recipe.side is not None and recipe.side.is_held_out:
             own.notes[_HELD_OUT] = own.num_rows
-            own.noted[_HELD_OUT] = examples[0].provenance if len(examples) else title
+            own.noted[_HELD_OUT] = [examples[0].provenance if len(examples) else title]
         if not examples:
             raise _nothing_left(title, own, own_recipe.max_length)
         account.add(own)

@@ -223,7 +223,7 @@ def _draft(conversation: Conversation, template: ChatTemplate) -> _Draft:
                     rendering.notes.add("the assistant opens the conversation: without a prompt, that turn is context")
         if draft.runs and messages[-1]["role"] != "text":
             end = draft.runs[-1].turns[-1][0] + 1
-            rendering.unseen(draft.runs[-1].text, end)
+            rendering.unseen(draft.runs[-1].text, [turn for turn, _, _ in draft.runs[-1].turns])
             if left := ", ".join(dict.fromkeys(message["role"] for message in messages[end:])):
                 rendering.notes.add(f"turns after the last that is trained are left out, they are of the role {left}")
     except InputError as error:
@@ -309,19 +309,15 @@ def _assemble(
                 masked = None if own is None else trained.after(context)
             if own is None:  # the boundary merges: the prompt stays what it is at inference, the answer is apart
                 own = apart = _apart(context, both, answer, f"{provenance}: turn {turn + 1}", template)
-            if masked is None or (len(masked) and not np.array_equal(own[: len(masked)], masked)):
-                raise InputError(
-                    f"{provenance}: turn {turn + 1}: a token reaches over the end of the thought, so it cannot be "
-                    "masked exactly. Set data.thoughts=split to train it too."
-                )
+            num_masked = _num_masked(own, masked, answer, f"{provenance}: turn {turn + 1}", template)
             if sequence is not None and not sequence.continues(context):
                 yield sequence.example(provenance)
                 sequence = None
             if sequence is None:
                 sequence = _Sequence(answers_before)
-            value = target_weight(normalize, len(own) - len(masked), weight)
+            value = target_weight(normalize, len(own) - num_masked, weight)
             end = both if apart is None else np.concatenate([context.ids, apart])
-            sequence.append(context, len(masked), len(own), value, end)
+            sequence.append(context, num_masked, len(own), value, end)
             answers_before += 1
         if sequence is not None:
             yield sequence.example(provenance)
@@ -336,13 +332,35 @@ def _apart(context: Beginning, both: Beginning, answer: Answer, where: str, temp
         InputError: When they are not what follows on the prompt.
     """
     prompt, expected = context.ids.tolist(), template.tokenizer.decode(both.ids.tolist())
-    before = ["", *_BEFORE]
-    behind = template.token_ids([text + answer.own for text in before])
-    for alone, own in zip(template.token_ids(before), behind, strict=True):
-        left = own[len(alone) :]
-        if own[: len(alone)] == alone and template.tokenizer.decode([*prompt, *left]) == expected:
+    for left in _behind(["", *_BEFORE], answer.own, template):
+        if template.tokenizer.decode([*prompt, *left]) == expected:
             return np.array(left, np.int32)
     raise InputError(f"{where}: the tokenizer cannot tokenize the answer apart from the prompt before it.")
+
+
+def _num_masked(own: Ids, masked: Ids | None, answer: Answer, where: str, template: ChatTemplate) -> int:
+    """How many ids of an answer are those of its thought; by itself, that may be divided into others.
+
+    Raises:
+        InputError: When one of them is also one of what follows the thought.
+    """
+    if masked is not None and np.array_equal(own[: len(masked)], masked):
+        return len(masked)
+    for left in _behind(_BEFORE, answer.text[answer.trained : answer.end], template):
+        if left and own[-len(left) :].tolist() == left:
+            return len(own) - len(left)
+    raise InputError(
+        f"{where}: a token reaches over the end of the thought, so it cannot be masked exactly. Set "
+        "data.thoughts=split to train it too."
+    )
+
+
+def _behind(before: Iterable[str], text: str, template: ChatTemplate) -> Iterator[list[int]]:
+    """Ids of a text behind each of others with which it does not merge."""
+    for other in before:
+        alone, own = template.token_ids([other, other + text])
+        if own[: len(alone)] == alone:
+            yield own[len(alone) :]
 
 
 class _Sequence:

@@ -22,9 +22,10 @@ from lightning_sft.data.rows.files import Line
 from lightning_sft.data.rows.messages import Converter, Reading
 from lightning_sft.data.rows.mixture import Part
 from lightning_sft.data.rows.sources import Leaf, parsed
+from lightning_sft.data.rows.values import check_weight
 from lightning_sft.data.tokens.encode import Encoded, encode_all
 from lightning_sft.data.tokens.examples import to_record_batch
-from lightning_sft.data.tokens.given_ids import weighted
+from lightning_sft.data.tokens.given_ids import check_ids, weighted
 from lightning_sft.data.tokens.held_out import Side
 from lightning_sft.data.tokens.overflow import Overflow, shorten
 from lightning_sft.data.tokens.row_report import RowReport
@@ -231,8 +232,15 @@ def _attempt(convert: Converter, recipe: EncodingConfig, row: Any, provenance: s
     if recipe.side and not recipe.side.has(read):
         convert.ignored = ignored
         return None
-    if isinstance(read, Example):
-        return Encoded([weighted(read, recipe.normalize, recipe.weight)])
+    try:
+        given = read.target_weights if isinstance(read, Example) else read.weights
+        for weight in set(given) if recipe.weight != 1 else ():
+            check_weight(float(weight) * recipe.weight, f"{provenance}: a weight times that of the data set")
+        if isinstance(read, Example):
+            check_ids(read, recipe.tokenizer)
+            return Encoded([weighted(read, recipe.normalize, recipe.weight)])
+    except InputError as error:
+        return Encoded(refusal=error)
     return replace(read, weights=[own * recipe.weight for own in read.weights])
 
 

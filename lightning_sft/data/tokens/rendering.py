@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
@@ -24,15 +25,12 @@ from lightning_sft.data.tokens.answer_shape import (
     with_sentinels,
 )
 from lightning_sft.data.tokens.generation_tags import Span, marked_end
+from lightning_sft.data.tokens.not_shown import not_shown
 from lightning_sft.data.tokens.prompt_turns import PromptTurns
 from lightning_sft.data.tokens.render import Trace
 from lightning_sft.data.tokens.sandbox import forget_json
 from lightning_sft.data.tokens.template import Template
 from lightning_sft.types import Conversation, InputError, Message
-
-TOOLS_NOT_SHOWN = "the chat template does not show the tools"
-SYSTEM_NOT_SHOWN = "the chat template does not show a system turn"
-"""Notes that an audit looks for."""
 
 
 class Rendering:
@@ -141,14 +139,10 @@ class Rendering:
 
         return PromptTurns(self.template, self.messages, self.tools, self.variables, self._merged, stop_of, self._trace)
 
-    def unseen(self, prompt: str, end: int) -> None:
-        """Note what of the conversation up to a turn a prompt does not show, though it is there."""
-        for tool in self.tools or ():
-            if str(tool.get("function", tool).get("name", "")) not in prompt:
-                self.notes.add(TOOLS_NOT_SHOWN)
-        for message in self.messages[: end - self.shift]:
-            if message["role"] == "system" and message["content"].strip() not in prompt:
-                self.notes.add(SYSTEM_NOT_SHOWN)
+    def unseen(self, text: str, turns: Sequence[int]) -> None:
+        """Note what of the conversation up to the last of some turns a text that has them does not show."""
+        own = [max(0, turn - self.shift) for turn in turns]  # a merged system turn is a part of the first
+        self.notes |= not_shown(self.template, self.messages[: own[-1] + 1], self.tools, self.variables, text, own)
 
     @cached_property
     def _trace(self) -> Trace | None:

@@ -11,6 +11,7 @@ from lightning_sft.io.words import counted
 from lightning_sft.types import InputError
 
 _LISTED = 5  # rows named in a message
+_NOTED = 200  # rows remembered for each note
 
 
 @dataclass
@@ -24,7 +25,7 @@ class RowReport:
         cut: ``file:line`` and length of each sequence that was truncated or split.
         ignored: Number of rows with each unused key.
         notes: Number of rows of which something has to be said though they are used, for each such thing.
-        noted: ``file:line`` of the first of them.
+        noted: ``file:line`` of the first 200 of them.
         unlisted: Number of rows beyond those listed in ``refused``, ``too_long`` and ``cut``, see :meth:`trim`.
         shortest: Tokens of the shortest sequence, before any was cut; 0 where there is none.
     """
@@ -35,7 +36,7 @@ class RowReport:
     cut: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    noted: dict[str, str] = field(default_factory=dict)
+    noted: dict[str, list[str]] = field(default_factory=dict)
     unlisted: Counter[str] = field(default_factory=Counter)
     shortest: int = 0
 
@@ -53,7 +54,9 @@ class RowReport:
         self.cut += other.cut
         self.ignored += other.ignored
         self.notes += other.notes
-        self.noted = other.noted | self.noted
+        for what, places in other.noted.items():
+            own = self.noted.setdefault(what, [])
+            own += places[: max(0, _NOTED - len(own))]
         self.unlisted += other.unlisted
         self.shortest = min(filter(None, (self.shortest, other.shortest)), default=0)
 
@@ -62,11 +65,12 @@ class RowReport:
 
         >>> account = RowReport()
         >>> account.note("the template does not show the tools", "a.jsonl:1")
-        >>> account.notes
-        Counter({'the template does not show the tools': 1})
+        >>> account.notes, account.noted
+        (Counter({'the template does not show the tools': 1}), {'the template does not show the tools': ['a.jsonl:1']})
         """
         self.notes[what] += 1
-        self.noted.setdefault(what, place)
+        if len(own := self.noted.setdefault(what, [])) < _NOTED:
+            own.append(place)
 
     def trim(self, most: int) -> None:
         """Forget the places of all but so many rows of a kind, and keep counting them: a stream may be endless.
@@ -94,7 +98,7 @@ class RowReport:
             keys = ", ".join(f"{key!r} ({counted(count, 'row')})" for key, count in self.ignored.most_common())
             said.append(f"keys without a meaning in their format are ignored: {keys}")
         for what, count in self.notes.most_common():
-            said.append(f"{what}: {counted(count, 'row')}, the first is {self.noted[what]}")
+            said.append(f"{what}: {counted(count, 'row')}, the first is {self.noted[what][0]}")
         return [f"{name}: {remark}" for remark in said]
 
     def refusal(self, name: str) -> InputError:

@@ -66,6 +66,8 @@ class Template:
         found, notes = list(messages), set[str]()
         if self.config.thoughts != "keep":
             found = list(map(thoughts.taken_apart, found))
+            if any(map(thoughts.is_unread, found)):
+                notes.add(thoughts.UNREAD)
         for number, message in enumerate(found):
             if message["role"] == "tool" and (result := inline_result(message["content"])) != message["content"]:
                 if self.wraps_results:

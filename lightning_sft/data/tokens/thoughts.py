@@ -12,6 +12,7 @@ OPENING = re.compile(rf"(?:<(?P<tag>{_TAG}|thought\w*|reason\w*)>|\[(?P<mark>THI
 THOUGHT_WORD = re.compile(r"\s*((think|thought|thinking|reasoning)\s*)?")
 EMPTY_THOUGHT = re.compile(rf"\s*(<{_TAG}>\s*)?</{_TAG}>")
 TAGS = re.compile(rf"</?{_TAG}>")
+_ANY_OPENING = re.compile(rf"(?i)<(?:{_TAG}|thought\w*|reason\w*)>|\[THINK\]")
 _ENDING = re.compile(rf"</{_TAG}>\s*\Z")
 _BEGUN = re.compile(r"\s*<(think|thinking)>")
 
@@ -20,6 +21,10 @@ UNTHINKING = (
     "false}, where the template has that, it is context)"
 )
 TAKEN_APART = "thoughts in the texts of answers take the place of the empty ones that would be trained before them"
+UNREAD = (
+    "an answer has a thought that data.thoughts does not read, since it is not at the beginning or not in <think> tags"
+    ": it stays in the text"
+)
 """Notes on answers."""
 
 ENDED = (
@@ -61,6 +66,15 @@ def taken_apart(message: Message) -> Message:
     if found is None or message.get("reasoning_content"):
         return message
     return {**message, "content": found[1], "reasoning_content": found[0].strip()}
+
+
+def is_unread(message: Message) -> bool:
+    """Whether the text of an answer that has been taken apart still begins a thought.
+
+    >>> [is_unread({"role": "assistant", "content": text}) for text in ("Well. <think>Why?</think>", "<THINK>", "So.")]
+    [True, True, False]
+    """
+    return message["role"] == "assistant" and _ANY_OPENING.search(message["content"]) is not None
 
 
 def begin_of(text: str) -> int | None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_sft.commands.show.terminal import show_audit
 from lightning_sft.data.inspect.audit import Finding, Thresholds, audit, repeated_tokens
 from lightning_sft.data.inspect.documents import Document
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.examples import Examples, to_record_batch
 from lightning_sft.data.tokens.row_report import RowReport
+from lightning_sft.data.tokens.thoughts import UNREAD
+from lightning_sft.machine.terminal import Console
 from lightning_sft.types import Example, InputError
 
 STOP = 9
@@ -79,6 +83,22 @@ def test_tools_that_the_template_does_not_show_are_found() -> None:
     assert found["tools not shown"].places == ["a.jsonl:1"]
     assert found["system turns not shown"].passes
     assert findings(GOOD, max_not_shown=0.1)["tools not shown"].passes
+
+
+def test_all_rows_of_a_note_are_named_up_to_a_number() -> None:
+    account = RowReport(num_rows=500)
+    for part in range(5):
+        own = RowReport()
+        for row in range(part * 100, part * 100 + 100):
+            own.note(UNREAD, f"a.jsonl:{row}")
+        account.add(own)
+    split = Split("train", Examples([to_record_batch([Example([5], [0], "a.jsonl:1")])]), account)
+    found = {f.check: f for f in audit([GOOD], [], {"train": split}, [STOP], Thresholds())}["thoughts not read"]
+    assert (found.count, found.passes) == (500, False)
+    assert found.places == [f"a.jsonl:{row}" for row in range(200)]
+    printed = io.StringIO()
+    show_audit([found], Console(file=printed, width=200))
+    assert "a.jsonl:99\n  ... and 400 more" in printed.getvalue()
 
 
 def test_what_is_repeated_in_several_sequences_of_a_row_is_counted() -> None:

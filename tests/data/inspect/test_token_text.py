@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import unicodedata
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,8 +55,19 @@ def test_what_moves_a_cursor_or_turns_the_writing_is_written_out(character: str)
     assert visible(f"a{character}b") == f"a<U+{ord(character):04X}>b"
 
 
+IGNORABLE = [0xAD, 0x34F, 0x115F, 0x1160, 0x17B4, 0x180E, 0x2060, 0x2065, 0x3164, 0xFE00, 0xFFA0, 0xE0041, 0xE0100]
+
+
+@pytest.mark.parametrize(
+    "character",
+    [*(c for c in map(chr, range(sys.maxunicode)) if unicodedata.category(c) == "Zs"), *map(chr, IGNORABLE)],
+)
+def test_what_is_seen_as_a_space_or_not_at_all_is_written_out(character: str) -> None:
+    assert visible(f"a{character}b") == (f"a<U+{ord(character):04X}>b" if character != " " else "a b")
+
+
 def test_emoji_are_left_as_they_are() -> None:
-    assert visible("👩\u200d🚀 naïve\n\t") == "👩\u200d🚀 naïve⏎\n⇥\t"
+    assert visible("👩\u200d🚀 ❤\ufe0f naïve\n\t") == "👩\u200d🚀 ❤\ufe0f naïve⏎\n⇥\t"
 
 
 def test_text_that_reads_like_control_tokens_is_between_marks_however_often_it_is_there() -> None:

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from pyarrow import feather, ipc, parquet
 
 from lightning_sft.data.rows import files
+from lightning_sft.data.rows.csv_files import BrokenRow
 from lightning_sft.data.rows.files import read_file, skim_file
+from lightning_sft.data.rows.messages import Converter
 from lightning_sft.data.rows.sources import parsed
 from lightning_sft.types import InputError
 
@@ -114,7 +116,19 @@ BAD: list[tuple[str, Any, str]] = [
         r"a\.jsonl:1: .* the line is '\[' alone, .* Name a file of JSON over several lines .json",
     ),
     ("a.jsonl", '{\n"a": 1\n}', r"a\.jsonl:1: .* the line is '{' alone"),
-    ("a.jsonl", "9" * 5_000, r"a\.jsonl:1: not valid JSON: Exceeds the limit"),
+    ("a.jsonl", "9" * 5_000, r"a\.jsonl:1: not valid JSON: an integer has thousands of digits\. Write"),
+    ("a.json", '[{"a": ' + "9" * 5_000 + "}]", r"a\.json:1: not valid JSON: an integer has thousands of digits"),
+    ("a.jsonl", '{"a": 1},\n{"a": 2},\n', r"a\.jsonl:1: not valid JSON: a comma follows the row\. .* \(column 9\)"),
+    ("a.jsonl", '{"a": 1}\r{"a": 2}\r', r"a\.jsonl:1: not valid JSON: lines end in \\r alone, .* tr '\\r' '\\n' < OLD"),
+    ("a.jsonl", '{"a": 1}{"a": 2}\r\n', r"a\.jsonl:1: not valid JSON: something follows the row, .* \(column 9\)"),
+    *(
+        (name, text.encode(code), rf"{name}: UTF-16 text, and only UTF-8 is read")
+        for name, text in (("a.jsonl", '{"a": 1}\n{"a": 2}\n'), ("a.json", '[{"a": 1}]'), ("a.csv", "a,b\n1,2\n"))
+        for code in ("utf-16", "utf-16-le", "utf-16-be")
+        if name != "a.csv" or code == "utf-16"  # what has no mark is known by its bracket
+    ),
+    ("a.csv", "a,b,,\n1,2,,3\n", r"a\.csv:2: column 4 has a text and no name\. Quote texts with commas"),
+    ("a.csv", "a,,a,\n1,2,3,\n", r"a\.csv:1: two columns have the same name"),
     ("a.jsonl", '{"a": "b", "c"\n', r"a\.jsonl:1: .* it is cut off, or .* \(column 15\)"),
     ("a.jsonl", '{"a": "b\n', r"a\.jsonl:1: .* it is cut off, .* \(column 9\)"),
     ("a.jsonl", '{"a": "b\tc"}\n', r"a string has a line break or .*, which JSON writes as \\t \(column 9\)"),
@@ -198,6 +212,21 @@ def test_rows_after_one_that_cannot_be_read_are_there(tmp_path: Path, name: str,
     assert [int(row["a"] if isinstance(row, dict) else row.parse()["a"]) for row in (first, last)] == [1, 3]
     with pytest.raises(InputError, match=reason):
         broken.parse()
+
+
+def test_empty_columns_without_a_name_behind_the_others_are_ignored_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,,\nq,a,,\np,b, ,\nr,it goes, on,\n")
+    convert, broken = Converter(), []
+    for row, place in skim_file(path):
+        if isinstance(row, BrokenRow):
+            broken.append(place)
+        else:
+            assert [message["content"] for message in convert(row, place).messages] == [
+                row["prompt"],
+                row["completion"],
+            ]
+    assert (convert.ignored, broken) == ({"": 2}, [f"{path}:4"])
 
 
 def test_the_first_row_of_a_table_takes_the_memory_of_a_few(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,11 @@ from lightning.pytorch import Trainer, seed_everything
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.rows.messages import Converter, Reading
+from lightning_sft.data.rows.mixture import Mixture, Part
+from lightning_sft.data.tokens.dataset import load_split
 from lightning_sft.data.tokens.encode import encode
+from lightning_sft.data.tokens.encode_rows import EncodingConfig
+from lightning_sft.demos import tiny_tokenizer
 from lightning_sft.model.pretrained import load_tokenizer
 from lightning_sft.types import Example, InputError
 
@@ -44,6 +49,12 @@ def test_token_ids_are_an_example_as_they_are(row: dict[str, Any], ids: list[int
         ({"input_ids": [1, 2.5, 3, 4]}, "'input_ids' must be a list of token ids, integers from 0"),
         ({"input_ids": [1, -2, 3, 4]}, "must be a list of token ids"),
         ({"input_ids": [1, 2**31, 3, 4]}, "must be a list of token ids"),
+        (
+            {"labels": IDS, "weight": 1e300},
+            "the weight of a token times that of the row is 1e.300: a weight must",
+        ),
+        ({"loss_mask": [0, 1, 1e5, 1], "weight": 1e5}, "that of the row is 1e.10: a weight must be"),
+        ({"loss_mask": [0, 1, 1e-20, 1], "weight": 1e-20}, "that of the row is 1e-40: a weight must be"),
         ({"input_ids": []}, "must be a list of token ids"),
         ({"labels": [6, 7, 8, -100]}, "they are shifted later.; at 0 they have 6 where the id is 5"),
         ({"labels": [-100, 7, 8]}, "'labels' has 3 values for 4 ids"),
@@ -64,6 +75,29 @@ def test_what_is_no_row_of_token_ids_is_refused(row: dict[str, Any], message: st
         given["labels"] = [-100, 6, 7, 8]
     with pytest.raises(InputError, match=message):
         Converter(Reading("tokens")).read(given, "f:1")
+
+
+@pytest.mark.parametrize("last", [259, 99_999_999])
+def test_an_id_that_the_tokenizer_has_not_is_refused_in_its_place(last: int, jsonl: Callable[..., str]) -> None:
+    tokenizer = tiny_tokenizer()
+    given = [5, len(tokenizer) - 1], [5, max(last, len(tokenizer))]
+    path = jsonl([{"input_ids": ids, "labels": ids} for ids in given])
+    split = load_split("train", path, EncodingConfig(tokenizer), invalid_rows="skip", cache=None)
+    assert len(split.examples) == 1
+    [refused] = split.account.refused
+    assert re.search(rf":2: 'input_ids' has the id {given[1][1]:,}, but those of the tokenizer are from 0 to", refused)
+
+
+@pytest.mark.parametrize(
+    "row", [{"input_ids": [5, 6], "labels": [5, 6]}, {"prompt": "q", "completion": "a"}, {"text": "a"}]
+)
+def test_weights_that_are_too_large_together_are_refused(row: dict[str, Any], jsonl: Callable[..., str]) -> None:
+    path = jsonl([{**row, "weight": weight} for weight in (1e5, 1e300, 1)])
+    given = Mixture({"a": Part(path, weight=1e5)})
+    split = load_split("train", given, EncodingConfig(tiny_tokenizer()), invalid_rows="skip", cache=None)
+    first, second = split.account.refused
+    assert re.search(r":1: a weight times that of the data set is 1e\+10: a weight must be 0, or", first)
+    assert re.search(r":2: .*the (weight of the )?row is 1e\+300: a weight must be 0, or a number from 1e-30", second)
 
 
 def test_token_ids_have_no_messages() -> None:

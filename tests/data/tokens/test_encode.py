@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, normalizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from lightning_sft.data.tokens import encode as encoding
 from lightning_sft.data.tokens import render as templates
@@ -25,8 +25,10 @@ from lightning_sft.data.tokens.encode import encode, encode_all, encode_many, en
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
 from lightning_sft.data.tokens.generation_tags import has_marks
 from lightning_sft.data.tokens.template_config import TemplateConfig
+from lightning_sft.data.tokens.thoughts import UNREAD
 from lightning_sft.demos import CHATML, tiny_tokenizer
 from lightning_sft.types import Conversation, Example, InputError
+from tests.oracle.vocabularies import KINDS, tokenizer_for
 
 # the past loses what stands between [ and ] as soon as another user turn follows, as reasoning templates do
 FORGETFUL = (
@@ -379,6 +381,35 @@ def test_a_thought_that_shares_a_token_with_its_answer_is_not_masked() -> None:
     assert targets(encode(conv, tokenizer)[0], tokenizer) == "tabc<|im_end|>"
     with pytest.raises(InputError, match=r"f:7: turn 2: a token reaches over the end of the thought"):
         encode(conv, tokenizer, config=TemplateConfig(thoughts="mask"))
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "words"])
+def test_a_thought_is_masked_though_by_itself_it_is_divided_into_other_tokens(kind: str) -> None:
+    tokenizer = tokenizer_for(CHATML, kind if kind in KINDS else "bytes")
+    if kind == "words":  # as GPT-2's: before a word, the last of several newlines stands by itself
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    conv = conversation("q", "<think>\nt\n</think>\n\nYo")
+    [split], [masked] = (encode(conv, tokenizer, config=TemplateConfig(thoughts=how)) for how in ("split", "mask"))
+    assert masked.input_ids == split.input_ids
+    assert targets(masked, tokenizer).strip() == "Yo<|im_end|>"
+    assert targets(split, tokenizer).strip().startswith("<think>")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_said"),
+    [
+        ("Well. <think>secret</think>x", True),
+        ("<THINK>secret</THINK>x", True),
+        ("<reasoning>secret</reasoning>x", True),
+        ("<think>a</think>x <think>b</think>y", True),
+        ("<think>secret</think>x", False),
+        ("I think x > y.", False),
+    ],
+)
+def test_a_thought_that_is_not_read_is_said_where_thoughts_are_to_be_split_or_masked(text: str, is_said: bool) -> None:
+    for how in ("keep", "split", "mask"):
+        [encoded] = encode_all([conversation("q", text)], tiny_tokenizer(), config=TemplateConfig(thoughts=how))
+        assert (UNREAD in encoded.notes) == (is_said and how != "keep")
 
 
 # an empty thought before each answer without a reasoning; ahead of it, the prompt may open that thought or end it
