@@ -216,12 +216,6 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
             sharding = Sharding(self.device_mesh, *layout(self.trainer.strategy))
             self.tuning.shard(self.scorer, model, sharding, self.pretrained, device)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the model first, if there is none: after ``ddp_fork`` a process receives weights that others trained."""
-        if self.scorer is None and any(name.startswith("scorer.") for name in state_dict):
-            self.configure_model()
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
     def forward(self, batch: Batch) -> LogLikelihood:
         """Weighted log-likelihood of the targets of a batch under the model; in training, of a subclass's own loss."""
         assert self.scorer is not None, "configure_model has not been called"

@@ -63,6 +63,18 @@ class FirstChecks(LightningModule):
             )
         return (parameter for _, parameter in self.named_parameters(recurse=recurse))
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load the model first, if there is none: after ``ddp_fork`` a process receives weights that others trained.
+
+        Args:
+            state_dict: Tensors by name.
+            strict: Whether each name has to be one of the module's, and the other way around.
+            assign: Whether the tensors take the place of the module's, instead of their values.
+        """
+        if self.scorer is None and any(name.startswith("scorer.") for name in state_dict):
+            self.configure_model()
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:

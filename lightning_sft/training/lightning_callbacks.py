@@ -48,9 +48,9 @@ def check_callbacks(trainer: Trainer) -> None:
         trainer: Lightning trainer of a fit. A ``Tuner`` adds callbacks, which end their trial fit; those are allowed.
 
     Raises:
-        InputError: With a tuner that scales what is not there, or would see a part of each step; with Lightning's finders
-            as callbacks, or those that change the accumulation, average weights by copying the module, freeze or prune
-            it; also with classes derived from theirs. And with two of ours that write the same files.
+        InputError: With a tuner that scales what is not there, or would see a part of each step; with Lightning's
+            finders as callbacks, or those that change the accumulation, average weights by copying the module, freeze
+            or prune it; also with classes derived from theirs. And with two of ours that write the same files.
     """
     written: set[tuple[str, str]] = set()
     for callback in callbacks_of(trainer):
