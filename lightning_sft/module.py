@@ -280,8 +280,8 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         else:
             norm = clip_gradients(parameters_of(optimizer), gradient_clip_val, gradient_clip_algorithm)
             self._gradient.see(self.trainer, norm)
-            is_logged = norm is not None and not self._window.is_repeated
-            self._log_metrics("train", {"gradient_norm": norm.to(self.device)} if is_logged else {})
+            logged = None if self._window.is_repeated else norm
+            self._log_metrics("train", {} if logged is None else {"gradient_norm": logged.to(self.device)})
 
     def make_optimizer(self) -> Optimizer:
         """The optimizer without a schedule, norms and biases undecayed: for ``configure_optimizers`` of a subclass."""
