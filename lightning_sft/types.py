@@ -371,6 +371,8 @@ class LogLikelihood:
         router_loss: Auxiliary loss of the routers, a scalar with a gradient, or ``None``; see
             :mod:`lightning_sft.model.experts`.
         expert_load: Number of tokens of each expert of each layer, ``[layers · experts]``, or ``None``.
+        losses: What is minimized at each target in place of −log Pr, ``[T]``, without a gradient; ``None`` without a
+            loss of the user's own.
     """
 
     total: Tensor
@@ -380,6 +382,7 @@ class LogLikelihood:
     entropy: Tensor = field(repr=False)
     router_loss: Tensor | None = field(default=None, repr=False)
     expert_load: Tensor | None = field(default=None, repr=False)
+    losses: Tensor | None = field(default=None, repr=False)
 
     def detached(self) -> LogLikelihood:
         """The same values without gradients, whose graph is thus freed."""
