@@ -58,8 +58,15 @@ from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.training.losses import TargetLosses
-from lightning_sft.training.optimizer_modes import Modes, check_strategy
-from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer, parameters_of
+from lightning_sft.training.optimizer_modes import Modes, check_closures, check_strategy
+from lightning_sft.training.optimizers import (
+    OptimizerPart,
+    clip_gradients,
+    described,
+    instead_of,
+    make_optimizer,
+    parameters_of,
+)
 from lightning_sft.training.own_steps import OwnSteps
 from lightning_sft.training.schedules import WARMUP, Schedule, named_scheduler, step_plateau, with_scheduler
 from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
@@ -149,7 +156,9 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         code = ["optimizer", "optimizers", *(["schedule"] if callable(schedule) else [])]  # in no checkpoint
         self.save_hyperparameters(ignore=[*code, "hf_config", "compile_layers"])
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
-        self.pretrained, self.normalize, self.optimizer = str(pretrained), normalize, optimizers or optimizer
+        self.pretrained, self.normalize, self.optimizer = str(pretrained), normalize, optimizer
+        if optimizers:
+            self.optimizer = instead_of(optimizer, _default_optimizer(), optimizers)
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.kernels, self.hf_config, self.mlp_tile_size = Kernels(kernels), hf_config, mlp_tile_size
@@ -300,6 +309,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         """Refuse epochs that the strategy cannot end; apply settings that differ from the checkpoint's."""
         super().on_train_start()
         check_epoch(self.trainer)
+        check_closures(self)
         self._window = Window()  # an earlier fit may have been interrupted within a step
         self.kernels.begin(self)
         self._step_metrics.begin(self.trainer, self.model)

@@ -118,6 +118,36 @@ def make_optimizer(
     return Chained(parts)
 
 
+def instead_of(
+    optimizer: OptimizerCallable, default: OptimizerCallable, parts: Sequence[OptimizerPart]
+) -> Sequence[OptimizerPart]:
+    """The parts, after refusing an optimizer that was given beside them.
+
+    Args:
+        optimizer: Optimizer of the module; a command line fills in the default as a function of its own.
+        default: The default optimizer.
+        parts: Optimizers to use instead.
+
+    Raises:
+        InputError: When the optimizer is not the default.
+    """
+    if optimizer is not default and not _same(optimizer, default([nn.Parameter(torch.zeros(1))])):
+        raise InputError(
+            "model.optimizer and model.optimizers are both given, and only one can update the weights. Remove "
+            "model.optimizer; to use it for the parameters that are left, make it the last of model.optimizers, "
+            "without patterns."
+        )
+    return parts
+
+
+def _same(make: OptimizerCallable, wanted: Optimizer) -> bool:
+    """Whether a function is a class with settings, and makes this optimizer."""
+    kinds = (make.func, *make.args) if isinstance(make, partial) else ()
+    if type(wanted) not in kinds:
+        return False
+    return bool(make([nn.Parameter(torch.zeros(1))]).defaults == wanted.defaults)
+
+
 def check_settings(make: OptimizerCallable | Sequence[OptimizerPart]) -> None:
     """Refuse settings that an optimizer of torch does not take, on a parameter of one matrix, before data are read.
 

@@ -26,6 +26,8 @@ LINE = "Left out, since the module has it beside the model: head.bias, head.weig
 class Counted(SFTModule):
     """A buffer, a parameter and a module beside the model, as docs/concepts/resume.md advises for a buffer."""
 
+    seen: torch.Tensor
+
     def configure_model(self) -> None:
         super().configure_model()
         if not hasattr(self, "seen"):
