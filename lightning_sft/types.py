@@ -114,7 +114,7 @@ class Batch:
         target_weights: Weight of each label, ``[B, N]``, float; 0 where there is no target.
         normalizer: Z of the whole optimizer step that this micro-batch belongs to, over all its micro-batches and all
             ranks. ``None`` if steps are not planned ahead: the module then normalizes after the fact.
-        provenance: ``file:line`` of each document, in order.
+        provenance: ``file:line`` of each document, in order; ``padding`` for one that only fills a pack up.
         parts: Number of the data set that each document comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.
         lengths: Tokens of each document, 0 for one of padding; empty where nobody has counted them.
