@@ -24,7 +24,7 @@ from lightning_sft.data.inspect.summary import show_report, show_stream_report
 from lightning_sft.data.rows.formats import FormatName
 from lightning_sft.data.rows.messages import Reading, TrainOn
 from lightning_sft.data.rows.mixture import Mixture, as_mixture
-from lightning_sft.data.rows.sources import Source
+from lightning_sft.data.rows.sources import Source, as_rows
 from lightning_sft.data.tokens.control_tokens import Treatment
 from lightning_sft.data.tokens.dataset import Split, load_prompts, load_split
 from lightning_sft.data.tokens.encode_rows import EncodingConfig
@@ -135,10 +135,10 @@ class SFTDataModule(TrainedData, SettledArguments, OurNames):
     ) -> None:
         super().__init__()
         self.held_out = share_of(val, train)
-        check_arguments(SFTDataModule, locals(), "data")
-        self.train, self.val, self.test, self.predict = map(plain, (train, val, test, predict))
-        splits = ("train", "val", "test", "predict")
-        self.sources: dict[str, Mixture | Source | None] = {name: getattr(self, name) for name in splits}
+        given = dict(zip(("train", "val", "test", "predict"), map(as_rows, (train, val, test, predict)), strict=True))
+        check_arguments(SFTDataModule, locals() | given, "data")
+        self.train, self.val, self.test, self.predict = map(plain, given.values())
+        self.sources: dict[str, Mixture | Source | None] = {name: getattr(self, name) for name in given}
         if self.held_out is not None:
             self.sources["val"] = self.train
         self.format, self.columns, self.system, self.train_on = format, plain(columns), system, train_on

@@ -60,8 +60,8 @@ from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
 from lightning_sft.training.finite import FiniteGradient
 from lightning_sft.training.losses import TargetLosses
-from lightning_sft.training.optimizer_modes import Modes, check_strategy
-from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, make_optimizer, parameters_of
+from lightning_sft.training.optimizer_modes import Modes, check_closures, check_strategy
+from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, instead_of, make_optimizer
 from lightning_sft.training.own_steps import OwnSteps
 from lightning_sft.training.schedules import WARMUP, Schedule, named_scheduler, step_plateau, with_scheduler
 from lightning_sft.training.throughput import SEEN_KEY, StepMetrics
@@ -157,7 +157,8 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         code = ["optimizer", "optimizers", *(["schedule"] if callable(schedule) else [])]  # in no checkpoint
         self.save_hyperparameters(ignore=[*code, "hf_config", "compile_layers"])
         lora, sampling, new_tokens, frozen, trained = map(plain, (lora, sampling, new_tokens, frozen, trained))
-        self.pretrained, self.normalize, self.optimizer = str(pretrained), normalize, optimizers or optimizer
+        self.pretrained, self.normalize = str(pretrained), normalize
+        self.optimizer = instead_of(optimizer, _default_optimizer(), optimizers)
         self.schedule, self.warmup, self.chunk_size, self.max_new_tokens = schedule, warmup, chunk_size, max_new_tokens
         self.gradient_checkpointing, self.attn_implementation = gradient_checkpointing, attn_implementation
         self.kernels, self.hf_config, self.mlp_tile_size = Kernels(kernels), hf_config, mlp_tile_size
@@ -278,7 +279,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         if self.trainer.strategy.handles_gradient_accumulation:  # DeepSpeed keeps its gradients to itself
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
-            norm = clip_gradients(parameters_of(optimizer), gradient_clip_val, gradient_clip_algorithm)
+            norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             self._gradient.see(self.trainer, norm)
             logged = None if self._window.is_repeated else norm
             self._log_metrics("train", {} if logged is None else {"gradient_norm": logged.to(self.device)})
@@ -314,6 +315,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         super().on_train_start()
         check_epoch(self.trainer)
         self._window, self._gradient = Window(), FiniteGradient()  # an earlier fit may have been interrupted in a step
+        check_closures(self)
         self.kernels.begin(self)
         self._step_metrics.begin(self.trainer, self.model)
         self._run.begin(self.trainer)

@@ -107,7 +107,8 @@ def log_likelihood(
 ) -> LogLikelihood:
     """Weighted log-likelihood of the targets, ``Σ_t w_t · log softmax(z_t)[label_t]``, and ``Σ_t w_t``.
 
-    With a ``loss``, the first sum is ``− Σ_t w_t · loss(z_t, label_t)``; log-probabilities and entropy are as without.
+    With a ``loss``, the first sum is ``− Σ_t w_t · loss(z_t, label_t)``; log-probabilities and entropy are as without,
+    and the loss of each target comes with them.
 
     Args:
         hidden: Last hidden states of the backbone, ``[..., H]``; position t predicts ``labels[t]``.
@@ -158,8 +159,10 @@ def log_likelihood(
     trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
     size = chunk_size or automatic_chunk_size(head, states)
     chunked_sum: Any = _ChunkedSum  # autograd functions are untyped in torch
-    total, *of_targets = chunked_sum.apply(head, (scale, softcap), size, of_loss, targets, w, states, *trained)
-    return LogLikelihood(total, w.sum(), *of_targets)
+    found = chunked_sum.apply(head, (scale, softcap), size, of_loss, targets, w, states, *trained)
+    total, log_probs, correct, entropy, *minus_losses = found
+    losses = -minus_losses[0] if minus_losses else None
+    return LogLikelihood(total, w.sum(), log_probs, correct, entropy, losses=losses)
 
 
 def transformed(raw: Tensor, scale: float, softcap: float | None) -> Tensor:
@@ -182,7 +185,7 @@ class _ChunkedSum(torch.autograd.Function):
         weights: Tensor,
         states: Tensor,
         *trained: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         log_probs, entropy = torch.empty_like(weights), torch.empty_like(weights)
         correct = torch.empty_like(targets, dtype=torch.bool)
         values = log_probs if other is None else torch.empty_like(weights)
@@ -201,8 +204,9 @@ class _ChunkedSum(torch.autograd.Function):
             del raw, gradient  # before the next
         ctx.save_for_backward(chunked.of_states, *chunked.of_trained)
         ctx.dtypes = [tensor.dtype for tensor in (states, *trained)]
-        ctx.mark_non_differentiable(log_probs, correct, entropy)
-        return (weights * values).sum(), log_probs, correct, entropy  # as a matmul, autocast would round it
+        found = log_probs, correct, entropy, *(() if other is None else (values,))
+        ctx.mark_non_differentiable(*found)
+        return (weights * values).sum(), *found  # as a matmul, autocast would round it
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

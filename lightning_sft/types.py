@@ -114,7 +114,7 @@ class Batch:
         target_weights: Weight of each label, ``[B, N]``, float; 0 where there is no target.
         normalizer: Z of the whole optimizer step that this micro-batch belongs to, over all its micro-batches and all
             ranks. ``None`` if steps are not planned ahead: the module then normalizes after the fact.
-        provenance: ``file:line`` of each document, in order.
+        provenance: ``file:line`` of each document, in order; ``padding`` for one that only fills a pack up.
         parts: Number of the data set that each document comes from, where they are a mixture.
         part_names: The names of all data sets of the mixture.
         lengths: Tokens of each document, 0 for one of padding; empty where nobody has counted them.
@@ -371,6 +371,8 @@ class LogLikelihood:
         router_loss: Auxiliary loss of the routers, a scalar with a gradient, or ``None``; see
             :mod:`lightning_sft.model.experts`.
         expert_load: Number of tokens of each expert of each layer, ``[layers · experts]``, or ``None``.
+        losses: What is minimized at each target in place of −log Pr, ``[T]``, without a gradient; ``None`` without a
+            loss of the user's own.
     """
 
     total: Tensor
@@ -380,6 +382,7 @@ class LogLikelihood:
     entropy: Tensor = field(repr=False)
     router_loss: Tensor | None = field(default=None, repr=False)
     expert_load: Tensor | None = field(default=None, repr=False)
+    losses: Tensor | None = field(default=None, repr=False)
 
     def detached(self) -> LogLikelihood:
         """The same values without gradients, whose graph is thus freed."""

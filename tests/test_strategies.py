@@ -94,7 +94,7 @@ def test_the_norm_of_gradients_on_the_host_and_on_a_gpu_is_joint() -> None:
     on_host.device_mesh = "that of sharded parameters which are offloaded"
     for parameter in (on_gpu, on_host):
         parameter.grad = torch.ones_like(parameter)
-    norm = clip_gradients([on_gpu, on_host], None)
+    norm = clip_gradients(torch.optim.SGD([on_gpu, on_host]), None)
     assert norm is not None
     assert norm.device == OTHER
 

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
-from lightning_sft.callbacks.saving import save_in_background, save_whole
+from lightning_sft.callbacks.saving import check_states, save_in_background, save_whole
 from lightning_sft.checkpoints.background import BackgroundWriter, refuse_async_io, refuse_own_writer
 from lightning_sft.checkpoints.run_lock import FolderLock
 from lightning_sft.checkpoints.writing import (
@@ -25,6 +25,7 @@ from lightning_sft.checkpoints.writing import (
     remove_checkpoint,
     step_of,
     sweep,
+    why_unreadable,
     write_whole,
 )
 from lightning_sft.io.address import Address, Place, place
@@ -95,17 +96,24 @@ class SafeCheckpoint(ModelCheckpoint, OurNames):
         """Check the folder and the disk, and remove partial checkpoints of killed processes.
 
         Raises:
-            InputError: When the folder holds checkpoints of another run, or the disk has no room for a checkpoint.
+            InputError: When the folder holds checkpoints of another run, the disk has no room for a checkpoint, or a
+                callback has a state that no run could resume from.
         """
         self._last_time, self._agreement = time.monotonic(), Agreement()
         self._last_global_step_saved = trainer.global_step  # what was resumed from need not be written again
         first_rank_does(trainer, lambda: self._check(trainer, pl_module))
+        check_states(trainer)
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         folder, resumed_from = self._folder, trainer.ckpt_path
         others = sorted((path for path in folder.glob(_PATTERN) if step_of(path) is not None), key=str)
         folders = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
         own = {place(found).resolve() for found in folders if found}
+        if others and resumed_from is None and (reason := why_unreadable(others)):
+            raise InputError(
+                f"{folder} holds checkpoints, but none of them can be read, so no run can resume there. {reason} Give "
+                "this run a separate folder (trainer.default_root_dir), or move them away."
+            )
         if others and resumed_from is None:
             raise InputError(
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}. Resume that run "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_sft.callbacks.optimizer_in_backward import OptimizerInBackward
 from lightning_sft.checkpoints.background import BackgroundWriter
+from lightning_sft.checkpoints.plain_states import refuse_objects
 from lightning_sft.checkpoints.writing import finish, partial_of, write_shards
 from lightning_sft.io.address import place
 from lightning_sft.training.optimizers import parts_of
-from lightning_sft.training.trainer import callbacks_of, first_rank_does
+from lightning_sft.training.trainer import callbacks_of, datamodule_of, first_rank_does
 from lightning_sft.types import InputError
 
 _BETWEEN_STEPS = (
@@ -37,10 +39,11 @@ def save_whole(trainer: Trainer, path: str | Path, weights_only: bool = False) -
         weights_only: Whether to leave out what a run needs to resume.
 
     Raises:
-        InputError: On every process, when it cannot be written.
+        InputError: On every process, when it cannot be written, or has objects that no run could resume from.
     """
     to, error = place(trainer.strategy.broadcast(str(path))), None
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+    first_rank_does(trainer, lambda: refuse_objects(checkpoint))
     try:
         trainer.strategy.save_checkpoint(checkpoint, str(partial_of(to)))
     except InputError as found:
@@ -54,6 +57,28 @@ def save_whole(trainer: Trainer, path: str | Path, weights_only: bool = False) -
     first_rank_does(trainer, end)
 
 
+def check_states(trainer: Trainer) -> None:
+    """Refuse states that no run could resume from, as far as they are known before the first step.
+
+    Args:
+        trainer: Trainer whose callbacks and data module have states; every process must call this.
+
+    Raises:
+        InputError: On every process, with the state and the object in it.
+    """
+    states: dict[str, Any] = {}
+    for callback in callbacks_of(trainer):
+        with suppress(AttributeError, LookupError, TypeError):  # of a state that begins with the first step
+            states[callback.state_key] = callback.state_dict()
+    data = datamodule_of(trainer)
+    known = {
+        "callbacks": states,
+        "hyper_parameters": dict(trainer.lightning_module.hparams),
+        "datamodule_hyper_parameters": {} if data is None else dict(data.hparams),
+    }
+    first_rank_does(trainer, lambda: refuse_objects(known))
+
+
 def save_in_background(trainer: Trainer, path: str | Path, writer: BackgroundWriter, then: Callable[[], None]) -> None:
     """Leave it to a thread to copy a checkpoint to host memory, and to write it like :func:`save_whole`.
 
@@ -64,10 +89,14 @@ def save_in_background(trainer: Trainer, path: str | Path, writer: BackgroundWri
         path: Final path of the checkpoint, a file or a folder depending on the strategy, or an address.
         writer: The thread, without a write under way.
         then: What the first process does in the thread when the checkpoint is complete.
+
+    Raises:
+        InputError: On every process, when it has objects that no run could resume from.
     """
     strategy, is_first = trainer.strategy, trainer.is_global_zero
     to = place(strategy.broadcast(str(path)))
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    first_rank_does(trainer, lambda: refuse_objects(checkpoint))
     if not (writer.in_shards or is_first):
         return
 

@@ -292,7 +292,8 @@ def unreadable(path: Place, error: BaseException | None) -> InputError:
     if isinstance(error, pickle.UnpicklingError) and any(word in said for word in _CODE):
         return InputError(
             f"{path} holds more than tensors and plain values, so loading it could run code; it was not loaded. "
-            f"A callback or module keeps an object in its state: {_reason(error)}"
+            f"A callback or module keeps an object in its state: {_reason(error)} If you have written it yourself, "
+            "torch.serialization.add_safe_globals([...]) with its classes allows them."
         )
     return InputError(f"{path} cannot be read, it is damaged ({_reason(error).partition('. ')[0]}). {earlier}")
 

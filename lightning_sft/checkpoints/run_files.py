@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_sft.checkpoints.writing import newest
+from lightning_sft.checkpoints.writing import newest, why_unreadable
 from lightning_sft.io.address import Place, place
 from lightning_sft.io.disk import rows_of
 from lightning_sft.training.trainer import how_to_resume
@@ -91,7 +91,8 @@ def refuse_finished(folder: Path, places: Iterable[str | Place], how: str = "--c
             "(lightning-sft export) and set model.pretrained to that folder"
         )
     else:
-        remedy = "No readable checkpoint of it is left to resume from"
+        reason = why_unreadable(path for own in folders for path in own.glob("*.ckpt"))
+        remedy = "No readable checkpoint of it is left to resume from" + (f" ({reason})" if reason else "")
     raise InputError(
         f"The run in {folder} has finished step {steps:,}, and this one would start at step 0 and replace its record. "
         f"{remedy}; give a new run a separate folder (trainer.default_root_dir)."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 import shutil
 import warnings
@@ -15,8 +16,9 @@ import torch
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sft.checkpoints.plain_states import why_not_resumable
 from lightning_sft.checkpoints.reading import (
     DAMAGE,
     INDEX,
@@ -44,6 +46,8 @@ class AtomicIO(TorchCheckpointIO):
     in memory before it sends it to an address.
     """
 
+    _has_warned = False
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the checkpoint under a hidden name, flush it to disk, and rename it; to an address, in a transaction.
 
@@ -54,6 +58,9 @@ class AtomicIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         to = place(path)
+        if not self._has_warned and (reason := why_not_resumable(checkpoint)) is not None:
+            self._has_warned = True
+            rank_zero_warn(reason)
         try:
             to.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(to, Address):
@@ -64,6 +71,8 @@ class AtomicIO(TorchCheckpointIO):
                     torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise unwritten(path, error) from error
+        except (pickle.PicklingError, AttributeError, TypeError) as error:  # what pickle raises for objects it refuses
+            raise unwritten(path, why_not_resumable(checkpoint) or error) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint on the CPU, since torch refuses a callable location for tensor subclasses.
@@ -131,6 +140,19 @@ def newest(folders: Iterable[str | Place], *, resumable: bool = True) -> Path | 
             found = max(places, key=places.__getitem__)
             return str(found) if isinstance(found, Address) else found
     return None
+
+
+def why_unreadable(paths: Iterable[Place]) -> str | None:
+    """Why the last of these checkpoints cannot be read, or ``None`` if one of them can."""
+    reason = None
+    for path in sorted(paths, key=lambda path: (step_of(path) or 0, str(path))):
+        try:
+            _ = Checkpoint(path).metadata
+        except InputError as error:
+            reason = str(error)
+        else:
+            return None
+    return reason
 
 
 def _number_of(folder: Place) -> float:

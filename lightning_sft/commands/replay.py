@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,10 @@ from lightning_sft.evaluation.metrics import metrics_of, sums
 from lightning_sft.io.arguments import Count, Index, check_arguments
 from lightning_sft.machine.terminal import Console
 from lightning_sft.module import SFTModule
-from lightning_sft.types import Batch, InputError
+from lightning_sft.training.checks import OF_USERS
+from lightning_sft.types import Batch, InputError, LogLikelihood
+
+_ROUNDING = 1e-3  # of a sum of float32 losses, and of a forward pass on samples one by one
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Sample:
         rank: Data-parallel rank that processed the sample.
         micro_batch: Number of the micro-batch in the step, from 1.
         num_targets: Number of target tokens.
-        loss: Weighted mean of −log Pr of the targets, in nats.
-        share: Share of the step's loss.
+        loss: Weighted mean of the loss of the targets: −log Pr in nats, or the module's own loss.
+        share: Share of the step's loss; ``None`` where the loss of a micro-batch is no sum over samples.
     """
 
     provenance: str
@@ -48,7 +51,7 @@ class Sample:
     micro_batch: int
     num_targets: int
     loss: float
-    share: float
+    share: float | None
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def replay(
     loss, samples = _losses(module, ranks, line, trainer)
     name, after = ("the pretrained weights", 0) if found is None else (str(found.path), found.step)
     result = Replay(step, line["loss"], loss, name, after == step - 1, samples)
-    _show(result, line, after, rows)
+    _show(result, line, after, rows, type(module))
     return result
 
 
@@ -218,41 +221,79 @@ class _Exchange:
 def _losses(
     module: SFTModule, ranks: Sequence[Sequence[Batch]], line: Mapping[str, Any], trainer: Any
 ) -> tuple[float, list[Sample]]:
-    """The loss of the step and of each sample, computed as in training, including dropout."""
+    """The loss of the step and of each sample, computed as in training, including dropout.
+
+    A sample's own is the sum over its targets, or, where a ``forward`` of the user's own adds something to that, what
+    it gives for the sample alone.
+    """
     device = "cuda" if trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available() else "cpu"
     precision = str(trainer.precision or "32-true")
     dtype = torch.float16 if precision.startswith("16") and device == "cuda" else torch.bfloat16
     module.to(device, *([dtype] if precision in ("16-true", "bf16-true") else [])).train()
-    totals, found = [], []
+    totals, found, has_shares = [], [], True
     for rank, batches in enumerate(ranks):
         for number, batch in enumerate(batch.to(device) for batch in batches):
-            if line["seed"] is not None:
-                seed_micro_batch(line["seed"], line["epoch"], line["micro_batch"] + number, rank)
-            with torch.autocast(device, dtype, enabled=precision.endswith("-mixed")):
-                likelihood = module(batch)
+
+            def computed(own: Batch, at: int = line["micro_batch"] + number, rank: int = rank) -> LogLikelihood:
+                if line["seed"] is not None:
+                    seed_micro_batch(line["seed"], line["epoch"], at, rank)
+                with torch.autocast(device, dtype, enabled=precision.endswith("-mixed")):
+                    likelihood: LogLikelihood = module(own)
+                return likelihood.detached()
+
+            likelihood = computed(batch)
             totals.append(sums(likelihood).cpu())
             documents, w = (batch.at_targets(x).cpu() for x in (batch.documents(), batch.target_weights))
-            w = w.double()
-            count = len(batch.provenance)
-            negative = torch.bincount(documents, -w * likelihood.log_probs.cpu().double(), count).tolist()
+            count, w = len(batch.provenance), w.double()
+            of_targets = -likelihood.log_probs if likelihood.losses is None else likelihood.losses
+            own = torch.bincount(documents, w * of_targets.cpu().double(), count).double()  # of none, it is of integers
             weight, targets = torch.bincount(documents, w, count).tolist(), torch.bincount(documents, minlength=count)
+            if not _adds_up(own, likelihood):
+                alone = _alone(computed, batch, weight)
+                has_shares = has_shares and alone is not None and _adds_up(alone, likelihood)
+                own = alone if alone is not None and has_shares else own
             for document, name in enumerate(batch.provenance):
                 if weight[document]:
-                    mean = negative[document] / weight[document]
-                    found.append(Sample(name, rank, number + 1, int(targets[document]), mean, negative[document]))
+                    of_sample = own[document].item()
+                    mean = of_sample / weight[document]
+                    found.append(Sample(name, rank, number + 1, int(targets[document]), mean, of_sample))
     total = torch.stack(totals).sum(0)
     whole = total[0].item()
-    shares = [Sample(**{**vars(sample), "share": sample.share / whole}) for sample in found]
-    return metrics_of(total)["loss"].float().item(), sorted(shares, key=lambda sample: -sample.share)
+    by_share = sorted(found, key=lambda sample: -cast(float, sample.share))
+    samples = [replace(s, share=cast(float, s.share) / (whole or 1) if has_shares else None) for s in by_share]
+    return metrics_of(total)["loss"].float().item(), samples
 
 
-def _show(result: Replay, line: Mapping[str, Any], after: int, rows: int) -> None:
+def _adds_up(of_documents: torch.Tensor, likelihood: LogLikelihood) -> bool:
+    whole = -likelihood.total.cpu().double()
+    return bool(torch.isclose(of_documents.sum(), whole, rtol=_ROUNDING, atol=_ROUNDING, equal_nan=True))
+
+
+def _alone(computed: Callable[[Batch], LogLikelihood], batch: Batch, weight: Sequence[float]) -> torch.Tensor | None:
+    """The loss of each document of a batch in a batch of its own; ``None`` where the module takes none alone."""
+    try:
+        with torch.no_grad():
+            found = [-computed(batch.document(n)).total.item() if own else 0.0 for n, own in enumerate(weight)]
+    except OF_USERS:
+        return None
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _show(result: Replay, line: Mapping[str, Any], after: int, rows: int, kind: type[SFTModule]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.width = max([console.width, *(80 + len(sample.provenance) for sample in result.samples[:rows])])
+    if kind.training_step is not SFTModule.training_step:
+        console.print(f"Recomputed by forward: what {kind.__name__}.training_step adds or logs by itself is not in it.")
+    if any(sample.share is None for sample in result.samples):
+        console.print(
+            f"{kind.__name__}.forward gives a loss that is no sum over samples, so none has a share. The losses of "
+            "samples are without what it adds to those of their targets."
+        )
     table = Table("share of the loss", "loss", "targets", "rank", "micro-batch", "sample", box=SIMPLE_HEAD)
     for sample in result.samples[:rows]:
         where = str(sample.rank), str(sample.micro_batch), sample.provenance
-        table.add_row(f"{sample.share:.1%}", f"{sample.loss:.4f}", f"{sample.num_targets:,}", *where)
+        share = "" if sample.share is None else f"{sample.share:.1%}"
+        table.add_row(share, f"{sample.loss:.4f}", f"{sample.num_targets:,}", *where)
     logged = "no loss" if result.logged is None else f"a loss of {result.logged:.6f}"
     console.print(f"Step {result.step}, in epoch {line['epoch']}: {logged} was logged, recomputed {result.loss:.6f}.")
     if result.is_exact:

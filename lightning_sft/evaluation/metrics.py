@@ -161,9 +161,9 @@ class CorpusLikelihood(Metric):
 def _of_targets(likelihood: LogLikelihood, batch: Batch) -> Tensor:
     """The summands of :func:`sums`, ``[T, 5]``."""
     weights = batch.at_targets(batch.target_weights)
-    of_targets = (likelihood.log_probs, likelihood.correct, likelihood.entropy)
-    log_probs, correct, entropy = (values.to(weights) for values in of_targets)
-    return torch.stack([-weights * log_probs, weights, correct, torch.ones_like(weights), entropy], dim=1)
+    losses = -likelihood.log_probs if likelihood.losses is None else likelihood.losses
+    loss, correct, entropy = (values.to(weights) for values in (losses, likelihood.correct, likelihood.entropy))
+    return torch.stack([weights * loss, weights, correct, torch.ones_like(weights), entropy], dim=1)
 
 
 def _losses(totals: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

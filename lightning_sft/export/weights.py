@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from lightning_sft.checkpoints.reading import WEIGHTS, Checkpoint
 from lightning_sft.export import parity
 from lightning_sft.export.kept import keep_files, unkept
-from lightning_sft.export.restore import settings_of
+from lightning_sft.export.restore import announce_left_out, of_the_model, settings_of
 from lightning_sft.machine.contexts import default_dtype
 from lightning_sft.model.backbone import language_model
 from lightning_sft.model.parallel import loading
@@ -130,13 +130,15 @@ class StoredWeights(Weights):
         own = settings_of(checkpoint.metadata)
         if own.get("lora") is not None:
             raise InputError("adapters are merged with their base")
-        dtypes = {name.removeprefix(WEIGHTS): found for name, found in checkpoint.stored_dtypes().items()}
+        stored = checkpoint.stored_dtypes()
+        dtypes = {name.removeprefix(WEIGHTS): found for name, found in of_the_model(stored).items()}
         widest = torch.bool
         for found in dtypes.values():
             widest = torch.promote_types(widest, found) if found.is_floating_point else widest
         self.hf_config: dict[str, Any] = own["hf_config"]
         target = widest if dtype is None else getattr(torch, dtype)
         super().__init__(architecture(self.hf_config, target), widest, target)
+        announce_left_out(stored)
         self._checkpoint, tied = checkpoint, self.plain.all_tied_weights_keys
         if dtypes.keys() - tied.keys() != self.plain.state_dict().keys() - tied.keys():
             raise InputError("the names of its weights are not those of its architecture")

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from lightning_sft.io.closest import did_you_mean, own_name
+from lightning_sft.io.closest import ELSEWHERE, of_choices, own_name
 from lightning_sft.types import InputError
 
 
@@ -79,25 +79,25 @@ class Bytes:
 
 
 Count = Annotated[int, Range(ge=1)]
-"""A number of things of which there is at least one."""
+"""An integer of at least 1."""
 
 Index = Annotated[int, Range(ge=0)]
-"""An integer from 0, as a seed."""
+"""An integer of at least 0, as a seed."""
 
 NonNegative = Annotated[float, Range(ge=0)]
-"""A number that is 0 or more."""
+"""A number of at least 0."""
 
 Fraction = Annotated[float, Range(ge=0, le=1)]
-"""A part of a whole."""
+"""A share from 0 to 1, both included."""
 
 Positive = Annotated[float, Range(gt=0, lt=math.inf)]
 """A finite number greater than 0."""
 
 BelowOne = Annotated[float, Range(ge=0, lt=1)]
-"""A part that is not the whole."""
+"""A share from 0 to 1, without 1."""
 
 AboveZero = Annotated[float, Range(gt=0, le=1)]
-"""A part that is not nothing."""
+"""A share from 0 to 1, without 0."""
 
 Tokens = Annotated[int, Range(ge=2)]
 """A number of tokens of which one can be a target, since the first has no context."""
@@ -157,7 +157,7 @@ def check_arguments(of: Callable[..., Any], given: Mapping[str, Any], prefix: st
         if name in given and not _fits(value, hint):
             expected = _either(list(dict.fromkeys(_described(hint))))
             where = f"{of.__name__ if prefix is None else prefix}.{name}"
-            raise InputError(f"{where} is {_shown(value)}; expected {expected}.{_remedy(value, hint)}")
+            raise InputError(f"{where} is {_shown(value)}; expected {expected}.{_remedy(value, hint, name)}")
 
 
 def made(of: Callable[..., _T], given: Any) -> Any:
@@ -282,18 +282,45 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _remedy(value: Any, hint: Any) -> str:
+def _remedy(value: Any, hint: Any, name: str) -> str:
+    if hasattr(value, "peft_type"):
+        return _of_peft(value, hint)
     if hasattr(value, "save_pretrained"):
         return " Write it to a folder with its save_pretrained, and give that folder."
     for kind in _dataclasses(hint):
-        name = fields(kind)[0].name
-        first = value if _fits(value, _hints(kind)[name]) else fields(kind)[0].default
+        setting = fields(kind)[0].name
+        first = value if _fits(value, _hints(kind)[setting]) else fields(kind)[0].default
         if first is not MISSING:  # of all settings that are optional
             made_of = f"from {kind.__module__} import {kind.__name__}"
-            return f" Give {kind.__name__}({name}={first!r}) ({made_of}), or {{{name!r}: {first!r}}}."
+            return f" Give {kind.__name__}({setting}={first!r}) ({made_of}), or {{{setting!r}: {first!r}}}."
     if _makes(hint) == "Optimizer":  # it is made when the weights have been loaded
         return " The weights are loaded later: give a class, or functools.partial(torch.optim.AdamW, lr=2e-5)."
-    return did_you_mean([value], _choices(hint), cutoff=0.5) if isinstance(value, str) else ""
+    bounds = [one for one in get_args(hint)[1:] if isinstance(one, Range)]
+    if isinstance(value, Real) and float(value) > 1 and any(1 in (one.le, one.lt) for one in bounds):
+        if name == "warmup":
+            return f" It is a share of the optimizer steps: for {value:g} of 2,000 steps, give {value:g} / 2000."
+        return f" It is a share: {value:g} % are {float(value) / 100:g}."
+    return of_choices(value, _choices(hint), 0.5) if isinstance(value, str) else ""
+
+
+def _of_peft(config: Any, hint: Any) -> str:
+    """The settings of a configuration of peft as those of ours, with what differs from peft's defaults."""
+    kind = next(_dataclasses(hint), None)
+    if kind is None:
+        return ""
+    hints, defaults = _hints(kind), {own.name: own.default for own in fields(config)}
+    found: dict[str, Any] = {}
+    for theirs, value in vars(config).items():
+        ours = theirs if theirs in hints else ELSEWHERE.get(theirs, "").rpartition(".")[2]
+        own = sorted(value) if isinstance(value, set) else value
+        is_set = theirs in ("r", "lora_alpha") or value != defaults.get(theirs)
+        if is_set and ours in hints and _fits(own, hints[ours]):
+            found[ours] = [*found.get(ours, ()), *own] if isinstance(own, list) else own
+    settings = ", ".join(f"{name}={value!r}" for name, value in found.items())
+    return (
+        f" Give {kind.__name__}({settings}) (from {kind.__module__} import {kind.__name__}). Settings of peft that it "
+        "does not have are not supported."
+    )
 
 
 def _makes(hint: Any) -> str | None:

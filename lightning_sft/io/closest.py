@@ -54,6 +54,27 @@ ELSEWHERE = {name: setting for setting, names in _BY_SETTING.items() for name in
 """What other trainers, peft, and Lightning's tuner call our settings."""
 
 _SAME = {"final": "last", "everything": "all", "every": "all"}  # words that are like others, and mean these
+
+_PAGE = "docs/howto/schedules.md"
+_OF_TORCH = "torch.optim.lr_scheduler"
+SCHEDULES = {
+    "cosine_with_restarts": f"give {_OF_TORCH}.CosineAnnealingWarmRestarts with its T_0, as {_PAGE} has OneCycleLR",
+    "polynomial": f"give {_OF_TORCH}.PolynomialLR with its total_iters, as {_PAGE} has OneCycleLR",
+    "constant_with_warmup": "give constant, which begins with model.warmup as all of them do",
+    "inverse_sqrt": f"give a function, as inverse_square_root in {_PAGE} under A schedule of your own",
+    **dict.fromkeys(
+        ("reduce_lr_on_plateau", "plateau"),
+        f"give lightning.pytorch.cli.ReduceLROnPlateau, as {_PAGE} does under Follow the validation loss",
+    ),
+    **dict.fromkeys(
+        ("cosine_with_min_lr", "cosine_warmup_with_min_lr"),
+        f"override configure_optimizers, as WithFloor in {_PAGE}, under A schedule of your own",
+    ),
+    **dict.fromkeys(("warmup_stable_decay", "trapezoidal"), "give wsd"),
+    **dict.fromkeys(("one_cycle", "onecycle"), f"give {_OF_TORCH}.OneCycleLR, as {_PAGE} does"),
+}
+"""What to give for the learning-rate schedules of other trainers that are none of our names."""
+
 _ABBREVIATION = 3  # letters with which a name may have been abbreviated
 
 
@@ -92,6 +113,23 @@ def did_you_mean(given: Iterable[str], known: Iterable[str], prefix: str = "", c
         if close := get_close_matches(name.lower(), names, n=1, cutoff=least):
             return f" Did you mean {prefix}{names[close[0]]}?"
     return ""
+
+
+def of_choices(value: str, choices: Iterable[str], cutoff: float) -> str:
+    """What a value that is none of the choices may have meant, in a sentence; else nothing.
+
+    Args:
+        value: What was given.
+        choices: Valid values.
+        cutoff: Minimum similarity, from 0 to 1, ignoring case.
+
+    >>> of_choices("warmup_stable_decay", ["cosine", "wsd"], 0.5), of_choices("cosin", ["cosine", "wsd"], 0.5)
+    (' Instead, give wsd.', ' Did you mean cosine?')
+    """
+    choices = list(choices)
+    if "wsd" in choices and (found := SCHEDULES.get(value.lower())):
+        return f" Instead, {found}."
+    return did_you_mean([value], choices, cutoff=cutoff)
 
 
 def own_name(name: str, known: Collection[str]) -> str:

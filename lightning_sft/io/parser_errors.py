@@ -10,7 +10,7 @@ from importlib import import_module
 from inspect import signature
 from typing import Any, NamedTuple, get_args, get_origin
 
-from lightning_sft.io.closest import did_you_mean, meant, own_name
+from lightning_sft.io.closest import meant, of_choices, own_name
 
 _KEY = re.compile(r'Parser key "([^"]+)": ')
 _NO_FILE = re.compile(r"""Parser key "config": File does not exist: '(.*?)'.?""")
@@ -81,7 +81,7 @@ def refusal(message: str, hints: Any, args: Sequence[str]) -> Refusal | None:
     if given is None or not expected:
         return None
     value = given[1].rstrip(".")
-    said = f"is {value}; expected {_either(expected)}.{did_you_mean([value], expected, cutoff=0.5)}"
+    said = f"is {value}; expected {_either(expected)}.{of_choices(value, expected, 0.5)}"
     return Refusal(".".join(keys[:2]), said, value)
 
 
@@ -147,7 +147,7 @@ def _misspelt(key: str, name: str, choices: list[str], hint: Any) -> Refusal:
     of = f" of {_either([base.__name__ for base in bases])}" if bases else ""
     words = [choice for choice in choices if choice not in _WORDS.values()]
     expected = _either([*words, f"the path of a class{of}, as package.module.Name"])
-    closest = did_you_mean([name.rpartition(".")[2]], [*words, *sorted(known)], cutoff=0.7)
+    closest = of_choices(name.rpartition(".")[2], [*words, *sorted(known)], 0.7)
     return Refusal(key, f"is {name}; expected {expected}.{closest}", name)
 
 

@@ -114,13 +114,16 @@ class LikelihoodModel(nn.Module):
         )
         total, weight = likelihood
         of_targets = [likelihood.log_probs, likelihood.correct, likelihood.entropy]
+        of_targets += [] if likelihood.losses is None else [likelihood.losses]
         if context is not None:
             of_targets = context.joined(batch, *of_targets)
             of_all = batch.at_targets(batch.target_weights).to(of_targets[0].dtype)
             value = (of_all * of_targets[0]).sum() if loss is None else context.summed(total)
             total, weight = total - total.detach() + value, of_all.sum()
-        balance = () if routers is None else routers.balance(batch)
-        return total, weight, *of_targets, *balance
+        more: tuple[Tensor | None, ...] = () if routers is None else routers.balance(batch)
+        if loss is not None:
+            more = (*(more or (None, None)), of_targets.pop())
+        return total, weight, *of_targets, *more
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the model without rounding the buffers that transformers keeps in float32 in half precision.

@@ -6,7 +6,8 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,47 +24,76 @@ if TYPE_CHECKING:
 
 _NAMED = 10  # maximum number of samples in the message
 _TRIED = 200  # suspects of each rank that are computed alone: all of a large step would take minutes
+OF_USERS = (RuntimeError, ValueError, LookupError, TypeError)
+"""What a ``forward`` of a user's own may raise that takes no single document."""
 
 
 def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: LightningModule) -> FloatingPointError:
     """The error for a non-finite loss, naming the samples of all ranks that cause it. Every rank must call this.
+
+    Args:
+        seen: Micro-batches of this rank to search, each with its log-likelihood.
+        module: Lightning module that computes the log-likelihoods.
+    """
+    seen = list(seen)
+    of_ranks = gather(module.trainer, [float(likelihood.weight) for _, likelihood in seen])
+    suspects = [suspect for batch, likelihood in seen for suspect in _suspects(batch, likelihood)]
+    where = samples_in_words(module, suspects, lambda batch: bool(module(batch).total.isfinite()))
+    if not any(map(sum, of_ranks)) and any(of_ranks):
+        return FloatingPointError(
+            "The loss is 0/0: no token of this step is a target, since all labels are -100 or have weight 0. Look at "
+            "the labels of your batches."
+        )
+    return FloatingPointError(
+        f"The loss is NaN or infinite. Samples: {where or 'none by itself'}. Nothing was updated with it. Look at "
+        "these samples; if they are sound, lower the learning rate (model.optimizer.lr), clip gradients "
+        "(trainer.gradient_clip_val=1) or use trainer.precision=bf16-mixed instead of 16-mixed."
+    )
+
+
+def _suspects(batch: Batch, likelihood: LogLikelihood) -> list[tuple[Batch, int]]:
+    """The documents of a micro-batch that may make its loss non-finite.
+
+    They are those with such a target. If there are none, a ``forward`` of the user's own has computed the loss from
+    something else, and all with a target are.
+    """
+    is_sound = likelihood.log_probs.isfinite()
+    if likelihood.losses is not None:
+        is_sound = is_sound & likelihood.losses.isfinite()
+    documents = batch.at_targets(batch.documents())
+    found = documents if is_sound.all() and not likelihood.total.isfinite() else documents[~is_sound]
+    return [(batch, number) for number in found.unique().tolist()]
+
+
+def samples_in_words(
+    module: LightningModule, suspects: Sequence[tuple[Batch, int]], is_sound: Callable[[Batch], bool]
+) -> str:
+    """The samples of all ranks that are to blame, for a message, or all suspects. Every rank must call this.
 
     Documents packed together can share a NaN (0 · NaN is NaN in attention), so each suspect is computed again by
     itself. Under strategies that shard the model every rank has to take part in each of these forward passes: a rank
     with no suspects left computes a dummy document of two tokens.
 
     Args:
-        seen: Micro-batches of this rank to search, each with its log-likelihood.
-        module: Lightning module that computes the log-likelihoods.
+        module: Lightning module of the fit.
+        suspects: Batches of this rank, each with the number of a document in it.
+        is_sound: Whether a document in a batch of its own is not to blame; it is called without gradients, and may
+            raise where a loss of the user's own takes no single document.
     """
-    suspects = [
-        (batch.provenance[number] if batch.provenance else f"document {number} of its micro-batch", batch, number)
-        for batch, likelihood in seen
-        for number in batch.at_targets(batch.documents())[~likelihood.log_probs.isfinite()].unique().tolist()
-    ]
     filler = Batch.of(dict.fromkeys(("input_ids", "labels"), torch.zeros(1, 2, dtype=torch.long, device=module.device)))
+    names = [
+        batch.provenance[number] if batch.provenance else f"document {number} of its micro-batch"
+        for batch, number in suspects
+    ]
     guilty = set[str]()
     for i in range(min(_TRIED, max(gather(module.trainer, len(suspects))))):
-        name, batch, number = suspects[i] if i < len(suspects) else ("", filler, 0)
-        with torch.no_grad():
-            is_sound = bool(module(batch.document(number)).total.isfinite())
-        if name and not is_sound:
-            guilty.add(name)
-    own_weights = [float(likelihood.weight) for _, likelihood in seen]
-    of_ranks = gather(module.trainer, (guilty, {name for name, _, _ in suspects}, own_weights))
-    weights = [weights for *_, weights in of_ranks]
-    if not any(map(sum, weights)) and any(weights):
-        return FloatingPointError(
-            "The loss is 0/0: no token of this step is a target, since all labels are -100 or have weight 0. Look at "
-            "the labels of your batches."
-        )
-    named = sorted(set().union(*(own for own, _, _ in of_ranks)) or set().union(*(own for _, own, _ in of_ranks)))
-    where = ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
-    return FloatingPointError(
-        f"The loss is NaN or infinite. Samples: {where or 'none by itself'}. Nothing was updated with it. Look at "
-        "these samples; if they are sound, lower the learning rate (model.optimizer.lr), clip gradients "
-        "(trainer.gradient_clip_val=1) or use trainer.precision=bf16-mixed instead of 16-mixed."
-    )
+        batch, number = suspects[i] if i < len(suspects) else (filler, 0)
+        with torch.no_grad(), suppress(*OF_USERS):
+            if not is_sound(batch.document(number)) and i < len(suspects):
+                guilty.add(names[i])
+    of_ranks = gather(module.trainer, (guilty, set(names)))
+    named = sorted(set().union(*(own for own, _ in of_ranks)) or set().union(*(own for _, own in of_ranks)))
+    return ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:

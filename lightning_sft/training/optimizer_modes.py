@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,6 +105,25 @@ class Modes:
 def has_modes(optimizer: Optimizer) -> bool:
     """Whether an optimizer has a training and an evaluation mode."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
+def check_closures(module: LightningModule) -> None:
+    """Refuse optimizers whose ``step`` takes no closure, with which Lightning computes the loss and its gradient.
+
+    Args:
+        module: Lightning module in a fit.
+
+    Raises:
+        InputError: With how ``step`` has to begin.
+    """
+    for optimizer in module.trainer.optimizers if module.automatic_optimization else ():
+        taken = signature(optimizer.step).parameters.values()
+        if not any(one.name == "closure" or one.kind is one.VAR_KEYWORD for one in taken):
+            raise InputError(
+                f"{type(optimizer).__name__}.step takes no closure, but under Lightning the loss and its gradient are "
+                "computed by one. Declare step(self, closure=None), begin it with `with torch.enable_grad(): loss = "
+                "closure()`, and return the loss."
+            )
 
 
 def check_strategy(optimizer: Optimizer, strategy: Strategy) -> None:

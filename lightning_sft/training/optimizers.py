@@ -123,6 +123,38 @@ def make_optimizer(
     return Chained(parts)
 
 
+def instead_of(
+    optimizer: OptimizerCallable, default: OptimizerCallable, parts: Sequence[OptimizerPart] | None
+) -> OptimizerCallable | Sequence[OptimizerPart]:
+    """The parts, if there are any, after refusing an optimizer that was given beside them; else the optimizer.
+
+    Args:
+        optimizer: Optimizer of the module; a command line fills in the default as a function of its own.
+        default: The default optimizer.
+        parts: Optimizers to use instead.
+
+    Raises:
+        InputError: When the optimizer is not the default.
+    """
+    if not parts:
+        return optimizer
+    if optimizer is not default and not _same(optimizer, default([nn.Parameter(torch.zeros(1))])):
+        raise InputError(
+            "model.optimizer and model.optimizers are both given, and only one can update the weights. Remove "
+            "model.optimizer; to use it for the parameters that are left, make it the last of model.optimizers, "
+            "without patterns."
+        )
+    return parts
+
+
+def _same(make: OptimizerCallable, wanted: Optimizer) -> bool:
+    """Whether a function is a class with settings, and makes this optimizer."""
+    kinds = (make.func, *make.args) if isinstance(make, partial) else ()
+    if type(wanted) not in kinds:
+        return False
+    return bool(make([nn.Parameter(torch.zeros(1))]).defaults == wanted.defaults)
+
+
 def check_settings(make: OptimizerCallable | Sequence[OptimizerPart]) -> None:
     """Refuse settings that an optimizer of torch does not take, on a parameter of one matrix, before data are read.
 
@@ -219,15 +251,13 @@ class Chained(Optimizer):
             part.state = self.state
 
 
-def clip_gradients(
-    parameters: Iterable[nn.Parameter], most: float | None, algorithm: str | None = "norm"
-) -> Tensor | None:
+def clip_gradients(optimizer: Optimizer, most: float | None, algorithm: str | None = "norm") -> Tensor | None:
     """Clip gradients, also where they lie on different meshes, as with tensor parallelism, or in the host's memory.
 
     torch computes the norm of tensors of one mesh; the whole norm is the root of the sum of their squares.
 
     Args:
-        parameters: Parameters whose gradients are clipped.
+        optimizer: Optimizer whose parameters have the gradients.
         most: Maximum joint L2 norm, or maximum absolute entry with the algorithm ``value``; ``None`` for no clipping.
         algorithm: ``norm`` (same as ``None``) or ``value``.
 
@@ -239,7 +269,7 @@ def clip_gradients(
     """
     if algorithm not in (None, "norm", "value"):
         raise InputError(f"gradient_clip_algorithm is {algorithm!r}; expected 'norm' or 'value'.")
-    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    with_gradient = [parameter for parameter in parameters_of(optimizer) if parameter.grad is not None]
     groups = list(by_mesh(with_gradient).values())
     norms = [whole(nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])) for group in groups]
     if not norms:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
+from lightning_sft import SFTModule
 from lightning_sft.demos import tiny_pretrained
 from lightning_sft.main import main
-from lightning_sft.types import InputError
+from lightning_sft.types import Batch, InputError, LogLikelihood
 
 
 @pytest.fixture
@@ -80,6 +83,57 @@ def test_the_sample_with_the_highest_loss_is_the_first_of_equals(arguments: list
     odd = next(x for x in logged(arguments)[-4:] if any(s.endswith(":13") for micro in x["samples"][0] for s in micro))
     samples = main(["replay", *arguments, "--step", str(odd["step"])]).result.samples
     assert max(samples, key=lambda sample: sample.loss).provenance.endswith(":13")
+
+
+class Focused(SFTModule):
+    """(−log Pr)² of each target."""
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        return super().target_loss(logits, targets) ** 2
+
+
+class Raised(SFTModule):
+    """An auxiliary loss beside that of the targets, as docs/howto/subclass.md has it."""
+
+    def forward(self, batch: Batch) -> LogLikelihood:
+        likelihood = super().forward(batch)
+        return replace(likelihood, total=likelihood.total - 3 * likelihood.weight)
+
+
+class Whole(SFTModule):
+    """A loss of a micro-batch that is no sum over its samples."""
+
+    def forward(self, batch: Batch) -> LogLikelihood:
+        likelihood = super().forward(batch)
+        return replace(likelihood, total=-(likelihood.total**2))
+
+
+@pytest.mark.parametrize("kind", [Focused, Raised])
+def test_the_shares_are_those_of_the_loss_of_the_module(
+    arguments: list[str], kind: type[SFTModule], tmp_path: Path
+) -> None:
+    own = ["--model", f"{__name__}.{kind.__name__}", *arguments]
+    own[own.index("--model.pretrained") + 1] = tiny_pretrained(
+        tmp_path / "plain"
+    )  # without dropout, which differs alone
+    main(["fit", *own, "--ckpt_path", "last"])
+    replayed = main(["replay", *own, "--step", "1"]).result
+    assert replayed.loss == pytest.approx(logged(own)[0]["loss"], rel=1e-6)
+    assert sum(sample.share for sample in replayed.samples) == pytest.approx(1.0)
+    whole = sum(sample.loss * sample.num_targets for sample in replayed.samples)
+    assert whole / sum(sample.num_targets for sample in replayed.samples) == pytest.approx(replayed.loss, rel=1e-5)
+    for sample in replayed.samples:
+        assert sample.share == pytest.approx(sample.loss * sample.num_targets / whole, rel=1e-5)
+
+
+def test_a_loss_that_is_no_sum_over_samples_has_no_shares(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = ["--model", f"{__name__}.Whole", *arguments]
+    main(["fit", *own, "--ckpt_path", "last"])
+    replayed = main(["replay", *own, "--step", "1"]).result
+    assert {sample.share for sample in replayed.samples} == {None}
+    assert "Whole.forward gives a loss that is no sum over samples" in capsys.readouterr().out
 
 
 def test_no_ledger_is_one_message(arguments: list[str]) -> None:

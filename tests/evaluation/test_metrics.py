@@ -171,3 +171,16 @@ def test_metrics_are_those_of_all_data_sets_together_and_a_loss_for_each_that_ha
     found = {name: value.item() for name, value in metrics_by_part(totals, ("a", "b", "none")).items()}
     assert found == {"loss": 3.0, "token_accuracy": 0.5, "entropy": 2.0, "loss/a": 5.0, "loss/b": 1.0}
     assert not CorpusLikelihood(token_bytes=torch.ones(3)).state_dict()  # a checkpoint is not to hold the vocabulary
+
+
+def test_the_loss_of_a_data_set_is_the_own_loss_that_a_module_trains_on() -> None:
+    batch = Batch.of({"input_ids": torch.tensor([[1, 2], [3, 1]]), "labels": torch.tensor([[-100, 2], [-100, 1]])})
+    batch.parts, batch.part_names = (0, 1), ("a", "b")
+    hidden, head = torch.randn(2, 2, 8), torch.randn(4, 8)
+    found = log_likelihood(hidden, head, batch.labels, loss=lambda z, y: z.sum(-1) * 0 + y)
+    metrics = metrics_by_part(sums_by_part(found, batch), batch.part_names)
+    assert {name: metrics[name].item() for name in ("loss", "loss/a", "loss/b")} == {
+        "loss": 1.5,
+        "loss/a": 2.0,
+        "loss/b": 1.0,
+    }

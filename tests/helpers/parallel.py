@@ -168,8 +168,8 @@ class Curve(Callback):
 def steps(pretrained: str, case: Case, ckpt_path: Any = None, callbacks: Any = (), **settings: Any) -> Curve:
     """Clipped steps of SGD with momentum, which a wrong factor of one gradient would change for good."""
     curve = Curve()
-    optimizer = partial(SGD, lr=0.1, momentum=0.9)
-    module = SFTModule(pretrained, optimizer=optimizer, schedule="constant", warmup=0.0, **case.model)
+    optimizer: dict[str, Any] = {} if "optimizers" in case.model else {"optimizer": partial(SGD, lr=0.1, momentum=0.9)}
+    module = SFTModule(pretrained, schedule="constant", warmup=0.0, **optimizer, **case.model)
     common: dict[str, Any] = {"max_steps": 10, "max_epochs": -1, "gradient_clip_val": 0.5, "strategy": case.strategy}
     trainer = Trainer(
         accelerator="cpu", callbacks=[curve, *callbacks], **{**QUIET, **common, **case.settings, **settings}

@@ -165,7 +165,7 @@ def test_a_number_that_makes_no_sense_is_refused(of: Any, settings: dict[str, An
         (
             SFTModule,
             {"schedule": "constant_with_warmup"},
-            r"linear, constant, wsd or a function. Did you mean constant\?",
+            r"linear, constant, wsd or a function. Instead, give constant, which begins with model.warmup",
         ),
         (SFTDataModule, {"overflow": "raise"}, r"is .raise.; expected error, .* truncate_prompt or split.$"),
         (Lora, {"targets": "q_proj"}, r"targets is 'q_proj'; expected all-linear or a list of strings"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import accumulate, chain, cycle
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
 
-from lightning_sft import SFTModule
+from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.data.batches.collate import collate
 from lightning_sft.data.batches.loader import EpochLoader
 from lightning_sft.data.batches.plan import EpochPlan
@@ -53,6 +55,43 @@ def test_a_step_without_targets_is_said_so() -> None:
 
 def test_where_no_sample_is_to_blame_it_says_so() -> None:
     assert "Samples: none by itself" in str(guards.not_finite([], module_on_one_rank(lambda _: True)))
+
+
+class NanAtOneTarget(SFTModule):
+    """A loss that is NaN at the target token of one row, though its probability is not."""
+
+    def target_loss(self, logits: Tensor, targets: Tensor, *inputs: Tensor) -> Tensor:
+        return super().target_loss(logits, targets) * torch.where(targets == POISON, torch.nan, 1.0)
+
+
+class NanOfOneBatch(SFTModule):
+    """A loss of a batch that is NaN where a token is in it."""
+
+    def forward(self, batch: Batch) -> LogLikelihood:
+        found = super().forward(batch)
+        return replace(found, total=found.total * torch.where((batch.input_ids == POISON).any(), torch.nan, 1.0))
+
+
+class NanOfSeveral(SFTModule):
+    """A loss of pairs, which takes no single document."""
+
+    def forward(self, batch: Batch) -> LogLikelihood:
+        first, second = (super(NanOfSeveral, self).forward(batch.document(number)) for number in (0, 1))
+        found = super().forward(batch)
+        return replace(found, total=(first.total - second.total) * torch.nan)
+
+
+POISON = ord("~") - 33
+
+
+@pytest.mark.parametrize("kind", [NanAtOneTarget, NanOfOneBatch, NanOfSeveral])
+def test_the_row_whose_own_loss_is_no_number_is_named(
+    pretrained: str, quiet_trainer: Any, jsonl: Any, kind: type[SFTModule]
+) -> None:
+    path = jsonl([{"prompt": "fine", "completion": "ok"}, {"prompt": "bad", "completion": "~k"}])
+    named = rf"{path}:1, {path}:2" if kind is NanOfSeveral else rf"{path}:2"  # it is in the pair
+    with pytest.raises(FloatingPointError, match=rf"Samples: {named}\. Nothing was updated"):
+        quiet_trainer().fit(kind(pretrained), SFTDataModule(train=path))
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from lightning_sft import SFTModule, log_likelihood
 from lightning_sft.data.batches.collate import collate
+from lightning_sft.demos import tiny_pretrained
 from lightning_sft.training.losses import TargetLosses
 from lightning_sft.types import InputError
 from tests.helpers.gradients import ROWS, capacity_for, encoded, fit, furthest
 from tests.helpers.likelihoods import Operations, large_case
 from tests.helpers.losses import SETTINGS, applied, models, wanted
+from tests.helpers.pages import blocks, page
 from tests.helpers.processes import torchrun
 
 TOLERANCE = 1e-10
@@ -226,3 +229,39 @@ def test_a_random_loss_is_not_held_against_another_draw(given: tuple[str, str]) 
     once = module.asked
     module(batch)
     assert module.asked == 2 * once
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # of peft
+def test_without_adapters_the_loss_sees_the_base_model(tmp_path: Path) -> None:
+    """The loss of the page, against the formula with a model of its own for the base."""
+    pytest.importorskip("peft")
+    from lightning_sft.model.tuning.adapters import Lora
+
+    scope: dict[str, Any] = {"__name__": "near"}
+    text = next(block for block in blocks(page("howto/losses.md"), "python") if "class NearBase" in block)
+    exec(text.partition("trainer = ")[0], scope)
+    pretrained = tiny_pretrained(tmp_path / "base")
+    module = scope["NearBase"](pretrained, strength=0.5, lora=Lora(r=2))
+    module.configure_model()
+    batch = collate(encoded(pretrained)[:3])
+    at_begin = module.train()(batch)
+    torch.testing.assert_close(at_begin.losses, -at_begin.log_probs)  # B is 0, so the model is its base
+    for name, parameter in module.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, std=0.1, generator=torch.Generator().manual_seed(0))
+    found = module(batch)
+    base = AutoModelForCausalLM.from_pretrained(pretrained)
+    documents = [batch.document(number) for number in range(3)]
+
+    def log_probs(model: Any) -> Tensor:
+        of_documents = [(own.labels[0] != -100, model(input_ids=own.input_ids).logits[0]) for own in documents]
+        return torch.cat([logits.detach().log_softmax(-1)[at] for at, logits in of_documents])
+
+    log_p, log_q = map(log_probs, (module.model, base))
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert kl.mean() > 1e-4
+    torch.testing.assert_close(found.losses, -found.log_probs + 0.5 * kl, rtol=1e-4, atol=1e-5)
+    found.total.backward()
+    trained = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+    assert trained
+    assert all("lora" in name for name in trained)

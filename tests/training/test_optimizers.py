@@ -401,4 +401,4 @@ def test_gradients_of_parameters_that_no_optimizer_has_are_neither_clipped_with_
 
 def test_an_unknown_way_of_clipping_is_refused() -> None:
     with pytest.raises(InputError, match=r"gradient_clip_algorithm is 'norrm'; expected 'norm' or 'value'"):
-        clip_gradients([], 1.0, "norrm")
+        clip_gradients(SGD([nn.Parameter(torch.zeros(1))]), 1.0, "norrm")

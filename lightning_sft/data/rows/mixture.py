@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_sft.data.rows.formats import FormatName, check_columns
-from lightning_sft.data.rows.sources import Source
+from lightning_sft.data.rows.sources import Source, as_rows
 from lightning_sft.io.arguments import Count, Positive, check_arguments, made, plain
 from lightning_sft.io.named import our_names
 from lightning_sft.types import InputError
@@ -44,7 +44,7 @@ class Part:
     first: Count | None = None
 
     def __post_init__(self) -> None:
-        self.source, self.columns = plain(self.source), plain(self.columns)
+        self.source, self.columns = as_rows(plain(self.source)), plain(self.columns)
         self.chat_template_kwargs = plain(self.chat_template_kwargs)
         check_arguments(Part, vars(self))
         try:

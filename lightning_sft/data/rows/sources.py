@@ -12,6 +12,7 @@ from typing import Any
 from lightning_sft.data.rows.csv_files import BrokenRow
 from lightning_sft.data.rows.files import Line, row_of_table, skim_file
 from lightning_sft.data.rows.folders import Folder, of_glob, sort_out
+from lightning_sft.data.rows.in_memory import ByIndex, plain_row, refuse_mapping
 from lightning_sft.data.rows.remote import File, RemoteFile, is_remote, matches, paths_below
 from lightning_sft.types import InputError
 
@@ -35,6 +36,8 @@ _STEPS = {
     "ShuffledDataSourcesExamplesIterable",
 }  # of an iterable data set, each of which makes one row, or none, of a row
 
+_OF_TABLES = ("to_dicts", "to_pylist")  # rows of a table of polars, and of pyarrow
+
 _HUB = re.compile(
     r"hf:(?P<name>[^:@]+)(?:@(?P<revision>[^:]+))?(?::(?P<config>[^:\[]+))??(?::(?P<split>[^:\[]+(?:\[.*\])?))?"
 )
@@ -46,8 +49,8 @@ def read(source: Source) -> Iterator[tuple[Row, str]]:
     Args:
         source: A file, a folder of files, a glob (``data/*.jsonl``), each also by an address that fsspec knows
             (``s3://bucket/train.jsonl``); a data set of the Hugging Face hub (``hf:owner/name:split``, in full
-            ``hf:owner/name@revision:config:split``) or saved to disk; a sequence of those; or rows: a list of them or a
-            ``datasets.Dataset``.
+            ``hf:owner/name@revision:config:split``) or saved to disk; a sequence of those; or rows: a list of them, a
+            ``datasets.Dataset``, a map-style data set of torch, or a table of pandas.
 
     Raises:
         InputError: When something is missing, empty, of an unknown kind, or not valid (with file and line).
@@ -58,6 +61,32 @@ def read(source: Source) -> Iterator[tuple[Row, str]]:
     for leaf in leaves(source):
         for row, provenance in leaf():
             yield parsed(row, provenance), provenance
+
+
+def as_rows(source: Any) -> Any:
+    """A data set of torch or a table as a sequence of rows; anything else as it is.
+
+    Args:
+        source: What was given for data.
+
+    >>> as_rows("train.jsonl"), as_rows([{"text": "a"}])
+    ('train.jsonl', [{'text': 'a'}])
+    """
+    kind = type(source)
+    if isinstance(source, (str, Sequence, Mapping)):
+        return source
+    if hasattr(source, "features"):  # a datasets.Dataset, whose rows may be tables
+        form: Any = getattr(source, "format", None) or {}
+        is_table = form.get("type") in ("pandas", "polars", "arrow")
+        return source.with_format(None, columns=form["columns"]) if is_table else source
+    if kind.__module__.partition(".")[0] == "pandas" and kind.__name__ == "DataFrame":
+        return source.astype(object).where(source.notna(), None).to_dict("records")
+    for name in _OF_TABLES:
+        if callable(getattr(kind, name, None)):
+            return getattr(source, name)()
+    if hasattr(kind, "__getitem__") and hasattr(kind, "__len__") and not hasattr(kind, "__iter__"):
+        return ByIndex(source)
+    return source
 
 
 def leaves(source: Source, streaming: bool = False) -> list[Leaf]:
@@ -73,11 +102,11 @@ def leaves(source: Source, streaming: bool = False) -> list[Leaf]:
     if isinstance(source, (str, Path)):
         return _leaves_of_name(str(source), streaming)
     if isinstance(source, Mapping):
-        raise InputError(f"The data has the splits {sorted(map(str, source))}: give one of them, data['train'].")
+        refuse_mapping(source)
     if isinstance(source, Sequence) and source and all(isinstance(item, (str, Path)) for item in source):
         return [leaf for item in source for leaf in _leaves_of_name(str(item), streaming)]
     _refuse_split(source)
-    return [partial(_rows_of_list, source)]
+    return [partial(_rows_of_list, as_rows(source))]
 
 
 def shards(source: Source) -> list[Leaf]:
@@ -278,10 +307,10 @@ def _rows_of_data_set(name: str, data: Any) -> Iterator[tuple[Any, str]]:
 
 def _rows_of_shard(data: Any, before: str) -> Iterator[tuple[Any, str]]:
     for number, row in enumerate(data, 1):
-        yield row_of_table(row), f"{before}row {number}"
+        yield row_of_table(plain_row(row)), f"{before}row {number}"
 
 
 def _rows_of_list(rows: Iterable[Any]) -> Iterator[tuple[Any, str]]:
     from_table = hasattr(rows, "features")  # a datasets.Dataset
     for number, row in enumerate(rows, 1):
-        yield row_of_table(row) if from_table else row, f"row {number}"
+        yield row_of_table(plain_row(row)) if from_table else plain_row(row), f"row {number}"
