@@ -22,6 +22,7 @@ from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.training.hooks import check_hooks, warn_of_unused_settings
 from lightning_sft.training.lightning_callbacks import check_callbacks
 from lightning_sft.training.optimizers import OptimizerCallable, OptimizerPart, check_settings
+from lightning_sft.training.trainer import averages_weights, callbacks_of
 from lightning_sft.types import InputError
 
 if TYPE_CHECKING:
@@ -156,13 +157,47 @@ class FirstChecks(LightningModule):
             raise
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of a model of another shape, before its weights are loaded."""
+        """Refuse the checkpoint of a model of another shape or dtype, or of averages, before its weights are loaded.
+
+        Args:
+            checkpoint: The checkpoint.
+
+        Raises:
+            InputError: With what differs.
+        """
         if self._trainer is not None:
             saved = checkpoint.get("hyper_parameters", {}).get("hf_config")
             refuse_other_model(str(self.trainer.ckpt_path), saved, self.pretrained)
+            if self.trainer.training:
+                self._refuse_other_dtype(checkpoint)
+                _refuse_averages(checkpoint, callbacks_of(self.trainer))
         else:
             self._trained_with = TrainedWith(checkpoint)
         super().on_load_checkpoint(checkpoint)
+
+    def _refuse_other_dtype(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse to resume with weights of another dtype: the optimizer's state is of those saved."""
+        weights = checkpoint.get("state_dict", {})
+        for name, parameter in self.named_parameters():
+            saved = weights.get(name)
+            if parameter.requires_grad and isinstance(saved, Tensor) and saved.dtype != parameter.dtype:
+                was, now = (str(tensor.dtype).removeprefix("torch.") for tensor in (saved, parameter))
+                raise InputError(
+                    f"The checkpoint has weights in {was}, and with trainer.precision={self.trainer.precision} this "
+                    f"run has them in {now}. Resume with a precision of {was} weights (32-true, bf16-mixed and 16-mixed "
+                    "have float32 ones), or export the checkpoint (lightning-sft export) and begin a run with that "
+                    "folder as model.pretrained."
+                )
+
+
+def _refuse_averages(checkpoint: Mapping[str, Any], callbacks: Sequence[Callback]) -> None:
+    """Refuse to resume from averaged weights without the callback: the optimizer's state is of others."""
+    if "averaging_state" in checkpoint and not averages_weights(callbacks):
+        raise InputError(
+            "The checkpoint has averaged weights, and this run has no callback that averages. Resume with the callback "
+            "of the run (WeightAveraging or EMAWeightAveraging), or export the checkpoint (lightning-sft export) and "
+            "begin a run from the averages with that folder as model.pretrained."
+        )
 
 
 def _no_file(path: Path) -> InputError:

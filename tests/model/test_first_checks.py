@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.cli import LightningCLI
 from torch.optim import SGD, AdamW
 
@@ -21,6 +22,7 @@ from lightning_sft.model.tuning import adapters, quantization
 from lightning_sft.model.tuning.adapters import Lora
 from lightning_sft.training.optimizers import OptimizerPart
 from lightning_sft.types import InputError
+from tests.helpers.gradients import ROWS
 
 Make = Callable[..., Trainer]
 
@@ -365,3 +367,40 @@ def test_a_module_that_was_frozen_whole_is_told_so(
     module.freeze()
     with pytest.raises(InputError, match=r"No parameter is trained: .*as after freeze\(\).*model\.frozen"):
         quiet_trainer(max_steps=1).fit(module, SFTDataModule(rows, cache=None))
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "is_taken"),
+    [("32-true", "bf16-true", False), ("64-true", "32-true", False), ("32-true", "bf16-mixed", True)],
+)
+def test_a_run_resumes_with_weights_of_the_same_dtype(
+    pretrained: str, tmp_path: Path, quiet_trainer: Make, then: Any, now: Any, is_taken: bool
+) -> None:
+    data = {"train": ROWS, "tokens_per_batch": 128}
+    first = quiet_trainer(precision=then, max_steps=1)
+    first.fit(SFTModule(pretrained), SFTDataModule(**data))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second = quiet_trainer(precision=now, max_steps=2)
+    if not is_taken:
+        with pytest.raises(InputError, match=rf"weights in float\d\d, and with trainer.precision={now} this run has"):
+            second.fit(SFTModule(pretrained), SFTDataModule(**data), ckpt_path=tmp_path / "a.ckpt")
+        second.validate(SFTModule(pretrained), SFTDataModule(**data, val=ROWS[:4]), ckpt_path=tmp_path / "a.ckpt")
+    else:
+        second.fit(SFTModule(pretrained), SFTDataModule(**data), ckpt_path=tmp_path / "a.ckpt")
+        assert second.global_step == 2
+
+
+# nothing is sharded here
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_a_run_with_averages_resumes_with_their_callback_alone(
+    pretrained: str, tmp_path: Path, quiet_trainer: Make
+) -> None:
+    data = {"train": ROWS, "tokens_per_batch": 128}
+    first = quiet_trainer(max_steps=1, callbacks=[EMAWeightAveraging()])
+    first.fit(SFTModule(pretrained), SFTDataModule(**data))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match=r"has averaged weights, and this run has no callback .* EMAWeightAveraging"):
+        quiet_trainer(max_steps=2).fit(SFTModule(pretrained), SFTDataModule(**data), ckpt_path=tmp_path / "a.ckpt")
+    second = quiet_trainer(max_steps=2, callbacks=[EMAWeightAveraging()])
+    second.fit(SFTModule(pretrained), SFTDataModule(**data), ckpt_path=tmp_path / "a.ckpt")
+    assert second.global_step == 2
