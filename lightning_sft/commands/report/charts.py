@@ -151,10 +151,11 @@ class _Scale:
 
 def _axes(place: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_name: str) -> str:
     parts = []
+    digits = next((n for n in range(3, 12) if len({short(tick, n) for tick in y_ticks}) == len(y_ticks)), 12)
     for tick in y_ticks:
         y = place.at(place.x[0], tick)[1]
         parts.append(f'<path class="grid-line" d="M{_LEFT},{y:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(tick, digits)}</text>')
     for tick in (tick for tick in x_ticks if place.x[0] <= tick <= place.x[1]):
         x = place.at(tick, place.y[0])[0]
         if x < _WIDTH - _RIGHT - 60:

@@ -163,4 +163,4 @@ def _rows_of(data: Mapping[str, Any]) -> str:
 
 def _card(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], notes: Iterable[str] = ()) -> str:
     said = "".join(f"<p>{escape(note)}</p>" for note in notes)
-    return card(title, f'<div class="scroll">{table([["", *names], *rows])}</div>{said}', "wide")
+    return card(title, f'<div class="scroll wrapped">{table([["", *names], *rows])}</div>{said}', "wide")

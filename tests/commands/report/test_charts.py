@@ -65,3 +65,11 @@ def test_names_are_text_and_nothing_to_show_is_no_card() -> None:
 
 def test_figures_are_short() -> None:
     assert [short(x) for x in (999.4, 1000, 2.5e9, -0.5, 1e-9)] == ["999", "1,000", "2.5G", "-0.5", "1e-09"]
+
+
+@pytest.mark.parametrize("values", [(10.7761, 10.7993), (0.9, 5.1), (1e-7, 3e-7), (12_345.1, 12_345.9)])
+def test_the_numbers_beside_an_axis_are_not_the_same(values: tuple[float, float]) -> None:
+    chart = line_chart("Loss", {"validation": list(enumerate(values))})
+    beside = re.findall(r'<text x="44"[^>]*>([^<]+)<', chart)
+    assert len(beside) >= 3
+    assert len(set(beside)) == len(beside)
