@@ -13,6 +13,7 @@ from lightning_sft.commands.report.charts import Series, bar_chart, line_chart, 
 from lightning_sft.commands.report.compare import comparison, names_of
 from lightning_sft.commands.report.parts import card, pairs, pre, section, table
 from lightning_sft.commands.report.run import Run
+from lightning_sft.data.inspect.token_text import visible
 from lightning_sft.io.disk import write
 
 _TEMPLATE, _STYLE = Path(__file__).with_name("report.html"), Path(__file__).parents[1] / "page.css"
@@ -162,6 +163,12 @@ def _drift(run: Run) -> str:
     return section("Drift", "charts", charts)
 
 
+def _text(text: str) -> str:
+    """A text with its invisible characters; line breaks are marked where there is nothing else."""
+    shown = visible(text)
+    return pre(shown.replace("⏎\n", "\n") if text.strip() else shown)
+
+
 def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
     """First and last answer to each prompt, and the answers between."""
     of_source: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
@@ -175,10 +182,10 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> str:
             columns.append((f"After, step {last['step']:,}", last["prediction"], "after"))
         if last["reference"] is not None:
             columns.append(("Reference", last["reference"], ""))
-        cells = "".join(f'<div class="{kind}"><h3>{name}</h3>{pre(text)}</div>' for name, text, kind in columns)
-        between = "".join(f"<h3>Step {row['step']:,}</h3>{pre(row['prediction'])}" for row in own[1:-1])
+        cells = "".join(f'<div class="{kind}"><h3>{name}</h3>{_text(text)}</div>' for name, text, kind in columns)
+        between = "".join(f"<h3>Step {row['step']:,}</h3>{_text(row['prediction'])}" for row in own[1:-1])
         more = f"<details><summary>{len(own) - 2} between</summary>{between}</details>" if between else ""
-        head = f'<div class="prompt"><h3>{escape(source)}</h3>{pre(prompt)}</div>'
+        head = f'<div class="prompt"><h3>{escape(source)}</h3>{_text(prompt)}</div>'
         cards.append(f'<article class="card"><div class="sample">{head}{cells}</div>{more}</article>')
     return section("Samples", "samples", cards)
 

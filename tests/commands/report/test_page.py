@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from lightning_sft.callbacks import DriftMonitor, SampleGenerations
-from lightning_sft.commands.report.page import write_report
+from lightning_sft.commands.report.page import _text, write_report
 from lightning_sft.commands.report.run import Run
 from lightning_sft.main import main
 from lightning_sft.types import InputError
@@ -109,3 +109,9 @@ def test_in_a_browser_curves_are_seen_in_both_schemes_and_figures_are_read_by_po
     assert (tmp_path / "page.png").stat().st_size > 50_000
     browser.show(write_report(str(run)).as_uri(), scheme, width=390)
     assert browser.value("document.documentElement.scrollWidth") <= 390
+
+
+def test_an_answer_of_line_breaks_alone_is_seen() -> None:
+    assert _text("\n\n").count("⏎") == 2
+    assert "a\nb" in _text("a\nb")
+    assert "&lt;U+200B&gt;" in _text("a\u200b")
