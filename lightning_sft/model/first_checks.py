@@ -184,9 +184,9 @@ class FirstChecks(LightningModule):
                 was, now = (str(tensor.dtype).removeprefix("torch.") for tensor in (saved, parameter))
                 raise InputError(
                     f"The checkpoint has weights in {was}, and with trainer.precision={self.trainer.precision} this "
-                    f"run has them in {now}. Resume with a precision of {was} weights (32-true, bf16-mixed and 16-mixed "
-                    "have float32 ones), or export the checkpoint (lightning-sft export) and begin a run with that "
-                    "folder as model.pretrained."
+                    f"run has them in {now}. Resume with a precision of {was} weights (32-true, bf16-mixed and "
+                    "16-mixed have float32 ones), or export the checkpoint (lightning-sft export) and begin a run with "
+                    "that folder as model.pretrained."
                 )
 
 
