@@ -58,7 +58,6 @@ from lightning_sft.model.tuning.quantization import Bits, keep_out_of_broadcasts
 from lightning_sft.model.tuning.tuning import TuningConfig
 from lightning_sft.strategies import layout
 from lightning_sft.training.checks import check_epoch, check_trainer, not_finite, warn_if_bfloat16_is_slow
-from lightning_sft.training.finite import FiniteGradient
 from lightning_sft.training.losses import TargetLosses
 from lightning_sft.training.optimizer_modes import Modes, check_closures, check_strategy
 from lightning_sft.training.optimizers import OptimizerPart, clip_gradients, described, instead_of, make_optimizer
@@ -172,7 +171,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         self.learning_rate: float | None = None  # found by Lightning's tuner; overrides the optimizer's own
         self.scorer: LikelihoodModel | None = None  # keys of checkpoints begin with this name
         self.attention: Attention | None = None  # the one in use and why, once the model is loaded
-        self._step_metrics, self._gradient = StepMetrics(), FiniteGradient()
+        self._step_metrics = StepMetrics()
         self._run, self._window, self._logged = RunState(), Window(), LoggedSettings()
         self._is_made = True
 
@@ -280,7 +279,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
             super().clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         else:
             norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            self._gradient.see(self.trainer, norm)
+            self._window.gradient.see(self.trainer, norm)
             logged = None if self._window.is_repeated else norm
             self._log_metrics("train", {} if logged is None else {"gradient_norm": logged.to(self.device)})
 
@@ -314,7 +313,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
         """Refuse epochs that the strategy cannot end; apply settings that differ from the checkpoint's."""
         super().on_train_start()
         check_epoch(self.trainer)
-        self._window, self._gradient = Window(), FiniteGradient()  # an earlier fit may have been interrupted in a step
+        self._window = Window()  # an earlier fit may have been interrupted within a step
         check_closures(self)
         self.kernels.begin(self)
         self._step_metrics.begin(self.trainer, self.model)
@@ -347,7 +346,7 @@ class SFTModule(TargetLosses, FirstChecks, LimitedModule, OwnSteps, EvaluatedMod
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what a resumed run and a model card need; of a model with adapters, keep the adapters only."""
         super().on_save_checkpoint(checkpoint)
-        self._gradient.check(self._trainer)
+        self._window.gradient.check(self._trainer)
         self.tuning.shrink(checkpoint, self)
         self._modes.save(checkpoint)
         self._run.save(self.trainer, checkpoint)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sft.evaluation.metrics import NUM_SUMS, sums_by_part
 from lightning_sft.machine.host_copy import HostCopy, without_waiting
 from lightning_sft.model.experts import Routers
+from lightning_sft.training.finite import FiniteGradient
 from lightning_sft.training.throughput import NUM_COUNTS, StepMetrics
 from lightning_sft.training.trainer import sum_over_ranks
 from lightning_sft.types import Batch, InputError, LogLikelihood
@@ -62,6 +63,7 @@ class Window:
 
     def __init__(self) -> None:
         self.micro_batches: list[tuple[Batch, LogLikelihood]] = []
+        self.gradient = FiniteGradient()
         self._sums: HostCopy | None = None  # over all ranks, after the last micro-batch
         self._is_pending = False  # the loss of the newest micro-batch has not been differentiated
         self._closed: int | None = None  # the step that has been closed last
@@ -106,7 +108,7 @@ class Window:
         local = torch.stack([sums_by_part(likelihood, batch) for batch, likelihood in self.micro_batches]).sum(0)
         counts = without_waiting(step_metrics.counts(list(batches)).to(local.dtype), local.device)
         of_routers = [] if routers is None else [routers.sums(likelihoods)]
-        summed = sum_over_ranks(trainer, torch.cat([counts, local.flatten(), *of_routers]))
+        summed = sum_over_ranks(trainer, torch.cat([counts, local.flatten(), *of_routers, self.gradient.kept(local)]))
         self._sums = HostCopy(summed)
         return summed[NUM_COUNTS + 1]  # as totals[0, 1] in close
 
@@ -123,6 +125,7 @@ class Window:
 
         Raises:
             InputError: When an optimizer evaluates a step of several micro-batches again.
+            FloatingPointError: When the gradient of the step before was not finite.
         """
         micro_batches, self.micro_batches = self.micro_batches, []
         if not micro_batches:
@@ -140,5 +143,6 @@ class Window:
         assert self._sums is not None, "the step's last micro-batch has not been seen"
         summed, self._sums = self._sums.wait(), None
         num_sums = NUM_SUMS * (1 + len(micro_batches[0][0].part_names))
-        counts, totals, of_routers = summed.tensor_split([NUM_COUNTS, NUM_COUNTS + num_sums])
+        counts, totals, of_routers, norm = summed.tensor_split([NUM_COUNTS, NUM_COUNTS + num_sums, len(summed) - 1])
+        self.gradient.arrived(norm)
         return StepSums(micro_batches, counts, totals.view(-1, NUM_SUMS), of_routers)

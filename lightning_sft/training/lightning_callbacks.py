@@ -62,8 +62,12 @@ def check_callbacks(trainer: Trainer) -> None:
                     "give it a dirpath of its own."
                 )
             written.add(place)
-        scaled = getattr(callback, "_batch_arg_name", _BATCH_SIZE)
-        if not lightning_hasattr(trainer.lightning_module, scaled) and hasattr(datamodule_of(trainer), _BATCH_SIZE):
+        scaled = getattr(callback, "_batch_arg_name", None)
+        if (
+            scaled
+            and not lightning_hasattr(trainer.lightning_module, scaled)
+            and hasattr(datamodule_of(trainer), _BATCH_SIZE)
+        ):
             raise InputError(f"The tuner would scale {scaled!r}, which neither the module nor the data have. {_SCALE}.")
         kinds = [base.__name__ for base in type(callback).__mro__]
         for kind in kinds:

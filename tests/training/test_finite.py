@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from lightning_sft import SFTDataModule, SFTModule
 from lightning_sft.callbacks import SafeCheckpoint
-from lightning_sft.training import finite
 from lightning_sft.training.finite import FiniteGradient
 from tests.helpers.gradients import ROWS
 
@@ -52,35 +51,40 @@ def stub(**settings: Any) -> Any:
 
 
 class OnADevice:
-    """A norm that a device computes."""
+    """A norm that a device computes: the host waits where it is looked at, and not where it is sent with other sums."""
 
     device = torch.device("cuda")
 
     def __init__(self, value: float) -> None:
-        self.value = value
+        self.value, self.is_waited_for = torch.tensor(value), False
 
-    def wait(self) -> Tensor:
-        return torch.tensor(self.value)
+    def detach(self) -> Tensor:
+        return self.value
+
+    def isfinite(self) -> Tensor:
+        self.is_waited_for = True
+        return self.value.isfinite()
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finite, "HostCopy", lambda norm: norm)
+SUMS = torch.zeros(3, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.usefixtures("device")
 def test_on_a_device_the_next_step_or_checkpoint_is_stopped(value: float) -> None:
-    for look in (lambda own: own.see(stub(global_step=7), OnADevice(1.0)), lambda own: own.check(stub())):
+    for look in (lambda own: own.arrived(own.kept(SUMS) * 2), lambda own: own.check(stub())):
         own, sound, bad = FiniteGradient(), OnADevice(1.0), OnADevice(value)
+        assert own.kept(SUMS).tolist() == [0.0]
         own.see(stub(global_step=5), sound)  # type: ignore[arg-type]  # stands for a tensor
-        own.see(stub(), bad)  # type: ignore[arg-type]  # the host does not wait for it
+        assert own.kept(SUMS).tolist() == [1.0]
+        own.arrived(own.kept(SUMS))
+        own.see(stub(), bad)  # type: ignore[arg-type]  # stands for a tensor
+        assert own.kept(SUMS).dtype == SUMS.dtype
+        assert not bad.is_waited_for
         with pytest.raises(FloatingPointError, match=r"gradient of step 7 .* The weights are lost, and have not been"):
             look(own)
         own.check(stub())  # said once
 
 
-@pytest.mark.usefixtures("device")
 def test_another_error_is_not_hidden_and_a_scaler_leaves_out_steps_by_itself() -> None:
     own, bad = FiniteGradient(), OnADevice(float("nan"))
     own.see(stub(), bad)  # type: ignore[arg-type]  # stands for a tensor

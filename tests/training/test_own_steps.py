@@ -32,7 +32,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def with_auxiliary(pretrained: str, plain: list[Tensor]) -> list[Tensor]:
     """Gradients, and that of the page's auxiliary loss, once."""
-    module = classes()["Penalized"](pretrained).double()
+    module = classes()["Penalized"](pretrained)
     module.configure_model()
     module.double().auxiliary_loss().backward()
     in_order = sorted(module.parameters(), key=lambda p: p.ndim <= 1)  # of the module's parameter groups
