@@ -35,7 +35,8 @@ def of_class(key: str) -> str:
 def without_directives(page: Path) -> Path:
     """The page without what Sphinx puts in, in a file of its own; its lines keep their numbers."""
     text = page.read_text(encoding="utf-8")
-    plain = re.sub(r"^```(?:\{|math\b).*?^```$", lambda found: "\n" * found[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE)
+    directive = re.compile(r"^```(?:\{|math\b).*?^```$", re.DOTALL | re.MULTILINE)
+    plain = directive.sub(lambda found: "\n" * found[0].count("\n"), text)
     Path(page.name).write_text(plain, encoding="utf-8")
     return Path(page.name)
 
