@@ -32,7 +32,8 @@ nitpicky = True  # names that lead nowhere are errors
 nitpick_ignore_regex = [  # ranges, names of annotations, and classes that pages do not show
     ("py:class", r"[<>]=? .*|Path|Optimizer|ArgsType|Context|Routers|Place|.*\.(Address|Packs)"),
     ("py:class", r"that is .*|such as .*|[0-9]+[KMGT]B"),  # forms of strings
-    ("py:class", r".*\.(TargetLosses|FirstChecks|LimitedModule|OurNames|OwnSteps|LRScheduler|ReduceLROnPlateau)"),
+    ("py:class", r".*\.(TargetLosses|FirstChecks|LimitedModule|OurNames|OwnSteps|SettledArguments|TrainedData)"),
+    ("py:class", r".*\.(LRScheduler|ReduceLROnPlateau)"),
 ]
 suppress_warnings = ["misc.highlighting_failure"]  # cells of bash in a notebook of Python
 intersphinx_mapping = write_inventories(DOCS.parent / "build" / "inventories")

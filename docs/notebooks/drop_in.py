@@ -122,8 +122,8 @@ plt.show()
 # %% [markdown]
 # ## Our module, your data
 #
-# `SFTModule` takes the same batches. It sums over the step and divides once, so the two ways are the same gradient. It
-# is that of your one large batch, too, up to float32, in which transformers computes its loss whatever the model is in.
+# `SFTModule` takes the same batches. It sums over the step and divides once, so the two ways are the same gradient, and
+# that of your one large batch: up to float32, in which transformers computes norms and its loss whatever the model is in.
 
 
 # %%
@@ -135,7 +135,7 @@ ours = gradient(our_module(), 1, your_loader(16))
 ours_accumulated = gradient(our_module(), 16, your_loader(1))
 print(f"SFTModule, 16 micro-batches against one batch: {difference(ours, ours_accumulated):.1e}")
 print(f"SFTModule against your one batch:              {difference(whole, ours_accumulated):.1e}")
-assert difference(ours, ours_accumulated) < 1e-12 and difference(whole, ours_accumulated) < 1e-6
+assert difference(ours, ours_accumulated) < 1e-7 and difference(whole, ours_accumulated) < 1e-6
 assert difference(whole, accumulated) > 0.05
 
 # %% [markdown]
