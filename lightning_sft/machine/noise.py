@@ -24,6 +24,7 @@ _WARNINGS = (
 )
 _LOGS = {  # by logger
     "torchao": "Failed to load|Skipping import of cpp extensions",  # kernels for other devices, or a newer torch
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # from the hub; it has one of its own
     "torch.utils._pytree": "KernelPreference|ScaleCalculationMode",  # torchao's use of a deprecated function
     "lightning.fabric.utilities.seed": "Seed set to",  # in the config that is saved with the run
     "lightning.pytorch.utilities.rank_zero": "|".join(
