@@ -14,7 +14,9 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
+from rich.console import RenderableType
 from rich.live import Live
+from rich.protocol import is_renderable
 from rich.text import Text
 
 from lightning_sft.io.arguments import NonNegative, check_arguments
@@ -64,9 +66,10 @@ class TrainingProgress(ProgressBar, OurNames):
         self._is_enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the line."""
+        """Print above the line: texts, or one table or the like of rich."""
         if self._is_enabled:
-            self._line.print(kwargs.get("sep", " ").join(map(str, args)))
+            is_of_rich = len(args) == 1 and is_renderable(args[0])
+            self._line.print(args[0] if is_of_rich else kwargs.get("sep", " ").join(map(str, args)))
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """The metrics that are shown, by name, in their order of importance."""
@@ -213,9 +216,11 @@ class _Line:
             self._live.update(Text(line, no_wrap=True), refresh=True)
         self._last = line
 
-    def print(self, text: str) -> None:
+    def print(self, text: RenderableType) -> None:
         """Print above the line."""
-        if self._console.is_jupyter and self._last:
+        if not isinstance(text, str):
+            self._console.print(text)
+        elif self._console.is_jupyter and self._last:
             print(f"\r{text:<{len(self._last)}}\n{self._last}", end="", flush=True)
         else:
             self._console.print(text, soft_wrap=True)

@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from lightning_sft.callbacks.progress import TrainingProgress
 from lightning_sft.callbacks.record import folder_of
 from lightning_sft.data.inspect.token_text import visible
 from lightning_sft.data.rows.messages import Reading
@@ -111,7 +112,8 @@ class SampleGenerations(Callback, OurNames):
         for logger in trainer.loggers:
             _log(logger, rows, step)
         if self.console:
-            Console().print(_table(rows, self._before, step))
+            bar = trainer.progress_bar_callback  # another console would write into its line
+            (bar if isinstance(bar, TrainingProgress) else Console()).print(_table(rows, self._before, step))
 
 
 def _prompts(data: SFTDataModule, wanted: int | Sequence[str]) -> list[Prompt]:

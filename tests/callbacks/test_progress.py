@@ -12,7 +12,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from lightning_sft import SFTDataModule, SFTModule
-from lightning_sft.callbacks import TrainingProgress, progress
+from lightning_sft.callbacks import SampleGenerations, TrainingProgress, progress
 from lightning_sft.machine.terminal import Console
 
 
@@ -112,6 +112,17 @@ def test_a_terminal_shows_one_line_below_what_is_printed_and_no_ghosts(
     said = [line for line in lines if "at" in line.split()]
     assert said == [f"{verb} at {step}" for step in range(1, 9) for verb in ("logged", "printed")]
     assert [line.partition(":")[0] for line in lines if "val/loss" in line] == ["Step 4", "Step 8"]
+
+
+def test_tables_of_answers_stand_above_the_line_and_leave_no_ghosts(
+    monkeypatch: pytest.MonkeyPatch, fitted: Any
+) -> None:
+    shown, _ = screen(monkeypatch, 80)
+    answers = SampleGenerations(prompts=1, max_new_tokens=2)
+    fitted(TrainingProgress(every_seconds=0.0), answers)
+    lines = [line.strip() for line in shown.display if line.strip()]
+    assert [line for line in lines if "Answers at" in line] == [f"Answers at step {step}" for step in (0, 4, 8)]
+    assert [line.partition(" ━")[0] for line in lines if re.search(r"\d/\d", line)] == ["Step 8/8"]
 
 
 def test_a_file_gets_whole_lines_and_no_control_characters(fitted: Any, capsys: pytest.CaptureFixture[str]) -> None:
