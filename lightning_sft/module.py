@@ -8,9 +8,10 @@ A, and the strategy averages gradients over the ranks, so micro-batch a of rank 
 
     (1 / R) · Σ_r Σ_a ∇ loss(a, r) / A  =  − Σ_t w_t · ∇ log Pr(t) / Z      for any A, R and split of the targets
 
-Batches of a user's own loader have no Z: their loss is without R / Z, and the gradient is multiplied by it at the end
-of the step, when Z = Σ_t w_t is known. The auxiliary loss of routers (:mod:`lightning_sft.model.experts`) is a weighted
-sum over documents, and is added to the sum over targets.
+Batches of a user's own loader have no Z. Where a step is one of them, the device divides by its Σ_t w_t at once; where
+it is several, their loss is without R / Z, and the gradient is multiplied by it at the end of the step. The auxiliary
+loss of routers (:mod:`lightning_sft.model.experts`) is a weighted sum over documents, and is added to the sum over
+targets.
 """
 
 from __future__ import annotations

@@ -109,12 +109,12 @@ class SafeCheckpoint(ModelCheckpoint, OurNames):
         others = sorted((path for path in folder.glob(_PATTERN) if step_of(path) is not None), key=str)
         folders = [getattr(saver, "dirpath", None) for saver in trainer.checkpoint_callbacks]
         own = {place(found).resolve() for found in folders if found}
-        if others and resumed_from is None and (reason := why_unreadable(others)):
-            raise InputError(
-                f"{folder} holds checkpoints, but none of them can be read, so no run can resume there. {reason} Give "
-                "this run a separate folder (trainer.default_root_dir), or move them away."
-            )
         if others and resumed_from is None:
+            if reason := why_unreadable(others):
+                raise InputError(
+                    f"{folder} holds checkpoints, but none of them can be read, so no run can resume there. {reason} "
+                    "Give this run a separate folder (trainer.default_root_dir), or move them away."
+                )
             raise InputError(
                 f"{folder} holds the checkpoints of another run, such as {others[-1].name}. Resume that run "
                 f"({how_to_resume(trainer)}), or give this one a separate folder (trainer.default_root_dir)."

@@ -87,8 +87,8 @@ def _is_loaded(value: Any) -> bool:
             torch.save(value, file)
             file.seek(0)
             torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError, RuntimeError, ValueError, LookupError, NotImplementedError):
-        return False
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError, ValueError, LookupError):
+        return False  # these are what pickle, torch and a __reduce__ of the user's own raise for what cannot be saved
     return True
 
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_sft.data.tokens.template_config import TemplateConfig, configure
+from lightning_sft.io.words import listed
 from lightning_sft.model.pretrained import plain_tokenizer
 from lightning_sft.model.tuning.adapter_checkpoints import ADAPTERS_KEY
 from lightning_sft.model.tuning.adapters import without_adapters
@@ -64,10 +65,9 @@ def announce_left_out(names: Iterable[str]) -> None:
         names: Names of all entries.
     """
     if left_out := sorted(name for name in names if not name.startswith(_MODEL)):
-        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
         rank_zero_info(
-            f"Left out, since the module has it beside the model: {', '.join(left_out[:_NAMED])}{more}. A model of "
-            "transformers has no place for it."
+            f"Left out, since the module has it beside the model: {listed(left_out, _NAMED)}. A model of transformers "
+            "has no place for it."
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 _MIB, _GIB = 1 << 20, 1 << 30
 _OF_ONE = {"are": "is", "were": "was", "have": "has", "make": "makes"}
 
@@ -22,6 +24,20 @@ def counted(number: int, noun: str, verb: str = "") -> str:
     plural = f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
     words = [f"{number:,}", noun if number == 1 else plural, _OF_ONE.get(verb, verb) if number == 1 else verb]
     return " ".join(filter(None, words))
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first of some names, and how many more there are.
+
+    Args:
+        names: All names.
+        most: Maximum number of those that are written out.
+
+    >>> listed(["a", "b", "c"], most=2), listed(["a", "b"], most=2)
+    ('a, b and 1 more', 'a, b')
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def memory(size: float) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_sft.io.words import listed
 from lightning_sft.training.losses import warn_of_unused_inputs
 from lightning_sft.training.monitors import check_monitors
 from lightning_sft.training.schedules import check_length
@@ -37,13 +38,13 @@ def not_finite(seen: Iterable[tuple[Batch, LogLikelihood]], module: LightningMod
     """
     seen = list(seen)
     of_ranks = gather(module.trainer, [float(likelihood.weight) for _, likelihood in seen])
-    suspects = [suspect for batch, likelihood in seen for suspect in _suspects(batch, likelihood)]
-    where = samples_in_words(module, suspects, lambda batch: bool(module(batch).total.isfinite()))
     if not any(map(sum, of_ranks)) and any(of_ranks):
         return FloatingPointError(
             "The loss is 0/0: no token of this step is a target, since all labels are -100 or have weight 0. Look at "
             "the labels of your batches."
         )
+    suspects = [suspect for batch, likelihood in seen for suspect in _suspects(batch, likelihood)]
+    where = samples_in_words(module, suspects, lambda batch: bool(module(batch).total.isfinite()))
     return FloatingPointError(
         f"The loss is NaN or infinite. Samples: {where or 'none by itself'}. Nothing was updated with it. Look at "
         "these samples; if they are sound, lower the learning rate (model.optimizer.lr), clip gradients "
@@ -93,7 +94,7 @@ def samples_in_words(
                 guilty.add(names[i])
     of_ranks = gather(module.trainer, (guilty, set(names)))
     named = sorted(set().union(*(own for own, _ in of_ranks)) or set().union(*(own for _, own in of_ranks)))
-    return ", ".join(named[:_NAMED]) + (f" and {len(named) - _NAMED} more" if len(named) > _NAMED else "")
+    return listed(named, _NAMED)
 
 
 def check_trainer(trainer: Trainer, stage: str) -> None:

@@ -97,6 +97,9 @@ def on_cuda(trainer: Trainer | None) -> bool:
     return strategy is not None and bool(strategy.root_device.type == "cuda")
 
 
+_INTEGERS = ("accumulate_grad_batches", "max_epochs", "max_steps")
+
+
 def check_numbers(trainer: Trainer) -> None:
     """Refuse what Lightning takes as it is.
 
@@ -114,9 +117,6 @@ def check_numbers(trainer: Trainer) -> None:
     clip = getattr(trainer, "gradient_clip_val", None)
     if clip is not None and clip < 0:
         raise InputError(f"trainer.gradient_clip_val is {clip}; expected a positive number or null.")
-
-
-_INTEGERS = ("accumulate_grad_batches", "max_epochs", "max_steps")
 
 
 def division_of(trainer: Trainer | None) -> Division:

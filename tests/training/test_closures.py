@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def test_an_optimizer_that_evaluates_a_step_twice_logs_it_once(pretrained: str, 
         data = (
             DataLoader(batches([9]), batch_size=None) if own else SFTDataModule(train=ROWS[:3], tokens_per_batch=2048)
         )
-        module = SFTModule(pretrained, optimizer=lambda groups, kind=kind: kind(groups, lr=0.1))  # type: ignore[misc]  # mypy wants no default there
+        module = SFTModule(pretrained, optimizer=partial(kind, lr=0.1))
         of_kinds.append((fitted(module, data, quiet_trainer), module))
     names = ("train/loss", "train/targets_seen", "train/gradient_norm")
     (plain, a), (twice, b) = of_kinds

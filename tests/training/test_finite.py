@@ -66,18 +66,24 @@ class OnADevice:
         return self.value.isfinite()
 
 
+def on_a_device(value: float) -> Any:
+    """Stands for a tensor."""
+    return OnADevice(value)
+
+
 SUMS = torch.zeros(3, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_on_a_device_the_next_step_or_checkpoint_is_stopped(value: float) -> None:
     for look in (lambda own: own.arrived(own.kept(SUMS) * 2), lambda own: own.check(stub())):
-        own, sound, bad = FiniteGradient(), OnADevice(1.0), OnADevice(value)
+        own = FiniteGradient()
+        sound, bad = on_a_device(1.0), on_a_device(value)
         assert own.kept(SUMS).tolist() == [0.0]
-        own.see(stub(global_step=5), sound)  # type: ignore[arg-type]  # stands for a tensor
+        own.see(stub(global_step=5), sound)
         assert own.kept(SUMS).tolist() == [1.0]
         own.arrived(own.kept(SUMS))
-        own.see(stub(), bad)  # type: ignore[arg-type]  # stands for a tensor
+        own.see(stub(), bad)
         assert own.kept(SUMS).dtype == SUMS.dtype
         assert not bad.is_waited_for
         with pytest.raises(FloatingPointError, match=r"gradient of step 7 .* The weights are lost, and have not been"):
@@ -86,8 +92,8 @@ def test_on_a_device_the_next_step_or_checkpoint_is_stopped(value: float) -> Non
 
 
 def test_another_error_is_not_hidden_and_a_scaler_leaves_out_steps_by_itself() -> None:
-    own, bad = FiniteGradient(), OnADevice(float("nan"))
-    own.see(stub(), bad)  # type: ignore[arg-type]  # stands for a tensor
+    own, bad = FiniteGradient(), on_a_device(float("nan"))
+    own.see(stub(), bad)
     own.check(stub(interrupted=True))
     own = FiniteGradient()
     own.see(stub(precision_plugin=SimpleNamespace(scaler=object())), torch.tensor(float("inf")))

@@ -17,7 +17,7 @@ from lightning_sft.data.inspect.audit import repeated_tokens
 from lightning_sft.data.inspect.overlap import overlap
 from lightning_sft.data.tokens.dataset import Split
 from lightning_sft.data.tokens.row_report import RowReport
-from lightning_sft.io.words import counted
+from lightning_sft.io.words import counted, listed
 from lightning_sft.machine.terminal import Console
 
 _PLACE = re.compile(r"((?:shard \d+, )?row \d+|.+?:(?:\d+|(?:shard \d+, )?row \d+)): (.*)", re.DOTALL)
@@ -84,11 +84,11 @@ def show_details(split: Split, console: Console) -> None:
     account = split.account
     for reason, places in by_reason(account.refused):
         console.print(f"\n{len(places):,} refused: {reason}", style="yellow", highlight=False)
-        console.print(f"  {_some(places)}", highlight=False)
+        console.print(f"  {listed(places, _LISTED)}", highlight=False)
     for what, places in (("left out", account.too_long), ("cut", account.cut)):
         if places:
             console.print(f"\n{len(places):,} {what}, longer than data.max_length", style="yellow", highlight=False)
-            console.print(f"  {_some(places)}", highlight=False)
+            console.print(f"  {listed(places, _LISTED)}", highlight=False)
     for key, count in account.ignored.most_common():
         rows = counted(count, "row", "have")
         console.print(f"\n{rows} the key {key!r}, which is ignored", style="yellow", highlight=False)
@@ -194,8 +194,3 @@ def _table(head: Sequence[str], *rows: Sequence[str]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     return table
-
-
-def _some(places: Sequence[str]) -> str:
-    more = f" and {len(places) - _LISTED:,} more" if len(places) > _LISTED else ""
-    return ", ".join(places[:_LISTED]) + more

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -22,7 +21,7 @@ _IGNORABLE = (
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2060-\u206f\u3164\ufe00-\ufe0d\uffa0\ufff0-\ufff8"
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
 )
-_SPACES = "".join(c for c in map(chr, range(0x10000)) if unicodedata.category(c) == "Zs" and c != " ")
+_SPACES = "\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000"  # those of Unicode's category Zs, without the usual one
 _BLANK = re.compile(f"[{_SPACES}{_IGNORABLE}]")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from lightning_sft.data.rows.files import kind_of
+from lightning_sft.io.words import listed
 from lightning_sft.types import InputError
 
 _NO_DATA = {"config.json", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
@@ -45,22 +46,22 @@ class Folder:
         if split == "train" and self.read == self.held_out:
             raise InputError(
                 f"data.train: all data files in the folder {self.name!r} are for validation or testing, as their names "
-                f"say ({_some(self.held_out)}). To train on them, name the files."
+                f"say ({listed(self.held_out, _LISTED)}). To train on them, name the files."
             )
         if split == "train" and (mixed := sorted(set(self.held_out) & set(self.read))):
             raise InputError(
                 f"data.train: {self.name!r} stands for files for training and others, as their names say "
-                f"({_some(mixed)}). Name the files, or give the folder, of which those others are left out."
+                f"({listed(mixed, _LISTED)}). Name the files, or give the folder, of which those others are left out."
             )
         if split in ("val", "test") and set(self.held_out) - set(self.read):
             raise InputError(
-                f"data.{split}: the folder {self.name!r} has files for training and others ({_some(self.held_out)}). "
-                "Name the files to evaluate on."
+                f"data.{split}: the folder {self.name!r} has files for training and others "
+                f"({listed(self.held_out, _LISTED)}). Name the files to evaluate on."
             )
 
     def __str__(self) -> str:
-        more = f", left out {_some(self.left_out)}" if self.left_out else ""
-        return f"of the folder {self.name!r}, read {_some(self.read)}{more}."
+        more = f", left out {listed(self.left_out, _LISTED)}" if self.left_out else ""
+        return f"of the folder {self.name!r}, read {listed(self.read, _LISTED)}{more}."
 
 
 def sort_out(name: str, paths: Sequence[str]) -> Folder:
@@ -92,11 +93,6 @@ def of_glob(name: str, paths: Sequence[str]) -> Folder:
     """
     begin = len(re.split(r"[*?\[]", name)[0].rpartition("/")[0])
     return Folder(name, list(paths), [], [path for path in paths if _HELD_OUT.search(path[begin:])])
-
-
-def _some(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - _LISTED:,} more" if len(paths) > _LISTED else ""
-    return ", ".join(paths[:_LISTED]) + more
 
 
 def _is_data(path: str) -> bool:

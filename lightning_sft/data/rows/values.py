@@ -14,6 +14,7 @@ from lightning_sft.types import InputError
 
 _DEEPEST, _LONGEST = 64, 4096  # levels of JSON, bits of an integer: Python does not write much longer ones
 _LONGEST_LITERAL = 1 << 16  # characters of a literal of Python that is parsed
+_SMALLEST, _LARGEST = 1e-30, 1e9  # of a weight
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 60
 
@@ -26,9 +27,6 @@ def shown(value: Any) -> str:
         return f"{type(value).__name__} {_repr.repr(value)}"
     except ValueError:  # an integer of thousands of digits
         return type(value).__name__
-
-
-_SMALLEST, _LARGEST = 1e-30, 1e9  # of a weight
 
 
 def text_of(value: Any, what: str) -> str:

@@ -265,9 +265,14 @@ def is_written(value: Any, text: str) -> bool:
     return any(way(value) in text for way in ways)
 
 
+def sentinel_text(number: int) -> str:
+    """The text of a sentinel, which stands nowhere else."""
+    return f"Xq{number:04d}qX"
+
+
 def _sentinel(made: Sentinels, name: str, kind: type = str) -> Any:
     number = made.first + len(made.fields)
-    value: Any = f"Xq{number:04d}qX" if kind is str else kind(70_413_000 + number) + (0.5 if kind is float else 0)
+    value: Any = sentinel_text(number) if kind is str else kind(70_413_000 + number) + (0.5 if kind is float else 0)
     made.fields[str(value)] = name
     return value
 

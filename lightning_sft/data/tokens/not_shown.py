@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from lightning_sft.data.tokens.answer_shape import shape_of, with_sentinels
+from lightning_sft.data.tokens.answer_shape import sentinel_text, shape_of, with_sentinels
 from lightning_sft.data.tokens.template import Template
 from lightning_sft.types import InputError, Message
 
@@ -105,7 +105,7 @@ def _tried(
     made, sentinels = list(messages), dict[str, tuple[str, str]]()  # text -> the note, and what stood in its place
 
     def sentinel(note: str, instead_of: str) -> str:
-        name = f"Xq{len(sentinels):04d}qX"
+        name = sentinel_text(len(sentinels))
         sentinels[name] = note, instead_of
         return name
 
